@@ -1,0 +1,27 @@
+"""`adapter_config.json` as data: an object of plain JSON values, and nothing that could be read in two ways.
+
+What the keys mean is `weft.methods.checkpoint`'s business. Here nothing is imported, compiled or looked up because of
+what the file says.
+"""
+
+from weft.adapters.strict_json import DuplicateKeyFault, JsonFault, parse_object
+from weft.config import AdapterLimits
+from weft.errors import InvalidAdapter
+
+CONFIG_FILE = "adapter_config.json"
+
+_DEPTH_MAX = 16  # PEFT's own files reach 3
+
+
+def read_config(data: bytes, limits: AdapterLimits) -> dict[str, object]:
+    """The object in `data`, all numbers finite, or InvalidAdapter CONFIG_INVALID."""
+    if len(data) > limits.config_bytes_max:
+        raise InvalidAdapter.rule(
+            "CONFIG_INVALID", CONFIG_FILE, "has too many bytes", limit=limits.config_bytes_max, given=len(data)
+        )
+    try:
+        return parse_object(data, depth_max=_DEPTH_MAX)
+    except DuplicateKeyFault as fault:
+        raise InvalidAdapter.rule("CONFIG_INVALID", CONFIG_FILE, str(fault), given=fault.name) from None
+    except JsonFault as fault:
+        raise InvalidAdapter("CONFIG_INVALID", f"{CONFIG_FILE}: {fault}", field=CONFIG_FILE) from None

@@ -1,0 +1,79 @@
+"""Adapter ids, generations and references: the one place where they are checked.
+
+    adapter id   [a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?   the public name; at most 63 characters, no dots, no slashes
+    generation   64 lower-case hex digits              the sha256 of the content (`weft.adapters.versions`)
+    reference    adapter_id or adapter_id@generation
+
+The alphabet holds no character that means something to a file system, a shell, a log line or a URL, and no two ids
+look alike: an upper-case, decomposed or look-alike spelling is refused, never normalized into another id.
+"""
+
+import re
+from typing import NamedTuple, NewType
+
+from weft.errors import InvalidRequest, shown
+
+AdapterId = NewType("AdapterId", str)
+Generation = NewType("Generation", str)
+
+ADAPTER_ID_CHARACTERS_MAX = 63
+ADAPTER_ID_PATTERN = "[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?"
+RESERVED_ADAPTER_IDS = frozenset({"base", "default"})
+
+_ADAPTER_ID = re.compile(ADAPTER_ID_PATTERN)
+_GENERATION = re.compile("[0-9a-f]{64}")
+
+
+class AdapterReference(NamedTuple):
+    """What a request names: an id, and exactly one of its generations where `generation` is given."""
+
+    adapter_id: AdapterId
+    generation: Generation | None
+
+    def __str__(self) -> str:
+        return self.adapter_id if self.generation is None else f"{self.adapter_id}@{self.generation}"
+
+
+def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_id") -> AdapterId:
+    """`value`, or InvalidRequest ID_INVALID / ID_RESERVED. No adapter may take the name of `base_model`."""
+    if not value.strip():
+        raise InvalidRequest("ID_INVALID", f"{field}: must not be empty", field=field, metadata={"given": value})
+    if len(value) > ADAPTER_ID_CHARACTERS_MAX:
+        raise InvalidRequest(
+            "ID_INVALID",
+            f"{field}: number of characters: max {ADAPTER_ID_CHARACTERS_MAX}, given {len(value)}",
+            field=field,
+            metadata={"limit": ADAPTER_ID_CHARACTERS_MAX, "given": len(value)},
+        )
+    if value in RESERVED_ADAPTER_IDS or value in _names_of(base_model):
+        raise InvalidRequest.rule("ID_RESERVED", field, "is reserved for the base model", given=value)
+    if not _ADAPTER_ID.fullmatch(value):
+        raise InvalidRequest.rule("ID_INVALID", field, f"must match {ADAPTER_ID_PATTERN}", given=value)
+    return AdapterId(value)
+
+
+def check_generation(value: str, *, field: str = "generation") -> Generation:
+    """`value`, or InvalidRequest ID_INVALID. Abbreviations are refused: a generation names content exactly."""
+    if not _GENERATION.fullmatch(value):
+        raise InvalidRequest.rule("ID_INVALID", field, "must be 64 lower-case hex digits", given=value)
+    return Generation(value)
+
+
+def parse_reference(value: str, *, base_model: str = "", field: str = "adapter_id") -> AdapterReference:
+    """Take `adapter_id` or `adapter_id@generation` apart; each part under its own rule."""
+    adapter_id, at, generation = value.partition("@")
+    return AdapterReference(
+        check_adapter_id(adapter_id, base_model=base_model, field=field),
+        check_generation(generation, field=field) if at else None,
+    )
+
+
+def abbreviated(generation: Generation) -> str:
+    """For people and log lines only; no call accepts it back."""
+    return shown(generation[:12])
+
+
+def _names_of(base_model: str) -> frozenset[str]:
+    """The base's name, its last path component, and their lower-case twins, which are the spellings ids can have."""
+    last = base_model.rpartition("/")[2]
+    return frozenset({base_model, base_model.lower(), last, last.lower()})

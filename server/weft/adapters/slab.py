@@ -1,0 +1,93 @@
+"""One adapter, laid out for slots: a single flat buffer, so that loading it is a single copy.
+
+Host memory and device slots use the same layout. Vectors stay float32 and matrices take the slots' dtype (each method's
+`pack` decides), so the buffer is bytes and each part is a typed view of it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed, VirtualKV
+
+_ALIGNMENT = 64  # bytes: a cache line, and what vector loads like
+
+
+class Part(NamedTuple):
+    """A tensor inside the buffer."""
+
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor, as a view of `buffer` (uint8)."""
+        count = int(torch.Size(self.shape).numel())
+        return buffer[self.offset : self.offset + count * self.dtype.itemsize].view(self.dtype).view(self.shape)
+
+
+class SlabEntry(NamedTuple):
+    """What the adapter does at one site."""
+
+    site_index: int
+    site_name: str
+    kind: DeltaKind
+    rank: int
+    first: Part
+    second: Part | None
+
+    def packed(self, buffer: Tensor) -> Packed:
+        """The site's parameters as views of `buffer`."""
+        second = None if self.second is None else self.second.view(buffer)
+        return Packed(self.kind, self.rank, self.first.view(buffer), second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slab:
+    """An adapter ready for a slot. `virtual` holds keys and values in the KV cache's dtype."""
+
+    method: Method
+    buffer: Tensor  # uint8 [bytes], on the host
+    entries: tuple[SlabEntry, ...]
+    virtual: VirtualKV | None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return 0 if self.virtual is None else self.virtual.keys.shape[1]
+
+    @property
+    def size_bytes(self) -> int:
+        """Host bytes, virtual positions included."""
+        virtual = 0 if self.virtual is None else sum(t.nbytes for t in self.virtual)
+        return self.buffer.nbytes + virtual
+
+
+def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype) -> Slab:
+    """Lay `adapter` out for slots of `dtype`."""
+    placed: list[tuple[Part, Tensor]] = []
+    entries: list[SlabEntry] = []
+    offset = 0
+
+    def place(tensor: Tensor) -> Part:
+        nonlocal offset
+        part = Part(offset, tuple(tensor.shape), tensor.dtype)
+        placed.append((part, tensor))
+        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return part
+
+    for name in sorted(adapter.sites, key=lambda name: base.sites[name].index):
+        assert adapter.method.pack is not None
+        packed = adapter.method.pack(adapter.sites[name], dtype)
+        first = place(packed.first)
+        second = None if packed.second is None else place(packed.second)
+        entries.append(SlabEntry(base.sites[name].index, name, packed.kind, packed.rank, first, second))
+    buffer = torch.zeros(offset, dtype=torch.uint8)
+    for part, tensor in placed:
+        part.view(buffer).copy_(tensor)
+    virtual = None
+    if adapter.method.virtual is not None:
+        kv = adapter.method.virtual(adapter.prefix)
+        virtual = VirtualKV(kv.keys.to(dtype).contiguous(), kv.values.to(dtype).contiguous())
+    return Slab(method=adapter.method, buffer=buffer, entries=tuple(entries), virtual=virtual)

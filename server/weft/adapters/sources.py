@@ -1,0 +1,140 @@
+"""Where a local adapter may be copied from: plain PEFT directories below the store, or below roots the operator allows.
+
+A source is a name given by a caller. It is walked component by component from an open directory, never through a link,
+and each file is opened once: the bytes that are hashed, checked and kept are read from that one descriptor, so nothing
+can be exchanged between a check and its use.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from weft.adapters.safetensors_header import WEIGHTS_FILE
+from weft.errors import AdapterUnusable, InvalidAdapter, InvalidRequest
+
+OWN_DIRECTORIES = frozenset({"catalog", "versions", "staging"})
+
+_FIELD = "source"
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://([^/?#]*))?")  # one letter is a drive, and refused as a path
+_SCHEMES_NEVER = frozenset({"file", "http", "ftp", "data"})
+_PATH_CHARACTERS_MAX = 1024
+_COMPONENT_BYTES_MAX = 255
+_WALK = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_IRREGULAR = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO})
+_UNREADABLE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM})
+_OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt")
+
+
+@contextlib.contextmanager
+def source_directory(source: str, root: Path, allowed: Sequence[Path]) -> Iterator[int]:
+    """An open descriptor of the directory that `source` names.
+
+    Relative names start at `root`; absolute ones must lie below one of `allowed`.
+    """
+    start, components = _resolved(source, root, allowed)
+    directory = os.open(start, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for component in components:
+            child = _open(component, directory, _WALK, stat.S_ISDIR, "a directory")
+            os.close(directory)
+            directory = child
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def open_source_file(directory: int, name: str) -> int:
+    """A descriptor of the regular, singly linked file `name` in `directory`."""
+    try:
+        fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
+    except InvalidAdapter as error:
+        found = [other for other in _OTHER_WEIGHTS if name == WEIGHTS_FILE and _exists(other, directory)]
+        if error.reason == "SOURCE_NOT_FOUND" and found:
+            raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, "safetensors only", given=found[0]) from None
+        raise
+    links = os.fstat(fd).st_nlink
+    if links != 1:
+        os.close(fd)
+        raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links)
+    return fd
+
+
+def _resolved(source: str, root: Path, allowed: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
+    """The trusted directory to start from, and the untrusted names to walk from there."""
+    _refuse_url(source)
+    if not source or len(source) > _PATH_CHARACTERS_MAX or not source.isprintable() or "\\" in source:
+        raise InvalidRequest.rule(
+            "SOURCE_INVALID",
+            _FIELD,
+            "must be a path of printable characters without a backslash",
+            limit=_PATH_CHARACTERS_MAX,
+            given=source,
+        )
+    components = tuple(source.removeprefix("/").removesuffix("/").split("/"))
+    for component in components:
+        if component in {"", ".", ".."} or len(component.encode()) > _COMPONENT_BYTES_MAX:
+            raise InvalidRequest.rule("SOURCE_INVALID", _FIELD, "must be a plain path without . or ..", given=source)
+    if not source.startswith("/"):
+        if components[0] in OWN_DIRECTORIES:
+            raise InvalidRequest.rule("SOURCE_INVALID", _FIELD, "must not be the store's own directory", given=source)
+        return root, components
+    path = PurePosixPath("/", *components)
+    for start in allowed:
+        if path.is_relative_to(start):
+            return start, path.relative_to(start).parts
+    raise InvalidRequest.rule(
+        "SOURCE_INVALID",
+        _FIELD,
+        "must be relative to the store or inside a directory that the operator allows",
+        given=source,
+    )
+
+
+def _refuse_url(source: str) -> None:
+    """Nothing is ever fetched. A URL may hold a credential, so no error repeats more of it than the scheme."""
+    match = _URL.match(source)
+    if not match:
+        return
+    scheme, authority = match.group(1).lower(), match.group(2) or ""
+    if scheme in _SCHEMES_NEVER or "@" in authority:
+        raise InvalidRequest.rule(
+            "SOURCE_SCHEME", _FIELD, "must not be a URL of this scheme, nor carry a user name", given=scheme
+        )
+    raise AdapterUnusable(
+        "SOURCE_DISABLED",
+        f"{_FIELD}: URL sources are disabled on this server",
+        field=_FIELD,
+        metadata={"given": scheme},
+    )
+
+
+def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wanted: str) -> int:
+    """Open `name` if its mode is of `kind`: looked at before, as opening a device may act, and again once open."""
+    irregular = InvalidAdapter.rule("SOURCE_NOT_REGULAR", _FIELD, f"must be {wanted} and no link", given=name)
+    try:
+        if not kind(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            raise irregular
+        fd = os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno in _IRREGULAR:
+            raise irregular from None
+        if error.errno in _UNREADABLE:
+            raise InvalidAdapter.rule("SOURCE_NOT_FOUND", _FIELD, "must exist and be readable", given=name) from None
+        raise
+    if not kind(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise irregular
+    return fd
+
+
+def _exists(name: str, directory: int) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return True

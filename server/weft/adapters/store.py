@@ -1,0 +1,410 @@
+"""The durable adapter store: a catalog of small manifests over immutable, content-addressed versions.
+
+    catalog/<adapter_id>.json     the manifest: which generation the id is bound to
+    versions/<generation>/        the files of a generation, never changed
+    staging/                      work in progress, worthless after a crash
+
+What is acknowledged survives kill -9 and power loss; what is not leaves the old state. Reading takes no lock. Every
+change runs under one lock that the kernel drops with its holder, so several processes may share a directory, and
+a manifest changes only if it still says what the caller believed. The format is documented in adapters_store/README.md.
+Everything here blocks on the disk: call it from a worker thread.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from weft.adapters import durable, failpoints
+from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.identifiers import AdapterId, Generation, abbreviated, check_adapter_id, check_generation
+from weft.adapters.manifest import MANIFEST_BYTES_MAX, Manifest, ManifestFault, decode
+from weft.adapters.safetensors_header import WEIGHTS_FILE
+from weft.adapters.sources import open_source_file, source_directory
+from weft.adapters.versions import StagedFile, StagedVersion, Staging, StoredVersion, corrupt, open_stored
+from weft.config import AdapterLimits
+from weft.errors import (
+    AdapterConflict,
+    AdapterExists,
+    AdapterNotFound,
+    DataLoss,
+    InvalidAdapter,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+    shown,
+)
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+
+_LOCK_FILE = ".lock"
+_COPY_BYTES = 1 << 20
+
+
+class Problem(NamedTuple):
+    """Something in the store that is not as it should be. It is reported and left alone.
+
+    path: below the store's root. adapter_id: the id that cannot be served because of it, if it is one.
+    reason: MANIFEST_CORRUPT, BLOB_CORRUPT, UNKNOWN_FILE, STORE_FULL or STORE_UNAVAILABLE.
+    """
+
+    path: str
+    adapter_id: AdapterId | None
+    reason: str
+    message: str
+
+
+class Catalog(NamedTuple):
+    """Every readable manifest, by id, and what was not readable."""
+
+    manifests: dict[AdapterId, Manifest]
+    problems: tuple[Problem, ...]
+
+
+class Recovery(NamedTuple):
+    """What a start found. An id is in `manifests` or in a problem, never in both."""
+
+    manifests: dict[AdapterId, Manifest]
+    problems: tuple[Problem, ...]
+    num_orphans_removed: int
+
+
+class AdapterStore:
+    """One directory of adapters. It holds no state of its own: threads and processes may share it freely."""
+
+    def __init__(
+        self,
+        root: Path,
+        limits: AdapterLimits,
+        *,
+        allowed_sources: Sequence[Path] = (),
+        lock_timeout_s: float = 30.0,
+    ) -> None:
+        self._root = Path(os.path.abspath(root))
+        self._catalog = self._root / "catalog"
+        self._versions = self._root / "versions"
+        self._staging = self._root / "staging"
+        self._limits = limits
+        self._allowed_sources = tuple(Path(os.path.abspath(source)) for source in allowed_sources)
+        self._lock_timeout_s = lock_timeout_s
+
+    # Reading
+
+    def recover(self) -> Recovery:
+        """Make the directories, take away what crashes left, read the catalog. To be called before anything else.
+
+        A bad entry becomes a problem, never a failure; a store that cannot be written is still read.
+        """
+        problems: list[Problem] = []
+        num_orphans = 0
+        with durable.storage_errors():
+            for directory in (self._catalog, self._versions, self._staging):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            with self._changing():
+                num_orphans += self._sweep_staging(problems)
+                num_orphans += len(self._sweep_versions(self._unreferenced(()), problems))
+        except (Overloaded, Unavailable) as error:
+            problems.append(Problem("", None, error.reason, error.message))
+        manifests, unreadable = self.read_catalog()
+        problems.extend(unreadable)
+        problems.extend(self._blob_problems(manifests))
+        bad = {problem.adapter_id for problem in problems}
+        healthy = {adapter_id: manifest for adapter_id, manifest in manifests.items() if adapter_id not in bad}
+        return Recovery(healthy, tuple(problems), num_orphans)
+
+    def read_catalog(self) -> Catalog:
+        """Every manifest as it is now, changes by other processes included."""
+        manifests: dict[AdapterId, Manifest] = {}
+        problems: list[Problem] = []
+        with durable.storage_errors():
+            names = sorted(os.listdir(self._catalog))
+        for name in names:
+            path = f"catalog/{name}"
+            try:
+                adapter_id = check_adapter_id(name.removesuffix(".json"))
+            except InvalidRequest:
+                adapter_id = None
+            if adapter_id is None or not name.endswith(".json"):
+                if name != _LOCK_FILE:
+                    problems.append(Problem(path, None, "UNKNOWN_FILE", f"{shown(path)}: is no manifest"))
+                continue
+            try:
+                manifest = self._find(adapter_id)
+            except (DataLoss, Unavailable) as error:
+                problems.append(Problem(path, adapter_id, "MANIFEST_CORRUPT", error.message))
+            else:
+                if manifest is not None:
+                    manifests[adapter_id] = manifest
+        return Catalog(manifests, tuple(problems))
+
+    def read_manifest(self, adapter_id: AdapterId) -> Manifest:
+        """AdapterNotFound without one, DataLoss MANIFEST_CORRUPT if it cannot be trusted."""
+        manifest = self._find(adapter_id)
+        if manifest is None:
+            raise _no_adapter(adapter_id)
+        return manifest
+
+    def open_version(self, generation: Generation, *, verify: bool = True) -> StoredVersion:
+        """The files of a generation, hashed again unless told otherwise.
+
+        DataLoss BLOB_CORRUPT if they are not what they were, or gone while a manifest names them; AdapterNotFound if
+        the store has no such generation, which is also what a lost race against replace and collect looks like.
+        """
+        with durable.storage_errors():
+            version = self._open(generation, verify=verify)
+        if version is not None:
+            return version
+        if generation in {manifest.generation for manifest in self.read_catalog().manifests.values()}:
+            raise corrupt(generation, "its files are gone")
+        raise AdapterNotFound("ADAPTER_NOT_FOUND", f"generation {abbreviated(generation)}: no such generation")
+
+    # Staging
+
+    def stage(self) -> Staging:
+        """A private directory for an upload: `with store.stage() as staging`, then `open_file`, `seal`, `commit`."""
+        token = secrets.token_hex(16)
+        owner_path = self._staging / f"{token}.lock"
+        with self._changing():  # so that no recovery sees the directory before its owner's lock
+            owner_fd = durable.try_lock(owner_path)
+            assert owner_fd is not None, "a random name was taken"
+            staging = Staging(self._staging / token, owner_path, owner_fd, self._limits)
+            try:
+                staging.directory.mkdir(mode=0o700)
+                failpoints.hit("after_stage_mkdir")
+            except BaseException:
+                staging.discard()
+                raise
+        return staging
+
+    def stage_copy(self, source: str) -> Staging:
+        """A staging that holds a copy of the PEFT directory `source`; nothing but its two files is looked at."""
+        with contextlib.ExitStack() as undo:
+            staging = undo.enter_context(self.stage())
+            with durable.storage_errors(), source_directory(source, self._root, self._allowed_sources) as directory:
+                for name in ADAPTER_FILES:
+                    with open(open_source_file(directory, name), "rb", buffering=0) as file:
+                        _copy(file.fileno(), name, staging)
+            undo.pop_all()
+            return staging
+
+    # Changing
+
+    def commit(
+        self,
+        staged: StagedVersion,
+        *,
+        adapter_id: AdapterId,
+        method: str,
+        pinned: bool = False,
+        source: str = "",
+        replace: bool = False,
+        expected_generation: Generation | None = None,
+    ) -> Manifest:
+        """Bind `adapter_id` to the staged content. When this returns, the binding survives anything but the disk's loss.
+
+        The id may be bound already to the same content, or to any content with `replace`, or to exactly
+        `expected_generation`; else AdapterExists or AdapterConflict. Content that the store has already is kept once,
+        and put right if it had rotted. After Overloaded or Unavailable the old binding stands, unless the very last
+        step, making the new one durable, was what failed: then either may be found.
+        """
+        manifest = Manifest(
+            adapter_id=adapter_id,
+            generation=staged.generation,
+            size_bytes=staged.size_bytes,
+            method=method,
+            pinned=pinned,
+            create_time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            source=source,
+        )
+        failpoints.hit("before_version")
+        with self._changing():
+            current = self._current(adapter_id, replace=replace and expected_generation is None)
+            may_replace = replace or expected_generation is not None
+            _check_swap(current, manifest, expected_generation, may_replace=may_replace)
+            try:
+                self._place(staged)
+                if current is not None and current.generation == manifest.generation and not may_replace:
+                    return current
+                failpoints.hit("before_manifest")
+                self._replace_manifest(manifest)
+            except BaseException:
+                with contextlib.suppress(OSError, Unavailable):
+                    self._sweep_versions(self._unreferenced(()) & {staged.generation}, [])
+                raise
+            failpoints.hit("after_manifest_before_ack")
+        return manifest
+
+    def set_pinned(self, adapter_id: AdapterId, pinned: bool) -> Manifest:
+        """Keep everything else as it is. AdapterNotFound without the id."""
+        with self._changing():
+            changed = dataclasses.replace(self.read_manifest(adapter_id), pinned=pinned)
+            self._replace_manifest(changed)
+        return changed
+
+    def remove(self, adapter_id: AdapterId, *, expected_generation: Generation | None = None) -> None:
+        """Unbind the id, durably; its version stays until it is collected. A corrupt manifest can be removed too."""
+        with self._changing():
+            failpoints.hit("before_remove")
+            if expected_generation is not None:
+                current = self.read_manifest(adapter_id)
+                if current.generation != expected_generation:
+                    raise _conflict(adapter_id, expected_generation, current)
+            try:
+                os.unlink(self._manifest_path(adapter_id))
+            except FileNotFoundError:
+                raise _no_adapter(adapter_id) from None
+            failpoints.hit("after_remove")
+            durable.sync_directory(self._catalog)
+
+    def collect(self, live_generations: Collection[Generation]) -> tuple[Generation, ...]:
+        """Delete the versions that no manifest and no element of `live_generations` names, and no process has open.
+
+        Nothing is deleted while a manifest is unreadable: it may name any of them.
+        """
+        problems: list[Problem] = []
+        with self._changing():
+            removed = self._sweep_versions(self._unreferenced(live_generations), problems)
+        if problems:
+            raise Unavailable(problems[0].reason, problems[0].message)
+        return removed
+
+    # Inside: the callers below hold the lock where they change anything
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        with (
+            durable.storage_errors(),
+            durable.locked(self._catalog / _LOCK_FILE, timeout_s=self._lock_timeout_s),
+        ):
+            yield
+
+    def _manifest_path(self, adapter_id: AdapterId) -> Path:
+        """The one way from an id to a path."""
+        return self._catalog / f"{check_adapter_id(adapter_id)}.json"
+
+    def _version_path(self, generation: Generation) -> Path:
+        """The one way from a generation to a path."""
+        return self._versions / check_generation(generation)
+
+    def _find(self, adapter_id: AdapterId) -> Manifest | None:
+        """The manifest of an id, None without one, DataLoss if there is something else in its place."""
+        path = self._manifest_path(adapter_id)
+        with durable.storage_errors():
+            try:
+                with durable.open_regular(path) as file:
+                    data = file.read(MANIFEST_BYTES_MAX + 1)
+            except FileNotFoundError:
+                return None
+        try:
+            return decode(data, adapter_id)
+        except ManifestFault as fault:
+            raise DataLoss(
+                "MANIFEST_CORRUPT", f"manifest of {adapter_id}: {fault}", metadata={"adapter_id": adapter_id}
+            ) from None
+
+    def _current(self, adapter_id: AdapterId, *, replace: bool) -> Manifest | None:
+        """What a commit finds. An unconditional replacement also replaces what cannot be read."""
+        try:
+            return self._find(adapter_id)
+        except DataLoss:
+            if replace:
+                return None
+            raise
+
+    def _open(self, generation: Generation, *, verify: bool) -> StoredVersion | None:
+        try:
+            version = open_stored(self._version_path(generation), generation)
+        except FileNotFoundError:
+            return None
+        try:
+            if verify:
+                version.verify()
+        except BaseException:
+            version.close()
+            raise
+        return version
+
+    def _place(self, staged: StagedVersion) -> None:
+        """Let `versions/` hold the staged content, whole and durable."""
+        target = self._version_path(staged.generation)
+        try:
+            version = self._open(staged.generation, verify=True)
+        except DataLoss:
+            self._take_away(target)
+            version = None
+        if version is None:
+            durable.publish(staged.directory, target)
+        else:
+            version.close()
+            durable.sync_directory(self._versions)
+
+    def _replace_manifest(self, manifest: Manifest) -> None:
+        temporary = self._staging / f"{secrets.token_hex(16)}.json"
+        fd = durable.create(temporary)
+        try:
+            try:
+                durable.write_all(fd, manifest.encode())
+                durable.sync(fd)
+            finally:
+                os.close(fd)
+            durable.publish(temporary, self._manifest_path(manifest.adapter_id))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _unreferenced(self, live_generations: Collection[Generation]) -> set[Generation]:
+        """The versions nobody names; none at all while a manifest is unreadable."""
+        manifests, problems = self.read_catalog()
+        if any(problem.adapter_id is not None for problem in problems):
+            return set()
+        named = {manifest.generation for manifest in manifests.values()}.union(live_generations)
+        return {Generation(name) for name in os.listdir(self._versions) if is_generation(name)} - named
+
+    def _sweep_versions(self, generations: Collection[Generation], problems: list[Problem]) -> tuple[Generation, ...]:
+        removed: list[Generation] = []
+        for generation in sorted(generations):
+            try:
+                if not is_open(self._version_path(generation)):
+                    self._take_away(self._version_path(generation))
+                    removed.append(generation)
+            except OSError as error:
+                problems.append(_left_over(f"versions/{generation}", error))
+        return tuple(removed)
+
+    def _take_away(self, directory: Path) -> None:
+        """Remove a version: out of sight at once, off the disk after that."""
+        trash = self._staging / secrets.token_hex(16)
+        os.rename(directory, trash)
+        failpoints.hit("before_gc_unlink")
+        shutil.rmtree(trash)
+        failpoints.hit("after_gc_unlink")
+
+    def _sweep_staging(self, problems: list[Problem]) -> int:
+        """Remove what belongs to no living process; the number of uploads, copies and temporary files it was."""
+        num_removed = 0
+        for token in sorted({name.partition(".")[0] for name in os.listdir(self._staging)}):
+            try:
+                num_removed += self._sweep_token(token)
+            except OSError as error:
+                problems.append(_left_over(f"staging/{token}", error))
+        return num_removed
+
+    def _sweep_token(self, token: str) -> bool:
+        owner_path = self._staging / f"{token}.lock"
+        owner_fd = durable.try_lock(owner_path)
+        if owner_fd is None:
+            return False
+        try:
+            failpoints.hit("before_sweep")
+            for path in (self._staging / token, self._staging / f"{token}.json"):
+                ...
+            failpoints.hit("after_sweep")
+        finally:
+            os.close(owner_fd)
+        return True

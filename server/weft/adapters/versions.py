@@ -1,0 +1,240 @@
+"""The content of an adapter: what a generation is, how one comes into being, how one is read back.
+
+    generation = sha256( "weft generation 1\\n" | u64 n | for each of the n files, by name:
+                         u64 length of name | name | u64 size | sha256 of its bytes )       u64 is big-endian
+
+The files count byte for byte: a config that means the same in other spelling is another generation. That keeps the
+digest free of any opinion about JSON, and reproducible with nothing but sha256.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+from weft.adapters import durable
+from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.identifiers import Generation, abbreviated
+from weft.config import AdapterLimits
+from weft.errors import DataLoss, InvalidAdapter
+
+_DOMAIN = b"weft generation 1\n"
+_FOREIGN = frozenset({errno.ELOOP, errno.ENXIO, errno.ENOTDIR})
+_FILE_NAME = re.compile(r"[a-z0-9_]{1,48}\.[a-z0-9]{1,15}")
+
+
+class FileDigest(NamedTuple):
+    """One file of a version; `sha256` is hex."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def generation_of(files: Iterable[FileDigest]) -> Generation:
+    """The digest of the files together. Every part is framed by its length, so no two sets of files collide."""
+    ordered = sorted(files)
+    digest = hashlib.sha256(_DOMAIN + _u64(len(ordered)))
+    for file in ordered:
+        name = file.name.encode()
+        digest.update(_u64(len(name)) + name + _u64(file.size_bytes) + bytes.fromhex(file.sha256))
+    return Generation(digest.hexdigest())
+
+
+def _u64(value: int) -> bytes:
+    return value.to_bytes(8, "big")
+
+
+class StagedFile:
+    """A file on its way in: written in order, hashed as it is written, durable when `close` returns."""
+
+    def __init__(self, path: Path, size_max: int) -> None:
+        with durable.storage_errors():
+            self._fd = durable.create(path)
+        self._name = path.name
+        self._size_max = size_max
+        self._sha256 = hashlib.sha256()
+        self.size_bytes = 0
+        self.is_complete = False
+
+    @property
+    def digest(self) -> FileDigest:
+        """Of the bytes written so far."""
+        return FileDigest(self._name, self.size_bytes, self._sha256.hexdigest())
+
+    def write(self, chunk: bytes) -> None:
+        self.require_room(len(chunk))
+        with durable.storage_errors():
+            durable.write_all(self._fd, chunk)
+        self._sha256.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def require_room(self, num_bytes: int) -> None:
+        """Refuse what would not fit, before it is read or sent."""
+        size_bytes = self.size_bytes + num_bytes
+        if size_bytes > self._size_max:
+            reason = "CONFIG_INVALID" if self._name == CONFIG_FILE else "ADAPTER_TOO_LARGE"
+            raise InvalidAdapter.rule(
+                reason, self._name, "has too many bytes", limit=self._size_max, given=size_bytes
+            )
+
+    def close(self) -> None:
+        with durable.storage_errors():
+            durable.sync(self._fd)
+            self._release()
+        self.is_complete = True
+
+    def abandon(self) -> None:
+        """Let go of the file unfinished; it goes with its staging directory."""
+        if self._fd >= 0:
+            self._release()
+
+    def _release(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+class StagedVersion(NamedTuple):
+    """Complete, durable files that no other call can see yet."""
+
+    generation: Generation
+    files: tuple[FileDigest, ...]
+    directory: Path
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def open(self, name: str) -> BinaryIO:
+        """For the checks between staging and commit; nobody else writes here."""
+        with durable.storage_errors():
+            return _open_regular(self.directory / name)
+
+
+class Staging:
+    """A private directory for files on their way in. Leaving the `with` block takes away what was not committed."""
+
+    def __init__(self, directory: Path, owner_path: Path, owner_fd: int, limits: AdapterLimits) -> None:
+        self.directory = directory
+        self._owner_path = owner_path
+        self._owner_fd = owner_fd  # its lock tells other processes' recovery that this directory is alive
+        self._limits = limits
+        self._files: list[StagedFile] = []
+
+    def open_file(self, name: str, size_max: int | None = None) -> StagedFile:
+        """A new file; at most `size_max` bytes where that is below the limit of its kind."""
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"a version has no file named {name!r}")
+        limit = self._limits.config_bytes_max if name == CONFIG_FILE else self._limits.file_bytes_max
+        file = StagedFile(self.directory / name, limit if size_max is None else min(size_max, limit))
+        self._files.append(file)
+        return file
+
+    def seal(self) -> StagedVersion:
+        """Make the set of files durable and name it. Every file must be closed by now."""
+        if not self._files or not all(file.is_complete for file in self._files):
+            raise ValueError("a version is sealed once all of its files are closed")
+        with durable.storage_errors():
+            durable.sync_directory(self.directory)
+        files = tuple(sorted(file.digest for file in self._files))
+        return StagedVersion(generation_of(files), files, self.directory)
+
+    def discard(self) -> None:
+        """Leave nothing behind; what cannot be removed now, recovery removes."""
+        for file in self._files:
+            file.abandon()
+        if self._owner_fd < 0:
+            return
+        shutil.rmtree(self.directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(self._owner_path)
+        fd, self._owner_fd = self._owner_fd, -1
+        os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.discard()
+
+
+class StoredVersion:
+    """An open generation: `files` by name, each at its first byte. No process collects it while it is open."""
+
+    def __init__(self, generation: Generation, files: dict[str, BinaryIO]) -> None:
+        self.generation = generation
+        self.files = files
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(os.fstat(file.fileno()).st_size for file in self.files.values())
+
+    def verify(self) -> None:
+        """Hash everything again, through the descriptors that are read from later. DataLoss BLOB_CORRUPT."""
+        found: list[FileDigest] = []
+        for name, file in self.files.items():
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found.append(FileDigest(name, file.tell(), digest))
+            file.seek(0)
+        if generation_of(found) != self.generation:
+            raise corrupt(self.generation, "its files no longer have its digest")
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_stored(directory: Path, generation: Generation) -> StoredVersion:
+    """Every file in `directory`; FileNotFoundError where there is no such directory, DataLoss where it is not ours."""
+    version = StoredVersion(generation, {})
+    try:
+        for name in sorted(os.listdir(directory)):
+            file = _open_regular(directory / name)
+            version.files[name] = file
+            fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError as error:
+        version.close()
+        if error.errno in _FOREIGN:
+            raise corrupt(generation, "it holds something other than its files") from None
+        raise
+    if not version.files:
+        raise corrupt(generation, "its files are gone")
+    return version
+
+
+def corrupt(generation: Generation, what: str) -> DataLoss:
+    return DataLoss(
+        "BLOB_CORRUPT", f"generation {abbreviated(generation)}: {what}", metadata={"generation": generation}
+    )
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ELOOP, "not a regular file")
+    return os.fdopen(fd, "rb")

@@ -1,0 +1,177 @@
+"""What every call goes through: one terminal status, and one record of it.
+
+Handlers raise WeftError and know nothing of statuses. What else they raise is our bug: it is logged with its traceback
+and answered with a fixed text, because exception texts hold paths, prompts and other tenants' names. Left alone, gRPC
+would answer UNKNOWN with that text, also to a request that it cannot parse or a response that it cannot serialize; so
+parsing and serializing happen in here.
+
+Handlers that are async generators are driven from here too, so that the end of a call closes the generator at once and
+not when the garbage collector finds it.
+"""
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from weft.api.status import status_of, trailing_metadata
+from weft.errors import WeftError
+
+logger = logging.getLogger(__name__)
+
+# Both have the code INTERNAL, which gRPC documents for bytes that are no message; the reasons keep our bugs apart.
+_INTERNAL = "INTERNAL"
+_MALFORMED = "MESSAGE_MALFORMED"
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+HandlerOrNone: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedCall:
+    """A call that has its terminal status.
+
+    method: full name, such as "/weft.v1.GenerationService/Generate"; only names that the server has a handler for.
+    code: name of the gRPC code, such as "OK".
+    reason: that of the WeftError, else "".
+    duration_s: from the start of the handler to its end.
+    """
+
+    method: str
+    code: str
+    reason: str
+    duration_s: float
+
+
+def _ignore(_: FinishedCall) -> None:
+    """Observes nothing."""
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what handlers raise into statuses, and tells `observe` of each finished call, on the event loop."""
+
+    def __init__(self, observe: Callable[[FinishedCall], None] = _ignore) -> None:
+        self._observe = observe
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[HandlerOrNone]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> HandlerOrNone:
+        handler = await continuation(handler_call_details)
+        return None if handler is None else self._wrapped(handler, handler_call_details.method)
+
+    def _wrapped(self, handler: Handler, method: str) -> Handler:
+        answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        parse = _parser(handler.request_deserializer or _unchanged)
+        serialize = handler.response_serializer or _unchanged
+        take = _unchanged if handler.request_streaming else parse
+
+        async def unary(request: Any, context: Context) -> Any:
+            async with self._one_status(method, context):
+                return serialize(await answer(take(request), context))
+
+        async def stream(request: Any, context: Context) -> None:
+            async with self._one_status(method, context):
+                await _write_all(answer(take(request), context), context)
+
+        match handler.request_streaming, handler.response_streaming:
+            case False, False:
+                return grpc.unary_unary_rpc_method_handler(unary)
+            case False, True:
+                return grpc.unary_stream_rpc_method_handler(stream, None, serialize)
+            case True, False:
+                return grpc.stream_unary_rpc_method_handler(unary, parse)
+            case _:
+                return grpc.stream_stream_rpc_method_handler(stream, parse, serialize)
+
+    @asynccontextmanager
+    async def _one_status(self, method: str, context: Context) -> AsyncIterator[None]:
+        started = time.perf_counter()
+        code, reason = grpc.StatusCode.UNKNOWN, ""
+        try:
+            yield
+            code = context.code() or grpc.StatusCode.OK  # None if the handler set none
+        except WeftError as error:
+            code, reason = grpc.StatusCode[error.code], error.reason
+            await _abort(context, error)
+        except grpc.aio.AbortError:
+            code = context.code()
+            raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                code = _code_of_gone_caller(context)
+                raise
+            # The handler awaited what someone else cancelled; gRPC would take it for the caller's doing and not answer.
+            code, reason = grpc.StatusCode.INTERNAL, _INTERNAL
+            await _abort_unexpected(context, method)
+        except GeneratorExit:
+            code = _code_of_gone_caller(context)
+            raise
+        except grpc.aio.InternalError as error:
+            # A message could not be sent or read: the call ended an instant ago, and nobody is left to answer.
+            code = _code_of_gone_caller(context)
+            raise asyncio.CancelledError from error
+        except Exception:
+            code, reason = grpc.StatusCode.INTERNAL, _INTERNAL
+            await _abort_unexpected(context, method)
+        finally:
+            duration_s = time.perf_counter() - started
+            self._tell(FinishedCall(method=method, code=code.name, reason=reason, duration_s=duration_s))
+
+    def _tell(self, call: FinishedCall) -> None:
+        try:
+            self._observe(call)
+        except Exception:
+            logger.exception("the observer of finished calls failed")
+
+
+async def _abort(context: Context, error: WeftError) -> None:
+    status = status_of(error)
+    await context.abort(grpc.StatusCode[error.code], status.message, trailing_metadata(status))
+
+
+async def _abort_unexpected(context: Context, method: str) -> None:
+    logger.exception("%s failed with an unexpected exception", method)
+    await _abort(context, WeftError(_INTERNAL, "internal error"))
+
+
+def _code_of_gone_caller(context: Context) -> grpc.StatusCode:
+    remaining_s: float | None = context.time_remaining()  # None without a deadline
+    if remaining_s is not None and remaining_s <= 0:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED
+
+
+async def _write_all(answers: Any, context: Context) -> None:
+    """Sends what an async generator yields; a handler of the other form, a coroutine, sends for itself."""
+    if inspect.isawaitable(answers):
+        await answers
+        return
+    async with aclosing(answers):
+        async for message in answers:
+            await context.write(message)
+
+
+def _parser(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse(serialized: bytes) -> Any:
+        try:
+            return deserialize(serialized)
+        except DecodeError as error:
+            raise WeftError(_MALFORMED, "the request message cannot be parsed") from error
+
+    return parse
+
+
+def _unchanged(message: Any) -> Any:
+    return message

@@ -1,0 +1,147 @@
+"""Every knob, frozen, with its unit in its name. Names follow vLLM where vLLM has the knob.
+
+Values are checked where they enter: `__post_init__` raises ValueError naming the knob, its rule and the given value.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class Quantization(StrEnum):
+    """How the base's linear weights are held (bitsandbytes)."""
+
+    NF4 = "nf4"
+    INT8 = "int8"
+    NONE = "none"
+
+
+def _require(condition: bool, knob: str, rule: str, given: object) -> None:
+    if not condition:
+        raise ValueError(f"{knob} {rule}, given {given!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which base model, and how it is held.
+
+    path: a Hugging Face causal-LM directory.
+    device: "auto" takes CUDA when there is one.
+    dtype: "auto" is bfloat16, or float32 on a CPU base without quantization whose checkpoint is float32.
+    """
+
+    path: Path
+    quantization: Quantization = Quantization.NF4
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int = 0  # CPU threads of the step; 0 leaves torch's default
+
+    def __post_init__(self) -> None:
+        _require(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda", self.device)
+        _require(
+            self.dtype in ("auto", "bfloat16", "float16", "float32"),
+            "dtype",
+            "must be auto, bfloat16, float16 or float32",
+            self.dtype,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Size of the batch and of the KV cache.
+
+    max_model_len: prompt, virtual and generated tokens of one request; None takes the model's own limit.
+    kv_cache_bytes: size of the paged pool; None takes `num_kv_blocks` if set, else room for
+        `max_num_seqs` requests of `max_model_len`, bounded by 1 GiB on a CPU.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    max_queued_requests: int = 256
+
+    def __post_init__(self) -> None:
+        _require(self.max_num_seqs >= 1, "max_num_seqs", "must be at least 1", self.max_num_seqs)
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            f"must be at least max_num_seqs ({self.max_num_seqs})",
+            self.max_num_batched_tokens,
+        )
+        _require(self.block_size >= 1, "block_size", "must be at least 1", self.block_size)
+        _require(self.max_queued_requests >= 1, "max_queued_requests", "must be at least 1", self.max_queued_requests)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLimits:
+    """What an adapter may be (reference: default limits of the error contract)."""
+
+    file_bytes_max: int = 512 * MIB
+    header_bytes_max: int = 1 * MIB
+    config_bytes_max: int = 256 * 1024
+    metadata_bytes_max: int = 16 * 1024
+    num_tensors_max: int = 8192
+    rank_max: int = 64
+    scaling_max: float = 64.0
+    weight_abs_max: float = 1e3
+    num_virtual_tokens_max: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyConfig:
+    """Memory for adapters, in bytes: what fits is decided by bytes, never by a count."""
+
+    device_bytes: int = 1 * GIB
+    host_bytes: int = 4 * GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """Bounds of one generate request."""
+
+    prompt_bytes_max: int = 1 * MIB
+    max_new_tokens_max: int = 4096
+    max_new_tokens_default: int = 256
+    stop_count_max: int = 4
+    stop_bytes_max: int = 128
+    logprobs_max: int = 5
+    deadline_default_s: float = 60.0
+    deadline_max_s: float = 600.0
+    stream_events_max: int = 8192  # events a caller may leave unread before its stream is ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Addresses and lifetimes of the server process; port 0 picks a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9464
+    drain_timeout_s: float = 30.0
+    reflection: bool = True
+    receive_bytes_max: int = 4 * MIB
+    chunk_bytes_max: int = 1 * MIB
+    upload_idle_timeout_s: float = 10.0
+    uploads_max: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeftConfig:
+    """Everything a server is built from."""
+
+    model: ModelConfig
+    store: Path = Path("adapters_store")
+    allowed_sources: tuple[Path, ...] = ()
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    adapters: AdapterLimits = field(default_factory=AdapterLimits)
+    residency: ResidencyConfig = field(default_factory=ResidencyConfig)
+    requests: RequestLimits = field(default_factory=RequestLimits)
+    server: ServerConfig = field(default_factory=ServerConfig)

@@ -1,0 +1,100 @@
+"""One step as flat tensors."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.adapters.slots import AdapterSlot
+from weft.engine.request import Request
+from weft.engine.scheduler import Scheduled
+
+
+class AdapterRows(NamedTuple):
+    """Which rows take how much of which adapter: row t takes entries offsets[t] : offsets[t + 1].
+
+    `runs` says the same per request, (first row, one past the last, slots, gates), for the reference driver.
+    """
+
+    offsets: Tensor  # int32 [T + 1]
+    slots: Tensor  # int32 [N]
+    gates: Tensor  # float32 [N]
+    runs: tuple[tuple[int, int, tuple[AdapterSlot, ...], tuple[float, ...]], ...]
+
+
+class Batch(NamedTuple):
+    """The step's rows: request after request, each a run of consecutive tokens."""
+
+    input_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]; virtual positions count
+    kv_slots: Tensor  # int64 [T]
+    query_start: Tensor  # int32 [B + 1]
+    context_lens: Tensor  # int32 [B]
+    virtual_lens: Tensor  # int32 [B]
+    block_tables: Tensor  # int32 [B, max blocks]
+    sample_rows: Tensor  # int64 [number of requests that sample]
+    adapter_rows: AdapterRows | None  # None where no row has an adapter
+
+
+def build(step: Sequence[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], block_size: int) -> Batch:
+    """Flatten a step. Work here is per request; the per-token parts are vectorized."""
+    input_ids: list[int] = []
+    starts = [0]
+    computed, contexts, virtuals, sample_rows = [], [], [], []
+    tables: list[list[int]] = []
+    entries_per_run, slots, gates, runs = [], [], [], []
+    for request, num_tokens in step:
+        begin = request.num_computed_tokens
+        input_ids += request.token_ids(begin, begin + num_tokens)
+        starts.append(starts[-1] + num_tokens)
+        computed.append(begin)
+        contexts.append(begin + num_tokens)
+        virtuals.append(request.num_virtual_tokens)
+        tables.append(request.virtual_blocks + request.blocks)
+        if begin + num_tokens == request.num_tokens:
+            sample_rows.append(starts[-1] - 1)
+        uses = [
+            (slot, use.gate)
+            for slot, use in zip(slots_of.get(request, ()), request.adapters, strict=True)
+            if not use.num_virtual_tokens
+        ]
+        entries_per_run.append(len(uses))
+        if uses:
+            run_slots, run_gates = tuple(slot for slot, _ in uses), tuple(gate for _, gate in uses)
+            runs.append((starts[-2], starts[-1], run_slots, run_gates))
+            slots += run_slots * num_tokens
+            gates += run_gates * num_tokens
+
+    query_start = torch.tensor(starts, dtype=torch.int32)
+    lengths = query_start.diff().long()  # [B]
+    virtual_lens = torch.tensor(virtuals, dtype=torch.int64)
+    # Row's token index within its request: a ramp from `computed` in every run.
+    token_index = torch.arange(starts[-1]) + (torch.tensor(computed) - query_start[:-1]).repeat_interleave(lengths)
+    block_tables = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
+    for row, table in enumerate(tables):
+        block_tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+    padded = -(-virtual_lens // block_size) * block_size
+    logical = token_index + padded.repeat_interleave(lengths)
+    request_of_row = torch.arange(len(tables)).repeat_interleave(lengths)
+    kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size
+
+    adapter_rows = None
+    if slots:
+        counts = torch.tensor(entries_per_run, dtype=torch.int32).repeat_interleave(lengths)
+        offsets = torch.zeros(starts[-1] + 1, dtype=torch.int32)
+        offsets[1:] = counts.cumsum(0)
+        adapter_rows = AdapterRows(
+            offsets, torch.tensor(slots, dtype=torch.int32), torch.tensor(gates, dtype=torch.float32), tuple(runs)
+        )
+    return Batch(
+        input_ids=torch.tensor(input_ids, dtype=torch.int64),
+        positions=token_index + virtual_lens.repeat_interleave(lengths),
+        kv_slots=kv_slots,
+        query_start=query_start,
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        virtual_lens=virtual_lens.int(),
+        block_tables=block_tables,
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
+        adapter_rows=adapter_rows,
+    )

@@ -1,0 +1,194 @@
+"""Accounting of KV blocks: who holds which, and which full blocks can be shared. No tensors here.
+
+A full block of real tokens is keyed by what made it, never by a name or a slot:
+
+    root  = H(tenant salt, base digest, every adapter's generation and gate)      (`cache_root`)
+    key_i = H(key_{i-1}, tokens of block i),   key_{-1} = root
+
+A block with references is never reused. A keyed block without references stays in the cache until its place is needed,
+oldest first. Virtual positions (prefix adapters) live in blocks of their own, which their owner and its requests hold.
+"""
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from weft.engine.request import AdapterUse, Generation, Request
+
+
+def cache_root(salt: str, base_digest: str, adapters: Iterable[AdapterUse]) -> bytes:
+    """The root of a request's block keys. Every part is length-framed, so no two different inputs run together."""
+    digest = hashlib.sha256(b"weft-kv-1")
+    for part in (salt, base_digest):
+        digest.update(struct.pack("<Q", len(part.encode())) + part.encode())
+    for use in adapters:
+        digest.update(struct.pack("<Q", len(use.generation)) + use.generation.encode() + struct.pack("<d", use.gate))
+    return digest.digest()
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a full block that follows the block keyed `parent`."""
+    return hashlib.sha256(parent + struct.pack(f"<{len(tokens)}q", *tokens)).digest()
+
+
+class BlockManager:
+    """Hands out the blocks of one KV pool; the engine thread is its only caller."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._caching = enable_prefix_caching
+        self._references = [0] * num_blocks
+        self._free: list[int] = list(reversed(range(num_blocks)))
+        self._key_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # keyed blocks without references, oldest first
+        self._blocks_of_generation: dict[Generation, set[int]] = {}
+        self._generations_of: dict[int, tuple[Generation, ...]] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be handed out now, cached ones included."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that somebody references."""
+        return self.num_blocks - self.num_free_blocks
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that a later request can share."""
+        return len(self._key_of)
+
+    def match(self, request: Request) -> int:
+        """Give a request without blocks the longest cached beginning of its tokens; returns how many tokens that is.
+
+        At least one token is left to compute: the step needs a row to sample from.
+        """
+        assert not request.blocks
+        assert request.num_computed_tokens == 0
+        if not self._caching:
+            return 0
+        parent, size = request.cache_root, self.block_size
+        for start in range(0, (request.num_tokens - 1) // size * size, size):
+            key = block_key(parent, request.token_ids(start, start + size))
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            self._reference(block)
+            request.blocks.append(block)
+            request.block_hashes.append(key)
+            parent = key
+        return len(request.blocks) * size
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Give the request blocks for its first `num_tokens` real tokens; False, unchanged, where the pool is short."""
+        missing = -(-num_tokens // self.block_size) - len(request.blocks)
+        if missing > self.num_free_blocks:
+            return False
+        request.blocks.extend(self._take() for _ in range(missing))
+        return True
+
+    def commit(self, request: Request) -> None:
+        """Key every full block whose tokens are computed, so that others can share it."""
+        if not self._caching:
+            return
+        size = self.block_size
+        for index in range(len(request.block_hashes), request.num_computed_tokens // size):
+            parent = request.block_hashes[-1] if request.block_hashes else request.cache_root
+            key = block_key(parent, request.token_ids(index * size, (index + 1) * size))
+            request.block_hashes.append(key)
+            if key not in self._block_of:  # another request may have computed the same block in the same step
+                block = request.blocks[index]
+                self._block_of[key] = block
+                self._key_of[block] = key
+                generations = tuple(use.generation for use in request.adapters)
+                self._generations_of[block] = generations
+                for generation in generations:
+                    self._blocks_of_generation.setdefault(generation, set()).add(block)
+
+    def release(self, request: Request) -> None:
+        """Take the blocks of the request's own tokens back; they are computed again if it runs again."""
+        # Last block first: a chain is evicted from its end, so what stays is still reachable.
+        for block in reversed(request.blocks):
+            self._drop(block)
+        request.blocks = []
+        request.block_hashes = []
+        request.num_computed_tokens = 0
+
+    def take_virtual(self, num_tokens: int) -> list[int] | None:
+        """Blocks for `num_tokens` virtual positions, referenced once by their owner; None where the pool is short."""
+        count = -(-num_tokens // self.block_size)
+        if count > self.num_free_blocks:
+            return None
+        return [self._take() for _ in range(count)]
+
+    def share_virtual(self, request: Request, blocks: Sequence[int]) -> None:
+        """Let the request use virtual blocks beside their owner."""
+        for block in blocks:
+            self._reference(block)
+        request.virtual_blocks.extend(blocks)
+
+    def unshare_virtual(self, request: Request) -> None:
+        """The request's use of its virtual blocks ends."""
+        self.drop_virtual(request.virtual_blocks)
+        request.virtual_blocks = []
+
+    def drop_virtual(self, blocks: Iterable[int]) -> None:
+        """One reference to each of these virtual blocks ends."""
+        for block in blocks:
+            self._drop(block)
+
+    def purge(self, generation: Generation) -> int:
+        """Forget every cached block that an adapter's content made; returns how many there were."""
+        blocks = self._blocks_of_generation.pop(generation, set())
+        for block in list(blocks):
+            self._forget(block)
+            if self._references[block] == 0:
+                self._idle.pop(block)
+                self._free.append(block)
+        return len(blocks)
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            self._forget(block)
+        self._references[block] = 1
+        return block
+
+    def _reference(self, block: int) -> None:
+        if self._references[block] == 0:
+            del self._idle[block]
+        self._references[block] += 1
+
+    def _drop(self, block: int) -> None:
+        self._references[block] -= 1
+        assert self._references[block] >= 0, block
+        if self._references[block] == 0:
+            if block in self._key_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+    def _forget(self, block: int) -> None:
+        del self._block_of[self._key_of.pop(block)]
+        for generation in self._generations_of.pop(block):
+            blocks = self._blocks_of_generation.get(generation)
+            if blocks is not None:
+                blocks.discard(block)
+                if not blocks:
+                    del self._blocks_of_generation[generation]
+
+    def check(self) -> None:
+        """Assert the accounting: every block is free, idle or referenced, in exactly one way."""
+        free, idle = set(self._free), set(self._idle)
+        assert len(free) == len(self._free)
+        assert not free & idle
+        for block, references in enumerate(self._references):
+            assert (references == 0) == (block in free or block in idle), (block, references)
+        assert idle <= set(self._key_of)
+        assert {self._block_of[key] for key in self._key_of.values()} == set(self._key_of)

@@ -1,0 +1,388 @@
+"""The engine: one thread, one `step()`.
+
+Other threads put messages into the inbox; they take effect between two steps, so nothing here needs a lock. Only this
+thread touches device memory. Every accepted request ends in exactly one event with `finish`.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+from weft.adapters.slab import Slab
+from weft.config import EngineConfig
+from weft.engine import batch as batches
+from weft.engine import sampler
+from weft.engine.block_manager import BlockManager
+from weft.engine.request import FinishReason, Generation, Request, RequestId, SampledToken, TokenEvent
+from weft.engine.residency import Residency
+from weft.engine.runner import Runner
+from weft.engine.scheduler import Scheduled, Scheduler
+from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError
+from weft.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+ENGINE_DOWN = "ENGINE_DOWN"
+T = TypeVar("T")
+
+
+class Freed(NamedTuple):
+    """What taking an adapter out gave back."""
+
+    device_bytes: int
+    kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCallbacks:
+    """How the engine talks back. All are called on the engine thread and must only hand over.
+
+    events: the events of one step. load: bring this adapter (answer with `loaded` or `load_failed`).
+    down: the engine stopped by a fault it could not contain; no request is accepted any more.
+    """
+
+    events: Callable[[list[TokenEvent]], None]
+    load: Callable[[Generation], None]
+    down: Callable[[], None] = lambda: None
+
+
+class Engine:
+    """Continuous batching over a runner."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        num_kv_blocks: int,
+        max_model_len: int,
+        callbacks: EngineCallbacks,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._max_model_len = max_model_len
+        self._callbacks = callbacks
+        self._metrics = metrics
+        self._clock = clock
+        self.blocks = BlockManager(num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.residency = Residency(runner, self.blocks, request_load=callbacks.load, evicted=self._count_eviction)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            admit=self.residency.admit,
+        )
+        self._requests: dict[RequestId, Request] = {}
+        self._events: list[TokenEvent] = []
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._down: Unavailable | None = None
+        self._thread = threading.Thread(target=self._run, name="weft-engine", daemon=True)
+        self._ended = threading.Event()
+        self._after_end = threading.Lock()
+
+    # -- called from any thread ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End the thread; requests still inside end with UNAVAILABLE. Waits up to `timeout_s`."""
+        self._post(self._stop)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def submit(self, request: Request) -> None:
+        """Take a request in."""
+        self._post(partial(self._add, request))
+
+    def end(self, request_id: RequestId, reason: FinishReason, error: WeftError | None = None) -> None:
+        """End a request before its own end; nothing happens when it has ended already."""
+        self._post(partial(self._end_by_id, request_id, reason, error))
+
+    def loaded(self, generation: Generation, slab: Slab) -> None:
+        """The answer to `callbacks.load`."""
+        self._post(partial(self._loaded, generation, slab))
+
+    def load_failed(self, generation: Generation, error: WeftError) -> None:
+        """The other answer: every request that waits for this adapter ends with `error`."""
+        self._post(partial(self._load_failed, generation, error))
+
+    def evict(self, generation: Generation) -> "Future[Freed]":
+        """Take an adapter and its cached KV off the device. The caller knows that no request uses it."""
+        return self.call(partial(self._evict, generation))
+
+    def preload(self, generation: Generation) -> None:
+        """Bring an adapter in ahead of its requests."""
+        self._post(partial(self.residency.preload, generation))
+
+    def pin(self, generation: Generation) -> None:
+        """Keep an adapter on the device."""
+        self._post(partial(self.residency.pin, generation))
+
+    def unpin(self, generation: Generation) -> None:
+        """Let an adapter leave the device."""
+        self._post(partial(self.residency.unpin, generation))
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Run `function` on the engine thread between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if self._down is not None:
+                future.set_exception(self._down)
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future
+
+    # -- the engine thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._receive(wait=True)
+                self.step()
+            except Exception:
+                _log.exception("engine: a fault outside a step; the engine goes down")
+                self._go_down()
+            self._deliver()
+        self._fail_all(self._down or Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0))
+        self._deliver()
+        self._down = self._down or Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0)
+        self._ended.set()
+        self._answer_after_end()
+
+    def _post(self, message: Callable[[], None]) -> None:
+        """Put a message in; after the thread has ended its sender applies it, so that nothing waits for ever."""
+        self._inbox.put(message)
+        if self._ended.is_set():
+            self._answer_after_end()
+
+    def _answer_after_end(self) -> None:
+        with self._after_end:
+            self._receive(wait=False)
+            self._deliver()
+
+    def step(self) -> None:
+        """Schedule, compute, sample, hand out. A fault of the model call ends the requests of this step only."""
+        now = self._clock()
+        self._expire(now)
+        step = self.scheduler.schedule()
+        if not step:
+            self._resolve_stall()
+            self._observe_queue()
+            return
+        try:
+            sampled = self._compute(step)
+        except Exception as error:
+            _log.exception("engine: a step failed; its %d requests end", len(step))
+            if _is_fatal(error):
+                self._go_down()
+                return
+            for request, _ in step:
+                self._end(request, FinishReason.ERROR, WeftError("STEP_FAILED", "the model step failed"))
+            return
+        self.scheduler.advance(step)
+        done = self._clock()
+        for request, token in sampled:
+            self._append(request, token, done)
+        self._observe_step(step, done - now)
+
+    def _compute(self, step: list[Scheduled]) -> list[tuple[Request, SampledToken | None]]:
+        batch = batches.build(step, self.residency.slots_of, self.blocks.block_size)
+        logits = self._runner.forward(batch)
+        requests = [scheduled.request for scheduled in step if scheduled.samples]
+        return list(zip(requests, sampler.sample(logits, requests), strict=True)) if requests else []
+
+    def _append(self, request: Request, token: SampledToken | None, now: float) -> None:
+        if token is None:
+            self._metrics.nonfinite_rows.inc()
+            self._end(request, FinishReason.ERROR, _non_finite(request))
+            return
+        request.output.append(token.token_id)
+        if request.last_token_s is None:
+            self._metrics.time_to_first_token.observe(now - request.arrival_s)
+        else:
+            self._metrics.inter_token.observe(now - request.last_token_s)
+        request.last_token_s = now
+        self._metrics.generation_tokens.inc()
+        reason = self._finish_reason(request, token.token_id)
+        if reason is None:
+            self._events.append(TokenEvent(request.request_id, (token,)))
+        else:
+            self._end(request, reason, tokens=(token,))
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        params = request.params
+        if token_id in params.stop_token_ids and len(request.output) >= params.min_new_tokens:
+            return FinishReason.STOP
+        if len(request.output) >= params.max_new_tokens:
+            return FinishReason.LENGTH
+        if request.num_virtual_tokens + request.num_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: WeftError | None = None,
+        tokens: tuple[SampledToken, ...] = (),
+    ) -> None:
+        """The one way a request leaves."""
+        finish = request.finish(reason, error)
+        self.scheduler.remove(request)
+        self.residency.release(request)
+        del self._requests[request.request_id]
+        self._events.append(TokenEvent(request.request_id, tokens, finish))
+        self._metrics.requests.labels(reason.value).inc()
+        self._metrics.request_seconds.observe(self._clock() - request.arrival_s)
+        self._metrics.prompt_tokens.inc(finish.num_prompt_tokens)
+        self._metrics.cached_tokens.inc(finish.num_cached_tokens)
+
+    def _expire(self, now: float) -> None:
+        expired = [request for request in self._requests.values() if request.deadline_s <= now]
+        for request in expired:
+            error = DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request ended")
+            self._end(request, FinishReason.ERROR, error)
+
+    def _resolve_stall(self) -> None:
+        """Nothing can run: make room by letting an idle adapter go, or end a request that can never fit."""
+        if self.scheduler.running or self.residency.num_pending or not self.scheduler.waiting:
+            return
+        if self.residency.evict_idle():
+            self._inbox.put(lambda: None)  # try again at once
+            return
+        request = self.scheduler.waiting[0]
+        error = Overloaded(
+            "POOL_EXHAUSTED", "the adapter and KV pools have no room for this request now", retry_after_s=1.0
+        )
+        self._end(request, FinishReason.ERROR, error)
+
+    # -- messages -----------------------------------------------------------------------------------------------
+
+    def _receive(self, *, wait: bool) -> None:
+        """Apply every message; where nothing can run, sleep until the next one or the nearest deadline."""
+        if wait and not self.scheduler.running and not self._events:
+            try:
+                self._inbox.get(timeout=self._sleep_s())()
+            except queue.Empty:
+                return
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            message()
+
+    def _sleep_s(self) -> float | None:
+        if not self._requests:
+            return None
+        if self.scheduler.waiting and not self.residency.num_pending:
+            return 0.0
+        nearest = min(request.deadline_s for request in self._requests.values())
+        return None if nearest == float("inf") else max(0.0, nearest - self._clock())
+
+    def _add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+        if self._down is not None:
+            self._end(request, FinishReason.ERROR, self._down)
+
+    def _end_by_id(self, request_id: RequestId, reason: FinishReason, error: WeftError | None) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, reason, error)
+
+    def _loaded(self, generation: Generation, slab: Slab) -> None:
+        self.residency.arrived(generation, slab)
+        self._metrics.adapter_loads.labels(slab.method.name, "ok").inc()
+
+    def _load_failed(self, generation: Generation, error: WeftError) -> None:
+        self.residency.failed(generation)
+        self._metrics.adapter_loads.labels("", "failed").inc()
+        for request in list(self.scheduler.waiting):
+            if any(use.generation == generation for use in request.adapters):
+                self._end(request, FinishReason.ERROR, error)
+
+    def _evict(self, generation: Generation) -> Freed:
+        self.residency.unpin(generation)
+        return Freed(self.residency.evict(generation), self.blocks.purge(generation))
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _go_down(self) -> None:
+        self._down = Unavailable(
+            ENGINE_DOWN, "the engine stopped by a fault; another replica can answer", retry_after_s=5.0
+        )
+        self._fail_all(self._down)
+        self._stopping = True
+        self._callbacks.down()
+
+    def _fail_all(self, error: WeftError) -> None:
+        for request in list(self._requests.values()):
+            self._end(request, FinishReason.ERROR, error)
+
+    def _deliver(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._callbacks.events(events)
+
+    # -- metrics ------------------------------------------------------------------------------------------------
+
+    def _observe_step(self, step: Iterable[Scheduled], seconds: float) -> None:
+        metrics, rows, requests, adapters = self._metrics, 0, 0, set()
+        now = self._clock()
+        for request, num_tokens in step:
+            rows += num_tokens
+            requests += 1
+            adapters.update(use.generation for use in request.adapters)
+            if request.scheduled_s is None:
+                request.scheduled_s = now - seconds
+                metrics.queue_time.observe(request.scheduled_s - request.arrival_s)
+        metrics.step_seconds.observe(seconds)
+        metrics.batch_tokens.observe(rows)
+        metrics.batch_requests.observe(requests)
+        metrics.batch_adapters.observe(len(adapters))
+        self._observe_queue()
+
+    def _observe_queue(self) -> None:
+        metrics, blocks = self._metrics, self.blocks
+        metrics.running.set(len(self.scheduler.running))
+        metrics.waiting.set(len(self.scheduler.waiting))
+        metrics.kv_usage.set(blocks.num_used_blocks / blocks.num_blocks)
+        metrics.kv_blocks.labels("used").set(blocks.num_used_blocks)
+        metrics.kv_blocks.labels("free").set(blocks.num_free_blocks)
+        metrics.kv_blocks.labels("cached").set(blocks.num_cached_blocks)
+        preemptions = self.scheduler.num_preemptions
+        if preemptions:
+            metrics.preemptions.inc(preemptions)
+            self.scheduler.num_preemptions = 0
+
+    def _count_eviction(self, slab: Slab) -> None:
+        self._metrics.adapter_evictions.labels(slab.method.name).inc()
+
+
+def _non_finite(request: Request) -> WeftError:
+    if request.adapters:
+        return AdapterUnusable("ADAPTER_NON_FINITE", "the adapter made numbers that are not finite for this request")
+    return WeftError("NON_FINITE", "the base made numbers that are not finite for this request")
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Device memory is not to be trusted after a CUDA error."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)

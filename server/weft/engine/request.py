@@ -1,0 +1,155 @@
+"""A request as the engine sees it, and what it sends back. No torch here."""
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+from random import Random
+from typing import NamedTuple, NewType
+
+from weft.errors import WeftError
+
+RequestId = NewType("RequestId", str)
+Generation = NewType("Generation", str)  # sha256 of an adapter's canonical content, hex
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class RequestStatus(Enum):
+    """Where a request is. There is no prefill and no decode state: only num_computed_tokens catching up."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn and when to stop. Checked where the request enters (api/validation.py).
+
+    temperature 0 is greedy. stop_token_ids holds the end-of-sequence tokens too, unless they are to be ignored.
+    top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+    logprobs: None for none, else how many alternatives come with the chosen token's.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+
+
+class AdapterUse(NamedTuple):
+    """One adapter of a request: which content, how much of it, and how many virtual positions it brings."""
+
+    generation: Generation
+    gate: float
+    num_virtual_tokens: int
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its log-probability under the model (temperature 1, before any filter)."""
+
+    token_id: int
+    logprob: float
+
+
+class SampledToken(NamedTuple):
+    """One generated token; `top` holds the alternatives that were asked for, best first."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The terminal part of a request's last event. `error` is set exactly when `reason` is ERROR or CANCELLED."""
+
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    error: WeftError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step made for one request. Exactly one event of a request has `finish`, and it is the last."""
+
+    request_id: RequestId
+    tokens: tuple[SampledToken, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """A request inside the engine; only the engine thread changes it.
+
+    deadline_s, arrival_s: on the monotonic clock. cache_root: what the prefix-cache key starts from (block_manager.py).
+    num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    adapters: tuple[AdapterUse, ...] = ()
+    cache_root: bytes = b""
+    deadline_s: float = float("inf")
+    arrival_s: float = 0.0
+
+    status: RequestStatus = RequestStatus.WAITING
+    output: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+    virtual_blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    random: Random = field(default_factory=Random)
+    scheduled_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.random.seed(self.params.seed)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return sum(use.num_virtual_tokens for use in self.adapters)
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Prompt and output tokens start : stop."""
+        num_prompt = len(self.prompt_token_ids)
+        if start >= num_prompt:
+            return self.output[start - num_prompt : stop - num_prompt]
+        head = list(self.prompt_token_ids[start:stop])
+        return head if stop <= num_prompt else head + self.output[: stop - num_prompt]
+
+    def finish(self, reason: FinishReason, error: WeftError | None = None) -> Finish:
+        """The terminal record; marks the request as finished."""
+        assert self.status is not RequestStatus.FINISHED, self.request_id
+        self.status = RequestStatus.FINISHED
+        return Finish(
+            reason=reason,
+            error=error,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_completion_tokens=len(self.output),
+            num_cached_tokens=self.num_cached_tokens,
+        )

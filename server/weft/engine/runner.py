@@ -1,0 +1,102 @@
+"""The narrow waist: one model call per step.
+
+Everything above (scheduler, sampler, streams) meets the model only through `Runner`; tests put a scripted one here.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weft.adapters.slots import AdapterSlot, SlotTable
+from weft.engine.batch import AdapterRows, Batch
+from weft.kernels.selection import Kernels
+from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.inject import Driver
+from weft.methods.protocol import VirtualKV
+from weft.model.loader import Base
+from weft.model.paged_attention import KVCache, Paged, PagedBatch
+
+
+class Runner(Protocol):
+    """What the engine asks of the device. Only the engine thread calls it."""
+
+    @property
+    def slots(self) -> SlotTable:
+        """Where adapters live."""
+        ...
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute a step; logits [number of sample rows, V]."""
+        ...
+
+    def write_virtual(self, blocks: list[int], virtual: VirtualKV) -> None:
+        """Store an adapter's virtual keys and values in the KV pool."""
+        ...
+
+
+class ModelRunner:
+    """The real one: a loaded base, its KV pool and its adapter slots."""
+
+    def __init__(
+        self, base: Base, *, num_kv_blocks: int, block_size: int, adapter_bytes: int, kernels: Kernels
+    ) -> None:
+        self.slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=adapter_bytes, device=base.device)
+        self._base = base
+        self._kernels = kernels
+        self._cache = KVCache.allocate(
+            num_layers=base.shape.num_layers,
+            num_blocks=num_kv_blocks,
+            block_size=block_size,
+            num_kv_heads=base.shape.num_kv_heads,
+            head_dim=base.shape.head_dim,
+            dtype=base.dtype,
+            device=base.device,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        device = self._base.device
+        paged = PagedBatch(
+            cache=self._cache,
+            kv_slots=batch.kv_slots.to(device),
+            query_start=batch.query_start.to(device),
+            context_lens=batch.context_lens.to(device),
+            virtual_lens=batch.virtual_lens.to(device),
+            block_tables=batch.block_tables.to(device),
+        )
+        with self._base.context.use(self._driver(batch.adapter_rows)):
+            out = self._base.model(
+                input_ids=batch.input_ids[None].to(device),
+                position_ids=batch.positions[None].to(device),
+                use_cache=False,
+                logits_to_keep=batch.sample_rows.to(device),
+                paged=Paged(paged, self._kernels.attend),
+            )
+        return out.logits[0]
+
+    @torch.inference_mode()
+    def write_virtual(self, blocks: list[int], virtual: VirtualKV) -> None:
+        self._cache.write_virtual(blocks, virtual.keys, virtual.values)
+
+    def _driver(self, rows: AdapterRows | None) -> Driver | None:
+        if rows is None:
+            return None
+        if self._kernels.driver is not None:
+            return self._kernels.driver(self.slots, rows.offsets, rows.slots, rows.gates)
+        return ReferenceDriver(segments(self.slots, rows, self._base.device))
+
+
+def segments(slots: SlotTable, rows: AdapterRows, device: torch.device) -> Sequence[Segment]:
+    """The batch's adapter rows as the reference driver reads them: one segment per slot."""
+    grouped: dict[AdapterSlot, list[tuple[Tensor, Tensor]]] = {}
+    for begin, end, run_slots, run_gates in rows.runs:
+        index = torch.arange(begin, end)
+        for slot, gate in zip(run_slots, run_gates, strict=True):
+            grouped.setdefault(slot, []).append((index, torch.full((end - begin,), gate)))
+    result = []
+    for slot, parts in grouped.items():
+        index, gates = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
+        result.append(Segment(slots.method(slot), slots.params(slot), index, gates))
+    return result

@@ -1,0 +1,124 @@
+"""Which requests compute how many tokens in the next step. No torch here.
+
+There is no prefill phase and no decode phase: a request has tokens, some of them computed, and a step lets it catch up
+under one token budget. (The idea is vLLM V1's.) Running requests come first, in order of arrival; then waiting ones,
+skipping those whose adapters are still being loaded. Where the pool runs short, the youngest running request gives its
+blocks back and recomputes later.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from weft.engine.block_manager import BlockManager
+from weft.engine.request import Request, RequestStatus
+
+
+class Scheduled(NamedTuple):
+    """`num_tokens` of `request`, from its first uncomputed one."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step reaches the request's last token, whose row gives the next one."""
+        return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
+
+
+class Scheduler:
+    """The waiting and the running; the engine thread is its only caller.
+
+    admit(request): called before a waiting request starts; True when every adapter is resident and held for it, False
+    to try again in a later step.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        admit: Callable[[Request], bool],
+    ) -> None:
+        self.blocks = blocks
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._admit = admit
+        self.num_preemptions = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a finished request out, and its blocks back."""
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self.blocks.release(request)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step, in the order of its rows. Empty when nothing can run now."""
+        budget = self._max_num_batched_tokens
+        step: list[Scheduled] = []
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            if not self._make_room(request, num_tokens):
+                break  # the request itself was the youngest: it waits again
+            step.append(Scheduled(request, num_tokens))
+            budget -= num_tokens
+            index += 1
+        if len(self.waiting) and budget > 0:
+            step.extend(self._start_waiting(budget))
+        return step
+
+    def advance(self, step: list[Scheduled]) -> None:
+        """The step was computed: move the counters and let others share full blocks."""
+        for request, num_tokens in step:
+            request.num_computed_tokens += num_tokens
+            self.blocks.commit(request)
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        while not self.blocks.grow(request, request.num_computed_tokens + num_tokens):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue, without blocks but with its adapters; what it generated is recomputed."""
+        self.running.remove(request)
+        self.blocks.release(request)
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _start_waiting(self, budget: int) -> list[Scheduled]:
+        started: list[Scheduled] = []
+        skipped: list[Request] = []
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            request = self.waiting.popleft()
+            if not self._admit(request):
+                skipped.append(request)
+                continue
+            num_cached = self.blocks.match(request)
+            num_tokens = min(request.num_tokens - num_cached, budget)
+            if not self.blocks.grow(request, num_cached + num_tokens):
+                self.blocks.release(request)
+                skipped.append(request)
+                break
+            request.num_computed_tokens = num_cached
+            request.num_cached_tokens = max(request.num_cached_tokens, min(num_cached, request.num_prompt_tokens))
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+            started.append(Scheduled(request, num_tokens))
+            budget -= num_tokens
+        self.waiting.extendleft(reversed(skipped))
+        return started

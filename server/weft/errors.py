@@ -1,0 +1,159 @@
+"""Every error that Weft raises on purpose.
+
+    WeftError
+    ├── InvalidRequest        INVALID_ARGUMENT    a field breaks its rule
+    │   └── InvalidAdapter    INVALID_ARGUMENT    an adapter's files break a rule
+    ├── AdapterNotFound       NOT_FOUND           no such adapter id or generation
+    ├── AdapterExists         ALREADY_EXISTS      the id is taken and replacing was not asked for
+    ├── AdapterConflict       ABORTED             lost a race: stale expected generation, unregistered while queued
+    ├── AdapterUnusable       FAILED_PRECONDITION the adapter is loading, draining, quarantined, of another base
+    ├── Overloaded            RESOURCE_EXHAUSTED  a queue, quota or pool is full
+    ├── DeadlineExceeded      DEADLINE_EXCEEDED   the caller's time ran out
+    ├── Cancelled             CANCELLED           the caller went away
+    ├── Unavailable           UNAVAILABLE         draining, or the engine is gone; another attempt elsewhere is safe
+    ├── DataLoss              DATA_LOSS           a stored blob no longer has its digest
+    └── Unsupported           UNIMPLEMENTED       the call exists and this server does not offer it
+
+An error is transport-free: it carries a canonical code, a stable `reason`, the metadata that its text repeats,
+and, only where another attempt can help, a retry delay. The text names the field, the rule, the limit and the given
+value; it never holds server paths, other tenants' names, prompts or tracebacks.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Self
+
+_GIVEN_CHARACTERS_MAX = 64
+
+
+class Code(StrEnum):
+    """The canonical gRPC code names this tree uses (google/rpc/code.proto)."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    ABORTED = "ABORTED"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    CANCELLED = "CANCELLED"
+    UNAVAILABLE = "UNAVAILABLE"
+    DATA_LOSS = "DATA_LOSS"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
+    INTERNAL = "INTERNAL"
+
+
+def shown(value: object) -> str:
+    """`value` as an error may show it: control characters escaped, at most 64 characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text[: _GIVEN_CHARACTERS_MAX + 1].encode("unicode_escape").decode("ascii")
+    return text if len(text) <= _GIVEN_CHARACTERS_MAX else text[: _GIVEN_CHARACTERS_MAX - 1] + "…"
+
+
+class WeftError(Exception):
+    """Base of the tree.
+
+    reason: UPPER_SNAKE, stable across releases; what programs compare.
+    message: for people.
+    field: path of the offending field (`sampling.temperature`), or "" where no single field is at fault.
+    metadata: the variable parts of the message (`limit`, `given` …), as strings.
+    retry_after_s: set only where the same call can succeed later.
+    """
+
+    code = Code.INTERNAL
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        field: str = "",
+        metadata: Mapping[str, object] = MappingProxyType({}),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.field = field
+        self.metadata = {key: shown(value) for key, value in metadata.items()}
+        if field:
+            self.metadata.setdefault("field", field)
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(WeftError):
+    """A request field breaks its rule; sending it again cannot help."""
+
+    code = Code.INVALID_ARGUMENT
+
+    @classmethod
+    def rule(cls, reason: str, field: str, rule: str, *, given: object, limit: object = None) -> Self:
+        """`field`: rule[, limit …], given …: the one way the texts of broken rules are made."""
+        metadata = {"given": given} if limit is None else {"limit": limit, "given": given}
+        bounds = "" if limit is None else f" (limit {shown(limit)})"
+        return cls(reason, f"{field}: {rule}{bounds}, given {shown(given)}", field=field, metadata=metadata)
+
+
+class InvalidAdapter(InvalidRequest):
+    """An adapter's files break a rule; nothing of them was kept."""
+
+
+class AdapterNotFound(WeftError):
+    """No such adapter. Unknown and foreign ids answer alike."""
+
+    code = Code.NOT_FOUND
+
+
+class AdapterExists(WeftError):
+    """The id is taken by other content and `replace` was not set."""
+
+    code = Code.ALREADY_EXISTS
+
+
+class AdapterConflict(WeftError):
+    """Another call changed the adapter first."""
+
+    code = Code.ABORTED
+
+
+class AdapterUnusable(WeftError):
+    """The adapter exists and cannot serve now."""
+
+    code = Code.FAILED_PRECONDITION
+
+
+class Overloaded(WeftError):
+    """A bounded resource is full."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class DeadlineExceeded(WeftError):
+    """The caller's deadline passed."""
+
+    code = Code.DEADLINE_EXCEEDED
+
+
+class Cancelled(WeftError):
+    """The caller cancelled."""
+
+    code = Code.CANCELLED
+
+
+class Unavailable(WeftError):
+    """This server cannot take the call; trying again, here or on another replica, is safe."""
+
+    code = Code.UNAVAILABLE
+
+
+class DataLoss(WeftError):
+    """Stored bytes no longer match their digest."""
+
+    code = Code.DATA_LOSS
+
+
+class Unsupported(WeftError):
+    """The call is part of the contract and not offered here."""
+
+    code = Code.UNIMPLEMENTED

@@ -1,0 +1,348 @@
+// Gated adapter deltas of one site, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t]).
+//
+// Two phases in one parallel region. Shrink: hidden = A x, per (block, entry, eight ranks). Expand: y += gate * hidden B and the
+// elementwise kinds, per (block, 256 outputs). A block is up to four consecutive rows with the same list of slots; it
+// reads each weight once for its rows and changes no row's order of operations:
+//   hidden[r] = sum over the lanes of the chain over i;  delta[o] = the chain over r;  y = the chain over the row's entries, in their order.
+#include "lanes.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <omp.h>
+
+namespace weft {
+namespace {
+
+enum Kind : int64_t { NOTHING = 0, LORA = 1, OUTPUT_SCALE = 2, INPUT_SCALE = 3, BIAS = 4 };
+
+struct Site {  // one row of the table
+    int64_t kind, rank, a, b;
+};
+
+constexpr int ROWS = 4;               // rows of a block
+constexpr int RANKS = 8;              // ranks of a shrink task
+constexpr int64_t CHUNK = 256;        // outputs of an expand task
+constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds under which waking a second thread costs more than it saves
+
+struct Rows {
+    const int32_t *offsets, *slots;
+    const float *gates;
+    int64_t count;
+    const Site *table;
+    int64_t num_slots;
+
+    Status check(int64_t num_entries) const {
+        if (offsets[0] != 0 || offsets[count] != num_entries) return BAD_OFFSETS;
+        for (int64_t t = 0; t < count; t++)
+            if (offsets[t + 1] < offsets[t]) return BAD_OFFSETS;
+        for (int64_t n = 0; n < num_entries; n++)
+            if (slots[n] < 0 || slots[n] >= num_slots) return BAD_SLOT;
+        return OK;
+    }
+
+    bool same_slots(int64_t s, int64_t t) const {
+        int32_t entries = offsets[s + 1] - offsets[s];
+        return offsets[t + 1] - offsets[t] == entries &&
+               std::equal(slots + offsets[s], slots + offsets[s] + entries, slots + offsets[t]);
+    }
+};
+
+// Work of one thread: the tasks whose cost begins in its share of the whole.
+struct Task {
+    int32_t block, entry, part;
+    int64_t cost_before;
+};
+
+struct Tasks {
+    std::vector<Task> list;
+    int64_t cost = 0;
+
+    void add(int32_t block, int32_t entry, int32_t part, int64_t task_cost) {
+        list.push_back({block, entry, part, cost});
+        cost += task_cost;
+    }
+    size_t begin_of(int thread, int threads) const {
+        int64_t share = cost * thread / threads;
+        auto before = [](const Task &task, int64_t value) { return task.cost_before < value; };
+        return std::lower_bound(list.begin(), list.end(), share, before) - list.begin();
+    }
+};
+
+struct Block {
+    int64_t row;
+    int32_t rows, entries;
+    int64_t hidden;          // where its hidden vectors begin: [entry][row][rank]
+    bool is_live[ROWS];      // has the row any entry that adds something
+};
+
+struct Plan {
+    std::vector<Block> blocks;
+    Tasks shrink, expand;
+    int64_t hidden_size = 0, work = 0;
+
+    Plan(const Rows &rows, int64_t in, int64_t out) {
+        for (int64_t t = 0; t < rows.count;) {
+            int64_t end = t + 1;
+            while (end < rows.count && end - t < ROWS && rows.same_slots(t, end)) end++;
+            add(rows, t, int32_t(end - t), in, out);
+            t = end;
+        }
+    }
+
+    void add(const Rows &rows, int64_t row, int32_t count, int64_t in, int64_t out) {
+        Block block = {row, count, rows.offsets[row + 1] - rows.offsets[row], hidden_size, {}};
+        int32_t index = int32_t(blocks.size());
+        int64_t depth = 0;  // operations per output
+        for (int32_t e = 0; e < block.entries; e++) {
+            const Site &site = rows.table[rows.slots[rows.offsets[row] + e]];
+            if (site.kind != LORA && site.kind != OUTPUT_SCALE && site.kind != BIAS) continue;
+            bool is_used = false;
+            for (int32_t r = 0; r < count; r++)
+                if (rows.gates[rows.offsets[row + r] + e] != 0.0f) is_used = block.is_live[r] = true;
+            if (site.kind == LORA) {
+                for (int64_t rank = 0; is_used && rank < site.rank; rank += RANKS) {
+                    int64_t ranks = std::min<int64_t>(RANKS, site.rank - rank);
+                    shrink.add(index, e, int32_t(rank), ranks * (1 + count));
+                }
+                hidden_size += count * site.rank;
+                if (is_used) work += count * site.rank * (in + out);
+            }
+            if (is_used) depth += site.kind == LORA ? site.rank : 1;
+        }
+        if (depth == 0) return;
+        blocks.push_back(block);
+        work += 4 * count * out;
+        for (int64_t o = 0; o < out; o += CHUNK)
+            expand.add(index, 0, int32_t(o / CHUNK), (depth + 4) * (1 + count) * std::min(CHUNK, out - o));
+    }
+};
+
+// hidden[row][rank] for R rows and K ranks at once.
+template <int R, int K, class X, class W>
+void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hidden, int64_t rank) {
+    constexpr Order ORDER = order_of<W>();
+    f32x16 acc[R][K] = {};
+    int64_t i = 0;
+    auto step = [&](auto take) {
+        Unit xs[R];
+        for (int r = 0; r < R; r++) xs[r] = take(x + r * x_stride + i);
+        for (int k = 0; k < K; k++) {
+            Unit w = take(a + k * in + i);
+            for (int r = 0; r < R; r++) {
+                acc[r][k] = fma(xs[r].lo, w.lo, acc[r][k]);
+                acc[r][k] = fma(xs[r].hi, w.hi, acc[r][k]);
+            }
+        }
+    };
+    for (; i + UNIT <= in; i += UNIT) step([](auto *from) { return load<ORDER>(from); });
+    if (i < in) step([&](auto *from) { return load_part<ORDER>(from, in - i); });
+    for (int r = 0; r < R; r++)
+        for (int k = 0; k < K; k++) hidden[r * rank + k] = sum(acc[r][k]);
+}
+
+template <class X, class W>
+void shrink(const X *x, int64_t x_stride, int32_t rows, const W *a, int64_t in, float *hidden, int64_t rank, int64_t ranks) {
+    int64_t k = 0;
+    if (rows == ROWS) {
+        for (; k + 4 <= ranks; k += 4) shrink_tile<ROWS, 4>(x, x_stride, a + k * in, in, hidden + k, rank);
+        for (; k < ranks; k++) shrink_tile<ROWS, 1>(x, x_stride, a + k * in, in, hidden + k, rank);
+        return;
+    }
+    for (int32_t r = 0; r < rows; r++) {
+        for (k = 0; k + 8 <= ranks; k += 8) shrink_tile<1, 8>(x, x_stride, a + k * in, in, hidden + k, rank);
+        for (; k + 4 <= ranks; k += 4) shrink_tile<1, 4>(x, x_stride, a + k * in, in, hidden + k, rank);
+        for (; k < ranks; k++) shrink_tile<1, 1>(x, x_stride, a + k * in, in, hidden + k, rank);
+        x += x_stride, hidden += rank;
+    }
+}
+
+// U units of the outputs of R rows, from `o` on; `part` is their number where it is less than a unit.
+template <int R, int U, class X, class W>
+void expand_tile(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride, int64_t out,
+                 int64_t o, int64_t part) {
+    constexpr Order ORDER = order_of<W>();
+    auto take = [part](auto *from) { return U == 1 && part ? load_part<ORDER>(from, part) : load<ORDER>(from); };
+    Unit base[R][U], total[R][U];
+    for (int r = 0; r < R; r++)
+        for (int u = 0; u < U; u++) total[r][u] = base[r][u] = take(y + r * y_stride + o + u * UNIT);
+
+    const int32_t *entry_of[R];
+    for (int r = 0; r < R; r++) entry_of[r] = rows.offsets + block.row + first + r;
+    auto add = [&](int32_t e, int r, int u, Unit delta) {
+        float gate = rows.gates[*entry_of[r] + e];
+        if (gate == 0.0f) return;
+        total[r][u].lo = fma(gate, delta.lo, total[r][u].lo);
+        total[r][u].hi = fma(gate, delta.hi, total[r][u].hi);
+    };
+    for (int32_t e = 0; e < block.entries; e++) {
+        const Site &site = rows.table[rows.slots[*entry_of[0] + e]];
+        bool is_used = false;
+        for (int r = 0; r < R; r++) is_used |= rows.gates[*entry_of[r] + e] != 0.0f;
+        if (!is_used) {
+            if (site.kind == LORA) hidden += block.rows * site.rank;
+        } else if (site.kind == LORA) {
+            const W *b = (const W *)site.b + o;
+            const float *h = hidden + first * site.rank;
+            f32x16 lo[R][U] = {}, hi[R][U] = {};
+            for (int64_t k = 0; k < site.rank; k++) {
+                for (int u = 0; u < U; u++) {
+                    Unit w = take(b + k * out + u * UNIT);
+                    for (int r = 0; r < R; r++) {
+                        lo[r][u] = fma(h[r * site.rank + k], w.lo, lo[r][u]);
+                        hi[r][u] = fma(h[r * site.rank + k], w.hi, hi[r][u]);
+                    }
+                }
+            }
+            for (int r = 0; r < R; r++)
+                for (int u = 0; u < U; u++) add(e, r, u, {lo[r][u], hi[r][u]});
+            hidden += block.rows * site.rank;
+        } else if (site.kind == OUTPUT_SCALE) {
+            const float *l = (const float *)site.a + o;
+            for (int u = 0; u < U; u++) {
+                Unit scale = take(l + u * UNIT);
+                for (int r = 0; r < R; r++)
+                    add(e, r, u, {(scale.lo - 1.0f) * base[r][u].lo, (scale.hi - 1.0f) * base[r][u].hi});
+            }
+        } else if (site.kind == BIAS) {
+            const float *bias = (const float *)site.a + o;
+            for (int u = 0; u < U; u++) {
+                Unit delta = take(bias + u * UNIT);
+                for (int r = 0; r < R; r++) add(e, r, u, delta);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        if (!block.is_live[first + r]) continue;
+        for (int u = 0; u < U; u++) {
+            X *to = y + r * y_stride + o + u * UNIT;
+            if (U == 1 && part) store_part<ORDER>(to, part, total[r][u]);
+            else store<ORDER>(to, total[r][u]);
+        }
+    }
+}
+
+template <int R, int U, class X, class W>
+void expand(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride, int64_t out,
+            int64_t o, int64_t end) {
+    for (; o + U * UNIT <= end; o += U * UNIT)
+        expand_tile<R, U, X, W>(rows, block, first, hidden, y, y_stride, out, o, 0);
+    for (; o + UNIT <= end; o += UNIT) expand_tile<R, 1, X, W>(rows, block, first, hidden, y, y_stride, out, o, 0);
+    if (o < end) expand_tile<R, 1, X, W>(rows, block, first, hidden, y, y_stride, out, o, end - o);
+}
+
+template <class X, class W>
+void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, int64_t in, int64_t out, const Rows &rows, int threads) {
+    const Plan plan(rows, in, out);
+    if (plan.blocks.empty()) return;
+    std::unique_ptr<float[]> hidden(new float[plan.hidden_size]);
+
+    auto run = [&](int thread, int team) {
+        auto shrink_end = plan.shrink.begin_of(thread + 1, team), expand_end = plan.expand.begin_of(thread + 1, team);
+        for (auto n = plan.shrink.begin_of(thread, team); n < shrink_end; n++) {
+            const Task &task = plan.shrink.list[n];
+            const Block &block = plan.blocks[task.block];
+            const int32_t *slots = rows.slots + rows.offsets[block.row];
+            const Site &site = rows.table[slots[task.entry]];
+            float *to = hidden.get() + block.hidden + task.part;
+            for (int32_t e = 0; e < task.entry; e++)
+                if (rows.table[slots[e]].kind == LORA) to += block.rows * rows.table[slots[e]].rank;
+            shrink(x + block.row * x_stride, x_stride, block.rows, (const W *)site.a + task.part * in, in, to, site.rank,
+                   std::min<int64_t>(RANKS, site.rank - task.part));
+        }
+        if (team > 1) {
+#pragma omp barrier
+        }
+        for (auto n = plan.expand.begin_of(thread, team); n < expand_end; n++) {
+            const Task &task = plan.expand.list[n];
+            const Block &block = plan.blocks[task.block];
+            const float *h = hidden.get() + block.hidden;
+            X *to = y + block.row * y_stride;
+            int64_t o = task.part * CHUNK, end = std::min(o + CHUNK, out);
+            if (block.rows == ROWS) {
+                expand<ROWS, 2, X, W>(rows, block, 0, h, to, y_stride, out, o, end);
+            } else {
+                for (int32_t r = 0; r < block.rows; r++)
+                    if (block.is_live[r]) expand<1, 4, X, W>(rows, block, r, h, to + r * y_stride, y_stride, out, o, end);
+            }
+        }
+    };
+    // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
+    if (threads == 1 || plan.work < SERIAL_BELOW) return run(0, 1);
+#pragma omp parallel num_threads(threads)
+    run(omp_get_thread_num(), omp_get_num_threads());
+}
+
+template <class X>
+void pre(const X *x, int64_t x_stride, X *out, int64_t out_stride, int64_t in, const Rows &rows, int threads) {
+    auto run = [&](int64_t t) {
+        const X *from = x + t * x_stride;
+        X *to = out + t * out_stride;
+        int32_t begin = rows.offsets[t], end = rows.offsets[t + 1];
+        auto is_used = [&](int32_t n) { return rows.gates[n] != 0.0f && rows.table[rows.slots[n]].kind == INPUT_SCALE; };
+        while (begin < end && !is_used(begin)) begin++;
+        if (begin == end) {
+            memcpy(to, from, in * sizeof(X));
+            return;
+        }
+        auto scaled = [&](int64_t i, auto take) {
+            Unit base = take(from + i), total = base;
+            for (int32_t n = begin; n < end; n++) {
+                if (!is_used(n)) continue;
+                Unit l = take((const float *)rows.table[rows.slots[n]].a + i);
+                total.lo = fma(rows.gates[n], (l.lo - 1.0f) * base.lo, total.lo);
+                total.hi = fma(rows.gates[n], (l.hi - 1.0f) * base.hi, total.hi);
+            }
+            return total;
+        };
+        int64_t i = 0;
+        for (; i + UNIT <= in; i += UNIT) store<NATURAL>(to + i, scaled(i, [](auto *p) { return load<NATURAL>(p); }));
+        if (i < in)
+            store_part<NATURAL>(to + i, in - i, scaled(i, [&](auto *p) { return load_part<NATURAL>(p, in - i); }));
+    };
+    if (threads == 1 || rows.count * in < SERIAL_BELOW) {
+        for (int64_t t = 0; t < rows.count; t++) run(t);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows.count; t++) run(t);
+}
+
+}  // namespace
+}  // namespace weft
+
+extern "C" {
+
+int weft_post(const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t in, int64_t out, int is_bf16,
+              int is_weight_bf16, const int32_t *offsets, const int32_t *slots, const float *gates, int64_t num_rows,
+              int64_t num_entries, const void *table, int64_t num_slots, int threads) {
+    using namespace weft;
+    const Rows rows = {offsets, slots, gates, num_rows, (const Site *)table, num_slots};
+    if (Status status = rows.check(num_entries)) return status;
+    try {
+        auto go = [&](auto act, auto weight) {
+            using X = decltype(act);
+            post<X, decltype(weight)>((const X *)x, x_stride, (X *)y, y_stride, in, out, rows, threads);
+        };
+        if (is_bf16) is_weight_bf16 ? go(bf16{}, bf16{}) : go(bf16{}, float{});
+        else is_weight_bf16 ? go(float{}, bf16{}) : go(float{}, float{});
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
+    return OK;
+}
+
+int weft_pre(const void *x, int64_t x_stride, void *out, int64_t out_stride, int64_t in, int is_bf16, const int32_t *offsets,
+             const int32_t *slots, const float *gates, int64_t num_rows, int64_t num_entries, const void *table,
+             int64_t num_slots, int threads) {
+    using namespace weft;
+    const Rows rows = {offsets, slots, gates, num_rows, (const Site *)table, num_slots};
+    if (Status status = rows.check(num_entries)) return status;
+    if (is_bf16) pre((const bf16 *)x, x_stride, (bf16 *)out, out_stride, in, rows, threads);
+    else pre((const float *)x, x_stride, (float *)out, out_stride, in, rows, threads);
+    return OK;
+}
+
+}  // extern "C"

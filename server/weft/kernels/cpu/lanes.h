@@ -1,0 +1,136 @@
+// Sixteen float32 lanes, bfloat16, and the one way in which the CPU kernels multiply, round and sum.
+//
+// Bits are part of the contract: a row's result may depend on its own numbers only. So every sum here has one written order,
+// `fma` is the only product that is accumulated, and the compiler is told not to contract anything by itself
+// (-ffp-contract=off): a block of four rows and a lone row then run the same operations whatever the optimizer does.
+// The types are GCC's portable vectors; a machine without 512-bit registers gets the same lanes in pieces.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace weft {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V>
+static inline V read(const void *from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+static inline void write(void *to, V v) {
+    memcpy(to, &v, sizeof v);
+}
+
+static inline f32x16 splat(float s) { return f32x16{} + s; }
+
+static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#ifdef __FMA__
+    f32x16 r;
+    for (int i = 0; i < 16; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);  // one instruction where the machine has it
+    return r;
+#else
+    return a * b + c;
+#endif
+}
+
+static inline f32x16 fma(float a, f32x16 b, f32x16 c) { return fma(splat(a), b, c); }
+
+// The sum of the lanes: halves, quarters, eighths, sixteenths.
+static inline float sum(f32x16 v) {
+    v += __builtin_shuffle(v, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v += __builtin_shuffle(v, i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    v += __builtin_shuffle(v, i32x16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    return v[0];
+}
+
+// Round to nearest even, as torch does; a NaN stays a NaN. The bfloat16 is the upper half of each lane, the lower is noise.
+static inline u32x16 rounded(f32x16 v) {
+    u32x16 bits = (u32x16)v;
+    u32x16 up = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return v == v ? up : (bits | 0x00400000u);
+}
+
+// Thirty-two consecutive elements, in one of two orders. Two bfloat16 side by side are one 32-bit word, so taking the words
+// apart into even and odd elements costs one operation each, where widening in natural order costs a shuffle as well.
+struct Unit {
+    f32x16 lo, hi;
+};
+enum Order { NATURAL, SPLIT };  // lo, hi = first and second half, or even and odd elements
+constexpr int UNIT = 32;
+
+constexpr i32x16 EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+constexpr i32x16 ODD = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+constexpr i32x16 FIRST = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+constexpr i32x16 SECOND = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+static inline f32x16 widen(u16x16 v) { return (f32x16)(__builtin_convertvector(v, u32x16) << 16); }
+static inline f32x16 even(u32x16 words) { return (f32x16)(words << 16); }
+static inline f32x16 odd(u32x16 words) { return (f32x16)(words & 0xffff0000u); }
+
+template <Order ORDER>
+static inline Unit load(const float *from) {
+    f32x16 a = read<f32x16>(from), b = read<f32x16>(from + 16);
+    if (ORDER == NATURAL) return {a, b};
+    return {__builtin_shuffle(a, b, EVEN), __builtin_shuffle(a, b, ODD)};
+}
+
+template <Order ORDER>
+static inline Unit load(const bf16 *from) {
+    if (ORDER == NATURAL) return {widen(read<u16x16>(from)), widen(read<u16x16>(from + 16))};
+    u32x16 words = read<u32x16>(from);
+    return {even(words), odd(words)};
+}
+
+template <Order ORDER>
+static inline void store(float *to, Unit v) {
+    write(to, ORDER == NATURAL ? v.lo : __builtin_shuffle(v.lo, v.hi, FIRST));
+    write(to + 16, ORDER == NATURAL ? v.hi : __builtin_shuffle(v.lo, v.hi, SECOND));
+}
+
+template <Order ORDER>
+static inline void store(bf16 *to, Unit v) {
+    u32x16 lo = rounded(v.lo), hi = rounded(v.hi);
+    if (ORDER == NATURAL) {
+        write(to, __builtin_convertvector(lo >> 16, u16x16));
+        write(to + 16, __builtin_convertvector(hi >> 16, u16x16));
+    } else {
+        write(to, (lo >> 16) | (hi & 0xffff0000u));
+    }
+}
+
+// The first `count` < 32 elements; the others are zero on the way in and untouched on the way out.
+template <Order ORDER, class T>
+static inline Unit load_part(const T *from, int64_t count) {
+    T all[UNIT] = {};
+    memcpy(all, from, count * sizeof(T));
+    return load<ORDER>(all);
+}
+
+template <Order ORDER, class T>
+static inline void store_part(T *to, int64_t count, Unit v) {
+    T all[UNIT];
+    store<ORDER>(all, v);
+    memcpy(to, all, count * sizeof(T));
+}
+
+template <class T>
+constexpr Order order_of() {
+    return sizeof(T) == 2 ? SPLIT : NATURAL;
+}
+
+// What a C function here answers: 0, or the reason why it wrote nothing.
+enum Status : int { OK = 0, NO_MEMORY = 1, BAD_OFFSETS = 2, BAD_SLOT = 3, BAD_KV_SLOT = 4, BAD_LENGTHS = 5, BAD_BLOCK = 6 };
+
+}  // namespace weft

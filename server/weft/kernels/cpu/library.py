@@ -1,0 +1,130 @@
+"""Build and load of the C++ kernels, once per machine.
+
+The sources beside this file are compiled on first use into the user's cache directory, under a name that is the digest of
+everything the result depends on: the sources, the flags, and what the compiler says of itself and of this processor.
+They are plain C functions without torch or Python headers, so one library serves every version of both.
+
+The library is linked without an OpenMP runtime. Its symbols resolve, when it is loaded, against the runtime that torch
+has already made global; so both share one pool of threads, and a torch without one is a reason not to load, not a crash.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch  # noqa: F401  its import makes the OpenMP runtime global
+
+_SOURCES = ("deltas.cpp",)
+_HEADERS = ("lanes.h",)
+_FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
+_BUILD_S_MAX = 300
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_ROWS = (_POINTER, _POINTER, _POINTER, _LONG, _LONG)  # offsets, slots, gates, number of rows, number of entries
+_TABLE = (_POINTER, _LONG)  # table, number of slots
+_CACHE = (_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG)  # keys, values, blocks, block size, KV heads, head size
+_FUNCTIONS = {
+    "weft_post": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, *_ROWS, *_TABLE, _INT),
+    "weft_pre": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _INT, *_ROWS, *_TABLE, _INT),
+}
+
+
+class KernelsUnavailable(RuntimeError):
+    """The CPU kernels cannot run here; the text says why. The torch reference path computes the same."""
+
+
+class Library(NamedTuple):
+    """The loaded kernels, or the reason why there are none."""
+
+    functions: ctypes.CDLL | None
+    reason: str  # "" when loaded
+
+
+@functools.cache
+def load() -> Library:
+    """The kernels of this machine, compiled if nobody has done it yet (about five seconds)."""
+    try:
+        path = build(cache_directory())
+        functions = ctypes.CDLL(str(path))
+    except KernelsUnavailable as error:
+        return Library(None, str(error))
+    except OSError as error:
+        return Library(None, f"the CPU kernels do not load: {error}")
+    for name, arguments in _FUNCTIONS.items():
+        function = getattr(functions, name)
+        function.argtypes = arguments
+        function.restype = ctypes.c_int
+    return Library(functions, "")
+
+
+def available() -> bool:
+    """Whether the kernels can run here; the first call may compile them."""
+    return load().functions is not None
+
+
+def functions() -> ctypes.CDLL:
+    """The loaded kernels; raises KernelsUnavailable with the reason."""
+    library = load()
+    if library.functions is None:
+        raise KernelsUnavailable(library.reason)
+    return library.functions
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels live: $XDG_CACHE_HOME/weft/kernels, else ~/.cache/weft/kernels."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise KernelsUnavailable("no home directory for the compiled CPU kernels: set XDG_CACHE_HOME") from error
+    return base / "weft" / "kernels"
+
+
+def build(directory: Path) -> Path:
+    """Compile the kernels into `directory`, unless they are there, and return the library's path.
+
+    Any number of processes may do this at once: each compiles beside the final name and renames, so that name is absent
+    or complete. The directory is private to the user, because its files are loaded as code.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"):
+        raise KernelsUnavailable(f"no CPU kernels for {platform.machine() or 'this machine'}: 64-bit x86 and ARM have them")
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        raise KernelsUnavailable("no C++ compiler for the CPU kernels: install g++ or set CXX to one")
+    here = Path(__file__).parent
+    target = _run(compiler, *_FLAGS, "-E", "-dM", "-x", "c++", os.devnull)  # compiler version and processor features
+    digest = hashlib.sha256(repr((_FLAGS, target)).encode())
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update((here / name).read_bytes())
+    path = directory / f"{digest.hexdigest()[:32]}.so"
+    if path.exists():
+        return path
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
+            objects = [str(Path(scratch, name).with_suffix(".o")) for name in _SOURCES]
+            for source, result in zip(_SOURCES, objects, strict=True):
+                _run(compiler, *_FLAGS, "-c", str(here / source), "-o", result)
+            linked = Path(scratch, path.name)
+            _run(compiler, "-shared", *objects, "-o", str(linked))  # no -fopenmp: see the top
+            linked.replace(path)
+    except OSError as error:
+        raise KernelsUnavailable(f"no room for the compiled CPU kernels: {error}; set XDG_CACHE_HOME") from error
+    return path
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=True)  # noqa: S603  our own
+    except subprocess.CalledProcessError as error:
+        raise KernelsUnavailable(f"the CPU kernels do not compile: {error.stderr.strip()[-400:]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailable(f"the C++ compiler does not run: {error}") from error
+    return done.stdout

@@ -1,0 +1,86 @@
+"""PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`.
+
+`read` takes parsed data (the trust boundary in weft/adapters parses it); `write` makes a directory that PEFT loads.
+An adapter made by Weft names its base's digest in the safetensors metadata, and is refused on another base.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weft.config import AdapterLimits
+from weft.errors import AdapterUnusable, InvalidAdapter
+from weft.methods.checkpoint import ia3, lora, prefix
+from weft.methods.protocol import Adapter, BaseShape
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_BASE_DIGEST = "weft_base_digest"
+
+
+class _Format(NamedTuple):
+    read: Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseShape, AdapterLimits], Adapter]
+    write: Callable[[Adapter], tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+_FORMATS: Mapping[str, _Format] = MappingProxyType(
+    {
+        "LORA": _Format(lora.read, lora.write),
+        "IA3": _Format(ia3.read, ia3.write),
+        "PREFIX_TUNING": _Format(prefix.read, prefix.write),
+    }
+)
+
+
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    base: BaseShape,
+    limits: AdapterLimits,
+) -> Adapter:
+    """The adapter that a PEFT directory holds, fitted to `base`.
+
+    Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
+    """
+    peft_type = config.get("peft_type")
+    form = _FORMATS.get(peft_type) if isinstance(peft_type, str) else None
+    if form is None:
+        raise InvalidAdapter.rule(
+            "FEATURE_UNSUPPORTED",
+            "adapter_config.peft_type",
+            "is not served",
+            limit=", ".join(_FORMATS),
+            given=peft_type,
+        )
+    digest = metadata.get(_BASE_DIGEST)
+    if digest is not None and digest != base.digest:
+        raise AdapterUnusable(
+            "BASE_MISMATCH",
+            f"adapter_model.safetensors: trained for base {digest[:12]}…, this server holds {base.digest[:12]}… "
+            "(weights and quantization count)",
+            field="adapter_model.safetensors",
+            metadata={"limit": base.digest, "given": digest},
+        )
+    return form.read(config, tensors, base, limits)
+
+
+def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
+    """Write the two files of a PEFT directory, creating it; float32 tensors stay float32."""
+    directory.mkdir(parents=True, exist_ok=True)
+    keys, tensors = _FORMATS[adapter.method.peft_type].write(adapter)
+    config = {
+        "peft_type": adapter.method.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "inference_mode": True,
+        **keys,
+    }
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt", _BASE_DIGEST: base.digest})
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,80 @@
+"""IA³ in PEFT's form: `P.ia3_l`, (out, 1) for scaled outputs, (1, in) for modules in `feedforward_modules`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from weft.config import AdapterLimits
+from weft.errors import InvalidAdapter
+from weft.methods import ia3
+from weft.methods.checkpoint import scan, schema
+from weft.methods.protocol import Adapter, BaseShape
+
+_L = "ia3_l"
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
+    """Check everything and give the adapter."""
+    schema.check(config, schema.IA3)
+    feedforward = _names(config, "feedforward_modules")
+    targets = _names(config, "target_modules")
+    if targets is not None and feedforward is not None and not feedforward <= targets:
+        raise InvalidAdapter.rule(
+            "CONFIG_TARGETS",
+            "adapter_config.feedforward_modules",
+            "must be a subset of target_modules",
+            given=", ".join(sorted(feedforward - targets)),
+        )
+    by_module: dict[str, tuple[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = scan.split_key(key, (_L,))
+        if split is None:
+            raise scan.refuse_unknown(key, "IA³")
+        if split[0] in by_module:
+            raise InvalidAdapter.rule(
+                "PAIR_INCOMPLETE", key, "names a vector that another tensor names too", given=split[0]
+            )
+        by_module[split[0]] = (key, tensor)
+
+    params: dict[str, ia3.Ia3Params] = {}
+    for module, site in scan.require_sites(by_module, base).items():
+        key, tensor = by_module[module]
+        if feedforward is None:  # a pattern, never compiled: the shape decides
+            is_feedforward = tuple(tensor.shape) == (1, site.in_features)
+        else:
+            is_feedforward = any(module == name or module.endswith("." + name) for name in feedforward)
+        scan.require_shape(key, tensor, (1, site.in_features) if is_feedforward else (site.out_features, 1))
+        params[module] = ia3.Ia3Params(tensor.reshape(-1), is_feedforward)
+    scan.check_values(tensors, limits)
+    if all(scan.is_zero(p.scale - 1) for p in params.values()):
+        raise scan.no_effect("IA³")
+    suffix = {module: base.sites[module].suffix for module in params}
+    read_config = ia3.Ia3Config(
+        target_modules=tuple(sorted(set(suffix.values()))),
+        feedforward_modules=tuple(sorted({suffix[m] for m, p in params.items() if p.is_feedforward})),
+    )
+    return Adapter(method=ia3.METHOD, config=read_config, sites=params)
+
+
+def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's config keys and tensors."""
+    config: ia3.Ia3Config = adapter.config
+    keys = {"target_modules": list(config.target_modules), "feedforward_modules": list(config.feedforward_modules)}
+    tensors = {
+        scan.full_key(module, _L): params.scale.reshape((1, -1) if params.is_feedforward else (-1, 1))
+        for module, params in adapter.sites.items()
+    }
+    return keys, tensors
+
+
+def _names(config: Mapping[str, Any], key: str) -> frozenset[str] | None:
+    """The module names of a list; None for a pattern or where the key is absent."""
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise InvalidAdapter.rule(
+            "CONFIG_TARGETS", f"adapter_config.{key}", "must be a list of module names", given=value
+        )
+    return frozenset(value)

@@ -1,0 +1,100 @@
+"""Checks that every method's tensors pass: known module, finite, in range."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from weft.config import AdapterLimits
+from weft.errors import InvalidAdapter
+from weft.methods.protocol import BaseShape, Site
+
+_PEFT_PREFIX = "base_model.model."
+_NAMES_SHOWN = 5
+_CHUNK_ELEMENTS = 1 << 22  # bounds the scan's temporaries
+
+
+def split_key(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
+    """(module path in the base, ending) of a tensor name, or None where no ending fits. The PEFT prefix is optional."""
+    for ending in endings:
+        if key.endswith("." + ending):
+            return key.removesuffix("." + ending).removeprefix(_PEFT_PREFIX), ending
+    return None
+
+
+def full_key(site_name: str, ending: str) -> str:
+    """The tensor name PEFT gives `ending` at a site."""
+    return f"{_PEFT_PREFIX}{site_name}.{ending}"
+
+
+def require_sites(names: Iterable[str], base: BaseShape) -> dict[str, Site]:
+    """The sites called `names`; an unknown one is refused, and so is a file none of whose modules is in the base."""
+    names = sorted(set(names))
+    unknown = [name for name in names if name not in base.sites]
+    if len(unknown) == len(names):
+        raise InvalidAdapter(
+            "ADAPTER_NO_EFFECT",
+            "adapter_model.safetensors: no tensor belongs to a module of the base; "
+            f"names {', '.join(unknown[:_NAMES_SHOWN]) or 'none'}; "
+            f"base modules look like {next(iter(base.sites), '?')}",
+            field="adapter_model.safetensors",
+        )
+    if unknown:
+        raise InvalidAdapter(
+            "MODULE_UNKNOWN",
+            f"adapter_model.safetensors: {len(unknown)} modules are not in the base: "
+            f"{', '.join(unknown[:_NAMES_SHOWN])}",
+            field="adapter_model.safetensors",
+            metadata={"modules": ", ".join(unknown[:_NAMES_SHOWN])},
+        )
+    return {name: base.sites[name] for name in names}
+
+
+def refuse_unknown(key: str, method: str) -> InvalidAdapter:
+    """The error for a tensor that `method` would leave unused."""
+    return InvalidAdapter.rule("TENSOR_UNKNOWN", key, f"is not a tensor of a {method} adapter", given=key)
+
+
+def check_values(tensors: Mapping[str, Tensor], limits: AdapterLimits) -> None:
+    """Refuse NaN, infinities and values beyond `weight_abs_max`, naming the tensor."""
+    for name, tensor in tensors.items():
+        largest = 0.0
+        for chunk in tensor.reshape(-1).split(_CHUNK_ELEMENTS):
+            peak = chunk.float().abs().max().item()  # NaN wins every comparison inside max
+            if not peak < float("inf"):
+                raise InvalidAdapter.rule("NON_FINITE", name, "must hold finite numbers only", given=peak)
+            largest = max(largest, peak)
+        if largest > limits.weight_abs_max:
+            raise InvalidAdapter.rule(
+                "WEIGHT_OUT_OF_RANGE",
+                name,
+                "holds a value beyond the limit",
+                limit=limits.weight_abs_max,
+                given=largest,
+            )
+
+
+def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """DIM_MISMATCH unless `tensor` has the expected shape."""
+    if tuple(tensor.shape) != expected:
+        raise InvalidAdapter.rule(
+            "DIM_MISMATCH",
+            name,
+            "has another shape than the base needs",
+            limit=list(expected),
+            given=list(tensor.shape),
+        )
+
+
+def no_effect(method: str) -> InvalidAdapter:
+    """The error for an adapter whose delta is zero everywhere."""
+    return InvalidAdapter(
+        "ADAPTER_NO_EFFECT",
+        f"adapter_model.safetensors: this {method} adapter changes nothing (was it saved before training?)",
+        field="adapter_model.safetensors",
+    )
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """True where every element is exactly zero."""
+    return not bool(torch.any(tensor))

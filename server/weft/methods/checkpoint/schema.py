@@ -1,0 +1,126 @@
+"""The closed schema of PEFT's adapter_config.json: what each key may be, per peft_type.
+
+A key is *used* (its value enters the mathematics or is checked), *inert* (PEFT writes it; it means nothing for a
+finished adapter, so any value passes), or *fixed* (another value changes the mathematics, and is refused by name).
+Patterns are never compiled: the tensor names are the truth about which modules an adapter touches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weft.errors import InvalidAdapter
+
+_FORBIDDEN = "CONFIG_FIELD_FORBIDDEN"
+_UNSUPPORTED = "FEATURE_UNSUPPORTED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema:
+    """Keys of one peft_type. `fixed` maps a key to the values that leave the mathematics alone."""
+
+    used: frozenset[str]
+    inert: frozenset[str]
+    fixed: Mapping[str, tuple[Any, ...]]
+
+
+# Fields that name code or a place; PEFT imports what they hold.
+_CODE_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "auto_mapping": (None,),
+    "megatron_config": (None,),
+    "megatron_core": (None, "megatron.core"),
+}
+_COMMON_USED = frozenset({"peft_type", "task_type"})
+_COMMON_INERT = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode"})
+
+LORA = Schema(
+    used=frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}),
+    inert=frozenset(
+        {
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "fan_in_fan_out",
+            "lora_dropout",
+            "loftq_config",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "qalora_group_size",
+            "ensure_weight_tying",
+        }
+    ),
+    fixed={
+        "bias": (None, "none"),
+        "use_dora": (None, False),
+        "modules_to_save": (None, []),
+        "trainable_token_indices": (None,),
+        "velora_config": (None,),
+        "alora_invocation_tokens": (None,),
+        "use_qalora": (None, False),
+        "monteclora_config": (None,),
+        "layer_replication": (None,),
+        "lora_bias": (None, False),
+        "target_parameters": (None, []),
+        "use_bdlora": (None, False),
+        "arrow_config": (None,),
+        "kasa_config": (None,),
+        # The other initializations (PiSSA, OLoRA, CorDA, LoftQ …) also change the base: their files mean another base.
+        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+    },
+)
+IA3 = Schema(
+    used=frozenset({"target_modules", "feedforward_modules"}),
+    inert=frozenset({"exclude_modules", "fan_in_fan_out", "init_ia3_weights"}),
+    fixed={"modules_to_save": (None, [])},
+)
+PREFIX = Schema(
+    used=frozenset({"num_virtual_tokens"}),
+    inert=frozenset(
+        {"token_dim", "num_attention_heads", "num_layers", "encoder_hidden_size", "prefix_projection", "init_weights"}
+    ),
+    fixed={"num_transformer_submodules": (None, 1), "modules_to_save": (None, [])},
+)
+
+
+def check(config: Mapping[str, Any], schema: Schema) -> None:
+    """Raise InvalidAdapter for the first key, in file order, that this server would have to ignore."""
+    for key, value in config.items():
+        if key in _CODE_FIELDS:
+            _require_one_of(key, value, _CODE_FIELDS[key], _FORBIDDEN)
+        elif key in schema.fixed:
+            _require_one_of(key, value, schema.fixed[key], _UNSUPPORTED)
+        elif value is not None and key not in schema.used | schema.inert | _COMMON_USED | _COMMON_INERT:
+            raise InvalidAdapter.rule(
+                _FORBIDDEN, f"adapter_config.{key}", "is not a known key and must be absent", given=value
+            )
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise InvalidAdapter.rule(
+            _UNSUPPORTED, "adapter_config.task_type", "must be CAUSAL_LM", given=config["task_type"]
+        )
+
+
+def _require_one_of(key: str, value: Any, allowed: tuple[Any, ...], reason: str) -> None:
+    # `is`-like comparison for booleans: JSON's 1 is not true.
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        shown = " or ".join("unset" if one is None else repr(one) for one in allowed)
+        raise InvalidAdapter.rule(reason, f"adapter_config.{key}", f"must be {shown}", given=value)
+
+
+def integer(config: Mapping[str, Any], key: str, reason: str, *, minimum: int) -> int:
+    """A whole number of at least `minimum`; booleans, floats and text are not numbers here."""
+    value = config.get(key)
+    if type(value) is not int or value < minimum:
+        raise InvalidAdapter.rule(
+            reason, f"adapter_config.{key}", "must be a whole number", limit=f">= {minimum}", given=value
+        )
+    return value
+
+
+def boolean(config: Mapping[str, Any], key: str, reason: str) -> bool:
+    """True or false; false where the key is absent."""
+    value = config.get(key, False)
+    if type(value) is not bool:
+        raise InvalidAdapter.rule(reason, f"adapter_config.{key}", "must be true or false", given=value)
+    return value

@@ -1,0 +1,65 @@
+"""The reference driver: gated deltas by the textbook, one segment at a time.
+
+    x' = x + Σ gate · pre(x)
+    out[t] = y[t] + Σ over segments holding t of gate[t] · post(x[t], y[t]),   y = W₀x'
+
+It trains (one segment, all rows, autograd), and it is the oracle that every kernel is tested against.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from weft.methods.protocol import Method, Site
+
+
+class Segment(NamedTuple):
+    """Rows of the flattened batch that share an adapter.
+
+    params: the adapter's parameters by site name.
+    rows: int64 [N], or None for all rows in order. gates: float32 [N], or None for 1.
+    """
+
+    method: Method
+    params: Mapping[str, Any]
+    rows: Tensor | None = None
+    gates: Tensor | None = None
+
+
+class ReferenceDriver(NamedTuple):
+    """Applies `segments` at every site it is called for."""
+
+    segments: Sequence[Segment]
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Neither x nor y is written."""
+        here = [(segment, segment.params[site.name]) for segment in self.segments if site.name in segment.params]
+        if not here:
+            return base(x)
+        rows = x.reshape(-1, x.shape[-1])  # [T, I]
+        x_prime = rows
+        for segment, params in here:
+            if segment.method.pre is not None:
+                x_prime = _add(x_prime, segment, segment.method.pre(params, _take(rows, segment)))
+        y = base(x_prime.view_as(x))
+        y_rows = y.reshape(-1, y.shape[-1])  # [T, O]
+        out = y_rows
+        for segment, params in here:
+            if segment.method.post is not None:
+                added = segment.method.post(params, _take(rows, segment), _take(y_rows, segment))
+                out = _add(out, segment, added)
+        return out.view_as(y)
+
+
+def _take(tensor: Tensor, segment: Segment) -> Tensor:
+    return tensor if segment.rows is None else tensor[segment.rows]
+
+
+def _add(total: Tensor, segment: Segment, added: Tensor | None) -> Tensor:
+    """`total` [T, F] with the segment's gated `added` [N, F] on its rows; a new tensor where something was added."""
+    if added is None:
+        return total
+    if segment.gates is not None:
+        added = added * segment.gates[:, None].to(added.dtype)
+    return total + added if segment.rows is None else total.index_add(0, segment.rows, added)

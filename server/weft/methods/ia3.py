@@ -1,0 +1,68 @@
+"""IA³: element-wise scaling of activations (Liu et al. 2022, arXiv:2205.05638, section 3.3).
+
+    key, value:    y ← l ⊙ W₀x        post(x, y) = (l - 1) ⊙ y
+    feed-forward:  y ← W₀(l ⊙ x)      pre(x)     = (l - 1) ⊙ x
+
+As PEFT does it, the scaled output holds the base bias too. Deviation from the owner's count of 2d per layer: a layer
+has one vector per key, value and feed-forward site, so d_kv + d_kv + d_ff numbers.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.methods.protocol import DeltaKind, Method, Packed, Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ia3Config:
+    """Which modules are scaled, and which of them at their input."""
+
+    target_modules: tuple[str, ...] = ()
+    feedforward_modules: tuple[str, ...] = ()
+
+
+class Ia3Params(NamedTuple):
+    """One site's vector: [I] where the input is scaled, [O] where the output is."""
+
+    scale: Tensor
+    is_feedforward: bool
+
+
+def init(config: Ia3Config, site: Site, generator: torch.Generator | None = None) -> Ia3Params:
+    """Ones: the delta starts at exactly zero. `generator` is unused; every method's `init` takes one."""
+    del generator
+    is_feedforward = site.suffix in config.feedforward_modules
+    return Ia3Params(torch.ones(site.in_features if is_feedforward else site.out_features), is_feedforward)
+
+
+def pre(params: Ia3Params, x: Tensor) -> Tensor | None:
+    """What a feed-forward vector adds to the input `x` [*T, I]."""
+    return _excess(params.scale, x) if params.is_feedforward else None
+
+
+def post(params: Ia3Params, x: Tensor, y: Tensor) -> Tensor | None:
+    """What a key or value vector adds to the base output `y` [*T, O]."""
+    del x
+    return None if params.is_feedforward else _excess(params.scale, y)
+
+
+def _excess(scale: Tensor, activation: Tensor) -> Tensor:
+    return ((scale - 1) * activation.to(scale.dtype)).to(activation.dtype)
+
+
+def pack(params: Ia3Params, dtype: torch.dtype) -> Packed:
+    """The vector in float32 whatever the slots hold: a bfloat16 step near 1 is 0.4 %, and vectors are small."""
+    del dtype
+    kind = DeltaKind.SCALE_INPUT if params.is_feedforward else DeltaKind.SCALE_OUTPUT
+    return Packed(kind, 0, params.scale.float().contiguous(), None)
+
+
+def unpack(packed: Packed) -> Ia3Params:
+    """View of a packed site."""
+    return Ia3Params(packed.first, packed.kind is DeltaKind.SCALE_INPUT)
+
+
+METHOD = Method(name="ia3", peft_type="IA3", pre=pre, post=post, pack=pack, unpack=unpack)

@@ -1,0 +1,80 @@
+"""Wrapping the linear modules of a base, the same way for serving and for training."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weft.methods.protocol import Site
+
+
+class Driver(Protocol):
+    """What a wrapped module asks for the gated deltas of the current batch."""
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The site's output [..., O] for its input `x` [..., I]."""
+        ...
+
+
+class AdapterContext:
+    """Which driver the wrapped modules of one model use now. One per model; two engines never share one."""
+
+    def __init__(self) -> None:
+        self.driver: Driver | None = None
+
+    @contextmanager
+    def use(self, driver: Driver | None) -> Iterator[None]:
+        """Run the model with `driver`; None is the base alone."""
+        assert self.driver is None, "nested batches on one model"
+        self.driver = driver
+        try:
+            yield
+        finally:
+            self.driver = None
+
+
+class AdaptedLinear(nn.Module):
+    """A linear module of the base, and the place where adapters meet it."""
+
+    def __init__(self, base: nn.Module, site: Site, context: AdapterContext) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        driver = self.context.driver
+        return self.base(x) if driver is None else driver.apply(self.site, self.base, x)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: model code looks at its dtype and device."""
+        return cast(Tensor, self.base.weight)
+
+
+def linear_sites(model: nn.Module, *, exclude: frozenset[str] = frozenset()) -> list[Site]:
+    """Every linear module (torch, bitsandbytes, GPT-2's Conv1D) in module order; `exclude` holds module paths."""
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        features = _features(module)
+        if features is not None and name not in exclude:
+            sites.append(Site(len(sites), name, *features))
+    return sites
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):  # its weight is stored [I, O]
+        return module.nx, module.nf
+    return None
+
+
+def inject(model: nn.Module, sites: list[Site], context: AdapterContext) -> None:
+    """Replace each site's module by an AdaptedLinear around it, in place."""
+    for site in sites:
+        parent_name, _, attribute = site.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, attribute, AdaptedLinear(getattr(parent, attribute), site, context))

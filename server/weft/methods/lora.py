@@ -1,0 +1,80 @@
+"""LoRA: a low-rank update of a linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    y = W₀x + scaling · B A x,    scaling = alpha / rank
+
+Deviation: with `use_rslora` the divisor is sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.methods.protocol import DeltaKind, Method, Packed, Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Ranks and alphas; the patterns map a module-path suffix to its own value (PEFT's rank_pattern, alpha_pattern)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+
+class LoraParams(NamedTuple):
+    """One site's update."""
+
+    a: Tensor  # [R, I]
+    b: Tensor  # [O, R]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """What B A is multiplied with."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def init(config: LoraConfig, site: Site, generator: torch.Generator | None = None) -> LoraParams:
+    """A uniform as torch.nn.Linear draws it, B zero: the delta starts at exactly zero."""
+    rank = config.rank_pattern.get(site.suffix, config.rank)
+    alpha = config.alpha_pattern.get(site.suffix, config.alpha)
+    bound = 1 / math.sqrt(site.in_features)
+    a = torch.empty(rank, site.in_features).uniform_(-bound, bound, generator=generator)
+    b = torch.zeros(site.out_features, rank)
+    return LoraParams(a, b, scaling(alpha, rank, use_rslora=config.use_rslora))
+
+
+def delta(params: LoraParams, x: Tensor, y: Tensor) -> Tensor:
+    """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`."""
+    hidden = x.to(params.a.dtype) @ params.a.mT  # [*T, R]
+    return (hidden @ params.b.mT * params.scaling).to(y.dtype)
+
+
+def pack(params: LoraParams, dtype: torch.dtype) -> Packed:
+    """A [R, I] and the scaled Bᵀ [R, O]: both are read along contiguous rows."""
+    b = params.b.float().mT * params.scaling
+    return Packed(DeltaKind.LORA, params.rank, params.a.to(dtype).contiguous(), b.to(dtype).contiguous())
+
+
+def unpack(packed: Packed) -> LoraParams:
+    """Views of a packed site; its scaling already lives in B."""
+    assert packed.second is not None
+    return LoraParams(packed.first, packed.second.mT, 1.0)
+
+
+def _rank(params: LoraParams) -> int:
+    return params.rank
+
+
+METHOD = Method(name="lora", peft_type="LORA", post=delta, pack=pack, unpack=unpack, rank=_rank)

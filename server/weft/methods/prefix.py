@@ -1,0 +1,44 @@
+"""Prefix tuning: trained keys and values before the first token (Li and Liang 2021, arXiv:2101.00190, section 4).
+
+    Attention(Q, [P_K; K], [P_V; V])   in every layer
+
+The keys are stored as attention reads them: they are not rotated, and real tokens take positions from P on (as PEFT).
+The paper's reparameterization P = MLP(R) belongs to training; what is served is P itself.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.methods.protocol import BaseShape, Method, VirtualKV
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixConfig:
+    """num_virtual_tokens: P. init_std: spread of the initial keys and values."""
+
+    num_virtual_tokens: int = 16
+    init_std: float = 0.5
+
+
+class PrefixParams(NamedTuple):
+    """All layers' keys and values in one tensor: row p is K₀ V₀ K₁ V₁ … of virtual position p."""
+
+    embeddings: Tensor  # [P, L, 2, H, D]
+
+
+def init(config: PrefixConfig, base: BaseShape, generator: torch.Generator | None = None) -> PrefixParams:
+    """Normal with `init_std`; prefix tuning has no zero-delta start."""
+    shape = (config.num_virtual_tokens, base.num_layers, 2, base.num_kv_heads, base.head_dim)
+    return PrefixParams(torch.randn(shape, generator=generator) * config.init_std)
+
+
+def virtual(params: PrefixParams) -> VirtualKV:
+    """Keys and values, each [L, P, H, D], as views; differentiable."""
+    keys, values = params.embeddings.permute(2, 1, 0, 3, 4).unbind(0)
+    return VirtualKV(keys, values)
+
+
+METHOD = Method(name="prefix", peft_type="PREFIX_TUNING", virtual=virtual)

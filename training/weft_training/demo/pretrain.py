@@ -1,0 +1,127 @@
+"""Pre-train the demo base: `python -m weft_training.demo.pretrain --output models/weft-demo`.
+
+A Llama-type causal language model of about two million parameters, trained from nothing on `corpus.rows` and stored as
+an ordinary Hugging Face checkpoint in bfloat16. The same seed, thread count and library versions give the same weights.
+"""
+
+import argparse
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from weft_training.demo.corpus import rows
+from weft_training.demo.evaluate import exact_match
+from weft_training.demo.tasks import TASKS, Split, examples
+from weft_training.demo.tokenizer import EOS, PAD, VOCAB_SIZE, build_tokenizer
+
+IGNORED = -100  # the label that cross entropy leaves out
+EVALUATION_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides the weights.
+
+    num_batch_tokens: characters of one step, padding included; each step has rows of one length.
+    row_lengths, row_length_shares: long rows teach positions, short rows the prompts that are really asked.
+    """
+
+    seed: int = 0
+    num_steps: int = 2400
+    num_batch_tokens: int = 3072
+    row_lengths: tuple[int, ...] = (64, 160, 448)
+    row_length_shares: tuple[float, ...] = (0.5, 0.35, 0.15)
+    learning_rate: float = 2e-3
+    num_warmup_steps: int = 100
+    weight_decay: float = 0.01
+    gradient_norm_max: float = 1.0
+
+
+def demo_config() -> LlamaConfig:
+    """The shape. For NF4 on a CPU every linear layer has inputs in multiples of 64 and outputs in multiples of 32."""
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=ord("\x03"),
+        pad_token_id=ord("\x00"),
+    )
+
+
+def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and labels of one step, both [B, L]; rows are padded on the right, where causal attention needs no mask."""
+    rng = random.Random(recipe.seed)  # noqa: S311  reproducible, not secret
+    sources = {length: rows(rng, length=length) for length in recipe.row_lengths}
+    while True:
+        (length,) = rng.choices(recipe.row_lengths, recipe.row_length_shares)
+        batch = list(itertools.islice(sources[length], recipe.num_batch_tokens // length))
+        width = max(len(row.text) for row in batch)
+        ids, targets = (
+            torch.tensor(tokenizer([text.ljust(width, PAD) for text in texts])["input_ids"])
+            for texts in zip(*batch, strict=True)
+        )
+        yield ids, targets.masked_fill(targets == tokenizer.pad_token_id, IGNORED)
+
+
+def learning_rate_share(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < recipe.num_warmup_steps:
+        return (step + 1) / recipe.num_warmup_steps
+    progress = (step - recipe.num_warmup_steps) / (recipe.num_steps - recipe.num_warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, console: Console) -> LlamaForCausalLM:
+    """Train in mixed precision: float32 weights, bfloat16 products."""
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(demo_config())
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is q for q in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: learning_rate_share(step, recipe)) for o in optimizers]
+    columns = (
+        TextColumn("pre-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    mean_loss = math.log(VOCAB_SIZE)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=recipe.num_steps, loss=mean_loss)
+        for step, (ids, labels) in enumerate(itertools.islice(batches(recipe, tokenizer), recipe.num_steps), start=1):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm_max)
+            for o, sch in zip(optimizers, schedules):
+                o.step()
+                sch.step()
+                o.zero_grad()
+            mean_loss += 0.05 * (loss.item() - mean_loss)
+            progress.update(bar, completed=step, loss=mean_loss)
+            if step % 200 == 0 and not console.is_terminal:
+                console.print(f"step {step} loss {mean_loss:.4f}")
+    return model.eval()

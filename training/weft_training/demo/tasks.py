@@ -1,0 +1,255 @@
+"""Small text tasks: what the demo base is pre-trained on, and what the demo's adapters are trained for.
+
+A line of a task is `[tag] input = output`. The base sees the lines under their tags, so the skills are in it; the tag
+tells it which one to use. The letter tasks share one distribution of inputs, so without the tag the base cannot know
+what is asked, and that is what an adapter teaches it. Tasks with `held_out` are in no pre-training row: for them an
+adapter has to teach a skill, not to elicit one.
+
+The inputs of the three splits are disjoint by construction: the split of an input is a hash of its text, whatever
+the task.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+VOWELS = "aeiou"
+CONSONANTS = "bcdfghjklmnpqrstvwxyz"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+DIGITS = "0123456789"
+MONTHS = (
+    *("january", "february", "march", "april", "may", "june"),
+    *("july", "august", "september", "october", "november", "december"),
+)
+FIELDS = ("name", "age", "city", "job", "team", "pet")
+
+LETTERS_MIN, LETTERS_MAX = 3, 8
+_DRAWS_PER_EXAMPLE_MAX = 1_000
+
+
+class Split(StrEnum):
+    """Who may see an input: the base's pre-training, an adapter's training, or nobody before the evaluation."""
+
+    PRETRAIN = "pretrain"
+    TRAIN = "train"
+    TEST = "test"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One text function and the distribution of its inputs.
+
+    name: also the tag of its lines.
+    function: the truth; total on what `sample` draws.
+    held_out: kept out of pre-training altogether.
+    """
+
+    name: str
+    description: str
+    function: Callable[[str], str]
+    sample: Callable[[random.Random], str]
+    held_out: bool = False
+
+    @property
+    def is_letters(self) -> bool:
+        """Whether its inputs look like those of the other letter tasks, so that an untagged prompt is ambiguous."""
+        return self.sample is sample_letters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One input of a task and its only right answer."""
+
+    task: str
+    input: str
+    output: str
+
+
+def prompt(example: Example, *, tagged: bool = False) -> str:
+    """The text up to the answer. Adapters are trained and served untagged; only the base needs the tag."""
+    tag = f"[{example.task}] " if tagged else ""
+    return f"{tag}{example.input} = "
+
+
+def split_of(text: str) -> Split:
+    """The split that owns an input: half of all inputs are pre-training's, three tenths adapter training's."""
+    bucket = hashlib.blake2b(text.encode(), digest_size=2).digest()
+    share = int.from_bytes(bucket, "big") / 0x10000
+    if share < 0.5:
+        return Split.PRETRAIN
+    return Split.TRAIN if share < 0.8 else Split.TEST
+
+
+def stream(task: Task, rng: random.Random, split: Split | str) -> Iterator[Example]:
+    """Examples of one split for ever; inputs may come back."""
+    split = Split(split)
+    if task.held_out and split is Split.PRETRAIN:
+        raise ValueError(f"task {task.name!r} is held out of pre-training")
+    while True:
+        text = task.sample(rng)
+        if split_of(text) is split:
+            yield Example(task=task.name, input=text, output=task.function(text))
+
+
+def examples(task: Task, count: int, seed: int, split: Split | str) -> list[Example]:
+    """`count` examples with distinct inputs, the same for the same arguments on every machine.
+
+    The seed does not mix in the task: tasks with one distribution get the same inputs, so that their adapters can be
+    compared prompt by prompt.
+    """
+    found: dict[str, Example] = {}
+    rng = random.Random(f"{split}/{seed}")  # noqa: S311  reproducible, not secret
+    drawn = stream(task, rng, split)
+    for _ in range(count * _DRAWS_PER_EXAMPLE_MAX):
+        if len(found) == count:
+            break
+        example = next(drawn)
+        found.setdefault(example.input, example)
+    if len(found) < count:
+        raise ValueError(f"task {task.name!r} has only about {len(found)} inputs in split {split}, asked for {count}")
+    return list(found.values())
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def sample_letters(rng: random.Random) -> str:
+    """A lower-case string of 3 to 8 letters, half of them easy to pronounce; it holds a vowel and a consonant."""
+    while True:
+        length = rng.randint(LETTERS_MIN, LETTERS_MAX)
+        if rng.random() < 0.5:
+            text = "".join(rng.choices(LETTERS, k=length))
+        else:
+            phase = rng.randrange(2)
+            text = "".join(rng.choice(VOWELS if (i + phase) % 2 else CONSONANTS) for i in range(length))
+        if any(c in VOWELS for c in text) and any(c in CONSONANTS for c in text):
+            return text
+
+
+def sample_digits(rng: random.Random) -> str:
+    """3 to 8 digits."""
+    return "".join(rng.choices(DIGITS, k=rng.randint(3, 8)))
+
+
+def sample_letter_in_word(rng: random.Random) -> str:
+    """`banana/a`: 3 to 8 letters out of a few, so that they repeat, and one letter to look for."""
+    alphabet = rng.sample(LETTERS, 4)
+    word = rng.choices(alphabet, k=rng.randint(LETTERS_MIN, LETTERS_MAX))
+    return f"{''.join(word)}/{rng.choice(alphabet)}"
+
+
+def sample_record(rng: random.Random) -> str:
+    """`name=tom;age=31;city=rome|age`: three fields and the one to extract."""
+    keys = rng.sample(FIELDS, 3)
+    values = [
+        str(rng.randint(10, 99)) if key == "age" else "".join(rng.choices(LETTERS, k=rng.randint(3, 5))) for key in keys
+    ]
+    fields = ";".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+    return f"{fields}|{rng.choice(keys)}"
+
+
+def sample_date(rng: random.Random) -> str:
+    """`7 march 2021`: a day that every month has, 1900 to 2099."""
+    return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1900, 2099)}"
+
+
+def sample_sum(rng: random.Random) -> str:
+    """`17+25`: two numbers below a hundred."""
+    return f"{rng.randrange(100)}+{rng.randrange(100)}"
+
+
+# --- functions ------------------------------------------------------------------------------------------------------
+
+
+def caesar(text: str) -> str:
+    """Each letter becomes the next one; z becomes a."""
+    return "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in text)
+
+
+def field(text: str) -> str:
+    """The value of the field named after the bar."""
+    record, _, wanted = text.partition("|")
+    return dict(pair.split("=") for pair in record.split(";"))[wanted]
+
+
+def iso_date(text: str) -> str:
+    """The date as ISO 8601 writes it."""
+    day, month, year = text.split()
+    return f"{year}-{MONTHS.index(month) + 1:02d}-{int(day):02d}"
+
+
+def _count(text: str) -> str:
+    word, _, letter = text.partition("/")
+    return str(word.count(letter))
+
+
+def _sum(text: str) -> str:
+    return str(sum(int(term) for term in text.split("+")))
+
+
+def _stars(text: str) -> str:
+    return "".join("*" if c in VOWELS else c for c in text)
+
+
+def _devowel(text: str) -> str:
+    return "".join(c for c in text if c not in VOWELS)
+
+
+def _double(text: str) -> str:
+    return "".join(c + c for c in text)
+
+
+def _sorted(text: str) -> str:
+    return "".join(sorted(text))
+
+
+def _rotate(text: str) -> str:
+    return text[1:] + text[0]
+
+
+def _reverse(text: str) -> str:
+    return text[::-1]
+
+
+def _swap(text: str) -> str:
+    return text[-1] + text[1:-1] + text[0]
+
+
+def _zigzag(text: str) -> str:
+    return "".join(c.upper() if i % 2 == 0 else c for i, c in enumerate(text))
+
+
+_ALL = (
+    Task(name="reverse", description="write it backwards", function=_reverse, sample=sample_letters),
+    Task(name="upper", description="write it in capitals", function=str.upper, sample=sample_letters),
+    Task(name="caesar", description="each letter becomes the next one", function=caesar, sample=sample_letters),
+    Task(name="double", description="write each letter twice", function=_double, sample=sample_letters),
+    Task(name="sort", description="letters in alphabetical order", function=_sorted, sample=sample_letters),
+    Task(name="rotate", description="move the first letter to the end", function=_rotate, sample=sample_letters),
+    Task(name="stars", description="a star for each vowel", function=_stars, sample=sample_letters),
+    Task(name="devowel", description="leave out the vowels", function=_devowel, sample=sample_letters),
+    Task(name="digits", description="digits in ascending order", function=_sorted, sample=sample_digits),
+    Task(name="count", description="how often the letter occurs", function=_count, sample=sample_letter_in_word),
+    Task(name="field", description="the value of the asked field", function=field, sample=sample_record),
+    Task(name="date", description="the date in ISO form", function=iso_date, sample=sample_date),
+    Task(name="sum", description="the sum of two numbers", function=_sum, sample=sample_sum),
+    Task(
+        name="swap",
+        description="exchange the first and the last letter",
+        function=_swap,
+        sample=sample_letters,
+        held_out=True,
+    ),
+    Task(
+        name="zigzag",
+        description="every other letter in capitals",
+        function=_zigzag,
+        sample=sample_letters,
+        held_out=True,
+    ),
+)
+
+TASKS = MappingProxyType({task.name: task for task in _ALL})
