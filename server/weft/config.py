@@ -112,6 +112,10 @@ class RequestLimits:
     stop_count_max: int = 4
     stop_bytes_max: int = 128
     logprobs_max: int = 5
+    composition_parts_max: int = 8
+    composition_weight_abs_max: float = 4.0
+    request_id_bytes_max: int = 128
+    cache_salt_bytes_max: int = 128
     deadline_default_s: float = 60.0
     deadline_max_s: float = 600.0
     stream_events_max: int = 8192  # events a caller may leave unread before its stream is ended
@@ -128,7 +132,8 @@ class ServerConfig:
     drain_timeout_s: float = 30.0
     reflection: bool = True
     receive_bytes_max: int = 4 * MIB
-    chunk_bytes_max: int = 1 * MIB
+    unregister_timeout_default_s: float = 30.0
+    unregister_timeout_max_s: float = 600.0
     upload_idle_timeout_s: float = 10.0
     uploads_max: int = 2
 

@@ -78,7 +78,8 @@ class WeftError(Exception):
         self.field = field
         self.metadata = {key: shown(value) for key, value in metadata.items()}
         if field:
-            self.metadata.setdefault("field", field)
+            self.metadata.setdefault("field", shown(field))
+        assert retry_after_s is None or retry_after_s >= 0, retry_after_s
         self.retry_after_s = retry_after_s
 
 

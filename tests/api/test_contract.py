@@ -18,6 +18,7 @@ from google.protobuf.descriptor_pb2 import (
     FileDescriptorSet,
 )
 from grpc_tools import protoc
+
 from weft.config import AdapterLimits, RequestLimits
 from weft.v1 import generation_pb2, model_pb2
 

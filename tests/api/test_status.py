@@ -21,6 +21,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 from hypothesis import given
 from hypothesis import strategies as st
+
 from weft import errors
 from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.status import DETAILS_KEY, Failure, failure_of, status_of, trailing_metadata
@@ -610,7 +611,13 @@ async def test_a_generator_that_is_sending_is_closed_at_once(rig: Rig, how: str,
             ended.set_result(type(error).__name__)
             raise
 
-    rig.calls.stream = flood
+    generators: list[AsyncIterator[Message]] = []  # held, so that the garbage collector is not what closes them
+
+    def flood_and_hold(request: Message, context: Context) -> AsyncIterator[Message]:
+        generators.append(flood(request, context))
+        return generators[-1]
+
+    rig.calls.stream = flood_and_hold
     call = rig.start("UnaryStream", timeout_s=None)
     await call.read()
     if how == "cancel":

@@ -8,12 +8,16 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from weft.adapters import failpoints
 from weft.errors import Overloaded, Unavailable, WeftError
+
+NOT_REGULAR = frozenset({errno.ELOOP, errno.ENXIO, errno.ENOTDIR})  # what opening a link, FIFO or socket answers
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LOCK_POLL_S = 0.005
@@ -26,10 +30,11 @@ def storage_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _named(error) from error
+        raise named(error) from error
 
 
-def _named(error: OSError) -> WeftError:
+def named(error: OSError) -> WeftError:
+    """The error of ours for `error`. It names the cause and, unlike the OSError, no path."""
     code = errno.errorcode.get(error.errno or 0, "unknown error")
     if error.errno in _FULL:
         return Overloaded("STORE_FULL", f"the adapter store is full ({code})", metadata={"errno": code})
@@ -43,9 +48,39 @@ def _named(error: OSError) -> WeftError:
 
 def create(path: Path) -> int:
     """A new, empty, owner-only file for writing; never an existing one and never through a link."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    failpoints.hit("after_tmp_open")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with _undone(fd, path):
+        failpoints.hit("after_tmp_open")
     return fd
+
+
+def create_locked(path: Path) -> int:
+    """A new file that is locked as long as its descriptor, or a process that has it, lives."""
+    fd = create(path)
+    with _undone(fd, path):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+@contextlib.contextmanager
+def _undone(fd: int, path: Path) -> Iterator[None]:
+    """Take the new file away again if the block fails."""
+    try:
+        yield
+    except BaseException:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """For reading; never through a link, and OSError ELOOP for anything that is not a file."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return os.fdopen(fd, "rb")
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -82,43 +117,35 @@ def publish(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
     """Exclude every other thread and process that locks `path`. The kernel lets go of it when a holder dies."""
-    give_up_at = time.monotonic() + timeout_s
-    while (fd := try_lock(path)) is None:
-        if time.monotonic() >= give_up_at:
-            raise Unavailable(
-                "STORE_UNAVAILABLE",
-                "another process holds the adapter store's lock",
-                metadata={"limit": timeout_s},
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        time.sleep(_LOCK_POLL_S)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
+        give_up_at = time.monotonic() + timeout_s
+        while not _try_lock(fd):
+            if time.monotonic() >= give_up_at:
+                raise Unavailable(
+                    "STORE_UNAVAILABLE",
+                    f"the adapter store stayed locked by another process for {timeout_s} s",
+                    metadata={"limit": timeout_s},
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            time.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(fd)
-
-
-def try_lock(path: Path) -> int | None:
-    """The descriptor whose life is the lock's, or None while someone else has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def is_locked(path: Path) -> bool:
     """Whether any open descriptor, of this process or another, holds a lock on the file `path`."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _try_lock(fd)
     finally:
         os.close(fd)
-    return False
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -52,9 +52,14 @@ def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_
     return AdapterId(value)
 
 
+def is_generation(value: str) -> bool:
+    """For names that are found, not given."""
+    return _GENERATION.fullmatch(value) is not None
+
+
 def check_generation(value: str, *, field: str = "generation") -> Generation:
     """`value`, or InvalidRequest ID_INVALID. Abbreviations are refused: a generation names content exactly."""
-    if not _GENERATION.fullmatch(value):
+    if not is_generation(value):
         raise InvalidRequest.rule("ID_INVALID", field, "must be 64 lower-case hex digits", given=value)
     return Generation(value)
 

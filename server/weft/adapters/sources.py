@@ -12,7 +12,9 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
+from weft.adapters import durable
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.errors import AdapterUnusable, InvalidAdapter, InvalidRequest
 
@@ -25,7 +27,6 @@ _PATH_CHARACTERS_MAX = 1024
 _COMPONENT_BYTES_MAX = 255
 _WALK = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_IRREGULAR = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO})
 _UNREADABLE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM})
 _OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt")
 
@@ -48,8 +49,8 @@ def source_directory(source: str, root: Path, allowed: Sequence[Path]) -> Iterat
         os.close(directory)
 
 
-def open_source_file(directory: int, name: str) -> int:
-    """A descriptor of the regular, singly linked file `name` in `directory`."""
+def open_source_file(directory: int, name: str) -> BinaryIO:
+    """The regular, singly linked file `name` in `directory`."""
     try:
         fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
     except InvalidAdapter as error:
@@ -61,7 +62,7 @@ def open_source_file(directory: int, name: str) -> int:
     if links != 1:
         os.close(fd)
         raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links)
-    return fd
+    return os.fdopen(fd, "rb", buffering=0)
 
 
 def _resolved(source: str, root: Path, allowed: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
@@ -121,7 +122,7 @@ def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wa
             raise irregular
         fd = os.open(name, flags, dir_fd=directory)
     except OSError as error:
-        if error.errno in _IRREGULAR:
+        if error.errno in durable.NOT_REGULAR:
             raise irregular from None
         if error.errno in _UNREADABLE:
             raise InvalidAdapter.rule("SOURCE_NOT_FOUND", _FIELD, "must exist and be readable", given=name) from None

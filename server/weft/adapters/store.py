@@ -11,58 +11,39 @@ Everything here blocks on the disk: call it from a worker thread.
 """
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from weft.adapters import durable, failpoints
+from weft.adapters.catalog import (
+    LOCK_FILE,
+    Catalog,
+    Manifest,
+    Problem,
+    decode,
+    find_manifest,
+    manifest_path,
+    no_adapter,
+    read_catalog,
+    require_expected,
+    taken,
+)
 from weft.adapters.config_file import CONFIG_FILE
-from weft.adapters.identifiers import AdapterId, Generation, abbreviated, check_adapter_id, check_generation
-from weft.adapters.manifest import MANIFEST_BYTES_MAX, Manifest, ManifestFault, decode
+from weft.adapters.identifiers import AdapterId, Generation, abbreviated, check_generation, is_generation
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.adapters.sources import open_source_file, source_directory
-from weft.adapters.versions import StagedFile, StagedVersion, Staging, StoredVersion, corrupt, open_stored
+from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, is_open, open_stored
 from weft.config import AdapterLimits
-from weft.errors import (
-    AdapterConflict,
-    AdapterExists,
-    AdapterNotFound,
-    DataLoss,
-    InvalidAdapter,
-    InvalidRequest,
-    Overloaded,
-    Unavailable,
-    shown,
-)
+from weft.errors import AdapterNotFound, DataLoss, Overloaded, Unavailable, shown
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-
-_LOCK_FILE = ".lock"
-_COPY_BYTES = 1 << 20
-
-
-class Problem(NamedTuple):
-    """Something in the store that is not as it should be. It is reported and left alone.
-
-    path: below the store's root. adapter_id: the id that cannot be served because of it, if it is one.
-    reason: MANIFEST_CORRUPT, BLOB_CORRUPT, UNKNOWN_FILE, STORE_FULL or STORE_UNAVAILABLE.
-    """
-
-    path: str
-    adapter_id: AdapterId | None
-    reason: str
-    message: str
-
-
-class Catalog(NamedTuple):
-    """Every readable manifest, by id, and what was not readable."""
-
-    manifests: dict[AdapterId, Manifest]
-    problems: tuple[Problem, ...]
 
 
 class Recovery(NamedTuple):
@@ -110,43 +91,31 @@ class AdapterStore:
                 num_orphans += len(self._sweep_versions(self._unreferenced(()), problems))
         except (Overloaded, Unavailable) as error:
             problems.append(Problem("", None, error.reason, error.message))
+        with durable.storage_errors():
+            version_names = sorted(os.listdir(self._versions))
+        for name in version_names:
+            if not is_generation(name):
+                problems.append(Problem(f"versions/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no version"))
         manifests, unreadable = self.read_catalog()
         problems.extend(unreadable)
-        problems.extend(self._blob_problems(manifests))
+        for manifest in manifests.values():
+            fault = self._fault_of(manifest)
+            if fault:
+                path = f"versions/{manifest.generation}"
+                problems.append(Problem(path, manifest.adapter_id, "BLOB_CORRUPT", fault))
         bad = {problem.adapter_id for problem in problems}
         healthy = {adapter_id: manifest for adapter_id, manifest in manifests.items() if adapter_id not in bad}
         return Recovery(healthy, tuple(problems), num_orphans)
 
     def read_catalog(self) -> Catalog:
-        """Every manifest as it is now, changes by other processes included."""
-        manifests: dict[AdapterId, Manifest] = {}
-        problems: list[Problem] = []
-        with durable.storage_errors():
-            names = sorted(os.listdir(self._catalog))
-        for name in names:
-            path = f"catalog/{name}"
-            try:
-                adapter_id = check_adapter_id(name.removesuffix(".json"))
-            except InvalidRequest:
-                adapter_id = None
-            if adapter_id is None or not name.endswith(".json"):
-                if name != _LOCK_FILE:
-                    problems.append(Problem(path, None, "UNKNOWN_FILE", f"{shown(path)}: is no manifest"))
-                continue
-            try:
-                manifest = self._find(adapter_id)
-            except (DataLoss, Unavailable) as error:
-                problems.append(Problem(path, adapter_id, "MANIFEST_CORRUPT", error.message))
-            else:
-                if manifest is not None:
-                    manifests[adapter_id] = manifest
-        return Catalog(manifests, tuple(problems))
+        """Every manifest as it is now, changes by other processes included. An id in a problem is not a removed id."""
+        return read_catalog(self._catalog)
 
     def read_manifest(self, adapter_id: AdapterId) -> Manifest:
         """AdapterNotFound without one, DataLoss MANIFEST_CORRUPT if it cannot be trusted."""
-        manifest = self._find(adapter_id)
+        manifest = find_manifest(self._catalog, adapter_id)
         if manifest is None:
-            raise _no_adapter(adapter_id)
+            raise no_adapter(adapter_id)
         return manifest
 
     def open_version(self, generation: Generation, *, verify: bool = True) -> StoredVersion:
@@ -170,8 +139,7 @@ class AdapterStore:
         token = secrets.token_hex(16)
         owner_path = self._staging / f"{token}.lock"
         with self._changing():  # so that no recovery sees the directory before its owner's lock
-            owner_fd = durable.try_lock(owner_path)
-            assert owner_fd is not None, "a random name was taken"
+            owner_fd = durable.create_locked(owner_path)
             staging = Staging(self._staging / token, owner_path, owner_fd, self._limits)
             try:
                 staging.directory.mkdir(mode=0o700)
@@ -187,10 +155,10 @@ class AdapterStore:
             staging = undo.enter_context(self.stage())
             with durable.storage_errors(), source_directory(source, self._root, self._allowed_sources) as directory:
                 for name in ADAPTER_FILES:
-                    with open(open_source_file(directory, name), "rb", buffering=0) as file:
-                        _copy(file.fileno(), name, staging)
+                    with open_source_file(directory, name) as file, staging.open_file(name) as target:
+                        copy_file(file, target)
             undo.pop_all()
-            return staging
+        return staging
 
     # Changing
 
@@ -205,12 +173,12 @@ class AdapterStore:
         replace: bool = False,
         expected_generation: Generation | None = None,
     ) -> Manifest:
-        """Bind `adapter_id` to the staged content. When this returns, the binding survives anything but the disk's loss.
+        """Bind `adapter_id` to the staged content; when this returns, the binding is durable.
 
-        The id may be bound already to the same content, or to any content with `replace`, or to exactly
-        `expected_generation`; else AdapterExists or AdapterConflict. Content that the store has already is kept once,
-        and put right if it had rotted. After Overloaded or Unavailable the old binding stands, unless the very last
-        step, making the new one durable, was what failed: then either may be found.
+        The id may be free, or bound to the same content already; to other content with `replace`; to exactly
+        `expected_generation` where that is given. Else AdapterExists or AdapterConflict. Content that the store has
+        already is kept once, and put right if it had rotted. After Overloaded or Unavailable the old binding stands,
+        unless the last step, making the new one durable, was what failed: then either may be found.
         """
         manifest = Manifest(
             adapter_id=adapter_id,
@@ -223,24 +191,29 @@ class AdapterStore:
         )
         failpoints.hit("before_version")
         with self._changing():
-            current = self._current(adapter_id, replace=replace and expected_generation is None)
-            may_replace = replace or expected_generation is not None
-            _check_swap(current, manifest, expected_generation, may_replace=may_replace)
+            replaces = replace or expected_generation is not None
+            current = self._current(adapter_id, or_corrupt=replace and expected_generation is None)
+            if expected_generation is not None:
+                require_expected(adapter_id, expected_generation, current)
+            elif current is not None and not replace and current.generation != staged.generation:
+                raise taken(current)
+            is_new = not os.path.lexists(self._version_path(staged.generation))
             try:
                 self._place(staged)
-                if current is not None and current.generation == manifest.generation and not may_replace:
+                if current is not None and current.generation == staged.generation and not replaces:
                     return current
                 failpoints.hit("before_manifest")
                 self._replace_manifest(manifest)
             except BaseException:
-                with contextlib.suppress(OSError, Unavailable):
-                    self._sweep_versions(self._unreferenced(()) & {staged.generation}, [])
+                if is_new:
+                    with contextlib.suppress(OSError, Unavailable):
+                        self._sweep_versions(self._unreferenced(()) & {staged.generation}, [])
                 raise
             failpoints.hit("after_manifest_before_ack")
         return manifest
 
     def set_pinned(self, adapter_id: AdapterId, pinned: bool) -> Manifest:
-        """Keep everything else as it is. AdapterNotFound without the id."""
+        """Change that field alone. AdapterNotFound without the id."""
         with self._changing():
             changed = dataclasses.replace(self.read_manifest(adapter_id), pinned=pinned)
             self._replace_manifest(changed)
@@ -249,15 +222,13 @@ class AdapterStore:
     def remove(self, adapter_id: AdapterId, *, expected_generation: Generation | None = None) -> None:
         """Unbind the id, durably; its version stays until it is collected. A corrupt manifest can be removed too."""
         with self._changing():
-            failpoints.hit("before_remove")
             if expected_generation is not None:
-                current = self.read_manifest(adapter_id)
-                if current.generation != expected_generation:
-                    raise _conflict(adapter_id, expected_generation, current)
+                require_expected(adapter_id, expected_generation, self.read_manifest(adapter_id))
+            failpoints.hit("before_remove")
             try:
-                os.unlink(self._manifest_path(adapter_id))
+                os.unlink(manifest_path(self._catalog, adapter_id))
             except FileNotFoundError:
-                raise _no_adapter(adapter_id) from None
+                raise no_adapter(adapter_id) from None
             failpoints.hit("after_remove")
             durable.sync_directory(self._catalog)
 
@@ -273,46 +244,26 @@ class AdapterStore:
             raise Unavailable(problems[0].reason, problems[0].message)
         return removed
 
-    # Inside: the callers below hold the lock where they change anything
+    # Inside; what changes anything is called under the lock
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         with (
             durable.storage_errors(),
-            durable.locked(self._catalog / _LOCK_FILE, timeout_s=self._lock_timeout_s),
+            durable.locked(self._catalog / LOCK_FILE, timeout_s=self._lock_timeout_s),
         ):
             yield
-
-    def _manifest_path(self, adapter_id: AdapterId) -> Path:
-        """The one way from an id to a path."""
-        return self._catalog / f"{check_adapter_id(adapter_id)}.json"
 
     def _version_path(self, generation: Generation) -> Path:
         """The one way from a generation to a path."""
         return self._versions / check_generation(generation)
 
-    def _find(self, adapter_id: AdapterId) -> Manifest | None:
-        """The manifest of an id, None without one, DataLoss if there is something else in its place."""
-        path = self._manifest_path(adapter_id)
-        with durable.storage_errors():
-            try:
-                with durable.open_regular(path) as file:
-                    data = file.read(MANIFEST_BYTES_MAX + 1)
-            except FileNotFoundError:
-                return None
-        try:
-            return decode(data, adapter_id)
-        except ManifestFault as fault:
-            raise DataLoss(
-                "MANIFEST_CORRUPT", f"manifest of {adapter_id}: {fault}", metadata={"adapter_id": adapter_id}
-            ) from None
-
-    def _current(self, adapter_id: AdapterId, *, replace: bool) -> Manifest | None:
+    def _current(self, adapter_id: AdapterId, *, or_corrupt: bool) -> Manifest | None:
         """What a commit finds. An unconditional replacement also replaces what cannot be read."""
         try:
-            return self._find(adapter_id)
+            return find_manifest(self._catalog, adapter_id)
         except DataLoss:
-            if replace:
+            if or_corrupt:
                 return None
             raise
 
@@ -329,6 +280,17 @@ class AdapterStore:
             raise
         return version
 
+    def _fault_of(self, manifest: Manifest) -> str:
+        """What can be seen without reading the files: that they are there, and their size."""
+        try:
+            with os.scandir(self._version_path(manifest.generation)) as entries:
+                size_bytes = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+        except OSError as error:
+            return f"generation {abbreviated(manifest.generation)}: {durable.named(error).message}"
+        if size_bytes == manifest.size_bytes:
+            return ""
+        return f"generation {abbreviated(manifest.generation)}: has {size_bytes} bytes instead of {manifest.size_bytes}"
+
     def _place(self, staged: StagedVersion) -> None:
         """Let `versions/` hold the staged content, whole and durable."""
         target = self._version_path(staged.generation)
@@ -344,15 +306,17 @@ class AdapterStore:
             durable.sync_directory(self._versions)
 
     def _replace_manifest(self, manifest: Manifest) -> None:
+        data = manifest.encode()
+        decode(data, manifest.adapter_id)  # what could not be read back is not written
         temporary = self._staging / f"{secrets.token_hex(16)}.json"
-        fd = durable.create(temporary)
         try:
+            fd = durable.create(temporary)
             try:
-                durable.write_all(fd, manifest.encode())
+                durable.write_all(fd, data)
                 durable.sync(fd)
             finally:
                 os.close(fd)
-            durable.publish(temporary, self._manifest_path(manifest.adapter_id))
+            durable.publish(temporary, manifest_path(self._catalog, manifest.adapter_id))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -369,9 +333,10 @@ class AdapterStore:
     def _sweep_versions(self, generations: Collection[Generation], problems: list[Problem]) -> tuple[Generation, ...]:
         removed: list[Generation] = []
         for generation in sorted(generations):
+            directory = self._version_path(generation)
             try:
-                if not is_open(self._version_path(generation)):
-                    self._take_away(self._version_path(generation))
+                if not is_open(directory):
+                    self._take_away(directory)
                     removed.append(generation)
             except OSError as error:
                 problems.append(_left_over(f"versions/{generation}", error))
@@ -386,25 +351,34 @@ class AdapterStore:
         failpoints.hit("after_gc_unlink")
 
     def _sweep_staging(self, problems: list[Problem]) -> int:
-        """Remove what belongs to no living process; the number of uploads, copies and temporary files it was."""
-        num_removed = 0
-        for token in sorted({name.partition(".")[0] for name in os.listdir(self._staging)}):
+        """Remove what belongs to no living process; returns how many uploads and temporary files that was."""
+        swept: set[str] = set()
+        for name in sorted(os.listdir(self._staging)):  # "<token>" before "<token>.lock"
+            token = name.partition(".")[0]
             try:
-                num_removed += self._sweep_token(token)
+                if self._is_owned(token):
+                    continue
+                failpoints.hit("before_sweep")
+                path = self._staging / name
+                if stat.S_ISDIR(os.lstat(path).st_mode):
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
+                failpoints.hit("after_sweep")
+                swept.add(token)
+            except FileNotFoundError:
+                continue  # its owner was just taking it away
             except OSError as error:
-                problems.append(_left_over(f"staging/{token}", error))
-        return num_removed
+                problems.append(_left_over(f"staging/{name}", error))
+        return len(swept)
 
-    def _sweep_token(self, token: str) -> bool:
-        owner_path = self._staging / f"{token}.lock"
-        owner_fd = durable.try_lock(owner_path)
-        if owner_fd is None:
-            return False
+    def _is_owned(self, token: str) -> bool:
         try:
-            failpoints.hit("before_sweep")
-            for path in (self._staging / token, self._staging / f"{token}.json"):
-                ...
-            failpoints.hit("after_sweep")
-        finally:
-            os.close(owner_fd)
-        return True
+            return durable.is_locked(self._staging / f"{token}.lock")
+        except FileNotFoundError:
+            return False
+
+
+def _left_over(path: str, error: OSError) -> Problem:
+    named = durable.named(error)
+    return Problem(path, None, named.reason, f"{path}: could not be removed: {named.message}")

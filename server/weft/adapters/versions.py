@@ -8,14 +8,13 @@ digest free of any opinion about JSON, and reproducible with nothing but sha256.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -26,8 +25,8 @@ from weft.adapters.identifiers import Generation, abbreviated
 from weft.config import AdapterLimits
 from weft.errors import DataLoss, InvalidAdapter
 
+_COPY_BYTES = 1 << 20
 _DOMAIN = b"weft generation 1\n"
-_FOREIGN = frozenset({errno.ELOOP, errno.ENXIO, errno.ENOTDIR})
 _FILE_NAME = re.compile(r"[a-z0-9_]{1,48}\.[a-z0-9]{1,15}")
 
 
@@ -59,7 +58,7 @@ class StagedFile:
     def __init__(self, path: Path, size_max: int) -> None:
         with durable.storage_errors():
             self._fd = durable.create(path)
-        self._name = path.name
+        self.name = path.name
         self._size_max = size_max
         self._sha256 = hashlib.sha256()
         self.size_bytes = 0
@@ -68,7 +67,7 @@ class StagedFile:
     @property
     def digest(self) -> FileDigest:
         """Of the bytes written so far."""
-        return FileDigest(self._name, self.size_bytes, self._sha256.hexdigest())
+        return FileDigest(self.name, self.size_bytes, self._sha256.hexdigest())
 
     def write(self, chunk: bytes) -> None:
         self.require_room(len(chunk))
@@ -81,10 +80,8 @@ class StagedFile:
         """Refuse what would not fit, before it is read or sent."""
         size_bytes = self.size_bytes + num_bytes
         if size_bytes > self._size_max:
-            reason = "CONFIG_INVALID" if self._name == CONFIG_FILE else "ADAPTER_TOO_LARGE"
-            raise InvalidAdapter.rule(
-                reason, self._name, "has too many bytes", limit=self._size_max, given=size_bytes
-            )
+            reason = "CONFIG_INVALID" if self.name == CONFIG_FILE else "ADAPTER_TOO_LARGE"
+            raise InvalidAdapter.rule(reason, self.name, "has too many bytes", limit=self._size_max, given=size_bytes)
 
     def close(self) -> None:
         with durable.storage_errors():
@@ -122,10 +119,10 @@ class StagedVersion(NamedTuple):
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> BufferedReader:
         """For the checks between staging and commit; nobody else writes here."""
         with durable.storage_errors():
-            return _open_regular(self.directory / name)
+            return durable.open_regular(self.directory / name)
 
 
 class Staging:
@@ -178,7 +175,7 @@ class Staging:
 class StoredVersion:
     """An open generation: `files` by name, each at its first byte. No process collects it while it is open."""
 
-    def __init__(self, generation: Generation, files: dict[str, BinaryIO]) -> None:
+    def __init__(self, generation: Generation, files: dict[str, BufferedReader]) -> None:
         self.generation = generation
         self.files = files
 
@@ -213,12 +210,12 @@ def open_stored(directory: Path, generation: Generation) -> StoredVersion:
     version = StoredVersion(generation, {})
     try:
         for name in sorted(os.listdir(directory)):
-            file = _open_regular(directory / name)
+            file = durable.open_regular(directory / name)
             version.files[name] = file
             fcntl.flock(file, fcntl.LOCK_SH)
     except OSError as error:
         version.close()
-        if error.errno in _FOREIGN:
+        if error.errno in durable.NOT_REGULAR:
             raise corrupt(generation, "it holds something other than its files") from None
         raise
     if not version.files:
@@ -232,9 +229,26 @@ def corrupt(generation: Generation, what: str) -> DataLoss:
     )
 
 
-def _open_regular(path: Path) -> BinaryIO:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.ELOOP, "not a regular file")
-    return os.fdopen(fd, "rb")
+def is_open(directory: Path) -> bool:
+    """Whether any process has a file of this version open."""
+    return any(durable.is_locked(directory / name) for name in os.listdir(directory))
+
+
+def copy_file(source: BinaryIO, target: StagedFile) -> None:
+    """Copy from an open file, which must hold still meanwhile. CHECKSUM_MISMATCH if it does not."""
+    before = os.fstat(source.fileno())
+    target.require_room(before.st_size)
+    while chunk := source.read(_COPY_BYTES):
+        target.write(chunk)
+    after = os.fstat(source.fileno())
+    if target.size_bytes != before.st_size or (before.st_mtime_ns, before.st_ctime_ns) != (
+        after.st_mtime_ns,
+        after.st_ctime_ns,
+    ):
+        raise InvalidAdapter.rule(
+            "CHECKSUM_MISMATCH",
+            target.name,
+            "changed while it was copied",
+            limit=before.st_size,
+            given=target.size_bytes,
+        )

@@ -114,7 +114,7 @@ def failure_of(error: grpc.RpcError) -> Failure:
         retries = _unpacked(status, error_details_pb2.RetryInfo)
     except DecodeError:
         return _plain_failure(code, message)
-    if not infos :
+    if not infos or status.code != code.value[0]:
         return _plain_failure(code, message)
     return Failure(
         code=code,

@@ -14,7 +14,8 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from weft.engine.request import AdapterUse, Generation, Request
+from weft.adapters.identifiers import Generation
+from weft.engine.request import AdapterUse, Request
 
 
 def cache_root(salt: str, base_digest: str, adapters: Iterable[AdapterUse]) -> bytes:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.config import EngineConfig
 from weft.engine import batch as batches
 from weft.engine import sampler
 from weft.engine.block_manager import BlockManager
-from weft.engine.request import FinishReason, Generation, Request, RequestId, SampledToken, TokenEvent
+from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler

@@ -5,10 +5,10 @@ from enum import Enum, StrEnum, auto
 from random import Random
 from typing import NamedTuple, NewType
 
+from weft.adapters.identifiers import Generation
 from weft.errors import WeftError
 
 RequestId = NewType("RequestId", str)
-Generation = NewType("Generation", str)  # sha256 of an adapter's canonical content, hex
 
 
 class FinishReason(StrEnum):

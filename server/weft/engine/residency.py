@@ -8,10 +8,11 @@ when room is needed. What is missing is asked for once (`request_load`) and arri
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
-from weft.engine.request import Generation, Request
+from weft.engine.request import Request
 from weft.engine.runner import Runner
 
 

@@ -1,8 +1,8 @@
 """From logits to tokens, each request by its own parameters and its own random numbers.
 
-Order of the filters, as vLLM applies them: repetition penalty, temperature, min-p, top-k, top-p; then one draw by
-inverting the cumulative distribution at the request's next uniform number. One draw per token and no shared generator:
-a seed gives the same tokens whatever else is in the batch, also after a preemption.
+Order of the filters, as Hugging Face applies them: repetition penalty, temperature, top-k, top-p (of what top-k left),
+min-p; then one draw by inverting the cumulative distribution at the request's next uniform number. One draw per token
+and no shared generator: a seed gives the same tokens whatever else is in the batch, also after a preemption.
 """
 
 from collections.abc import Sequence
@@ -67,11 +67,12 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     params = [request.params for request in requests]
     scaled = logits / column([p.temperature for p in params])
     probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # [B, V]
-    keep = probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
     vocab_size = logits.shape[-1]
-    keep &= torch.arange(vocab_size, device=device) < column([p.top_k or vocab_size for p in params])
-    before = probabilities.cumsum(-1) - probabilities
-    keep &= before < column([p.top_p for p in params])
+    keep = torch.arange(vocab_size, device=device) < column([p.top_k or vocab_size for p in params])
+    left = probabilities * keep
+    before = left.cumsum(-1) - left
+    keep &= before < column([p.top_p for p in params]) * left.sum(-1, keepdim=True)
+    keep &= probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
     keep[:, 0] = True
     cumulative = (probabilities * keep).cumsum(-1, dtype=torch.float64)
     uniform = torch.tensor([request.random.random() for request in requests], dtype=torch.float64, device=device)

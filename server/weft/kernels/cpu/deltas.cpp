@@ -315,33 +315,56 @@ void pre(const X *x, int64_t x_stride, X *out, int64_t out_stride, int64_t in, c
 
 extern "C" {
 
-int weft_post(const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t in, int64_t out, int is_bf16,
-              int is_weight_bf16, const int32_t *offsets, const int32_t *slots, const float *gates, int64_t num_rows,
-              int64_t num_entries, const void *table, int64_t num_slots, int threads) {
+// What the functions below are given: one packed record of 64-bit numbers each, in this order (see deltas.py).
+struct WeftRows {
+    const int32_t *offsets, *slots;
+    const float *gates;
+    int64_t num_rows, num_entries;
+};
+
+struct WeftSite {
+    const weft::Site *table;
+    int64_t num_slots, in, out, is_weight_bf16;
+};
+
+struct WeftDeltas {
+    const void *x;
+    int64_t x_stride;
+    void *y;
+    int64_t y_stride, is_bf16, threads;
+    WeftRows rows;
+    WeftSite site;
+};
+
+int weft_post(const WeftDeltas *given) {
     using namespace weft;
-    const Rows rows = {offsets, slots, gates, num_rows, (const Site *)table, num_slots};
-    if (Status status = rows.check(num_entries)) return status;
+    const WeftDeltas &g = *given;
+    const Rows rows = {g.rows.offsets, g.rows.slots, g.rows.gates, g.rows.num_rows, g.site.table, g.site.num_slots};
+    if (Status status = rows.check(g.rows.num_entries)) return status;
     try {
         auto go = [&](auto act, auto weight) {
             using X = decltype(act);
-            post<X, decltype(weight)>((const X *)x, x_stride, (X *)y, y_stride, in, out, rows, threads);
+            post<X, decltype(weight)>((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, g.site.in, g.site.out, rows,
+                                      int(g.threads));
         };
-        if (is_bf16) is_weight_bf16 ? go(bf16{}, bf16{}) : go(bf16{}, float{});
-        else is_weight_bf16 ? go(float{}, bf16{}) : go(float{}, float{});
+        if (g.is_bf16) g.site.is_weight_bf16 ? go(bf16{}, bf16{}) : go(bf16{}, float{});
+        else g.site.is_weight_bf16 ? go(float{}, bf16{}) : go(float{}, float{});
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
     }
     return OK;
 }
 
-int weft_pre(const void *x, int64_t x_stride, void *out, int64_t out_stride, int64_t in, int is_bf16, const int32_t *offsets,
-             const int32_t *slots, const float *gates, int64_t num_rows, int64_t num_entries, const void *table,
-             int64_t num_slots, int threads) {
+int weft_pre(const WeftDeltas *given) {
     using namespace weft;
-    const Rows rows = {offsets, slots, gates, num_rows, (const Site *)table, num_slots};
-    if (Status status = rows.check(num_entries)) return status;
-    if (is_bf16) pre((const bf16 *)x, x_stride, (bf16 *)out, out_stride, in, rows, threads);
-    else pre((const float *)x, x_stride, (float *)out, out_stride, in, rows, threads);
+    const WeftDeltas &g = *given;
+    const Rows rows = {g.rows.offsets, g.rows.slots, g.rows.gates, g.rows.num_rows, g.site.table, g.site.num_slots};
+    if (Status status = rows.check(g.rows.num_entries)) return status;
+    auto go = [&](auto act) {
+        using X = decltype(act);
+        pre((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, g.site.in, rows, int(g.threads));
+    };
+    g.is_bf16 ? go(bf16{}) : go(float{});
     return OK;
 }
 

@@ -1,0 +1,302 @@
+"""Which adapters there are: ids, generations, states and leases. Pure state, no disk, no device; one thread owns it.
+
+An id names its *current* version. A version is one generation under one id; replacing an id leaves the old version in
+service for the requests that hold it. A lease is a request's hold on a version, taken with the look-up in one step, so
+no version can go between being found and being held.
+
+    LOADING → ACTIVE → DRAINING → gone          FAILED, QUARANTINED: cannot serve, with a reason
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss
+
+_FAULTS_UNTIL_QUARANTINE = 3
+
+
+class AdapterState(StrEnum):
+    """Whether requests can use a version."""
+
+    LOADING = "loading"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    FAILED = "failed"
+    QUARANTINED = "quarantined"
+
+
+class Change(StrEnum):
+    """What watchers are told of an id."""
+
+    ADDED = "added"
+    UPDATED = "updated"
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """What is known of a version's content. `slab_bytes` is what it takes in memory."""
+
+    method: str = ""
+    size_bytes: int = 0
+    slab_bytes: int = 0
+    rank: int = 0
+    num_virtual_tokens: int = 0
+    num_parameters: int = 0
+    modules: tuple[str, ...] = ()
+    base_model_name: str = ""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Version:
+    """One generation under one id. `leases` holds the requests that use it."""
+
+    adapter_id: AdapterId
+    generation: Generation
+    info: AdapterInfo
+    create_time_s: float
+    state: AdapterState = AdapterState.ACTIVE
+    state_reason: str = ""
+    pinned: bool = False
+    last_used_time_s: float | None = None
+    leases: set[str] = field(default_factory=set)
+    faults: int = 0
+
+
+class Registry:
+    """The versions of one server.
+
+    idle(version): called when a version that is no longer current has lost its last lease.
+    changed(change, version): called after every change that a watcher sees.
+    """
+
+    def __init__(
+        self,
+        *,
+        idle: Callable[[Version], None] = lambda version: None,
+        changed: Callable[[Change, Version], None] = lambda change, version: None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._idle = idle
+        self._changed = changed
+        self._wall_clock = wall_clock
+        self._current: dict[AdapterId, Version] = {}
+        self._replaced: dict[AdapterId, list[Version]] = {}  # newest first; each still leased
+
+    def __iter__(self) -> Iterator[Version]:
+        """Current versions by id."""
+        return iter([self._current[adapter_id] for adapter_id in sorted(self._current)])
+
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def current(self, adapter_id: AdapterId) -> Version | None:
+        """The id's current version."""
+        return self._current.get(adapter_id)
+
+    def replaced(self, adapter_id: AdapterId) -> list[Version]:
+        """Older versions that requests still hold, newest first."""
+        return list(self._replaced.get(adapter_id, ()))
+
+    def versions(self, adapter_id: AdapterId) -> list[Version]:
+        """Current and replaced versions of an id."""
+        current = self._current.get(adapter_id)
+        return ([] if current is None else [current]) + self.replaced(adapter_id)
+
+    def generations(self) -> frozenset[Generation]:
+        """Every generation that some version needs."""
+        replaced = [version for versions in self._replaced.values() for version in versions]
+        return frozenset(version.generation for version in [*self._current.values(), *replaced])
+
+    def require(self, reference: AdapterReference) -> Version:
+        """The current version that `reference` names; AdapterNotFound otherwise."""
+        version = self._current.get(reference.adapter_id)
+        if version is None or reference.generation not in (None, version.generation):
+            raise not_found(reference)
+        return version
+
+    def acquire(self, reference: AdapterReference, request_id: str) -> Version:
+        """Look up and hold in one step. Raises AdapterNotFound, or AdapterUnusable with the state's reason."""
+        for version in self.replaced(reference.adapter_id):
+            if version.generation == reference.generation:
+                raise _draining(version)
+        version = self.require(reference)
+        if version.state is not AdapterState.ACTIVE:
+            raise _unusable(version)
+        version.leases.add(request_id)
+        version.last_used_time_s = self._wall_clock()
+        return version
+
+    def release(self, version: Version, request_id: str) -> None:
+        """The request ended."""
+        version.leases.remove(request_id)
+        if version.leases or self._current.get(version.adapter_id) is version:
+            return
+        replaced = self._replaced.get(version.adapter_id, [])
+        if version in replaced:
+            replaced.remove(version)
+            if not replaced:
+                del self._replaced[version.adapter_id]
+        self._idle(version)
+
+    def begin(self, adapter_id: AdapterId) -> None:
+        """A free id is being registered: it is LOADING until `publish` or `abandon`."""
+        if adapter_id not in self._current:
+            self._current[adapter_id] = Version(
+                adapter_id=adapter_id,
+                generation=Generation(""),
+                info=AdapterInfo(),
+                create_time_s=self._wall_clock(),
+                state=AdapterState.LOADING,
+            )
+
+    def abandon(self, adapter_id: AdapterId) -> None:
+        """Registering failed: the id is free again, if it was."""
+        version = self._current.get(adapter_id)
+        if version is not None and version.state is AdapterState.LOADING:
+            del self._current[adapter_id]
+
+    def check_publish(
+        self, adapter_id: AdapterId, generation: Generation, *, replace: bool, expected_generation: str | None
+    ) -> bool:
+        """Whether publishing changes anything (False: the content is current already).
+
+        Raises AdapterExists without `replace`, AdapterConflict where `expected_generation` is not current or the id is
+        being removed.
+        """
+        version = self._current.get(adapter_id)
+        current = None if version is None or version.state is AdapterState.LOADING else version
+        if current is not None and current.state is AdapterState.DRAINING:
+            raise AdapterConflict(
+                "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} is being unregistered", field="adapter_id"
+            )
+        if current is not None and current.generation == generation and current.state is AdapterState.ACTIVE:
+            return False
+        given = "" if current is None else current.generation
+        if expected_generation is not None and expected_generation != given:
+            raise AdapterConflict(
+                "VERSION_CONFLICT",
+                f"expected_generation: the current generation of {adapter_id} is {given or 'none'}",
+                field="expected_generation",
+                metadata={"adapter_id": adapter_id, "limit": given, "given": expected_generation},
+            )
+        if current is not None and not replace and current.generation != generation:
+            raise AdapterExists(
+                "ADAPTER_EXISTS",
+                f"adapter_id: {adapter_id} is registered with generation {given}; set replace to give it other content",
+                field="adapter_id",
+                metadata={"adapter_id": adapter_id, "generation": given},
+            )
+        return True
+
+    def publish(self, version: Version) -> Version | None:
+        """Make `version` current; returns the one it replaced, which stays for the requests that hold it."""
+        previous = self._current.get(version.adapter_id)
+        if previous is not None and previous.state is AdapterState.LOADING:
+            previous = None
+        self._current[version.adapter_id] = version
+        self._changed(Change.ADDED if previous is None else Change.UPDATED, version)
+        if previous is not None:
+            previous.state = AdapterState.DRAINING
+            if previous.leases:
+                self._replaced.setdefault(version.adapter_id, []).insert(0, previous)
+            else:
+                self._idle(previous)
+        return previous
+
+    def drain(self, adapter_id: AdapterId, expected_generation: str | None) -> list[Version]:
+        """Refuse new requests for an id; returns its versions. Only one caller gets them."""
+        version = self._current.get(adapter_id)
+        reference = AdapterReference(adapter_id, None)
+        if version is None or version.state in (AdapterState.DRAINING, AdapterState.LOADING):
+            raise not_found(reference)
+        if expected_generation is not None and expected_generation != version.generation:
+            raise AdapterConflict(
+                "VERSION_CONFLICT",
+                f"expected_generation: the current generation of {adapter_id} is {version.generation}",
+                field="expected_generation",
+                metadata={"adapter_id": adapter_id, "limit": version.generation, "given": expected_generation},
+            )
+        version.state = AdapterState.DRAINING
+        self._changed(Change.UPDATED, version)
+        return self.versions(adapter_id)
+
+    def revive(self, adapter_id: AdapterId) -> None:
+        """Unregistering failed before anything was removed: serve again."""
+        version = self._current[adapter_id]
+        version.state = AdapterState.ACTIVE
+        self._changed(Change.UPDATED, version)
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        """Forget a drained id."""
+        version = self._current.pop(adapter_id)
+        assert not version.leases, version
+        self._changed(Change.REMOVED, version)
+
+    def pin(self, version: Version, pinned: bool) -> None:
+        """Note that a version keeps its place on the device."""
+        if version.pinned != pinned:
+            version.pinned = pinned
+            self._changed(Change.UPDATED, version)
+
+    def fault(self, version: Version, reason: str) -> None:
+        """A request failed by this adapter's fault; the third one quarantines it."""
+        version.faults += 1
+        if version.faults >= _FAULTS_UNTIL_QUARANTINE and version.state is AdapterState.ACTIVE:
+            self.quarantine(version, reason)
+
+    def quarantine(self, version: Version, reason: str) -> None:
+        """Take a version out of service."""
+        version.state, version.state_reason = AdapterState.QUARANTINED, reason
+        self._changed(Change.UPDATED, version)
+
+
+def not_found(reference: AdapterReference) -> AdapterNotFound:
+    """Unknown, foreign and no longer current answer alike."""
+    return AdapterNotFound(
+        "ADAPTER_NOT_FOUND",
+        f"adapter_id: {reference} is not registered",
+        field="adapter_id",
+        metadata={"adapter_id": str(reference)},
+    )
+
+
+def _draining(version: Version) -> AdapterUnusable:
+    return AdapterUnusable(
+        "ADAPTER_DRAINING",
+        f"adapter_id: {version.adapter_id}@{version.generation} is being taken out of service",
+        field="adapter_id",
+        metadata={"adapter_id": version.adapter_id},
+    )
+
+
+def _unusable(version: Version) -> AdapterUnusable | DataLoss:
+    metadata = {"adapter_id": version.adapter_id, "cause": version.state_reason}
+    match version.state:
+        case AdapterState.DRAINING:
+            return _draining(version)
+        case AdapterState.QUARANTINED:
+            return AdapterUnusable(
+                "ADAPTER_QUARANTINED",
+                f"adapter_id: {version.adapter_id} was taken out of service: {version.state_reason}",
+                field="adapter_id",
+                metadata=metadata,
+            )
+        case AdapterState.FAILED if version.state_reason == "BLOB_CORRUPT":
+            return DataLoss(
+                "BLOB_CORRUPT",
+                f"adapter_id: the stored files of {version.adapter_id} changed; register it again",
+                field="adapter_id",
+                metadata=metadata,
+            )
+        case _:
+            return AdapterUnusable(
+                "ADAPTER_NOT_READY",
+                f"adapter_id: {version.adapter_id} is {version.state.value}",
+                field="adapter_id",
+                metadata=metadata,
+                retry_after_s=1.0 if version.state is AdapterState.LOADING else None,
+            )

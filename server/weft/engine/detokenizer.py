@@ -1,0 +1,63 @@
+"""From tokens to text, one request at a time; runs on the event loop, not in the engine.
+
+Text is held back while it ends in half a character or in what may become a stop string.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class Piece(NamedTuple):
+    """Text that is certain now, and the stop string that ended it, if one did."""
+
+    text: str
+    stop: str | None = None
+
+
+class Detokenizer:
+    """The text of one answer. `stops` are matched from the token after `min_new_tokens` on; the earliest match wins."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], *, include_stop: bool = False, min_new_tokens: int = 0
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stops = tuple(stops)
+        self._include_stop = include_stop
+        self._uncounted = min_new_tokens
+        self._held = ""
+
+    def add(self, token_id: int) -> Piece:
+        """One more token; after a piece with `stop` the answer is over."""
+        new = self._stream.step(self._tokenizer, token_id) or ""
+        self._uncounted -= 1
+        if self._uncounted >= 0 or not self._stops:
+            return Piece(self._release(new))
+        text = self._held + new
+        matches = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if matches:
+            start, stop = min(matches, key=lambda match: (match[0], len(match[1])))
+            self._held = ""
+            return Piece(text[: start + len(stop)] if self._include_stop else text[:start], stop)
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return Piece(text[: len(text) - keep])
+
+    def flush(self) -> str:
+        """What was held back for a stop string that did not come."""
+        return self._release("")
+
+    def _release(self, new: str) -> str:
+        text, self._held = self._held + new, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest ending of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
