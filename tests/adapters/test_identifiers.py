@@ -98,8 +98,10 @@ def test_only_the_alphabet_passes(value: str) -> None:
     try:
         checked = check_adapter_id(value)
     except InvalidRequest as error:
-        assert error.reason in {"ID_INVALID", "ID_RESERVED"}
-        assert error.message.isprintable()
+        checked = error
+    if isinstance(checked, InvalidRequest):
+        assert checked.reason in {"ID_INVALID", "ID_RESERVED"}
+        assert checked.message.isprintable()
         return
     assert checked == value
     assert set(value) <= set(string.ascii_lowercase + string.digits + "_-")
@@ -122,8 +124,10 @@ def test_every_id_of_the_pattern_passes_alone_and_with_a_generation(value: str) 
 
 @pytest.mark.parametrize(
     "generation",
-    ["", GENERATION[:12], GENERATION + "0", GENERATION.upper(), "g" * 64, "sha256:" + GENERATION, GENERATION + "\n"]
-    + ["../" + GENERATION[3:], "@" + GENERATION, "x" * (1 << 20)],
+    [
+        *["", GENERATION[:12], GENERATION + "0", GENERATION.upper(), "g" * 64, "sha256:" + GENERATION],
+        *[GENERATION + "\n", "../" + GENERATION[3:], "@" + GENERATION, "x" * (1 << 20)],
+    ],
 )
 def test_a_generation_is_64_lower_case_hex_digits(generation: str) -> None:
     for call in (lambda: check_generation(generation), lambda: parse_reference(f"a@{generation}")):

@@ -70,6 +70,7 @@ class Registry:
     """The versions of one server.
 
     idle(version): called when a version that is no longer current has lost its last lease.
+    released(): called whenever a lease has ended.
     changed(change, version): called after every change that a watcher sees.
     """
 
@@ -77,10 +78,12 @@ class Registry:
         self,
         *,
         idle: Callable[[Version], None] = lambda version: None,
+        released: Callable[[], None] = lambda: None,
         changed: Callable[[Change, Version], None] = lambda change, version: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._idle = idle
+        self._released = released
         self._changed = changed
         self._wall_clock = wall_clock
         self._current: dict[AdapterId, Version] = {}
@@ -133,6 +136,7 @@ class Registry:
     def release(self, version: Version, request_id: str) -> None:
         """The request ended."""
         version.leases.remove(request_id)
+        self._released()
         if version.leases or self._current.get(version.adapter_id) is version:
             return
         replaced = self._replaced.get(version.adapter_id, [])

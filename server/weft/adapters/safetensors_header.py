@@ -102,7 +102,7 @@ def _raw_header(file: BinaryIO, file_bytes: int, limits: AdapterLimits, field: s
         raise InvalidAdapter.rule(
             "HEADER_TOO_LARGE", field, "header has too many bytes", limit=limits.header_bytes_max, given=length
         )
-    if length == 0 or not starts_as_object:
+    if not starts_as_object:
         raise InvalidAdapter.rule(
             "HEADER_INVALID", field, "header must start with {", given=opening[_LENGTH_BYTES:][:1].decode("latin-1")
         )

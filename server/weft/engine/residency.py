@@ -56,6 +56,10 @@ class Residency:
         """Generations on the device."""
         return frozenset(self._resident)
 
+    def placement(self, generation: Generation) -> tuple[bool, bool]:
+        """(on the device, arrived without finding room)."""
+        return generation in self._resident, generation in self._arrived
+
     def admit(self, request: Request) -> bool:
         """Hold every adapter of a request; False where one is not resident yet (it is then on its way)."""
         if request in self.slots_of:

@@ -16,7 +16,7 @@ from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.inject import Driver
 from weft.methods.protocol import VirtualKV
 from weft.model.loader import Base
-from weft.model.paged_attention import KVCache, Paged, PagedBatch
+from weft.model.paged_attention import KVCache, Paged, PagedBatch, attend_reference
 
 
 class Runner(Protocol):
@@ -72,7 +72,7 @@ class ModelRunner:
                 position_ids=batch.positions[None].to(device),
                 use_cache=False,
                 logits_to_keep=batch.sample_rows.to(device),
-                paged=Paged(paged, self._kernels.attend),
+                paged=Paged(paged, self._kernels.attend or attend_reference),
             )
         return out.logits[0]
 

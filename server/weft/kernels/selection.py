@@ -1,23 +1,40 @@
 """Which implementation computes the deltas and attention on a device.
 
-Kernels are faster equals of the reference (methods/driver.py, model/paged_attention.py); where none exists for a device,
-the reference itself runs.
+Kernels are faster equals of the reference (methods/driver.py, model/paged_attention.py); where none exists for a
+device, the reference itself runs.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from weft.methods.inject import Driver
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """name: for logs and build info. driver: makes a step's driver from (slot table, offsets, slots, gates); None for the
-    reference driver. attend: paged attention."""
+    """An implementation of the two hot operations.
+
+    name: for logs and build info.
+    driver: makes a step's driver from (slot table, offsets, slots, gates); None for the reference driver.
+    attend: paged attention (model/paged_attention.py, Attend); None for the reference.
+    """
 
     name: str
-    driver: Callable[[Any, Tensor, Tensor, Tensor], Driver] | None
-    attend: Callable[..., Tensor]
+    driver: Callable[[Any, Tensor, Tensor, Tensor], Driver] | None = None
+    attend: Callable[..., Tensor] | None = None
+
+
+REFERENCE = Kernels(name="reference")
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest implementation for a device and the base's dtype."""
+    del device, dtype
+    return REFERENCE

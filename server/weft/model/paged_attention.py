@@ -73,7 +73,7 @@ class PagedBatch:
 
 
 # Stores the step's keys and values in one layer and attends.
-# (batch, layer, query [T, Hq, D], key [T, H, D], value [T, H, D], scale, window (0: none), softcap (0: none)) -> [T, Hq, D]
+# (batch, layer, query [T, Hq, D], key [T, H, D], value [T, H, D], scale, window or 0, softcap or 0) -> [T, Hq, D]
 Attend = Callable[[PagedBatch, int, Tensor, Tensor, Tensor, float, int, float], Tensor]
 
 

@@ -128,10 +128,10 @@ void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hi
     int64_t i = 0;
     auto step = [&](auto take) {
         Unit xs[R];
-        for (int r = 0; r < R; r++) xs[r] = take(x + r * x_stride + i);
-        for (int k = 0; k < K; k++) {
+        EACH(r, R) xs[r] = take(x + r * x_stride + i);
+        EACH(k, K) {
             Unit w = take(a + k * in + i);
-            for (int r = 0; r < R; r++) {
+            EACH(r, R) {
                 acc[r][k] = fma(xs[r].lo, w.lo, acc[r][k]);
                 acc[r][k] = fma(xs[r].hi, w.hi, acc[r][k]);
             }
@@ -139,8 +139,8 @@ void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hi
     };
     for (; i + UNIT <= in; i += UNIT) step([](auto *from) { return load<ORDER>(from); });
     if (i < in) step([&](auto *from) { return load_part<ORDER>(from, in - i); });
-    for (int r = 0; r < R; r++)
-        for (int k = 0; k < K; k++) hidden[r * rank + k] = sum(acc[r][k]);
+    EACH(r, R)
+        EACH(k, K) hidden[r * rank + k] = sum(acc[r][k]);
 }
 
 template <class X, class W>
@@ -166,11 +166,11 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
     constexpr Order ORDER = order_of<W>();
     auto take = [part](auto *from) { return U == 1 && part ? load_part<ORDER>(from, part) : load<ORDER>(from); };
     Unit base[R][U], total[R][U];
-    for (int r = 0; r < R; r++)
-        for (int u = 0; u < U; u++) total[r][u] = base[r][u] = take(y + r * y_stride + o + u * UNIT);
+    EACH(r, R)
+        EACH(u, U) total[r][u] = base[r][u] = take(y + r * y_stride + o + u * UNIT);
 
     const int32_t *entry_of[R];
-    for (int r = 0; r < R; r++) entry_of[r] = rows.offsets + block.row + first + r;
+    EACH(r, R) entry_of[r] = rows.offsets + block.row + first + r;
     auto add = [&](int32_t e, int r, int u, Unit delta) {
         float gate = rows.gates[*entry_of[r] + e];
         if (gate == 0.0f) return;
@@ -180,7 +180,7 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
     for (int32_t e = 0; e < block.entries; e++) {
         const Site &site = rows.table[rows.slots[*entry_of[0] + e]];
         bool is_used = false;
-        for (int r = 0; r < R; r++) is_used |= rows.gates[*entry_of[r] + e] != 0.0f;
+        EACH(r, R) is_used |= rows.gates[*entry_of[r] + e] != 0.0f;
         if (!is_used) {
             if (site.kind == LORA) hidden += block.rows * site.rank;
         } else if (site.kind == LORA) {
@@ -188,35 +188,35 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
             const float *h = hidden + first * site.rank;
             f32x16 lo[R][U] = {}, hi[R][U] = {};
             for (int64_t k = 0; k < site.rank; k++) {
-                for (int u = 0; u < U; u++) {
+                EACH(u, U) {
                     Unit w = take(b + k * out + u * UNIT);
-                    for (int r = 0; r < R; r++) {
+                    EACH(r, R) {
                         lo[r][u] = fma(h[r * site.rank + k], w.lo, lo[r][u]);
                         hi[r][u] = fma(h[r * site.rank + k], w.hi, hi[r][u]);
                     }
                 }
             }
-            for (int r = 0; r < R; r++)
-                for (int u = 0; u < U; u++) add(e, r, u, {lo[r][u], hi[r][u]});
+            EACH(r, R)
+                EACH(u, U) add(e, r, u, {lo[r][u], hi[r][u]});
             hidden += block.rows * site.rank;
         } else if (site.kind == OUTPUT_SCALE) {
             const float *l = (const float *)site.a + o;
-            for (int u = 0; u < U; u++) {
+            EACH(u, U) {
                 Unit scale = take(l + u * UNIT);
-                for (int r = 0; r < R; r++)
+                EACH(r, R)
                     add(e, r, u, {(scale.lo - 1.0f) * base[r][u].lo, (scale.hi - 1.0f) * base[r][u].hi});
             }
         } else if (site.kind == BIAS) {
             const float *bias = (const float *)site.a + o;
-            for (int u = 0; u < U; u++) {
+            EACH(u, U) {
                 Unit delta = take(bias + u * UNIT);
-                for (int r = 0; r < R; r++) add(e, r, u, delta);
+                EACH(r, R) add(e, r, u, delta);
             }
         }
     }
-    for (int r = 0; r < R; r++) {
+    EACH(r, R) {
         if (!block.is_live[first + r]) continue;
-        for (int u = 0; u < U; u++) {
+        EACH(u, U) {
             X *to = y + r * y_stride + o + u * UNIT;
             if (U == 1 && part) store_part<ORDER>(to, part, total[r][u]);
             else store<ORDER>(to, total[r][u]);

@@ -9,6 +9,13 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
+// A loop over a number known to the compiler, unrolled so that what it indexes stays in registers.
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < count; i++)
+
 namespace weft {
 
 typedef float f32x16 __attribute__((vector_size(64)));
@@ -21,24 +28,37 @@ struct bf16 {
 };
 
 template <class V>
+struct Anywhere {
+    typedef V type __attribute__((may_alias, aligned(1)));
+};
+
+template <class V>
 static inline V read(const void *from) {
-    V v;
-    memcpy(&v, from, sizeof v);
-    return v;
+    return *(const typename Anywhere<V>::type *)from;
 }
 
 template <class V>
 static inline void write(void *to, V v) {
-    memcpy(to, &v, sizeof v);
+    *(typename Anywhere<V>::type *)to = v;
 }
 
-static inline f32x16 splat(float s) { return f32x16{} + s; }
+template <class V, class T>
+static inline V bits_as(const T &from) {
+    static_assert(sizeof(V) == sizeof(T), "the same bits");
+    V v;
+    memcpy(&v, &from, sizeof v);
+    return v;
+}
+
+static inline f32x16 splat(float s) { return f32x16{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s}; }
 
 static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-#ifdef __FMA__
-    f32x16 r;
-    for (int i = 0; i < 16; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);  // one instruction where the machine has it
-    return r;
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    struct Halves { __m256 lo, hi; };
+    Halves x = bits_as<Halves>(a), y = bits_as<Halves>(b), z = bits_as<Halves>(c);
+    return bits_as<f32x16>(Halves{_mm256_fmadd_ps(x.lo, y.lo, z.lo), _mm256_fmadd_ps(x.hi, y.hi, z.hi)});
 #else
     return a * b + c;
 #endif

@@ -1,0 +1,70 @@
+"""From the two files of an adapter to a slab: the one way in, for uploads, local directories and stored versions alike.
+
+The files are data: our own strict parsers read them, no loader of PEFT or transformers ever sees them.
+"""
+
+import mmap
+from collections.abc import Mapping
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.adapters import slab
+from weft.adapters.config_file import read_config
+from weft.adapters.registry import AdapterInfo
+from weft.adapters.safetensors_header import TensorEntry, read_header
+from weft.config import AdapterLimits
+from weft.methods.checkpoint import directory
+from weft.methods.protocol import BaseShape
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class Ingested(NamedTuple):
+    """An adapter that passed every check."""
+
+    info: AdapterInfo
+    slab: slab.Slab
+
+
+class Ingest(NamedTuple):
+    """What adapters are fitted to. dtype: of the matrices in slots and of virtual keys and values."""
+
+    base: BaseShape
+    limits: AdapterLimits
+    dtype: torch.dtype
+
+    def read(self, config_file: BinaryIO, weights_file: BinaryIO, *, size_bytes: int) -> Ingested:
+        """Check everything and lay the adapter out. Raises InvalidAdapter or AdapterUnusable naming what is wrong."""
+        config = read_config(config_file.read(self.limits.config_bytes_max + 1), self.limits)
+        header = read_header(weights_file, self.limits)
+        # Not closed by hand: it closes with the last tensor that looks into it, also where a check raises.
+        mapped = mmap.mmap(weights_file.fileno(), 0, access=mmap.ACCESS_COPY)
+        tensors = _tensors(mapped, header.tensors)
+        adapter = directory.read(config, tensors, header.metadata, self.base, self.limits)
+        laid_out = slab.build(adapter, self.base, dtype=self.dtype)
+        base_model = config.get("base_model_name_or_path")
+        info = AdapterInfo(
+            method=adapter.method.name,
+            size_bytes=size_bytes,
+            slab_bytes=laid_out.size_bytes,
+            rank=adapter.rank,
+            num_virtual_tokens=adapter.num_virtual_tokens,
+            num_parameters=adapter.num_parameters,
+            modules=tuple(sorted({self.base.sites[name].suffix for name in adapter.sites})),
+            base_model_name=base_model[:256] if isinstance(base_model, str) else "",
+        )
+        return Ingested(info, laid_out)
+
+
+def _tensors(mapped: mmap.mmap, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    return {
+        name: torch.frombuffer(
+            mapped,
+            dtype=_DTYPES[entry.dtype],
+            count=(entry.end - entry.begin) // _DTYPES[entry.dtype].itemsize,
+            offset=entry.begin,
+        ).view(entry.shape)
+        for name, entry in entries.items()
+    }

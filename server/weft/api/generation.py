@@ -1,0 +1,399 @@
+"""The life of a generate request outside the engine: admit, tokenize, submit, turn events into text, settle the end.
+
+Everything here runs on the event loop. An accepted request holds a queue place and a lease; both end with the engine's
+terminal event, also when the caller has gone: the caller's going only asks the engine to end the request.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from weft.adapters.registry import Registry, Version
+from weft.api.validation import ChatTurn, CheckedSpec, GenerationSpec, check, check_prompt_bytes
+from weft.config import RequestLimits
+from weft.engine.block_manager import cache_root
+from weft.engine.detokenizer import Detokenizer
+from weft.engine.engine import Engine
+from weft.engine.request import (
+    AdapterUse,
+    Finish,
+    FinishReason,
+    Request,
+    RequestId,
+    SampledToken,
+    TokenEvent,
+)
+from weft.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WeftError
+from weft.metrics import Metrics
+
+_INLINE_PROMPT_BYTES = 4096  # shorter prompts are tokenized on the event loop: a thread costs more than they do
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What of the base the request path needs to know."""
+
+    name: str
+    digest: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    tokenizer: Any  # a fast transformers tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+
+class EffectiveAdapter(NamedTuple):
+    """An adapter that took part, as the answer names it."""
+
+    adapter_id: str
+    generation: str
+    method: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationEnd:
+    """The last part of an answer."""
+
+    reason: FinishReason
+    stop_string: str | None
+    stop_token_id: int | None
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    seed: int
+    adapters: tuple[EffectiveAdapter, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPart:
+    """A part of an answer; only the last one has `end`."""
+
+    request_id: str
+    text: str
+    tokens: tuple[SampledToken, ...]
+    end: GenerationEnd | None = None
+
+
+class _Stream:
+    """An accepted request's events on their way to its caller."""
+
+    __slots__ = ("events", "on_finish", "ready", "stalled")
+
+    def __init__(self, on_finish: Callable[[Finish], None]) -> None:
+        self.events: deque[TokenEvent] = deque()
+        self.ready = asyncio.Event()
+        self.on_finish = on_finish
+        self.stalled = False
+
+    async def next(self) -> TokenEvent:
+        while not self.events:
+            self.ready.clear()
+            await self.ready.wait()
+        return self.events.popleft()
+
+
+class Generation:
+    """Generate requests of one server."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        registry: Registry,
+        model: ModelFacts,
+        limits: RequestLimits,
+        max_requests: int,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._model = model
+        self._limits = limits
+        self._max_requests = max_requests
+        self._metrics = metrics
+        self._streams: dict[RequestId, _Stream] = {}
+        self._num_reserved = 0
+        self._ids = itertools.count()
+        self._refusal: Unavailable | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def num_requests(self) -> int:
+        """Accepted requests that have not ended."""
+        return self._num_reserved
+
+    def refuse(self, error: Unavailable) -> None:
+        """Take no new requests; those inside go on."""
+        self._refusal = error
+
+    async def wait_empty(self) -> None:
+        """Until no request is left inside."""
+        await self._empty.wait()
+
+    def cancel(self, internal_id: str, error: WeftError) -> None:
+        """End one request with `error`; the ids are those in a version's leases."""
+        self._engine.end(RequestId(internal_id), FinishReason.ERROR, error)
+
+    def deliver(self, events: list[TokenEvent]) -> None:
+        """Hand one step's events to their streams. Called on the event loop."""
+        for event in events:
+            stream = self._streams[event.request_id]
+            stream.events.append(event)
+            stream.ready.set()
+            if event.finish is not None:
+                del self._streams[event.request_id]
+                stream.on_finish(event.finish)
+            elif len(stream.events) > self._limits.stream_events_max and not stream.stalled:
+                stream.stalled = True
+                error = DeadlineExceeded("STREAM_STALLED", "the caller does not read its stream")
+                self._engine.end(event.request_id, FinishReason.ERROR, error)
+
+    async def generate(self, spec: GenerationSpec, *, timeout_s: float | None) -> AsyncGenerator[GenerationPart, None]:
+        """Answer `spec` in parts; the last has `end`. Raises WeftError, also after parts were given.
+
+        timeout_s: the caller's, None without one; cut to the server's maximum. Closing the iterator ends the request.
+        """
+        try:
+            checked, request, versions, stream = await self._accept(spec, timeout_s)
+        except WeftError as error:
+            self._metrics.rejections.labels(error.reason).inc()
+            raise
+        ended = False
+        try:
+            detokenizer = Detokenizer(
+                self._model.tokenizer.backend_tokenizer,
+                spec.stop,
+                include_stop=spec.include_stop,
+                min_new_tokens=spec.min_new_tokens or 0,
+            )
+            num_tokens = 0
+            while True:
+                event = await stream.next()
+                text, stop, tokens = [], None, []
+                for token in event.tokens:
+                    num_tokens += 1
+                    tokens.append(token)
+                    piece = detokenizer.add(token.token_id)
+                    text.append(piece.text)
+                    if piece.stop is not None:
+                        stop = piece.stop
+                        break
+                if stop is None and event.finish is None:
+                    yield GenerationPart(request_id=checked.request_id, text="".join(text), tokens=tuple(tokens))
+                    continue
+                if event.finish is not None:
+                    ended = True
+                    if event.finish.error is not None:
+                        raise event.finish.error
+                if stop is None:
+                    text.append(detokenizer.flush())
+                yield GenerationPart(
+                    request_id=checked.request_id,
+                    text="".join(text),
+                    tokens=tuple(tokens),
+                    end=_end(checked, request, versions, event.finish, stop, num_tokens, tokens),
+                )
+                if not ended:
+                    self._engine.end(request.request_id, FinishReason.STOP)
+                    ended = True
+                return
+        finally:
+            if not ended:
+                error = Cancelled("CANCELLED", "the caller went away")
+                self._engine.end(request.request_id, FinishReason.CANCELLED, error)
+
+    async def tokenize(self, text: str | None, messages: list[ChatTurn] | None) -> list[int]:
+        """The tokens that `generate` would make of an input."""
+        check(
+            GenerationSpec(text=text, messages=messages),
+            self._limits,
+            vocab_size=self._model.vocab_size,
+            eos_token_ids=self._model.eos_token_ids,
+            base_model=self._model.name,
+            has_chat_template=self._model.has_chat_template,
+        )
+        return await self._token_ids(text, messages)
+
+    async def _accept(
+        self, spec: GenerationSpec, timeout_s: float | None
+    ) -> tuple[CheckedSpec, Request, list[Version], _Stream]:
+        arrival_s = time.monotonic()
+        if self._refusal is not None:
+            raise self._refusal
+        checked = check(
+            spec,
+            self._limits,
+            vocab_size=self._model.vocab_size,
+            eos_token_ids=self._model.eos_token_ids,
+            base_model=self._model.name,
+            has_chat_template=self._model.has_chat_template,
+        )
+        wanted_s = self._limits.deadline_default_s if timeout_s is None else timeout_s
+        if wanted_s <= 0:
+            raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request was accepted")
+        deadline_s = arrival_s + min(wanted_s, self._limits.deadline_max_s)
+        self._reserve()
+        request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
+        versions: list[Version] = []
+        try:
+            if checked.target is not None:
+                versions.append(self._registry.acquire(checked.target, request_id))
+            tokens = await self._token_ids(spec.text, spec.messages) if spec.token_ids is None else list(spec.token_ids)
+            request = self._request(checked, request_id, tokens, versions, arrival_s, deadline_s)
+            if self._refusal is not None:
+                raise self._refusal
+        except BaseException:
+            self._leave(versions, request_id)
+            raise
+
+        def on_finish(finish: Finish) -> None:
+            if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
+                for version in versions:
+                    self._registry.fault(version, finish.error.reason)
+            self._leave(versions, request_id)
+
+        stream = self._streams[request_id] = _Stream(on_finish)
+        self._engine.submit(request)
+        return checked, request, versions, stream
+
+    def _reserve(self) -> None:
+        if self._num_reserved >= self._max_requests:
+            raise Overloaded(
+                "QUEUE_FULL",
+                f"requests: the queue is full (limit {self._max_requests}); try again later",
+                metadata={"quota": "requests", "limit": self._max_requests, "given": self._num_reserved + 1},
+                retry_after_s=1.0,
+            )
+        self._num_reserved += 1
+        self._empty.clear()
+
+    def _leave(self, versions: list[Version], request_id: RequestId) -> None:
+        for version in versions:
+            self._registry.release(version, request_id)
+        self._num_reserved -= 1
+        if self._num_reserved == 0:
+            self._empty.set()
+
+    def _request(
+        self,
+        checked: CheckedSpec,
+        request_id: RequestId,
+        tokens: list[int],
+        versions: list[Version],
+        arrival_s: float,
+        deadline_s: float,
+    ) -> Request:
+        uses = tuple(AdapterUse(v.generation, 1.0, v.info.num_virtual_tokens) for v in versions)
+        num_virtual, longest = sum(use.num_virtual_tokens for use in uses), self._model.max_model_len
+        if not tokens:
+            raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
+        if len(tokens) >= longest:
+            raise InvalidRequest.rule(
+                "PROMPT_TOO_LONG", "input", "has too many tokens", limit=longest - 1, given=len(tokens)
+            )
+        room = longest - num_virtual - len(tokens)
+        if room < 1 or (checked.max_new_tokens is not None and checked.max_new_tokens > room):
+            raise InvalidRequest(
+                "CONTEXT_EXCEEDED",
+                f"stopping.max_new_tokens: {len(tokens)} prompt tokens and {num_virtual} virtual tokens leave room for "
+                f"{max(room, 0)} of max_model_len {longest}, given {checked.max_new_tokens or 1}",
+                field="stopping.max_new_tokens",
+                metadata={"limit": max(room, 0), "given": checked.max_new_tokens or 1},
+            )
+        max_new_tokens = checked.max_new_tokens or min(self._limits.max_new_tokens_default, room)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(tokens),
+            params=checked.sampling(max_new_tokens=max_new_tokens),
+            adapters=uses,
+            cache_root=cache_root(checked.spec.cache_salt, self._model.digest, uses),
+            deadline_s=deadline_s,
+            arrival_s=arrival_s,
+        )
+
+    async def _token_ids(self, text: str | None, messages: Any) -> list[int]:
+        if text is not None and len(text) <= _INLINE_PROMPT_BYTES:
+            return self._encode(text)
+        if text is not None:
+            return await asyncio.to_thread(self._encode, text)
+        return await asyncio.to_thread(self._encode_messages, messages)
+
+    def _encode(self, text: str) -> list[int]:
+        # Special tokens spelled out in a prompt are ordinary text.
+        return self._model.tokenizer(text, split_special_tokens=True)["input_ids"]
+
+    def _encode_messages(self, messages: list[ChatTurn]) -> list[int]:
+        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        try:
+            rendered = self._model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template may raise anything; it is the base's, so its text may be shown
+            raise InvalidRequest.rule(
+                "PROMPT_INVALID", "messages", "do not fit the chat template", given=error
+            ) from error
+        check_prompt_bytes("messages", len(rendered.encode()), self._limits)
+        tokenizer = self._model.tokenizer
+        specials = [special for special in tokenizer.all_special_tokens if special]
+        if not any(special in turn.content for turn in messages for special in specials):
+            return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return [
+            token
+            for text, is_template in _pieces(rendered, [turn.content for turn in messages])
+            for token in tokenizer(text, add_special_tokens=False, split_special_tokens=not is_template)["input_ids"]
+        ]
+
+
+def _end(
+    checked: CheckedSpec,
+    request: Request,
+    versions: list[Version],
+    finish: Finish | None,
+    stop: str | None,
+    num_tokens: int,
+    tokens: list[SampledToken],
+) -> GenerationEnd:
+    last = tokens[-1].token_id if tokens else None
+    reason = FinishReason.STOP if stop is not None or finish is None else finish.reason
+    stopped_by_token = stop is None and reason is FinishReason.STOP
+    return GenerationEnd(
+        reason=reason,
+        stop_string=stop,
+        stop_token_id=last if stopped_by_token else None,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_completion_tokens=num_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        seed=checked.seed,
+        adapters=tuple(EffectiveAdapter(v.adapter_id, v.generation, v.info.method, 1.0) for v in versions),
+    )
+
+
+def _pieces(rendered: str, contents: list[str]) -> Iterator[tuple[str, bool]]:
+    """A rendered conversation cut into what the template wrote (True) and what people said (False), in order.
+
+    A template may trim what it is given; what cannot be found again as it was said counts as said to the end.
+    """
+    position = 0
+    for content in contents:
+        said = content.strip()
+        if not said:
+            continue
+        start = rendered.find(said, position)
+        if start < 0:
+            break
+        if start > position:
+            yield rendered[position:start], True
+        yield said, False
+        position = start + len(said)
+    else:
+        if position < len(rendered):
+            yield rendered[position:], True
+        return
+    yield rendered[position:], False

@@ -1,0 +1,248 @@
+"""The composition root: builds everything from a WeftConfig, serves until told to stop, drains, ends.
+
+start:   load the base → start the engine → restore the store → listen → SERVING
+SIGTERM: NOT_SERVING, new requests refused → running ones finish, up to drain_timeout_s → the rest end → exit 0
+second signal: no more waiting
+engine down: NOT_SERVING, everything inside has ended with UNAVAILABLE → exit 1
+"""
+
+import asyncio
+import logging
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+from rich.console import Console
+from rich.progress import Progress
+
+from weft.adapters.identifiers import AdapterId
+from weft.adapters.ingest import Ingest
+from weft.api.application import Application, ServedModel
+from weft.api.generation import ModelFacts
+from weft.api.interceptors import FinishedCall, StatusInterceptor
+from weft.api.servicers.adapters import AdapterServicer
+from weft.api.servicers.generation import GenerationServicer
+from weft.config import GIB, WeftConfig
+from weft.engine.runner import ModelRunner
+from weft.kernels.selection import select
+from weft.metrics import Metrics
+from weft.model import loader, paged_attention
+from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_service_pb2, generation_service_pb2_grpc
+
+_log = logging.getLogger(__name__)
+_SERVICES = (
+    generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+)
+_CPU_KV_BYTES_MAX = 1 * GIB
+_CUDA_FREE_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """A server that listens. `port` and `metrics_port` are the real ones where 0 was asked for."""
+
+    application: Application
+    port: int
+    metrics_port: int
+
+
+def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
+    """Serve until a signal; the exit code of the process. `adapters` are registered at the start, replacing."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
+    console = Console(stderr=True)
+    with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
+        model, runner = build_model(config)
+    named = [(AdapterId(adapter_id), path) for adapter_id, path in adapters]
+    return asyncio.run(_serve_until_signal(config, model, runner, named, console))
+
+
+def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:
+    """Load the base and make its runner."""
+    paged_attention.register()
+    if config.model.num_threads:
+        torch.set_num_threads(config.model.num_threads)
+    base = loader.load(config.model, attention=paged_attention.ATTENTION)
+    kernels = select(base.device, base.dtype)
+    max_model_len = min(config.engine.max_model_len or base.max_model_len, base.max_model_len)
+    num_kv_blocks = _num_kv_blocks(config, base, max_model_len)
+    runner = ModelRunner(
+        base,
+        num_kv_blocks=num_kv_blocks,
+        block_size=config.engine.block_size,
+        adapter_bytes=config.residency.device_bytes,
+        kernels=kernels,
+    )
+    facts = ModelFacts(
+        name=base.shape.name,
+        digest=base.shape.digest,
+        vocab_size=base.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=base.eos_token_ids,
+        tokenizer=base.tokenizer,
+    )
+    model = ServedModel(
+        facts=facts,
+        shape=base.shape,
+        ingest=Ingest(base.shape, config.adapters, base.dtype),
+        quantization=base.quantization.value,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=base.device.type,
+        kernels=kernels.name,
+        num_kv_blocks=num_kv_blocks,
+    )
+    return model, runner
+
+
+def _num_kv_blocks(config: WeftConfig, base: loader.Base, max_model_len: int) -> int:
+    """Blocks of the KV pool; see EngineConfig.kv_cache_bytes."""
+    engine, shape = config.engine, base.shape
+    block_bytes = 2 * shape.num_layers * engine.block_size * shape.num_kv_heads * shape.head_dim * base.dtype.itemsize
+    per_request = -(-max_model_len // engine.block_size)
+    if engine.num_kv_blocks is not None:
+        num_blocks = engine.num_kv_blocks
+    elif engine.kv_cache_bytes is not None:
+        num_blocks = engine.kv_cache_bytes // block_bytes
+    else:
+        room = _CPU_KV_BYTES_MAX
+        if base.device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(base.device)
+            room = int(_CUDA_FREE_SHARE * max(0, free_bytes - config.residency.device_bytes))
+        num_blocks = min(per_request * engine.max_num_seqs, room // block_bytes)
+    if num_blocks < per_request:
+        raise ValueError(
+            f"kv cache: {num_blocks} blocks of {engine.block_size} tokens cannot hold one request of max_model_len "
+            f"{max_model_len}; raise kv_cache_bytes to {per_request * block_bytes} or lower max_model_len"
+        )
+    return num_blocks
+
+
+@asynccontextmanager
+async def serving(
+    config: WeftConfig,
+    model: ServedModel,
+    runner: ModelRunner,
+    adapters: list[tuple[AdapterId, Path]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> AsyncIterator[Serving]:
+    """A server that listens inside the block and has drained after it."""
+    metrics = Metrics()
+    application = Application(config, model, runner, metrics)
+
+    def observe(call: FinishedCall) -> None:
+        rpc = call.method.rpartition("/")[2]
+        metrics.rpcs.labels(rpc, call.code).inc()
+        metrics.rpc_seconds.labels(rpc).observe(call.duration_s)
+
+    server = grpc.aio.server(
+        interceptors=[StatusInterceptor(observe)],
+        options=[
+            ("grpc.max_receive_message_length", config.server.receive_bytes_max),
+            ("grpc.max_metadata_size", 8 * 1024),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_concurrent_streams", 1024),
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent sharing
+        ],
+    )
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
+    adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(application), server)
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if config.server.reflection:
+        reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+    port = server.add_insecure_port(f"{config.server.host}:{config.server.port}")
+    exposition, _ = start_http_server(config.server.metrics_port, config.server.metrics_host, metrics.registry)
+    try:
+        await application.start(adapters, progress)
+        await server.start()
+        for name in ("", *_SERVICES):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        watch_down = asyncio.create_task(_follow_engine(application, health))
+        try:
+            yield Serving(application=application, port=port, metrics_port=exposition.server_address[1])
+        finally:
+            watch_down.cancel()
+            await health.enter_graceful_shutdown()
+            if not await application.drain(config.server.drain_timeout_s):
+                _log.warning("drain: requests were left after %g s; they end now", config.server.drain_timeout_s)
+    finally:
+        await application.stop()
+        await server.stop(grace=1.0)
+        exposition.shutdown()
+        exposition.server_close()
+
+
+async def _follow_engine(application: Application, health: HealthServicer) -> None:
+    await application.down.wait()
+    await health.enter_graceful_shutdown()
+
+
+async def _serve_until_signal(
+    config: WeftConfig,
+    model: ServedModel,
+    runner: ModelRunner,
+    adapters: list[tuple[AdapterId, Path]],
+    console: Console,
+) -> int:
+    loop = asyncio.get_running_loop()
+    asked, hurried = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurried if asked.is_set() else asked).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    if config.server.host not in ("127.0.0.1", "localhost", "::1"):
+        _log.warning("listening on %s without TLS or authentication; keep this network private", config.server.host)
+    main = asyncio.current_task()
+    assert main is not None
+
+    async def hurry() -> None:
+        await hurried.wait()
+        main.cancel()
+
+    with Progress(console=console, transient=True) as bar:
+        task_id = bar.add_task("restoring adapters", total=None)
+        stack = serving(
+            config, model, runner, adapters, lambda done, total: bar.update(task_id, completed=done, total=total)
+        )
+        served = await stack.__aenter__()
+    hurrying = asyncio.create_task(hurry())
+    try:
+        _announce(console, config, model, served)
+        waits = [asyncio.create_task(asked.wait()), asyncio.create_task(served.application.down.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        console.print("draining …" if asked.is_set() else "[red]the engine is down[/red]")
+    finally:
+        try:
+            await stack.__aexit__(None, None, None)
+        except asyncio.CancelledError:
+            console.print("not waiting any longer")
+        hurrying.cancel()
+    return 1 if served.application.down.is_set() else 0
+
+
+def _announce(console: Console, config: WeftConfig, model: ServedModel, served: Serving) -> None:
+    host = config.server.host
+    console.print(
+        f"[bold]weft[/bold] serves [bold]{model.facts.name}[/bold] ({model.quantization}, {model.dtype}, "
+        f"{model.device}, kernels {model.kernels}) with {len(served.application.lifecycle.registry)} adapters\n"
+        f"  gRPC     {host}:{served.port}\n"
+        f"  metrics  http://{config.server.metrics_host}:{served.metrics_port}/metrics\n"
+        f"  KV pool  {model.num_kv_blocks} blocks of {config.engine.block_size} tokens\n"
+        "ready",
+        highlight=False,
+    )

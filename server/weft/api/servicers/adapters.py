@@ -1,0 +1,361 @@
+"""AdapterService: proto ⇄ the application's own types, and the protocol of an upload."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import grpc.aio
+
+from weft.adapters.identifiers import AdapterId, check_adapter_id, check_generation, parse_reference
+from weft.adapters.registry import AdapterState, Change, Version
+from weft.adapters.store import ADAPTER_FILES
+from weft.adapters.versions import StagedFile
+from weft.api.application import Application
+from weft.api.lifecycle import Outcome, Registered, RegisterOptions, Residence
+from weft.config import MIB
+from weft.errors import AdapterNotFound, DeadlineExceeded, InvalidAdapter, InvalidRequest, Overloaded, Unavailable
+from weft.methods.catalog import METHODS
+from weft.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_grpc
+
+_CHUNK_BYTES_MAX = 1 * MIB
+_PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX = 100, 1000
+_SHA256 = re.compile("[0-9a-f]{64}")
+_STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
+_RESIDENCES = {place: adapter_pb2.AdapterResidency.Value(f"ADAPTER_RESIDENCY_{place.name}") for place in Residence}
+_OUTCOMES = {one: adapter_service_pb2.RegisterOutcome.Value(f"REGISTER_OUTCOME_{one.name}") for one in Outcome}
+_CHANGES = {change: adapter_service_pb2.AdapterChange.Value(f"ADAPTER_CHANGE_{change.name}") for change in Change}
+
+
+class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
+    """The adapter side of the contract."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._lifecycle = application.lifecycle
+        self._base_model = application.model.facts.name
+        self._num_uploads = 0
+
+    async def RegisterAdapter(
+        self, request: adapter_service_pb2.RegisterAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> adapter_service_pb2.RegisterAdapterResponse:
+        del context
+        adapter_id = self._adapter_id(request.adapter_id)
+        options = _options(request)
+        if request.HasField("content_generation"):
+            if not _SHA256.fullmatch(request.content_generation):
+                raise InvalidRequest.rule(
+                    "CHECKSUM_INVALID",
+                    "content_generation",
+                    "must be 64 lower-case hex digits",
+                    given=request.content_generation,
+                )
+            options = replace(options, content_generation=request.content_generation)
+        registered = await self._lifecycle.register_from(adapter_id, request.source, options)
+        return adapter_service_pb2.RegisterAdapterResponse(
+            adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
+        )
+
+    async def UploadAdapter(
+        self,
+        request_iterator: AsyncIterator[adapter_service_pb2.UploadAdapterRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> adapter_service_pb2.UploadAdapterResponse:
+        del context
+        uploads_max = self._application.config.server.uploads_max
+        if self._num_uploads >= uploads_max:
+            raise Overloaded(
+                "UPLOADS_FULL",
+                f"uploads: too many at a time (limit {uploads_max})",
+                metadata={"quota": "uploads", "limit": uploads_max},
+                retry_after_s=1.0,
+            )
+        self._num_uploads += 1
+        try:
+            registered = await self._upload(request_iterator)
+        finally:
+            self._num_uploads -= 1
+        return adapter_service_pb2.UploadAdapterResponse(
+            adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
+        )
+
+    async def UnregisterAdapter(
+        self, request: adapter_service_pb2.UnregisterAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> adapter_service_pb2.UnregisterAdapterResponse:
+        del context
+        adapter_id = self._adapter_id(request.adapter_id)
+        _check_enum("mode", request.mode, adapter_service_pb2.UnregisterMode)
+        server = self._application.config.server
+        timeout_s = server.unregister_timeout_default_s
+        if request.HasField("timeout"):
+            timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
+            if not 0 <= timeout_s <= server.unregister_timeout_max_s:
+                raise InvalidRequest.rule(
+                    "TIMEOUT_INVALID",
+                    "timeout",
+                    "must be 0 or more seconds",
+                    limit=server.unregister_timeout_max_s,
+                    given=timeout_s,
+                )
+        try:
+            removed = await self._lifecycle.unregister(
+                adapter_id,
+                cancel=request.mode == adapter_service_pb2.UNREGISTER_MODE_CANCEL,
+                timeout_s=timeout_s,
+                expected_generation=request.expected_generation if request.HasField("expected_generation") else None,
+            )
+        except AdapterNotFound:
+            if not request.allow_missing:
+                raise
+            return adapter_service_pb2.UnregisterAdapterResponse()
+        return adapter_service_pb2.UnregisterAdapterResponse(
+            freed_device_bytes=removed.device_bytes,
+            freed_host_bytes=removed.host_bytes,
+            freed_kv_blocks=removed.kv_blocks,
+            cancelled_requests=removed.cancelled_requests,
+        )
+
+    async def GetAdapter(
+        self, request: adapter_service_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> adapter_service_pb2.GetAdapterResponse:
+        del context
+        reference = parse_reference(request.adapter_id, base_model=self._base_model)
+        await self._lifecycle.refresh()
+        version = self._lifecycle.registry.require(reference)
+        return adapter_service_pb2.GetAdapterResponse(adapter=self._adapter(version))
+
+    async def ListAdapters(
+        self, request: adapter_service_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> adapter_service_pb2.ListAdaptersResponse:
+        del context
+        _check_enum("state", request.state, adapter_pb2.AdapterState)
+        if request.method and request.method not in METHODS:
+            raise InvalidRequest.rule(
+                "METHOD_UNKNOWN", "method", "is not a method", limit=", ".join(sorted(METHODS)), given=request.method
+            )
+        after = ""
+        if request.page_token:
+            try:
+                after = check_adapter_id(request.page_token)
+            except InvalidRequest:
+                raise InvalidRequest.rule(
+                    "PAGE_TOKEN_INVALID", "page_token", "is not one that this server gave", given=request.page_token
+                ) from None
+        size = min(request.page_size or _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX)
+        await self._lifecycle.refresh()
+        matching = [
+            version
+            for version in self._lifecycle.registry
+            if version.adapter_id > after
+            and request.method in ("", version.info.method)
+            and request.state in (0, _STATES[version.state])
+        ]
+        page = matching[:size]
+        return adapter_service_pb2.ListAdaptersResponse(
+            adapters=[self._adapter(version) for version in page],
+            next_page_token=page[-1].adapter_id if len(matching) > size else "",
+        )
+
+    async def LoadAdapter(
+        self, request: adapter_service_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> adapter_service_pb2.LoadAdapterResponse:
+        del context
+        _check_enum("residency", request.residency, adapter_pb2.AdapterResidency)
+        pin = request.pin if request.HasField("pin") else None
+        to_host = request.residency == adapter_pb2.ADAPTER_RESIDENCY_HOST
+        if request.residency == adapter_pb2.ADAPTER_RESIDENCY_DISK or (to_host and pin):
+            raise InvalidRequest.rule(
+                "RESIDENCY_INVALID",
+                "residency",
+                "must be DEVICE, or HOST without a pin",
+                given=adapter_pb2.AdapterResidency.Name(request.residency),
+            )
+        version = await self._lifecycle.load(self._adapter_id(request.adapter_id), to_device=not to_host, pin=pin)
+        return adapter_service_pb2.LoadAdapterResponse(adapter=self._adapter(version))
+
+    async def UnloadAdapter(
+        self, request: adapter_service_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> adapter_service_pb2.UnloadAdapterResponse:
+        del context
+        _check_enum("residency", request.residency, adapter_pb2.AdapterResidency)
+        if request.residency == adapter_pb2.ADAPTER_RESIDENCY_DEVICE:
+            raise InvalidRequest.rule("RESIDENCY_INVALID", "residency", "must be HOST or DISK", given="DEVICE")
+        keep_host = request.residency == adapter_pb2.ADAPTER_RESIDENCY_HOST
+        version = await self._lifecycle.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
+        return adapter_service_pb2.UnloadAdapterResponse(adapter=self._adapter(version))
+
+    async def WatchAdapters(
+        self, request: adapter_service_pb2.WatchAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[adapter_service_pb2.WatchAdaptersResponse]:
+        del request, context
+        response = adapter_service_pb2.WatchAdaptersResponse
+        with self._lifecycle.watching() as changes:
+            for adapter in [self._adapter(version) for version in self._lifecycle.registry]:
+                yield response(change=adapter_service_pb2.ADAPTER_CHANGE_EXISTING, adapter=adapter)
+            yield response(change=adapter_service_pb2.ADAPTER_CHANGE_SYNCED)
+            while (event := await changes.get()) is not None:
+                change, version = event
+                yield response(change=_CHANGES[change], adapter=self._adapter(version))
+        raise Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0)
+
+    async def _upload(self, messages: AsyncIterator[adapter_service_pb2.UploadAdapterRequest]) -> Registered:
+        first = await self._next(messages)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidRequest("UPLOAD_PROTOCOL", "header: must be the first message", field="header")
+        header = first.header
+        adapter_id = self._adapter_id(header.adapter_id)
+        self._check_files(header)
+        async with self._lifecycle.upload(adapter_id) as staging:
+            with ExitStack() as files:
+                for index, declared in enumerate(header.files):
+                    file = staging.open_file(declared.name, declared.size_bytes)
+                    files.push(file)
+                    await self._receive_file(messages, index, declared, file)
+                    await self._finish_file(declared, file)
+                if await self._next(messages) is not None:
+                    raise InvalidRequest("UPLOAD_PROTOCOL", "chunk: more bytes than the header declares", field="chunk")
+            return await self._lifecycle.register_upload(adapter_id, staging, _options(header))
+
+    async def _receive_file(
+        self,
+        messages: AsyncIterator[adapter_service_pb2.UploadAdapterRequest],
+        index: int,
+        declared: adapter_service_pb2.UploadFile,
+        file: StagedFile,
+    ) -> None:
+        received = 0
+        while received < declared.size_bytes:
+            message = await self._next(messages)
+            if message is None:
+                raise InvalidRequest.rule(
+                    "UPLOAD_TRUNCATED",
+                    f"header.files[{index}]",
+                    "ended early; bytes declared and received",
+                    limit=declared.size_bytes,
+                    given=received,
+                )
+            chunk = message.chunk
+            if message.WhichOneof("part") != "chunk" or (chunk.file_index, chunk.offset) != (index, received):
+                raise InvalidRequest(
+                    "UPLOAD_PROTOCOL",
+                    f"chunk: expected file {index} at offset {received}",
+                    field="chunk",
+                    metadata={"limit": f"{index}:{received}", "given": f"{chunk.file_index}:{chunk.offset}"},
+                )
+            if not 1 <= len(chunk.data) <= min(_CHUNK_BYTES_MAX, declared.size_bytes - received):
+                raise InvalidRequest.rule(
+                    "UPLOAD_PROTOCOL",
+                    "chunk.data",
+                    "must have at least 1 byte",
+                    limit=min(_CHUNK_BYTES_MAX, declared.size_bytes - received),
+                    given=len(chunk.data),
+                )
+            data = chunk.data
+            await self._lifecycle.write(lambda data=data: file.write(data))
+            received += len(data)
+
+    async def _finish_file(self, declared: adapter_service_pb2.UploadFile, file: StagedFile) -> None:
+        await self._lifecycle.write(file.close)
+        if file.digest.sha256 != declared.sha256:
+            raise InvalidAdapter.rule(
+                "CHECKSUM_MISMATCH",
+                f"header.files[{declared.name}].sha256",
+                "is not the digest of the bytes",
+                limit=declared.sha256,
+                given=file.digest.sha256,
+            )
+
+    async def _next(
+        self, messages: AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
+    ) -> adapter_service_pb2.UploadAdapterRequest | None:
+        idle_s = self._application.config.server.upload_idle_timeout_s
+        try:
+            return await asyncio.wait_for(anext(messages, None), idle_s)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "UPLOAD_STALLED", f"upload: no message for {idle_s:g} s", metadata={"limit": idle_s}
+            ) from None
+
+    def _check_files(self, header: adapter_service_pb2.UploadHeader) -> None:
+        names = [file.name for file in header.files]
+        limits = self._application.config.adapters
+        sizes = dict(zip(ADAPTER_FILES, (limits.config_bytes_max, limits.file_bytes_max), strict=True))
+        for index, file in enumerate(header.files):
+            field = f"header.files[{index}]"
+            if file.name not in sizes:
+                raise InvalidAdapter.rule(
+                    "FORMAT_UNSUPPORTED",
+                    f"{field}.name",
+                    "must be adapter_config.json or adapter_model.safetensors (safetensors only)",
+                    given=file.name,
+                )
+            if file.size_bytes > sizes[file.name]:
+                raise InvalidAdapter.rule(
+                    "ADAPTER_TOO_LARGE",
+                    f"{field}.size_bytes",
+                    "is too large",
+                    limit=sizes[file.name],
+                    given=file.size_bytes,
+                )
+            if file.size_bytes == 0:
+                raise InvalidAdapter.rule("UPLOAD_TRUNCATED", f"{field}.size_bytes", "must be at least 1", given=0)
+            if not _SHA256.fullmatch(file.sha256):
+                raise InvalidAdapter.rule(
+                    "CHECKSUM_INVALID", f"{field}.sha256", "must be 64 lower-case hex digits", given=file.sha256
+                )
+        if sorted(names) != sorted(ADAPTER_FILES):
+            raise InvalidRequest.rule(
+                "UPLOAD_PROTOCOL",
+                "header.files",
+                f"must be {' and '.join(ADAPTER_FILES)}, each once",
+                given=", ".join(names) or "none",
+            )
+
+    def _adapter_id(self, value: str) -> AdapterId:
+        return check_adapter_id(value, base_model=self._base_model)
+
+    def _adapter(self, version: Version) -> adapter_pb2.Adapter:
+        info, place = version.info, self._lifecycle.residence(version)
+        adapter = adapter_pb2.Adapter(
+            adapter_id=version.adapter_id,
+            generation=version.generation,
+            method=info.method,
+            state=_STATES[version.state],
+            state_reason=version.state_reason,
+            residency=_RESIDENCES[place],
+            pinned=version.pinned,
+            size_bytes=info.size_bytes,
+            resident_bytes=0 if place is Residence.DISK else info.slab_bytes,
+            rank=info.rank,
+            num_virtual_tokens=info.num_virtual_tokens,
+            modules=info.modules,
+            num_parameters=info.num_parameters,
+            in_flight_requests=len(version.leases),
+            base_model_name=info.base_model_name,
+            draining_generations=[
+                adapter_pb2.DrainingGeneration(generation=old.generation, in_flight_requests=len(old.leases))
+                for old in self._lifecycle.registry.replaced(version.adapter_id)
+            ],
+        )
+        adapter.create_time.FromMilliseconds(round(version.create_time_s * 1e3))
+        if version.last_used_time_s is not None:
+            adapter.last_used_time.FromMilliseconds(round(version.last_used_time_s * 1e3))
+        return adapter
+
+
+def _options(
+    request: adapter_service_pb2.RegisterAdapterRequest | adapter_service_pb2.UploadHeader,
+) -> RegisterOptions:
+    expected = request.expected_generation if request.HasField("expected_generation") else None
+    if expected:
+        check_generation(expected, field="expected_generation")
+    return RegisterOptions(
+        replace=request.replace, expected_generation=expected, pin=request.pin, validate_only=request.validate_only
+    )
+
+
+def _check_enum(field: str, value: int, enum: Any) -> None:
+    if value not in enum.values():
+        raise InvalidRequest.rule("ENUM_UNKNOWN", field, "is not a value of its enum", given=value)

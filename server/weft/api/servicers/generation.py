@@ -1,0 +1,209 @@
+"""GenerationService: proto ⇄ the application's own types, nothing else."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+
+from weft import __version__
+from weft.api.application import Application
+from weft.api.generation import GenerationEnd, GenerationPart
+from weft.api.validation import ChatTurn, GenerationSpec, WeightedReference
+from weft.config import AdapterLimits, RequestLimits
+from weft.engine.request import FinishReason, SampledToken, TokenLogprob
+from weft.methods.catalog import METHODS
+from weft.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc, model_pb2
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
+    """The text side of the contract."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._tokenizer = application.model.facts.tokenizer
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.GenerateResponse:
+        response = generation_pb2.GenerateResponse()
+        async with aclosing(self._parts(request, context)) as parts:
+            async for part in parts:
+                response.text += part.text
+                self._fill(response, request.options, part.tokens)
+                if part.end is not None:
+                    response.request_id = part.request_id
+                    response.finish.CopyFrom(_finish(part.end, request.options))
+        return response
+
+    async def StreamGenerate(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+        is_first = True
+        async with aclosing(self._parts(request, context)) as parts:
+            async for part in parts:
+                message = generation_pb2.StreamGenerateResponse()
+                if is_first:
+                    message.request_id, is_first = part.request_id, False
+                message.delta.text = part.text
+                self._fill(message.delta, request.options, part.tokens)
+                if part.end is not None:
+                    message.finish.CopyFrom(_finish(part.end, request.options))
+                yield message
+
+    async def Tokenize(
+        self, request: generation_service_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generation_service_pb2.TokenizeResponse:
+        del context
+        kind = request.WhichOneof("input")
+        tokens = await self._application.generation.tokenize(
+            request.text if kind == "text" else None, _turns(request.messages) if kind == "messages" else None
+        )
+        pieces = self._tokenizer.convert_ids_to_tokens(tokens) if request.pieces else []
+        return generation_service_pb2.TokenizeResponse(token_ids=tokens, pieces=pieces, num_tokens=len(tokens))
+
+    async def GetModelInfo(
+        self, request: generation_service_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> generation_service_pb2.GetModelInfoResponse:
+        del request, context
+        model = self._application.model
+        facts, config = model.facts, self._application.config
+        by_shape: dict[tuple[str, int, int], int] = {}
+        for site in model.shape.sites.values():
+            key = site.suffix, site.in_features, site.out_features
+            by_shape[key] = by_shape.get(key, 0) + 1
+        info = model_pb2.ModelInfo(
+            model_name=facts.name,
+            base_digest=facts.digest,
+            quantization=model.quantization,
+            dtype=model.dtype,
+            device=model.device,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            num_layers=model.shape.num_layers,
+            block_size=config.engine.block_size,
+            has_chat_template=facts.has_chat_template,
+            version=__version__,
+            methods=sorted(METHODS),
+            sites=[
+                model_pb2.Site(suffix=suffix, in_features=size_in, out_features=size_out, num_modules=count)
+                for (suffix, size_in, size_out), count in by_shape.items()
+            ],
+            adapter_limits=_adapter_limits(config.adapters),
+            request_limits=_request_limits(config.requests),
+        )
+        return generation_service_pb2.GetModelInfoResponse(model=info)
+
+    def _parts(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[GenerationPart, None]:
+        return self._application.generation.generate(_spec(request), timeout_s=context.time_remaining())
+
+    def _fill(
+        self,
+        message: generation_pb2.GenerateResponse | generation_pb2.Delta,
+        options: generation_pb2.ResponseOptions,
+        tokens: tuple[SampledToken, ...],
+    ) -> None:
+        if options.token_ids:
+            message.token_ids.extend(token.token_id for token in tokens)
+        if options.HasField("logprobs"):
+            for token in tokens:
+                own = TokenLogprob(token.token_id, token.logprob or 0.0)
+                entry = message.logprobs.add()
+                entry.token.CopyFrom(self._logprob(own))
+                entry.top.extend(map(self._logprob, token.top))
+
+    def _logprob(self, token: TokenLogprob) -> generation_pb2.TokenLogprob:
+        piece = self._tokenizer.convert_ids_to_tokens(token.token_id) or ""
+        return generation_pb2.TokenLogprob(token_id=token.token_id, piece=piece, logprob=token.logprob)
+
+
+def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
+    kind, target = request.WhichOneof("input"), request.WhichOneof("target")
+    sampling, stopping = request.sampling, request.stopping
+
+    def given(message: Any, name: str) -> Any:
+        return getattr(message, name) if message.HasField(name) else None
+
+    return GenerationSpec(
+        request_id=request.request_id,
+        text=request.text if kind == "text" else None,
+        token_ids=list(request.token_ids.ids) if kind == "token_ids" else None,
+        messages=_turns(request.messages) if kind == "messages" else None,
+        adapter_id=request.adapter_id if target == "adapter_id" else None,
+        composition=[
+            WeightedReference(part.adapter_id, part.weight if part.HasField("weight") else 1.0)
+            for part in request.composition.adapters
+        ]
+        if target == "composition"
+        else None,
+        temperature=given(sampling, "temperature"),
+        top_p=given(sampling, "top_p"),
+        top_k=given(sampling, "top_k"),
+        min_p=given(sampling, "min_p"),
+        repetition_penalty=given(sampling, "repetition_penalty"),
+        seed=given(sampling, "seed"),
+        max_new_tokens=given(stopping, "max_new_tokens"),
+        min_new_tokens=given(stopping, "min_new_tokens"),
+        stop=list(stopping.stop),
+        stop_token_ids=list(stopping.stop_token_ids),
+        include_stop=stopping.include_stop,
+        ignore_eos=stopping.ignore_eos,
+        logprobs=given(request.options, "logprobs"),
+        cache_salt=request.cache_salt,
+    )
+
+
+def _turns(messages: generation_pb2.Messages) -> list[ChatTurn]:
+    return [ChatTurn(message.role, message.content) for message in messages.messages]
+
+
+def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> generation_pb2.Finish:
+    finish = generation_pb2.Finish(
+        finish_reason=_FINISH_REASONS[end.reason],
+        usage=generation_pb2.Usage(
+            prompt_tokens=end.num_prompt_tokens,
+            completion_tokens=end.num_completion_tokens,
+            cached_prompt_tokens=end.num_cached_tokens,
+        ),
+        seed=end.seed,
+        effective_adapters=[generation_pb2.EffectiveAdapter(**adapter._asdict()) for adapter in end.adapters],
+    )
+    if end.stop_string is not None:
+        finish.stop_string = end.stop_string
+    elif end.stop_token_id is not None:
+        finish.stop_token_id = end.stop_token_id
+    if options.gates:
+        finish.gates.extend(
+            generation_pb2.AdapterGate(adapter_id=a.adapter_id, generation=a.generation, mean=a.weight)
+            for a in end.adapters
+        )
+    return finish
+
+
+def _adapter_limits(limits: AdapterLimits) -> model_pb2.AdapterLimits:
+    names = [field.name for field in model_pb2.AdapterLimits.DESCRIPTOR.fields]
+    return model_pb2.AdapterLimits(**{name: getattr(limits, name) for name in names})
+
+
+def _request_limits(limits: RequestLimits) -> model_pb2.RequestLimits:
+    message = model_pb2.RequestLimits(
+        deadline_default=_duration(limits.deadline_default_s), deadline_max=_duration(limits.deadline_max_s)
+    )
+    for field in model_pb2.RequestLimits.DESCRIPTOR.fields:
+        if field.message_type is None:
+            setattr(message, field.name, getattr(limits, field.name))
+    return message
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

@@ -1,0 +1,249 @@
+"""What a generate request asks for, checked once and before anything is allocated for it.
+
+Order: fields (here, no tokenizer and no allocation that grows with a value), then the adapter, then the tokens.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from weft.adapters.identifiers import AdapterReference, parse_reference
+from weft.config import RequestLimits
+from weft.engine.request import SamplingParams
+from weft.errors import InvalidRequest, Unsupported
+
+_TEMPERATURE_MIN = 0.01
+_TEMPERATURE_MAX = 100.0
+_PENALTY_MAX = 100.0
+
+
+class ChatTurn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+class WeightedReference(NamedTuple):
+    """One part of a composition, as the caller wrote it."""
+
+    adapter_id: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """A generate request in transport-neutral form, unchecked. None and empty mean: not given."""
+
+    request_id: str = ""
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    messages: Sequence[ChatTurn] | None = None
+    adapter_id: str | None = None
+    composition: Sequence[WeightedReference] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedSpec:
+    """A request whose fields obey their rules. `max_new_tokens` is None where the caller left it to the server."""
+
+    spec: GenerationSpec
+    request_id: str
+    target: AdapterReference | None
+    seed: int
+    max_new_tokens: int | None
+    stop_token_ids: frozenset[int]
+
+    def sampling(self, *, max_new_tokens: int) -> SamplingParams:
+        """The engine's parameters, once the room for new tokens is known."""
+        spec = self.spec
+        return SamplingParams(
+            temperature=1.0 if spec.temperature is None else spec.temperature,
+            top_p=1.0 if spec.top_p is None else spec.top_p,
+            top_k=spec.top_k or 0,
+            min_p=spec.min_p or 0.0,
+            repetition_penalty=1.0 if spec.repetition_penalty is None else spec.repetition_penalty,
+            seed=self.seed,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=spec.min_new_tokens or 0,
+            stop_token_ids=self.stop_token_ids,
+            logprobs=spec.logprobs,
+        )
+
+
+def check(
+    spec: GenerationSpec,
+    limits: RequestLimits,
+    *,
+    vocab_size: int,
+    eos_token_ids: frozenset[int],
+    base_model: str,
+    has_chat_template: bool,
+) -> CheckedSpec:
+    """Raise InvalidRequest for the first field that breaks its rule; Unsupported for a composition."""
+    _check_request_id(spec.request_id, limits)
+    _check_input(spec, limits, vocab_size, has_chat_template)
+    if len(spec.cache_salt.encode()) > limits.cache_salt_bytes_max:
+        raise InvalidRequest.rule(
+            "CACHE_SALT_INVALID",
+            "cache_salt",
+            "is too long in bytes",
+            limit=limits.cache_salt_bytes_max,
+            given=len(spec.cache_salt.encode()),
+        )
+    if spec.composition is not None:
+        raise Unsupported("COMPOSITION_UNSUPPORTED", "composition: this version serves one adapter per request")
+    target = None if spec.adapter_id is None else parse_reference(spec.adapter_id, base_model=base_model)
+    _check_sampling(spec, vocab_size)
+    _check_stopping(spec, limits, vocab_size)
+    if spec.logprobs is not None and not 0 <= spec.logprobs <= limits.logprobs_max:
+        raise InvalidRequest.rule(
+            "LOGPROBS_LIMIT", "options.logprobs", "is out of range", limit=limits.logprobs_max, given=spec.logprobs
+        )
+    eos = frozenset() if spec.ignore_eos else eos_token_ids
+    return CheckedSpec(
+        spec=spec,
+        request_id=spec.request_id or secrets.token_hex(8),
+        target=target,
+        seed=secrets.randbits(63) if spec.seed is None else spec.seed,
+        max_new_tokens=spec.max_new_tokens,
+        stop_token_ids=eos | frozenset(spec.stop_token_ids),
+    )
+
+
+def _check_request_id(request_id: str, limits: RequestLimits) -> None:
+    if len(request_id) > limits.request_id_bytes_max or not all("!" <= c <= "~" for c in request_id):
+        raise InvalidRequest.rule(
+            "REQUEST_ID_INVALID",
+            "request_id",
+            "must be visible ASCII characters",
+            limit=limits.request_id_bytes_max,
+            given=request_id,
+        )
+
+
+def _check_input(spec: GenerationSpec, limits: RequestLimits, vocab_size: int, has_chat_template: bool) -> None:
+    inputs = {"text": spec.text, "token_ids": spec.token_ids, "messages": spec.messages}
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        raise InvalidRequest.rule(
+            "PROMPT_INVALID",
+            "input",
+            "must be exactly one of text, token_ids, messages",
+            given=", ".join(given) or "none",
+        )
+    if spec.text is not None:
+        if not spec.text:
+            raise InvalidRequest.rule("PROMPT_INVALID", "text", "must not be empty", given="")
+        check_prompt_bytes("text", len(spec.text.encode()), limits)
+    elif spec.token_ids is not None:
+        if not spec.token_ids:
+            raise InvalidRequest.rule("PROMPT_INVALID", "token_ids.ids", "must not be empty", given="[]")
+        check_prompt_bytes("token_ids.ids", 4 * len(spec.token_ids), limits)
+        for index, token_id in enumerate(spec.token_ids):
+            check_token(f"token_ids.ids[{index}]", token_id, vocab_size)
+    elif spec.messages is not None:
+        if not spec.messages:
+            raise InvalidRequest.rule("PROMPT_INVALID", "messages.messages", "must not be empty", given="[]")
+        check_prompt_bytes(
+            "messages", sum(len(t.role.encode()) + len(t.content.encode()) for t in spec.messages), limits
+        )
+        if not has_chat_template:
+            raise InvalidRequest.rule("PROMPT_INVALID", "messages", "needs a base with a chat template", given="none")
+        for index, turn in enumerate(spec.messages):
+            if not turn.role:
+                raise InvalidRequest.rule(
+                    "PROMPT_INVALID", f"messages.messages[{index}].role", "must not be empty", given=""
+                )
+
+
+def check_prompt_bytes(field: str, num_bytes: int, limits: RequestLimits) -> None:
+    """PROMPT_TOO_LONG before any tokenizer sees the text."""
+    if num_bytes > limits.prompt_bytes_max:
+        raise InvalidRequest.rule(
+            "PROMPT_TOO_LONG", field, "has too many bytes", limit=limits.prompt_bytes_max, given=num_bytes
+        )
+
+
+def check_token(field: str, token_id: int, vocab_size: int) -> None:
+    """TOKEN_OUT_OF_RANGE unless the token is in the vocabulary."""
+    if not 0 <= token_id < vocab_size:
+        raise InvalidRequest.rule("TOKEN_OUT_OF_RANGE", field, "is not a token", limit=vocab_size - 1, given=token_id)
+
+
+def _check_sampling(spec: GenerationSpec, vocab_size: int) -> None:
+    def check(name: str, value: float | None, rule: str, is_valid: bool) -> None:
+        if value is not None and not (math.isfinite(value) and is_valid):
+            raise InvalidRequest.rule("SAMPLING_INVALID", f"sampling.{name}", f"must be {rule}", given=value)
+
+    temperature, top_p, min_p, penalty = (
+        spec.temperature or 0,
+        spec.top_p or 0,
+        spec.min_p or 0,
+        spec.repetition_penalty,
+    )
+    check(
+        "temperature",
+        spec.temperature,
+        f"0, or {_TEMPERATURE_MIN} to {_TEMPERATURE_MAX:g}",
+        temperature == 0 or _TEMPERATURE_MIN <= temperature <= _TEMPERATURE_MAX,
+    )
+    check("top_p", spec.top_p, "above 0 and at most 1", 0 < top_p <= 1)
+    check("top_k", spec.top_k, f"0 to the vocabulary size {vocab_size}", 0 <= (spec.top_k or 0) <= vocab_size)
+    check("min_p", spec.min_p, "0 to 1", 0 <= min_p <= 1)
+    check("repetition_penalty", penalty, f"above 0 and at most {_PENALTY_MAX:g}", 0 < (penalty or 0) <= _PENALTY_MAX)
+    check("seed", spec.seed, "0 to 2^64 - 1", 0 <= (spec.seed or 0) < 1 << 64)
+
+
+def _check_stopping(spec: GenerationSpec, limits: RequestLimits, vocab_size: int) -> None:
+    most = limits.max_new_tokens_max
+    if spec.max_new_tokens is not None and not 1 <= spec.max_new_tokens <= most:
+        raise InvalidRequest.rule(
+            "MAX_NEW_TOKENS", "stopping.max_new_tokens", "must be at least 1", limit=most, given=spec.max_new_tokens
+        )
+    most = limits.max_new_tokens_default if spec.max_new_tokens is None else spec.max_new_tokens
+    if spec.min_new_tokens is not None and not 0 <= spec.min_new_tokens <= most:
+        raise InvalidRequest.rule(
+            "MIN_NEW_TOKENS",
+            "stopping.min_new_tokens",
+            "must not pass max_new_tokens",
+            limit=most,
+            given=spec.min_new_tokens,
+        )
+    for name, values in (("stop", spec.stop), ("stop_token_ids", spec.stop_token_ids)):
+        if len(values) > limits.stop_count_max:
+            raise InvalidRequest.rule(
+                "STOP_INVALID",
+                f"stopping.{name}",
+                "has too many entries",
+                limit=limits.stop_count_max,
+                given=len(values),
+            )
+    for index, stop in enumerate(spec.stop):
+        num_bytes = len(stop.encode())
+        if not 1 <= num_bytes <= limits.stop_bytes_max:
+            raise InvalidRequest.rule(
+                "STOP_INVALID",
+                f"stopping.stop[{index}]",
+                "must have at least 1 byte",
+                limit=limits.stop_bytes_max,
+                given=num_bytes,
+            )
+    for index, token_id in enumerate(spec.stop_token_ids):
+        check_token(f"stopping.stop_token_ids[{index}]", token_id, vocab_size)

@@ -1,0 +1,364 @@
+"""From arguments to calls, once for both clients: each function describes one RPC that is not yet made."""
+
+import asyncio
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, Self, TypeAlias, TypedDict, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.safetensors_header import WEIGHTS_FILE
+from weft.api.status import Failure, failure_of
+from weft.config import MIB
+from weft.settings import DEFAULT_SERVER
+from weft.v1 import adapter_service_pb2, generation_service_pb2
+from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
+from weft.v1.adapter_service_pb2 import (
+    GetAdapterRequest,
+    ListAdaptersRequest,
+    ListAdaptersResponse,
+    LoadAdapterRequest,
+    RegisterAdapterRequest,
+    RegisterAdapterResponse,
+    UnloadAdapterRequest,
+    UnregisterAdapterRequest,
+    UnregisterAdapterResponse,
+    UnregisterMode,
+    UploadAdapterRequest,
+    UploadAdapterResponse,
+    UploadChunk,
+    UploadFile,
+    UploadHeader,
+    WatchAdaptersRequest,
+    WatchAdaptersResponse,
+)
+from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from weft.v1.generation_pb2 import (
+    ChatMessage,
+    Composition,
+    Delta,
+    Finish,
+    GenerateRequest,
+    Messages,
+    ResponseOptions,
+    Sampling,
+    Stopping,
+    StreamGenerateResponse,
+    TokenIds,
+    WeightedAdapter,
+)
+from weft.v1.generation_pb2 import GenerateResponse as Completion
+from weft.v1.generation_service_pb2 import GetModelInfoRequest, TokenizeRequest, TokenizeResponse
+from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
+from weft.v1.model_pb2 import ModelInfo
+
+Answer = TypeVar("Answer")
+Filled = TypeVar("Filled", bound=Message)
+P = ParamSpec("P")
+
+Conversation: TypeAlias = Sequence[Mapping[str, str]] | Sequence[ChatMessage]  # {"role": ..., "content": ...}
+Prompt: TypeAlias = str | Sequence[int] | Conversation
+Target: TypeAlias = str | Mapping[str, float] | None  # an adapter, several with their weights, or the base
+
+_PAGE_SIZE = 1000
+_RECEIVE_BYTES_MAX = 64 * MIB  # Tokenize with pieces passes gRPC's own 4 MiB
+_UPLOAD_BYTES_PER_S_MIN = 1 * MIB  # an upload may take as long as the slowest link that is still worth waiting for
+_NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # the second one would say that there is no such adapter
+
+
+class Parameters(TypedDict, total=False):
+    """What `generate` and `stream` take beside prompt and adapter; None counts as not given.
+
+    All but the last are fields of Sampling, Stopping, ResponseOptions and GenerateRequest, documented there.
+    """
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    stop: Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    include_stop: bool | None
+    ignore_eos: bool | None
+    logprobs: int | None
+    token_ids: bool | None
+    gates: bool | None
+    request_id: str | None
+    cache_salt: str | None
+    timeout_s: float | None  # deadline of this call, instead of the client's
+
+
+class Stubs(NamedTuple):
+    generation: GenerationServiceStub
+    adapters: AdapterServiceStub
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rpc(Generic[Answer]):
+    """One call, not yet made.
+
+    method: where the stubs have it.
+    request: its message, or the iterator of its messages.
+    answer: what the caller gets of the response.
+    deadline_s: the call's deadline, given the client's; None is none.
+    """
+
+    method: Callable[[Stubs], Callable[..., Any]]
+    request: Message | Iterator[Message]
+    answer: Callable[[Any], Answer]
+    deadline_s: Callable[[float], float | None] = lambda default: default
+
+
+def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> GenerateRequest:
+    """The message that asks for an answer to `prompt`, which is text, tokens or a conversation."""
+    given: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
+    given.pop("timeout_s", None)
+    request = GenerateRequest(
+        sampling=_filled(Sampling, given), stopping=_filled(Stopping, given), options=_filled(ResponseOptions, given)
+    )
+    request.MergeFrom(_filled(GenerateRequest, given))
+    if given:
+        raise TypeError(f"unknown parameters: {', '.join(given)}")
+    match prompt:
+        case str():
+            request.text = prompt
+        case [int(), *_] | []:
+            request.token_ids.CopyFrom(TokenIds(ids=[int(token_id) for token_id in prompt]))  # type: ignore
+        case _:
+            request.messages.CopyFrom(_messages(prompt))
+    match adapter:
+        case None:
+            pass
+        case str():
+            request.adapter_id = adapter
+        case _:
+            parts = [WeightedAdapter(adapter_id=name, weight=weight) for name, weight in adapter.items()]
+            request.composition.CopyFrom(Composition(adapters=parts))
+    return request
+
+
+def _filled(kind: type[Filled], given: dict[str, Any]) -> Filled:
+    """A `kind` of those fields that `given` has, which are taken out of it."""
+    message = kind()
+    for name in kind.DESCRIPTOR.fields_by_name.keys() & given.keys():
+        value = given.pop(name)
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: given {value!r}: {error}") from None
+    return message
+
+
+def _messages(turns: Any) -> Messages:
+    return Messages(messages=[turn if isinstance(turn, ChatMessage) else ChatMessage(**turn) for turn in turns])
+
+
+def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[Completion]:
+    """The whole answer to `prompt`, through one adapter, several with weights, or the base alone."""
+    return Rpc(
+        method=lambda stubs: stubs.generation.Generate,
+        request=generate_request(prompt, adapter, **parameters),
+        answer=_unchanged,
+        deadline_s=lambda default: parameters.get("timeout_s") or default,
+    )
+
+
+def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[Delta]:
+    """What is new of the answer to `prompt`, as it comes; `finish` of the stream tells how it ended."""
+    return Rpc(
+        method=lambda stubs: stubs.generation.StreamGenerate,
+        request=generate_request(prompt, adapter, **parameters),
+        answer=lambda message: message.delta,
+        deadline_s=lambda default: parameters.get("timeout_s") or default,
+    )
+
+
+def tokenize(text: str | Conversation, *, pieces: bool = False) -> Rpc[TokenizeResponse]:
+    """The tokens of a text or a conversation; `pieces` asks for their spellings too."""
+    request = TokenizeRequest(pieces=pieces)
+    if isinstance(text, str):
+        request.text = text
+    else:
+        request.messages.CopyFrom(_messages(text))
+    return Rpc(method=lambda stubs: stubs.generation.Tokenize, request=request, answer=_unchanged)
+
+
+def model_info() -> Rpc[ModelInfo]:
+    """The base model and the limits of the server."""
+    return Rpc(
+        method=lambda stubs: stubs.generation.GetModelInfo,
+        request=GetModelInfoRequest(),
+        answer=lambda response: response.model,
+    )
+
+
+def register(
+    adapter_id: str,
+    source: str,
+    *,
+    replace: bool = False,
+    expected_generation: str | None = None,
+    pin: bool = False,
+    validate_only: bool = False,
+    content_generation: str | None = None,
+) -> Rpc[RegisterAdapterResponse]:
+    """Register an adapter from a directory that the server can read; `upload` sends a local one."""
+    request = RegisterAdapterRequest(
+        adapter_id=adapter_id,
+        source=source,
+        replace=replace,
+        expected_generation=expected_generation,
+        pin=pin,
+        validate_only=validate_only,
+        content_generation=content_generation,
+    )
+    return Rpc(method=lambda stubs: stubs.adapters.RegisterAdapter, request=request, answer=_unchanged)
+
+
+def upload(
+    adapter_id: str,
+    directory: str | Path,
+    *,
+    replace: bool = False,
+    expected_generation: str | None = None,
+    pin: bool = False,
+    validate_only: bool = False,
+    progress: Callable[[int, int], None] = lambda sent_bytes, size_bytes: None,
+) -> Rpc[UploadAdapterResponse]:
+    """Register an adapter by sending the two files of a local PEFT directory.
+
+    progress: called with the bytes sent and the bytes of both files, maybe in another thread.
+    """
+    files = [_upload_file(Path(directory) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    header = UploadHeader(
+        adapter_id=adapter_id,
+        files=files,
+        replace=replace,
+        expected_generation=expected_generation,
+        pin=pin,
+        validate_only=validate_only,
+    )
+    size_bytes = sum(file.size_bytes for file in files)
+    return Rpc(
+        method=lambda stubs: stubs.adapters.UploadAdapter,
+        request=_upload_messages(header, Path(directory), lambda sent_bytes: progress(sent_bytes, size_bytes)),
+        answer=_unchanged,
+        deadline_s=lambda default: default + size_bytes / _UPLOAD_BYTES_PER_S_MIN,
+    )
+
+
+def _upload_file(path: Path) -> UploadFile:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return UploadFile(name=path.name, size_bytes=file.tell(), sha256=sha256)
+
+
+def _upload_messages(
+    header: UploadHeader, directory: Path, progress: Callable[[int], None]
+) -> Iterator[UploadAdapterRequest]:
+    """The header, then the chunks. What a file changed since it was hashed, the server finds."""
+    yield UploadAdapterRequest(header=header)
+    sent_bytes = 0
+    for index, declared in enumerate(header.files):
+        offset = 0
+        with (directory / declared.name).open("rb") as file:
+            while data := file.read(MIB):
+                yield UploadAdapterRequest(chunk=UploadChunk(file_index=index, offset=offset, data=data))
+                offset += len(data)
+                sent_bytes += len(data)
+                progress(sent_bytes)
+
+
+def unregister(
+    adapter_id: str,
+    *,
+    cancel: bool = False,
+    drain_timeout_s: float = 30.0,
+    allow_missing: bool = False,
+    expected_generation: str | None = None,
+) -> Rpc[UnregisterAdapterResponse]:
+    """Remove an adapter; its requests finish within `drain_timeout_s`, or end at once with `cancel`."""
+    timeout = Duration()
+    timeout.FromNanoseconds(round(drain_timeout_s * 1e9))
+    request = UnregisterAdapterRequest(
+        adapter_id=adapter_id,
+        mode=UnregisterMode.UNREGISTER_MODE_CANCEL if cancel else UnregisterMode.UNREGISTER_MODE_DRAIN,
+        timeout=timeout,
+        allow_missing=allow_missing,
+        expected_generation=expected_generation,
+    )
+    return Rpc(
+        method=lambda stubs: stubs.adapters.UnregisterAdapter,
+        request=request,
+        answer=_unchanged,
+        deadline_s=lambda default: default + drain_timeout_s,
+    )
+
+
+def adapter(adapter_id: str) -> Rpc[Adapter]:
+    """One registered adapter, by its id or by "id@generation"."""
+    return Rpc(
+        method=lambda stubs: stubs.adapters.GetAdapter,
+        request=GetAdapterRequest(adapter_id=adapter_id),
+        answer=lambda response: response.adapter,
+    )
+
+
+def page(request: ListAdaptersRequest) -> Rpc[ListAdaptersResponse]:
+    return Rpc(method=lambda stubs: stubs.adapters.ListAdapters, request=request, answer=_unchanged)
+
+
+def first_page(method: str, state: str) -> ListAdaptersRequest:
+    wanted = AdapterState.Value(f"ADAPTER_STATE_{state.upper() or 'UNSPECIFIED'}")
+    return ListAdaptersRequest(page_size=_PAGE_SIZE, method=method, state=wanted)
+
+
+def load(adapter_id: str, residency: str = "device", *, pin: bool | None = None) -> Rpc[Adapter]:
+    """Bring an adapter to the "device" or into "host" memory; `pin` sets or removes its pin."""
+    return Rpc(
+        method=lambda stubs: stubs.adapters.LoadAdapter,
+        request=LoadAdapterRequest(adapter_id=adapter_id, residency=_residency(residency), pin=pin),
+        answer=lambda response: response.adapter,
+    )
+
+
+def unload(adapter_id: str, residency: str = "disk") -> Rpc[Adapter]:
+    """Take an adapter and its pin out of memory; "host" keeps the copy there."""
+    return Rpc(
+        method=lambda stubs: stubs.adapters.UnloadAdapter,
+        request=UnloadAdapterRequest(adapter_id=adapter_id, residency=_residency(residency)),
+        answer=lambda response: response.adapter,
+    )
+
+
+def _residency(place: str) -> AdapterResidency.ValueType:
+    return AdapterResidency.Value(f"ADAPTER_RESIDENCY_{place.upper()}")
+
+
+def watch() -> Rpc[WatchAdaptersResponse]:
+    """The registered adapters, then their changes, until one side ends it; it has no deadline."""
+    return Rpc(
+        method=lambda stubs: stubs.adapters.WatchAdapters,
+        request=WatchAdaptersRequest(),
+        answer=_unchanged,
+        deadline_s=lambda default: None,
+    )
+
+
+def _unchanged(response: Any) -> Any:
+    return response
+
+

@@ -1,0 +1,483 @@
+// Attention over a paged KV cache: decode and chunked prefill alike, float32 sums, grouped-query heads, virtual positions.
+//
+// A work item is up to about 64 query rows of one request that share a KV head. It walks the request's keys in tiles of 64,
+// counted from the request's first virtual and first real token, never from the chunk or the block, and keeps the running
+// maximum, sum and weighted values of each row (the online softmax of Milakov and Gimelshein 2018, arXiv:1805.02867).
+// What a row computes is a function of its query and its own visible keys, in that order:
+//   score = the chain over the head's elements; sum = one chain per lane over the tiles; out = the chain over the keys.
+// Rows computed together only share loads. A key that a row does not see takes no part in its sums, not even with weight 0.
+#include "lanes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <omp.h>
+
+namespace weft {
+namespace {
+
+constexpr int TILE = 64;        // keys
+constexpr int GROUPS = TILE / 16;
+constexpr int ROWS = 4;         // query rows whose sums stay in registers
+constexpr int64_t CHUNK_ROWS = 64;          // query rows that share the packing of a tile
+constexpr int64_t HEAD_MAX = 256;
+constexpr int64_t SERIAL_BELOW = 64 << 10;  // multiply-adds under which waking a second thread costs more than it saves
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+struct Cache {
+    const void *keys, *values;
+    int64_t num_blocks, block_size, kv_heads, head;
+};
+
+struct Batch {
+    const int32_t *query_start, *context_lens, *virtual_lens, *block_tables;
+    int64_t num_requests, table_stride;  // the stride is the number of columns of the block table
+};
+
+struct Call {
+    const void *query;
+    int64_t token_stride, head_stride;
+    void *out;
+    int64_t num_tokens, query_heads, is_bf16, window, threads;
+    double scale, softcap;
+    Cache cache;
+    Batch batch;
+};
+
+// e^x for x <= 0, to 2 units in the last place; exactly 1 at 0 and exactly 0 below the smallest normal number.
+static inline f32x16 exp_of(f32x16 x) {
+    const f32x16 lowest = splat(-87.0f);
+    f32x16 z = x < lowest ? lowest : x;  // a NaN passes
+    f32x16 shifted = fma(splat(1.44269504f), z, splat(12582912.0f));  // 1.5 * 2^23: its last bits are round(z / ln 2)
+    f32x16 n = shifted - 12582912.0f;
+    f32x16 r = fma(splat(-0.693359375f), n, z);
+    r = fma(splat(2.12194440e-4f), n, r);  // ln 2 in two parts
+    f32x16 p = splat(1.0f / 5040);
+    p = fma(p, r, splat(1.0f / 720));
+    p = fma(p, r, splat(1.0f / 120));
+    p = fma(p, r, splat(1.0f / 24));
+    p = fma(p, r, splat(1.0f / 6));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    f32x16 power = (f32x16)(((i32x16)shifted - 0x4b400000 + 127) << 23);
+    return x < lowest ? f32x16{} : p * power;
+}
+
+static inline f32x16 tanh_of(f32x16 x) {
+    f32x16 size = (f32x16)((u32x16)x & 0x7fffffffu);
+    f32x16 t = exp_of(-2.0f * size);
+    f32x16 y = (1.0f - t) / (1.0f + t);
+    return (f32x16)((u32x16)y | ((u32x16)x & 0x80000000u));
+}
+
+static inline float largest(f32x16 v) {
+    auto fold = [&v](i32x16 order) {
+        f32x16 w = __builtin_shuffle(v, order);
+        v = w > v ? w : v;
+    };
+    fold(i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    fold(i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    fold(i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    fold(i32x16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    return v[0];
+}
+
+// Sixteen rows of sixteen words become sixteen columns, written `stride` words apart.
+static inline void transpose(const void *const rows[16], int64_t offset, uint32_t *to, int64_t stride) {
+    u32x16 a[16], b[16];
+    constexpr i32x16 LOW1 = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+    constexpr i32x16 HIGH1 = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+    constexpr i32x16 LOW2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    constexpr i32x16 HIGH2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+    constexpr i32x16 EVEN4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    constexpr i32x16 ODD4 = {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
+    EACH(i, 16) a[i] = read<u32x16>((const char *)rows[i] + offset);
+    EACH(i, 8) {  // pairs of rows
+        b[2 * i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], LOW1);
+        b[2 * i + 1] = __builtin_shuffle(a[2 * i], a[2 * i + 1], HIGH1);
+    }
+    EACH(i, 4) {  // quads of rows: a[4 i + j] has, in its quarter q, word 4 q + j of rows 4 i .. 4 i + 3
+        a[4 * i] = __builtin_shuffle(b[4 * i], b[4 * i + 2], LOW2);
+        a[4 * i + 1] = __builtin_shuffle(b[4 * i], b[4 * i + 2], HIGH2);
+        a[4 * i + 2] = __builtin_shuffle(b[4 * i + 1], b[4 * i + 3], LOW2);
+        a[4 * i + 3] = __builtin_shuffle(b[4 * i + 1], b[4 * i + 3], HIGH2);
+    }
+    EACH(j, 4) {
+        u32x16 even_low = __builtin_shuffle(a[j], a[4 + j], EVEN4);         // rows 0-3 of words j, 8 + j; rows 4-7 of the same
+        u32x16 odd_low = __builtin_shuffle(a[j], a[4 + j], ODD4);           // words 4 + j, 12 + j
+        u32x16 even_high = __builtin_shuffle(a[8 + j], a[12 + j], EVEN4);   // rows 8-11, 12-15
+        u32x16 odd_high = __builtin_shuffle(a[8 + j], a[12 + j], ODD4);
+        write(to + j * stride, __builtin_shuffle(even_low, even_high, EVEN4));
+        write(to + (8 + j) * stride, __builtin_shuffle(even_low, even_high, ODD4));
+        write(to + (4 + j) * stride, __builtin_shuffle(odd_low, odd_high, EVEN4));
+        write(to + (12 + j) * stride, __builtin_shuffle(odd_low, odd_high, ODD4));
+    }
+}
+
+// scores[r][key] = q[r] . key, for R rows and G groups of sixteen keys. `keys`: [head][TILE] float32, or [head / 2][TILE] pairs.
+template <int R, int G, class T>
+void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head, float *scores) {
+    f32x16 acc[R][G] = {};
+    if (sizeof(T) == 2) {
+        for (int64_t d = 0; d < head; d += 2, keys += TILE) {
+            EACH(g, G) {
+                u32x16 pair = read<u32x16>(keys + g * 16);
+                f32x16 first = even(pair), second = odd(pair);
+                EACH(r, R) {
+                    acc[r][g] = fma(q[r * q_stride + d], first, acc[r][g]);
+                    acc[r][g] = fma(q[r * q_stride + d + 1], second, acc[r][g]);
+                }
+            }
+        }
+    } else {
+        for (int64_t d = 0; d < head; d++, keys += TILE) {
+            EACH(g, G) {
+                f32x16 key = read<f32x16>(keys + g * 16);
+                EACH(r, R) acc[r][g] = fma(q[r * q_stride + d], key, acc[r][g]);
+            }
+        }
+    }
+    EACH(r, R) {
+        EACH(g, G) write(scores + r * TILE + g * 16, acc[r][g]);
+    }
+}
+
+template <int R, class T>
+void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head, float *scores, int groups) {
+    if (groups == 1) score<R, 1, T>(q, q_stride, keys, head, scores);
+    else if (groups == 2) score<R, 2, T>(q, q_stride, keys, head, scores);
+    else score<R, GROUPS, T>(q, q_stride, keys, head, scores);
+}
+
+// acc[r] += sum over the keys begin .. end - 1 of weights[r][key] * values[key], for R rows.
+template <int R, int U, class T>
+void weigh(const float *weights, const T *const *values, int begin, int end, int64_t head, float *acc, int64_t d) {
+    constexpr Order ORDER = order_of<T>();
+    f32x16 lo[R][U], hi[R][U];
+    EACH(r, R) {
+        EACH(u, U) {
+            lo[r][u] = read<f32x16>(acc + r * head + d + u * UNIT);
+            hi[r][u] = read<f32x16>(acc + r * head + d + u * UNIT + 16);
+        }
+    }
+    for (int j = begin; j < end; j++) {
+        EACH(u, U) {
+            Unit value = load<ORDER>(values[j] + d + u * UNIT);
+            EACH(r, R) {
+                lo[r][u] = fma(weights[r * TILE + j], value.lo, lo[r][u]);
+                hi[r][u] = fma(weights[r * TILE + j], value.hi, hi[r][u]);
+            }
+        }
+    }
+    EACH(r, R) {
+        EACH(u, U) {
+            write(acc + r * head + d + u * UNIT, lo[r][u]);
+            write(acc + r * head + d + u * UNIT + 16, hi[r][u]);
+        }
+    }
+}
+
+template <int R, class T>
+void weigh(const float *weights, const T *const *values, int begin, int end, int64_t head, float *acc) {
+    if (begin >= end) return;
+    int64_t d = 0;
+    for (; d + 2 * UNIT <= head; d += 2 * UNIT) weigh<R, 2, T>(weights, values, begin, end, head, acc, d);
+    if (d < head) weigh<R, 1, T>(weights, values, begin, end, head, acc, d);
+}
+
+// The queries first .. first + count - 1 of a request with one KV head. Its scratch serves one thread for the whole call.
+template <class T>
+struct Worker {
+    const Call &call;
+    const int64_t group, head, padded;  // query heads per KV head; head size, and that rounded up to whole units
+    std::vector<float> q, acc, sums;    // [rows, padded], the same in the order of T, [rows, 16]
+    std::vector<float> peaks;           // [rows]
+    std::vector<uint32_t> packed_keys;  // [padded] or [padded / 2] by TILE
+    std::vector<T> padded_rows;         // [TILE, padded] twice: keys or values copied out of the cache, and zeros
+    const T *keys[TILE], *values[TILE];
+
+    Worker(const Call &call, int64_t rows)
+        : call(call), group(call.query_heads / call.cache.kv_heads), head(call.cache.head), padded((head + UNIT - 1) / UNIT * UNIT),
+          q(rows * padded), acc(rows * padded), sums(rows * 16), peaks(rows), packed_keys(padded * TILE),
+          padded_rows((TILE + 1) * padded, T{}) {}
+
+    const T *row_of(const void *cache, const int32_t *table, int64_t index, int64_t kv_head) const {
+        const Cache &c = call.cache;
+        int64_t token = int64_t(table[index / c.block_size]) * c.block_size + index % c.block_size;
+        return (const T *)cache + (token * c.kv_heads + kv_head) * head;
+    }
+
+    void run(int64_t request, int64_t first, int64_t count, int64_t kv_head) {
+        const Batch &b = call.batch;
+        const int64_t start = b.query_start[request], rows = count * group;
+        const int64_t virtuals = b.virtual_lens[request];
+        const int64_t real = b.context_lens[request] - (b.query_start[request + 1] - start) + first;  // index of the first query
+        const int32_t *table = b.block_tables + request * b.table_stride;
+
+        std::fill_n(acc.begin(), rows * padded, 0.0f);
+        std::fill_n(sums.begin(), rows * 16, 0.0f);
+        std::fill_n(peaks.begin(), rows, NEVER);
+        for (int64_t r = 0; r < rows; r++) {
+            const T *from = (const T *)call.query + (start + first + r / group) * call.token_stride +
+                            (kv_head * group + r % group) * call.head_stride;
+            float *to = &q[r * padded];
+            for (int64_t d = 0; d < head; d++) to[d] = as_float(from[d]) * float(call.scale);
+        }
+        // Visible to the query at real index n: virtual j with P + n - j < window, real j <= n with n - j < window.
+        const int64_t window = call.window ? call.window : std::numeric_limits<int64_t>::max() / 2;
+        auto walk = [&](int64_t keys_end, bool is_virtual) {
+            const int32_t *blocks = is_virtual ? table : table + (virtuals + call.cache.block_size - 1) / call.cache.block_size;
+            const int64_t shift = is_virtual ? virtuals : 0;
+            const int64_t begin = std::max<int64_t>(0, real + shift - window + 1);
+            for (int64_t tile = begin / TILE * TILE; tile < keys_end; tile += TILE) {
+                const int64_t from = std::max(begin, tile), to = std::min(tile + TILE, keys_end);
+                gather(blocks, kv_head, tile, from, to, rows);
+                for (int64_t r = 0; r < rows; r += ROWS) {
+                    int here = int(std::min<int64_t>(ROWS, rows - r)), begins[ROWS], ends[ROWS];
+                    for (int i = 0; i < here; i++) {
+                        int64_t n = real + (r + i) / group;
+                        begins[i] = int(std::clamp<int64_t>(n + shift - window + 1 - tile, 0, TILE));
+                        ends[i] = int(std::clamp<int64_t>((is_virtual ? keys_end : std::min(keys_end, n + 1)) - tile, 0, TILE));
+                    }
+                    step(r, here, begins, ends);
+                }
+            }
+        };
+        walk(virtuals, true);
+        walk(real + count, false);
+
+        T *out = (T *)call.out;
+        for (int64_t r = 0; r < rows; r++) {
+            const f32x16 share = splat(1.0f / sum(read<f32x16>(&sums[r * 16])));
+            T *to = out + ((start + first + r / group) * call.query_heads + kv_head * group + r % group) * head;
+            for (int64_t d = 0; d < head; d += UNIT) {
+                Unit v = {read<f32x16>(&acc[r * padded + d]) * share, read<f32x16>(&acc[r * padded + d + 16]) * share};
+                if (d + UNIT <= head) store<order_of<T>()>(to + d, v);
+                else store_part<order_of<T>()>(to + d, head - d, v);
+            }
+        }
+    }
+
+    static float as_float(float v) { return v; }
+    static float as_float(bf16 v) { return bits_as<float>(uint32_t(v.bits) << 16); }
+
+    // Point `values` at the tile's rows and pack its keys; rows outside from .. to - 1 are never read, zeros stand for them.
+    void gather(const int32_t *blocks, int64_t kv_head, int64_t tile, int64_t from, int64_t to, int64_t rows) {
+        const Cache &c = call.cache;
+        T *zeros = &padded_rows[TILE * padded];
+        auto point = [&](const void *cache, const T **at) {
+            for (int64_t j = 0; j < TILE; j++)
+                at[j] = j + tile >= from && j + tile < to ? row_of(cache, blocks, tile + j, kv_head) : zeros;
+        };
+        auto copy = [&](const T **at) {  // beside each other, with zeros after each: for whole units, and for reuse from L1
+            for (int64_t j = 0; j < TILE; j++) {
+                memcpy(&padded_rows[j * padded], at[j], head * sizeof(T));
+                at[j] = &padded_rows[j * padded];
+            }
+        };
+        point(c.keys, keys);
+        if (head != padded) copy(keys);
+        constexpr int64_t WORDS = 16 * 4 / sizeof(T);  // elements in sixteen words
+        for (int64_t j = from - tile; j < to - tile; j = (j / 16 + 1) * 16) {
+            int64_t g = j / 16;
+            for (int64_t d = 0; d < padded; d += WORDS)
+                transpose((const void *const *)&keys[g * 16], d * sizeof(T), &packed_keys[d / WORDS * 16 * TILE + g * 16], TILE);
+        }
+        point(c.values, values);
+        if (head != padded || rows > 2 * ROWS) copy(values);
+    }
+
+    // One tile for the rows r .. r + here - 1, of which row r + i sees the keys begins[i] .. ends[i] - 1 of the tile.
+    void step(int64_t r, int here, const int *begins, const int *ends) {
+        float scores[ROWS * TILE];
+        int common_begin = 0, common_end = TILE, last = 0;
+        for (int i = 0; i < here; i++) {
+            if (begins[i] >= ends[i]) continue;
+            last = std::max(last, ends[i]);
+            common_begin = std::max(common_begin, begins[i]);
+            common_end = std::min(common_end, ends[i]);
+        }
+        if (last == 0) return;
+        const int groups = (last + 15) / 16;
+        const float *queries = &q[r * padded];
+        if (here == 4) score<4, T>(queries, padded, packed_keys.data(), head, scores, groups);
+        else if (here == 3) score<3, T>(queries, padded, packed_keys.data(), head, scores, groups);
+        else if (here == 2) score<2, T>(queries, padded, packed_keys.data(), head, scores, groups);
+        else score<1, T>(queries, padded, packed_keys.data(), head, scores, groups);
+
+        bool is_together = true;
+        for (int i = 0; i < here; i++) {
+            if (begins[i] < ends[i]) weights_of(r + i, scores + i * TILE, begins[i], ends[i], groups);
+            else is_together = false;
+        }
+        float *sums_of = &acc[r * padded];
+        if (is_together && common_begin < common_end) {
+            for (int i = 0; i < here; i++)
+                weigh<1, T>(scores + i * TILE, values, begins[i], common_begin, padded, sums_of + i * padded);
+            if (here == 4) weigh<4, T>(scores, values, common_begin, common_end, padded, sums_of);
+            else if (here == 3) weigh<3, T>(scores, values, common_begin, common_end, padded, sums_of);
+            else if (here == 2) weigh<2, T>(scores, values, common_begin, common_end, padded, sums_of);
+            else weigh<1, T>(scores, values, common_begin, common_end, padded, sums_of);
+            for (int i = 0; i < here; i++)
+                weigh<1, T>(scores + i * TILE, values, common_end, ends[i], padded, sums_of + i * padded);
+        } else {
+            for (int i = 0; i < here; i++)
+                weigh<1, T>(scores + i * TILE, values, begins[i], ends[i], padded, sums_of + i * padded);
+        }
+    }
+
+    // Scores become weights relative to the row's running peak, and what the row has summed so far is brought to that peak.
+    void weights_of(int64_t row, float *scores, int begin, int end, int groups) {
+        constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const float cap = float(call.softcap);
+        f32x16 s[GROUPS], top = splat(NEVER);
+        for (int g = begin / 16; g < groups; g++) {
+            s[g] = read<f32x16>(scores + g * 16);
+            if (cap != 0.0f) s[g] = cap * tanh_of(s[g] / cap);
+            i32x16 key = LANE + g * 16;
+            s[g] = (key >= begin) & (key < end) ? s[g] : splat(NEVER);
+            top = s[g] > top ? s[g] : top;
+        }
+        const float before = peaks[row], peak = std::max(before, largest(top));
+        float *total = &sums[row * 16];
+        if (peak != before) {
+            peaks[row] = peak;
+            const f32x16 shrink = exp_of(splat(before - peak));
+            write(total, read<f32x16>(total) * shrink);
+            for (int64_t d = 0; d < padded; d += 16) write(&acc[row * padded + d], read<f32x16>(&acc[row * padded + d]) * shrink);
+        }
+        f32x16 added = read<f32x16>(total);
+        for (int g = begin / 16; g < groups; g++) {
+            f32x16 weight = exp_of(s[g] - peak);
+            write(scores + g * 16, weight);
+            added += weight;
+        }
+        write(total, added);
+    }
+};
+
+struct Chunk {
+    int64_t request, first, count, cost;
+};
+
+Status check(const Call &call) {
+    const Cache &c = call.cache;
+    const Batch &b = call.batch;
+    if (b.query_start[0] != 0 || b.query_start[b.num_requests] != call.num_tokens) return BAD_LENGTHS;
+    for (int64_t i = 0; i < b.num_requests; i++) {
+        const int64_t queries = int64_t(b.query_start[i + 1]) - b.query_start[i], context = b.context_lens[i], virtuals = b.virtual_lens[i];
+        const int64_t virtual_blocks = (virtuals + c.block_size - 1) / c.block_size;
+        const int64_t blocks = (context + c.block_size - 1) / c.block_size;
+        if (queries < 0 || virtuals < 0 || context < queries || virtual_blocks + blocks > b.table_stride) return BAD_LENGTHS;
+        if (queries == 0) continue;
+        int64_t skipped = 0, skipped_virtuals = 0;  // keys that no query of this step sees any more
+        if (call.window) {
+            skipped = std::max<int64_t>(0, context - queries - call.window + 1);
+            skipped_virtuals = std::min(virtuals, std::max<int64_t>(0, context - queries + virtuals - call.window + 1));
+        }
+        const int32_t *table = b.block_tables + i * b.table_stride;
+        auto is_bad = [&](int64_t from, int64_t to) {
+            for (int64_t n = from; n < to; n++)
+                if (table[n] < 0 || table[n] >= c.num_blocks) return true;
+            return false;
+        };
+        if (skipped_virtuals < virtuals && is_bad(skipped_virtuals / c.block_size, virtual_blocks)) return BAD_BLOCK;
+        if (is_bad(virtual_blocks + skipped / c.block_size, virtual_blocks + blocks)) return BAD_BLOCK;
+    }
+    return OK;
+}
+
+template <class T>
+void attend(const Call &call) {
+    const Batch &b = call.batch;
+    const int64_t group = call.query_heads / call.cache.kv_heads, queries_max = std::max<int64_t>(1, CHUNK_ROWS / group);
+    std::vector<Chunk> chunks;
+    int64_t work = 0, rows_max = 1;
+    for (int64_t i = 0; i < b.num_requests; i++) {
+        const int64_t queries = b.query_start[i + 1] - b.query_start[i];
+        for (int64_t first = 0; first < queries; first += queries_max) {
+            const int64_t count = std::min(queries_max, queries - first);
+            int64_t keys = b.context_lens[i] - queries + first + count + b.virtual_lens[i];
+            if (call.window) keys = std::min(keys, call.window + count);
+            chunks.push_back({i, first, count, keys * (2 + count * group)});
+            rows_max = std::max(rows_max, count * group);
+            work += 2 * keys * count * call.query_heads * call.cache.head;
+        }
+    }
+    std::sort(chunks.begin(), chunks.end(), [](const Chunk &s, const Chunk &t) { return s.cost > t.cost; });  // the long ones first
+    const int64_t items = int64_t(chunks.size()) * call.cache.kv_heads;
+    auto run = [&](Worker<T> &worker, int64_t item) {
+        const Chunk &chunk = chunks[item / call.cache.kv_heads];
+        worker.run(chunk.request, chunk.first, chunk.count, item % call.cache.kv_heads);
+    };
+    // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
+    if (call.threads == 1 || work < SERIAL_BELOW) {
+        Worker<T> worker(call, rows_max);
+        for (int64_t item = 0; item < items; item++) run(worker, item);
+        return;
+    }
+    std::vector<std::unique_ptr<Worker<T>>> workers;  // made here, where a failed allocation can still be answered
+    for (int64_t i = 0; i < call.threads; i++) workers.emplace_back(new Worker<T>(call, rows_max));
+#pragma omp parallel num_threads(int(call.threads))
+    {
+        Worker<T> &worker = *workers[omp_get_thread_num()];
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < items; item++) run(worker, item);
+    }
+}
+
+struct StoreCall {
+    const void *key, *value;
+    int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride, num_tokens, is_bf16, threads;
+    const int64_t *kv_slots;
+    Cache cache;
+};
+
+void store_tokens(const StoreCall &call) {
+    const Cache &c = call.cache;
+    const int64_t size = call.is_bf16 ? 2 : 4, row = c.head * size;
+    auto run = [&](int64_t t) {
+        char *key = (char *)c.keys + call.kv_slots[t] * c.kv_heads * row, *value = (char *)c.values + call.kv_slots[t] * c.kv_heads * row;
+        for (int64_t h = 0; h < c.kv_heads; h++) {
+            memcpy(key + h * row, (const char *)call.key + (t * call.key_token_stride + h * call.key_head_stride) * size, row);
+            memcpy(value + h * row, (const char *)call.value + (t * call.value_token_stride + h * call.value_head_stride) * size, row);
+        }
+    };
+    if (call.threads == 1 || call.num_tokens * c.kv_heads * row < (128 << 10)) {
+        for (int64_t t = 0; t < call.num_tokens; t++) run(t);
+        return;
+    }
+#pragma omp parallel for num_threads(int(call.threads)) schedule(static)
+    for (int64_t t = 0; t < call.num_tokens; t++) run(t);
+}
+
+}  // namespace
+}  // namespace weft
+
+extern "C" {
+
+// What the functions below are given: one packed record of 64-bit numbers each, in this order (see attention.py).
+int weft_store(const weft::StoreCall *call) {
+    const int64_t slots = call->cache.num_blocks * call->cache.block_size;
+    for (int64_t t = 0; t < call->num_tokens; t++)
+        if (call->kv_slots[t] < 0 || call->kv_slots[t] >= slots) return weft::BAD_KV_SLOT;
+    weft::store_tokens(*call);
+    return weft::OK;
+}
+
+int weft_attend(const weft::Call *call) {
+    if (weft::Status status = weft::check(*call)) return status;
+    try {
+        call->is_bf16 ? weft::attend<weft::bf16>(*call) : weft::attend<float>(*call);
+    } catch (const std::bad_alloc &) {
+        return weft::NO_MEMORY;
+    }
+    return weft::OK;
+}
+
+}  // extern "C"
