@@ -3,12 +3,12 @@
 The base stays in evaluation mode, as it is served: its dropout would be noise that serving never has. Only its
 quantized linear modules are put into bitsandbytes' training mode. In evaluation mode on a CPU with AVX512-BF16 they
 repack their weight in the first forward pass whose input needs no gradient, and the repacked product has no backward:
-autograd then leaves the path through the base out without an error, and the gradients of all layers but the last are
+autograd then leaves the path through the base out without an error, and the gradients at all sites but the last are
 wrong by 35 to 98 % of their norm (measured with bitsandbytes 0.50.2; tests/training/test_trainer.py keeps it in view).
 The repacked weight also holds its scales in bfloat16, so serving on such a CPU differs from training by rounding.
 """
 
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
 from weft.config import ModelConfig
 from weft.model import loader

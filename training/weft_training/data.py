@@ -1,7 +1,7 @@
 """Training data: JSON Lines files, and the rows a model learns from.
 
-A line is `{"prompt": …, "completion": …}`, learned from the completion on, or `{"text": …}`, learned whole; further keys
-are left alone. Prompt and completion are tokenized apart, because that is how serving meets them: the prompt is
+A line is `{"prompt": …, "completion": …}`, of which the completion is learned, or `{"text": …}`, learned whole; further
+keys are left alone. Prompt and completion are tokenized apart, because that is how serving meets them: the prompt is
 tokenized, the completion is generated. Every completion ends with the end-of-text token.
 """
 
@@ -74,7 +74,7 @@ def _rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_l
     if not examples:
         raise InvalidData("examples: there are none")
     for index, example in enumerate(examples):
-        prompt: list[int] = tokenizer(example.prompt)["input_ids"] if example.prompt else []  # pyright: ignore
+        prompt: list[int] = tokenizer(example.prompt)["input_ids"]  # pyright: ignore
         completion: list[int] = tokenizer(example.completion, add_special_tokens=False)["input_ids"]  # pyright: ignore
         ids = [*prompt, *completion, eos]
         origin = example.origin or f"examples[{index}]"

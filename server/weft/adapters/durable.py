@@ -77,10 +77,13 @@ def _undone(fd: int, path: Path) -> Iterator[None]:
 def open_regular(path: Path) -> BufferedReader:
     """For reading; never through a link, and OSError ELOOP for anything that is not a file."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        return os.fdopen(fd, "rb")
+    except BaseException:
         os.close(fd)
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    return os.fdopen(fd, "rb")
+        raise
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -127,9 +127,12 @@ def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wa
         if error.errno in _UNREADABLE:
             raise InvalidAdapter.rule("SOURCE_NOT_FOUND", _FIELD, "must exist and be readable", given=name) from None
         raise
-    if not kind(os.fstat(fd).st_mode):
+    try:
+        if not kind(os.fstat(fd).st_mode):
+            raise irregular
+    except BaseException:
         os.close(fd)
-        raise irregular
+        raise
     return fd
 
 

@@ -58,14 +58,15 @@ class Application:
         def load(generation: Generation) -> None:
             self.lifecycle.fetch(generation)
 
+        def down() -> None:
+            loop.call_soon_threadsafe(self._engine_is_down)
+
         self._engine = Engine(
             runner,
             config.engine,
             num_kv_blocks=model.num_kv_blocks,
             max_model_len=model.facts.max_model_len,
-            callbacks=EngineCallbacks(
-                events=deliver, load=load, down=lambda: loop.call_soon_threadsafe(self._engine_is_down)
-            ),
+            callbacks=EngineCallbacks(events=deliver, load=load, down=down),
             metrics=metrics,
         )
         self.lifecycle = Lifecycle(

@@ -18,8 +18,8 @@ from pathlib import Path
 import grpc.aio
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]  # public, untyped
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 from rich.console import Console
@@ -157,7 +157,7 @@ async def serving(
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
     adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(application), server)
-    health = HealthServicer()
+    health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if config.server.reflection:
         reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
@@ -183,7 +183,7 @@ async def serving(
         exposition.server_close()
 
 
-async def _follow_engine(application: Application, health: HealthServicer) -> None:
+async def _follow_engine(application: Application, health: health_aio.HealthServicer) -> None:
     await application.down.wait()
     await health.enter_graceful_shutdown()
 

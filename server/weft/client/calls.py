@@ -1,26 +1,17 @@
 """From arguments to calls, once for both clients: each function describes one RPC that is not yet made."""
 
-import asyncio
-import functools
 import hashlib
-import inspect
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, Self, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack
 
-import grpc
-import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
-from weft.api.status import Failure, failure_of
 from weft.config import MIB
-from weft.settings import DEFAULT_SERVER
-from weft.v1 import adapter_service_pb2, generation_service_pb2
 from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
 from weft.v1.adapter_service_pb2 import (
     GetAdapterRequest,
@@ -45,9 +36,8 @@ from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from weft.v1.generation_pb2 import (
     ChatMessage,
     Composition,
-    Delta,
-    Finish,
     GenerateRequest,
+    GenerateResponse,
     Messages,
     ResponseOptions,
     Sampling,
@@ -56,23 +46,20 @@ from weft.v1.generation_pb2 import (
     TokenIds,
     WeightedAdapter,
 )
-from weft.v1.generation_pb2 import GenerateResponse as Completion
 from weft.v1.generation_service_pb2 import GetModelInfoRequest, TokenizeRequest, TokenizeResponse
 from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
 from weft.v1.model_pb2 import ModelInfo
 
 Answer = TypeVar("Answer")
 Filled = TypeVar("Filled", bound=Message)
-P = ParamSpec("P")
 
+Completion: TypeAlias = GenerateResponse
 Conversation: TypeAlias = Sequence[Mapping[str, str]] | Sequence[ChatMessage]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | Sequence[int] | Conversation
 Target: TypeAlias = str | Mapping[str, float] | None  # an adapter, several with their weights, or the base
 
 _PAGE_SIZE = 1000
-_RECEIVE_BYTES_MAX = 64 * MIB  # Tokenize with pieces passes gRPC's own 4 MiB
 _UPLOAD_BYTES_PER_S_MIN = 1 * MIB  # an upload may take as long as the slowest link that is still worth waiting for
-_NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # the second one would say that there is no such adapter
 
 
 class Parameters(TypedDict, total=False):
@@ -176,12 +163,12 @@ def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parame
     )
 
 
-def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[Delta]:
+def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[StreamGenerateResponse]:
     """What is new of the answer to `prompt`, as it comes; `finish` of the stream tells how it ended."""
     return Rpc(
         method=lambda stubs: stubs.generation.StreamGenerate,
         request=generate_request(prompt, adapter, **parameters),
-        answer=lambda message: message.delta,
+        answer=_unchanged,
         deadline_s=lambda default: parameters.get("timeout_s") or default,
     )
 
@@ -318,10 +305,12 @@ def adapter(adapter_id: str) -> Rpc[Adapter]:
 
 
 def page(request: ListAdaptersRequest) -> Rpc[ListAdaptersResponse]:
+    """One page of the registered adapters."""
     return Rpc(method=lambda stubs: stubs.adapters.ListAdapters, request=request, answer=_unchanged)
 
 
 def first_page(method: str, state: str) -> ListAdaptersRequest:
+    """Asks for the first page of all adapters, or those of one method ("lora") and one state ("active")."""
     wanted = AdapterState.Value(f"ADAPTER_STATE_{state.upper() or 'UNSPECIFIED'}")
     return ListAdaptersRequest(page_size=_PAGE_SIZE, method=method, state=wanted)
 
@@ -360,5 +349,3 @@ def watch() -> Rpc[WatchAdaptersResponse]:
 
 def _unchanged(response: Any) -> Any:
     return response
-
-

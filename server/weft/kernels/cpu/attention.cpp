@@ -24,7 +24,6 @@ constexpr int TILE = 64;        // keys
 constexpr int GROUPS = TILE / 16;
 constexpr int ROWS = 4;         // query rows whose sums stay in registers
 constexpr int64_t CHUNK_ROWS = 64;          // query rows that share the packing of a tile
-constexpr int64_t HEAD_MAX = 256;
 constexpr int64_t SERIAL_BELOW = 64 << 10;  // multiply-adds under which waking a second thread costs more than it saves
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -203,14 +202,8 @@ struct Worker {
 
     Worker(const Call &call, int64_t rows)
         : call(call), group(call.query_heads / call.cache.kv_heads), head(call.cache.head), padded((head + UNIT - 1) / UNIT * UNIT),
-          q(rows * padded), acc(rows * padded), sums(rows * 16), peaks(rows), packed_keys(padded * TILE),
+          q(rows * padded), acc(rows * padded), sums(rows * 16), peaks(rows), packed_keys(padded * TILE * sizeof(T) / 4),
           padded_rows((TILE + 1) * padded, T{}) {}
-
-    const T *row_of(const void *cache, const int32_t *table, int64_t index, int64_t kv_head) const {
-        const Cache &c = call.cache;
-        int64_t token = int64_t(table[index / c.block_size]) * c.block_size + index % c.block_size;
-        return (const T *)cache + (token * c.kv_heads + kv_head) * head;
-    }
 
     void run(int64_t request, int64_t first, int64_t count, int64_t kv_head) {
         const Batch &b = call.batch;
@@ -236,7 +229,7 @@ struct Worker {
             const int64_t begin = std::max<int64_t>(0, real + shift - window + 1);
             for (int64_t tile = begin / TILE * TILE; tile < keys_end; tile += TILE) {
                 const int64_t from = std::max(begin, tile), to = std::min(tile + TILE, keys_end);
-                gather(blocks, kv_head, tile, from, to, rows);
+                gather(blocks, kv_head, tile, from, to, keys_end, rows);
                 for (int64_t r = 0; r < rows; r += ROWS) {
                     int here = int(std::min<int64_t>(ROWS, rows - r)), begins[ROWS], ends[ROWS];
                     for (int i = 0; i < here; i++) {
@@ -267,12 +260,25 @@ struct Worker {
     static float as_float(bf16 v) { return bits_as<float>(uint32_t(v.bits) << 16); }
 
     // Point `values` at the tile's rows and pack its keys; rows outside from .. to - 1 are never read, zeros stand for them.
-    void gather(const int32_t *blocks, int64_t kv_head, int64_t tile, int64_t from, int64_t to, int64_t rows) {
+    void gather(const int32_t *blocks, int64_t kv_head, int64_t tile, int64_t from, int64_t to, int64_t keys_end, int64_t rows) {
         const Cache &c = call.cache;
-        T *zeros = &padded_rows[TILE * padded];
+        constexpr int64_t LINE = 64 / sizeof(T);
+        const T *zeros = &padded_rows[TILE * padded];
+        // Where a tile's rows are, a block at a time; also a call ahead of their use, for the rows come from all over memory.
+        auto locate = [&](const void *cache, int64_t first, int64_t last, auto take) {
+            for (int64_t index = first; index < last;) {
+                const int64_t block = index / c.block_size, end = std::min(last, (block + 1) * c.block_size);
+                const T *row = (const T *)cache + ((blocks[block] * c.block_size + index - block * c.block_size) * c.kv_heads + kv_head) * head;
+                for (; index < end; index++, row += c.kv_heads * head) take(index, row);
+            }
+        };
+        auto fetch = [&](int64_t, const T *row) {
+            for (int64_t line = 0; line < head; line += LINE) __builtin_prefetch(row + line);
+        };
         auto point = [&](const void *cache, const T **at) {
-            for (int64_t j = 0; j < TILE; j++)
-                at[j] = j + tile >= from && j + tile < to ? row_of(cache, blocks, tile + j, kv_head) : zeros;
+            std::fill_n(at, TILE, zeros);
+            locate(cache, from, to, [&](int64_t index, const T *row) { at[index - tile] = row; });
+            locate(cache, to, std::min(to + TILE, keys_end), fetch);
         };
         auto copy = [&](const T **at) {  // beside each other, with zeros after each: for whole units, and for reuse from L1
             for (int64_t j = 0; j < TILE; j++) {

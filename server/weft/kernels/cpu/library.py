@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  its import makes the OpenMP runtime global
 
-_SOURCES = ("deltas.cpp",)
+_SOURCES = ("deltas.cpp", "attention.cpp")
 _HEADERS = ("lanes.h",)
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
 _BUILD_S_MAX = 300
 
-_FUNCTIONS = ("weft_post", "weft_pre")
+_FUNCTIONS = ("weft_post", "weft_pre", "weft_store", "weft_attend")
 
 
 class KernelsUnavailable(RuntimeError):

@@ -1,0 +1,43 @@
+"""The command `weft`. torch, transformers and gRPC are imported by the commands that need them, so `--help` is quick."""
+
+from typing import Annotated
+
+import typer
+
+from weft import __version__
+from weft.cli import adapters, chat, generate, handover, info, serve
+
+app = typer.Typer(
+    name="weft",
+    help="One quantized base model, many adapters of any PEFT method, one continuous batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command(name="serve")(serve.command)
+app.add_typer(adapters.app, name="adapters")
+app.command(name="generate")(generate.command)
+app.command(name="chat")(chat.command)
+app.command(name="info")(info.command)
+app.command(name="train", **handover.SETTINGS)(handover.train)
+app.command(name="demo", **handover.SETTINGS)(handover.demo)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"weft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _weft(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and exit.")
+    ] = False,
+) -> None:
+    """What is common to all commands: nothing but the version."""
+
+
+def main() -> None:
+    """Run the command that `sys.argv` holds, and exit."""
+    app()

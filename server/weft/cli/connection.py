@@ -1,0 +1,54 @@
+"""The server that a command talks to, and what a call that fails tells the operator."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weft.cli.output import fail
+from weft.settings import DEFAULT_SERVER
+
+if TYPE_CHECKING:
+    from weft.client import Client, Failure
+
+ServerOption = Annotated[
+    str, typer.Option("--server", envvar="WEFT_SERVER", metavar="HOST:PORT", help="The server to talk to.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write proto JSON, for programs.")]
+
+__all__ = ["DEFAULT_SERVER", "JsonOption", "ServerOption", "connected", "hint_for"]
+
+_HINTS = {
+    "ADAPTER_EXISTS": "--replace registers other content under a taken id",
+    "ADAPTER_NOT_FOUND": "`weft adapters ls` lists the registered adapters",
+    "VERSION_CONFLICT": "`weft adapters show ID` tells the current generation",
+    "SOURCE_NOT_FOUND": "--source is a path on the server; `weft adapters add ID PATH` uploads a local directory",
+    "SOURCE_FORBIDDEN": "`weft serve --allowed-source DIR` allows it; `weft adapters add ID PATH` uploads instead",
+    "ADAPTER_QUARANTINED": "register other content under the id: `weft adapters add ID PATH --replace`",
+    "BASE_MISMATCH": "`weft info` tells the base model and its modules",
+    "DRAINING": "the server is stopping; try again when it is back",
+}
+
+
+@contextmanager
+def connected(server: str) -> Iterator["Client"]:
+    """A client of `server`; a call that fails, or a file that cannot be read, ends the command with exit code 1."""
+    from weft.client import Client, RpcFailure  # gRPC is imported here and not by `weft --help`
+
+    with Client(server) as client:
+        try:
+            yield client
+        except RpcFailure as failure:
+            raise fail(str(failure), hint=hint_for(failure.failure, server)) from None
+        except FileNotFoundError as error:
+            raise fail(f"{error.filename}: no such file") from None
+
+
+def hint_for(failure: "Failure", server: str) -> str:
+    """What to do next, or ""."""
+    if failure.retry_after_s is not None:
+        return f"try again in {failure.retry_after_s:g} s"
+    if failure.code.name == "UNAVAILABLE" and not failure.reason:
+        return f"is `weft serve` running at {server}? (--server, WEFT_SERVER)"
+    return _HINTS.get(failure.reason, "")

@@ -1,0 +1,112 @@
+"""`weft serve`: its options are the knobs of `weft.config`, one for each, read off it."""
+
+import inspect
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weft.cli.output import fail, size
+from weft.settings import InvalidSettings, Knob, knobs, load, sections
+
+_ALIASES = {"quantization": ("--quant",)}
+_METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+
+
+def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any]) -> None:
+    """Serve a base model and its adapters over gRPC.
+
+    Each option that has a default is also an environment variable (WEFT_MAX_NUM_SEQS for --max-num-seqs) and a name in
+    the file that --config names (max_num_seqs), in this order of precedence.
+    """
+    try:
+        registered = [_adapter_directory(text) for text in adapters or ()]
+        configuration = load({name: value for name, value in flags.items() if value not in (None, [])}, file=config)
+    except InvalidSettings as error:
+        raise fail(str(error), code=2) from None
+
+    from weft.api.serve import run  # brings torch, transformers and gRPC
+
+    raise typer.Exit(run(configuration, registered))
+
+
+def _adapter_directory(text: str) -> tuple[str, Path]:
+    adapter_id, separator, path = text.partition("=")
+    if not (adapter_id and separator and path):
+        raise InvalidSettings(f"--adapter must be ID=PATH, given {text!r}")
+    return adapter_id, Path(path).expanduser()
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """What the command takes: the file, the adapters, and one parameter for each knob."""
+    file = typer.Option("--config", envvar="WEFT_CONFIG", metavar="FILE", help="TOML or YAML file of knobs.")
+    adapters = typer.Option(
+        "--adapter", metavar="ID=PATH", help="Register this PEFT directory before serving. May be repeated."
+    )
+    titles = {section: f"{section.capitalize()}: {_first_line(kind)}" for section, kind in sections().items()}
+    found = [
+        _parameter("config", Annotated[Path | None, file]),
+        _parameter("adapters", Annotated[list[str] | None, adapters]),
+    ]
+    for knob in knobs():
+        found.append(_parameter(knob.name, _annotation(knob, titles.get(knob.section))))
+    return found
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _annotation(knob: Knob, panel: str | None) -> Any:
+    """Texts, which `weft.settings` converts and checks for every source alike; yes and no are two flags."""
+    if knob.is_required:
+        return Annotated[str | None, typer.Argument(metavar=knob.flag, help=_help(knob))]
+    names = (knob.flag, *_ALIASES.get(knob.name, ()))
+    if knob.kind is bool:
+        names = (f"{knob.flag}/--no-{knob.flag.removeprefix('--')}",)
+        option = typer.Option(*names, help=_help(knob), rich_help_panel=panel, show_default=False)
+        return Annotated[bool | None, option]
+    option = typer.Option(
+        *names, metavar=_metavar(knob), help=_help(knob), rich_help_panel=panel, show_default=False
+    )
+    return Annotated[list[str] | None if knob.is_list else str | None, option]
+
+
+def _help(knob: Knob) -> str:
+    text = knob.help[:1].upper() + knob.help[1:]
+    if knob.is_required:
+        return text
+    match knob.default:
+        case bool():
+            default = "yes" if knob.default else "no"
+        case None | ():
+            default = "none"
+        case int() if knob.is_size:
+            default = size(knob.default)
+        case _:
+            default = str(knob.default)
+    if text and not text.endswith("."):
+        text += "."
+    return f"{text} \\[{default}]".strip()
+
+
+def _metavar(knob: Knob) -> str:
+    if knob.is_size:
+        return "SIZE"
+    if knob.is_list:
+        return "PATH"
+    return "|".join(knob.kind) if issubclass(knob.kind, StrEnum) else _METAVARS[knob.kind]
+
+
+def _first_line(kind: type[Any]) -> str:
+    first = inspect.cleandoc(kind.__doc__ or "").splitlines()[0].rstrip(".").partition(" (")[0]
+    return first[:1].lower() + first[1:]
+
+
+def command(**given: Any) -> None:
+    _serve(given.pop("config"), given.pop("adapters"), given)
+
+
+command.__doc__ = _serve.__doc__
+command.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]  # what typer reads

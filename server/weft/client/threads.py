@@ -1,0 +1,137 @@
+"""The client for threads: its calls block."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import grpc
+
+from weft.api.status import failure_of
+from weft.client import calls
+from weft.client.calls import Rpc, Stubs
+from weft.client.wire import TIMEOUT_S, Answering, RpcFailure, channel_options, document
+from weft.settings import DEFAULT_SERVER
+from weft.v1.adapter_pb2 import Adapter
+from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
+from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from weft.v1.generation_pb2 import Delta
+from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
+Stream = TypeVar("Stream")
+
+
+class _Reading:
+    """A stream that is being read; to leave it ends its call."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the call; the server stops working for it."""
+        self._call.cancel()
+
+    def _messages(self) -> Iterator[Any]:
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            raise RpcFailure(failure_of(error)) from error
+        finally:
+            self.close()
+
+
+class Deltas(_Reading, Answering):
+    """The deltas of an answer, and its `request_id` and `finish`."""
+
+    def __iter__(self) -> Iterator[Delta]:
+        for message in self._messages():
+            yield from self._new_in(message)
+
+
+class Watch(_Reading):
+    """What happens to the adapters."""
+
+    def __iter__(self) -> Iterator[WatchAdaptersResponse]:
+        return self._messages()
+
+
+def _answering(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[Client, P], Answer]":
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        return client.make(described(*args, **kwargs))
+
+    document(method, described)
+    return method
+
+
+def _streaming(
+    described: Callable[P, Rpc[Any]], kind: Callable[[Any], Stream]
+) -> "Callable[Concatenate[Client, P], Stream]":
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Stream:
+        return kind(client.begin(described(*args, **kwargs)))
+
+    document(method, described)
+    return method
+
+
+class Client:
+    """One connection, which threads may share.
+
+    server: "host:port".
+    timeout_s: the deadline of every call; `upload` and `unregister` add what they may need.
+    """
+
+    def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(server, options=channel_options())
+        self._stubs = Stubs(GenerationServiceStub(self._channel), AdapterServiceStub(self._channel))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the calls that are still running."""
+        self._channel.close()
+
+    def begin(self, rpc: Rpc[Any]) -> Any:
+        """gRPC's call for what `rpc` describes."""
+        return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self._timeout_s))
+
+    def make(self, rpc: Rpc[Answer]) -> Answer:
+        """The answer to what `rpc` describes."""
+        try:
+            return rpc.answer(self.begin(rpc))
+        except grpc.RpcError as error:
+            raise RpcFailure(failure_of(error)) from error
+
+    generate = _answering(calls.generate)
+    stream = _streaming(calls.stream, Deltas)
+    tokenize = _answering(calls.tokenize)
+    model_info = _answering(calls.model_info)
+
+    register = _answering(calls.register)
+    upload = _answering(calls.upload)
+    unregister = _answering(calls.unregister)
+    adapter = _answering(calls.adapter)
+    load = _answering(calls.load)
+    unload = _answering(calls.unload)
+    watch = _streaming(calls.watch, Watch)
+
+    def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:
+        """The registered adapters by id, or those of one method ("lora") and one state ("active")."""
+        found: list[Adapter] = []
+        request = calls.first_page(method, state)
+        while True:
+            page = self.make(calls.page(request))
+            found += page.adapters
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token

@@ -1,0 +1,76 @@
+"""What both clients share: the channel's options, the exception, and what the messages of an answer tell."""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+from weft.api.status import Failure
+from weft.config import MIB
+from weft.v1 import adapter_service_pb2, generation_service_pb2
+from weft.v1.generation_pb2 import Delta, Finish, StreamGenerateResponse
+
+TIMEOUT_S: Final = 60.0
+
+_RECEIVE_BYTES_MAX = 64 * MIB  # Tokenize with pieces passes gRPC's own 4 MiB
+_NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # the second one would say that there is no such adapter
+_RETRY_POLICY = {
+    "maxAttempts": 4,
+    "initialBackoff": "0.1s",
+    "maxBackoff": "1s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+
+class RpcFailure(Exception):
+    """A call that failed; `failure` has the code, the reason that programs compare, and the retry delay if any."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.reason or failure.code.name}: {failure.message}")
+        self.failure = failure
+
+
+class Answering:
+    """What the messages of an answer told beside their deltas."""
+
+    request_id = ""
+    _finish: Finish | None = None
+
+    @property
+    def finish(self) -> Finish:
+        """How the answer ended; RuntimeError before it has been read to its end."""
+        if self._finish is None:
+            raise RuntimeError("the answer has not been read to its end")
+        return self._finish
+
+    def _new_in(self, message: StreamGenerateResponse) -> list[Delta]:
+        self.request_id = self.request_id or message.request_id
+        if message.HasField("finish"):
+            self._finish = message.finish
+        return [message.delta] if message.HasField("delta") else []
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    """Retries of the repeatable unary calls, and room for large answers."""
+    services = (
+        generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+        adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"],
+    )
+    repeatable = [
+        {"service": service.full_name, "method": method.name}
+        for service in services
+        for method in service.methods
+        if not (method.client_streaming or method.server_streaming or method.name in _NOT_REPEATABLE)
+    ]
+    config = {"methodConfig": [{"name": repeatable, "retryPolicy": _RETRY_POLICY}]}
+    return [("grpc.service_config", json.dumps(config)), ("grpc.max_receive_message_length", _RECEIVE_BYTES_MAX)]
+
+
+def document(method: Callable[..., Any], described: Callable[..., Any]) -> None:
+    """Give a client's method the name, the text and, after `self`, the parameters of the function it is made of."""
+    signature = inspect.signature(described)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    method.__name__ = described.__name__
+    method.__doc__ = described.__doc__
+    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore

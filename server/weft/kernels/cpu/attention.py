@@ -1,0 +1,154 @@
+"""Attention over a paged KV cache on the CPU: decode and chunked prefill in one call.
+
+Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size, P virtual
+positions of a request. A query row's bits depend on its own query and keys alone: not on the other requests, T, B, the
+width of the block table, the number of threads, the block size, or how its prompt was cut into chunks.
+"""
+
+import struct
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from weft.kernels.cpu import library
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_HEAD_SIZE_MAX = 256
+_pack_store = struct.Struct("=15q").pack  # StoreCall in attention.cpp
+_pack_attend = struct.Struct("=9q2d12q").pack  # Call in attention.cpp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """The paged keys and values of one layer. Made once; `store` writes them.
+
+    keys, values: [num_blocks, block_size, Hkv, D], contiguous, both float32 or both bfloat16; D a multiple of 8 up to 256.
+    """
+
+    keys: Tensor
+    values: Tensor
+    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # Cache in attention.cpp
+
+    def __post_init__(self) -> None:
+        keys, values = self.keys, self.values
+        for name, given in (("keys", keys), ("values", values)):
+            if given.dim() != 4 or given.dtype not in _DTYPES or not given.is_cpu or not given.is_contiguous():
+                raise ValueError(
+                    f"{name}: needs contiguous [num_blocks, block_size, Hkv, D] float32 or bfloat16 on the CPU, "
+                    f"given {_shown(given)}"
+                )
+        if keys.shape != values.shape or keys.dtype is not values.dtype:
+            raise ValueError(f"values: needs the shape and dtype of keys, {_shown(keys)}, given {_shown(values)}")
+        if keys.numel() == 0 or keys.shape[3] % 8 or keys.shape[3] > _HEAD_SIZE_MAX:
+            raise ValueError(f"keys: needs D a multiple of 8 up to {_HEAD_SIZE_MAX} and no empty dimension, given {_shown(keys)}")
+        object.__setattr__(self, "packed", (keys.data_ptr(), values.data_ptr(), *keys.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Whose tokens the query rows of one step are, and where each request's keys lie.
+
+    query_start: [B + 1] int32, from 0 up to T; request b has the rows query_start[b]:query_start[b + 1], its last real tokens.
+    context_lens: [B] int32, real tokens of the request in the cache once this step's are stored.
+    virtual_lens: [B] int32, P of the request, 0 without virtual positions. They fill the first ceil(P / block_size) blocks
+      of the table; the rest of the last of those is a hole that is never read; real token 0 begins the next block.
+    block_tables: [B, any] int32, contiguous; the blocks of each request in order. Columns past its last are never read, nor
+      are blocks that lie wholly outside the sliding window.
+    """
+
+    query_start: Tensor
+    context_lens: Tensor
+    virtual_lens: Tensor
+    block_tables: Tensor
+    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # Batch in attention.cpp
+
+    def __post_init__(self) -> None:
+        num_requests = self.context_lens.shape[0] if self.context_lens.dim() else 0
+        _check_metadata("query_start", self.query_start, (num_requests + 1,))
+        _check_metadata("context_lens", self.context_lens, (num_requests,))
+        _check_metadata("virtual_lens", self.virtual_lens, (num_requests,))
+        _check_metadata("block_tables", self.block_tables, (num_requests, *self.block_tables.shape[1:2]))
+        tensors = self.query_start, self.context_lens, self.virtual_lens, self.block_tables
+        pointers = (tensor.data_ptr() for tensor in tensors)
+        object.__setattr__(self, "packed", (*pointers, num_requests, self.block_tables.shape[1]))
+
+
+def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
+    """Write the new keys and values into the cache, in place.
+
+    Semantics: cache.keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise. A slot given twice holds either.
+
+    key, value: [T, Hkv, D] of the cache's dtype, any token and head strides, D contiguous.
+    kv_slots: [T] int64, contiguous; block * block_size + offset.
+    """
+    num_tokens = key.shape[0]
+    _, _, _, _, kv_heads, head_size = cache.packed
+    key_strides = _check_heads("key", key, (num_tokens, kv_heads, head_size), cache)
+    value_strides = _check_heads("value", value, (num_tokens, kv_heads, head_size), cache)
+    if kv_slots.dtype is not torch.int64 or kv_slots.shape != (num_tokens,) or not kv_slots.is_contiguous():
+        raise ValueError(f"kv_slots: needs contiguous [{num_tokens}] int64, given {_shown(kv_slots)}")
+    status = library.functions().weft_store(
+        _pack_store(
+            key.data_ptr(), value.data_ptr(), key_strides[0], key_strides[1], value_strides[0], value_strides[1],
+            num_tokens, key.dtype is torch.bfloat16, torch.get_num_threads(), kv_slots.data_ptr(), *cache.packed,
+        )
+    )  # fmt: skip
+    if status:
+        raise library.error_of(status)
+
+
+def attend(
+    query: Tensor, cache: Cache, batch: Batch, out: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
+) -> None:
+    """Write the attention of each query row over its request's stored keys to `out`, in place.
+
+    Semantics: with s(q, k) = scale * (q . k), or softcap * tanh(scale * (q . k) / softcap) where softcap is not 0,
+      out[t, h] = sum over visible k of softmax(s(query[t, h], .))[k] * value[k], in float32, rounded once;
+      query head h reads KV head h // (Hq / Hkv). The query at real index n sees every virtual position and the real
+      tokens 0 .. n; with a window, of those only the ones less than `window` positions back, where virtual position j
+      is at j and real token n at P + n.
+    This step's keys must be stored before.
+
+    query: [T, Hq, D] of the cache's dtype, any token and head strides, D contiguous.
+    out: [T, Hq, D] of the same dtype, contiguous, sharing no memory with query.
+    """
+    num_tokens, query_heads = query.shape[0], query.shape[1]
+    _, _, _, _, kv_heads, head_size = cache.packed
+    strides = _check_heads("query", query, (num_tokens, query_heads, head_size), cache)
+    _check_heads("out", out, (num_tokens, query_heads, head_size), cache)
+    if query_heads < 1 or query_heads % kv_heads:
+        raise ValueError(f"query: needs a multiple of the {kv_heads} KV heads, given {query_heads} heads")
+    if not out.is_contiguous():
+        raise ValueError(f"out: needs to be contiguous, given {_shown(out)}")
+    if window < 0 or not softcap >= 0.0:
+        raise ValueError(f"window, softcap: need 0 (none) or more, given {window}, {softcap}")
+    status = library.functions().weft_attend(
+        _pack_attend(
+            query.data_ptr(), strides[0], strides[1], out.data_ptr(), num_tokens, query_heads,
+            query.dtype is torch.bfloat16, window, torch.get_num_threads(), scale, softcap, *cache.packed, *batch.packed,
+        )
+    )  # fmt: skip
+    if status:
+        raise library.error_of(status)
+
+
+def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+    if given.shape != shape or given.dtype is not torch.int32 or not given.is_cpu or not given.is_contiguous():
+        raise ValueError(f"{name}: needs contiguous {list(shape)} int32 on the CPU, given {_shown(given)}")
+
+
+def _check_heads(name: str, given: Tensor, shape: tuple[int, int, int], cache: Cache) -> tuple[int, ...]:
+    """The strides of `given`."""
+    strides = given.stride()
+    if given.shape != shape or given.dtype is not cache.keys.dtype or not given.is_cpu:
+        raise ValueError(f"{name}: needs {list(shape)} {cache.keys.dtype} on the CPU, given {_shown(given)}")
+    if strides[2] != 1:
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+    if given.requires_grad:
+        raise ValueError(f"{name}: carries a gradient, which the kernels do not")
+    return strides
+
+
+def _shown(given: Tensor) -> str:
+    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -1,0 +1,27 @@
+"""Fixtures shared by the suite."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory of a tiny random Llama."""
+    return tiny.save_base(tmp_path_factory.mktemp("bases") / "tiny-llama")

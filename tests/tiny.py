@@ -1,0 +1,115 @@
+"""Tiny random bases of five architectures and adapters of every method, for tests that need real ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from weft.methods import ia3, lora, prefix
+from weft.methods.protocol import Adapter, BaseShape
+
+VOCAB_SIZE = 128
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # large enough that different adapters give different tokens
+}
+ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=24),
+    "phi3": lambda: Phi3Config(**_SIZES),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.2,
+    ),
+}
+
+
+def save_base(directory: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
+    """A checkpoint directory with a tokenizer of one token per ASCII character."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]()).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.2)  # zero biases would hide what a method does to them
+    model.save_pretrained(directory)
+    characters = {chr(code): code for code in range(VOCAB_SIZE)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(characters, unk_token="\x00"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="\x00").save_pretrained(directory)
+    return directory
+
+
+def random_lora(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] | None = None) -> Adapter:
+    """A LoRA with a visible effect at every site, or at those whose suffix is in `targets`."""
+    generator = torch.Generator().manual_seed(seed)
+    suffixes = tuple(sorted({site.suffix for site in base.sites.values()}))
+    config = lora.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes)
+    sites = {}
+    for site in base.sites.values():
+        if site.suffix in config.target_modules:
+            params = lora.init(config, site, generator)
+            sites[site.name] = params._replace(b=torch.randn(params.b.shape, generator=generator) * 0.2)
+    return Adapter(method=lora.METHOD, config=config, sites=sites)
+
+
+_IA3_TARGETS = {
+    "qkv_proj": ("qkv_proj", "down_proj"),
+    "c_attn": ("c_attn", "mlp.c_proj"),
+    "k_proj": ("k_proj", "v_proj", "down_proj"),
+}
+
+
+def random_ia3(base: BaseShape, *, seed: int) -> Adapter:
+    """An IA³ on keys, values and the feed-forward input."""
+    generator = torch.Generator().manual_seed(seed)
+    suffixes = {site.suffix for site in base.sites.values()}
+    targets = next(targets for key, targets in _IA3_TARGETS.items() if key in suffixes)
+    config = ia3.Ia3Config(target_modules=targets, feedforward_modules=targets[-1:])
+    sites = {}
+    for site in base.sites.values():
+        if any(site.name.endswith("." + target) for target in targets):
+            is_feedforward = site.name.endswith("." + targets[-1])
+            size = site.in_features if is_feedforward else site.out_features
+            scale = 1 + 0.5 * torch.randn(size, generator=generator)
+            sites[site.name] = ia3.Ia3Params(scale, is_feedforward)
+    return Adapter(method=ia3.METHOD, config=config, sites=sites)
+
+
+def random_prefix(base: BaseShape, *, length: int, seed: int) -> Adapter:
+    """A prefix of `length` virtual positions."""
+    config = prefix.PrefixConfig(num_virtual_tokens=length, init_std=1.0)
+    params = prefix.init(config, base, torch.Generator().manual_seed(seed))
+    return Adapter(method=prefix.METHOD, config=config, sites={}, prefix=params)

@@ -1,0 +1,5 @@
+"""`python -m weft_training`."""
+
+from weft_training.command import app
+
+app()

@@ -1,0 +1,64 @@
+"""What a training run tells while it runs, and the bar that shows it."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class Step(NamedTuple):
+    """A finished optimizer step; `number` counts from 1. loss: mean over the step's learned tokens."""
+
+    number: int
+    num_steps: int
+    loss: float
+
+
+Report = Callable[[Step], None]
+
+
+class ProgressBar:
+    """Shows steps on a terminal: `with ProgressBar(console, title) as bar: train(config, progress=bar)`."""
+
+    def __init__(self, console: Console, title: str = "training") -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            _StepsPerSecond(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._bar = self._progress.add_task(title, total=None, loss="–")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: Step) -> None:
+        self._progress.update(self._bar, completed=step.number, total=step.num_steps, loss=f"{step.loss:.4f}")
+
+
+class _StepsPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f} steps/s", style="progress.data.speed")
