@@ -1,0 +1,79 @@
+"""On the NF4 base every method equals the same method on the dequantized base, within the rounding of bfloat16.
+
+The quantized base computes in bfloat16 (bitsandbytes' CPU kernel also rounds its block scales to bfloat16); the oracle is
+float32 on the very weights that the quantized ones stand for. The stated tolerance is on the logits, relative to their
+spread: NF4_TOLERANCE of their standard deviation.
+"""
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from tests import tiny
+from tests.serving import Row, Step
+from weft.config import ModelConfig, Quantization
+from weft.kernels.selection import REFERENCE, select
+from weft.methods.inject import AdaptedLinear
+from weft.methods.protocol import Adapter
+from weft.model import loader, paged_attention
+
+NF4_TOLERANCE = 0.3  # largest difference of a logit, in standard deviations of the logits
+NF4_MEAN_TOLERANCE = 0.03  # mean difference
+_PROMPTS = [list(range(30, 60)), [7, 9, 100, 101, 55]]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[loader.Base, loader.Base]:
+    """(NF4 in bfloat16, the same weights dequantized in float32)."""
+    path = tiny.save_base(tmp_path_factory.mktemp("nf4") / "base")
+    return _nf4(path), _dequantized(path)
+
+
+def _nf4(path: Path) -> loader.Base:
+    paged_attention.register()
+    return loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
+
+
+def _dequantized(path: Path) -> loader.Base:
+    full = loader.load(
+        ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32"),
+        attention=paged_attention.ATTENTION,
+    )
+    for name, module in _nf4(path).model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            weight = module.base.weight
+            target = full.model.get_submodule(name).base.weight
+            target.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32))
+    return full
+
+
+@pytest.mark.parametrize("kind", ["base", "lora", "ia3", "prefix"])
+@pytest.mark.parametrize("kernels", ["reference", "selected"])
+def test_methods_on_nf4_equal_methods_on_dequantized_weights(
+    kind: str, kernels: str, bases: tuple[loader.Base, loader.Base]
+) -> None:
+    nf4, full = bases
+    assert any(isinstance(m, bnb.nn.Linear4bit) for m in nf4.model.modules())
+    adapter = _adapter(kind, nf4)
+    chosen = REFERENCE if kernels == "reference" else select(nf4.device, nf4.dtype)
+    got = torch.cat(Step(nf4, chosen).logits([Row(p, adapter) for p in _PROMPTS])).float()
+    wanted = torch.cat(Step(full, REFERENCE).logits([Row(p, adapter) for p in _PROMPTS]))
+    difference = (got - wanted).abs() / wanted.std()
+    assert difference.max() < NF4_TOLERANCE
+    assert difference.mean() < NF4_MEAN_TOLERANCE
+    if adapter is not None:  # negative control: without its adapter the same comparison is far out
+        without = torch.cat(Step(nf4, chosen).logits([Row(p) for p in _PROMPTS])).float()
+        assert ((without - wanted).abs() / wanted.std()).max() > 5 * NF4_TOLERANCE
+
+
+def _adapter(kind: str, base: loader.Base) -> Adapter | None:
+    match kind:
+        case "lora":
+            return tiny.random_lora(base.shape, rank=8, seed=1)
+        case "ia3":
+            return tiny.random_ia3(base.shape, seed=2)
+        case "prefix":
+            return tiny.random_prefix(base.shape, length=9, seed=3)
+    return None

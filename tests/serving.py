@@ -1,0 +1,76 @@
+"""Running adapters through the serving path (paged attention, slots, kernels) without a server around it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.adapters import slab
+from weft.engine import batch as batches
+from weft.engine.block_manager import BlockManager
+from weft.engine.request import AdapterUse, Generation, Request, RequestId, SamplingParams
+from weft.engine.runner import ModelRunner
+from weft.engine.scheduler import Scheduled
+from weft.kernels.selection import Kernels
+from weft.methods.protocol import Adapter
+from weft.model.loader import Base
+
+BLOCK_SIZE = 16
+
+
+class Row(NamedTuple):
+    """One request of a step: its tokens and its adapter (None: the base)."""
+
+    tokens: Sequence[int]
+    adapter: Adapter | None = None
+
+
+class Step:
+    """Computes whole prompts in one step, as the engine would, and gives the logits of every position."""
+
+    def __init__(self, base: Base, kernels: Kernels, *, num_kv_blocks: int = 256) -> None:
+        self.base = base
+        self.blocks = BlockManager(num_kv_blocks, BLOCK_SIZE, enable_prefix_caching=False)
+        self.runner = ModelRunner(
+            base, num_kv_blocks=num_kv_blocks, block_size=BLOCK_SIZE, adapter_bytes=1 << 28, kernels=kernels
+        )
+
+    def logits(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Logits [tokens, V] of each row."""
+        slots, scheduled, slots_of = [], [], {}
+        for index, row in enumerate(rows):
+            uses = ()
+            request_slots = ()
+            virtual_blocks: list[int] = []
+            if row.adapter is not None:
+                laid_out = slab.build(row.adapter, self.base.shape, dtype=self.base.dtype)
+                slot = self.runner.slots.put(laid_out)
+                assert slot is not None
+                slots.append(slot)
+                request_slots = (slot,)
+                uses = (AdapterUse(Generation(str(index)), 1.0, laid_out.num_virtual_tokens),)
+                if laid_out.virtual is not None:
+                    taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
+                    assert taken is not None
+                    virtual_blocks = taken
+                    self.runner.write_virtual(taken, laid_out.virtual)
+            request = Request(
+                request_id=RequestId(str(index)),
+                prompt_token_ids=tuple(row.tokens),
+                params=SamplingParams(),
+                adapters=uses,
+                virtual_blocks=virtual_blocks,
+            )
+            assert self.blocks.grow(request, len(row.tokens))
+            scheduled.append(Scheduled(request, len(row.tokens)))
+            slots_of[request] = request_slots
+        batch = batches.build(scheduled, slots_of, BLOCK_SIZE)
+        batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))
+        flat = self.runner.forward(batch)
+        for request in slots_of:
+            self.blocks.release(request)
+            self.blocks.unshare_virtual(request)
+        for slot in slots:
+            self.runner.slots.drop(slot)
+        return list(flat.split([len(row.tokens) for row in rows]))

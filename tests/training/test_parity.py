@@ -1,0 +1,118 @@
+"""Our adapters in stock PEFT: the same tensors, logits, gradients and greedy answers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from weft.config import ModelConfig, Quantization
+from weft.methods.checkpoint import directory
+from weft.methods.ia3 import Ia3Config
+from weft.methods.lora import LoraConfig
+from weft.methods.prefix import PrefixConfig
+from weft_training import adapter, base
+from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.data import Example, collate, encode
+from weft_training.trainer import TrainConfig, train
+
+CONFIGS: dict[str, MethodConfig] = {
+    "lora": LoraConfig(rank=4, alpha=8.0),
+    "lora, two ranks": LoraConfig(rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}),
+    "rslora": LoraConfig(rank=4, alpha=2.0, use_rslora=True, target_modules=("k_proj", "up_proj")),
+    "ia3": Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)),
+    "prefix": PrefixConfig(num_virtual_tokens=5),
+}
+EXAMPLES = [Example(f"{text} = ", text[::-1]) for text in ("abc", "dragon", "w", "loom", "weave", "threads", "hi")]
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_base: Path) -> ModelConfig:
+    """The tiny base as it is stored: float32, not quantized."""
+    return ModelConfig(path=tiny_base, quantization=Quantization.NONE, device="cpu")
+
+
+@pytest.fixture(params=list(CONFIGS))
+def method_config(request: pytest.FixtureRequest) -> MethodConfig:
+    return CONFIGS[request.param]
+
+
+@pytest.fixture
+def trained(method_config: MethodConfig, exact: ModelConfig, tmp_path: Path) -> Path:
+    """An adapter that a few rough steps have taken far from its start."""
+    config = TrainConfig(
+        model=exact, adapter=method_config, output=tmp_path / "a", num_steps=6, batch_size=4, learning_rate=0.05
+    )
+    return train(config, examples=EXAMPLES).output
+
+
+def peft_of(path: Path, base_path: Path, *, is_trainable: bool = False) -> PeftModel:
+    plain = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+    return PeftModel.from_pretrained(plain, path, is_trainable=is_trainable).eval()
+
+
+def test_logits_are_pefts(trained: Path, exact: ModelConfig) -> None:
+    ours = base.load(exact)
+    model = AdaptedModel(ours, adapter.read(trained, ours.shape))
+    batch = collate(encode(EXAMPLES, ours.tokenizer, max_length=64), pad_token_id=0)
+    is_token = batch["attention_mask"].bool()
+    with torch.no_grad():
+        logits = model(**batch).logits[is_token]
+        expected = peft_of(trained, exact.path)(**batch).logits[:, -is_token.shape[1] :][is_token]
+        alone = ours.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[is_token]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (alone - expected).abs().max() > 0.1  # the control: without the adapter the comparison would fail
+
+
+def test_gradients_are_pefts(trained: Path, exact: ModelConfig) -> None:
+    ours = base.load(exact)
+    model = AdaptedModel(ours, adapter.read(trained, ours.shape))
+    peft_model = peft_of(trained, exact.path, is_trainable=True)
+    batch = collate(encode(EXAMPLES, ours.tokenizer, max_length=64), pad_token_id=0)
+    loss = model(**batch).loss
+    loss.backward()
+    expected = peft_model(**batch).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    found = _sorted_by_size(p.grad for p in model.parameters())
+    wanted = _sorted_by_size(p.grad for p in peft_model.parameters() if p.requires_grad)
+    assert len(found) == len(wanted) > 0
+    for ours_grad, peft_grad in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours_grad, peft_grad, atol=1e-5, rtol=1e-3)
+
+
+def _sorted_by_size(grads: object) -> list[Tensor]:
+    """Gradients flattened, in an order that both sides share without sharing names."""
+    flat = [grad.reshape(-1) for grad in grads]  # pyright: ignore
+    return sorted(flat, key=lambda grad: (grad.numel(), round(grad.norm().item(), 4), grad.sum().item()))
+
+
+def test_greedy_answers_are_pefts(trained: Path, exact: ModelConfig) -> None:
+    """Prompts of different lengths, padded on the left, with a cache."""
+    ours = base.load(exact)
+    ours.tokenizer.padding_side = "left"
+    prompts = ours.tokenizer([example.prompt for example in EXAMPLES], return_tensors="pt", padding=True)
+    inputs = {"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"]}
+    model = AdaptedModel(ours, adapter.read(trained, ours.shape))
+    found = model.generate(**inputs, max_new_tokens=12)
+    whole = peft_of(trained, exact.path).generate(**inputs, do_sample=False, max_new_tokens=12)
+    assert found.tolist() == whole[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_tensors_survive_disk_and_peft_bit_for_bit(
+    method_config: MethodConfig, exact: ModelConfig, tmp_path: Path
+) -> None:
+    ours = base.load(exact)
+    generator = torch.Generator().manual_seed(1)
+    made = adapter.initial(method_config, ours.shape, generator)
+    made = adapter.map_tensors(made, lambda t: torch.randn(t.shape, generator=generator))
+    directory.write(made, tmp_path, ours.shape)
+    back = adapter.read(tmp_path, ours.shape)
+    assert back.sites.keys() == made.sites.keys()
+    assert all(torch.equal(a, b) for a, b in zip(made.tensors(), back.tensors(), strict=True))
+    in_peft = get_peft_model_state_dict(peft_of(tmp_path, exact.path))
+    on_disk = load_file(tmp_path / directory.WEIGHTS_FILE)
+    assert in_peft.keys() == on_disk.keys()
+    assert all(torch.equal(in_peft[name], on_disk[name]) for name in on_disk)
