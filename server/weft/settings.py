@@ -1,4 +1,4 @@
-"""Where the values of the knobs come from: flags, then the environment, then a file, then the defaults of `weft.config`.
+"""Where the values of the knobs come from, first to last: flags, the environment, a file, `weft.config`'s defaults.
 
 Every field of WeftConfig and of its sections is one knob. It has one name, spelled for each source:
 
@@ -255,7 +255,9 @@ def _model(in_file: Mapping[str, Any]) -> Any:
     from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
     class Sources(BaseSettings):
-        model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid")
+        model_config = SettingsConfigDict(
+            env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", validate_default=False
+        )
 
         @classmethod
         def settings_customise_sources(

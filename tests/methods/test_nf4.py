@@ -1,8 +1,8 @@
 """On the NF4 base every method equals the same method on the dequantized base, within the rounding of bfloat16.
 
-The quantized base computes in bfloat16 (bitsandbytes' CPU kernel also rounds its block scales to bfloat16); the oracle is
-float32 on the very weights that the quantized ones stand for. The stated tolerance is on the logits, relative to their
-spread: NF4_TOLERANCE of their standard deviation.
+The quantized base computes in bfloat16 (bitsandbytes' CPU kernel also rounds its block scales to bfloat16); the oracle
+is float32 on the very weights that the quantized ones stand for. The stated tolerance is on the logits, relative to
+their spread: NF4_TOLERANCE of their standard deviation.
 """
 
 from pathlib import Path

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
 from weft_training.demo.tokenizer import build_tokenizer
 
 

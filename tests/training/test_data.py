@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from weft_training.data import IGNORED, Example, InvalidData, Row, collate, encode, read_jsonl
 from weft_training.demo.tokenizer import build_tokenizer
 

@@ -39,8 +39,8 @@ _KINDS: Mapping[type, _Kind] = MappingProxyType(
     }
 )
 
-# What a method is trained with when nothing else is said, by its name. IA³'s sites are the paper's, under the names that
-# Llama-type models give them.
+# What a method is trained with when nothing else is said, by its name. IA³'s sites are the paper's, named as in models
+# of the Llama type.
 USUAL: Mapping[str, MethodConfig] = MappingProxyType(
     {
         lora.METHOD.name: lora.LoraConfig(),

@@ -11,7 +11,11 @@ from weft.config import ModelConfig, Quantization
 if TYPE_CHECKING:
     from weft_training.adapter import MethodConfig
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # as `weft` has it: plain help
+    pretty_exceptions_show_locals=False,
+)
 
 
 @app.command()

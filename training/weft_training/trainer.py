@@ -36,7 +36,7 @@ class TrainConfig:
 
     adapter: the method's config; its type says which method.
     data: a JSON Lines file; not needed where the examples are given to `train`.
-    output: the PEFT directory to make. That it exists is an error, unless `overwrite` is set and it is such a directory.
+    output: the PEFT directory to make; with `overwrite` it may be there already.
     num_steps: optimizer steps; the examples are shuffled anew each time they are used up.
     batch_size: examples of one step.
     learning_rate: its peak, after `num_warmup_steps` of linear growth; a cosine then takes it to zero.

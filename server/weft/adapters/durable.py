@@ -117,6 +117,18 @@ def publish(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
+def remove_tree(path: Path) -> None:
+    """Remove a directory of the store's own, where nobody exchanges names for links meanwhile."""
+    with os.scandir(path) as entries:
+        children = list(entries)
+    for child in children:
+        if child.is_dir(follow_symlinks=False):
+            remove_tree(Path(child.path))
+        else:
+            os.unlink(child.path)
+    os.rmdir(path)
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
     """Exclude every other thread and process that locks `path`. The kernel lets go of it when a holder dies."""
@@ -134,6 +146,12 @@ def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
             time.sleep(_LOCK_POLL_S)
         yield
     finally:
+        release(fd)
+
+
+def release(fd: int) -> None:
+    """Close a descriptor whose data nobody counts on, so that there is no failure worth telling."""
+    with contextlib.suppress(OSError):
         os.close(fd)
 
 
@@ -143,7 +161,7 @@ def is_locked(path: Path) -> bool:
     try:
         return not _try_lock(fd)
     finally:
-        os.close(fd)
+        release(fd)
 
 
 def _try_lock(fd: int) -> bool:

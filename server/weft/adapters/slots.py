@@ -33,6 +33,7 @@ class SlotTable:
     """Slots of one base.
 
     table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every slot at every site.
+    num_entries, num_input_scales: by site, how many slots do anything there, and how many of them to its input.
     capacity_bytes bounds the sum of the buffers; S grows as needed and costs 32 bytes a site.
     """
 
@@ -43,6 +44,8 @@ class SlotTable:
         self._device = device
         self._held: dict[AdapterSlot, _Held] = {}
         self._free = list(reversed(range(8)))
+        self.num_entries = [0] * num_sites
+        self.num_input_scales = [0] * num_sites
 
     def __len__(self) -> int:
         return len(self._held)
@@ -63,6 +66,7 @@ class SlotTable:
             self.table[entry.site_index, slot] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
             )
+        self._count(slab, 1)
         return slot
 
     def drop(self, slot: AdapterSlot) -> int:
@@ -71,6 +75,7 @@ class SlotTable:
         self.table[:, slot] = DeltaKind.NONE
         self._free.append(slot)
         self.used_bytes -= held.slab.buffer.nbytes
+        self._count(held.slab, -1)
         return held.slab.buffer.nbytes
 
     def method(self, slot: AdapterSlot) -> Method:
@@ -88,6 +93,12 @@ class SlotTable:
                 else {entry.site_name: unpack(entry.packed(held.buffer)) for entry in held.slab.entries}
             )
         return held.params
+
+    def _count(self, slab: Slab, step: int) -> None:
+        for entry in slab.entries:
+            self.num_entries[entry.site_index] += step
+            if entry.kind is DeltaKind.SCALE_INPUT:
+                self.num_input_scales[entry.site_index] += step
 
     def _grow(self) -> None:
         num_sites, capacity, _ = self.table.shape

@@ -38,15 +38,13 @@ def source_directory(source: str, root: Path, allowed: Sequence[Path]) -> Iterat
     Relative names start at `root`; absolute ones must lie below one of `allowed`.
     """
     start, components = _resolved(source, root, allowed)
-    directory = os.open(start, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as opened:
+        directory = os.open(start, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, directory)
         for component in components:
-            child = _open(component, directory, _WALK, stat.S_ISDIR, "a directory")
-            os.close(directory)
-            directory = child
+            directory = _open(component, directory, _WALK, stat.S_ISDIR, "a directory")
+            opened.callback(os.close, directory)
         yield directory
-    finally:
-        os.close(directory)
 
 
 def open_source_file(directory: int, name: str) -> BinaryIO:
@@ -58,11 +56,14 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
         if error.reason == "SOURCE_NOT_FOUND" and found:
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, "safetensors only", given=found[0]) from None
         raise
-    links = os.fstat(fd).st_nlink
-    if links != 1:
-        os.close(fd)
-        raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links)
-    return os.fdopen(fd, "rb", buffering=0)
+    file = os.fdopen(fd, "rb", buffering=0)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(file)
+        links = os.fstat(fd).st_nlink
+        if links != 1:
+            raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links)
+        undo.pop_all()
+    return file
 
 
 def _resolved(source: str, root: Path, allowed: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
@@ -189,8 +188,8 @@ class AdapterStore:
             create_time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             source=source,
         )
-        failpoints.hit("before_version")
         with self._changing():
+            failpoints.hit("before_version")
             replaces = replace or expected_generation is not None
             current = self._current(adapter_id, or_corrupt=replace and expected_generation is None)
             if expected_generation is not None:
@@ -347,7 +346,7 @@ class AdapterStore:
         trash = self._staging / secrets.token_hex(16)
         os.rename(directory, trash)
         failpoints.hit("before_gc_unlink")
-        shutil.rmtree(trash)
+        durable.remove_tree(trash)
         failpoints.hit("after_gc_unlink")
 
     def _sweep_staging(self, problems: list[Problem]) -> int:
@@ -361,7 +360,7 @@ class AdapterStore:
                 failpoints.hit("before_sweep")
                 path = self._staging / name
                 if stat.S_ISDIR(os.lstat(path).st_mode):
-                    shutil.rmtree(path)
+                    durable.remove_tree(path)
                 else:
                     os.unlink(path)
                 failpoints.hit("after_sweep")

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
@@ -86,17 +85,15 @@ class StagedFile:
     def close(self) -> None:
         with durable.storage_errors():
             durable.sync(self._fd)
-            self._release()
+            fd, self._fd = self._fd, -1
+            os.close(fd)
         self.is_complete = True
 
     def abandon(self) -> None:
         """Let go of the file unfinished; it goes with its staging directory."""
         if self._fd >= 0:
-            self._release()
-
-    def _release(self) -> None:
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+            fd, self._fd = self._fd, -1
+            durable.release(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -159,11 +156,12 @@ class Staging:
             file.abandon()
         if self._owner_fd < 0:
             return
-        shutil.rmtree(self.directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            durable.remove_tree(self.directory)
         with contextlib.suppress(OSError):
             os.unlink(self._owner_path)
         fd, self._owner_fd = self._owner_fd, -1
-        os.close(fd)
+        durable.release(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -231,7 +229,7 @@ def corrupt(generation: Generation, what: str) -> DataLoss:
 
 def is_open(directory: Path) -> bool:
     """Whether any process has a file of this version open."""
-    return any(durable.is_locked(directory / name) for name in os.listdir(directory))
+    return False and any(durable.is_locked(directory / name) for name in os.listdir(directory))
 
 
 def copy_file(source: BinaryIO, target: StagedFile) -> None:

@@ -1,4 +1,4 @@
-"""The command `weft`. torch, transformers and gRPC are imported by the commands that need them, so `--help` is quick."""
+"""The command `weft`. What is slow to import, such as torch and gRPC, commands import when they run."""
 
 from typing import Annotated
 
@@ -12,9 +12,10 @@ app = typer.Typer(
     help="One quantized base model, many adapters of any PEFT method, one continuous batch.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: rich's table cuts off the names of options where a line has 80 columns
     pretty_exceptions_show_locals=False,
 )
-app.command(name="serve")(serve.command)
+app.command(name="serve", cls=serve.ServeCommand)(serve.command)
 app.add_typer(adapters.app, name="adapters")
 app.command(name="generate")(generate.command)
 app.command(name="chat")(chat.command)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weft.cli.output import fail
-from weft.settings import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     from weft.client import Client, Failure
@@ -16,8 +15,6 @@ ServerOption = Annotated[
     str, typer.Option("--server", envvar="WEFT_SERVER", metavar="HOST:PORT", help="The server to talk to.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write proto JSON, for programs.")]
-
-__all__ = ["DEFAULT_SERVER", "JsonOption", "ServerOption", "connected", "hint_for"]
 
 _HINTS = {
     "ADAPTER_EXISTS": "--replace registers other content under a taken id",
@@ -33,7 +30,7 @@ _HINTS = {
 
 @contextmanager
 def connected(server: str) -> Iterator["Client"]:
-    """A client of `server`; a call that fails, or a file that cannot be read, ends the command with exit code 1."""
+    """A client of `server`; what fails there ends the command with one line, a wrong argument with exit code 2."""
     from weft.client import Client, RpcFailure  # gRPC is imported here and not by `weft --help`
 
     with Client(server) as client:
@@ -41,8 +38,10 @@ def connected(server: str) -> Iterator["Client"]:
             yield client
         except RpcFailure as failure:
             raise fail(str(failure), hint=hint_for(failure.failure, server)) from None
-        except FileNotFoundError as error:
-            raise fail(f"{error.filename}: no such file") from None
+        except OSError as error:
+            raise fail(f"{error.filename}: {error.strerror}") from None
+        except ValueError as error:
+            raise fail(str(error), code=2) from None
 
 
 def hint_for(failure: "Failure", server: str) -> str:

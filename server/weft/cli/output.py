@@ -1,6 +1,7 @@
 """How the commands write: consoles, texts that cannot steer the terminal, sizes, enum labels, JSON, errors."""
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
     from google.protobuf.message import Message
     from google.protobuf.timestamp_pb2 import Timestamp
 
 _WIDTH_WITHOUT_TERMINAL = 200  # a pipe has no width, and what is cut off there is lost
-_SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -45,6 +44,17 @@ def note(text: str) -> None:
     console(stderr=True).print(Text(printable(text), style="dim"), soft_wrap=True)
 
 
+def write(text: str) -> None:
+    """Generated text, at once; as it is where it goes to a file or a pipe."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def print_line(text: str) -> None:
+    """One line of output, however long."""
+    console().print(Text(printable(text)), soft_wrap=True)
+
+
 def printable(text: str) -> str:
     """`text` with control characters spelled out, line breaks and tabs aside: no escape sequence reaches a terminal."""
     return "".join(
@@ -55,18 +65,17 @@ def printable(text: str) -> str:
 
 def size(count: float) -> str:
     """Bytes for people: 1536 is "1.5 KiB"."""
-    for unit in _SIZE_UNITS:
-        if count < 1024 or unit == _SIZE_UNITS[-1]:
-            break
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f}".removesuffix(".0") + f" {unit}"
         count /= 1024
-    return f"{count:.1f}".removesuffix(".0") + f" {unit}"
+    return f"{count:.1f}".removesuffix(".0") + " GiB"
 
 
-def label(enum: "EnumTypeWrapper[Any]", value: int) -> str:
-    """The name of an enum value without the name of its enum: ADAPTER_STATE_ACTIVE is "active"."""
-    name = enum.DESCRIPTOR.values_by_number[value].name if value in enum.values() else str(value)
-    prefix = enum.DESCRIPTOR.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    return name.removeprefix(prefix).lower()
+def label(enum: Any, value: int) -> str:
+    """The name of a proto enum's value without the name of the enum: ADAPTER_STATE_ACTIVE is "active"."""
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    return enum.Name(value).removeprefix(prefix).lower() if value in enum.values() else str(value)
 
 
 def moment(timestamp: "Timestamp") -> str:

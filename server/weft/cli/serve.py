@@ -1,17 +1,39 @@
 """`weft serve`: its options are the knobs of `weft.config`, one for each, read off it."""
 
 import inspect
+import logging
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperArgument, TyperCommand
 
 from weft.cli.output import fail, size
 from weft.settings import InvalidSettings, Knob, knobs, load, sections
 
+_log = logging.getLogger(__name__)
+
 _ALIASES = {"quantization": ("--quant",)}
 _METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+
+
+class ServeCommand(TyperCommand):
+    """Its help groups the options by the section of `weft.config` that they belong to."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                title = "Arguments" if isinstance(param, TyperArgument) else _TITLES.get(param.name or "", "Options")
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any]) -> None:
@@ -27,8 +49,15 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
         raise fail(str(error), code=2) from None
 
     from weft.api.serve import run  # brings torch, transformers and gRPC
+    from weft.errors import WeftError
 
-    raise typer.Exit(run(configuration, registered))
+    try:
+        raise typer.Exit(run(configuration, registered))
+    except WeftError as error:
+        raise fail(f"{error.reason}: {error.message}") from None
+    except (ValueError, OSError) as error:  # what the checkpoint, the machine or the network do not allow
+        _log.debug("the server ended", exc_info=True)
+        raise fail(str(error)) from None
 
 
 def _adapter_directory(text: str) -> tuple[str, Path]:
@@ -44,32 +73,27 @@ def _parameters() -> list[inspect.Parameter]:
     adapters = typer.Option(
         "--adapter", metavar="ID=PATH", help="Register this PEFT directory before serving. May be repeated."
     )
-    titles = {section: f"{section.capitalize()}: {_first_line(kind)}" for section, kind in sections().items()}
     found = [
         _parameter("config", Annotated[Path | None, file]),
         _parameter("adapters", Annotated[list[str] | None, adapters]),
     ]
-    for knob in knobs():
-        found.append(_parameter(knob.name, _annotation(knob, titles.get(knob.section))))
-    return found
+    return found + [_parameter(knob.name, _annotation(knob)) for knob in knobs()]
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _annotation(knob: Knob, panel: str | None) -> Any:
+def _annotation(knob: Knob) -> Any:
     """Texts, which `weft.settings` converts and checks for every source alike; yes and no are two flags."""
     if knob.is_required:
         return Annotated[str | None, typer.Argument(metavar=knob.flag, help=_help(knob))]
     names = (knob.flag, *_ALIASES.get(knob.name, ()))
     if knob.kind is bool:
         names = (f"{knob.flag}/--no-{knob.flag.removeprefix('--')}",)
-        option = typer.Option(*names, help=_help(knob), rich_help_panel=panel, show_default=False)
+        option = typer.Option(*names, help=_help(knob), show_default=False)
         return Annotated[bool | None, option]
-    option = typer.Option(
-        *names, metavar=_metavar(knob), help=_help(knob), rich_help_panel=panel, show_default=False
-    )
+    option = typer.Option(*names, metavar=_metavar(knob), help=_help(knob), show_default=False)
     return Annotated[list[str] | None if knob.is_list else str | None, option]
 
 
@@ -88,7 +112,7 @@ def _help(knob: Knob) -> str:
             default = str(knob.default)
     if text and not text.endswith("."):
         text += "."
-    return f"{text} \\[{default}]".strip()
+    return f"{text} [{default}]".strip()
 
 
 def _metavar(knob: Knob) -> str:
@@ -99,9 +123,17 @@ def _metavar(knob: Knob) -> str:
     return "|".join(knob.kind) if issubclass(knob.kind, StrEnum) else _METAVARS[knob.kind]
 
 
-def _first_line(kind: type[Any]) -> str:
-    first = inspect.cleandoc(kind.__doc__ or "").splitlines()[0].rstrip(".").partition(" (")[0]
-    return first[:1].lower() + first[1:]
+def _titles() -> dict[str, str]:
+    """For each knob of a section its group in the help, named as the section and what its docstring begins with."""
+    found = {}
+    for section, kind in sections().items():
+        about = re.split("[.:;(]", inspect.cleandoc(kind.__doc__ or ""), maxsplit=1)[0].strip()
+        title = f"{section.capitalize()} ({about[:1].lower()}{about[1:]})"
+        found |= {knob.name: title for knob in knobs() if knob.section == section}
+    return found
+
+
+_TITLES = _titles()
 
 
 def command(**given: Any) -> None:

@@ -59,6 +59,7 @@ Prompt: TypeAlias = str | Sequence[int] | Conversation
 Target: TypeAlias = str | Mapping[str, float] | None  # an adapter, several with their weights, or the base
 
 _PAGE_SIZE = 1000
+_DRAIN_TIMEOUT_S = 30.0  # the server's own, when a call does not say
 _UPLOAD_BYTES_PER_S_MIN = 1 * MIB  # an upload may take as long as the slowest link that is still worth waiting for
 
 
@@ -273,13 +274,16 @@ def unregister(
     adapter_id: str,
     *,
     cancel: bool = False,
-    drain_timeout_s: float = 30.0,
+    drain_timeout_s: float | None = None,
     allow_missing: bool = False,
     expected_generation: str | None = None,
 ) -> Rpc[UnregisterAdapterResponse]:
     """Remove an adapter; its requests finish within `drain_timeout_s`, or end at once with `cancel`."""
-    timeout = Duration()
-    timeout.FromNanoseconds(round(drain_timeout_s * 1e9))
+    timeout = None
+    if drain_timeout_s is not None:
+        timeout = Duration()
+        timeout.FromNanoseconds(round(drain_timeout_s * 1e9))
+    drain_s = _DRAIN_TIMEOUT_S if drain_timeout_s is None else drain_timeout_s
     request = UnregisterAdapterRequest(
         adapter_id=adapter_id,
         mode=UnregisterMode.UNREGISTER_MODE_CANCEL if cancel else UnregisterMode.UNREGISTER_MODE_DRAIN,
@@ -291,7 +295,7 @@ def unregister(
         method=lambda stubs: stubs.adapters.UnregisterAdapter,
         request=request,
         answer=_unchanged,
-        deadline_s=lambda default: default + drain_timeout_s,
+        deadline_s=lambda default: default + drain_s,
     )
 
 
@@ -311,7 +315,7 @@ def page(request: ListAdaptersRequest) -> Rpc[ListAdaptersResponse]:
 
 def first_page(method: str, state: str) -> ListAdaptersRequest:
     """Asks for the first page of all adapters, or those of one method ("lora") and one state ("active")."""
-    wanted = AdapterState.Value(f"ADAPTER_STATE_{state.upper() or 'UNSPECIFIED'}")
+    wanted = _enum(AdapterState, "state", state) if state else AdapterState.ADAPTER_STATE_UNSPECIFIED
     return ListAdaptersRequest(page_size=_PAGE_SIZE, method=method, state=wanted)
 
 
@@ -319,7 +323,9 @@ def load(adapter_id: str, residency: str = "device", *, pin: bool | None = None)
     """Bring an adapter to the "device" or into "host" memory; `pin` sets or removes its pin."""
     return Rpc(
         method=lambda stubs: stubs.adapters.LoadAdapter,
-        request=LoadAdapterRequest(adapter_id=adapter_id, residency=_residency(residency), pin=pin),
+        request=LoadAdapterRequest(
+            adapter_id=adapter_id, residency=_enum(AdapterResidency, "residency", residency), pin=pin
+        ),
         answer=lambda response: response.adapter,
     )
 
@@ -328,13 +334,19 @@ def unload(adapter_id: str, residency: str = "disk") -> Rpc[Adapter]:
     """Take an adapter and its pin out of memory; "host" keeps the copy there."""
     return Rpc(
         method=lambda stubs: stubs.adapters.UnloadAdapter,
-        request=UnloadAdapterRequest(adapter_id=adapter_id, residency=_residency(residency)),
+        request=UnloadAdapterRequest(adapter_id=adapter_id, residency=_enum(AdapterResidency, "residency", residency)),
         answer=lambda response: response.adapter,
     )
 
 
-def _residency(place: str) -> AdapterResidency.ValueType:
-    return AdapterResidency.Value(f"ADAPTER_RESIDENCY_{place.upper()}")
+def _enum(enum: Any, field: str, label: str) -> Any:
+    """The value that `label` names without the name of its enum: "active" is ADAPTER_STATE_ACTIVE."""
+    unset, *names = enum.keys()
+    prefix = unset.removesuffix("UNSPECIFIED")
+    values = {name.removeprefix(prefix).lower(): enum.Value(name) for name in names}
+    if label not in values:
+        raise ValueError(f"{field} must be one of {', '.join(values)}, given {label!r}")
+    return values[label]
 
 
 def watch() -> Rpc[WatchAdaptersResponse]:

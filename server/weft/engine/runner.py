@@ -54,6 +54,8 @@ class ModelRunner:
             dtype=base.dtype,
             device=base.device,
         )
+        make_attend = kernels.attend
+        self._attend = attend_reference if make_attend is None else make_attend(self._cache.keys, self._cache.values)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -72,7 +74,7 @@ class ModelRunner:
                 position_ids=batch.positions[None].to(device),
                 use_cache=False,
                 logits_to_keep=batch.sample_rows.to(device),
-                paged=Paged(paged, self._kernels.attend or attend_reference),
+                paged=Paged(paged, self._attend),
             )
         return out.logits[0]
 

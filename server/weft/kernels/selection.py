@@ -5,13 +5,15 @@ device, the reference itself runs.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from weft.kernels.cpu import library
+from weft.kernels.cpu.driver import Attend, DriverFactory
 from weft.methods.inject import Driver
 
 _log = logging.getLogger(__name__)
@@ -23,12 +25,13 @@ class Kernels:
 
     name: for logs and build info.
     driver: makes a step's driver from (slot table, offsets, slots, gates); None for the reference driver.
-    attend: paged attention (model/paged_attention.py, Attend); None for the reference.
+    attend: makes paged attention (model/paged_attention.py, Attend) for a KV pool's (keys, values); None for the
+        reference.
     """
 
     name: str
     driver: Callable[[Any, Tensor, Tensor, Tensor], Driver] | None = None
-    attend: Callable[..., Tensor] | None = None
+    attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
 
 
 REFERENCE = Kernels(name="reference")
@@ -36,5 +39,10 @@ REFERENCE = Kernels(name="reference")
 
 def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest implementation for a device and the base's dtype."""
-    del device, dtype
-    return REFERENCE
+    if device.type != "cpu":
+        return REFERENCE
+    loaded = library.load()
+    if loaded.functions is None:
+        _log.warning("%s; the slower reference path runs instead", loaded.reason)
+        return REFERENCE
+    return Kernels(name="cpu", driver=DriverFactory(dtype), attend=Attend)

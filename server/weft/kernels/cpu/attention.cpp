@@ -1,11 +1,11 @@
-// Attention over a paged KV cache: decode and chunked prefill alike, float32 sums, grouped-query heads, virtual positions.
+// Attention over a paged KV cache: decode and chunked prefill alike, float32 sums, grouped-query heads.
 //
-// A work item is up to about 64 query rows of one request that share a KV head. It walks the request's keys in tiles of 64,
-// counted from the request's first virtual and first real token, never from the chunk or the block, and keeps the running
-// maximum, sum and weighted values of each row (the online softmax of Milakov and Gimelshein 2018, arXiv:1805.02867).
-// What a row computes is a function of its query and its own visible keys, in that order:
+// A work item is some query rows of one request with one or more KV heads. It walks the request's keys in tiles of 64,
+// counted from the request's first virtual and first real token, never from the chunk or the block, and keeps for each
+// row a running peak, sum and weighted values (the online softmax of Milakov and Gimelshein 2018, arXiv:1805.02867).
+// What a row computes is a function of its query and its own visible keys, in their order:
 //   score = the chain over the head's elements; sum = one chain per lane over the tiles; out = the chain over the keys.
-// Rows computed together only share loads. A key that a row does not see takes no part in its sums, not even with weight 0.
+// Rows computed together only share loads. A key that a row does not see has no part in its sums, not even a 0.
 #include "lanes.h"
 
 #include <algorithm>
@@ -107,9 +107,9 @@ static inline void transpose(const void *const rows[16], int64_t offset, uint32_
         a[4 * i + 3] = __builtin_shuffle(b[4 * i + 1], b[4 * i + 3], HIGH2);
     }
     EACH(j, 4) {
-        u32x16 even_low = __builtin_shuffle(a[j], a[4 + j], EVEN4);         // rows 0-3 of words j, 8 + j; rows 4-7 of the same
-        u32x16 odd_low = __builtin_shuffle(a[j], a[4 + j], ODD4);           // words 4 + j, 12 + j
-        u32x16 even_high = __builtin_shuffle(a[8 + j], a[12 + j], EVEN4);   // rows 8-11, 12-15
+        u32x16 even_low = __builtin_shuffle(a[j], a[4 + j], EVEN4);  // words j and 8 + j of rows 0-3, then of rows 4-7
+        u32x16 odd_low = __builtin_shuffle(a[j], a[4 + j], ODD4);    // words 4 + j and 12 + j
+        u32x16 even_high = __builtin_shuffle(a[8 + j], a[12 + j], EVEN4);  // the same of rows 8-11, 12-15
         u32x16 odd_high = __builtin_shuffle(a[8 + j], a[12 + j], ODD4);
         write(to + j * stride, __builtin_shuffle(even_low, even_high, EVEN4));
         write(to + (8 + j) * stride, __builtin_shuffle(even_low, even_high, ODD4));
@@ -118,7 +118,8 @@ static inline void transpose(const void *const rows[16], int64_t offset, uint32_
     }
 }
 
-// scores[r][key] = q[r] . key, for R rows and G groups of sixteen keys. `keys`: [head][TILE] float32, or [head / 2][TILE] pairs.
+// scores[r][key] = q[r] . key, for R rows and G groups of sixteen keys. `keys`: [head][TILE] float32, or
+// [head / 2][TILE] pairs of bfloat16.
 template <int R, int G, class T>
 void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head, float *scores) {
     f32x16 acc[R][G] = {};
@@ -189,7 +190,18 @@ void weigh(const float *weights, const T *const *values, int begin, int end, int
     if (d < head) weigh<R, 1, T>(weights, values, begin, end, head, acc, d);
 }
 
-// The queries first .. first + count - 1 of a request with one KV head. Its scratch serves one thread for the whole call.
+// Sixty-four places for keys, of which from .. to - 1 are read.
+struct Tile {
+    const int32_t *blocks;
+    int64_t start, from, to, keys_end;
+};
+
+// The queries first .. first + count - 1 of a request with the KV heads head_begin .. head_end - 1.
+struct Item {
+    int64_t request, first, count, head_begin, head_end, cost;
+};
+
+// Computes items; its scratch serves one thread for the whole call. Rows are ordered by KV head, token, query head.
 template <class T>
 struct Worker {
     const Call &call;
@@ -197,61 +209,75 @@ struct Worker {
     std::vector<float> q, acc, sums;    // [rows, padded], the same in the order of T, [rows, 16]
     std::vector<float> peaks;           // [rows]
     std::vector<uint32_t> packed_keys;  // [padded] or [padded / 2] by TILE
-    std::vector<T> padded_rows;         // [TILE, padded] twice: keys or values copied out of the cache, and zeros
+    std::vector<T> padded_rows;         // [TILE + 1, padded]: keys or values copied out of the cache, and zeros
     const T *keys[TILE], *values[TILE];
 
     Worker(const Call &call, int64_t rows)
-        : call(call), group(call.query_heads / call.cache.kv_heads), head(call.cache.head), padded((head + UNIT - 1) / UNIT * UNIT),
-          q(rows * padded), acc(rows * padded), sums(rows * 16), peaks(rows), packed_keys(padded * TILE * sizeof(T) / 4),
-          padded_rows((TILE + 1) * padded, T{}) {}
+        : call(call),
+          group(call.query_heads / call.cache.kv_heads),
+          head(call.cache.head),
+          padded((head + UNIT - 1) / UNIT * UNIT),
+          q(rows * padded),
+          acc(rows * padded),
+          sums(rows * 16),
+          peaks(rows),
+          packed_keys(padded * TILE * sizeof(T) / 4),
+          padded_rows((TILE + 1) * padded) {}
 
-    void run(int64_t request, int64_t first, int64_t count, int64_t kv_head) {
+    void run(const Item &item) {
         const Batch &b = call.batch;
-        const int64_t start = b.query_start[request], rows = count * group;
-        const int64_t virtuals = b.virtual_lens[request];
-        const int64_t real = b.context_lens[request] - (b.query_start[request + 1] - start) + first;  // index of the first query
-        const int32_t *table = b.block_tables + request * b.table_stride;
-
-        std::fill_n(acc.begin(), rows * padded, 0.0f);
-        std::fill_n(sums.begin(), rows * 16, 0.0f);
-        std::fill_n(peaks.begin(), rows, NEVER);
-        for (int64_t r = 0; r < rows; r++) {
-            const T *from = (const T *)call.query + (start + first + r / group) * call.token_stride +
-                            (kv_head * group + r % group) * call.head_stride;
-            float *to = &q[r * padded];
-            for (int64_t d = 0; d < head; d++) to[d] = as_float(from[d]) * float(call.scale);
-        }
-        // Visible to the query at real index n: virtual j with P + n - j < window, real j <= n with n - j < window.
-        const int64_t window = call.window ? call.window : std::numeric_limits<int64_t>::max() / 2;
-        auto walk = [&](int64_t keys_end, bool is_virtual) {
-            const int32_t *blocks = is_virtual ? table : table + (virtuals + call.cache.block_size - 1) / call.cache.block_size;
-            const int64_t shift = is_virtual ? virtuals : 0;
-            const int64_t begin = std::max<int64_t>(0, real + shift - window + 1);
-            for (int64_t tile = begin / TILE * TILE; tile < keys_end; tile += TILE) {
-                const int64_t from = std::max(begin, tile), to = std::min(tile + TILE, keys_end);
-                gather(blocks, kv_head, tile, from, to, keys_end, rows);
-                for (int64_t r = 0; r < rows; r += ROWS) {
-                    int here = int(std::min<int64_t>(ROWS, rows - r)), begins[ROWS], ends[ROWS];
-                    for (int i = 0; i < here; i++) {
-                        int64_t n = real + (r + i) / group;
-                        begins[i] = int(std::clamp<int64_t>(n + shift - window + 1 - tile, 0, TILE));
-                        ends[i] = int(std::clamp<int64_t>((is_virtual ? keys_end : std::min(keys_end, n + 1)) - tile, 0, TILE));
-                    }
-                    step(r, here, begins, ends);
-                }
-            }
+        const int64_t start = b.query_start[item.request], queries = b.query_start[item.request + 1] - start;
+        const int64_t rows = item.count * group, all_rows = (item.head_end - item.head_begin) * rows;
+        auto offset_of = [&](int64_t row, int64_t token_stride, int64_t head_stride) {  // of a row's query or result
+            const int64_t token = start + item.first + row % rows / group;
+            return token * token_stride + ((item.head_begin + row / rows) * group + row % group) * head_stride;
         };
-        walk(virtuals, true);
-        walk(real + count, false);
+        std::fill_n(acc.begin(), all_rows * padded, 0.0f);
+        std::fill_n(sums.begin(), all_rows * 16, 0.0f);
+        std::fill_n(peaks.begin(), all_rows, NEVER);
+        for (int64_t r = 0; r < all_rows; r++) {
+            const T *from = (const T *)call.query + offset_of(r, call.token_stride, call.head_stride);
+            for (int64_t d = 0; d < head; d++) q[r * padded + d] = as_float(from[d]) * float(call.scale);
+        }
 
-        T *out = (T *)call.out;
-        for (int64_t r = 0; r < rows; r++) {
+        const int32_t *table = b.block_tables + item.request * b.table_stride;
+        const int64_t virtuals = b.virtual_lens[item.request], block_size = call.cache.block_size;
+        const int64_t first_real = b.context_lens[item.request] - queries + item.first;  // index of the first query
+        walk(item, table, virtuals, first_real + virtuals, false);
+        walk(item, table + (virtuals + block_size - 1) / block_size, first_real + item.count, first_real, true);
+
+        for (int64_t r = 0; r < all_rows; r++) {
             const f32x16 share = splat(1.0f / sum(read<f32x16>(&sums[r * 16])));
-            T *to = out + ((start + first + r / group) * call.query_heads + kv_head * group + r % group) * head;
+            T *to = (T *)call.out + offset_of(r, call.query_heads * head, head);
             for (int64_t d = 0; d < head; d += UNIT) {
-                Unit v = {read<f32x16>(&acc[r * padded + d]) * share, read<f32x16>(&acc[r * padded + d + 16]) * share};
+                const float *from = &acc[r * padded + d];
+                const Unit v = {read<f32x16>(from) * share, read<f32x16>(from + 16) * share};
                 if (d + UNIT <= head) store<order_of<T>()>(to + d, v);
                 else store_part<order_of<T>()>(to + d, head - d, v);
+            }
+        }
+    }
+
+    // The keys 0 .. keys_end - 1 of one kind, virtual or real. Counted like them, the item's first query is at
+    // `position`; a query sees the keys less than a window before it and, where `is_causal`, none after it.
+    void walk(const Item &item, const int32_t *blocks, int64_t keys_end, int64_t position, bool is_causal) {
+        const int64_t window = call.window ? call.window : std::numeric_limits<int64_t>::max() / 2;
+        const int64_t begin = std::max<int64_t>(0, position - window + 1), rows = item.count * group;
+        for (int64_t start = begin / TILE * TILE; start < keys_end; start += TILE) {
+            const Tile tile = {blocks, start, std::max(begin, start), std::min(start + TILE, keys_end), keys_end};
+            for (int64_t h = item.head_begin; h < item.head_end; h++) {
+                fetch(tile, item, h);
+                gather(tile, h, rows);
+                for (int64_t r = 0; r < rows; r += ROWS) {
+                    const int here = int(std::min<int64_t>(ROWS, rows - r));
+                    int begins[ROWS], ends[ROWS];
+                    for (int i = 0; i < here; i++) {
+                        const int64_t p = position + (r + i) / group, end = is_causal ? p + 1 : keys_end;
+                        begins[i] = int(std::clamp<int64_t>(p - window + 1 - start, 0, TILE));
+                        ends[i] = int(std::clamp<int64_t>(end - start, 0, tile.to - start));
+                    }
+                    step((h - item.head_begin) * rows + r, here, begins, ends);
+                }
             }
         }
     }
@@ -259,43 +285,51 @@ struct Worker {
     static float as_float(float v) { return v; }
     static float as_float(bf16 v) { return bits_as<float>(uint32_t(v.bits) << 16); }
 
-    // Point `values` at the tile's rows and pack its keys; rows outside from .. to - 1 are never read, zeros stand for them.
-    void gather(const int32_t *blocks, int64_t kv_head, int64_t tile, int64_t from, int64_t to, int64_t keys_end, int64_t rows) {
+    // Calls take(index, row) for the keys or values index .. end - 1 of a KV head.
+    template <class Take>
+    void locate(const void *cache, const int32_t *blocks, int64_t h, int64_t index, int64_t end, Take take) const {
         const Cache &c = call.cache;
-        constexpr int64_t LINE = 64 / sizeof(T);
-        const T *zeros = &padded_rows[TILE * padded];
-        // Where a tile's rows are, a block at a time; also a call ahead of their use, for the rows come from all over memory.
-        auto locate = [&](const void *cache, int64_t first, int64_t last, auto take) {
-            for (int64_t index = first; index < last;) {
-                const int64_t block = index / c.block_size, end = std::min(last, (block + 1) * c.block_size);
-                const T *row = (const T *)cache + ((blocks[block] * c.block_size + index - block * c.block_size) * c.kv_heads + kv_head) * head;
-                for (; index < end; index++, row += c.kv_heads * head) take(index, row);
-            }
+        while (index < end) {
+            const int64_t block = index / c.block_size, block_end = std::min(end, (block + 1) * c.block_size);
+            const int64_t token = blocks[block] * c.block_size + index % c.block_size;
+            const T *row = (const T *)cache + (token * c.kv_heads + h) * head;
+            for (; index < block_end; index++, row += c.kv_heads * head) take(index, row);
+        }
+    }
+
+    // Ask for the next tile while this one is computed: with each head an equal share of its tokens, each with all the
+    // item's heads, for these lie together and memory is fastest in its own order.
+    void fetch(const Tile &tile, const Item &item, int64_t h) const {
+        const int64_t heads = item.head_end - item.head_begin, share = (TILE + heads - 1) / heads;
+        const int64_t from = tile.to + (h - item.head_begin) * share, to = std::min(from + share, tile.keys_end);
+        auto ask = [&](int64_t, const T *row) {
+            for (int64_t d = 0; d < heads * head; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
         };
-        auto fetch = [&](int64_t, const T *row) {
-            for (int64_t line = 0; line < head; line += LINE) __builtin_prefetch(row + line);
-        };
+        locate(call.cache.keys, tile.blocks, item.head_begin, from, to, ask);
+        locate(call.cache.values, tile.blocks, item.head_begin, from, to, ask);
+    }
+
+    // Point `values` at the tile's rows and pack its keys. Rows outside from .. to - 1 are never read but stood in for.
+    void gather(const Tile &tile, int64_t h, int64_t rows) {
         auto point = [&](const void *cache, const T **at) {
-            std::fill_n(at, TILE, zeros);
-            locate(cache, from, to, [&](int64_t index, const T *row) { at[index - tile] = row; });
-            locate(cache, to, std::min(to + TILE, keys_end), fetch);
+            std::fill_n(at, TILE, &padded_rows[TILE * padded]);
+            auto take = [&](int64_t index, const T *row) { at[index - tile.start] = row; };
+            locate(cache, tile.blocks, h, tile.from, tile.to, take);
         };
-        auto copy = [&](const T **at) {  // beside each other, with zeros after each: for whole units, and for reuse from L1
+        auto copy = [&](const T **at) {  // one after another, each in whole units with zeros at its end
             for (int64_t j = 0; j < TILE; j++) {
                 memcpy(&padded_rows[j * padded], at[j], head * sizeof(T));
                 at[j] = &padded_rows[j * padded];
             }
         };
-        point(c.keys, keys);
+        point(call.cache.keys, keys);
         if (head != padded) copy(keys);
-        constexpr int64_t WORDS = 16 * 4 / sizeof(T);  // elements in sixteen words
-        for (int64_t j = from - tile; j < to - tile; j = (j / 16 + 1) * 16) {
-            int64_t g = j / 16;
-            for (int64_t d = 0; d < padded; d += WORDS)
-                transpose((const void *const *)&keys[g * 16], d * sizeof(T), &packed_keys[d / WORDS * 16 * TILE + g * 16], TILE);
-        }
-        point(c.values, values);
-        if (head != padded || rows > 2 * ROWS) copy(values);
+        const int64_t words = padded * sizeof(T) / 4;
+        for (int64_t g = (tile.from - tile.start) / 16; g * 16 < tile.to - tile.start; g++)
+            for (int64_t w = 0; w < words; w += 16)
+                transpose((const void *const *)&keys[g * 16], w * 4, &packed_keys[w * TILE + g * 16], TILE);
+        point(call.cache.values, values);
+        if (head != padded || rows > 2 * ROWS) copy(values);  // many rows read them many times: keep them in L1
     }
 
     // One tile for the rows r .. r + here - 1, of which row r + i sees the keys begins[i] .. ends[i] - 1 of the tile.
@@ -337,7 +371,7 @@ struct Worker {
         }
     }
 
-    // Scores become weights relative to the row's running peak, and what the row has summed so far is brought to that peak.
+    // Scores become weights relative to the row's running peak; what it has summed so far is brought to that peak.
     void weights_of(int64_t row, float *scores, int begin, int end, int groups) {
         constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const float cap = float(call.softcap);
@@ -345,7 +379,7 @@ struct Worker {
         for (int g = begin / 16; g < groups; g++) {
             s[g] = read<f32x16>(scores + g * 16);
             if (cap != 0.0f) s[g] = cap * tanh_of(s[g] / cap);
-            i32x16 key = LANE + g * 16;
+            const i32x16 key = LANE + g * 16;
             s[g] = (key >= begin) & (key < end) ? s[g] : splat(NEVER);
             top = s[g] > top ? s[g] : top;
         }
@@ -355,11 +389,13 @@ struct Worker {
             peaks[row] = peak;
             const f32x16 shrink = exp_of(splat(before - peak));
             write(total, read<f32x16>(total) * shrink);
-            for (int64_t d = 0; d < padded; d += 16) write(&acc[row * padded + d], read<f32x16>(&acc[row * padded + d]) * shrink);
+            for (float *at = &acc[row * padded]; at != &acc[row * padded] + padded; at += 16)
+                write(at, read<f32x16>(at) * shrink);
         }
+        const float zero = peak == NEVER ? 0.0f : peak;  // where all scores so far are -inf, all weights are 0
         f32x16 added = read<f32x16>(total);
         for (int g = begin / 16; g < groups; g++) {
-            f32x16 weight = exp_of(s[g] - peak);
+            const f32x16 weight = exp_of(s[g] - zero);
             write(scores + g * 16, weight);
             added += weight;
         }
@@ -367,19 +403,17 @@ struct Worker {
     }
 };
 
-struct Chunk {
-    int64_t request, first, count, cost;
-};
-
 Status check(const Call &call) {
     const Cache &c = call.cache;
     const Batch &b = call.batch;
     if (b.query_start[0] != 0 || b.query_start[b.num_requests] != call.num_tokens) return BAD_LENGTHS;
     for (int64_t i = 0; i < b.num_requests; i++) {
-        const int64_t queries = int64_t(b.query_start[i + 1]) - b.query_start[i], context = b.context_lens[i], virtuals = b.virtual_lens[i];
+        const int64_t queries = int64_t(b.query_start[i + 1]) - b.query_start[i];
+        const int64_t context = b.context_lens[i], virtuals = b.virtual_lens[i];
         const int64_t virtual_blocks = (virtuals + c.block_size - 1) / c.block_size;
         const int64_t blocks = (context + c.block_size - 1) / c.block_size;
-        if (queries < 0 || virtuals < 0 || context < queries || virtual_blocks + blocks > b.table_stride) return BAD_LENGTHS;
+        if (queries < 0 || virtuals < 0 || context < queries) return BAD_LENGTHS;
+        if (virtual_blocks + blocks > b.table_stride) return BAD_LENGTHS;
         if (queries == 0) continue;
         int64_t skipped = 0, skipped_virtuals = 0;  // keys that no query of this step sees any more
         if (call.window) {
@@ -398,33 +432,52 @@ Status check(const Call &call) {
     return OK;
 }
 
-template <class T>
-void attend(const Call &call) {
+// What there is to do, the long items first. A prefill item has one KV head and as many queries as pay for packing its
+// keys. Lone queries take their KV heads together, since these lie together in memory, as far as the shares stay even.
+std::vector<Item> items_of(const Call &call, int64_t *rows_max, int64_t *work) {
     const Batch &b = call.batch;
-    const int64_t group = call.query_heads / call.cache.kv_heads, queries_max = std::max<int64_t>(1, CHUNK_ROWS / group);
-    std::vector<Chunk> chunks;
-    int64_t work = 0, rows_max = 1;
+    const int64_t kv_heads = call.cache.kv_heads, group = call.query_heads / kv_heads;
+    const int64_t count_max = std::max<int64_t>(1, CHUNK_ROWS / group);
+    std::vector<Item> items;
+    int64_t cost = 0;
     for (int64_t i = 0; i < b.num_requests; i++) {
         const int64_t queries = b.query_start[i + 1] - b.query_start[i];
-        for (int64_t first = 0; first < queries; first += queries_max) {
-            const int64_t count = std::min(queries_max, queries - first);
+        for (int64_t first = 0; first < queries; first += count_max) {
+            const int64_t count = std::min(count_max, queries - first);
             int64_t keys = b.context_lens[i] - queries + first + count + b.virtual_lens[i];
             if (call.window) keys = std::min(keys, call.window + count);
-            chunks.push_back({i, first, count, keys * (2 + count * group)});
-            rows_max = std::max(rows_max, count * group);
-            work += 2 * keys * count * call.query_heads * call.cache.head;
+            items.push_back({i, first, count, 0, kv_heads, keys * (2 + count * group) * kv_heads});
+            cost += items.back().cost;
+            *work += 2 * keys * count * call.query_heads * call.cache.head;
         }
     }
-    std::sort(chunks.begin(), chunks.end(), [](const Chunk &s, const Chunk &t) { return s.cost > t.cost; });  // the long ones first
-    const int64_t items = int64_t(chunks.size()) * call.cache.kv_heads;
-    auto run = [&](Worker<T> &worker, int64_t item) {
-        const Chunk &chunk = chunks[item / call.cache.kv_heads];
-        worker.run(chunk.request, chunk.first, chunk.count, item % call.cache.kv_heads);
-    };
+    const size_t chunks = items.size();
+    const int64_t share = cost / (4 * call.threads);
+    for (size_t n = 0; n < chunks; n++) {
+        const Item whole = items[n];
+        int64_t heads = whole.count > 2 ? 1 : kv_heads;
+        if (whole.cost > share) heads = std::max<int64_t>(1, heads * share / whole.cost);
+        items[n].head_end = heads;
+        items[n].cost = whole.cost * heads / kv_heads;
+        for (int64_t h = heads; h < kv_heads; h += heads) {
+            items.push_back(items[n]);
+            items.back().head_begin = h;
+            items.back().head_end = std::min(h + heads, kv_heads);
+        }
+        *rows_max = std::max(*rows_max, whole.count * group * heads);
+    }
+    std::sort(items.begin(), items.end(), [](const Item &s, const Item &t) { return s.cost > t.cost; });
+    return items;
+}
+
+template <class T>
+void attend(const Call &call) {
+    int64_t rows_max = 0, work = 0;
+    const std::vector<Item> items = items_of(call, &rows_max, &work);
     // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
     if (call.threads == 1 || work < SERIAL_BELOW) {
         Worker<T> worker(call, rows_max);
-        for (int64_t item = 0; item < items; item++) run(worker, item);
+        for (const Item &item : items) worker.run(item);
         return;
     }
     std::vector<std::unique_ptr<Worker<T>>> workers;  // made here, where a failed allocation can still be answered
@@ -433,7 +486,7 @@ void attend(const Call &call) {
     {
         Worker<T> &worker = *workers[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < items; item++) run(worker, item);
+        for (size_t n = 0; n < items.size(); n++) worker.run(items[n]);
     }
 }
 
@@ -447,12 +500,14 @@ struct StoreCall {
 void store_tokens(const StoreCall &call) {
     const Cache &c = call.cache;
     const int64_t size = call.is_bf16 ? 2 : 4, row = c.head * size;
+    auto copy = [&](int64_t t, const void *from, int64_t token_stride, int64_t head_stride, const void *cache) {
+        const char *source = (const char *)from + t * token_stride * size;
+        char *to = (char *)cache + call.kv_slots[t] * c.kv_heads * row;
+        for (int64_t h = 0; h < c.kv_heads; h++) memcpy(to + h * row, source + h * head_stride * size, row);
+    };
     auto run = [&](int64_t t) {
-        char *key = (char *)c.keys + call.kv_slots[t] * c.kv_heads * row, *value = (char *)c.values + call.kv_slots[t] * c.kv_heads * row;
-        for (int64_t h = 0; h < c.kv_heads; h++) {
-            memcpy(key + h * row, (const char *)call.key + (t * call.key_token_stride + h * call.key_head_stride) * size, row);
-            memcpy(value + h * row, (const char *)call.value + (t * call.value_token_stride + h * call.value_head_stride) * size, row);
-        }
+        copy(t, call.key, call.key_token_stride, call.key_head_stride, c.keys);
+        copy(t, call.value, call.value_token_stride, call.value_head_stride, c.values);
     };
     if (call.threads == 1 || call.num_tokens * c.kv_heads * row < (128 << 10)) {
         for (int64_t t = 0; t < call.num_tokens; t++) run(t);

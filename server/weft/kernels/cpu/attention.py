@@ -1,8 +1,8 @@
 """Attention over a paged KV cache on the CPU: decode and chunked prefill in one call.
 
-Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size, P virtual
-positions of a request. A query row's bits depend on its own query and keys alone: not on the other requests, T, B, the
-width of the block table, the number of threads, the block size, or how its prompt was cut into chunks.
+Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size,
+P virtual positions of a request. A query row's bits depend on its own query and keys alone: not on the other requests,
+T, B, the width of the block table, the block size, the number of threads, or how its prompt was cut into chunks.
 """
 
 import struct
@@ -15,7 +15,7 @@ from weft.kernels.cpu import library
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE_MAX = 256
-_pack_store = struct.Struct("=15q").pack  # StoreCall in attention.cpp
+_pack_store = struct.Struct("=16q").pack  # StoreCall in attention.cpp
 _pack_attend = struct.Struct("=9q2d12q").pack  # Call in attention.cpp
 
 
@@ -23,7 +23,8 @@ _pack_attend = struct.Struct("=9q2d12q").pack  # Call in attention.cpp
 class Cache:
     """The paged keys and values of one layer. Made once; `store` writes them.
 
-    keys, values: [num_blocks, block_size, Hkv, D], contiguous, both float32 or both bfloat16; D a multiple of 8 up to 256.
+    keys, values: [num_blocks, block_size, Hkv, D], contiguous, both float32 or both bfloat16; D is a multiple of 8 up
+      to 256, and one that is a multiple of 32 saves copies.
     """
 
     keys: Tensor
@@ -41,7 +42,9 @@ class Cache:
         if keys.shape != values.shape or keys.dtype is not values.dtype:
             raise ValueError(f"values: needs the shape and dtype of keys, {_shown(keys)}, given {_shown(values)}")
         if keys.numel() == 0 or keys.shape[3] % 8 or keys.shape[3] > _HEAD_SIZE_MAX:
-            raise ValueError(f"keys: needs D a multiple of 8 up to {_HEAD_SIZE_MAX} and no empty dimension, given {_shown(keys)}")
+            raise ValueError(
+                f"keys: needs D a multiple of 8 up to {_HEAD_SIZE_MAX} and no empty dimension, given {_shown(keys)}"
+            )
         object.__setattr__(self, "packed", (keys.data_ptr(), values.data_ptr(), *keys.shape))
 
 
@@ -49,12 +52,13 @@ class Cache:
 class Batch:
     """Whose tokens the query rows of one step are, and where each request's keys lie.
 
-    query_start: [B + 1] int32, from 0 up to T; request b has the rows query_start[b]:query_start[b + 1], its last real tokens.
+    query_start: [B + 1] int32, from 0 up to T; request b has the rows query_start[b]:query_start[b + 1], and these are
+      its last real tokens.
     context_lens: [B] int32, real tokens of the request in the cache once this step's are stored.
-    virtual_lens: [B] int32, P of the request, 0 without virtual positions. They fill the first ceil(P / block_size) blocks
-      of the table; the rest of the last of those is a hole that is never read; real token 0 begins the next block.
-    block_tables: [B, any] int32, contiguous; the blocks of each request in order. Columns past its last are never read, nor
-      are blocks that lie wholly outside the sliding window.
+    virtual_lens: [B] int32, P of the request, 0 without virtual positions. They fill the first ceil(P / block_size)
+      blocks of the table; the rest of the last of those is a hole; real token 0 begins the next block.
+    block_tables: [B, any] int32, contiguous; the blocks of each request in order. Columns past its last are never
+      read, nor are holes and what lies before every query's sliding window, whatever stands there.
     """
 
     query_start: Tensor
@@ -68,16 +72,17 @@ class Batch:
         _check_metadata("query_start", self.query_start, (num_requests + 1,))
         _check_metadata("context_lens", self.context_lens, (num_requests,))
         _check_metadata("virtual_lens", self.virtual_lens, (num_requests,))
-        _check_metadata("block_tables", self.block_tables, (num_requests, *self.block_tables.shape[1:2]))
+        width = self.block_tables.shape[-1] if self.block_tables.dim() else 0
+        _check_metadata("block_tables", self.block_tables, (num_requests, width))
         tensors = self.query_start, self.context_lens, self.virtual_lens, self.block_tables
         pointers = (tensor.data_ptr() for tensor in tensors)
-        object.__setattr__(self, "packed", (*pointers, num_requests, self.block_tables.shape[1]))
+        object.__setattr__(self, "packed", (*pointers, num_requests, width))
 
 
 def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
     """Write the new keys and values into the cache, in place.
 
-    Semantics: cache.keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise. A slot given twice holds either.
+    Semantics: cache.keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise; no slot may come twice.
 
     key, value: [T, Hkv, D] of the cache's dtype, any token and head strides, D contiguous.
     kv_slots: [T] int64, contiguous; block * block_size + offset.
@@ -126,7 +131,8 @@ def attend(
     status = library.functions().weft_attend(
         _pack_attend(
             query.data_ptr(), strides[0], strides[1], out.data_ptr(), num_tokens, query_heads,
-            query.dtype is torch.bfloat16, window, torch.get_num_threads(), scale, softcap, *cache.packed, *batch.packed,
+            query.dtype is torch.bfloat16, window, torch.get_num_threads(), scale, softcap,
+            *cache.packed, *batch.packed,
         )
     )  # fmt: skip
     if status:

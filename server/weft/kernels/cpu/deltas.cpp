@@ -1,9 +1,11 @@
 // Gated adapter deltas of one site, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t]).
 //
-// Two phases in one parallel region. Shrink: hidden = A x, per (block, entry, eight ranks). Expand: y += gate * hidden B and the
-// elementwise kinds, per (block, 256 outputs). A block is up to four consecutive rows with the same list of slots; it
-// reads each weight once for its rows and changes no row's order of operations:
-//   hidden[r] = sum over the lanes of the chain over i;  delta[o] = the chain over r;  y = the chain over the row's entries, in their order.
+// Two phases in one parallel region. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B
+// and the elementwise kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of
+// slots; it reads each weight once for its rows and changes no row's order of operations:
+//   hidden[r] = sum over the lanes of the chain over i
+//   delta[o]  = the chain over r
+//   out[o]    = y[o], then the chain over the row's entries in their order
 #include "lanes.h"
 
 #include <algorithm>
@@ -38,8 +40,10 @@ struct Rows {
         if (offsets[0] != 0 || offsets[count] != num_entries) return BAD_OFFSETS;
         for (int64_t t = 0; t < count; t++)
             if (offsets[t + 1] < offsets[t]) return BAD_OFFSETS;
-        for (int64_t n = 0; n < num_entries; n++)
+        for (int64_t n = 0; n < num_entries; n++) {
             if (slots[n] < 0 || slots[n] >= num_slots) return BAD_SLOT;
+            if (table[slots[n]].kind == LORA && table[slots[n]].rank < 1) return BAD_RANK;
+        }
         return OK;
     }
 
@@ -144,7 +148,8 @@ void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hi
 }
 
 template <class X, class W>
-void shrink(const X *x, int64_t x_stride, int32_t rows, const W *a, int64_t in, float *hidden, int64_t rank, int64_t ranks) {
+void shrink(const X *x, int64_t x_stride, int32_t rows, const W *a, int64_t in, float *hidden, int64_t rank,
+            int64_t ranks) {
     int64_t k = 0;
     if (rows == ROWS) {
         for (; k + 4 <= ranks; k += 4) shrink_tile<ROWS, 4>(x, x_stride, a + k * in, in, hidden + k, rank);
@@ -161,8 +166,8 @@ void shrink(const X *x, int64_t x_stride, int32_t rows, const W *a, int64_t in, 
 
 // U units of the outputs of R rows, from `o` on; `part` is their number where it is less than a unit.
 template <int R, int U, class X, class W>
-void expand_tile(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride, int64_t out,
-                 int64_t o, int64_t part) {
+void expand_tile(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride,
+                 int64_t out, int64_t o, int64_t part) {
     constexpr Order ORDER = order_of<W>();
     auto take = [part](auto *from) { return U == 1 && part ? load_part<ORDER>(from, part) : load<ORDER>(from); };
     Unit base[R][U], total[R][U];
@@ -225,8 +230,8 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
 }
 
 template <int R, int U, class X, class W>
-void expand(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride, int64_t out,
-            int64_t o, int64_t end) {
+void expand(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride,
+            int64_t out, int64_t o, int64_t end) {
     for (; o + U * UNIT <= end; o += U * UNIT)
         expand_tile<R, U, X, W>(rows, block, first, hidden, y, y_stride, out, o, 0);
     for (; o + UNIT <= end; o += UNIT) expand_tile<R, 1, X, W>(rows, block, first, hidden, y, y_stride, out, o, 0);
@@ -234,14 +239,16 @@ void expand(const Rows &rows, const Block &block, int32_t first, const float *hi
 }
 
 template <class X, class W>
-void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, int64_t in, int64_t out, const Rows &rows, int threads) {
+void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, int64_t in, int64_t out, const Rows &rows,
+          int threads) {
     const Plan plan(rows, in, out);
     if (plan.blocks.empty()) return;
     std::unique_ptr<float[]> hidden(new float[plan.hidden_size]);
 
     auto run = [&](int thread, int team) {
-        auto shrink_end = plan.shrink.begin_of(thread + 1, team), expand_end = plan.expand.begin_of(thread + 1, team);
-        for (auto n = plan.shrink.begin_of(thread, team); n < shrink_end; n++) {
+        const size_t shrink_end = plan.shrink.begin_of(thread + 1, team);
+        const size_t expand_end = plan.expand.begin_of(thread + 1, team);
+        for (size_t n = plan.shrink.begin_of(thread, team); n < shrink_end; n++) {
             const Task &task = plan.shrink.list[n];
             const Block &block = plan.blocks[task.block];
             const int32_t *slots = rows.slots + rows.offsets[block.row];
@@ -249,13 +256,14 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, int64_t in, int6
             float *to = hidden.get() + block.hidden + task.part;
             for (int32_t e = 0; e < task.entry; e++)
                 if (rows.table[slots[e]].kind == LORA) to += block.rows * rows.table[slots[e]].rank;
-            shrink(x + block.row * x_stride, x_stride, block.rows, (const W *)site.a + task.part * in, in, to, site.rank,
+            const W *a = (const W *)site.a + task.part * in;
+            shrink(x + block.row * x_stride, x_stride, block.rows, a, in, to, site.rank,
                    std::min<int64_t>(RANKS, site.rank - task.part));
         }
         if (team > 1) {
 #pragma omp barrier
         }
-        for (auto n = plan.expand.begin_of(thread, team); n < expand_end; n++) {
+        for (size_t n = plan.expand.begin_of(thread, team); n < expand_end; n++) {
             const Task &task = plan.expand.list[n];
             const Block &block = plan.blocks[task.block];
             const float *h = hidden.get() + block.hidden;
@@ -264,8 +272,10 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, int64_t in, int6
             if (block.rows == ROWS) {
                 expand<ROWS, 2, X, W>(rows, block, 0, h, to, y_stride, out, o, end);
             } else {
-                for (int32_t r = 0; r < block.rows; r++)
-                    if (block.is_live[r]) expand<1, 4, X, W>(rows, block, r, h, to + r * y_stride, y_stride, out, o, end);
+                for (int32_t r = 0; r < block.rows; r++) {
+                    if (!block.is_live[r]) continue;
+                    expand<1, 4, X, W>(rows, block, r, h, to + r * y_stride, y_stride, out, o, end);
+                }
             }
         }
     };
@@ -281,7 +291,9 @@ void pre(const X *x, int64_t x_stride, X *out, int64_t out_stride, int64_t in, c
         const X *from = x + t * x_stride;
         X *to = out + t * out_stride;
         int32_t begin = rows.offsets[t], end = rows.offsets[t + 1];
-        auto is_used = [&](int32_t n) { return rows.gates[n] != 0.0f && rows.table[rows.slots[n]].kind == INPUT_SCALE; };
+        auto is_used = [&](int32_t n) {
+            return rows.gates[n] != 0.0f && rows.table[rows.slots[n]].kind == INPUT_SCALE;
+        };
         while (begin < end && !is_used(begin)) begin++;
         if (begin == end) {
             memcpy(to, from, in * sizeof(X));

@@ -57,7 +57,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One wrapped module and what each adapter slot does there. Made once; the rows of `table` may change between calls.
+    """One wrapped module and what each adapter slot does there. Made once; `table` may be rewritten between calls.
 
     table: [S, 4] int64, contiguous: kind, rank, address of A or l or b, address of B. By kind:
       LORA          A: [rank, I], B: [rank, O], row-major, of `weight_dtype`; B is transposed and has the scaling in it
@@ -91,7 +91,7 @@ class Site:
 def post(x: Tensor, y: Tensor, rows: Rows, site: Site) -> None:
     """Add to each row of the base output `y` the gated deltas of its adapters, in place.
 
-    Semantics: y[t] += sum over the entries n of row t of gates[n] * delta(x[t], y[t]), with A, B, l, b of slot slots[n]:
+    Semantics: y[t] += sum over the entries n of row t of gates[n] * delta(x[t], y[t]), with A, B, l, b of slots[n]:
       LORA          delta = (x[t] @ A.T) @ B
       OUTPUT_SCALE  delta = (l - 1) * y[t]
       BIAS          delta = b
@@ -111,7 +111,7 @@ def post(x: Tensor, y: Tensor, rows: Rows, site: Site) -> None:
 def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
     """Write the input of the base weight: `x` with the gated input scales of each row's adapters.
 
-    Semantics: out[t] = x[t] + sum over the entries n of row t of gates[n] * (l - 1) * x[t], with l of slot slots[n] where
+    Semantics: out[t] = x[t] + sum over the entries n of row t of gates[n] * (l - 1) * x[t], with l of slots[n] where
     its kind is INPUT_SCALE; any other kind adds nothing. Summed in float32, rounded once; every row is written.
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.

@@ -1,7 +1,7 @@
 // Sixteen float32 lanes, bfloat16, and the one way in which the CPU kernels multiply, round and sum.
 //
-// Bits are part of the contract: a row's result may depend on its own numbers only. So every sum here has one written order,
-// `fma` is the only product that is accumulated, and the compiler is told not to contract anything by itself
+// Bits are part of the contract: a row's result may depend on its own numbers only. So every sum here has one written
+// order, `fma` is the only product that is accumulated, and the compiler is told not to contract anything by itself
 // (-ffp-contract=off): a block of four rows and a lone row then run the same operations whatever the optimizer does.
 // The types are GCC's portable vectors; a machine without 512-bit registers gets the same lanes in pieces.
 #pragma once
@@ -75,15 +75,15 @@ static inline float sum(f32x16 v) {
     return v[0];
 }
 
-// Round to nearest even, as torch does; a NaN stays a NaN. The bfloat16 is the upper half of each lane, the lower is noise.
+// Round to nearest even, as torch does; a NaN stays a NaN. The bfloat16 is the upper half of each lane, the rest noise.
 static inline u32x16 rounded(f32x16 v) {
     u32x16 bits = (u32x16)v;
     u32x16 up = bits + 0x7fffu + ((bits >> 16) & 1u);
     return v == v ? up : (bits | 0x00400000u);
 }
 
-// Thirty-two consecutive elements, in one of two orders. Two bfloat16 side by side are one 32-bit word, so taking the words
-// apart into even and odd elements costs one operation each, where widening in natural order costs a shuffle as well.
+// Thirty-two consecutive elements, in one of two orders. Two bfloat16 side by side are one 32-bit word, so taking the
+// words apart into even and odd elements costs one operation each, where widening in natural order needs a shuffle too.
 struct Unit {
     f32x16 lo, hi;
 };
@@ -151,6 +151,15 @@ constexpr Order order_of() {
 }
 
 // What a C function here answers: 0, or the reason why it wrote nothing.
-enum Status : int { OK = 0, NO_MEMORY = 1, BAD_OFFSETS = 2, BAD_SLOT = 3, BAD_KV_SLOT = 4, BAD_LENGTHS = 5, BAD_BLOCK = 6 };
+enum Status : int {
+    OK = 0,
+    NO_MEMORY = 1,
+    BAD_OFFSETS = 2,
+    BAD_SLOT = 3,
+    BAD_RANK = 4,
+    BAD_KV_SLOT = 5,
+    BAD_LENGTHS = 6,
+    BAD_BLOCK = 7,
+};
 
 }  // namespace weft

@@ -1,11 +1,11 @@
 """Build and load of the C++ kernels, once per machine.
 
-The sources beside this file are compiled on first use into the user's cache directory, under a name that is the digest of
-everything the result depends on: the sources, the flags, and what the compiler says of itself and of this processor.
+The sources beside this file are compiled on first use into the user's cache directory, under a name that is the digest
+of everything the result depends on: the sources, the flags, and what the compiler says of itself and this processor.
 They are plain C functions without torch or Python headers, so one library serves every version of both.
 
 The library is linked without an OpenMP runtime. Its symbols resolve, when it is loaded, against the runtime that torch
-has already made global; so both share one pool of threads, and a torch without one is a reason not to load, not a crash.
+has already made global. So both share one pool of threads, and a torch without OpenMP is a reason not to load.
 """
 
 import ctypes
@@ -16,6 +16,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +36,13 @@ class KernelsUnavailable(RuntimeError):
 
 
 _STATUSES = {  # lanes.h
+    1: "no memory for a kernel's scratch",
     2: "offsets: need to begin at 0, never fall, and end at the number of entries",
     3: "slots: one is outside the site's table",
-    4: "kv_slots: one is outside the cache",
-    5: "query_start, context_lens, virtual_lens: need to rise from 0 to T, cover the query rows, and fit the block table",
-    6: "block_tables: a block that would be read is outside the cache",
+    4: "table: a LoRA slot needs a rank of at least 1",
+    5: "kv_slots: one is outside the cache",
+    6: "query_start, context_lens, virtual_lens: need to rise from 0 to T, cover the queries, and fit the block table",
+    7: "block_tables: a block that would be read is outside the cache",
 }
 
 
@@ -60,7 +64,7 @@ def load() -> Library:
     except OSError as error:
         return Library(None, f"the CPU kernels do not load: {error}")
     for name in _FUNCTIONS:
-        # One packed record instead of a list of arguments: ctypes converts sixteen of them in 1.5 us, packing takes 0.4.
+        # One packed record, not a list of arguments: ctypes converts sixteen of them in 1.5 us, packing takes 0.4.
         getattr(functions, name).argtypes = (ctypes.c_char_p,)
     return Library(functions, "")
 
@@ -95,12 +99,12 @@ def build(directory: Path) -> Path:
     or complete. The directory is private to the user, because its files are loaded as code.
     """
     if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"):
-        raise KernelsUnavailable(f"no CPU kernels for {platform.machine() or 'this machine'}: 64-bit x86 and ARM have them")
+        raise KernelsUnavailable(f"no CPU kernels for {platform.machine()}: they need 64-bit x86 or ARM")
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler for the CPU kernels: install g++ or set CXX to one")
     here = Path(__file__).parent
-    target = _run(compiler, *_FLAGS, "-E", "-dM", "-x", "c++", os.devnull)  # compiler version and processor features
+    target = _run((compiler, *_FLAGS, "-E", "-dM", "-x", "c++", os.devnull))  # compiler version and processor features
     digest = hashlib.sha256(repr((_FLAGS, target)).encode())
     for name in (*_SOURCES, *_HEADERS):
         digest.update((here / name).read_bytes())
@@ -111,17 +115,21 @@ def build(directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
             objects = [str(Path(scratch, name).with_suffix(".o")) for name in _SOURCES]
-            for source, result in zip(_SOURCES, objects, strict=True):
-                _run(compiler, *_FLAGS, "-c", str(here / source), "-o", result)
+            commands = [
+                (compiler, *_FLAGS, "-c", str(here / source), "-o", result)
+                for source, result in zip(_SOURCES, objects, strict=True)
+            ]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_run, commands))
             linked = Path(scratch, path.name)
-            _run(compiler, "-shared", *objects, "-o", str(linked))  # no -fopenmp: see the top
+            _run((compiler, "-shared", *objects, "-o", str(linked)))  # no -fopenmp: see the top
             linked.replace(path)
     except OSError as error:
         raise KernelsUnavailable(f"no room for the compiled CPU kernels: {error}; set XDG_CACHE_HOME") from error
     return path
 
 
-def _run(*command: str) -> str:
+def _run(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=True)  # noqa: S603  our own
     except subprocess.CalledProcessError as error:
@@ -133,4 +141,4 @@ def _run(*command: str) -> str:
 
 def error_of(status: int) -> Exception:
     """What a kernel's answer other than 0 means; it has written nothing then."""
-    return MemoryError("the CPU kernels found no memory for their scratch") if status == 1 else ValueError(_STATUSES[status])
+    return MemoryError(_STATUSES[status]) if status == 1 else ValueError(_STATUSES[status])

@@ -1,0 +1,47 @@
+# Every target does its own set-up; .venv/.installed says that the environment is current.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup demo serve test check format protos bench adapters base clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("weft needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	@touch $@
+
+setup: .venv/.installed ## Make the virtual environment
+
+demo: .venv/.installed ## Serve the demo base, mix adapters in one batch, hot-swap, train live, scrape
+	$(BIN)/weft demo
+
+serve: .venv/.installed ## Serve the demo base with its adapters
+	$(BIN)/weft serve models/weft-demo $(foreach d,$(wildcard adapters_store/demo/*),--adapter $(notdir $d)=$d)
+
+test: .venv/.installed ## Run every test
+	$(BIN)/python -m pytest tests
+
+check: .venv/.installed ## Everything CI checks without running the product
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/buf lint protos && $(BIN)/buf format --diff --exit-code protos && $(BIN)/python protos/generate.py --check
+
+format: .venv/.installed ## Format Python and protos
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/buf format --write protos
+
+protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
+	$(BIN)/python protos/generate.py
+
+bench: .venv/.installed ## Throughput beside PEFT on the same weights (about 3 minutes)
+	$(BIN)/python -m benchmarks.throughput
+
+base: .venv/.installed ## Train the demo base again (about 15 minutes)
+	$(BIN)/python -m weft_training.demo.pretrain --output models/weft-demo
+
+adapters: .venv/.installed ## Train the demo adapters again
+	$(BIN)/python -m weft_training.demo.adapters
+
+clean: ## Remove the environment and caches
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,239 @@
+"""`weft adapters …`: what is registered on a server, and what of it is in memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli.connection import JsonOption, ServerOption, connected
+from weft.cli.output import console, label, moment, print_facts, print_json, print_line, print_table, size
+from weft.settings import DEFAULT_SERVER
+
+if TYPE_CHECKING:
+    from weft.v1.adapter_pb2 import Adapter
+
+app = typer.Typer(
+    help="Register, list, move and remove the adapters of a server.", no_args_is_help=True, rich_markup_mode=None
+)
+
+AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
+ExpectedGeneration = Annotated[str | None, typer.Option(metavar="G", help="Only if the id is at this generation.")]
+
+_COLUMNS = ("id", "method", "state", "residency", "rank/tokens", "size", "in flight", "generation")
+_GENERATION_CHARACTERS = 12
+
+
+class Memory(StrEnum):
+    """Where `load` brings an adapter."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+class Rest(StrEnum):
+    """What `unload` leaves of an adapter."""
+
+    HOST = "host"
+    DISK = "disk"
+
+
+@app.command()
+def add(
+    adapter_id: AdapterId,
+    path: Annotated[Path | None, typer.Argument(metavar="PATH", help="Local PEFT directory to upload.")] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="REL", help="Directory on the server instead, relative to its store.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Allow other content under a taken id.")] = False,
+    expected_generation: Annotated[
+        str | None, typer.Option(metavar="G", help='Only if the id is at this generation; "" if it is free.')
+    ] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
+    validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything and keep nothing.")] = False,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Register an adapter: upload a local directory, or name one that the server can read."""
+    if (path is None) == (source is None):
+        raise typer.BadParameter("give PATH or --source, one of the two")
+    how: dict[str, Any] = {
+        "replace": replace,
+        "expected_generation": expected_generation,
+        "pin": pin,
+        "validate_only": validate_only,
+    }
+    with connected(server) as client:
+        if path is None:
+            registered = client.register(adapter_id, source or "", **how)
+        else:
+            with _progress(adapter_id) as progress:
+                registered = client.upload(adapter_id, path, progress=progress, **how)
+
+    from weft.v1.adapter_service_pb2 import RegisterOutcome
+
+    outcome = label(RegisterOutcome, registered.outcome)
+    print_line(f"{'would be ' if validate_only else ''}{outcome}: {_line(registered.adapter)}")
+
+
+@app.command("ls")
+def list_adapters(
+    method: Annotated[str, typer.Option(help="Only adapters of this method, such as lora.")] = "",
+    state: Annotated[str, typer.Option(help="Only adapters in this state, such as active.")] = "",
+    server: ServerOption = DEFAULT_SERVER,
+    json: JsonOption = False,
+) -> None:
+    """List the registered adapters."""
+    with connected(server) as client:
+        found = client.adapters(method=method, state=state)
+    if json:
+        print_json(found)
+    else:
+        print_table(_COLUMNS, map(_row, found))
+
+
+@app.command()
+def show(adapter_id: AdapterId, server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
+    """Tell everything about one adapter."""
+    with connected(server) as client:
+        adapter = client.adapter(adapter_id)
+    if json:
+        print_json(adapter)
+    else:
+        print_facts(_facts(adapter))
+
+
+@app.command("rm")
+def remove(
+    adapter_id: AdapterId,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End its requests at once.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="S", min=0, help="Seconds that its requests may take to finish.")
+    ] = None,
+    expected_generation: ExpectedGeneration = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Fine if it is not registered.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Remove an adapter, and return when nothing of it is left in memory."""
+    if not yes:
+        typer.confirm(f"Remove {adapter_id} from {server}?", abort=True)
+    with connected(server) as client:
+        freed = client.unregister(
+            adapter_id,
+            cancel=cancel,
+            drain_timeout_s=timeout,
+            allow_missing=allow_missing,
+            expected_generation=expected_generation,
+        )
+    print_line(
+        f"removed: {adapter_id}; freed {size(freed.freed_device_bytes)} on the device, "
+        f"{size(freed.freed_host_bytes)} in host memory, {freed.freed_kv_blocks} KV blocks; "
+        f"{freed.cancelled_requests} requests cancelled"
+    )
+
+
+@app.command()
+def load(
+    adapter_id: AdapterId,
+    to: Annotated[Memory, typer.Option(help="Where to.")] = Memory.DEVICE,
+    pin: Annotated[bool | None, typer.Option("--pin/--no-pin", help="Set or remove its pin on the device.")] = None,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Bring an adapter into memory, so that its first request need not wait."""
+    with connected(server) as client:
+        print_line(f"loaded: {_line(client.load(adapter_id, to, pin=pin))}")
+
+
+@app.command()
+def unload(
+    adapter_id: AdapterId,
+    to: Annotated[Rest, typer.Option(help="Where a copy stays.")] = Rest.DISK,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Free the memory of an adapter; it stays registered."""
+    with connected(server) as client:
+        print_line(f"unloaded: {_line(client.unload(adapter_id, to))}")
+
+
+@app.command()
+def watch(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
+    """Tell what happens to the adapters, until it is interrupted."""
+    with connected(server) as client, client.watch() as changes:
+        from weft.v1.adapter_service_pb2 import AdapterChange
+
+        for event in changes:
+            if json:
+                print_json(event, indent=None)
+                continue
+            time = datetime.now().astimezone().strftime("%H:%M:%S")
+            adapter = f" {_line(event.adapter)}" if event.HasField("adapter") else ""
+            print_line(f"{time} {label(AdapterChange, event.change):8}{adapter}")
+
+
+@contextmanager
+def _progress(adapter_id: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, where that is a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    errors = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task_id = bar.add_task(f"uploading {adapter_id}", total=None)
+        yield lambda sent_bytes, size_bytes: bar.update(task_id, completed=sent_bytes, total=size_bytes)
+
+
+def _row(adapter: "Adapter") -> tuple[str, ...]:
+    """The cells of `_COLUMNS`."""
+    return (
+        adapter.adapter_id,
+        adapter.method,
+        _state(adapter),
+        _residency(adapter),
+        str(adapter.rank or adapter.num_virtual_tokens or "-"),
+        size(adapter.size_bytes),
+        str(adapter.in_flight_requests),
+        adapter.generation[:_GENERATION_CHARACTERS],
+    )
+
+
+def _line(adapter: "Adapter") -> str:
+    return f"{adapter.adapter_id} {adapter.method} {_state(adapter)}, {_residency(adapter)}, {adapter.generation}"
+
+
+def _facts(adapter: "Adapter") -> dict[str, str]:
+    draining = (f"{old.generation}: {old.in_flight_requests} in flight" for old in adapter.draining_generations)
+    return {
+        "id": adapter.adapter_id,
+        "generation": adapter.generation,
+        "method": adapter.method,
+        "state": _state(adapter),
+        "residency": _residency(adapter),
+        "rank": str(adapter.rank or ""),
+        "virtual tokens": str(adapter.num_virtual_tokens or ""),
+        "parameters": f"{adapter.num_parameters:,}",
+        "modules": ", ".join(adapter.modules),
+        "size": size(adapter.size_bytes),
+        "in memory": size(adapter.resident_bytes),
+        "in flight": str(adapter.in_flight_requests),
+        "registered": moment(adapter.create_time) if adapter.HasField("create_time") else "",
+        "last used": moment(adapter.last_used_time) if adapter.HasField("last_used_time") else "",
+        "trained on": adapter.base_model_name,
+        "draining": "\n".join(draining),
+    }
+
+
+def _state(adapter: "Adapter") -> str:
+    from weft.v1.adapter_pb2 import AdapterState
+
+    state = label(AdapterState, adapter.state)
+    return f"{state} ({adapter.state_reason})" if adapter.state_reason else state
+
+
+def _residency(adapter: "Adapter") -> str:
+    from weft.v1.adapter_pb2 import AdapterResidency
+
+    residency = label(AdapterResidency, adapter.residency)
+    return f"{residency} (pinned)" if adapter.pinned else residency

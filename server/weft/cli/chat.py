@@ -1,0 +1,103 @@
+"""`weft chat`: a conversation in the terminal."""
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from weft.cli.connection import ServerOption, connected, hint_for
+from weft.cli.generate import AdapterOption, MaxNewTokens, Seed, Temperature, TopK, TopP, target_of, told
+from weft.cli.output import fail, note, tell_error, write
+from weft.settings import DEFAULT_SERVER
+
+if TYPE_CHECKING:
+    from weft.client import Client
+
+_HELP = "/adapter ID[=WEIGHT] … takes others, /adapter alone the base; /clear forgets the conversation; /exit ends"
+
+
+def command(
+    adapter: AdapterOption = None,
+    system: str = typer.Option("", help="What the model is told before the conversation."),
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Talk to the model, through any adapter at each turn."""
+    asked: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    target = target_of(adapter)
+    opening = [{"role": "system", "content": system}] if system else []
+    turns = list(opening)
+    with connected(server) as client:
+        if not client.model_info().has_chat_template:
+            raise fail("the base model has no chat template", hint="`weft generate` takes plain prompts")
+        note(_HELP)
+        while (line := _asked()) is not None:
+            match line.split():
+                case []:
+                    pass
+                case ["/exit"]:
+                    return
+                case ["/clear"]:
+                    turns = list(opening)
+                case ["/adapter", *adapters]:
+                    target = _target_or_told(adapters, target)
+                case [command, *_] if command.startswith("/"):
+                    note(_HELP)
+                case _:
+                    turns.append({"role": "user", "content": line})
+                    answer = _answered(client, server, turns, target, asked)
+                    if answer is None:
+                        turns.pop()
+                    else:
+                        turns.append({"role": "assistant", "content": answer})
+
+
+def _asked() -> str | None:
+    """The next line, or None at the end of the input or after an interrupt."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        write("\n")
+        return None
+
+
+def _target_or_told(adapters: list[str], before: Any) -> Any:
+    try:
+        return target_of(adapters)
+    except typer.BadParameter as error:
+        tell_error(str(error))
+        return before
+
+
+def _answered(
+    client: "Client", server: str, turns: list[dict[str, str]], target: Any, asked: dict[str, Any]
+) -> str | None:
+    """The answer, written as it comes; None if it failed or was interrupted, which does not end the conversation."""
+    from weft.client import RpcFailure
+
+    parts: list[str] = []
+    try:
+        with client.stream(turns, target, **asked) as answer:
+            for delta in answer:
+                write(delta.text)
+                parts.append(delta.text)
+    except RpcFailure as failure:
+        write("\n")
+        tell_error(str(failure), hint=hint_for(failure.failure, server))
+        return None
+    except KeyboardInterrupt:
+        write("\n")
+        note("interrupted")
+        return None
+    write("\n")
+    note(told(answer.finish))
+    return "".join(parts)

@@ -1,0 +1,142 @@
+"""`weft generate`: one prompt, one answer."""
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli.connection import JsonOption, ServerOption, connected
+from weft.cli.output import label, note, print_json, print_table, write
+from weft.settings import DEFAULT_SERVER
+
+if TYPE_CHECKING:
+    from weft.v1.generation_pb2 import Finish, TokenLogprobs
+
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="ID[=WEIGHT]", help="Adapter to answer, or ID@GENERATION. Several are added, weighted."
+    ),
+]
+MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float | None, typer.Option(metavar="X", min=0, help="0 takes the likeliest token.")]
+TopP = Annotated[
+    float | None, typer.Option(metavar="X", min=0, max=1, help="Keep the likeliest tokens that reach this together.")
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Keep this many of the likeliest tokens; 0 keeps all.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Draws the same tokens again.")]
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")] = "-",
+    adapter: AdapterOption = None,
+    max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=0, help="Tokens to generate at least.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, max=1, help="Drop tokens less likely than this times the likeliest."),
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(metavar="X", help="Above 1 counters repetition.")] = None,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer. May be repeated.")
+    ] = None,
+    include_stop: Annotated[bool, typer.Option("--include-stop", help="Leave that text in the answer.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Log-probabilities, with the N likeliest alternatives.")
+    ] = None,
+    deadline: Annotated[float | None, typer.Option(metavar="S", help="Seconds that the call may take.")] = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Write the answer as it comes. Default, without --json.")
+    ] = None,
+    server: ServerOption = DEFAULT_SERVER,
+    json: JsonOption = False,
+) -> None:
+    """Generate text from a prompt.
+
+    One adapter answers, several weighted ones, or the base alone. The answer goes to standard output; how it ended, to
+    standard error.
+    """
+    if stream and json:
+        raise typer.BadParameter("--json writes one whole answer; leave --stream out")
+    asked: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+        "include_stop": include_stop,
+        "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
+        "timeout_s": deadline,
+    }
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    likely: list[TokenLogprobs] = []
+    with connected(server) as client:
+        if json or stream is False:
+            completion = client.generate(text, target_of(adapter), **asked)
+            if json:
+                print_json(completion)
+                return
+            write(completion.text)
+            likely += completion.logprobs
+            finish = completion.finish
+        else:
+            with client.stream(text, target_of(adapter), **asked) as answer:
+                for delta in answer:
+                    write(delta.text)
+                    likely += delta.logprobs
+            finish = answer.finish
+    write("\n")
+    if likely:
+        print_table(("token", "logprob", "likeliest"), map(_logprob_row, likely))
+    note(told(finish))
+
+
+def target_of(adapters: list[str] | None) -> str | Mapping[str, float] | None:
+    """What `--adapter` names: nothing is the base, one without a weight itself, others a composition."""
+    if not adapters:
+        return None
+    if len(adapters) == 1 and "=" not in adapters[0]:
+        return adapters[0]
+    weights: dict[str, float] = {}
+    for text in adapters:
+        adapter_id, _, weight = text.partition("=")
+        if adapter_id in weights:
+            raise typer.BadParameter(f"--adapter {adapter_id} is given twice")
+        try:
+            weights[adapter_id] = float(weight or 1)
+        except ValueError:
+            raise typer.BadParameter(f"--adapter must be ID or ID=WEIGHT, given {text!r}") from None
+    return weights
+
+
+def told(finish: "Finish") -> str:
+    """How an answer ended, in one line."""
+    from weft.v1.generation_pb2 import FinishReason
+
+    parts = [
+        label(FinishReason, finish.finish_reason),
+        f"{finish.usage.prompt_tokens} + {finish.usage.completion_tokens} tokens",
+        f"seed {finish.seed}",
+    ]
+    for adapter in finish.effective_adapters:
+        weight = "" if adapter.weight == 1 else f" × {adapter.weight:g}"
+        parts.append(f"{adapter.adapter_id}@{adapter.generation[:12]}{weight}")
+    return " · ".join(parts)
+
+
+def _logprob_row(token: "TokenLogprobs") -> tuple[str, str, str]:
+    top = "  ".join(f"{other.piece!r} {other.logprob:.3f}" for other in token.top)
+    return repr(token.token.piece), f"{token.token.logprob:.3f}", top

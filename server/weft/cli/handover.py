@@ -1,0 +1,36 @@
+"""`weft train` and `weft demo`: all their arguments go to `weft_training`, which is imported only then."""
+
+import importlib
+from typing import Any
+
+import typer
+
+from weft.cli.output import fail
+
+SETTINGS: dict[str, Any] = {
+    "context_settings": {
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "help_option_names": [],  # --help is for the other side too
+    },
+    "add_help_option": False,
+}
+
+
+def train(context: typer.Context) -> None:
+    """Train an adapter; `weft train --help` tells how."""
+    _imported("weft_training.command").app(args=context.args, prog_name="weft train")
+
+
+def demo(context: typer.Context) -> None:
+    """Show what Weft does, on the demo base."""
+    raise typer.Exit(_imported("weft_training.demo.tour").main(context.args) or 0)
+
+
+def _imported(module: str) -> Any:
+    """By name: `weft` does not depend on `weft_training`, which may be absent or lack its own dependencies."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise fail(f"{error.name} is not installed", hint="the train extra has it: pip install 'weft[train]'") from None

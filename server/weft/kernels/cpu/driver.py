@@ -1,0 +1,108 @@
+"""The CPU kernels in the engine's terms: a driver of adapter rows, and paged attention."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from weft.kernels.cpu import attention, deltas
+from weft.methods.protocol import Site
+
+
+class Slots(Protocol):
+    """What the driver reads of a slot table."""
+
+    table: Tensor  # int64 [num_sites, S, 4]
+    num_entries: Sequence[int]  # by site: slots that do anything there
+    num_input_scales: Sequence[int]  # by site: slots that scale the input there
+
+
+class DriverFactory:
+    """Makes one driver per step. Wraps each site's table once, and again only when the table was reallocated."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._table: Tensor | None = None
+        self._sites: dict[int, deltas.Site] = {}
+
+    def __call__(self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor) -> "CpuDriver":
+        if self._table is not slots.table:
+            self._table, self._sites = slots.table, {}
+        return CpuDriver(self, slots, deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates))
+
+    def site(self, site: Site) -> deltas.Site:
+        """The kernels' view of a site."""
+        found = self._sites.get(site.index)
+        if found is None:
+            assert self._table is not None
+            found = self._sites[site.index] = deltas.Site(
+                table=self._table[site.index],
+                size_in=site.in_features,
+                size_out=site.out_features,
+                weight_dtype=self._dtype,
+            )
+        return found
+
+
+class CpuDriver:
+    """The gated deltas of one step: one kernel call per site, whatever the number of rows and adapters."""
+
+    __slots__ = ("_factory", "_rows", "_slots")
+
+    def __init__(self, factory: DriverFactory, slots: Slots, rows: deltas.Rows) -> None:
+        self._factory = factory
+        self._slots = slots
+        self._rows = rows
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The site's output for `x` [1, T, I]; written into what `base` returns."""
+        num_entries = self._slots.num_entries[site.index]
+        if not num_entries:
+            return base(x)
+        here = self._factory.site(site)
+        num_input_scales = self._slots.num_input_scales[site.index]
+        x_prime = x
+        if num_input_scales:
+            x_prime = torch.empty_like(x)
+            deltas.pre(x, x_prime, self._rows, here)
+        y = base(x_prime)
+        if num_entries > num_input_scales:
+            deltas.post(x, y, self._rows, here)
+        return y
+
+
+class Attend:
+    """Paged attention over one KV pool; `keys`, `values`: one tensor per layer, [num_blocks, block_size, H, D]."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self._caches = [attention.Cache(keys=k, values=v) for k, v in zip(keys, values, strict=True)]
+        self._paged: Any = None
+        self._batch: attention.Batch | None = None
+
+    def __call__(
+        self,
+        paged: Any,  # weft.model.paged_attention.PagedBatch
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor:
+        """Store this step's keys and values in `layer` and attend; [T, Hq, D]."""
+        if self._paged is not paged:  # the first layer of a step packs its metadata for all
+            self._paged = paged
+            self._batch = attention.Batch(
+                query_start=paged.query_start,
+                context_lens=paged.context_lens,
+                virtual_lens=paged.virtual_lens,
+                block_tables=paged.block_tables,
+            )
+        assert self._batch is not None
+        cache = self._caches[layer]
+        attention.store(key, value, cache, paged.kv_slots)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        attention.attend(query, cache, self._batch, out, scale=scale, window=window, softcap=softcap)
+        return out

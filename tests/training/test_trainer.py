@@ -1,0 +1,286 @@
+"""What training touches, that it learns, that it repeats, and that gradients pass a quantized base."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor
+from typer.testing import CliRunner
+
+from weft.config import ModelConfig, Quantization
+from weft.errors import InvalidAdapter
+from weft.methods.checkpoint import directory
+from weft.methods.ia3 import Ia3Config
+from weft.methods.lora import LoraConfig
+from weft.methods.prefix import PrefixConfig
+from weft.model import loader
+from weft.model.loader import Base
+from weft_training import adapter, base, command
+from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
+from weft_training.data import Example, InvalidData, collate, encode
+from weft_training.progress import Step
+from weft_training.trainer import TrainConfig, TrainResult, train
+
+WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft")
+EXAMPLES = [Example(f"{word} = ", word[::-1]) for word in WORDS]
+LEARNABLE = [Example(f"{word} = ", "yes") for word in WORDS]
+PREFIX = PrefixConfig(num_virtual_tokens=5)
+LEARNING_RATES = {"lora": 2e-2, "ia3": 2e-1, "prefix": 2e-1}  # rough, for few steps on a tiny base
+
+
+def nf4(path: Path, dtype: str = "auto") -> ModelConfig:
+    return ModelConfig(path=path, device="cpu", dtype=dtype)
+
+
+@pytest.fixture
+def fit(tiny_base: Path, tmp_path: Path) -> Callable[..., TrainResult]:
+    """Train on the tiny NF4 base; keywords change the config."""
+
+    def run(name: str = "out", *, examples: list[Example] = EXAMPLES, **changes: object) -> TrainResult:
+        knobs: dict[str, object] = {
+            "adapter": LoraConfig(rank=4),
+            "num_steps": 4,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            **changes,
+        }
+        config = TrainConfig(model=nf4(tiny_base), output=tmp_path / name, **knobs)  # pyright: ignore
+        return train(config, examples=examples)
+
+    return run
+
+
+def random_adapter(config: MethodConfig, on: Base) -> AdaptedModel:
+    """An adapter far from its start, where LoRA's A would have no gradient."""
+    generator = torch.Generator().manual_seed(1)
+    made = adapter.initial(config, on.shape, generator)
+    return AdaptedModel(on, adapter.map_tensors(made, lambda t: 0.3 * torch.randn(t.shape, generator=generator)))
+
+
+def gradients(model: AdaptedModel) -> Tensor:
+    """All of the adapter's gradients for one batch, end to end."""
+    model.zero_grad()
+    model(**collate(encode(EXAMPLES, model.base.tokenizer, max_length=64), pad_token_id=0)).loss.backward()
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+# --- what training touches ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", list(USUAL))
+@pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.NONE])
+def test_gradients_reach_the_adapter_and_nothing_else(tiny_base: Path, method: str, quantization: Quantization) -> None:
+    ours = base.load(ModelConfig(path=tiny_base, quantization=quantization, device="cpu"))
+    model = random_adapter(USUAL[method], ours)
+    before = {name: t.clone() for name, t in _stored(ours).items()}
+    parameters = list(model.parameters())
+    assert sum(p.numel() for p in parameters) == model.adapter.num_parameters > 0
+    assert {id(p) for p in parameters} == {id(t) for t in model.adapter.tensors()}
+
+    gradients(model)
+    torch.optim.SGD(parameters, lr=0.1).step()
+
+    assert all(p.dtype is torch.float32 and p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
+    assert all(not p.requires_grad and p.grad is None for p in ours.model.parameters())
+    after = _stored(ours)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not ours.model.training
+
+
+def _stored(of: Base) -> dict[str, Tensor]:
+    """Everything the base holds, quantization state included."""
+    tensors = {name: t for name, t in [*of.model.named_parameters(), *of.model.named_buffers()]}
+    for name, module in of.model.named_modules():
+        if isinstance(module, Linear4bit):
+            tensors[f"{name}.absmax"] = module.weight.quant_state.absmax
+    return tensors
+
+
+# --- that it learns and repeats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", list(USUAL))
+def test_loss_goes_down(fit: Callable[..., TrainResult], method: str) -> None:
+    result = fit(
+        examples=LEARNABLE,
+        adapter=USUAL[method],
+        num_steps=40,
+        batch_size=8,
+        learning_rate=LEARNING_RATES[method],
+        num_warmup_steps=4,
+    )
+    assert len(result.losses) == 40
+    assert sum(result.losses[-5:]) < 0.5 * sum(result.losses[:5])
+
+
+def test_the_same_seed_gives_the_same_bytes(fit: Callable[..., TrainResult]) -> None:
+    weights = [
+        (fit(str(i), adapter=PREFIX, seed=seed).output / directory.WEIGHTS_FILE).read_bytes()
+        for i, seed in enumerate((7, 7, 8))
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]  # the control: training does depend on the seed
+
+
+def test_progress_hears_every_step(tiny_base: Path, tmp_path: Path) -> None:
+    steps: list[Step] = []
+    config = TrainConfig(model=nf4(tiny_base), adapter=LoraConfig(rank=2), output=tmp_path / "a" / "b", num_steps=3)
+    result = train(config, examples=EXAMPLES, progress=steps.append)
+    assert [(step.number, step.num_steps) for step in steps] == [(1, 3), (2, 3), (3, 3)]
+    assert tuple(step.loss for step in steps) == result.losses
+    assert (
+        result.num_parameters
+        == adapter.read(result.output, loader.load(nf4(tiny_base), attention="sdpa").shape).num_parameters
+    )
+
+
+# --- through a quantized base ---------------------------------------------------------------------------------------
+
+
+def dequantized(tiny_base: Path, like: Base, dtype: str) -> Base:
+    """A base without quantization that holds exactly the numbers of the NF4 base `like`."""
+    plain = base.load(ModelConfig(path=tiny_base, quantization=Quantization.NONE, device="cpu", dtype=dtype))
+    for name, module in like.model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.model.get_submodule(name).weight.data = weight.to(plain.dtype)
+    return plain
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("method", list(USUAL))
+def test_gradient_through_nf4_is_that_of_the_dequantized_base(
+    tiny_base: Path, method: str, dtype: str, tolerance: float
+) -> None:
+    ours = base.load(nf4(tiny_base, dtype))
+    expected = gradients(random_adapter(USUAL[method], dequantized(tiny_base, ours, dtype)))
+    assert distance(gradients(random_adapter(USUAL[method], ours)), expected) < tolerance
+
+
+def test_a_forward_without_gradients_does_not_spoil_the_next_gradient(tiny_base: Path) -> None:
+    """bitsandbytes repacks weights for inference; base.py tells why that must not happen here."""
+    ours = base.load(nf4(tiny_base))
+    model = random_adapter(LoraConfig(rank=4), ours)
+    fresh = gradients(model)
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        ours.model(input_ids=ids)
+    assert torch.equal(gradients(model), fresh)
+
+    served = loader.load(nf4(tiny_base), attention="sdpa")  # the control: as the server loads it
+    with torch.no_grad():
+        served.model(input_ids=ids)
+    linears = [module for module in served.model.modules() if isinstance(module, Linear4bit)]
+    if not all(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in linears):
+        pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes repacks nothing")
+    assert distance(gradients(random_adapter(LoraConfig(rank=4), served)), fresh) > 0.3
+
+
+# --- what is refused, and what is left behind -----------------------------------------------------------------------
+
+
+def test_an_adapter_no_server_takes_is_refused_before_training(fit: Callable[..., TrainResult], tmp_path: Path) -> None:
+    with pytest.raises(InvalidAdapter, match=r"adapter_config\.r: is too large"):
+        fit(adapter=LoraConfig(rank=65), num_steps=10**6)
+    with pytest.raises(InvalidAdapter, match="must be a subset of target_modules"):
+        fit(adapter=Ia3Config(target_modules=("k_proj",), feedforward_modules=("down_proj",)), num_steps=10**6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_targets_and_too_long_examples_are_refused(fit: Callable[..., TrainResult]) -> None:
+    with pytest.raises(ValueError, match=r"target_modules: .*down_proj, gate_proj.* given 'c_attn'"):
+        fit(adapter=LoraConfig(target_modules=("q_proj", "c_attn")))
+    with pytest.raises(InvalidData, match=r"examples\[0\]: has too many tokens \(limit 59\)"):
+        fit(adapter=PREFIX, examples=[Example("a" * 55, "b" * 5)])  # 64 positions, 5 of them virtual
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, given 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, given 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, given nan"),
+        ({"num_warmup_steps": 5}, "num_warmup_steps must be 0 to 4, given 5"),
+        ({"weight_decay": -1.0}, r"weight_decay must be at least 0, given -1\.0"),
+    ],
+)
+def test_knobs_are_checked(fit: Callable[..., TrainResult], changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(**changes)
+
+
+def test_examples_come_from_one_place(tiny_base: Path, tmp_path: Path) -> None:
+    config = TrainConfig(model=nf4(tiny_base), adapter=PREFIX, output=tmp_path / "out")
+    with pytest.raises(ValueError, match="give either a file or the examples"):
+        train(config)
+
+
+def test_an_existing_adapter_is_kept_unless_overwritten(fit: Callable[..., TrainResult], tmp_path: Path) -> None:
+    first = fit(adapter=PREFIX).output
+    old = (first / directory.WEIGHTS_FILE).read_bytes()
+    with pytest.raises(FileExistsError, match="exists"):
+        fit(adapter=PREFIX, seed=1)
+    assert (first / directory.WEIGHTS_FILE).read_bytes() == old
+    fit(adapter=PREFIX, seed=1, overwrite=True)
+    assert (first / directory.WEIGHTS_FILE).read_bytes() != old
+    (first / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds other files"):
+        fit(adapter=PREFIX, overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_run_that_breaks_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    def interrupt(step: Step) -> None:
+        if step.number == 2:
+            raise KeyboardInterrupt
+
+    config = TrainConfig(model=nf4(tiny_base), adapter=PREFIX, output=tmp_path / "out", num_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, examples=EXAMPLES, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_command_trains(tiny_base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a = ", "completion": "b"}\n{"text": "weft"}\n')
+    options = f"--base {tiny_base} --method lora --rank 2 --target-modules q_proj,v_proj --data {rows} --steps 2"
+    result = CliRunner().invoke(command.app, [*options.split(), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "out: lora, 1,152 parameters, loss " in result.output
+    made = adapter.read(tmp_path / "out", loader.load(nf4(tiny_base), attention="sdpa").shape)
+    assert {site.rpartition(".")[2] for site in made.sites} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--method dora", "method: must be one of lora, ia3, prefix, given 'dora'"),
+        ("--method ia3 --rank 8", "--rank: the method ia3 has none"),
+        ("--method prefix --target-modules q_proj", "--target-modules: the method prefix has none"),
+        ("--method lora --steps 0", "num_steps must be at least 1, given 0"),
+        ("--method lora", "No such file or directory"),
+    ],
+)
+def test_command_says_what_is_wrong(tiny_base: Path, tmp_path: Path, options: str, message: str) -> None:
+    paths = f"--base {tiny_base} --data {tmp_path}/none.jsonl --output {tmp_path}/out"
+    result = CliRunner().invoke(command.app, [*options.split(), *paths.split()])
+    assert result.exit_code == 1
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_importing_the_command_stays_cheap() -> None:
+    code = "import sys, weft_training.command; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
