@@ -1,6 +1,7 @@
 """Running adapters through the serving path (paged attention, slots, kernels) without a server around it."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ class Step:
             base, num_kv_blocks=num_kv_blocks, block_size=BLOCK_SIZE, adapter_bytes=1 << 28, kernels=kernels
         )
 
-    def logits(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Logits [tokens, V] of each row."""
+    def logits(self, rows: Sequence[Row], around: AbstractContextManager[object] | None = None) -> list[Tensor]:
+        """Logits [tokens, V] of each row; `around` is entered for the model call alone."""
         slots, scheduled, slots_of = [], [], {}
         for index, row in enumerate(rows):
             uses = ()
@@ -67,7 +68,8 @@ class Step:
             slots_of[request] = request_slots
         batch = batches.build(scheduled, slots_of, BLOCK_SIZE)
         batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))
-        flat = self.runner.forward(batch)
+        with around or nullcontext():
+            flat = self.runner.forward(batch)
         for request in slots_of:
             self.blocks.release(request)
             self.blocks.unshare_virtual(request)

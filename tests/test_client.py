@@ -108,6 +108,11 @@ def test_zero_is_sent_and_none_is_not(service: FakeService, client: Client) -> N
     assert not sampling.HasField("top_k")
 
 
+def test_a_stop_that_is_one_text_is_one_stop(service: FakeService, client: Client) -> None:
+    client.generate("a", stop="END")
+    assert list(service.last(generation_pb2.GenerateRequest).stopping.stop) == ["END"]
+
+
 @pytest.mark.parametrize(
     ("prompt", "field", "answer"),
     [

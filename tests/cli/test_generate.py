@@ -1,11 +1,13 @@
 """`weft generate` and `weft chat`: what they ask, where the answer goes, how it can be told."""
 
+import errno
 import json
 
 import pytest
 
 from tests.cli.conftest import Weft
 from tests.cli.fake_service import SEED, FakeService
+from weft.cli import generate
 from weft.errors import InvalidRequest, Overloaded
 from weft.v1.generation_pb2 import ChatMessage, GenerateRequest, ResponseOptions, Sampling, Stopping
 
@@ -91,6 +93,16 @@ def test_a_number_that_cannot_be_sent_is_refused(fake: FakeService, weft: Weft) 
     result = weft("generate", "hi", "--seed", str(2**64))
     assert result.exit_code == 2
     assert result.stderr.startswith("seed: given 18446744073709551616")
+
+
+def test_a_closed_pipe_is_no_failed_call(fake: FakeService, weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(text: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(generate, "write", write)
+    result = weft("generate", "forever")
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert fake.left.wait(5)
 
 
 def test_chat_sends_the_whole_conversation(fake: FakeService, weft: Weft) -> None:

@@ -1,23 +1,28 @@
-"""Our adapters in stock PEFT: the same tensors, logits, gradients and greedy answers."""
+"""Our adapters in stock PEFT and in serving: the same tensors, logits, gradients and greedy answers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from tests import serving, tiny
+from tests.serving import Step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from weft.config import ModelConfig, Quantization
+from weft.kernels.selection import select
 from weft.methods.checkpoint import directory
 from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
+from weft.methods.protocol import Adapter, BaseShape
+from weft.model import loader, paged_attention
 from weft_training import adapter, base
 from weft_training.adapter import AdaptedModel, MethodConfig
-from weft_training.data import Example, collate, encode
+from weft_training.data import Example, Row, collate, encode
 from weft_training.trainer import TrainConfig, train
 
 CONFIGS: dict[str, MethodConfig] = {
@@ -67,6 +72,37 @@ def test_logits_are_pefts(trained: Path, exact: ModelConfig) -> None:
         alone = ours.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[is_token]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert (alone - expected).abs().max() > 0.1  # the control: without the adapter the comparison would fail
+
+
+RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
+    "lora": lambda shape: tiny.random_lora(shape, rank=3, seed=1),
+    "ia3": lambda shape: tiny.random_ia3(shape, seed=2),
+    "prefix": lambda shape: tiny.random_prefix(shape, length=7, seed=3),
+}
+
+
+@pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
+def test_serving_computes_what_training_does(architecture: str, tmp_path: Path) -> None:
+    """Paged attention, slots and kernels beside the module that is trained, on rows of unequal length."""
+    config = ModelConfig(
+        path=tiny.save_base(tmp_path, architecture), quantization=Quantization.NONE, device="cpu", dtype="float32"
+    )
+    ours = base.load(config)
+    paged_attention.register()
+    served = loader.load(config, attention=paged_attention.ATTENTION)
+    step = Step(served, select(served.device, served.dtype))
+    rows = [Row(list(range(40, 70)), 0), Row([7, 9, 100], 0), Row([5], 0)]
+    batch = collate(rows, pad_token_id=0)
+    del batch["labels"]
+    for make in RANDOM.values():
+        made = make(ours.shape)
+        with torch.no_grad():
+            trained = AdaptedModel(ours, made)(**batch).logits
+        for logits, row, wanted in zip(
+            trained, rows, step.logits([serving.Row(row.input_ids, made) for row in rows]), strict=True
+        ):
+            torch.testing.assert_close(logits[: len(row.input_ids)], wanted, atol=1e-4, rtol=0)
+            assert wanted.abs().max() > 0.1
 
 
 def test_gradients_are_pefts(trained: Path, exact: ModelConfig) -> None:

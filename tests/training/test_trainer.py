@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
+from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -99,7 +100,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(tiny_base: Path, method: s
 
 def _stored(of: Base) -> dict[str, Tensor]:
     """Everything the base holds, quantization state included."""
-    tensors = {name: t for name, t in [*of.model.named_parameters(), *of.model.named_buffers()]}
+    tensors = dict([*of.model.named_parameters(), *of.model.named_buffers()])
     for name, module in of.model.named_modules():
         if isinstance(module, Linear4bit):
             tensors[f"{name}.absmax"] = module.weight.quant_state.absmax
@@ -114,22 +115,21 @@ def test_loss_goes_down(fit: Callable[..., TrainResult], method: str) -> None:
     result = fit(
         examples=LEARNABLE,
         adapter=USUAL[method],
-        num_steps=40,
+        num_steps=20,
         batch_size=8,
         learning_rate=LEARNING_RATES[method],
-        num_warmup_steps=4,
     )
-    assert len(result.losses) == 40
+    assert len(result.losses) == 20
     assert sum(result.losses[-5:]) < 0.5 * sum(result.losses[:5])
 
 
-def test_the_same_seed_gives_the_same_bytes(fit: Callable[..., TrainResult]) -> None:
-    weights = [
-        (fit(str(i), adapter=PREFIX, seed=seed).output / directory.WEIGHTS_FILE).read_bytes()
+def test_the_same_seed_gives_the_same_adapter(fit: Callable[..., TrainResult]) -> None:
+    one, same, other = (
+        load_file(fit(str(i), adapter=PREFIX, seed=seed).output / directory.WEIGHTS_FILE)
         for i, seed in enumerate((7, 7, 8))
-    ]
-    assert weights[0] == weights[1]
-    assert weights[0] != weights[2]  # the control: training does depend on the seed
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)  # the control: it does depend on the seed
 
 
 def test_progress_hears_every_step(tiny_base: Path, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_command_trains(tiny_base: Path, tmp_path: Path) -> None:
     options = f"--base {tiny_base} --method lora --rank 2 --target-modules q_proj,v_proj --data {rows} --steps 2"
     result = CliRunner().invoke(command.app, [*options.split(), "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "out: lora, 1,152 parameters, loss " in result.output
+    assert "out: lora, 896 parameters, loss " in result.output
     made = adapter.read(tmp_path / "out", loader.load(nf4(tiny_base), attention="sdpa").shape)
     assert {site.rpartition(".")[2] for site in made.sites} == {"q_proj", "v_proj"}
 

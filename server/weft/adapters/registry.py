@@ -88,6 +88,7 @@ class Registry:
         self._wall_clock = wall_clock
         self._current: dict[AdapterId, Version] = {}
         self._replaced: dict[AdapterId, list[Version]] = {}  # newest first; each still leased
+        self._drained_from: dict[AdapterId, AdapterState] = {}
 
     def __iter__(self) -> Iterator[Version]:
         """Current versions by id."""
@@ -123,9 +124,11 @@ class Registry:
 
     def acquire(self, reference: AdapterReference, request_id: str) -> Version:
         """Look up and hold in one step. Raises AdapterNotFound, or AdapterUnusable with the state's reason."""
-        for version in self.replaced(reference.adapter_id):
-            if version.generation == reference.generation:
-                raise _draining(version)
+        current = self._current.get(reference.adapter_id)
+        if current is None or current.generation != reference.generation:  # an older content can be current again
+            for version in self.replaced(reference.adapter_id):
+                if version.generation == reference.generation:
+                    raise _draining(version)
         version = self.require(reference)
         if version.state is not AdapterState.ACTIVE:
             raise _unusable(version)
@@ -224,19 +227,21 @@ class Registry:
                 field="expected_generation",
                 metadata={"adapter_id": adapter_id, "limit": version.generation, "given": expected_generation},
             )
+        self._drained_from[adapter_id] = version.state
         version.state = AdapterState.DRAINING
         self._changed(Change.UPDATED, version)
         return self.versions(adapter_id)
 
     def revive(self, adapter_id: AdapterId) -> None:
-        """Unregistering failed before anything was removed: serve again."""
+        """Unregistering failed before anything was removed: all is as it was."""
         version = self._current[adapter_id]
-        version.state = AdapterState.ACTIVE
+        version.state = self._drained_from.pop(adapter_id)
         self._changed(Change.UPDATED, version)
 
     def remove(self, adapter_id: AdapterId) -> None:
         """Forget a drained id."""
         version = self._current.pop(adapter_id)
+        self._drained_from.pop(adapter_id, None)
         assert not version.leases, version
         self._changed(Change.REMOVED, version)
 

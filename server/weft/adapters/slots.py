@@ -50,9 +50,14 @@ class SlotTable:
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def free_bytes(self) -> int:
+        """What the budget has left."""
+        return self.capacity_bytes - self.used_bytes
+
     def put(self, slab: Slab) -> AdapterSlot | None:
         """Copy an adapter into a slot; None where the budget has no room for it now."""
-        if self.used_bytes + slab.buffer.nbytes > self.capacity_bytes:
+        if slab.buffer.nbytes > self.free_bytes:
             return None
         if not self._free:
             self._grow()

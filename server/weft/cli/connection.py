@@ -39,6 +39,8 @@ def connected(server: str) -> Iterator["Client"]:
         except RpcFailure as failure:
             raise fail(str(failure), hint=hint_for(failure.failure, server)) from None
         except OSError as error:
+            if error.filename is None:  # not a file: the reader of a pipe went away, which typer takes care of
+                raise
             raise fail(f"{error.filename}: {error.strerror}") from None
         except ValueError as error:
             raise fail(str(error), code=2) from None

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from weft.cli.connection import JsonOption, ServerOption, connected
-from weft.cli.output import print_facts, print_json, print_table, size
+from weft.cli.output import print_facts, print_json, print_line, print_table, size
 from weft.settings import DEFAULT_SERVER
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def command(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> 
         print_json(model)
         return
     print_facts(_facts(model))
+    print_line("")
     print_table(
         ("site", "modules", "in", "out"),
         ((site.suffix, str(site.num_modules), str(site.in_features), str(site.out_features)) for site in model.sites),

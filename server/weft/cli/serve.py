@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,9 +137,16 @@ def _titles() -> dict[str, str]:
 _TITLES = _titles()
 
 
-def command(**given: Any) -> None:
-    _serve(given.pop("config"), given.pop("adapters"), given)
+def _command() -> Callable[..., None]:
+    """The function that typer reads the options off, and calls."""
+
+    def command(**given: Any) -> None:
+        _serve(given.pop("config"), given.pop("adapters"), given)
+
+    described: Any = command
+    described.__doc__ = _serve.__doc__
+    described.__signature__ = inspect.Signature(_parameters())
+    return command
 
 
-command.__doc__ = _serve.__doc__
-command.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]  # what typer reads
+command = _command()

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -77,7 +77,7 @@ class Parameters(TypedDict, total=False):
     seed: int | None
     max_new_tokens: int | None
     min_new_tokens: int | None
-    stop: Sequence[str] | None
+    stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     include_stop: bool | None
     ignore_eos: bool | None
@@ -114,6 +114,8 @@ def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpac
     """The message that asks for an answer to `prompt`, which is text, tokens or a conversation."""
     given: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
     given.pop("timeout_s", None)
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]  # as a sequence it would be its characters
     request = GenerateRequest(
         sampling=_filled(Sampling, given), stopping=_filled(Stopping, given), options=_filled(ResponseOptions, given)
     )
@@ -124,7 +126,7 @@ def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpac
         case str():
             request.text = prompt
         case [int(), *_] | []:
-            request.token_ids.CopyFrom(TokenIds(ids=[int(token_id) for token_id in prompt]))  # type: ignore
+            request.token_ids.CopyFrom(TokenIds(ids=cast(Sequence[int], prompt)))
         case _:
             request.messages.CopyFrom(_messages(prompt))
     match adapter:

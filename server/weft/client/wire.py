@@ -73,4 +73,5 @@ def document(method: Callable[..., Any], described: Callable[..., Any]) -> None:
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__name__ = described.__name__
     method.__doc__ = described.__doc__
-    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore
+    documented: Any = method
+    documented.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])

@@ -63,6 +63,10 @@ class BlockManager:
         """Blocks that a later request can share."""
         return len(self._key_of)
 
+    def count(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
     def match(self, request: Request) -> int:
         """Give a request without blocks the longest cached beginning of its tokens; returns how many tokens that is.
 
@@ -86,7 +90,7 @@ class BlockManager:
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Give the request blocks for its first `num_tokens` real tokens; False, unchanged, where the pool is short."""
-        missing = -(-num_tokens // self.block_size) - len(request.blocks)
+        missing = self.count(num_tokens) - len(request.blocks)
         if missing > self.num_free_blocks:
             return False
         request.blocks.extend(self._take() for _ in range(missing))
@@ -110,6 +114,12 @@ class BlockManager:
                 for generation in generations:
                     self._blocks_of_generation.setdefault(generation, set()).add(block)
 
+    def distrust(self, request: Request) -> None:
+        """Unkey every block the request uses: nobody shares them from now on."""
+        for block in request.blocks:
+            if block in self._key_of:
+                self._forget(block)
+
     def release(self, request: Request) -> None:
         """Take the blocks of the request's own tokens back; they are computed again if it runs again."""
         # Last block first: a chain is evicted from its end, so what stays is still reachable.
@@ -121,7 +131,7 @@ class BlockManager:
 
     def take_virtual(self, num_tokens: int) -> list[int] | None:
         """Blocks for `num_tokens` virtual positions, referenced once by their owner; None where the pool is short."""
-        count = -(-num_tokens // self.block_size)
+        count = self.count(num_tokens)
         if count > self.num_free_blocks:
             return None
         return [self._take() for _ in range(count)]

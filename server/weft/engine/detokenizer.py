@@ -1,13 +1,15 @@
 """From tokens to text, one request at a time; runs on the event loop, not in the engine.
 
-Text is held back while it ends in half a character or in what may become a stop string.
+Text is held back while it ends in half a character or in what may become a stop string. What was given is never taken
+back, also where a byte-fallback decoder, after more tokens, would read earlier bytes differently.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+_INCOMPLETE = "\ufffd"  # what decoders make of half a character
 
 
 class Piece(NamedTuple):
@@ -23,8 +25,7 @@ class Detokenizer:
     def __init__(
         self, tokenizer: Tokenizer, stops: Sequence[str], *, include_stop: bool = False, min_new_tokens: int = 0
     ) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._decoder = _Decoder(tokenizer)
         self._stops = tuple(stops)
         self._include_stop = include_stop
         self._uncounted = min_new_tokens
@@ -32,10 +33,10 @@ class Detokenizer:
 
     def add(self, token_id: int) -> Piece:
         """One more token; after a piece with `stop` the answer is over."""
-        new = self._stream.step(self._tokenizer, token_id) or ""
+        new = self._decoder.add(token_id)
         self._uncounted -= 1
         if self._uncounted >= 0 or not self._stops:
-            return Piece(self._release(new))
+            return Piece(new)
         text = self._held + new
         matches = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if matches:
@@ -47,12 +48,36 @@ class Detokenizer:
         return Piece(text[: len(text) - keep])
 
     def flush(self) -> str:
-        """What was held back for a stop string that did not come."""
-        return self._release("")
-
-    def _release(self, new: str) -> str:
-        text, self._held = self._held + new, ""
+        """What was held back for a stop string or a character that did not come."""
+        text, self._held = self._held + self._decoder.flush(), ""
         return text
+
+
+class _Decoder:
+    """Tokens to text, as the tokenizer decodes them together: a token is read after those of the last complete text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []  # the tokens of the last complete text, and those after it
+        self._num_read = 0  # how many of them are in that text
+        self._read = ""  # that text
+
+    def add(self, token_id: int) -> str:
+        self._tokens.append(token_id)
+        text = self._decode(self._tokens)
+        if text.endswith(_INCOMPLETE) or len(text) <= len(self._read):
+            return ""
+        new = text[len(self._read) :]
+        del self._tokens[: self._num_read]
+        self._num_read = len(self._tokens)
+        self._read = self._decode(self._tokens)
+        return new
+
+    def flush(self) -> str:
+        return self._decode(self._tokens)[len(self._read) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _overlap(text: str, stop: str) -> int:

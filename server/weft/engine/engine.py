@@ -1,7 +1,8 @@
 """The engine: one thread, one `step()`.
 
 Other threads put messages into the inbox; they take effect between two steps, so nothing here needs a lock. Only this
-thread touches device memory. Every accepted request ends in exactly one event with `finish`.
+thread touches device memory. Every accepted request ends in exactly one event with `finish`. An engine that does not run
+any more refuses every message that wants an answer, and forgets the others.
 """
 
 import logging
@@ -53,6 +54,13 @@ class EngineCallbacks:
     down: Callable[[], None] = lambda: None
 
 
+class _Message(NamedTuple):
+    """What another thread wants; `refuse` is its answer from an engine that does not run any more."""
+
+    apply: Callable[[], object]
+    refuse: Callable[[WeftError], object] = lambda error: None
+
+
 class Engine:
     """Continuous batching over a runner."""
 
@@ -82,7 +90,7 @@ class Engine:
         )
         self._requests: dict[RequestId, Request] = {}
         self._events: list[TokenEvent] = []
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._stopping = False
         self._down: Unavailable | None = None
         self._thread = threading.Thread(target=self._run, name="weft-engine", daemon=True)
@@ -98,12 +106,14 @@ class Engine:
     def stop(self, timeout_s: float | None = None) -> None:
         """End the thread; requests still inside end with UNAVAILABLE. Waits up to `timeout_s`."""
         self._post(self._stop)
-        if self._thread.ident is not None:
+        if self._thread.ident is None:
+            self._run()  # never started: the caller answers those who wait
+        else:
             self._thread.join(timeout_s)
 
     def submit(self, request: Request) -> None:
         """Take a request in."""
-        self._post(partial(self._add, request))
+        self._post(partial(self._add, request), refuse=partial(self._tell, request, FinishReason.ERROR))
 
     def end(self, request_id: RequestId, reason: FinishReason, error: WeftError | None = None) -> None:
         """End a request before its own end; nothing happens when it has ended already."""
@@ -138,37 +148,46 @@ class Engine:
         future: Future[T] = Future()
 
         def run() -> None:
-            if self._down is not None:
-                future.set_exception(self._down)
-                return
+            if not future.set_running_or_notify_cancel():
+                return  # the caller has gone
             try:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
 
-        self._post(run)
+        def refuse(error: WeftError) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+        self._post(run, refuse=refuse)
         return future
 
     # -- the engine thread --------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._receive(wait=True)
-                self.step()
-            except Exception:
-                _log.exception("engine: a fault outside a step; the engine goes down")
-                self._go_down()
+    def turn(self, *, wait: bool = False) -> None:
+        """Messages in, a step, events out: the engine thread does nothing else. A test may be that thread."""
+        try:
+            self._receive(wait=wait)
+            self.step()
             self._deliver()
-        self._fail_all(self._down or Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0))
-        self._deliver()
-        self._down = self._down or Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0)
-        self._ended.set()
-        self._answer_after_end()
+        except Exception:
+            _log.exception("engine: a fault outside the model call; the engine goes down")
+            self._go_down()
+            self._deliver()
 
-    def _post(self, message: Callable[[], None]) -> None:
-        """Put a message in; after the thread has ended its sender applies it, so that nothing waits for ever."""
-        self._inbox.put(message)
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self.turn(wait=True)
+        finally:
+            self._fail_all(self._down or Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0))
+            self._down = self._down or Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0)
+            self._ended.set()
+            self._answer_after_end()
+
+    def _post(self, apply: Callable[[], object], refuse: Callable[[WeftError], object] = lambda error: None) -> None:
+        """Put a message in; after the thread has ended its sender answers it, so that nothing waits for ever."""
+        self._inbox.put(_Message(apply, refuse))
         if self._ended.is_set():
             self._answer_after_end()
 
@@ -211,6 +230,7 @@ class Engine:
     def _append(self, request: Request, token: SampledToken | None, now: float) -> None:
         if token is None:
             self._metrics.nonfinite_rows.inc()
+            self.blocks.distrust(request)
             self._end(request, FinishReason.ERROR, _non_finite(request))
             return
         request.output.append(token.token_id)
@@ -243,11 +263,21 @@ class Engine:
         error: WeftError | None = None,
         tokens: tuple[SampledToken, ...] = (),
     ) -> None:
-        """The one way a request leaves."""
-        finish = request.finish(reason, error)
+        """The one way a request leaves while the engine runs."""
+        self._tell(request, reason, error, tokens)
         self.scheduler.remove(request)
         self.residency.release(request)
-        del self._requests[request.request_id]
+
+    def _tell(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: WeftError | None = None,
+        tokens: tuple[SampledToken, ...] = (),
+    ) -> None:
+        """The request's last event."""
+        finish = request.finish(reason, error)
+        self._requests.pop(request.request_id, None)
         self._events.append(TokenEvent(request.request_id, tokens, finish))
         self._metrics.requests.labels(reason.value).inc()
         self._metrics.request_seconds.observe(self._clock() - request.arrival_s)
@@ -261,47 +291,45 @@ class Engine:
             self._end(request, FinishReason.ERROR, error)
 
     def _resolve_stall(self) -> None:
-        """Nothing can run: make room by letting an idle adapter go, or end a request that can never fit."""
-        if self.scheduler.running or self.residency.num_pending or not self.scheduler.waiting:
+        """Nothing runs. The first request that waits for room, not for a load, gets all there is for the next step."""
+        stuck = self._stuck()
+        if stuck is None:
             return
-        if self.residency.evict_idle():
-            self._inbox.put(lambda: None)  # try again at once
+        others = [request for request in self.scheduler.waiting if request is not stuck]
+        if self.residency.release_all(others) or self.residency.evict_virtual():
             return
-        request = self.scheduler.waiting[0]
         error = Overloaded(
             "POOL_EXHAUSTED", "the adapter and KV pools have no room for this request now", retry_after_s=1.0
         )
-        self._end(request, FinishReason.ERROR, error)
+        self._end(stuck, FinishReason.ERROR, error)
+
+    def _stuck(self) -> Request | None:
+        waiting = (request for request in self.scheduler.waiting if not self.residency.is_loading(request))
+        return next(waiting, None)
 
     # -- messages -----------------------------------------------------------------------------------------------
 
     def _receive(self, *, wait: bool) -> None:
-        """Apply every message; where nothing can run, sleep until the next one or the nearest deadline."""
-        if wait and not self.scheduler.running and not self._events:
-            try:
-                self._inbox.get(timeout=self._sleep_s())()
-            except queue.Empty:
-                return
+        """Take every message in; where nothing can run, sleep until the next one or the nearest deadline."""
+        block = wait and not self.scheduler.running and self._stuck() is None and self._down is None
         while True:
             try:
-                message = self._inbox.get_nowait()
+                message = self._inbox.get(block, timeout=self._sleep_s() if block else None)
             except queue.Empty:
                 return
-            message()
+            if self._down is None:
+                message.apply()
+            else:
+                message.refuse(self._down)
+            block = False
 
     def _sleep_s(self) -> float | None:
-        if not self._requests:
-            return None
-        if self.scheduler.waiting and not self.residency.num_pending:
-            return 0.0
-        nearest = min(request.deadline_s for request in self._requests.values())
+        nearest = min((request.deadline_s for request in self._requests.values()), default=float("inf"))
         return None if nearest == float("inf") else max(0.0, nearest - self._clock())
 
     def _add(self, request: Request) -> None:
         self._requests[request.request_id] = request
         self.scheduler.add(request)
-        if self._down is not None:
-            self._end(request, FinishReason.ERROR, self._down)
 
     def _end_by_id(self, request_id: RequestId, reason: FinishReason, error: WeftError | None) -> None:
         request = self._requests.get(request_id)
@@ -335,8 +363,9 @@ class Engine:
         self._callbacks.down()
 
     def _fail_all(self, error: WeftError) -> None:
+        """Tell everyone, and touch no accounting: it may be what broke, and nothing runs after this."""
         for request in list(self._requests.values()):
-            self._end(request, FinishReason.ERROR, error)
+            self._tell(request, FinishReason.ERROR, error)
 
     def _deliver(self) -> None:
         if self._events:

@@ -25,6 +25,7 @@ class RequestStatus(Enum):
 
     WAITING = auto()
     RUNNING = auto()
+    PREEMPTED = auto()
     FINISHED = auto()
 
 
@@ -98,6 +99,7 @@ class Request:
 
     deadline_s, arrival_s: on the monotonic clock. cache_root: what the prefix-cache key starts from (block_manager.py).
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
+    num_cached_tokens: prompt tokens that others had computed when the request first started.
     """
 
     request_id: RequestId
@@ -120,6 +122,9 @@ class Request:
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
+        virtual = [use for use in self.adapters if use.num_virtual_tokens]
+        assert all(use.gate == 1.0 for use in virtual), "attention knows no gate of virtual positions"
+        assert len(virtual) <= 1, "a block table begins with the virtual positions of one adapter"
         self.random.seed(self.params.seed)
 
     @property

@@ -2,11 +2,12 @@
 
 An adapter is resident when its slot is filled and its virtual positions are in the KV pool. A request holds its
 adapters from the step that starts it to its end; held and pinned adapters stay, the others leave, longest unused first,
-when room is needed. What is missing is asked for once (`request_load`) and arrives as a slab between two steps.
+when room is needed and their leaving makes enough of it. What is missing is asked for once (`request_load`) and arrives
+as a slab between two steps.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
@@ -42,15 +43,12 @@ class Residency:
         self._request_load = request_load
         self._evicted = evicted
         self._resident: OrderedDict[Generation, _Resident] = OrderedDict()  # least recently used first
-        self._arrived: dict[Generation, Slab] = {}
-        self._pending: set[Generation] = set()
+        self._pending: set[Generation] = set()  # asked for
+        self._arrived: dict[Generation, Slab] = {}  # came, and found no room yet
+        self._seekers: dict[Request, frozenset[Generation]] = {}  # requests that were not admitted, and what they need
+        self._preloading: set[Generation] = set()
         self._pinned: set[Generation] = set()
         self.slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
-
-    @property
-    def num_pending(self) -> int:
-        """Loads that were asked for and have not arrived."""
-        return len(self._pending)
 
     def resident(self) -> frozenset[Generation]:
         """Generations on the device."""
@@ -60,14 +58,20 @@ class Residency:
         """(on the device, arrived without finding room)."""
         return generation in self._resident, generation in self._arrived
 
+    def is_loading(self, request: Request) -> bool:
+        """Whether a load that the request needs is on its way."""
+        return any(use.generation in self._pending for use in request.adapters)
+
     def admit(self, request: Request) -> bool:
-        """Hold every adapter of a request; False where one is not resident yet (it is then on its way)."""
+        """Hold every adapter of a request; False where one is not resident yet: it is on its way, or there is no room."""
         if request in self.slots_of:
             return True
         generations = [use.generation for use in request.adapters]
         missing = [generation for generation in generations if not self._ensure(generation, keep=generations)]
         if missing:
+            self._seekers[request] = frozenset(generations)
             return False
+        self._seekers.pop(request, None)
         for generation in generations:
             resident = self._resident[generation]
             resident.holders += 1
@@ -77,25 +81,42 @@ class Residency:
         return True
 
     def release(self, request: Request) -> None:
-        """The request ended: its holds end."""
+        """The request ended, or waits and lets others go first: its holds and its wishes end."""
         self._blocks.unshare_virtual(request)
         if self.slots_of.pop(request, None) is not None:
             for use in request.adapters:
                 self._resident[use.generation].holders -= 1
+                self._resident.move_to_end(use.generation)
+        for generation in self._seekers.pop(request, ()):
+            self._forget_unwanted(generation)
+
+    def release_all(self, requests: Collection[Request]) -> bool:
+        """Release those of the requests that hold adapters; False where none does."""
+        holding = [request for request in requests if self.slots_of.get(request)]
+        for request in holding:
+            self.release(request)
+        return bool(holding)
 
     def arrived(self, generation: Generation, slab: Slab) -> None:
-        """A load finished; the adapter is placed when a request is admitted, or now if it was asked for by itself."""
+        """A load finished: the adapter goes to the device, or waits for room while somebody wants it."""
+        if generation not in self._pending:
+            return  # evicted while it was on its way
         self._pending.discard(generation)
         self._arrived[generation] = slab
-        self._ensure(generation, keep=())
+        # Never against what the same request needs beside it: the two would drive each other out for ever.
+        together = (sought for sought in self._seekers.values() if generation in sought)
+        self._ensure(generation, keep=frozenset().union(*together))
+        self._forget_unwanted(generation)
 
     def failed(self, generation: Generation) -> None:
         """A load failed; the next request for the adapter asks again."""
         self._pending.discard(generation)
+        self._preloading.discard(generation)
 
     def preload(self, generation: Generation) -> None:
         """Bring an adapter in without a request."""
-        self._ensure(generation, keep=())
+        if not self._ensure(generation, keep=()):
+            self._preloading.add(generation)
 
     def pin(self, generation: Generation) -> None:
         """Keep the adapter on the device, bringing it in if need be."""
@@ -105,20 +126,30 @@ class Residency:
     def unpin(self, generation: Generation) -> None:
         """Let the adapter leave when room is needed."""
         self._pinned.discard(generation)
+        self._forget_unwanted(generation)
 
-    def evict_idle(self) -> bool:
-        """Make the longest unused adapter that nobody holds leave; False where there is none."""
-        return self._evict_one(keep=())
+    def evict_virtual(self) -> bool:
+        """Make the longest unused adapter with virtual positions leave: KV runs short. False where there is none."""
+        for generation, resident in self._resident.items():
+            if resident.blocks and self._can_leave(generation, keep=()):
+                self._leave(generation)
+                return True
+        return False
 
     def evict(self, generation: Generation) -> int:
-        """Take an adapter that nobody holds off the device; returns the device bytes that were freed."""
+        """Take an adapter that nobody holds off the device; returns the device bytes that were freed.
+
+        One that is on its way is no longer awaited.
+        """
         self._arrived.pop(generation, None)
+        self._pending.discard(generation)
+        self._preloading.discard(generation)
         if generation not in self._resident:
             return 0
         assert self._resident[generation].holders == 0, generation
-        return self._leave(generation)
+        return self._take_off(generation)
 
-    def _ensure(self, generation: Generation, keep: Sequence[Generation]) -> bool:
+    def _ensure(self, generation: Generation, keep: Collection[Generation]) -> bool:
         if generation in self._resident:
             return True
         slab = self._arrived.get(generation)
@@ -129,33 +160,52 @@ class Residency:
             self._request_load(generation)
         return False
 
-    def _place(self, generation: Generation, slab: Slab, keep: Sequence[Generation]) -> bool:
-        blocks = self._blocks.take_virtual(slab.num_virtual_tokens)
-        while blocks is None:
-            if not self._evict_one(keep):
-                return False
-            blocks = self._blocks.take_virtual(slab.num_virtual_tokens)
-        slot = self._runner.slots.put(slab)
-        while slot is None:
-            if not self._evict_one(keep):
-                self._blocks.drop_virtual(blocks)
-                return False
-            slot = self._runner.slots.put(slab)
+    def _forget_unwanted(self, generation: Generation) -> None:
+        """Let an arrived slab go where no request and no call wants it any more."""
+        wanted = generation in self._preloading or generation in self._pinned
+        if not wanted and not any(generation in sought for sought in self._seekers.values()):
+            self._arrived.pop(generation, None)
+
+    def _place(self, generation: Generation, slab: Slab, keep: Collection[Generation]) -> bool:
+        if not self._make_room(slab, keep):
+            return False
+        blocks, slot = self._blocks.take_virtual(slab.num_virtual_tokens), self._runner.slots.put(slab)
+        assert blocks is not None
+        assert slot is not None
         if slab.virtual is not None:
             self._runner.write_virtual(blocks, slab.virtual)
         del self._arrived[generation]
+        self._preloading.discard(generation)
         self._resident[generation] = _Resident(slab, slot, blocks)
         return True
 
-    def _evict_one(self, keep: Sequence[Generation]) -> bool:
+    def _make_room(self, slab: Slab, keep: Collection[Generation]) -> bool:
+        """Let adapters leave until `slab` fits; False, with all still there, where even that would not do."""
+        missing_bytes = slab.buffer.nbytes - self._runner.slots.free_bytes
+        missing_blocks = self._blocks.count(slab.num_virtual_tokens) - self._blocks.num_free_blocks
+        leaving = []
         for generation, resident in self._resident.items():
-            if resident.holders == 0 and generation not in self._pinned and generation not in keep:
-                self._leave(generation)
-                self._evicted(resident.slab)
-                return True
-        return False
+            gives_bytes = missing_bytes > 0 and resident.slab.buffer.nbytes > 0
+            gives_blocks = missing_blocks > 0 and len(resident.blocks) > 0
+            if (gives_bytes or gives_blocks) and self._can_leave(generation, keep):
+                leaving.append(generation)
+                missing_bytes -= resident.slab.buffer.nbytes
+                missing_blocks -= len(resident.blocks)
+        if missing_bytes > 0 or missing_blocks > 0:
+            return False
+        for generation in leaving:
+            self._leave(generation)
+        return True
 
-    def _leave(self, generation: Generation) -> int:
+    def _can_leave(self, generation: Generation, keep: Collection[Generation]) -> bool:
+        return not self._resident[generation].holders and generation not in self._pinned and generation not in keep
+
+    def _leave(self, generation: Generation) -> None:
+        slab = self._resident[generation].slab
+        self._take_off(generation)
+        self._evicted(slab)
+
+    def _take_off(self, generation: Generation) -> int:
         resident = self._resident.pop(generation)
         freed = self._runner.slots.drop(resident.slot)
         self._blocks.drop_virtual(resident.blocks)

@@ -65,13 +65,14 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
     params = [request.params for request in requests]
-    scaled = logits / column([p.temperature for p in params])
+    # From the largest down: dividing by a small temperature must not overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params])
     probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # [B, V]
     vocab_size = logits.shape[-1]
     keep = torch.arange(vocab_size, device=device) < column([p.top_k or vocab_size for p in params])
     left = probabilities * keep
-    before = left.cumsum(-1) - left
-    keep &= before < column([p.top_p for p in params]) * left.sum(-1, keepdim=True)
+    reached = left.cumsum(-1, dtype=torch.float64)  # float32 would cut the tail of a large vocabulary
+    keep &= reached - left < column([p.top_p for p in params]) * reached[:, -1:]
     keep &= probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
     keep[:, 0] = True
     cumulative = (probabilities * keep).cumsum(-1, dtype=torch.float64)

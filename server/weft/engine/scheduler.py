@@ -2,8 +2,9 @@
 
 There is no prefill phase and no decode phase: a request has tokens, some of them computed, and a step lets it catch up
 under one token budget. (The idea is vLLM V1's.) Running requests come first, in order of arrival; then waiting ones,
-skipping those whose adapters are still being loaded. Where the pool runs short, the youngest running request gives its
-blocks back and recomputes later.
+skipping those whose adapters are still being loaded. A request starts when the pool has room for all its tokens, so a
+long prompt never begins what it cannot finish. Where the pool runs short later, the youngest running request gives its
+blocks back and recomputes.
 """
 
 from collections import deque
@@ -96,7 +97,7 @@ class Scheduler:
         """Back to the head of the queue, without blocks but with its adapters; what it generated is recomputed."""
         self.running.remove(request)
         self.blocks.release(request)
-        request.status = RequestStatus.WAITING
+        request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)
         self.num_preemptions += 1
 
@@ -109,13 +110,14 @@ class Scheduler:
                 skipped.append(request)
                 continue
             num_cached = self.blocks.match(request)
-            num_tokens = min(request.num_tokens - num_cached, budget)
-            if not self.blocks.grow(request, num_cached + num_tokens):
+            if not self.blocks.grow(request, request.num_tokens):
                 self.blocks.release(request)
                 skipped.append(request)
                 break
+            num_tokens = min(request.num_tokens - num_cached, budget)
             request.num_computed_tokens = num_cached
-            request.num_cached_tokens = max(request.num_cached_tokens, min(num_cached, request.num_prompt_tokens))
+            if request.status is RequestStatus.WAITING:  # what a preempted request finds again is its own work
+                request.num_cached_tokens = num_cached
             request.status = RequestStatus.RUNNING
             self.running.append(request)
             started.append(Scheduled(request, num_tokens))

@@ -1,0 +1,342 @@
+"""Paged attention on the CPU against float64, and the promise that a row's bits are its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from weft.kernels.cpu import attention, library
+
+pytestmark = pytest.mark.skipif(not library.available(), reason=library.load().reason or "the kernels are there")
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+NAN = float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A whole sequence: virtual and real keys and values [positions, Hkv, D], and a query [real, Hq, D] at every token."""
+
+    virtual_keys: Tensor
+    virtual_values: Tensor
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    num_queries: int  # in this step: the last ones
+
+    @property
+    def num_virtual(self) -> int:
+        return len(self.virtual_keys)
+
+    @property
+    def num_real(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Of a layer and its calls."""
+
+    dtype: torch.dtype = FLOAT32
+    query_heads: int = 6
+    kv_heads: int = 2
+    head_size: int = 32
+    window: int = 0
+    softcap: float = 0.0
+    scale: float = 0.2
+    options: dict[str, float] = field(default_factory=dict)
+
+    def request(self, num_real: int, num_queries: int, num_virtual: int = 0) -> Request:
+        def made(length: int, heads: int) -> Tensor:
+            return torch.randn(length, heads, self.head_size).to(self.dtype)
+
+        return Request(
+            virtual_keys=made(num_virtual, self.kv_heads),
+            virtual_values=made(num_virtual, self.kv_heads),
+            keys=made(num_real, self.kv_heads),
+            values=made(num_real, self.kv_heads),
+            queries=made(num_real, self.query_heads),
+            num_queries=num_queries,
+        )
+
+
+def run(shape: Shape, requests: Sequence[Request], *, block_size: int = 16, spare_columns: int = 0) -> Tensor:
+    """One step over a cache whose every other place holds NaN, with blocks in random order and garbage past each table."""
+    tables, blocks_before = [], 0
+    for r in requests:
+        count = -(-r.num_virtual // block_size) + -(-r.num_real // block_size)
+        tables.append(torch.arange(blocks_before, blocks_before + count))
+        blocks_before += count
+    num_blocks = blocks_before + 3
+    place = torch.randperm(num_blocks)
+    pool = torch.full((num_blocks, block_size, shape.kv_heads, shape.head_size), NAN, dtype=shape.dtype)
+    cache = attention.Cache(keys=pool, values=pool.clone())
+    block_tables = torch.full((len(requests), max(map(len, tables), default=0) + spare_columns), -99, dtype=torch.int32)
+    for b, (r, table) in enumerate(zip(requests, tables, strict=True)):
+        table = place[table]
+        block_tables[b, : len(table)] = table
+        slots = (table[:, None] * block_size + torch.arange(block_size)).flatten()
+        real_at = -(-r.num_virtual // block_size) * block_size
+        attention.store(r.virtual_keys, r.virtual_values, cache, slots[: r.num_virtual].contiguous())
+        attention.store(r.keys, r.values, cache, slots[real_at : real_at + r.num_real].contiguous())
+    query = torch.cat([r.queries[r.num_real - r.num_queries :] for r in requests])
+    out = torch.full_like(query, NAN)
+    attention.attend(
+        query,
+        cache,
+        attention.Batch(
+            query_start=torch.tensor([0, *(r.num_queries for r in requests)]).cumsum(0).int(),
+            context_lens=torch.tensor([r.num_real for r in requests], dtype=torch.int32),
+            virtual_lens=torch.tensor([r.num_virtual for r in requests], dtype=torch.int32),
+            block_tables=block_tables,
+        ),
+        out,
+        scale=shape.scale,
+        window=shape.window,
+        softcap=shape.softcap,
+    )
+    return out
+
+
+def reference(shape: Shape, requests: Sequence[Request]) -> Tensor:
+    """The textbook in float64."""
+    outs = []
+    for r in requests:
+        group = shape.query_heads // shape.kv_heads
+        keys = torch.cat([r.virtual_keys, r.keys]).double().repeat_interleave(group, 1)
+        values = torch.cat([r.virtual_values, r.values]).double().repeat_interleave(group, 1)
+        queries = r.queries[r.num_real - r.num_queries :].double()
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * shape.scale
+        if shape.softcap:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        key_at = torch.arange(r.num_virtual + r.num_real)
+        query_at = key_at[len(key_at) - r.num_queries :]
+        distance = query_at[:, None] - key_at
+        hidden = (distance < 0) | (distance >= shape.window if shape.window else torch.tensor(False))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+    return torch.cat(outs)
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    """Within float32's rounding of sums like these, and one rounding to the output's dtype."""
+    rounding = {FLOAT32: 1e-6, BFLOAT16: 2**-8}[got.dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=3e-6)
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    as_int = torch.int32 if a.dtype is FLOAT32 else torch.int16
+    return torch.equal(a.view(as_int), b.view(as_int))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+@pytest.fixture
+def num_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def mixed(shape: Shape) -> list[Request]:
+    """Decode, whole prompts and chunks; with and without virtual positions; on and beside every boundary of 16 and 64."""
+    lengths = [(1, 1, 0), (16, 1, 0), (17, 17, 1), (64, 64, 16), (65, 1, 17), (130, 66, 0), (200, 3, 70), (63, 0, 0)]
+    return [shape.request(*length) for length in lengths]
+
+
+@pytest.mark.parametrize("heads", [(12, 4, 64), (6, 2, 32), (1, 1, 16), (5, 1, 80), (4, 4, 8), (9, 1, 128), (2, 1, 256)])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_attend_is_the_textbook(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
+    query_heads, kv_heads, head_size = heads
+    shape = Shape(
+        dtype=dtype, query_heads=query_heads, kv_heads=kv_heads, head_size=head_size, scale=head_size**-0.5
+    )
+    requests = mixed(shape)
+    assert_near(run(shape, requests), reference(shape, requests))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 1, 5, 64, 100, 1000])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_windows_and_softcap(dtype: torch.dtype, window: int, softcap: float) -> None:
+    shape = Shape(dtype=dtype, window=window, softcap=softcap)
+    requests = mixed(shape)
+    assert_near(run(shape, requests), reference(shape, requests))
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 64, 256])
+def test_block_sizes(block_size: int) -> None:
+    shape = Shape()
+    requests = mixed(shape)
+    out = run(shape, requests, block_size=block_size)
+    assert_near(out, reference(shape, requests))
+    assert equal_bits(out, run(shape, requests))
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    shape = Shape(scale=40.0)
+    requests = mixed(shape)
+    torch.testing.assert_close(run(shape, requests).double(), reference(shape, requests), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(dtype=BFLOAT16, query_heads=12, kv_heads=4, head_size=64, window=37, softcap=5.0),
+        Shape(query_heads=5, kv_heads=1, head_size=40),
+    ],
+)
+def test_a_rows_bits_are_its_own(shape: Shape, num_threads: Callable[[int], None]) -> None:
+    requests = mixed(shape)
+    num_threads(2)
+    together = run(shape, requests).split([r.num_queries for r in requests])
+    reordered = run(shape, requests[::-1], spare_columns=7).split([r.num_queries for r in requests[::-1]])[::-1]
+    num_threads(1)
+    single = run(shape, requests).split([r.num_queries for r in requests])
+    for request, *others in zip(requests, together, reordered, single, strict=True):
+        alone = run(shape, [request])
+        assert all(equal_bits(alone, other) for other in others)
+        for first in range(request.num_real - request.num_queries, request.num_real, 11):  # every prefix, decoded
+            row = first - request.num_real + request.num_queries
+            assert equal_bits(run(shape, [shortened(request, first + 1, 1)])[0], alone[row])
+
+
+def shortened(request: Request, num_real: int, num_queries: int) -> Request:
+    return replace(
+        request,
+        keys=request.keys[:num_real],
+        values=request.values[:num_real],
+        queries=request.queries[:num_real],
+        num_queries=num_queries,
+    )
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100])
+def test_chunks_of_a_prompt_have_the_bits_of_the_whole(dtype: torch.dtype, chunk: int) -> None:
+    shape = Shape(dtype=dtype)
+    request = shape.request(150, 150, 9)
+    whole = run(shape, [request])
+    ends = [*range(chunk, 150, chunk), 150]
+    chunks = [run(shape, [shortened(request, end, end - start)]) for start, end in zip([0, *ends], ends, strict=False)]
+    assert equal_bits(torch.cat(chunks), whole)
+
+
+def test_the_bit_detector_detects() -> None:
+    """One unit in the last place of one visible key is seen, by the rows that see the key and no others."""
+    shape = Shape()
+    request = shape.request(40, 40)
+    before = run(shape, [request])
+    request.keys.view(torch.int32)[30] += 1
+    after = run(shape, [request])
+    assert equal_bits(before[:30], after[:30])
+    assert not equal_bits(before[30:], after[30:])
+
+
+def test_keys_that_a_row_does_not_see_may_hold_anything() -> None:
+    """Later tokens of the same request, and tokens before its window; `run` fills all other places with NaN anyway."""
+    shape = Shape(window=20)
+    request = shape.request(100, 100, 30)
+    before = run(shape, [request])
+    for tensor in (request.keys, request.values):
+        tensor[60:] = NAN
+    after = run(shape, [request])
+    assert equal_bits(before[:60], after[:60])
+    assert after[60:].isnan().all()  # and what a row does see is not hidden
+    for tensor in (request.virtual_keys, request.virtual_values, request.keys, request.values):
+        tensor[:] = NAN
+    request.keys[81:], request.values[81:] = torch.randn(2, 19, 2, 32)
+    assert run(shape, [replace(request, num_queries=1)]).isnan().all()  # sees real 80 .. 99
+    request.keys[80], request.values[80] = torch.randn(2, 2, 32)
+    assert run(shape, [replace(request, num_queries=1)]).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_heads_may_be_strided(dtype: torch.dtype) -> None:
+    """As the models hand them over: [Hq, T, D] seen as [T, Hq, D]."""
+    key, value = torch.randn(2, 2, 20, 64).to(dtype)[..., 16:48].transpose(1, 2)
+    query = torch.randn(6, 20, 64).to(dtype)[..., :32].transpose(0, 1)
+    cache = attention.Cache(keys=torch.zeros(2, 16, 2, 32, dtype=dtype), values=torch.zeros(2, 16, 2, 32, dtype=dtype))
+    attention.store(key, value, cache, torch.arange(20))
+    assert torch.equal(cache.keys.flatten(0, 1)[:20], key)
+    assert torch.equal(cache.values.flatten(0, 1)[:20], value)
+    out, expected = torch.empty(2, 20, 6, 32, dtype=dtype)
+    attention.attend(query, cache, one_request(20), out, scale=0.2)
+    attention.attend(query.contiguous(), cache, one_request(20), expected, scale=0.2)
+    assert equal_bits(out, expected)
+
+
+def one_request(num_tokens: int) -> attention.Batch:
+    return attention.Batch(
+        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
+        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        virtual_lens=torch.zeros(1, dtype=torch.int32),
+        block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
+    )
+
+
+def test_an_empty_step() -> None:
+    shape = Shape()
+    assert run(shape, [shape.request(5, 0)]).shape == (0, 6, 32)
+
+
+def test_misuse_is_named() -> None:
+    cache = attention.Cache(keys=torch.zeros(2, 16, 2, 32), values=torch.zeros(2, 16, 2, 32))
+    key, query, batch = torch.randn(20, 2, 32), torch.randn(20, 6, 32), one_request(20)
+    slots, out = torch.arange(20), torch.zeros(20, 6, 32)
+
+    def attend(query: Tensor = query, batch: attention.Batch = batch, out: Tensor = out, **options: float) -> None:
+        attention.attend(query, cache, batch, out, scale=0.2, **options)  # type: ignore[arg-type]
+
+    def changed(**changes: list) -> attention.Batch:
+        return replace(batch, **{name: torch.tensor(value, dtype=torch.int32) for name, value in changes.items()})
+
+    bad_calls: list[tuple[str, Callable[[], object]]] = [
+        ("values: needs the shape", lambda: attention.Cache(keys=cache.keys, values=cache.values[:1])),
+        ("keys: needs contiguous", lambda: attention.Cache(keys=cache.keys[:, ::2], values=cache.values[:, ::2])),
+        ("keys: needs contiguous", lambda: attention.Cache(keys=cache.keys.half(), values=cache.values.half())),
+        ("a multiple of 8 up to 256", lambda: attention.Cache(keys=torch.zeros(1, 1, 1, 12), values=torch.zeros(1, 1, 1, 12))),
+        ("a multiple of 8 up to 256", lambda: attention.Cache(keys=torch.zeros(1, 1, 1, 264), values=torch.zeros(1, 1, 1, 264))),
+        ("key: needs .20, 2, 32. torch.float32", lambda: attention.store(key.bfloat16(), key, cache, slots)),
+        ("value: needs .20, 2, 32", lambda: attention.store(key, key[:, :1], cache, slots)),
+        ("value: needs a contiguous", lambda: attention.store(key, key.mT.contiguous().mT, cache, slots)),
+        ("kv_slots: needs", lambda: attention.store(key, key, cache, slots.int())),
+        ("kv_slots: needs", lambda: attention.store(key, key, cache, slots[:19])),
+        ("kv_slots: one is outside", lambda: attention.store(key, key, cache, slots + 13)),
+        ("kv_slots: one is outside", lambda: attention.store(key, key, cache, slots - 1)),
+        ("query: needs", lambda: attend(query[..., :16])),
+        ("query: carries a gradient", lambda: attend(query.clone().requires_grad_())),
+        ("multiple of the 2 KV heads", lambda: attend(query[:, :5], out=out[:, :5].contiguous())),
+        ("out: needs .20, 6, 32", lambda: attend(out=out[:19])),
+        ("out: needs to be contiguous", lambda: attend(out=torch.zeros(6, 20, 32).transpose(0, 1))),
+        ("window, softcap", lambda: attend(window=-1)),
+        ("window, softcap", lambda: attend(softcap=NAN)),
+        ("query_start: needs", lambda: changed(query_start=[0])),
+        ("block_tables: needs", lambda: changed(block_tables=[0, 1])),
+        ("block_tables: needs", lambda: replace(batch, block_tables=torch.zeros(1, 2))),
+        ("need to rise from 0", lambda: attend(batch=changed(query_start=[0, 19]))),
+        ("need to rise from 0", lambda: attend(batch=changed(context_lens=[19]))),
+        ("need to rise from 0", lambda: attend(batch=changed(context_lens=[33]))),
+        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[1]))),
+        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[-1]))),
+        ("block_tables: a block", lambda: attend(batch=changed(block_tables=[[0, 2]]))),
+        ("block_tables: a block", lambda: attend(batch=changed(block_tables=[[-1, 1]]))),
+    ]  # fmt: skip
+    for text, call in bad_calls:
+        with pytest.raises(ValueError, match=text):
+            call()
+    assert not out.any()
+    assert not cache.keys.any()
+    attend(query[-1:], changed(query_start=[0, 1], block_tables=[[-1, 1]]), out[:1], window=4)  # block 0 is never read
+
+
+def test_one_call_may_be_larger_than_a_chunk_and_serial_or_parallel() -> None:
+    """More query heads of one KV head than a prefill chunk has rows."""
+    shape = Shape(query_heads=71, kv_heads=1, head_size=64)
+    requests = [shape.request(90, 90), shape.request(3, 1)]
+    assert_near(run(shape, requests), reference(shape, requests))

@@ -1,0 +1,377 @@
+"""The CPU delta kernels against float64, and the promise that a row's bits are its own."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from weft.kernels.cpu import deltas, library
+from weft.kernels.cpu.deltas import Kind
+
+pytestmark = pytest.mark.skipif(not library.available(), reason=library.load().reason or "the kernels are there")
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+SIZE_IN, SIZE_OUT = 200, 548  # no multiples of 32; several chunks of outputs
+RANKS = (1, 3, 8, 16, 64)
+Entries = list[tuple[int, float]]  # (slot, gate) of one row
+
+
+class Adapter(NamedTuple):
+    """One slot at the test's site; `a`, `b` as the table's kind has them."""
+
+    kind: Kind
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+class Slots(NamedTuple):
+    adapters: list[Adapter]
+    site: deltas.Site
+
+    def shuffled(self) -> tuple["Slots", list[int]]:
+        """The same adapters under other numbers, and where each went."""
+        order = torch.randperm(len(self.adapters)).tolist()
+        moved = [self.adapters[old] for old in order]
+        return slots_of(moved, self.site.weight_dtype), [order.index(old) for old in range(len(order))]
+
+
+def slots_of(adapters: list[Adapter], weight_dtype: torch.dtype) -> Slots:
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    rows = [
+        (int(kind), len(a) if kind is Kind.LORA and a is not None else 0, address(a), address(b))
+        for kind, a, b in adapters
+    ]
+    site = deltas.Site(
+        table=torch.tensor(rows, dtype=torch.int64), size_in=SIZE_IN, size_out=SIZE_OUT, weight_dtype=weight_dtype
+    )
+    return Slots(adapters, site)
+
+
+def lora(rank: int, weight_dtype: torch.dtype) -> Adapter:
+    a = torch.randn(rank, SIZE_IN) * SIZE_IN**-0.5
+    b = torch.randn(rank, SIZE_OUT) * rank**-0.5
+    return Adapter(Kind.LORA, a.to(weight_dtype), b.to(weight_dtype))
+
+
+def mixed_adapters(weight_dtype: torch.dtype) -> list[Adapter]:
+    """Every rank and kind; the input scale and the idle slot do nothing in `post`."""
+    return [
+        *(lora(rank, weight_dtype) for rank in RANKS),
+        Adapter(Kind.OUTPUT_SCALE, 1 + torch.randn(SIZE_OUT) / 4),
+        Adapter(Kind.BIAS, torch.randn(SIZE_OUT)),
+        Adapter(Kind.NOTHING),
+        Adapter(Kind.INPUT_SCALE, 1 + torch.randn(SIZE_IN) / 4),
+        lora(8, weight_dtype),
+    ]
+
+
+def rows_of(entries: Sequence[Entries]) -> deltas.Rows:
+    flat = [entry for row in entries for entry in row]
+    lengths = torch.tensor([0, *(len(row) for row in entries)])
+    return deltas.Rows(
+        offsets=lengths.cumsum(0).to(torch.int32),
+        slots=torch.tensor([slot for slot, _ in flat], dtype=torch.int32),
+        gates=torch.tensor([gate for _, gate in flat], dtype=FLOAT32),
+    )
+
+
+def batch_of(popularity: str, size: int, num_slots: int) -> list[Entries]:
+    """Who takes which adapter: punica's axes, and compositions of up to eight."""
+    if popularity == "identical":
+        return [[(3, 1.0)]] * size
+    if popularity == "distinct":
+        return [[(t % num_slots, 1.0)] for t in range(size)]
+    if popularity == "uniform":
+        return [[(int(slot), 1.0)] for slot in torch.randint(num_slots, (size,))]
+    if popularity == "zipf":
+        weights = 1 / torch.arange(1, num_slots + 1) ** 1.5
+        return [[(int(slot), 1.0)] for slot in torch.multinomial(weights, size, replacement=True)]
+    lengths = torch.randint(9, (size,)).tolist()
+    rows = [
+        [(int(slot), float(gate)) for slot, gate in zip(torch.randperm(num_slots)[:n], torch.randn(n), strict=False)]
+        for n in lengths
+    ]
+    return [row for row in rows for _ in range(3)][:size]  # runs of equal rows, as a prompt makes them
+
+
+def reference(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) -> Tensor:
+    """The formula in float64."""
+    out = y.double().clone()
+    for t, row in enumerate(entries):
+        for slot, gate in row:
+            kind, a, b = slots.adapters[slot]
+            if kind is Kind.LORA and a is not None and b is not None:
+                out[t] += gate * (x[t].double() @ a.double().T @ b.double())
+            elif kind is Kind.OUTPUT_SCALE and a is not None:
+                out[t] += gate * (a.double() - 1) * y[t].double()
+            elif kind is Kind.BIAS and a is not None:
+                out[t] += gate * a.double()
+    return out
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    """Within float32's rounding of sums like these, and one rounding to the output's dtype."""
+    rounding = {FLOAT32: 1e-6, BFLOAT16: 2**-8}[got.dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=1e-5)
+
+
+def run(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) -> Tensor:
+    out = y.clone()
+    deltas.post(x, out, rows_of(entries), slots.site)
+    return out
+
+
+def bits(given: Tensor) -> Tensor:
+    return given.view(torch.int32 if given.dtype is FLOAT32 else torch.int16)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+@pytest.fixture
+def num_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 67])
+@pytest.mark.parametrize("popularity", ["identical", "distinct", "uniform", "zipf", "composed"])
+@pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_post_is_the_formula(dtype: torch.dtype, weight_dtype: torch.dtype, popularity: str, size: int) -> None:
+    slots = slots_of(mixed_adapters(weight_dtype), weight_dtype)
+    entries = batch_of(popularity, size, len(slots.adapters))
+    x, y = torch.randn(size, SIZE_IN).to(dtype), torch.randn(size, SIZE_OUT).to(dtype)
+    assert_near(run(x, y, entries, slots), reference(x, y, entries, slots))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_pre_is_the_formula_and_writes_every_row(dtype: torch.dtype) -> None:
+    adapters = [*mixed_adapters(FLOAT32), Adapter(Kind.INPUT_SCALE, 1 + torch.randn(SIZE_IN) / 4)]
+    slots, scales = slots_of(adapters, FLOAT32), [n for n, a in enumerate(adapters) if a.kind is Kind.INPUT_SCALE]
+    entries = [[], [(scales[0], 1.0)], [(0, 1.0)], [(scales[0], 0.5), (2, 1.0), (scales[1], -2.0)], [(scales[1], 0.0)]]
+    x, out = torch.randn(5, SIZE_IN).to(dtype), torch.full((5, SIZE_IN), torch.nan, dtype=dtype)
+    deltas.pre(x, out, rows_of(entries), slots.site)
+    expected = x.double()
+    for t, row in enumerate(entries):
+        for slot, gate in row:
+            if (scale := adapters[slot].a) is not None and slot in scales:
+                expected[t] += gate * (scale.double() - 1) * x[t].double()
+    assert_near(out, expected)
+    assert torch.equal(bits(out[[0, 2, 4]]), bits(x[[0, 2, 4]]))
+
+
+def rows_with_others_in_their_bits(
+    post: Callable[[Tensor, Tensor, Sequence[Entries]], Tensor], x: Tensor, y: Tensor, entries: Sequence[Entries]
+) -> list[int]:
+    """Rows whose bits are not the ones they get alone, in company, in another order, or beside other neighbours."""
+    together = post(x, y, entries)
+    order = torch.randperm(len(x))
+    permuted = torch.empty_like(together)
+    permuted[order] = post(x[order], y[order], [entries[t] for t in order.tolist()])
+    others = torch.arange(len(x)) % 2 == 1
+    noisy_x, noisy_y = x.clone(), y.clone()
+    noisy_x[others], noisy_y[others] = torch.randn_like(x[others]), torch.randn_like(y[others])
+    noisy_entries = [[(0, -3.0)] if other else row for row, other in zip(entries, others.tolist(), strict=True)]
+    noisy = post(noisy_x, noisy_y, noisy_entries)
+    return [
+        t
+        for t in range(len(x))
+        if not torch.equal(bits(together[t]), bits(post(x[t : t + 1], y[t : t + 1], entries[t : t + 1])[0]))
+        or not torch.equal(bits(together[t]), bits(permuted[t]))
+        or (not others[t] and not torch.equal(bits(together[t]), bits(noisy[t])))
+    ]
+
+
+@pytest.mark.parametrize("popularity", ["identical", "zipf", "composed"])
+@pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_a_rows_bits_are_its_own(
+    dtype: torch.dtype, weight_dtype: torch.dtype, popularity: str, num_threads: Callable[[int], None]
+) -> None:
+    slots = slots_of(mixed_adapters(weight_dtype), weight_dtype)
+    entries = batch_of(popularity, 45, len(slots.adapters))
+    x, y = torch.randn(45, SIZE_IN).to(dtype), torch.randn(45, SIZE_OUT).to(dtype)
+    assert rows_with_others_in_their_bits(lambda x, y, entries: run(x, y, entries, slots), x, y, entries) == []
+
+    num_threads(2)
+    two = run(x, y, entries, slots)
+    num_threads(1)
+    assert torch.equal(bits(run(x, y, entries, slots)), bits(two))
+
+    moved, where = slots.shuffled()
+    renumbered = [[(where[slot], gate) for slot, gate in row] for row in entries]
+    assert torch.equal(bits(run(x, y, renumbered, moved)), bits(two))
+
+
+def test_the_bit_detector_detects() -> None:
+    """A kernel that sums in another order when it has company: numerically right, and found out."""
+    a, b = torch.randn(8, SIZE_IN), torch.randn(8, SIZE_OUT)
+    half = SIZE_IN // 2
+
+    def post(x: Tensor, y: Tensor, entries: Sequence[Entries]) -> Tensor:
+        if len(x) == 1:
+            return y + (x.double() @ a.double().T).float() @ b
+        return y + (x[:, :half] @ a[:, :half].T + x[:, half:] @ a[:, half:].T) @ b
+
+    x, y = torch.randn(20, SIZE_IN), torch.randn(20, SIZE_OUT)
+    assert rows_with_others_in_their_bits(post, x, y, [[(0, 1.0)]] * 20)
+
+
+@pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_a_zero_gate_and_an_unused_slot_contribute_nothing(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    nan = torch.nan
+    poison = [
+        Adapter(Kind.LORA, torch.full((8, SIZE_IN), nan, dtype=weight_dtype), torch.full((8, SIZE_OUT), nan).to(weight_dtype)),
+        Adapter(Kind.OUTPUT_SCALE, torch.full((SIZE_OUT,), nan)),
+        Adapter(Kind.BIAS, torch.full((SIZE_OUT,), nan)),
+    ]  # fmt: skip
+    slots = slots_of([*mixed_adapters(weight_dtype), *poison], weight_dtype)
+    bad, good = [(slot, 0.0) for slot in (10, 11, 12)], [(2, 1.0)]
+    x, y = torch.randn(9, SIZE_IN).to(dtype), torch.randn(9, SIZE_OUT).to(dtype)
+    y[7] = float("nan")
+    bits(y)[7] += 1  # a NaN with a payload keeps it where nothing is added
+    # Rows 0-3 share a list of slots, so they are one block; in it gates differ by row.
+    entries = [[(10, 0.0), (2, 1.0)], [(10, 0.0), (2, 0.0)], [(10, 0.0), (2, 1.0)], [(10, -0.0), (2, 2.0)]]
+    entries += [bad, [*bad, *good], good, [], [(7, 1.0), (8, 1.0)]]
+    without = [[(slot, gate) for slot, gate in row if gate] for row in entries]
+    got = run(x, y, entries, slots)
+    assert torch.equal(bits(got), bits(run(x, y, without, slots)))
+    untouched = [1, 4, 7, 8]
+    assert torch.equal(bits(got[untouched]), bits(y[untouched]))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_rows_may_be_strided_and_their_surroundings_stay(dtype: torch.dtype) -> None:
+    slots = slots_of(mixed_adapters(FLOAT32), FLOAT32)
+    entries = batch_of("uniform", 11, len(slots.adapters))
+    wide_x, wide_y = torch.randn(11, SIZE_IN + 9).to(dtype), torch.randn(1, 11, SIZE_OUT + 5).to(dtype)
+    x, y = wide_x[:, 3 : 3 + SIZE_IN], wide_y[:, :, 2 : 2 + SIZE_OUT]
+    before, expected = wide_y.clone(), run(x.contiguous(), y[0].contiguous(), entries, slots)
+    deltas.post(x, y, rows_of(entries), slots.site)
+    assert torch.equal(y[0], expected)
+    wide_y[:, :, 2 : 2 + SIZE_OUT] = before[:, :, 2 : 2 + SIZE_OUT]
+    assert torch.equal(wide_y, before)
+
+
+def test_no_rows_and_no_entries() -> None:
+    slots = slots_of(mixed_adapters(FLOAT32), FLOAT32)
+    deltas.post(torch.empty(0, SIZE_IN), torch.empty(0, SIZE_OUT), rows_of([]), slots.site)
+    y = torch.randn(3, SIZE_OUT)
+    assert torch.equal(run(torch.randn(3, SIZE_IN), y, [[], [], []], slots), y)
+
+
+def test_misuse_is_named() -> None:
+    slots = slots_of(mixed_adapters(FLOAT32), FLOAT32)
+    site, rows = slots.site, rows_of([[(0, 1.0)], [(1, 1.0)]])
+    x, y = torch.randn(2, SIZE_IN), torch.randn(2, SIZE_OUT)
+    before = y.clone()
+    int32, table = torch.int32, slots.site.table
+
+    def tampered(**changes: Tensor) -> deltas.Rows:
+        return deltas.Rows(**{"offsets": rows.offsets, "slots": rows.slots, "gates": rows.gates, **changes})
+
+    def rank_zero() -> deltas.Site:
+        broken = table.clone()
+        broken[1, 1] = 0
+        return deltas.Site(table=broken, size_in=SIZE_IN, size_out=SIZE_OUT, weight_dtype=FLOAT32)
+
+    bad_calls: list[tuple[str, Callable[[], object]]] = [
+        ("x: needs .2, 200", lambda: deltas.post(x[:1], y, rows, site)),
+        ("x: needs .2, 200", lambda: deltas.post(x[:, :-1], y, rows, site)),
+        ("y: needs .2, 548", lambda: deltas.post(x, y[:, 1:], rows, site)),
+        ("y: needs the dtype of x", lambda: deltas.post(x, y.bfloat16(), rows, site)),
+        ("x: needs float32 or bfloat16", lambda: deltas.post(x.half(), y, rows, site)),
+        ("y: needs a contiguous last", lambda: deltas.post(x, y.T.contiguous().T, rows, site)),
+        ("y: carries a gradient", lambda: deltas.post(x, y.clone().requires_grad_(), rows, site)),
+        ("out: needs memory of its own", lambda: deltas.pre(x, x, rows, site)),
+        ("out: needs .2, 200", lambda: deltas.pre(x, y, rows, site)),
+        ("slots: one is outside", lambda: deltas.post(x, y, rows_of([[(0, 1.0)], [(10, 1.0)]]), site)),
+        ("slots: one is outside", lambda: deltas.pre(x, x.clone(), rows_of([[(0, 1.0)], [(-1, 1.0)]]), site)),
+        ("rank of at least 1", lambda: deltas.post(x, y, rows, rank_zero())),
+        ("offsets: need to begin", lambda: deltas.post(x, y, tampered(offsets=torch.tensor([0, 1, 9]).int()), site)),
+        ("offsets: need to begin", lambda: deltas.post(x, y, tampered(offsets=torch.tensor([0, 3, 2]).int()), site)),
+        ("offsets: needs a contiguous vector", lambda: tampered(offsets=torch.zeros(3))),
+        ("offsets: needs T", lambda: tampered(offsets=torch.empty(0, dtype=int32))),
+        ("slots: needs a contiguous vector", lambda: tampered(slots=torch.zeros(4, dtype=int32)[::2])),
+        ("gates: needs one for each of 2", lambda: tampered(gates=torch.zeros(3))),
+        ("table: needs contiguous", lambda: deltas.Site(table=table.T, size_in=1, size_out=1, weight_dtype=FLOAT32)),
+        ("weight_dtype", lambda: deltas.Site(table=table, size_in=1, size_out=1, weight_dtype=torch.half)),
+        ("size_in", lambda: deltas.Site(table=table, size_in=0, size_out=1, weight_dtype=FLOAT32)),
+    ]
+    for text, call in bad_calls:
+        with pytest.raises(ValueError, match=text):
+            call()
+    assert torch.equal(y, before)
+
+
+def openmp_runtimes() -> set[str]:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[-1] for line in maps if "omp" in os.path.basename(line.split()[-1])}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_the_kernels_share_torchs_threads(num_threads: Callable[[int], None]) -> None:
+    """One OpenMP runtime in the process, and no thread beyond the ones torch has already started for this one."""
+    num_threads(2)
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    torch.randn(1 << 20).exp_()
+    before = len(os.listdir("/proc/self/task"))
+    slots = slots_of([lora(64, FLOAT32)], FLOAT32)
+    run(torch.randn(256, SIZE_IN), torch.randn(256, SIZE_OUT), [[(0, 1.0)]] * 256, slots)
+    assert len(os.listdir("/proc/self/task")) == before
+    assert len(openmp_runtimes()) == 1
+
+
+# A compiler that takes its time, and leaves a half-written file for most of it.
+_SLOW_COMPILER = """#!/bin/sh
+while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done
+[ -z "$out" ] && echo "#define processor" && exit
+printf half > "$out" && sleep 0.2 && printf whole > "$out"
+"""
+
+
+def test_processes_may_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, cache = tmp_path / "compiler", tmp_path / "new"
+    compiler.write_text(_SLOW_COMPILER)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    paths: list[Path] = []
+    seen: set[str] = set()
+    builders = [threading.Thread(target=lambda: paths.append(library.build(cache))) for _ in range(3)]
+    for builder in builders:
+        builder.start()
+    while any(builder.is_alive() for builder in builders):
+        seen |= {path.read_text() for path in cache.glob("*.so")}
+    assert len(paths) == 3
+    assert list(cache.iterdir()) == [paths[0]]
+    assert seen | {paths[0].read_text()} == {"whole"}
+    assert cache.stat().st_mode & 0o077 == 0
+
+
+def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    with pytest.raises(library.KernelsUnavailable, match="install g"):
+        library.build(tmp_path)
+    fails = tmp_path / "fails"
+    fails.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    fails.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fails))
+    with pytest.raises(library.KernelsUnavailable, match="no such option"):
+        library.build(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert library.cache_directory() == tmp_path / "cache" / "weft" / "kernels"
+    loaded = library.load.__wrapped__()
+    assert loaded.functions is None
+    assert "no such option" in loaded.reason

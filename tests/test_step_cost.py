@@ -1,0 +1,127 @@
+"""What a step costs in calls, not in seconds: nothing in it grows with the number of adapters, rows or tokens.
+
+Counted with the interpreter's own profiler around one model call: every Python call and every call into C.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.serving import Row, Step
+from weft.config import ModelConfig
+from weft.engine.runner import ModelRunner
+from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.methods.protocol import Adapter
+from weft.model import loader, paged_attention
+
+_Calls = Counter[str]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
+    paged_attention.register()
+    path = tiny.save_base(tmp_path_factory.mktemp("cost") / "base")
+    return loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
+
+
+class _CountingRunner(ModelRunner):
+    """Counts the calls of one forward."""
+
+    calls: _Calls
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        self.calls = Counter()
+
+        def count(frame: FrameType, event: str, argument: Any) -> None:
+            if event == "call":
+                self.calls[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_qualname}"] += 1
+            elif event == "c_call":
+                self.calls[f"C:{getattr(argument, '__qualname__', argument)}"] += 1
+
+        sys.setprofile(count)
+        try:
+            return super().forward(batch)
+        finally:
+            sys.setprofile(None)
+
+
+def _step(base: loader.Base, kernels: Kernels) -> Step:
+    step = Step(base, kernels)
+    step.runner.__class__ = _CountingRunner
+    # Before counting: bitsandbytes packs its weights once, and the slot tables reach their size and are wrapped once.
+    step.logits([Row([1], tiny.random_lora(base.shape, rank=2, seed=seed)) for seed in range(64)])
+    return step
+
+
+def _calls(step: Step, adapters: list[Adapter | None], *, num_tokens: int = 1) -> _Calls:
+    step.logits([Row([5] * num_tokens, adapter) for adapter in adapters])
+    return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+
+def _loras(base: loader.Base, count: int) -> list[Adapter | None]:
+    return [tiny.random_lora(base.shape, rank=1 + seed % 16, seed=seed) for seed in range(count)]
+
+
+def _mixed(base: loader.Base, count: int) -> list[Adapter | None]:
+    makers: list[Callable[[int], Adapter]] = [
+        lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 16, seed=seed),
+        lambda seed: tiny.random_ia3(base.shape, seed=seed),
+        lambda seed: tiny.random_prefix(base.shape, length=1 + seed, seed=seed),
+    ]
+    return [makers[seed % 3](seed) for seed in range(count)]
+
+
+def test_calls_do_not_grow_with_adapters(base: loader.Base) -> None:
+    step = _step(base, select(base.device, base.dtype))
+    one, sixteen, many = (_calls(step, _loras(base, count)) for count in (1, 16, 64))
+    assert sixteen == one
+    assert many == one
+    assert one["inject.py:AdaptedLinear.forward"] == len(base.shape.sites)
+    assert one["deltas.py:post"] == len(base.shape.sites)
+    assert one["attention.py:attend"] == base.shape.num_layers
+
+
+def test_calls_of_mixed_methods_do_not_grow(base: loader.Base) -> None:
+    step = _step(base, select(base.device, base.dtype))
+    assert _calls(step, _mixed(base, 48)) == _calls(step, _mixed(base, 3))
+
+
+def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:
+    step = _step(base, select(base.device, base.dtype))
+    assert _calls(step, _loras(base, 4), num_tokens=50) == _calls(step, _loras(base, 4), num_tokens=2)
+
+
+def test_a_base_only_step_asks_no_driver(base: loader.Base) -> None:
+    step = _step(base, select(base.device, base.dtype))
+    calls = _calls(step, [None] * 8)
+    assert calls["deltas.py:post"] == calls["deltas.py:pre"] == calls["driver.py:CpuDriver.apply"] == 0
+    assert calls["inject.py:AdaptedLinear.forward"] == len(base.shape.sites)
+
+
+def test_the_count_would_see_a_loop_over_adapters(base: loader.Base) -> None:
+    """Negative control: the reference driver does loop over segments, and the counter shows it."""
+    step = _step(base, REFERENCE)
+    assert _calls(step, _loras(base, 16)).total() > 2 * _calls(step, _loras(base, 1)).total()
+
+
+def test_a_step_allocates_no_copy_of_adapter_weights(base: loader.Base) -> None:
+    """Bytes that torch allocates in a step do not grow with the adapters' sizes."""
+    kernels = select(base.device, base.dtype)
+
+    def allocated(rank: int) -> int:
+        step = Step(base, kernels)
+        adapters = [tiny.random_lora(base.shape, rank=rank, seed=seed) for seed in range(8)]
+        rows = [Row([5], adapter) for adapter in adapters]
+        step.logits(rows)
+        profile = torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU])
+        step.logits(rows, around=profile)
+        return sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+
+    assert allocated(64) == allocated(1) > 0
