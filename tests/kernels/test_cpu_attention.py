@@ -1,7 +1,7 @@
 """Paged attention on the CPU against float64, and the promise that a row's bits are its own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -46,7 +46,6 @@ class Shape:
     window: int = 0
     softcap: float = 0.0
     scale: float = 0.2
-    options: dict[str, float] = field(default_factory=dict)
 
     def request(self, num_real: int, num_queries: int, num_virtual: int = 0) -> Request:
         def made(length: int, heads: int) -> Tensor:
@@ -148,13 +147,13 @@ def mixed(shape: Shape) -> list[Request]:
     return [shape.request(*length) for length in lengths]
 
 
-@pytest.mark.parametrize("heads", [(12, 4, 64), (6, 2, 32), (1, 1, 16), (5, 1, 80), (4, 4, 8), (9, 1, 128), (2, 1, 256)])
+@pytest.mark.parametrize(
+    "heads", [(12, 4, 64), (6, 2, 32), (1, 1, 16), (5, 1, 80), (4, 4, 8), (9, 1, 128), (2, 1, 256)]
+)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_attend_is_the_textbook(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
     query_heads, kv_heads, head_size = heads
-    shape = Shape(
-        dtype=dtype, query_heads=query_heads, kv_heads=kv_heads, head_size=head_size, scale=head_size**-0.5
-    )
+    shape = Shape(dtype=dtype, query_heads=query_heads, kv_heads=kv_heads, head_size=head_size, scale=head_size**-0.5)
     requests = mixed(shape)
     assert_near(run(shape, requests), reference(shape, requests))
 

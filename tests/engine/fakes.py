@@ -1,0 +1,399 @@
+"""An engine without a model: a fake at the narrow waist that notices every wrong token, adapter and KV slot.
+
+Each adapter is a *watermark*: a number that fills its weights or its virtual keys. The fake reads it back from the slot
+memory and from its KV cells, so that what counts is what was really placed, never a name. The next token is drawn from a
+digest of (watermarks and gates, every token so far); the digest of the tokens already computed is read from the KV
+cells. A wrong adapter, a stale block or a lost row therefore gives other tokens than `expected_tokens`, and is noticed
+in `forward` at once where a cell does not continue the one before it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
+from functools import cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.adapters import slab
+from weft.adapters.identifiers import Generation
+from weft.adapters.slab import Slab
+from weft.adapters.slots import AdapterSlot, SlotTable
+from weft.config import EngineConfig
+from weft.engine import block_manager, sampler
+from weft.engine.batch import Batch
+from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.request import AdapterUse, Finish, FinishReason, Request, RequestId, SamplingParams, TokenEvent
+from weft.errors import WeftError
+from weft.methods import ia3, prefix
+from weft.methods.protocol import Adapter, BaseShape, Site, VirtualKV
+from weft.metrics import Metrics
+
+VOCAB_SIZE = 32
+UNIT_BYTES = 64  # the smallest slab: one cache line
+MAX_UNITS = 8
+SHAPE = BaseShape(
+    sites={f"site{units}": Site(units - 1, f"site{units}", 16 * units, 16 * units) for units in range(1, MAX_UNITS + 1)},
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=1,
+    digest="base-digest",
+    name="fake",
+)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4)
+
+
+class FakeAdapter(NamedTuple):
+    """Content of an adapter: `units` · 64 bytes of weights, or `num_virtual` positions."""
+
+    watermark: int
+    units: int = 1
+    num_virtual: int = 0
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(f"{self.watermark:064x}")
+
+    def use(self, gate: float = 1.0) -> AdapterUse:
+        return AdapterUse(self.generation, gate, self.num_virtual)
+
+    def slab(self) -> Slab:
+        if self.num_virtual:
+            params = prefix.PrefixParams(torch.full((self.num_virtual, 1, 2, 1, 1), float(self.watermark)))
+            adapter = Adapter(method=prefix.METHOD, config=prefix.PrefixConfig(), sites={}, prefix=params)
+        else:
+            params = ia3.Ia3Params(torch.full((16 * self.units,), float(self.watermark)), False)
+            adapter = Adapter(method=ia3.METHOD, config=ia3.Ia3Config(), sites={f"site{self.units}": params})
+        return slab.build(adapter, SHAPE, dtype=torch.float32)
+
+
+class Weights(NamedTuple):
+    """What takes part in a request's tokens: the watermark of its virtual positions, and (watermark, gate) of deltas."""
+
+    virtual: int | None
+    deltas: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, uses: Iterable[AdapterUse]) -> "Weights":
+        numbers = [(int(use.generation, 16), use) for use in uses]
+        virtual = next((number for number, use in numbers if use.num_virtual_tokens), None)
+        return cls(virtual, tuple((number, use.gate) for number, use in numbers if not use.num_virtual_tokens))
+
+
+@cache
+def start(weights: Weights) -> bytes:
+    """The digest before the first token."""
+    return blake2b(repr(weights).encode(), digest_size=8).digest()
+
+
+@cache
+def advance(digest: bytes, token: int) -> bytes:
+    """The digest after one more token."""
+    return blake2b(digest + token.to_bytes(8, "little"), digest_size=8).digest()
+
+
+@cache
+def logits_after(digest: bytes) -> Tensor:
+    """Logits [V] of the token that follows."""
+    noise = blake2b(digest, digest_size=2 * VOCAB_SIZE).digest()
+    return torch.frombuffer(bytearray(noise), dtype=torch.uint16).to(torch.float32) / 8192
+
+
+def expected_tokens(request: Request) -> list[int]:
+    """What `request` must answer, computed alone and without an engine."""
+    shadow = Request(
+        request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, params=request.params
+    )
+    params, digest = request.params, start(Weights.of(request.adapters))
+    for token in request.prompt_token_ids:
+        digest = advance(digest, token)
+    while len(shadow.output) < params.max_new_tokens:
+        if params.temperature == 0 and not params.min_new_tokens and params.repetition_penalty == 1:
+            token = int(logits_after(digest).argmax())
+        else:
+            (sampled,) = sampler.sample(logits_after(digest)[None], [shadow])
+            assert sampled is not None
+            token = sampled.token_id
+        shadow.output.append(token)
+        if token in params.stop_token_ids and len(shadow.output) >= params.min_new_tokens:
+            break
+        digest = advance(digest, token)
+    return shadow.output
+
+
+class TokenCell(NamedTuple):
+    """A real token in a KV slot: which one, and the digest of everything up to it."""
+
+    token: int
+    digest: bytes
+
+
+class VirtualCell(NamedTuple):
+    """Virtual position `index` of the adapter with this watermark."""
+
+    watermark: int
+    index: int
+
+
+class FakeRunner:
+    """A runner whose logits tell what they were computed from.
+
+    fail: called with every batch; what it raises is the fault of that step. poison: tokens after which logits are not
+    finite, and with them the KV that the step wrote for that request. violations: what no test may ever find.
+    """
+
+    def __init__(self, *, block_size: int, capacity_bytes: int = 1 << 20) -> None:
+        self.slots = SlotTable(num_sites=len(SHAPE.sites), capacity_bytes=capacity_bytes, device=torch.device("cpu"))
+        self.cells: dict[int, TokenCell | VirtualCell] = {}
+        self.violations: list[str] = []
+        self.batches: list[Batch] = []
+        self.fail: Callable[[Batch], None] = lambda batch: None
+        self.poison: Container[int] = ()
+        self._block_size = block_size
+
+    def write_virtual(self, blocks: list[int], virtual: VirtualKV) -> None:
+        for index, watermark in enumerate(virtual.keys[0, :, 0, 0].tolist()):
+            slot = blocks[index // self._block_size] * self._block_size + index % self._block_size
+            self.cells[slot] = VirtualCell(int(watermark), index)
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.batches.append(batch)
+        self.fail(batch)
+        try:
+            last = self._digests(batch)
+        except AssertionError as error:
+            self.violations.append(str(error))
+            raise
+        logits = torch.stack([logits_after(last[row]) for row in batch.sample_rows.tolist()] or [torch.empty(0)])
+        for index, row in enumerate(batch.sample_rows.tolist()):
+            if int(batch.input_ids[row]) in self.poison:
+                logits[index, index % VOCAB_SIZE] = float("nan")
+                b = int(torch.searchsorted(batch.query_start, row, right=True)) - 1
+                for slot in batch.kv_slots[batch.query_start[b] : row + 1].tolist():
+                    del self.cells[slot]
+        return logits
+
+    def _digests(self, batch: Batch) -> list[bytes]:
+        """The digest at every row, with the row's KV cell written."""
+        digests: list[bytes] = []
+        starts, read_by, written_by = batch.query_start.tolist(), {}, {}
+        for b, num_real in enumerate(batch.context_lens.tolist()):
+            rows = range(starts[b], starts[b + 1])
+            slots = self._slots(batch, b, num_real)
+            digest, num_computed = start(self._weights(batch, b, rows)), num_real - len(rows)
+            for slot in slots[:num_computed]:
+                cell = self.cells.get(slot)
+                assert isinstance(cell, TokenCell), f"request {b} reads KV slot {slot}, which holds {cell}"
+                digest = advance(digest, cell.token)
+                assert cell.digest == digest, f"request {b} reads KV slot {slot} of another beginning"
+                read_by.setdefault(slot, b)
+            for row, index in zip(rows, range(num_computed, num_real), strict=True):
+                slot, token = slots[index], int(batch.input_ids[row])
+                assert slot == batch.kv_slots[row], f"row {row} is stored at {batch.kv_slots[row]}, read at {slot}"
+                position = int(batch.virtual_lens[b]) + index
+                assert batch.positions[row] == position, f"row {row} has position {batch.positions[row]}"
+                assert slot not in written_by, f"rows of requests {written_by.get(slot)} and {b} share KV slot {slot}"
+                written_by[slot] = b
+                digest = advance(digest, token)
+                digests.append(digest)
+                self.cells[slot] = TokenCell(token, digest)
+        torn = read_by.keys() & written_by.keys()
+        assert not torn, f"KV slots {torn} are read and written in one step"
+        return digests
+
+    def _slots(self, batch: Batch, b: int, num_real: int) -> list[int]:
+        size = self._block_size
+        blocks = batch.block_tables[b].tolist()[-(-int(batch.virtual_lens[b]) // size) :]
+        return [blocks[index // size] * size + index % size for index in range(num_real)]
+
+    def _weights(self, batch: Batch, b: int, rows: range) -> Weights:
+        virtual = None
+        for index in range(int(batch.virtual_lens[b])):
+            block = int(batch.block_tables[b, index // self._block_size])
+            cell = self.cells.get(block * self._block_size + index % self._block_size)
+            assert isinstance(cell, VirtualCell), f"request {b}: virtual position {index} holds {cell}"
+            assert cell.index == index, f"request {b}: virtual position {index} holds {cell}"
+            assert virtual in (None, cell.watermark), f"request {b}: virtual positions of two adapters"
+            virtual = cell.watermark
+        per_row = {self._deltas(batch, row) for row in rows}
+        assert len(per_row) == 1, f"request {b}: its rows have different adapters"
+        return Weights(virtual, per_row.pop())
+
+    def _deltas(self, batch: Batch, row: int) -> tuple[tuple[int, float], ...]:
+        if batch.adapter_rows is None:
+            return ()
+        begin, end = batch.adapter_rows.offsets[row : row + 2].tolist()
+        slots = batch.adapter_rows.slots[begin:end].tolist()
+        gates = batch.adapter_rows.gates[begin:end].tolist()
+        return tuple((self._watermark(AdapterSlot(slot)), gate) for slot, gate in zip(slots, gates, strict=True))
+
+    def _watermark(self, slot: AdapterSlot) -> int:
+        (params,) = self.slots.params(slot).values()
+        assert (params.scale == params.scale[0]).all(), f"slot {slot} holds parts of two adapters"
+        return int(params.scale[0])
+
+
+class Harness:
+    """An engine whose thread is the test: the clock moves by hand, and the test answers the loads."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 32,
+        max_model_len: int = 64,
+        capacity_bytes: int = 1 << 20,
+        caching: bool = True,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.now = 0.0
+        self.runner = FakeRunner(block_size=block_size, capacity_bytes=capacity_bytes)
+        self.loads: list[Generation] = []
+        self.num_down = 0
+        self.events: dict[RequestId, list[TokenEvent]] = {}
+        self.requests: dict[RequestId, Request] = {}
+        self.on_finish: Callable[[RequestId, Finish], None] = lambda request_id, finish: None
+        self._contents: dict[Generation, FakeAdapter] = {}
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            enable_prefix_caching=caching,
+        )
+        self.engine = Engine(
+            self.runner,
+            config,
+            num_kv_blocks=num_blocks,
+            max_model_len=max_model_len,
+            callbacks=EngineCallbacks(events=self._take, load=self.loads.append, down=self._count_down),
+            metrics=metrics or Metrics(),
+            clock=lambda: self.now,
+        )
+
+    def _take(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            told = self.events.setdefault(event.request_id, [])
+            if told and told[-1].finish is not None:
+                self.runner.violations.append(f"request {event.request_id}: an event after the last one")
+            told.append(event)
+            if event.finish is not None:
+                self.on_finish(event.request_id, event.finish)
+
+    def _count_down(self) -> None:
+        self.num_down += 1
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *adapters: FakeAdapter,
+        params: SamplingParams = GREEDY,
+        gates: Sequence[float] = (),
+        salt: str = "",
+        deadline_s: float = float("inf"),
+    ) -> Request:
+        """Send a request in; it takes effect in the next turn."""
+        gates = gates or [1.0] * len(adapters)
+        uses = tuple(adapter.use(gate) for adapter, gate in zip(adapters, gates, strict=True))
+        request = Request(
+            request_id=RequestId(str(len(self.requests))),
+            prompt_token_ids=tuple(prompt),
+            params=params,
+            adapters=uses,
+            cache_root=block_manager.cache_root(salt, SHAPE.digest, uses),
+            deadline_s=deadline_s,
+            arrival_s=self.now,
+        )
+        self.requests[request.request_id] = request
+        for adapter in adapters:
+            self._contents[adapter.generation] = adapter
+        self.engine.submit(request)
+        return request
+
+    def answer_load(self, generation: Generation, error: WeftError | None = None) -> None:
+        """Let the oldest load of `generation` come back."""
+        self.loads.remove(generation)
+        if error is None:
+            self.engine.loaded(generation, self._contents[generation].slab())
+        else:
+            self.engine.load_failed(generation, error)
+
+    def know(self, adapter: FakeAdapter) -> None:
+        """Make loads of an adapter possible that no request has named."""
+        self._contents[adapter.generation] = adapter
+
+    def turn(self, count: int = 1) -> None:
+        """Let the engine go on, checking its books after each turn."""
+        for _ in range(count):
+            self.engine.turn()
+            self.check()
+
+    def run(self, *, answer_loads: bool = True, max_turns: int = 2000) -> None:
+        """Let the engine go on until nothing is left to do."""
+        for _ in range(max_turns):
+            while answer_loads and self.loads:
+                self.answer_load(self.loads[0])
+            self.turn()
+            if not self.unfinished and not self.loads:
+                return
+        raise AssertionError(f"still unfinished after {max_turns} turns: {self.unfinished}")
+
+    @property
+    def unfinished(self) -> list[RequestId]:
+        return [request_id for request_id in self.requests if self.finish(request_id) is None]
+
+    def finish(self, request: Request | RequestId) -> Finish | None:
+        """The request's end, once it has come."""
+        request_id = request.request_id if isinstance(request, Request) else request
+        told = self.events.get(request_id)
+        return told[-1].finish if told else None
+
+    def tokens(self, request: Request) -> list[int]:
+        """What the request has answered so far."""
+        return [token.token_id for event in self.events.get(request.request_id, ()) for token in event.tokens]
+
+    def reason(self, request: Request) -> str | None:
+        """Why the request ended: the error's reason where there is one."""
+        finish = self.finish(request)
+        assert finish is not None, f"request {request.request_id} has not ended"
+        return finish.reason.value if finish.error is None else finish.error.reason
+
+    def assert_answers(self, *requests: Request) -> None:
+        """Complete requests answer exactly what they must; the others, a beginning of it."""
+        for request in requests or self.requests.values():
+            wanted, got = expected_tokens(request), self.tokens(request)
+            finish = self.finish(request)
+            if finish is not None and finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert got == wanted, (request.request_id, got, wanted)
+                assert finish.num_completion_tokens == len(got)
+            else:
+                assert got == wanted[: len(got)], (request.request_id, got, wanted)
+
+    def check(self) -> None:
+        """The engine's books: every reference has its holder, every holder its reference."""
+        assert not self.runner.violations, self.runner.violations
+        engine, residency = self.engine, self.engine.residency
+        blocks, scheduler = engine.blocks, engine.scheduler
+        blocks.check()
+        alive = [*scheduler.waiting, *scheduler.running]
+        assert len(set(alive)) == len(alive)
+        assert {request.request_id for request in alive} == engine._requests.keys()
+        assert not any(request.blocks for request in scheduler.waiting)
+        residents = residency._resident
+        held = Counter(block for request in alive for block in [*request.blocks, *request.virtual_blocks])
+        held.update(block for resident in residents.values() for block in resident.blocks)
+        assert held == +Counter(dict(enumerate(blocks._references)))
+        holders = Counter(use.generation for request in residency.slots_of for use in request.adapters)
+        assert holders == +Counter({generation: resident.holders for generation, resident in residents.items()})
+        assert residency.slots_of.keys() >= set(scheduler.running)
+        assert residency.slots_of.keys() | residency._seekers.keys() <= set(alive)
+        assert not residency._pending & residents.keys()
+        assert residency._pending <= set(self.loads)
+        wanted = set().union(*residency._seekers.values()) | residency._pinned | residency._preloading
+        assert residency._arrived.keys() <= wanted
+        slots = self.runner.slots
+        assert len(slots) == len(residents)
+        assert slots.used_bytes == sum(resident.slab.buffer.nbytes for resident in residents.values())
+        assert slots.used_bytes <= slots.capacity_bytes

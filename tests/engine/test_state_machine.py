@@ -1,0 +1,342 @@
+"""Requests and adapters in any order: nothing leaks, nobody is lost, every token comes from the pinned weights.
+
+The machine is the engine's thread, the event loop and the adapter lifecycle at once: it drives the real Engine and the
+real Registry, message by message, over the fake runner of `fakes.py`. The model beside them is a dict: what each id
+holds now, and which adapters each request was given.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from tests.engine.fakes import UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, Weights, expected_tokens
+from weft.adapters.identifiers import AdapterId, AdapterReference
+from weft.adapters.registry import AdapterInfo, AdapterState, Registry, Version
+from weft.adapters.slots import SlotTable
+from weft.engine import batch as batches
+from weft.engine import block_manager
+from weft.engine.block_manager import BlockManager
+from weft.engine.request import Finish, FinishReason, Request, RequestId, SamplingParams
+from weft.engine.residency import Residency
+from weft.engine.scheduler import Scheduler
+from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss, WeftError
+from weft.metrics import Metrics
+
+IDS = [AdapterId(name) for name in ("a", "b", "c")]
+SHARED = [7, 3, 3, 9, 1, 4, 4, 4, 2, 8, 5, 6]
+DEVICE_UNITS = 3
+METRICS = Metrics()  # made once: it is the slowest part of an engine
+
+ids = st.sampled_from(IDS)
+contents = st.one_of(
+    st.builds(lambda units: (units, 0), st.integers(1, 2)), st.builds(lambda count: (0, count), st.integers(1, 6))
+)
+prompts = st.builds(
+    lambda shared, own: SHARED[:shared] + own,
+    st.integers(0, len(SHARED)),
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
+)
+params = st.builds(
+    lambda seed, length, stops: SamplingParams(
+        temperature=1.0 if seed else 0.0, seed=seed, max_new_tokens=length, stop_token_ids=stops
+    ),
+    st.sampled_from([0, 0, 0, 1, 2]),
+    st.integers(1, 6),
+    st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=3),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """The in-memory layer under any sequence of calls and faults."""
+
+    @initialize(
+        num_blocks=st.integers(8, 16), budget=st.integers(4, 24), num_seqs=st.integers(1, 4), caching=st.booleans()
+    )
+    def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool) -> None:
+        self.harness = Harness(
+            num_blocks=num_blocks,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=max(budget, num_seqs),
+            capacity_bytes=DEVICE_UNITS * UNIT_BYTES,
+            caching=caching,
+            metrics=METRICS,
+        )
+        self.engine = self.harness.engine
+        self.registry = Registry(idle=self.went_idle, wall_clock=lambda: 0.0)
+        self.harness.on_finish = self.settle
+        self.adapters: list[FakeAdapter] = []  # every content there ever was
+        self.current: dict[AdapterId, FakeAdapter] = {}
+        self.leases: dict[RequestId, list[Version]] = {}
+        self.removing: dict[AdapterId, list[Version]] = {}
+        self.was_pinned = False
+
+    # -- the adapters --------------------------------------------------------------------------------------------
+
+    @rule(adapter_id=ids, content=contents)
+    def register(self, adapter_id: AdapterId, content: tuple[int, int]) -> None:
+        """New content under a free or a taken id."""
+        units, num_virtual = content
+        self.publish(adapter_id, FakeAdapter(len(self.adapters) + 1, units=units, num_virtual=num_virtual))
+
+    @precondition(lambda self: self.adapters)
+    @rule(adapter_id=ids, data=st.data())
+    def register_again(self, adapter_id: AdapterId, data: st.DataObject) -> None:
+        """Content that was there before, under this id or another."""
+        self.publish(adapter_id, data.draw(st.sampled_from(self.adapters)))
+
+    def publish(self, adapter_id: AdapterId, adapter: FakeAdapter) -> None:
+        generation = adapter.generation
+        try:
+            changes = self.registry.check_publish(adapter_id, generation, replace=True, expected_generation=None)
+        except AdapterConflict:
+            assert adapter_id in self.removing
+            return
+        if adapter not in self.adapters:
+            self.adapters.append(adapter)
+            self.harness.know(adapter)
+        assert changes == (self.current.get(adapter_id) != adapter)
+        if changes:
+            info = AdapterInfo(num_virtual_tokens=adapter.num_virtual)
+            self.registry.publish(
+                Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0)
+            )
+            self.current[adapter_id] = adapter
+
+    @rule(adapter_id=ids, cancel=st.booleans())
+    def unregister(self, adapter_id: AdapterId, cancel: bool) -> None:
+        try:
+            versions = self.registry.drain(adapter_id, None)
+        except AdapterNotFound:
+            assert adapter_id in self.removing or adapter_id not in self.current
+            return
+        self.removing[adapter_id] = versions
+        if cancel:
+            for request_id in [request_id for version in versions for request_id in version.leases]:
+                error = AdapterConflict("ADAPTER_UNREGISTERED", "")
+                self.engine.end(RequestId(request_id), FinishReason.ERROR, error)
+        self.finish_removals()
+
+    def finish_removals(self) -> None:
+        """What `UnregisterAdapter` waits for: when it returns, nothing of the adapter is left."""
+        for adapter_id, versions in list(self.removing.items()):
+            if any(version.leases for version in versions):
+                continue
+            self.registry.remove(adapter_id)
+            del self.removing[adapter_id], self.current[adapter_id]
+            for generation in {version.generation for version in versions} - self.registry.generations():
+                evicted = self.engine.evict(generation)
+                self.turn()
+                evicted.result(timeout=0)
+                self.assert_gone(generation)
+
+    def went_idle(self, version: Version) -> None:
+        if version.generation not in self.registry.generations():
+            self.engine.evict(version.generation)
+
+    def assert_gone(self, generation: object) -> None:
+        residency, blocks = self.engine.residency, self.engine.blocks
+        assert generation not in residency.resident()
+        assert generation not in residency._arrived
+        assert generation not in residency._pending
+        assert generation not in blocks._blocks_of_generation
+        assert not any(generation in generations for generations in blocks._generations_of.values())
+
+    @rule(adapter_id=ids, how=st.sampled_from(["preload", "pin", "unpin", "evict"]))
+    def move(self, adapter_id: AdapterId, how: str) -> None:
+        """LoadAdapter and UnloadAdapter."""
+        adapter = self.current.get(adapter_id)
+        if adapter is None:
+            return
+        users = [v for current in self.registry for v in self.registry.versions(current.adapter_id)]
+        if how == "evict" and not any(v.leases for v in users if v.generation == adapter.generation):
+            self.engine.evict(adapter.generation)
+        elif how != "evict":
+            self.was_pinned |= how == "pin"
+            getattr(self.engine, how)(adapter.generation)
+
+    # -- the requests --------------------------------------------------------------------------------------------
+
+    @rule(
+        names=st.lists(ids, max_size=2, unique=True),
+        pinned_to=st.one_of(st.none(), st.integers(0, 3)),
+        prompt=prompts,
+        params=params,
+        patience=st.sampled_from([float("inf"), float("inf"), 3.0]),
+        salt=st.sampled_from(["", "", "tenant"]),
+    )
+    def generate(
+        self,
+        names: list[AdapterId],
+        pinned_to: int | None,
+        prompt: list[int],
+        params: SamplingParams,
+        patience: float,
+        salt: str,
+    ) -> None:
+        request_id = RequestId(str(len(self.harness.requests)))
+        versions: list[Version] = []
+        for name in names:
+            adapter = self.current.get(name)
+            generation = None
+            if pinned_to is not None and pinned_to < len(self.adapters):
+                generation = self.adapters[pinned_to].generation
+            try:
+                version = self.registry.acquire(AdapterReference(name, generation), request_id)
+            except (AdapterNotFound, AdapterUnusable):
+                is_current = adapter is not None and generation in (None, adapter.generation)
+                assert not is_current or name in self.removing
+                continue
+            assert adapter is not None
+            assert version.generation == adapter.generation, "acquire gave other content than the id's"
+            num_virtual = sum(other.info.num_virtual_tokens > 0 for other in [*versions, version])
+            if version in versions or num_virtual > 1:
+                self.registry.release(version, request_id)
+                continue
+            versions.append(version)
+        taken = [adapter for version in versions for adapter in self.adapters if adapter.generation == version.generation]
+        gates = [1.0 if adapter.num_virtual or len(taken) == 1 else 0.5 + i for i, adapter in enumerate(taken)]
+        self.leases[request_id] = versions
+        self.harness.submit(
+            prompt,
+            *taken,
+            gates=gates,
+            params=params,
+            salt=salt,
+            deadline_s=self.harness.now + patience,
+        )
+
+    def settle(self, request_id: RequestId, finish: Finish) -> None:
+        for version in self.leases.pop(request_id):
+            self.registry.release(version, request_id)
+        if finish.error is not None and finish.error.reason == "POOL_EXHAUSTED":
+            uses = {use.generation for use in self.harness.requests[request_id].adapters}
+            units = sum(adapter.units for adapter in self.adapters if adapter.generation in uses)
+            assert units > DEVICE_UNITS or self.was_pinned, "ended for want of room that there was"
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """The caller goes: its blocks are free after the next turn."""
+        request_id = data.draw(st.sampled_from(sorted(self.leases)))
+        self.engine.end(request_id, FinishReason.CANCELLED, Cancelled("CANCELLED", ""))
+        self.turn()
+        assert self.harness.finish(request_id) is not None
+        request = self.harness.requests[request_id]
+        assert not request.blocks
+        assert not request.virtual_blocks
+
+    # -- time and faults -----------------------------------------------------------------------------------------
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.turn()
+
+    def turn(self) -> None:
+        self.harness.turn()
+
+    @precondition(lambda self: self.harness.loads)
+    @rule(data=st.data(), fails=st.sampled_from([False, False, False, True]))
+    def answer_load(self, data: st.DataObject, fails: bool) -> None:
+        generation = data.draw(st.sampled_from(sorted(set(self.harness.loads))))
+        self.harness.answer_load(generation, DataLoss("BLOB_CORRUPT", "") if fails else None)
+        self.turn()
+
+    @rule(seconds=st.floats(0.1, 5.0))
+    def wait(self, seconds: float) -> None:
+        self.harness.now += seconds
+        self.turn()
+        assert not [r for r in map(self.request, self.leases) if r.deadline_s <= self.harness.now]
+
+    @rule(poison=st.booleans())
+    def disturb(self, poison: bool) -> None:
+        """A step that fails, or one whose logits are not finite."""
+        runner, before = self.harness.runner, set(self.leases)
+        if poison:
+            runner.poison = range(VOCAB_SIZE)
+        else:
+            runner.fail = _raise
+        self.turn()
+        runner.poison, runner.fail = (), lambda batch: None
+        for request_id in before - set(self.leases):
+            finish = self.harness.finish(request_id)
+            assert finish is not None
+            assert finish.error is not None
+        self.turn()
+
+    def request(self, request_id: RequestId) -> Request:
+        return self.harness.requests[request_id]
+
+    # -- what always holds ---------------------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_is_wrong(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        self.finish_removals()
+        assert not self.harness.num_down
+        open_requests = {request_id for request_id in self.harness.requests if not self.harness.finish(request_id)}
+        assert open_requests == self.leases.keys(), "a lease is held exactly as long as its request"
+        for adapter_id, adapter in self.current.items():
+            version = self.registry.current(adapter_id)
+            assert version is not None
+            assert version.generation == adapter.generation
+            assert version.state is (AdapterState.DRAINING if adapter_id in self.removing else AdapterState.ACTIVE)
+
+    def teardown(self) -> None:
+        """Everything ends; then the books are empty and every answer was right."""
+        if not hasattr(self, "harness"):
+            return
+        harness = self.harness
+        harness.run(max_turns=600)
+        for adapter_id in list(self.current):
+            self.unregister(adapter_id, cancel=False)
+        harness.turn(2)
+        assert not self.leases
+        for request in harness.requests.values():
+            ends = [event for event in harness.events[request.request_id] if event.finish is not None]
+            assert len(ends) == 1
+        harness.assert_answers()
+        assert not len(self.registry)
+        for adapter in self.adapters:
+            self.assert_gone(adapter.generation)
+        residency, blocks = self.engine.residency, self.engine.blocks
+        assert not residency._resident
+        assert not residency._arrived
+        assert not residency.slots_of
+        assert not len(harness.runner.slots)
+        assert harness.runner.slots.used_bytes == 0
+        assert blocks.num_used_blocks == 0
+        assert not harness.num_down
+
+
+def _raise(batch: object) -> None:
+    raise RuntimeError("a kernel failed")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Faults are logged with their traceback; thousands of them are wanted here."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+MACHINE = settings(
+    max_examples=200,
+    stateful_step_count=50,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.slow
+def test_nothing_leaks_and_every_token_is_from_the_pinned_weights() -> None:
+    run_state_machine_as_test(EngineMachine, settings=MACHINE)
