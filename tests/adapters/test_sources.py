@@ -176,6 +176,43 @@ def test_only_regular_files_are_copied(
         assert error.reason == "SOURCE_NOT_REGULAR"
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_is_not_even_opened(
+    store: AdapterStore, root: Path, source: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Opening a device or a FIFO can act or wait."""
+    replaced_by(source / CONFIG, kind, root / "elsewhere")
+    opened: list[object] = []
+    real = os.open
+
+    def recorded(path: str | Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        opened.append(path)
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", recorded)
+    assert copy_refused(store, root, "demo/upper").reason == "SOURCE_NOT_REGULAR"
+    assert "upper" in opened
+    assert CONFIG not in opened
+
+
+@pytest.mark.parametrize("kind", ["symlink", "directory", "fifo", "socket"])
+def test_a_name_exchanged_between_the_look_and_the_opening(
+    store: AdapterStore, root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    real = os.stat
+
+    def look_and_exchange(path: str, **options: object) -> os.stat_result:
+        found = real(path, **options)  # pyright: ignore[reportArgumentType]
+        if path == CONFIG and (source / CONFIG).is_file() and not (source / CONFIG).is_symlink():
+            monkeypatch.setattr(os, "stat", real)
+            replaced_by(source / CONFIG, kind, root / "elsewhere")
+        return found
+
+    monkeypatch.setattr(os, "stat", look_and_exchange)
+    assert copy_refused(store, root, "demo/upper").reason == "SOURCE_NOT_REGULAR"
+
+
 @pytest.mark.parametrize("kind", ["symlink", "file", "fifo"])
 @pytest.mark.parametrize("component", ["demo", "upper"])
 def test_only_real_directories_are_walked(

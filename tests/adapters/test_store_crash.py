@@ -101,13 +101,14 @@ class ForgetfulStore(AdapterStore):
 
 
 VARIANTS = {"real": AdapterStore, "in place": InPlaceStore, "forgetful": ForgetfulStore}
-LOG_FD = 1000
+LOG_FD, READY_FD = 1000, 1001
 
 
 def work(root: Path, worker: int, seed: int, num_operations: int, variant: str) -> None:
     """Begin with a recovery, then do random operations on the worker's own ids, logging each before and after."""
     store, dice = VARIANTS[variant](root, LIMITS), random.Random(seed)
     store.recover()
+    os.write(READY_FD, b"x")
     for _ in range(num_operations):
         operation = dice.choice(["commit", "commit", "commit", "copy", "remove", "pin", "collect"])
         adapter_id, content_seed = f"w{worker}{dice.choice('ab')}", dice.randrange(NUM_SEEDS)
@@ -132,7 +133,7 @@ def work(root: Path, worker: int, seed: int, num_operations: int, variant: str) 
         os.write(LOG_FD, b"ack\n")
 
 
-def forked(command: dict[str, object], worker: int) -> int:
+def forked(command: dict[str, object], worker: int, ready_fd: int) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -140,8 +141,10 @@ def forked(command: dict[str, object], worker: int) -> int:
     try:
         os.environ["WEFT_FAILPOINT"] = str(command["failpoint"])
         importlib.reload(failpoints)
-        log = os.open(f"{command['log']}{worker}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        log = os.open(f"{command['log']}{worker}", os.O_WRONLY | os.O_APPEND)
         os.dup2(log, LOG_FD)
+        os.dup2(ready_fd, READY_FD)
+        os.close(ready_fd)
         seed = int(str(command["seed"])) * 100 + worker
         work(Path(str(command["root"])), worker, seed, int(str(command["operations"])), str(command["variant"]))
         status = 0
@@ -153,7 +156,13 @@ def serve() -> None:
     """Commands on stdin, one a line; answers the exit statuses of the workers."""
     for line in sys.stdin:
         command = json.loads(line)
-        pids = [forked(command, worker) for worker in range(command["workers"])]
+        waiting_fd, ready_fd = os.pipe()
+        pids = [forked(command, worker, ready_fd) for worker in range(command["workers"])]
+        os.close(ready_fd)
+        if command["wait"]:
+            for _ in pids:
+                os.read(waiting_fd, 1)
+        os.close(waiting_fd)
         started = time.monotonic()
         for pid, kill_after_s in zip(pids, command["kill_after_s"], strict=False):
             time.sleep(max(0.0, started + kill_after_s - time.monotonic()))
@@ -265,8 +274,12 @@ class Arena:
         operations: int = 12,
         workers: int = 1,
         variant: str = "real",
+        wait: bool = False,
     ) -> tuple[list[int], Findings]:
-        """One run of the workers; their exit statuses, and what was found afterwards."""
+        """One run of the workers; their exit statuses, and what was found afterwards.
+
+        With `wait` the times count from when every worker has recovered, not from its birth.
+        """
         self._seed += 1
         command = {
             "root": str(self.root),
@@ -276,8 +289,11 @@ class Arena:
             "operations": operations,
             "workers": workers,
             "variant": variant,
+            "wait": wait,
             "seed": self._seed,
         }
+        for worker in range(workers):
+            Path(f"{self._log}{worker}").write_bytes(b"")
         assert self._program.stdin is not None
         assert self._program.stdout is not None
         self._program.stdin.write(json.dumps(command) + "\n")
@@ -360,9 +376,9 @@ def test_a_fault_at_every_failpoint(arena: Arena, action: str) -> None:
 
 def test_kill_at_random_times(arena: Arena, record_property: Callable[[str, object], None]) -> None:
     dice, total = random.Random(8_128), Findings()
-    for _ in range(NUM_RANDOM_KILLS):
-        kill_after_s = dice.uniform(0.001, 0.02 + 8 * arena.commit_s)
-        statuses, findings = arena.crash(kill_after_s=(kill_after_s,), operations=1_000_000)
+    for number in range(NUM_RANDOM_KILLS):
+        kill_after_s = dice.uniform(0.0, 0.01 + 8 * arena.commit_s)
+        statuses, findings = arena.crash(kill_after_s=(kill_after_s,), operations=1_000_000, wait=number % 3 > 0)
         assert statuses == [-signal.SIGKILL]
         assert findings.bad == (0, 0, 0), findings
         total += findings
@@ -374,9 +390,9 @@ def test_kill_one_of_two_processes_then_the_other(arena: Arena, record_property:
     """They share content, so that one collects what the other is about to bind."""
     dice, total = random.Random(33_550_336), Findings()
     for _ in range(max(1, NUM_RANDOM_KILLS // 3)):
-        first = dice.uniform(0.005, 0.02 + 8 * arena.commit_s)
-        second = first + dice.uniform(0.001, 0.02 + 8 * arena.commit_s)
-        statuses, findings = arena.crash(kill_after_s=(first, second), operations=1_000_000, workers=2)
+        first = dice.uniform(0.0, 0.01 + 8 * arena.commit_s)
+        second = first + dice.uniform(0.0, 0.01 + 8 * arena.commit_s)
+        statuses, findings = arena.crash(kill_after_s=(first, second), operations=1_000_000, workers=2, wait=True)
         assert statuses == [-signal.SIGKILL] * 2
         assert findings.bad == (0, 0, 0), findings
         total += findings

@@ -1,6 +1,7 @@
 """`weft adapters …` and `weft info`: what they send, tables, JSON, and how errors read."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,17 @@ def test_show_tells_everything(fake: FakeService, weft: Weft) -> None:
     assert "evil\\x1b[2Jbase" in shown
     assert "\x1b" not in shown
     assert json.loads(weft("adapters", "show", "reverse", "--json").stdout)["generation"] == adapter.generation
+
+
+def test_times_are_those_of_this_machine(fake: FakeService, weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.put("reverse").create_time.FromSeconds(0)
+    monkeypatch.setenv("TZ", "WEST+5")
+    time.tzset()
+    try:
+        assert "1969-12-31 19:00:00-05:00" in weft("adapters", "show", "reverse").stdout
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_rm_asks_first(fake: FakeService, weft: Weft) -> None:

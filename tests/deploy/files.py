@@ -31,7 +31,8 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
     """(instruction, argument) in order, continued lines joined and comments left out."""
     lines = [line for line in dockerfile.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [(name, argument.strip()) for name, _, argument in (line.partition(" ") for line in joined.splitlines() if line)]
+    parted = (line.partition(" ") for line in joined.splitlines() if line)
+    return [(name, argument.strip()) for name, _, argument in parted]
 
 
 def entrypoint() -> list[str]:

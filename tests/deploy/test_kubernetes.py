@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.deploy.files import DEPLOY, configured, document, documents, entrypoint, instructions, size
-from weft.config import ServerConfig, WeftConfig
+from weft.config import WeftConfig
 from weft.metrics import Metrics
 
 BASE = DEPLOY / "kubernetes"
@@ -60,7 +60,8 @@ def test_kubernetes_knows_every_field(version: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe", "field"), [("startupProbe", "failureTreshold"), ("readinessProbe", "grpcPort"), ("livenessProbe", "period")]
+    ("probe", "field"),
+    [("startupProbe", "failureTreshold"), ("readinessProbe", "grpcPort"), ("livenessProbe", "period")],
 )
 def test_a_misspelt_probe_field_would_be_seen(probe: str, field: str) -> None:
     broken = copy.deepcopy(one("Deployment"))
@@ -138,7 +139,8 @@ def test_memory_holds_what_the_knobs_allow(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_threads_are_the_cores_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch counts the node's cores, not the container's."""
-    assert config(container()["args"], monkeypatch).model.num_threads == int(container()["resources"]["requests"]["cpu"])
+    cores = int(container()["resources"]["requests"]["cpu"])
+    assert config(container()["args"], monkeypatch).model.num_threads == cores
 
 
 def test_the_pod_may_do_nothing() -> None:
@@ -182,12 +184,9 @@ def test_selectors_select_the_pods() -> None:
 def test_the_autoscaler_follows_a_gauge_of_ours() -> None:
     spec = one("HorizontalPodAutoscaler")["spec"]
     [metric] = spec["metrics"]
-    gauges = {family.name for family in Metrics().registry.collect() if family.type == "gauge"}
-    assert metric["pods"]["metric"]["name"] in gauges
-    assert metric["pods"]["metric"]["name"] + "{" in document(BASE / "adapter-rules.yaml")["rules"]["custom"][0]["seriesQuery"]
+    name = metric["pods"]["metric"]["name"]
+    assert name in {family.name for family in Metrics().registry.collect() if family.type == "gauge"}
+    [rule] = document(BASE / "adapter-rules.yaml")["rules"]["custom"]
+    assert rule["seriesQuery"].startswith(name + "{")
     assert spec["scaleTargetRef"]["name"] == one("Deployment")["metadata"]["name"]
     assert "replicas" not in one("Deployment")["spec"]
-
-
-def test_defaults_that_manifests_rely_on() -> None:
-    assert (ServerConfig().port, ServerConfig().metrics_port) == (50051, 9464)

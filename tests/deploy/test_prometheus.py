@@ -1,5 +1,6 @@
-"""Alerts and dashboard: their names are ours, promtool accepts them, and a real Prometheus answers from a real scrape."""
+"""Alerts and dashboard: their names are ours, promtool accepts them, and a real Prometheus answers from a scrape."""
 
+import functools
 import json
 import re
 import shutil
@@ -48,6 +49,12 @@ def unknown_names(expression: str) -> set[str]:
     return set(re.findall(r"\bweft_\w+", expression)) - exposed_names()
 
 
+@functools.cache
+def server_source() -> str:
+    paths = sorted((ROOT / "server" / "weft").rglob("*.py"))
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
 def live(metrics: Metrics) -> None:
     """One more event of every kind, so that every series exists and every rate is above zero."""
     for metric in vars(metrics).values():
@@ -82,8 +89,24 @@ def test_every_label_is_ours() -> None:
             assert {label.strip() for label in by.split(",")} <= labels[name], expression
 
 
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        pytest.param(
+            attribute,
+            marks=[pytest.mark.xfail(strict=True, reason="the engine does not set it yet")]
+            if attribute in {"adapter_resident_bytes", "adapters_resident"}
+            else [],
+        )
+        for attribute, metric in vars(Metrics()).items()
+        if isinstance(metric, Counter | Gauge | Histogram)
+    ],
+)
+def test_every_metric_is_set_somewhere(attribute: str) -> None:
+    assert re.search(rf"metrics\.{attribute}\b", server_source())
+
+
 def test_every_label_value_is_ours() -> None:
-    server = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "server" / "weft").rglob("*.py"))
     known = {
         "finish_reason": {reason.value for reason in FinishReason},
         "code": {code.value for code in Code} | {"OK", "UNKNOWN"},
@@ -94,7 +117,7 @@ def test_every_label_value_is_ours() -> None:
                 if label in known:
                     assert value in known[label], expression
                 elif label != "job":
-                    assert f'"{value}"' in server, expression
+                    assert f'"{value}"' in server_source(), expression
 
 
 def test_prometheus_scrapes_where_the_server_exposes() -> None:
@@ -111,7 +134,8 @@ def test_the_dashboard_fits_its_grid() -> None:
     assert len({panel["id"] for panel in panels}) == len(panels)
     for panel in panels:
         place = panel["gridPos"]
-        own = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        columns = range(place["x"], place["x"] + place["w"])
+        own = {(x, y) for x in columns for y in range(place["y"], place["y"] + place["h"])}
         assert not own & cells, panel["title"]
         assert place["x"] + place["w"] <= 24
         cells |= own
@@ -145,7 +169,7 @@ def test_each_alert_fires_when_it_should() -> None:
 
 
 class Prometheus:
-    """A real server that scrapes `target` twice a second."""
+    """What a Prometheus at `url` answers."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -160,12 +184,12 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Has scraped a live exposition of weft.metrics at least four times."""
+    """A real one that has scraped a live exposition of weft.metrics at least four times."""
     directory = tmp_path_factory.mktemp("prometheus")
     metrics = Metrics()
     exposition, thread = start_http_server(0, "127.0.0.1", metrics.registry)
     config = document(DEPLOY / "prometheus" / "prometheus.yml")
-    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
+    config["global"] = {"scrape_interval": "250ms", "scrape_timeout": "250ms", "evaluation_interval": "250ms"}
     config["rule_files"] = [str(ALERTS)]
     config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{exposition.server_address[1]}"]}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -189,8 +213,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         give_up_at = time.monotonic() + 30
         scrapes = 0
         while scrapes < 4:
-            assert process.poll() is None and time.monotonic() < give_up_at, (directory / "log").read_text()
-            time.sleep(0.25)
+            assert process.poll() is None, (directory / "log").read_text()
+            assert time.monotonic() < give_up_at, (directory / "log").read_text()
+            time.sleep(0.1)
             live(metrics)
             try:
                 found = server.query("count_over_time(weft_generation_tokens_total[1m])")

@@ -27,9 +27,9 @@ from weft.engine.scheduler import Scheduler
 from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss, WeftError
 from weft.metrics import Metrics
 
-IDS = [AdapterId(name) for name in ("a", "b", "c")]
+IDS = [AdapterId(name) for name in ("a", "b", "c", "d")]
 SHARED = [7, 3, 3, 9, 1, 4, 4, 4, 2, 8, 5, 6]
-DEVICE_UNITS = 3
+DEVICE_UNITS = 2
 METRICS = Metrics()  # made once: it is the slowest part of an engine
 
 ids = st.sampled_from(IDS)
@@ -41,12 +41,13 @@ prompts = st.builds(
     st.integers(0, len(SHARED)),
     st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
 )
+names = st.one_of(st.lists(ids, min_size=1, max_size=1), st.lists(ids, max_size=2, unique=True))
 params = st.builds(
     lambda seed, length, stops: SamplingParams(
         temperature=1.0 if seed else 0.0, seed=seed, max_new_tokens=length, stop_token_ids=stops
     ),
     st.sampled_from([0, 0, 0, 1, 2]),
-    st.integers(1, 6),
+    st.integers(1, 8),
     st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=3),
 )
 
@@ -55,7 +56,7 @@ class EngineMachine(RuleBasedStateMachine):
     """The in-memory layer under any sequence of calls and faults."""
 
     @initialize(
-        num_blocks=st.integers(8, 16), budget=st.integers(4, 24), num_seqs=st.integers(1, 4), caching=st.booleans()
+        num_blocks=st.integers(8, 12), budget=st.integers(4, 24), num_seqs=st.integers(1, 4), caching=st.booleans()
     )
     def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool) -> None:
         self.harness = Harness(
@@ -74,6 +75,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.leases: dict[RequestId, list[Version]] = {}
         self.removing: dict[AdapterId, list[Version]] = {}
         self.was_pinned = False
+        for adapter_id, content in zip(IDS, [(1, 0), (1, 0), (0, 5), (2, 0)], strict=True):
+            self.register(adapter_id, content)
 
     # -- the adapters --------------------------------------------------------------------------------------------
 
@@ -162,14 +165,23 @@ class EngineMachine(RuleBasedStateMachine):
     # -- the requests --------------------------------------------------------------------------------------------
 
     @rule(
-        names=st.lists(ids, max_size=2, unique=True),
-        pinned_to=st.one_of(st.none(), st.integers(0, 3)),
-        prompt=prompts,
-        params=params,
+        asked=st.lists(st.tuples(names, prompts, params), min_size=1, max_size=4),
+        pinned_to=st.one_of(st.none(), st.none(), st.none(), st.integers(0, 3)),
         patience=st.sampled_from([float("inf"), float("inf"), 3.0]),
         salt=st.sampled_from(["", "", "tenant"]),
     )
     def generate(
+        self,
+        asked: list[tuple[list[AdapterId], list[int], SamplingParams]],
+        pinned_to: int | None,
+        patience: float,
+        salt: str,
+    ) -> None:
+        for names, prompt, params in asked:
+            self.generate_one(names, pinned_to, prompt, params, patience, salt)
+        self.turn()
+
+    def generate_one(
         self,
         names: list[AdapterId],
         pinned_to: int | None,
@@ -232,9 +244,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     # -- time and faults -----------------------------------------------------------------------------------------
 
-    @rule(count=st.integers(1, 6))
-    def step(self, count: int) -> None:
+    @rule(count=st.integers(1, 6), loads=st.booleans())
+    def step(self, count: int, loads: bool) -> None:
         for _ in range(count):
+            while loads and self.harness.loads:
+                self.harness.answer_load(self.harness.loads[0])
             self.turn()
 
     def turn(self) -> None:

@@ -17,7 +17,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A whole sequence: virtual and real keys and values [positions, Hkv, D], and a query [real, Hq, D] at every token."""
+    """A whole sequence: virtual and real keys and values [positions, Hkv, D], and queries [real, Hq, D]."""
 
     virtual_keys: Tensor
     virtual_values: Tensor
@@ -62,7 +62,7 @@ class Shape:
 
 
 def run(shape: Shape, requests: Sequence[Request], *, block_size: int = 16, spare_columns: int = 0) -> Tensor:
-    """One step over a cache whose every other place holds NaN, with blocks in random order and garbage past each table."""
+    """One step over a cache that holds NaN everywhere else, blocks in random order, garbage past each table's end."""
     tables, blocks_before = [], 0
     for r in requests:
         count = -(-r.num_virtual // block_size) + -(-r.num_real // block_size)
@@ -142,7 +142,7 @@ def num_threads() -> Iterator[Callable[[int], None]]:
 
 
 def mixed(shape: Shape) -> list[Request]:
-    """Decode, whole prompts and chunks; with and without virtual positions; on and beside every boundary of 16 and 64."""
+    """Decode, whole prompts and chunks; with and without virtual positions; on and beside boundaries of 16 and 64."""
     lengths = [(1, 1, 0), (16, 1, 0), (17, 17, 1), (64, 64, 16), (65, 1, 17), (130, 66, 0), (200, 3, 70), (63, 0, 0)]
     return [shape.request(*length) for length in lengths]
 
@@ -186,7 +186,8 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     "shape",
     [
         Shape(),
-        Shape(dtype=BFLOAT16, query_heads=12, kv_heads=4, head_size=64, window=37, softcap=5.0),
+        Shape(window=37, softcap=5.0),
+        Shape(dtype=BFLOAT16, query_heads=12, kv_heads=4, head_size=64),
         Shape(query_heads=5, kv_heads=1, head_size=40),
     ],
 )
@@ -260,7 +261,7 @@ def test_heads_may_be_strided(dtype: torch.dtype) -> None:
     """As the models hand them over: [Hq, T, D] seen as [T, Hq, D]."""
     key, value = torch.randn(2, 2, 20, 64).to(dtype)[..., 16:48].transpose(1, 2)
     query = torch.randn(6, 20, 64).to(dtype)[..., :32].transpose(0, 1)
-    cache = attention.Cache(keys=torch.zeros(2, 16, 2, 32, dtype=dtype), values=torch.zeros(2, 16, 2, 32, dtype=dtype))
+    cache = empty_cache(2, 16, 2, 32, dtype=dtype)
     attention.store(key, value, cache, torch.arange(20))
     assert torch.equal(cache.keys.flatten(0, 1)[:20], key)
     assert torch.equal(cache.values.flatten(0, 1)[:20], value)
@@ -268,6 +269,10 @@ def test_heads_may_be_strided(dtype: torch.dtype) -> None:
     attention.attend(query, cache, one_request(20), out, scale=0.2)
     attention.attend(query.contiguous(), cache, one_request(20), expected, scale=0.2)
     assert equal_bits(out, expected)
+
+
+def empty_cache(*shape: int, dtype: torch.dtype = FLOAT32) -> attention.Cache:
+    return attention.Cache(keys=torch.zeros(shape, dtype=dtype), values=torch.zeros(shape, dtype=dtype))
 
 
 def one_request(num_tokens: int) -> attention.Batch:
@@ -285,7 +290,7 @@ def test_an_empty_step() -> None:
 
 
 def test_misuse_is_named() -> None:
-    cache = attention.Cache(keys=torch.zeros(2, 16, 2, 32), values=torch.zeros(2, 16, 2, 32))
+    cache = empty_cache(2, 16, 2, 32)
     key, query, batch = torch.randn(20, 2, 32), torch.randn(20, 6, 32), one_request(20)
     slots, out = torch.arange(20), torch.zeros(20, 6, 32)
 
@@ -299,8 +304,9 @@ def test_misuse_is_named() -> None:
         ("values: needs the shape", lambda: attention.Cache(keys=cache.keys, values=cache.values[:1])),
         ("keys: needs contiguous", lambda: attention.Cache(keys=cache.keys[:, ::2], values=cache.values[:, ::2])),
         ("keys: needs contiguous", lambda: attention.Cache(keys=cache.keys.half(), values=cache.values.half())),
-        ("a multiple of 8 up to 256", lambda: attention.Cache(keys=torch.zeros(1, 1, 1, 12), values=torch.zeros(1, 1, 1, 12))),
-        ("a multiple of 8 up to 256", lambda: attention.Cache(keys=torch.zeros(1, 1, 1, 264), values=torch.zeros(1, 1, 1, 264))),
+        ("a multiple of 8 up to 256", lambda: empty_cache(1, 1, 1, 12)),
+        ("a multiple of 8 up to 256", lambda: empty_cache(1, 1, 1, 264)),
+        ("no empty dimension", lambda: empty_cache(0, 16, 1, 64)),
         ("key: needs .20, 2, 32. torch.float32", lambda: attention.store(key.bfloat16(), key, cache, slots)),
         ("value: needs .20, 2, 32", lambda: attention.store(key, key[:, :1], cache, slots)),
         ("value: needs a contiguous", lambda: attention.store(key, key.mT.contiguous().mT, cache, slots)),
@@ -331,7 +337,8 @@ def test_misuse_is_named() -> None:
             call()
     assert not out.any()
     assert not cache.keys.any()
-    attend(query[-1:], changed(query_start=[0, 1], block_tables=[[-1, 1]]), out[:1], window=4)  # block 0 is never read
+    unread = -(10**6)  # lies before the window: a number that would not survive being read
+    attend(query[-1:], changed(query_start=[0, 1], block_tables=[[unread, 1]]), out[:1], window=4)
 
 
 def test_one_call_may_be_larger_than_a_chunk_and_serial_or_parallel() -> None:

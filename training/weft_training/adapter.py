@@ -122,9 +122,13 @@ class AdaptedModel(nn.Module):
                 **loss_options,
             )
 
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
     @torch.inference_mode()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int) -> Tensor:
-        """The greedy continuations [B, N] of prompts [B, T] that are padded on the left."""
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Prompts [B, T], padded on the left, with their continuations [B, T + N]; the options are transformers'."""
         # transformers drops as many ids as the cache already holds: the virtual positions' are never looked at.
         ids = torch.cat([input_ids.new_zeros(len(input_ids), self.adapter.num_virtual_tokens), input_ids], dim=1)
         with self.base.context.use(self.driver):
@@ -132,10 +136,9 @@ class AdaptedModel(nn.Module):
                 ids,
                 attention_mask=self._extend(attention_mask),
                 past_key_values=self.past(len(ids)),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
+                **options,
             )
-        return whole[:, ids.shape[1] :]
+        return whole[:, self.adapter.num_virtual_tokens :]
 
     def past(self, batch_size: int) -> DynamicCache | None:
         """The cache that holds the virtual positions of every row; None for a method without any."""

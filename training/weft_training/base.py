@@ -17,7 +17,10 @@ from weft.model.loader import Base
 
 def load(config: ModelConfig) -> Base:
     """The base, frozen, differentiable in its inputs and in what adapters add."""
-    base = loader.load(config, attention="sdpa")
+    # On a CPU the fused attention's backward has a large fixed cost: 18 ms against 2 ms for 32 rows of 22 tokens with 8
+    # heads, even at 400 tokens, and ahead only beyond them.
+    on_cpu = loader.resolve_device(config.device).type == "cpu"
+    base = loader.load(config, attention="eager" if on_cpu else "sdpa")
     for module in base.model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             module.train()

@@ -12,7 +12,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc.aio
@@ -25,7 +25,7 @@ from prometheus_client import start_http_server
 from rich.console import Console
 from rich.progress import Progress
 
-from weft.adapters.identifiers import AdapterId
+from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.api.application import Application, ServedModel
 from weft.api.generation import ModelFacts
@@ -63,7 +63,10 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
         model, runner = build_model(config)
-    named = [(AdapterId(adapter_id), path) for adapter_id, path in adapters]
+    named = [
+        (check_adapter_id(adapter_id, base_model=model.facts.name), path.resolve()) for adapter_id, path in adapters
+    ]
+    config = replace(config, allowed_sources=(*config.allowed_sources, *(path for _, path in named)))
     return asyncio.run(_serve_until_signal(config, model, runner, named, console))
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -80,7 +81,7 @@ def label(enum: Any, value: int) -> str:
 
 def moment(timestamp: "Timestamp") -> str:
     """A time in the zone of this machine, to the second."""
-    return timestamp.ToDatetime().astimezone().isoformat(sep=" ", timespec="seconds")
+    return timestamp.ToDatetime(tzinfo=UTC).astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -4,6 +4,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,9 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     except InvalidSettings as error:
         raise fail(str(error), code=2) from None
 
+    directories = tuple(path for _, path in registered)  # named here, they are allowed as sources
+    configuration = replace(configuration, allowed_sources=(*configuration.allowed_sources, *directories))
+
     from weft.api.serve import run  # brings torch, transformers and gRPC
     from weft.errors import WeftError
 
@@ -65,7 +69,7 @@ def _adapter_directory(text: str) -> tuple[str, Path]:
     adapter_id, separator, path = text.partition("=")
     if not (adapter_id and separator and path):
         raise InvalidSettings(f"--adapter must be ID=PATH, given {text!r}")
-    return adapter_id, Path(path).expanduser()
+    return adapter_id, Path(path).expanduser().absolute()
 
 
 def _parameters() -> list[inspect.Parameter]:

@@ -67,29 +67,28 @@ def build(step: Sequence[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, 
             gates += run_gates * num_tokens
 
     query_start = torch.tensor(starts, dtype=torch.int32)
-    lengths = query_start.diff().long()  # [B]
     virtual_lens = torch.tensor(virtuals, dtype=torch.int64)
+    rows = torch.arange(starts[-1])
+    request_of_row = torch.searchsorted(query_start[1:].long(), rows, right=True)  # repeat_interleave wakes every thread
     # Row's token index within its request: a ramp from `computed` in every run.
-    token_index = torch.arange(starts[-1]) + (torch.tensor(computed) - query_start[:-1]).repeat_interleave(lengths)
+    token_index = rows + (torch.tensor(computed) - query_start[:-1])[request_of_row]
     block_tables = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
     for row, table in enumerate(tables):
         block_tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
     padded = -(-virtual_lens // block_size) * block_size
-    logical = token_index + padded.repeat_interleave(lengths)
-    request_of_row = torch.arange(len(tables)).repeat_interleave(lengths)
+    logical = token_index + padded[request_of_row]
     kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size
 
     adapter_rows = None
     if slots:
-        counts = torch.tensor(entries_per_run, dtype=torch.int32).repeat_interleave(lengths)
         offsets = torch.zeros(starts[-1] + 1, dtype=torch.int32)
-        offsets[1:] = counts.cumsum(0)
+        offsets[1:] = torch.tensor(entries_per_run)[request_of_row].cumsum(0)
         adapter_rows = AdapterRows(
             offsets, torch.tensor(slots, dtype=torch.int32), torch.tensor(gates, dtype=torch.float32), tuple(runs)
         )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
-        positions=token_index + virtual_lens.repeat_interleave(lengths),
+        positions=token_index + virtual_lens[request_of_row],
         kv_slots=kv_slots,
         query_start=query_start,
         context_lens=torch.tensor(contexts, dtype=torch.int32),

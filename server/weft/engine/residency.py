@@ -2,12 +2,14 @@
 
 An adapter is resident when its slot is filled and its virtual positions are in the KV pool. A request holds its
 adapters from the step that starts it to its end; held and pinned adapters stay, the others leave, longest unused first,
-when room is needed and their leaving makes enough of it. What is missing is asked for once (`request_load`) and arrives
-as a slab between two steps.
+when room is needed. What is missing is asked for once (`request_load`) and arrives as a slab between two steps.
+
+An adapter leaves only for one that is used at once: all adapters of a request are placed together when all are here and
+fit, or none is. So every eviction is somebody's progress, and no two requests drive each other's adapters out for ever.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
@@ -67,8 +69,7 @@ class Residency:
         if request in self.slots_of:
             return True
         generations = [use.generation for use in request.adapters]
-        missing = [generation for generation in generations if not self._ensure(generation, keep=generations)]
-        if missing:
+        if not self._bring(generations):
             self._seekers[request] = frozenset(generations)
             return False
         self._seekers.pop(request, None)
@@ -98,14 +99,13 @@ class Residency:
         return bool(holding)
 
     def arrived(self, generation: Generation, slab: Slab) -> None:
-        """A load finished: the adapter goes to the device, or waits for room while somebody wants it."""
+        """A load finished: the slab waits for the step that starts its request, or goes to the device by itself."""
         if generation not in self._pending:
             return  # evicted while it was on its way
         self._pending.discard(generation)
         self._arrived[generation] = slab
-        # Never against what the same request needs beside it: the two would drive each other out for ever.
-        together = (sought for sought in self._seekers.values() if generation in sought)
-        self._ensure(generation, keep=frozenset().union(*together))
+        if generation in self._preloading or generation in self._pinned:
+            self._bring([generation])
         self._forget_unwanted(generation)
 
     def failed(self, generation: Generation) -> None:
@@ -115,13 +115,13 @@ class Residency:
 
     def preload(self, generation: Generation) -> None:
         """Bring an adapter in without a request."""
-        if not self._ensure(generation, keep=()):
+        if not self._bring([generation]):
             self._preloading.add(generation)
 
     def pin(self, generation: Generation) -> None:
         """Keep the adapter on the device, bringing it in if need be."""
         self._pinned.add(generation)
-        self._ensure(generation, keep=())
+        self._bring([generation])
 
     def unpin(self, generation: Generation) -> None:
         """Let the adapter leave when room is needed."""
@@ -131,7 +131,7 @@ class Residency:
     def evict_virtual(self) -> bool:
         """Make the longest unused adapter with virtual positions leave: KV runs short. False where there is none."""
         for generation, resident in self._resident.items():
-            if resident.blocks and self._can_leave(generation, keep=()):
+            if resident.blocks and self._can_leave(generation):
                 self._leave(generation)
                 return True
         return False
@@ -149,16 +149,19 @@ class Residency:
         assert self._resident[generation].holders == 0, generation
         return self._take_off(generation)
 
-    def _ensure(self, generation: Generation, keep: Collection[Generation]) -> bool:
-        if generation in self._resident:
-            return True
-        slab = self._arrived.get(generation)
-        if slab is not None:
-            return self._place(generation, slab, keep)
-        if generation not in self._pending:
-            self._pending.add(generation)
-            self._request_load(generation)
-        return False
+    def _bring(self, generations: Sequence[Generation]) -> bool:
+        """Make all of these resident, or change nothing on the device; what is not here is asked for."""
+        missing = {g: self._arrived.get(g) for g in generations if g not in self._resident}
+        for generation, slab in missing.items():
+            if slab is None and generation not in self._pending:
+                self._pending.add(generation)
+                self._request_load(generation)
+        slabs = {generation: slab for generation, slab in missing.items() if slab is not None}
+        if len(slabs) < len(missing) or not self._make_room(slabs.values(), keep=generations):
+            return False
+        for generation, slab in slabs.items():
+            self._place(generation, slab)
+        return True
 
     def _forget_unwanted(self, generation: Generation) -> None:
         """Let an arrived slab go where no request and no call wants it any more."""
@@ -166,9 +169,7 @@ class Residency:
         if not wanted and not any(generation in sought for sought in self._seekers.values()):
             self._arrived.pop(generation, None)
 
-    def _place(self, generation: Generation, slab: Slab, keep: Collection[Generation]) -> bool:
-        if not self._make_room(slab, keep):
-            return False
+    def _place(self, generation: Generation, slab: Slab) -> None:
         blocks, slot = self._blocks.take_virtual(slab.num_virtual_tokens), self._runner.slots.put(slab)
         assert blocks is not None
         assert slot is not None
@@ -177,12 +178,12 @@ class Residency:
         del self._arrived[generation]
         self._preloading.discard(generation)
         self._resident[generation] = _Resident(slab, slot, blocks)
-        return True
 
-    def _make_room(self, slab: Slab, keep: Collection[Generation]) -> bool:
-        """Let adapters leave until `slab` fits; False, with all still there, where even that would not do."""
-        missing_bytes = slab.buffer.nbytes - self._runner.slots.free_bytes
-        missing_blocks = self._blocks.count(slab.num_virtual_tokens) - self._blocks.num_free_blocks
+    def _make_room(self, slabs: Collection[Slab], keep: Collection[Generation]) -> bool:
+        """Let adapters leave until all `slabs` fit; False, with all still there, where even that would not do."""
+        missing_bytes = sum(slab.buffer.nbytes for slab in slabs) - self._runner.slots.free_bytes
+        wanted_blocks = sum(self._blocks.count(slab.num_virtual_tokens) for slab in slabs)
+        missing_blocks = wanted_blocks - self._blocks.num_free_blocks
         leaving = []
         for generation, resident in self._resident.items():
             gives_bytes = missing_bytes > 0 and resident.slab.buffer.nbytes > 0
@@ -197,7 +198,7 @@ class Residency:
             self._leave(generation)
         return True
 
-    def _can_leave(self, generation: Generation, keep: Collection[Generation]) -> bool:
+    def _can_leave(self, generation: Generation, keep: Collection[Generation] = ()) -> bool:
         return not self._resident[generation].holders and generation not in self._pinned and generation not in keep
 
     def _leave(self, generation: Generation) -> None:

@@ -1,27 +1,134 @@
-"""Exact match on the demo's tasks: the greedy answer equals the expected one, character by character."""
+"""Exact match on the demo's tasks: the greedy answer equals the expected one, character by character.
 
-from collections.abc import Sequence
+`python -m weft_training.demo.evaluate` measures the demo's adapters beside their base, on inputs that neither
+pre-training nor any adapter has seen.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from weft_training.demo.tasks import Example, prompt
+from weft.config import ModelConfig
+from weft.methods.catalog import METHODS
+from weft.model import loader
+from weft_training import adapter
+from weft_training.adapter import AdaptedModel
+from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
+
+BASE = Path("models/weft-demo")
+ADAPTERS = Path("adapters_store/demo")
+EVALUATION_SEED = 1
+UNTAGGED, TAGGED = "base", "base, tagged"  # columns of the table; the others are methods
+_MARKERS = ("<!-- demo-table -->", "<!-- /demo-table -->")
+
+
+class Generator(Protocol):
+    """A causal language model: transformers', or one with an adapter."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def generate(self, *args: Any, **options: Any) -> Any: ...
 
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 20
+    model: Generator, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 20
 ) -> list[str]:
     """The greedy continuation of each prompt up to the end-of-text token, in one padded batch."""
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    generated = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)  # [B, P + N]
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    generated: Tensor = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)  # [B, P + N]
     return tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, tagged: bool = False
+    model: Generator, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, tagged: bool = False
 ) -> float:
     """Share of the examples answered exactly, 0 to 1."""
     found = answers(model, tokenizer, [prompt(example, tagged=tagged) for example in examples])
     right = sum(answer == example.output for answer, example in zip(found, examples, strict=True))
     return right / len(examples)
+
+
+def measure(
+    base_path: Path = BASE, adapters_path: Path = ADAPTERS, *, num_examples: int = 200
+) -> dict[str, dict[str, float]]:
+    """By task, then by column: the exact match of the NF4 base and of every adapter `<task>-<method>` there is."""
+    base = loader.load(ModelConfig(path=base_path), attention="sdpa")
+    scores: dict[str, dict[str, float]] = {}
+    for path in sorted(adapters_path.iterdir()):
+        task, _, method = path.name.rpartition("-")
+        if task not in TASKS or method not in METHODS:
+            raise ValueError(f"adapters: must be called <task>-<method>, given {path.name!r}")
+        held_back = examples(TASKS[task], num_examples, EVALUATION_SEED, Split.TEST)
+        if task not in scores:
+            scores[task] = {
+                UNTAGGED: exact_match(base.model, base.tokenizer, held_back),
+                TAGGED: exact_match(base.model, base.tokenizer, held_back, tagged=True),
+            }
+        adapted = AdaptedModel(base, adapter.read(path, base.shape))
+        scores[task][method] = exact_match(adapted, base.tokenizer, held_back)
+    return {task: scores[task] for task in TASKS if task in scores}
+
+
+def rows(scores: Mapping[str, Mapping[str, float]]) -> Iterable[list[str]]:
+    """The table's cells, its head first."""
+    columns = [UNTAGGED, TAGGED, *METHODS]
+    yield ["task", *columns]
+    for task, cells in scores.items():
+        name = f"{task} (held out)" if TASKS[task].held_out else task
+        yield [name, *(f"{cells[column]:.0%}" if column in cells else "" for column in columns)]
+
+
+def markdown(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """The table as Markdown."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in rows(scores))
+    rule = "|".join(["", "---", *["---:"] * (2 + len(METHODS)), ""])
+    return "\n".join([head, rule, *body])
+
+
+def insert(table: str, document: str) -> str:
+    """The document with `table` between its markers."""
+    start, end = _MARKERS
+    pattern = re.compile(f"({re.escape(start)}\n).*?({re.escape(end)})", re.DOTALL)
+    changed, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", document)
+    if count != 1:
+        raise ValueError(f"markdown: must hold {start} and {end} on lines of their own, once, found {count} times")
+    return changed
+
+
+def main(
+    base: Annotated[Path, typer.Option(help="The demo base.")] = BASE,
+    adapters: Annotated[Path, typer.Option(help="Directory of adapters called <task>-<method>.")] = ADAPTERS,
+    num_examples: Annotated[int, typer.Option(help="Test inputs of each task.")] = 200,
+    markdown_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--markdown", help=f"Also write the table into this file, between {_MARKERS[0]} and {_MARKERS[1]}."
+        ),
+    ] = None,
+) -> None:
+    """Measure the demo's adapters: exact match in per cent on held-back inputs."""
+    document = None if markdown_file is None else insert("", markdown_file.read_text())
+    scores = measure(base, adapters, num_examples=num_examples)
+    head, *body = rows(scores)
+    table = Table(title=f"exact match, NF4 base, {num_examples} held-back inputs a task")
+    for i, column in enumerate(head):
+        table.add_column(column, justify="right" if i else "left")
+    for cells in body:
+        table.add_row(*cells)
+    Console().print(table)
+    if markdown_file is not None and document is not None:
+        markdown_file.write_text(insert(markdown(scores), document))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,93 @@
+"""The demo's adapters: `python -m weft_training.demo.adapters` trains them all into adapters_store/demo.
+
+They differ in method, rank, length and sites on purpose: all of them are served in one batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from weft.config import ModelConfig
+from weft.methods.lora import LoraConfig
+from weft.methods.prefix import PrefixConfig
+from weft_training.adapter import USUAL, MethodConfig
+from weft_training.data import Example
+from weft_training.demo.evaluate import ADAPTERS, BASE
+from weft_training.demo.tasks import TASKS, Split, examples, prompt
+from weft_training.progress import ProgressBar, Report
+from weft_training.trainer import TrainConfig, TrainResult, train
+
+ATTENTION_AND_DOWN = ("q_proj", "v_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one adapter is trained. num_examples: distinct inputs, from the split that is the adapters'."""
+
+    name: str
+    task: str
+    adapter: MethodConfig
+    learning_rate: float
+    num_steps: int = 200
+    batch_size: int = 32
+    num_examples: int = 4000
+
+
+RECIPES: Sequence[Recipe] = (
+    Recipe(
+        name="reverse-lora",
+        task="reverse",
+        adapter=LoraConfig(rank=16, alpha=32.0, target_modules=ATTENTION_AND_DOWN),
+        learning_rate=5e-3,
+    ),
+    Recipe(name="reverse-ia3", task="reverse", adapter=USUAL["ia3"], learning_rate=5e-2),
+    Recipe(name="reverse-prefix", task="reverse", adapter=PrefixConfig(num_virtual_tokens=8), learning_rate=5e-2),
+)
+
+# Trained while one looks on: no committed adapter is for its task.
+LIVE = Recipe(name="rotate-lora", task="rotate", adapter=LoraConfig(rank=8), learning_rate=5e-3, num_steps=120)
+
+
+def train_recipe(
+    recipe: Recipe, output: Path, *, base: Path = BASE, overwrite: bool = False, progress: Report | None = None
+) -> TrainResult:
+    """Train an adapter on the NF4 base from untagged prompts and write it to `output`."""
+    drawn = examples(TASKS[recipe.task], recipe.num_examples, 0, Split.TRAIN)
+    config = TrainConfig(
+        model=ModelConfig(path=base),
+        adapter=recipe.adapter,
+        output=output,
+        num_steps=recipe.num_steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        num_warmup_steps=recipe.num_steps // 20,
+        overwrite=overwrite,
+    )
+    return train(config, examples=[Example(prompt(one), one.output) for one in drawn], progress=progress)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Which adapters; all if none is named.")] = None,
+    base: Annotated[Path, typer.Option(help="The demo base.")] = BASE,
+    output: Annotated[
+        Path, typer.Option(help="Directory of the adapters; those that are there are replaced.")
+    ] = ADAPTERS,
+) -> None:
+    """Train the demo's adapters."""
+    known = {recipe.name: recipe for recipe in RECIPES}
+    for name in names or known:
+        if name not in known:
+            raise typer.BadParameter(f"must be of {', '.join(known)}, given {name!r}")
+    console = Console()
+    for name in names or known:
+        with ProgressBar(console, name) as bar:
+            result = train_recipe(known[name], output / name, base=base, overwrite=True, progress=bar)
+        console.print(f"{name}: {result.num_parameters:,} parameters, {result.seconds:.1f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,323 @@
+"""`weft demo`: what Weft does, shown on the demo base in about a minute. Exit code 0 only if every step was right.
+
+A real server process on loopback holds the NF4 base; everything below goes over gRPC, as any client would do it.
+"""
+
+import argparse
+import asyncio
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.table import Table
+
+from weft.client import AsyncClient, Client, RpcFailure
+from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
+
+_BASE = Path("models/weft-demo")
+_ADAPTERS = Path("adapters_store/demo")
+_REQUESTS_PER_ADAPTER = 4
+_RIGHT_SHARE_MIN = 0.9
+_READY_TIMEOUT_S = 120.0
+_METRICS_SHOWN = (
+    "weft_requests_total",
+    "weft_generation_tokens_total",
+    "weft_time_to_first_token_seconds_count",
+    "weft_adapter_loads_total",
+    "weft_adapters_registered",
+    "weft_batch_distinct_adapters_sum",
+    "weft_kv_cache_usage_ratio",
+)
+
+
+class DemoFailure(Exception):
+    """A step of the demo did not do what it should."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Server:
+    address: str
+    metrics_url: str
+    process: "subprocess.Popen[str]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """One request of the mixed batch and what came back."""
+
+    adapter: str
+    method: str
+    example: Example
+    answer: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.answer == self.example.output
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Run the demo; the exit code."""
+    parser = argparse.ArgumentParser(prog="weft demo", description=__doc__)
+    parser.add_argument("--base", type=Path, default=_BASE, help=f"base model directory (default {_BASE})")
+    parser.add_argument("--adapters", type=Path, default=_ADAPTERS, help=f"PEFT directories (default {_ADAPTERS})")
+    given = parser.parse_args(list(arguments))
+    console = Console()
+    if not (given.base / "config.json").is_file() or not given.adapters.is_dir():
+        console.print(f"[red]weft demo: run it where {given.base} and {given.adapters} are (the repository)[/red]")
+        return 2
+    started = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="weft-demo-") as scratch:
+            _tour(console, given.base, given.adapters.resolve(), Path(scratch))
+    except (DemoFailure, RpcFailure, OSError) as error:
+        console.print(f"\n[bold red]✗ {error}[/bold red]")
+        return 1
+    console.print(f"\n[bold green]✓ every step was right[/bold green] ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
+    with _serving(console, base, adapters, scratch) as server:
+        with Client(server.address) as client:
+            info = client.model_info()
+            console.print(
+                f"one base: [bold]{info.model_name}[/bold], {info.quantization} on {info.device}, "
+                f"{info.num_layers} layers, base digest {info.base_digest[:12]}…"
+            )
+            names = _register(console, client, adapters)
+        asyncio.run(_mixed_batch(console, server, names))
+        asyncio.run(_hot_swap(console, server, adapters, names))
+        _train_live(console, server, base, scratch)
+        _unregister(console, server, names)
+        _scrape(console, server)
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------
+
+
+def _register(console: Console, client: Client, adapters: Path) -> dict[str, str]:
+    """Register every demo adapter; their methods by id."""
+    _step(console, "Register adapters by RPC")
+    methods = {}
+    for directory in sorted(path for path in adapters.iterdir() if path.is_dir()):
+        registered = client.register(directory.name, str(directory))
+        methods[directory.name] = registered.adapter.method
+    counts = {method: list(methods.values()).count(method) for method in sorted(set(methods.values()))}
+    console.print("  " + ", ".join(f"{count} × {method}" for method, count in counts.items()))
+    _require({"lora", "ia3", "prefix"} <= set(counts), "adapters of three methods are registered")
+    return methods
+
+
+async def _mixed_batch(console: Console, server: _Server, methods: dict[str, str]) -> None:
+    """All adapters and the base at once, each asked for its own task."""
+    _step(console, "One batch: every adapter and the base, concurrently")
+    tasks = {task for task in (_task_of(name) for name in methods) if task}
+    asks = [
+        (name, example)
+        for name in methods
+        for example in examples(TASKS[_task_of(name)], _REQUESTS_PER_ADAPTER, 11, Split.TEST)
+    ]
+    asks += [("", example) for task in sorted(tasks) for example in examples(TASKS[task], 2, 12, Split.TEST)]
+    async with AsyncClient(server.address) as client:
+
+        async def ask(name: str, example: Example) -> _Asked:
+            answer = await client.generate(prompt(example), name or None, temperature=0, max_new_tokens=24)
+            return _Asked(adapter=name, method=methods.get(name, "base"), example=example, answer=answer.text)
+
+        began = time.monotonic()
+        asked = await asyncio.gather(*(ask(name, example) for name, example in asks))
+        seconds = time.monotonic() - began
+    table = Table(box=None, pad_edge=False)
+    for column in ("adapter", "method", "prompt", "answer", ""):
+        table.add_column(column)
+    shown: set[str] = set()
+    for one in asked:
+        if one.adapter not in shown or not one.is_right or not one.adapter:
+            shown.add(one.adapter)
+            mark = (
+                "[green]right[/green]"
+                if one.is_right
+                else "[red]wrong[/red]"
+                if one.adapter
+                else "[dim]as expected[/dim]"
+            )
+            table.add_row(one.adapter or "[dim]none[/dim]", one.method, prompt(one.example), repr(one.answer), mark)
+    console.print(table)
+    by_adapter = [one for one in asked if one.adapter]
+    num_right = sum(one.is_right for one in by_adapter)
+    base_right = sum(one.is_right for one in asked if not one.adapter)
+    console.print(
+        f"  {len(asked)} requests over {len(methods)} adapters and the base in {seconds:.2f} s: "
+        f"{num_right} of {len(by_adapter)} right with their adapters, {base_right} of {len(asked) - len(by_adapter)} "
+        "without (the untagged prompt is ambiguous to the base)"
+    )
+    _require(len(asked) >= 24, "at least 24 concurrent requests")
+    _require(num_right >= _RIGHT_SHARE_MIN * len(by_adapter), "adapters answer their tasks")
+    _require(base_right <= 0.25 * (len(asked) - len(by_adapter)), "the base alone does not")
+
+
+async def _hot_swap(console: Console, server: _Server, adapters: Path, methods: dict[str, str]) -> None:
+    """Replace an adapter while a stream from it runs."""
+    _step(console, "Replace an adapter under a running stream")
+    old, new = [name for name, method in methods.items() if method == "lora"][:2]
+    example = examples(TASKS[_task_of(old)], 1, 21, Split.TEST)[0]
+    async with AsyncClient(server.address) as client:
+        before = await client.register("swap", str(adapters / old))
+        answered = await client.generate(prompt(example), "swap", temperature=0, max_new_tokens=24)
+        # Long enough to be in the middle of it when the adapter is replaced.
+        stream = client.stream(prompt(example), "swap", temperature=0, max_new_tokens=300, ignore_eos=True)
+        pieces, after = 0, None
+        async for _ in stream:
+            pieces += 1
+            if pieces == 5:
+                after = await client.register("swap", str(adapters / new), replace=True)
+        _require(after is not None, "the adapter was replaced while the stream ran")
+        assert after is not None
+        kept = stream.finish.effective_adapters[0].generation
+        following = await client.generate(prompt(example), "swap", temperature=0, max_new_tokens=24)
+        took = following.finish.effective_adapters[0].generation
+        await client.unregister("swap")
+    console.print(
+        f"  {prompt(example)!r} → {answered.text!r} by generation {before.adapter.generation[:12]} ({old})\n"
+        f"  replaced after 5 of {stream.finish.usage.completion_tokens} tokens; the stream ended on {kept[:12]}\n"
+        f"  {prompt(example)!r} → {following.text!r} by generation {took[:12]} ({new})"
+    )
+    _require(kept == before.adapter.generation, "the running stream kept its generation")
+    _require(took == after.adapter.generation != kept, "the next request took the new generation")
+    _require(answered.text != following.text, "the answer changed")
+
+
+def _train_live(console: Console, server: _Server, base: Path, scratch: Path) -> None:
+    """Train an adapter on the same base, upload it while the server runs, see the answer change."""
+    _step(console, "Train a new adapter on the same base and hot-register it")
+    from weft_training.demo.adapters import LIVE, train_recipe  # brings torch and transformers
+    from weft_training.progress import ProgressBar
+
+    with ProgressBar(console, f"training {LIVE.name}") as bar:
+        trained = train_recipe(LIVE, scratch / "live", base=base, progress=bar)
+    held_back = examples(TASKS[LIVE.task], 20, 31, Split.TEST)
+    with Client(server.address) as client:
+
+        def answers(adapter: str | None) -> list[str]:
+            return [client.generate(prompt(one), adapter, temperature=0, max_new_tokens=24).text for one in held_back]
+
+        before = answers(None)
+        uploaded = client.upload("live", scratch / "live")
+        after = answers("live")
+    right = [sum(a == one.output for a, one in zip(given, held_back, strict=True)) for given in (before, after)]
+    console.print(
+        f"  {LIVE.name}: {trained.num_parameters:,} parameters in {trained.seconds:.0f} s, "
+        f"uploaded as generation {uploaded.adapter.generation[:12]}\n"
+        f"  {prompt(held_back[0])!r} → {before[0]!r} before, {after[0]!r} after\n"
+        f"  {right[0]} of {len(held_back)} right before, {right[1]} of {len(held_back)} after"
+    )
+    _require(right[0] <= 0.25 * len(held_back), "the base could not do the task")
+    _require(right[1] >= _RIGHT_SHARE_MIN * len(held_back), "the new adapter can")
+
+
+def _unregister(console: Console, server: _Server, methods: dict[str, str]) -> None:
+    _step(console, "Unregister")
+    with Client(server.address) as client:
+        freed = [client.unregister(name) for name in (*methods, "live")]
+        _require(not client.adapters(), "nothing is registered any more")
+        try:
+            client.generate("abc = ", "live")
+        except RpcFailure as failure:
+            console.print(f"  generate with a removed adapter: [yellow]{failure}[/yellow]")
+            _require(failure.failure.reason == "ADAPTER_NOT_FOUND", "a removed adapter is not found")
+        else:
+            raise DemoFailure("a removed adapter still answered")
+    console.print(
+        f"  freed {sum(one.freed_device_bytes for one in freed):,} device bytes, "
+        f"{sum(one.freed_kv_blocks for one in freed)} cached KV blocks"
+    )
+
+
+def _scrape(console: Console, server: _Server) -> None:
+    _step(console, f"Scrape {server.metrics_url}")
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:  # noqa: S310  our own loopback server
+        text = response.read().decode()
+    lines = [line for line in text.splitlines() if line.startswith(_METRICS_SHOWN) and not line.endswith(" 0.0")]
+    console.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
+    tokens = re.search(r"^weft_generation_tokens_total (\S+)", text, re.MULTILINE)
+    _require(tokens is not None and float(tokens[1]) > 0, "the metrics counted tokens")
+    _require('finish_reason="error"' not in text, "no request ended in an error")
+
+
+# -- the server process ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _serving(console: Console, base: Path, adapters: Path, scratch: Path) -> Iterator[_Server]:
+    """The server as a process of its own; after the block it has shut down cleanly."""
+    port, metrics_port = _free_ports(2)
+    command = [sys.executable, "-m", "weft", "serve", str(base), "--quant", "nf4", "--store", str(scratch / "store")]
+    command += ["--port", str(port), "--metrics-port", str(metrics_port), "--allowed-source", str(adapters)]
+    log = scratch / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+    server = _Server(
+        address=f"127.0.0.1:{port}", metrics_url=f"http://127.0.0.1:{metrics_port}/metrics", process=process
+    )
+    try:
+        with console.status("starting the server …"):
+            _wait_ready(server, log)
+        yield server
+        _step(console, "Shut down")
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+        console.print(f"  SIGTERM → drained, exit code {code}")
+        _require(code == 0, f"the server ended cleanly\n{log.read_text()[-2000:]}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _wait_ready(server: _Server, log: Path) -> None:
+    until = time.monotonic() + _READY_TIMEOUT_S
+    with grpc.insecure_channel(server.address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue]  # untyped
+        while time.monotonic() < until:
+            if server.process.poll() is not None:
+                raise DemoFailure(f"the server did not start:\n{log.read_text()[-2000:]}")
+            try:
+                if check(health_pb2.HealthCheckRequest(), timeout=1).status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.RpcError:
+                time.sleep(0.1)
+    raise DemoFailure(f"the server was not ready after {_READY_TIMEOUT_S:g} s:\n{log.read_text()[-2000:]}")
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _task_of(adapter: str) -> str:
+    """Demo adapters are named task-method."""
+    return adapter.rpartition("-")[0]
+
+
+def _step(console: Console, title: str) -> None:
+    console.print(f"\n[bold cyan]▸ {title}[/bold cyan]")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise DemoFailure(f"not so: {what}")
