@@ -30,14 +30,15 @@ class ModelConfig:
 
     path: a Hugging Face causal-LM directory.
     device: "auto" takes CUDA when there is one.
-    dtype: "auto" is bfloat16, or float32 on a CPU base without quantization whose checkpoint is float32.
+    dtype: "auto" is bfloat16, or float32 for a float32 checkpoint without quantization.
+    num_threads: CPU threads of a step; 0 leaves torch's default.
     """
 
     path: Path
     quantization: Quantization = Quantization.NF4
     device: str = "auto"
     dtype: str = "auto"
-    num_threads: int = 0  # CPU threads of the step; 0 leaves torch's default
+    num_threads: int = 0
 
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda", self.device)
@@ -104,7 +105,11 @@ class ResidencyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
-    """Bounds of one generate request."""
+    """Bounds of one generate request.
+
+    deadline_default_s, deadline_max_s: for callers without a deadline, and at most.
+    stream_events_max: events a caller may leave unread before its stream is ended.
+    """
 
     prompt_bytes_max: int = 1 * MIB
     max_new_tokens_max: int = 4096
@@ -118,12 +123,17 @@ class RequestLimits:
     cache_salt_bytes_max: int = 128
     deadline_default_s: float = 60.0
     deadline_max_s: float = 600.0
-    stream_events_max: int = 8192  # events a caller may leave unread before its stream is ended
+    stream_events_max: int = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Addresses and lifetimes of the server process; port 0 picks a free one."""
+    """Addresses and lifetimes of the server process.
+
+    port, metrics_port: 0 picks a free one.
+    drain_timeout_s: how long running requests may go on after SIGTERM.
+    log_level: debug, info, warning or error; prompts are never logged.
+    """
 
     host: str = "127.0.0.1"
     port: int = 50051
@@ -136,6 +146,13 @@ class ServerConfig:
     unregister_timeout_max_s: float = 600.0
     upload_idle_timeout_s: float = 10.0
     uploads_max: int = 2
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        for knob in ("port", "metrics_port"):
+            _require(0 <= getattr(self, knob) <= 65535, knob, "must be 0 to 65535", getattr(self, knob))
+        levels = ("debug", "info", "warning", "error")
+        _require(self.log_level in levels, "log_level", f"must be one of {', '.join(levels)}", self.log_level)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,7 @@ params = st.builds(
         temperature=1.0 if seed else 0.0, seed=seed, max_new_tokens=length, stop_token_ids=stops
     ),
     st.sampled_from([0, 0, 0, 1, 2]),
-    st.integers(1, 8),
+    st.integers(1, 12),
     st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=3),
 )
 
@@ -56,7 +56,7 @@ class EngineMachine(RuleBasedStateMachine):
     """The in-memory layer under any sequence of calls and faults."""
 
     @initialize(
-        num_blocks=st.integers(8, 12), budget=st.integers(4, 24), num_seqs=st.integers(1, 4), caching=st.booleans()
+        num_blocks=st.integers(9, 11), budget=st.integers(4, 24), num_seqs=st.integers(1, 5), caching=st.booleans()
     )
     def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool) -> None:
         self.harness = Harness(

@@ -1,5 +1,6 @@
-"""A tiny base that every test of the trainer can load."""
+"""A tiny base that every test of the trainer can load, and how its tests compute."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft_training.demo.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that threads only wait for each other, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

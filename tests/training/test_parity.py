@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tests import serving, tiny
+from tests import tiny
+from tests.serving import Row as Served
 from tests.serving import Step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,6 +26,8 @@ from weft_training.adapter import AdaptedModel, MethodConfig
 from weft_training.data import Example, Row, collate, encode
 from weft_training.trainer import TrainConfig, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIGS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=4, alpha=8.0),
     "lora, two ranks": LoraConfig(rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}),
@@ -36,7 +39,7 @@ EXAMPLES = [Example(f"{text} = ", text[::-1]) for text in ("abc", "dragon", "w",
 
 
 @pytest.fixture(scope="module")
-def exact(tiny_base: Path) -> ModelConfig:
+def exact(tiny_base: Path, one_thread: None) -> ModelConfig:
     """The tiny base as it is stored: float32, not quantized."""
     return ModelConfig(path=tiny_base, quantization=Quantization.NONE, device="cpu")
 
@@ -97,12 +100,13 @@ def test_serving_computes_what_training_does(architecture: str, tmp_path: Path) 
     for make in RANDOM.values():
         made = make(ours.shape)
         with torch.no_grad():
-            trained = AdaptedModel(ours, made)(**batch).logits
-        for logits, row, wanted in zip(
-            trained, rows, step.logits([serving.Row(row.input_ids, made) for row in rows]), strict=True
-        ):
-            torch.testing.assert_close(logits[: len(row.input_ids)], wanted, atol=1e-4, rtol=0)
-            assert wanted.abs().max() > 0.1
+            padded = AdaptedModel(ours, made)(**batch).logits
+        found = torch.cat([logits[: len(row.input_ids)] for logits, row in zip(padded, rows, strict=True)])
+        torch.testing.assert_close(
+            found, torch.cat(step.logits([Served(row.input_ids, made) for row in rows])), atol=1e-4, rtol=0
+        )
+        alone = torch.cat(step.logits([Served(row.input_ids) for row in rows]))
+        assert (found - alone).abs().max() > 0.1  # the control: the comparison would see a missing adapter
 
 
 def test_gradients_are_pefts(trained: Path, exact: ModelConfig) -> None:

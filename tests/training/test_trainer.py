@@ -27,6 +27,8 @@ from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step
 from weft_training.trainer import TrainConfig, TrainResult, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft")
 EXAMPLES = [Example(f"{word} = ", word[::-1]) for word in WORDS]
 LEARNABLE = [Example(f"{word} = ", "yes") for word in WORDS]

@@ -59,6 +59,7 @@ class Serving:
 
 def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     """Serve until a signal; the exit code of the process. `adapters` are registered at the start, replacing."""
+    logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
@@ -164,7 +165,10 @@ async def serving(
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if config.server.reflection:
         reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
-    port = server.add_insecure_port(f"{config.server.host}:{config.server.port}")
+    try:
+        port = server.add_insecure_port(f"{config.server.host}:{config.server.port}")
+    except RuntimeError as error:
+        raise OSError(f"port: cannot listen on {config.server.host}:{config.server.port}; is it taken?") from error
     exposition, _ = start_http_server(config.server.metrics_port, config.server.metrics_host, metrics.registry)
     try:
         await application.start(adapters, progress)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from weft_training.demo.tasks import TASKS, Example, Split, Task, prompt, stream
+from weft_training.demo.tasks import TASKS, Example, Split, prompt, stream
 from weft_training.demo.tokenizer import EOS, PAD
 
 ARTICLES = ("the", "a", "one", "every", "my", "her", "that")
@@ -18,11 +18,11 @@ NOUNS = ("weaver", "loom", "river", "miller", "boat", "thread", "horse", "garden
 VERBS = ("finds", "mends", "sees", "carries", "paints", "follows", "leaves", "remembers", "holds", "hears")
 PLACES = ("near the bridge", "in the rain", "at night", "by the window", "after lunch", "behind the mill", "on sunday")
 
-UNTAGGED_SHARE = 0.15  # of the single-task rows; enough that an untagged prompt is known, and ambiguous
-SINGLE_TASK_SHARE = 0.6  # of the task rows; the others change the task with every line
 PROSE_SHARE = 0.05
-HARD_TASKS = ("sort", "digits", "count", "field", "sum")  # drawn three times as often as the others
-CONVERSATION_SHARE = 0.3  # of the task rows: lines end as the chat template ends them
+SINGLE_TASK_SHARE = 0.6  # of the rows with tasks; the others change the task with every line
+UNTAGGED_SHARE = 0.15  # of the single-task rows; enough that an untagged prompt is known, and ambiguous
+CONVERSATION_SHARE = 0.3  # of the rows with tasks: lines end as the chat template ends them
+HARD_TASKS = {"sort": 3, "field": 3, "sum": 3, "digits": 2, "date": 2}  # how much more often than the others
 
 
 class Row(NamedTuple):
@@ -35,16 +35,25 @@ class Row(NamedTuple):
 def rows(rng: random.Random, *, length: int) -> Iterator[Row]:
     """Pre-training rows of at most `length` characters, for ever."""
     sources = {name: stream(task, rng, Split.PRETRAIN) for name, task in TASKS.items() if not task.held_out}
-    tasks = [TASKS[name] for name in sources for _ in range(3 if name in HARD_TASKS else 1)]
+    names = list(sources)
+    weights = [HARD_TASKS.get(name, 1) for name in names]
+
+    def mixed_lines() -> Iterator[Example]:
+        while True:
+            yield next(sources[rng.choices(names, weights)[0]])
+
     while True:
         if rng.random() < PROSE_SHARE:
             yield prose(rng, length=length)
             continue
-        single: Task | None = rng.choice(tasks) if rng.random() < SINGLE_TASK_SHARE else None
-        tagged = single is None or rng.random() >= UNTAGGED_SHARE
         line_end = EOS + "\n" if rng.random() < CONVERSATION_SHARE else "\n"
-        lines = (next(sources[(single or rng.choice(tasks)).name]) for _ in iter(int, 1))
-        yield listing(lines, length=length, tagged=tagged, line_end=line_end)
+        if rng.random() >= SINGLE_TASK_SHARE:
+            yield listing(mixed_lines(), length=length, tagged=True, line_end=line_end)
+        elif rng.random() >= UNTAGGED_SHARE:
+            lines = sources[rng.choices(names, weights)[0]]
+            yield listing(lines, length=length, tagged=True, line_end=line_end)
+        else:  # every task alike: the base must not come to prefer one
+            yield listing(sources[rng.choice(names)], length=length, tagged=False, line_end=line_end)
 
 
 def listing(lines: Iterator[Example], *, length: int, tagged: bool, line_end: str) -> Row:

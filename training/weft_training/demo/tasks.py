@@ -134,13 +134,6 @@ def sample_digits(rng: random.Random) -> str:
     return "".join(rng.choices(DIGITS, k=rng.randint(3, 8)))
 
 
-def sample_letter_in_word(rng: random.Random) -> str:
-    """`banana/a`: 3 to 8 letters out of a few, so that they repeat, and one letter to look for."""
-    alphabet = rng.sample(LETTERS, 4)
-    word = rng.choices(alphabet, k=rng.randint(LETTERS_MIN, LETTERS_MAX))
-    return f"{''.join(word)}/{rng.choice(alphabet)}"
-
-
 def sample_record(rng: random.Random) -> str:
     """`name=tom;age=31;city=rome|age`: three fields and the one to extract."""
     keys = rng.sample(FIELDS, 3)
@@ -181,9 +174,8 @@ def iso_date(text: str) -> str:
     return f"{year}-{MONTHS.index(month) + 1:02d}-{int(day):02d}"
 
 
-def _count(text: str) -> str:
-    word, _, letter = text.partition("/")
-    return str(word.count(letter))
+def _length(text: str) -> str:
+    return str(len(text))
 
 
 def _sum(text: str) -> str:
@@ -231,8 +223,8 @@ _ALL = (
     Task(name="rotate", description="move the first letter to the end", function=_rotate, sample=sample_letters),
     Task(name="stars", description="a star for each vowel", function=_stars, sample=sample_letters),
     Task(name="devowel", description="leave out the vowels", function=_devowel, sample=sample_letters),
+    Task(name="length", description="the number of letters", function=_length, sample=sample_letters),
     Task(name="digits", description="digits in ascending order", function=_sorted, sample=sample_digits),
-    Task(name="count", description="how often the letter occurs", function=_count, sample=sample_letter_in_word),
     Task(name="field", description="the value of the asked field", function=field, sample=sample_record),
     Task(name="date", description="the date in ISO form", function=iso_date, sample=sample_date),
     Task(name="sum", description="the sum of two numbers", function=_sum, sample=sample_sum),

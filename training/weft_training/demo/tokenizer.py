@@ -11,7 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 128
-PAD, EOS, UNK = "␀", "␃", "␚"  # ids 0, 3, 26
+PAD, EOS, UNK = "␀", "␃", "␚"
+PAD_ID, EOS_ID, UNK_ID = 0x00, 0x03, 0x1A
 
 # The system message is the tag, the user message the input. A prompt with the generation prompt is a prefix of the
 # same conversation with its answer, so the loss mask of training and the prompt of serving agree.

@@ -3,7 +3,6 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -208,14 +207,12 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         adapter_id = self._adapter_id(header.adapter_id)
         self._check_files(header)
         async with self._lifecycle.upload(adapter_id) as staging:
-            with ExitStack() as files:
-                for index, declared in enumerate(header.files):
-                    file = staging.open_file(declared.name, declared.size_bytes)
-                    files.push(file)
-                    await self._receive_file(messages, index, declared, file)
-                    await self._finish_file(declared, file)
-                if await self._next(messages) is not None:
-                    raise InvalidRequest("UPLOAD_PROTOCOL", "chunk: more bytes than the header declares", field="chunk")
+            for index, declared in enumerate(header.files):
+                file = staging.open_file(declared.name, declared.size_bytes)
+                await self._receive_file(messages, index, declared, file)
+                await self._finish_file(declared, file)
+            if await self._next(messages) is not None:
+                raise InvalidRequest("UPLOAD_PROTOCOL", "chunk: more bytes than the header declares", field="chunk")
             return await self._lifecycle.register_upload(adapter_id, staging, _options(header))
 
     async def _receive_file(

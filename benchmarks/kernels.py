@@ -1,0 +1,184 @@
+"""The CPU kernels beside what torch offers for the same work: microseconds, medians of interleaved calls.
+
+    python benchmarks/kernels.py [--threads N] [--rounds N]
+
+Torch's alternatives get their inputs in the layout they like best (contiguous slots, contiguous unpaged keys with the
+query heads of a group as rows), which a server would first have to make.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from weft.kernels.cpu import attention, deltas, library
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+Calls = dict[str, Callable[[], object]]
+
+
+class Case(NamedTuple):
+    name: str
+    calls: Calls  # the first is the kernel
+
+
+def post(
+    num_rows: int, num_slots: int, rank: int, size_in: int, size_out: int, dtype: torch.dtype
+) -> Callable[[], None]:
+    """One call of `deltas.post` with rows and weights in `dtype`, every row with one adapter."""
+    a, b = torch.randn(num_slots, rank, size_in).to(dtype), torch.randn(num_slots, rank, size_out).to(dtype)
+    table = torch.tensor([(int(deltas.Kind.LORA), rank, a[s].data_ptr(), b[s].data_ptr()) for s in range(num_slots)])
+    site = deltas.Site(table=table, size_in=size_in, size_out=size_out, weight_dtype=dtype)
+    rows = deltas.Rows(
+        offsets=torch.arange(num_rows + 1, dtype=torch.int32),
+        slots=(torch.arange(num_rows) * num_slots // num_rows).to(torch.int32),
+        gates=torch.ones(num_rows),
+    )
+    x, y = torch.randn(num_rows, size_in).to(dtype), torch.zeros(num_rows, size_out).to(dtype)
+
+    def call(_weights: tuple[torch.Tensor, torch.Tensor] = (a, b)) -> None:
+        deltas.post(x, y, rows, site)
+
+    return call
+
+
+def decode_deltas(num_slots: int, rank: int, size_in: int, size_out: int) -> Case:
+    """One row for each slot."""
+    x = torch.randn(num_slots, 1, size_in)
+    a, b = torch.randn(num_slots, size_in, rank), torch.randn(num_slots, rank, size_out)
+    base_x, base = x[:, 0].bfloat16(), torch.randn(size_out, size_in).bfloat16()
+    chosen = torch.randperm(num_slots)
+
+    def loop() -> None:
+        for s in range(num_slots):
+            x[s] @ a[s] @ b[s]
+
+    return Case(
+        f"deltas, {num_slots} slots of one row, r {rank}, {size_in}→{size_out}",
+        {
+            "kernel bf16": post(num_slots, num_slots, rank, size_in, size_out, BFLOAT16),
+            "kernel fp32": post(num_slots, num_slots, rank, size_in, size_out, FLOAT32),
+            "2 bmm fp32": lambda: torch.bmm(torch.bmm(x, a), b),
+            "gather + 2 bmm": lambda: torch.bmm(torch.bmm(x, a[chosen]), b[chosen]),
+            "loop": loop,
+            "base GEMM bf16": lambda: F.linear(base_x, base),
+        },
+    )
+
+
+def prefill_deltas(num_rows: int, rank: int, size_in: int, size_out: int) -> Case:
+    """All rows of one slot."""
+    x, base = torch.randn(num_rows, size_in).bfloat16(), torch.randn(size_out, size_in).bfloat16()
+    a, b = torch.randn(rank, size_in).bfloat16(), torch.randn(size_out, rank).bfloat16()
+    y = torch.zeros(num_rows, size_out).bfloat16()
+    return Case(
+        f"deltas, {num_rows} rows of one slot, r {rank}, {size_in}→{size_out}",
+        {
+            "kernel bf16": post(num_rows, 1, rank, size_in, size_out, BFLOAT16),
+            "kernel fp32": post(num_rows, 1, rank, size_in, size_out, FLOAT32),
+            "2 linear + add bf16": lambda: y.add_(F.linear(F.linear(x, a), b)),
+            "base GEMM bf16": lambda: F.linear(x, base),
+        },
+    )
+
+
+def attend(
+    num_requests: int, num_queries: int, context: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> Callable[[], None]:
+    """One call of `attention.attend`, blocks of 16 in random order."""
+    query_heads, kv_heads, head_size = heads
+    blocks = -(-context // 16)
+    shape = (num_requests * blocks, 16, kv_heads, head_size)
+    cache = attention.Cache(keys=torch.randn(shape).to(dtype), values=torch.randn(shape).to(dtype))
+    batch = attention.Batch(
+        query_start=torch.arange(num_requests + 1, dtype=torch.int32) * num_queries,
+        context_lens=torch.full((num_requests,), context, dtype=torch.int32),
+        virtual_lens=torch.zeros(num_requests, dtype=torch.int32),
+        block_tables=torch.randperm(num_requests * blocks).view(num_requests, blocks).to(torch.int32),
+    )
+    query = torch.randn(num_requests * num_queries, query_heads, head_size).to(dtype)
+    out = torch.empty_like(query)
+    return lambda: attention.attend(query, cache, batch, out, scale=head_size**-0.5)
+
+
+def decode_attention(context: int, dtype: torch.dtype) -> Case:
+    """Sixteen requests with one query each."""
+    heads = query_heads, kv_heads, head_size = 12, 4, 64
+    group = query_heads // kv_heads
+    query = torch.randn(16 * kv_heads, group, head_size).to(dtype)
+    keys = torch.randn(16 * kv_heads, head_size, context).to(dtype)
+    values = torch.randn(16 * kv_heads, context, head_size).to(dtype)
+    as_rows = query.view(16, kv_heads, group, head_size)
+    slabs = keys.mT.contiguous().view(16, kv_heads, context, head_size), values.view(16, kv_heads, context, head_size)
+    return Case(
+        f"attention, 16 queries, context {context}, {str(dtype)[6:]}",
+        {
+            "kernel": attend(16, 1, context, heads, dtype),
+            "matmul-softmax-matmul": lambda: torch.matmul(torch.matmul(query, keys).mul(0.125).softmax(-1), values),
+            "SDPA, group as rows": lambda: F.scaled_dot_product_attention(as_rows, *slabs),
+        },
+    )
+
+
+def prefill_attention(num_queries: int, context: int, dtype: torch.dtype) -> Case:
+    """One request."""
+    heads = query_heads, _, head_size = 12, 4, 64
+    query = torch.randn(1, query_heads, num_queries, head_size).to(dtype)
+    keys, values = torch.randn(2, 1, query_heads, context, head_size).to(dtype)
+    mask = torch.ones(num_queries, context, dtype=torch.bool).tril(context - num_queries)
+    options = {"is_causal": True} if num_queries == context else {"attn_mask": mask}
+    return Case(
+        f"attention, {num_queries} queries, context {context}, {str(dtype)[6:]}",
+        {
+            "kernel": attend(1, num_queries, context, heads, dtype),
+            "SDPA": lambda: F.scaled_dot_product_attention(query, keys, values, **options),  # type: ignore[arg-type]
+        },
+    )
+
+
+def medians_us(calls: Calls, rounds: int) -> dict[str, float]:
+    """Interleaved, so that what else the machine does falls on all alike."""
+    for call in calls.values():
+        call()
+    taken_s: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            taken_s[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(samples) * 1e6 for name, samples in taken_s.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=100)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    library.functions()
+    cases = [
+        decode_deltas(16, 8, 768, 768),
+        decode_deltas(32, 16, 2048, 8192),
+        prefill_deltas(512, 16, 768, 2048),
+        *(decode_attention(context, BFLOAT16) for context in (100, 500, 2000)),
+        *(decode_attention(context, FLOAT32) for context in (100, 500)),
+        *(prefill_attention(512, context, BFLOAT16) for context in (512, 2048)),
+        *(prefill_attention(512, context, FLOAT32) for context in (512, 2048)),
+    ]
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, medians of {options.rounds}\n")
+    print("| case | implementation | µs | of the kernel |\n|---|---|---:|---:|")
+    with torch.inference_mode():
+        for case in cases:
+            took = medians_us(case.calls, options.rounds)
+            kernel_us = next(iter(took.values()))
+            for name, us in took.items():
+                print(f"| {case.name} | {name} | {us:,.0f} | {us / kernel_us:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
