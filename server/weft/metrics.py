@@ -19,6 +19,8 @@ class Metrics:
         self.requests = Counter(
             "weft_requests", "Generate requests that ended, by finish reason.", ["finish_reason"], registry=r
         )
+        for reason in ("stop", "length", "cancelled", "error"):
+            self.requests.labels(reason)  # from the start at 0, so that a rate sees the first one too
         self.rejections = Counter(
             "weft_request_rejections", "Generate requests that were not accepted, by reason.", ["reason"], registry=r
         )

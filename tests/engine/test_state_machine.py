@@ -7,24 +7,25 @@ holds now, and which adapters each request was given.
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.engine.fakes import UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, Weights, expected_tokens
-from weft.adapters.identifiers import AdapterId, AdapterReference
+from tests.engine.fakes import UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness
+from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
 from weft.adapters.registry import AdapterInfo, AdapterState, Registry, Version
-from weft.adapters.slots import SlotTable
+from weft.adapters.slab import Slab
+from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine import batch as batches
 from weft.engine import block_manager
 from weft.engine.block_manager import BlockManager
+from weft.engine.engine import Engine
 from weft.engine.request import Finish, FinishReason, Request, RequestId, SamplingParams
 from weft.engine.residency import Residency
-from weft.engine.scheduler import Scheduler
-from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss, WeftError
+from weft.engine.scheduler import Scheduled, Scheduler
+from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss
 from weft.metrics import Metrics
 
 IDS = [AdapterId(name) for name in ("a", "b", "c", "d")]
@@ -354,3 +355,126 @@ MACHINE = settings(
 @pytest.mark.slow
 def test_nothing_leaks_and_every_token_is_from_the_pinned_weights() -> None:
     run_state_machine_as_test(EngineMachine, settings=MACHINE)
+
+
+# -- negative controls: the machine sees what it is there to see ------------------------------------------------------
+
+
+def _key_without_generations(patch: pytest.MonkeyPatch) -> None:
+    real = block_manager.cache_root
+    patch.setattr(block_manager, "cache_root", lambda salt, digest, adapters: real(salt, digest, ()))
+
+
+def _key_without_gates(patch: pytest.MonkeyPatch) -> None:
+    real = block_manager.cache_root
+    patch.setattr(
+        block_manager,
+        "cache_root",
+        lambda salt, digest, adapters: real(salt, digest, [use._replace(gate=1.0) for use in adapters]),
+    )
+
+
+def _release_forgets_a_block(patch: pytest.MonkeyPatch) -> None:
+    real = BlockManager.release
+
+    def release(self: BlockManager, request: Request) -> None:
+        del request.blocks[:1]
+        real(self, request)
+
+    patch.setattr(BlockManager, "release", release)
+
+
+def _virtual_blocks_stay_shared(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "unshare_virtual", lambda self, request: request.virtual_blocks.clear())
+
+
+def _non_finite_kv_stays_cached(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "distrust", lambda self, request: None)
+
+
+def _purge_forgets_the_cache(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "purge", lambda self, generation: 0)
+
+
+def _holds_never_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Residency, "release", lambda self, request: self._blocks.unshare_virtual(request))
+
+
+def _late_loads_are_placed(patch: pytest.MonkeyPatch) -> None:
+    real = Residency.arrived
+
+    def arrived(self: Residency, generation: Generation, slab: Slab) -> None:
+        self._pending.add(generation)
+        self._pinned.add(generation)
+        real(self, generation, slab)
+        self._pinned.discard(generation)
+
+    patch.setattr(Residency, "arrived", arrived)
+
+
+def _slots_of_another_request(patch: pytest.MonkeyPatch) -> None:
+    real = batches.build
+
+    def build(step: list[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], block_size: int) -> batches.Batch:
+        swapped = dict(slots_of)
+        requests = [request for request, _ in step if request.adapters and not request.virtual_blocks]
+        if len(requests) > 1 and len(slots_of[requests[0]]) == len(slots_of[requests[-1]]):
+            swapped[requests[0]] = slots_of[requests[-1]]
+        return real(step, swapped, block_size)
+
+    patch.setattr(batches, "build", build)
+
+
+def _slots_are_not_cleared(patch: pytest.MonkeyPatch) -> None:
+    """A slot given away twice: the second adapter is computed with the first one's weights."""
+    real = SlotTable.put
+
+    def put(self: SlotTable, slab: Slab) -> AdapterSlot | None:
+        slot = real(self, slab)
+        if slot is not None and len(self) > 1:
+            self._held[slot].buffer = next(iter(self._held.values())).buffer
+        return slot
+
+    patch.setattr(SlotTable, "put", put)
+
+
+def _preempted_requests_are_lost(patch: pytest.MonkeyPatch) -> None:
+    def preempt(self: Scheduler, request: Request) -> None:
+        self.running.remove(request)
+        self.blocks.release(request)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
+    real = Engine._expire
+
+    def expire(self: Engine, now: float) -> None:
+        before = len(self._events)
+        real(self, now)
+        self._events += self._events[before:]
+
+    patch.setattr(Engine, "_expire", expire)
+
+
+@pytest.mark.parametrize(
+    "seed_bug",
+    [
+        _key_without_generations,
+        _key_without_gates,
+        _release_forgets_a_block,
+        _virtual_blocks_stay_shared,
+        _non_finite_kv_stays_cached,
+        _purge_forgets_the_cache,
+        _holds_never_end,
+        _late_loads_are_placed,
+        _slots_of_another_request,
+        _slots_are_not_cleared,
+        _preempted_requests_are_lost,
+        _deadlines_are_told_twice,
+    ],
+)
+def test_the_machine_catches(seed_bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_bug(monkeypatch)
+    with pytest.raises(Exception, match=""):
+        run_state_machine_as_test(EngineMachine, settings=settings(MACHINE, phases=[Phase.generate]))

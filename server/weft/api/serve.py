@@ -10,6 +10,7 @@ import asyncio
 import logging
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -61,6 +62,8 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     """Serve until a signal; the exit code of the process. `adapters` are registered at the start, replacing."""
     logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
+    # As PID 1 of a container a process without a handler ignores SIGTERM; loading can take minutes.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
         model, runner = build_model(config)

@@ -1,7 +1,8 @@
 """Pre-train the demo base: `python -m weft_training.demo.pretrain --output models/weft-demo`.
 
 A Llama-type causal language model of about two million parameters, trained from nothing on `corpus.rows` and stored as
-an ordinary Hugging Face checkpoint in bfloat16. The same recipe, thread count and library versions give the same weights.
+an ordinary Hugging Face checkpoint in bfloat16. The same recipe, thread count and library versions give the same
+weights.
 """
 
 import itertools
@@ -152,7 +153,7 @@ def main(
     began = time.monotonic()
     model = pretrain(recipe, tokenizer, console=console)
     train_s = time.monotonic() - began
-    model.to(torch.bfloat16).save_pretrained(output)
+    model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)
     scores = card.measure(output)
     console.print(card.table(scores))
