@@ -61,7 +61,9 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
         undo.enter_context(file)
         links = os.fstat(fd).st_nlink
         if links != 1:
-            raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links)
+            raise InvalidAdapter.rule(
+                "SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links
+            )
         undo.pop_all()
     return file
 
