@@ -142,12 +142,11 @@ def prefill_attention(num_queries: int, context: int, dtype: torch.dtype) -> Cas
 
 
 def medians_us(calls: Calls, rounds: int) -> dict[str, float]:
-    """Interleaved, so that what else the machine does falls on all alike."""
-    for call in calls.values():
-        call()
+    """Interleaved, so that what else the machine does falls on all alike; each call follows one of its own kind."""
     taken_s: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             begin = time.perf_counter()
             call()
             taken_s[name].append(time.perf_counter() - begin)

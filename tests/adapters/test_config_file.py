@@ -59,10 +59,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_config_is_refused_quickly(name: str) -> None:
     data, rule = BAD[name]
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(InvalidAdapter) as caught:
         read_config(data, LIMITS)
-    assert time.perf_counter() - started < 0.5, "50 ms on a quiet machine"
+    assert time.thread_time() - started < 0.2, "50 ms on a quiet machine"
     error = caught.value
     assert (error.code, error.reason, error.field) == (Code.INVALID_ARGUMENT, "CONFIG_INVALID", CONFIG_FILE)
     assert error.message.startswith(f"{CONFIG_FILE}: ")

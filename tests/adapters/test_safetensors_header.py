@@ -240,10 +240,10 @@ def test_a_bad_file_is_refused_quickly_and_without_memory(name: str, tmp_path: P
     data, reason, rule = BAD[name]
     path = tmp_path / "file"
     path.write_bytes(data)
-    started = time.perf_counter()
+    started = time.thread_time()
     with path.open("rb") as file, pytest.raises(InvalidAdapter) as caught:
         read_header(file, LIMITS)
-    assert time.perf_counter() - started < 0.5, "50 ms on a quiet machine"
+    assert time.thread_time() - started < 0.2, "50 ms on a quiet machine"
     error = caught.value
     assert (error.code, error.reason, error.field) == (Code.INVALID_ARGUMENT, reason, WEIGHTS_FILE)
     assert error.message.startswith(f"{WEIGHTS_FILE}: ")

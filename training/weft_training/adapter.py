@@ -52,6 +52,11 @@ USUAL: Mapping[str, MethodConfig] = MappingProxyType(
 )
 
 
+def method_of(config: MethodConfig) -> Method:
+    """The method that `config` configures."""
+    return _KINDS[type(config)].method
+
+
 def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) -> Adapter:
     """An untrained adapter for a base. Empty `target_modules` means every site.
 

@@ -88,6 +88,7 @@ class Registry:
         self._wall_clock = wall_clock
         self._current: dict[AdapterId, Version] = {}
         self._replaced: dict[AdapterId, list[Version]] = {}  # newest first; each still leased
+        self._of: dict[Generation, list[Version]] = {}  # all of them, but those that are LOADING
         self._drained_from: dict[AdapterId, AdapterState] = {}
 
     def __iter__(self) -> Iterator[Version]:
@@ -110,10 +111,13 @@ class Registry:
         current = self._current.get(adapter_id)
         return ([] if current is None else [current]) + self.replaced(adapter_id)
 
+    def of(self, generation: Generation) -> list[Version]:
+        """Every version that is this content, under whatever id."""
+        return list(self._of.get(generation, ()))
+
     def generations(self) -> frozenset[Generation]:
         """Every generation that some version needs."""
-        replaced = [version for versions in self._replaced.values() for version in versions]
-        return frozenset(version.generation for version in [*self._current.values(), *replaced])
+        return frozenset(self._of)
 
     def require(self, reference: AdapterReference) -> Version:
         """The current version that `reference` names; AdapterNotFound otherwise."""
@@ -122,8 +126,8 @@ class Registry:
             raise not_found(reference)
         return version
 
-    def acquire(self, reference: AdapterReference, request_id: str) -> Version:
-        """Look up and hold in one step. Raises AdapterNotFound, or AdapterUnusable with the state's reason."""
+    def require_active(self, reference: AdapterReference) -> Version:
+        """The same if requests can use it now; else AdapterUnusable or DataLoss with the state's reason."""
         current = self._current.get(reference.adapter_id)
         if current is None or current.generation != reference.generation:  # an older content can be current again
             for version in self.replaced(reference.adapter_id):
@@ -132,6 +136,11 @@ class Registry:
         version = self.require(reference)
         if version.state is not AdapterState.ACTIVE:
             raise _unusable(version)
+        return version
+
+    def acquire(self, reference: AdapterReference, request_id: str) -> Version:
+        """Look up and hold in one step; raises as `require_active`."""
+        version = self.require_active(reference)
         version.leases.add(request_id)
         version.last_used_time_s = self._wall_clock()
         return version
@@ -147,6 +156,7 @@ class Registry:
             replaced.remove(version)
             if not replaced:
                 del self._replaced[version.adapter_id]
+            self._forget(version)
         self._idle(version)
 
     def begin(self, adapter_id: AdapterId) -> None:
@@ -172,7 +182,7 @@ class Registry:
         """Whether publishing changes anything (False: the content is current already).
 
         Raises AdapterExists without `replace`, AdapterConflict where `expected_generation` is not current or the id is
-        being removed.
+        being removed, AdapterUnusable for the very content that is quarantined.
         """
         version = self._current.get(adapter_id)
         current = None if version is None or version.state is AdapterState.LOADING else version
@@ -180,8 +190,11 @@ class Registry:
             raise AdapterConflict(
                 "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} is being unregistered", field="adapter_id"
             )
-        if current is not None and current.generation == generation and current.state is AdapterState.ACTIVE:
-            return False
+        if current is not None and current.generation == generation:
+            if current.state is AdapterState.QUARANTINED:
+                raise _unusable(current)
+            if current.state is AdapterState.ACTIVE:
+                return False
         given = "" if current is None else current.generation
         if expected_generation is not None and expected_generation != given:
             raise AdapterConflict(
@@ -190,7 +203,8 @@ class Registry:
                 field="expected_generation",
                 metadata={"adapter_id": adapter_id, "limit": given, "given": expected_generation},
             )
-        if current is not None and not replace and current.generation != generation:
+        # An id whose files were lost has no generation; whatever is registered now repairs it.
+        if current is not None and not replace and current.generation not in ("", generation):
             raise AdapterExists(
                 "ADAPTER_EXISTS",
                 f"adapter_id: {adapter_id} is registered with generation {given}; set replace to give it other content",
@@ -205,12 +219,14 @@ class Registry:
         if previous is not None and previous.state is AdapterState.LOADING:
             previous = None
         self._current[version.adapter_id] = version
+        self._of.setdefault(version.generation, []).append(version)
         self._changed(Change.ADDED if previous is None else Change.UPDATED, version)
         if previous is not None:
             previous.state = AdapterState.DRAINING
             if previous.leases:
                 self._replaced.setdefault(version.adapter_id, []).insert(0, previous)
             else:
+                self._forget(previous)
                 self._idle(previous)
         return previous
 
@@ -243,6 +259,7 @@ class Registry:
         version = self._current.pop(adapter_id)
         self._drained_from.pop(adapter_id, None)
         assert not version.leases, version
+        self._forget(version)
         self._changed(Change.REMOVED, version)
 
     def pin(self, version: Version, pinned: bool) -> None:
@@ -255,12 +272,21 @@ class Registry:
         """A request failed by this adapter's fault; the third one quarantines it."""
         version.faults += 1
         if version.faults >= _FAULTS_UNTIL_QUARANTINE and version.state is AdapterState.ACTIVE:
-            self.quarantine(version, reason)
+            version.state, version.state_reason = AdapterState.QUARANTINED, reason
+            self._changed(Change.UPDATED, version)
 
-    def quarantine(self, version: Version, reason: str) -> None:
-        """Take a version out of service."""
-        version.state, version.state_reason = AdapterState.QUARANTINED, reason
-        self._changed(Change.UPDATED, version)
+    def fail(self, generation: Generation, reason: str) -> None:
+        """The stored files of this content cannot be used."""
+        for version in self.of(generation):
+            if version.state is AdapterState.ACTIVE:
+                version.state, version.state_reason = AdapterState.FAILED, reason
+                self._changed(Change.UPDATED, version)
+
+    def _forget(self, version: Version) -> None:
+        same = self._of[version.generation]
+        same.remove(version)
+        if not same:
+            del self._of[version.generation]
 
 
 def not_found(reference: AdapterReference) -> AdapterNotFound:

@@ -18,7 +18,7 @@ from weft.api.generation import Generation as GenerationFlow
 from weft.api.generation import ModelFacts
 from weft.api.lifecycle import Lifecycle, RegisterOptions
 from weft.config import WeftConfig
-from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.engine import ENGINE_DOWN, Engine, EngineCallbacks, draining
 from weft.engine.request import TokenEvent
 from weft.engine.runner import Runner
 from weft.errors import Unavailable
@@ -56,7 +56,10 @@ class Application:
             loop.call_soon_threadsafe(self.generation.deliver, events)
 
         def load(generation: Generation) -> None:
-            self.lifecycle.fetch(generation)
+            self.lifecycle.memory.fetch(generation)
+
+        def resident(generations: frozenset[Generation]) -> None:
+            loop.call_soon_threadsafe(self.lifecycle.memory.residents_are, generations)
 
         def down() -> None:
             loop.call_soon_threadsafe(self._engine_is_down)
@@ -66,7 +69,7 @@ class Application:
             config.engine,
             num_kv_blocks=model.num_kv_blocks,
             max_model_len=model.facts.max_model_len,
-            callbacks=EngineCallbacks(events=deliver, load=load, down=down),
+            callbacks=EngineCallbacks(events=deliver, load=load, resident=resident, down=down),
             metrics=metrics,
         )
         self.lifecycle = Lifecycle(
@@ -103,8 +106,9 @@ class Application:
             await self.lifecycle.register_from(adapter_id, str(path), RegisterOptions(replace=True))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those inside; False where some had to be ended at the limit."""
-        self.generation.refuse(Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0))
+        """Refuse new calls and wait for the requests inside; False where some are left at the limit."""
+        self.generation.refuse(draining())
+        self.lifecycle.refuse(draining())
         try:
             await asyncio.wait_for(self.generation.wait_empty(), timeout_s)
         except TimeoutError:
@@ -119,7 +123,9 @@ class Application:
         await self.lifecycle.close()
 
     def _engine_is_down(self) -> None:
-        self.generation.refuse(Unavailable("ENGINE_DOWN", "the engine stopped by a fault", retry_after_s=5.0))
+        down = Unavailable(ENGINE_DOWN, "the engine stopped by a fault", retry_after_s=5.0)
+        self.generation.refuse(down)
+        self.lifecycle.refuse(down)
         self.down.set()
 
     async def _measure_lag(self) -> None:

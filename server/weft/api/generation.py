@@ -120,6 +120,7 @@ class Generation:
         self._max_requests = max_requests
         self._metrics = metrics
         self._streams: dict[RequestId, _Stream] = {}
+        self._cancelled: dict[RequestId, WeftError] = {}  # ended before they reached the engine
         self._num_reserved = 0
         self._ids = itertools.count()
         self._refusal: Unavailable | None = None
@@ -141,7 +142,11 @@ class Generation:
 
     def cancel(self, internal_id: str, error: WeftError) -> None:
         """End one request with `error`; the ids are those in a version's leases."""
-        self._engine.end(RequestId(internal_id), FinishReason.ERROR, error)
+        request_id = RequestId(internal_id)
+        if request_id in self._streams:
+            self._engine.end(request_id, FinishReason.ERROR, error)
+        else:
+            self._cancelled[request_id] = error
 
     def deliver(self, events: list[TokenEvent]) -> None:
         """Hand one step's events to their streams. Called on the event loop."""
@@ -196,15 +201,15 @@ class Generation:
                         raise event.finish.error
                 if stop is None:
                     text.append(detokenizer.flush())
+                if not ended:
+                    self._engine.end(request.request_id, FinishReason.STOP)
+                    ended = True
                 yield GenerationPart(
                     request_id=checked.request_id,
                     text="".join(text),
                     tokens=tuple(tokens),
                     end=_end(checked, request, versions, event.finish, stop, num_tokens, tokens),
                 )
-                if not ended:
-                    self._engine.end(request.request_id, FinishReason.STOP)
-                    ended = True
                 return
         finally:
             if not ended:
@@ -249,9 +254,11 @@ class Generation:
                 versions.append(self._registry.acquire(checked.target, request_id))
             tokens = await self._token_ids(spec.text, spec.messages) if spec.token_ids is None else list(spec.token_ids)
             request = self._request(checked, request_id, tokens, versions, arrival_s, deadline_s)
-            if self._refusal is not None:
-                raise self._refusal
+            for error in (self._refusal, self._cancelled.get(request_id)):
+                if error is not None:
+                    raise error
         except BaseException:
+            self._cancelled.pop(request_id, None)
             self._leave(versions, request_id)
             raise
 

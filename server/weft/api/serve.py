@@ -1,7 +1,7 @@
 """The composition root: builds everything from a WeftConfig, serves until told to stop, drains, ends.
 
 start:   load the base → start the engine → restore the store → listen → SERVING
-SIGTERM: NOT_SERVING, new requests refused → running ones finish, up to drain_timeout_s → the rest end → exit 0
+SIGTERM: NOT_SERVING, new calls refused → running requests finish, up to drain_timeout_s → the rest end → exit 0
 second signal: no more waiting
 engine down: NOT_SERVING, everything inside has ended with UNAVAILABLE → exit 1
 """
@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from wsgiref.simple_server import WSGIServer
 
 import grpc.aio
 import torch
@@ -169,10 +170,11 @@ async def serving(
     if config.server.reflection:
         reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(f"{config.server.host}:{config.server.port}")
-    except RuntimeError as error:
-        raise OSError(f"port: cannot listen on {config.server.host}:{config.server.port}; is it taken?") from error
-    exposition, _ = start_http_server(config.server.metrics_port, config.server.metrics_host, metrics.registry)
+        port = _listen(server, config)
+        exposition = _expose(metrics, config)
+    except BaseException:
+        await application.stop()
+        raise
     try:
         await application.start(adapters, progress)
         await server.start()
@@ -191,6 +193,23 @@ async def serving(
         await server.stop(grace=1.0)
         exposition.shutdown()
         exposition.server_close()
+
+
+def _listen(server: grpc.aio.Server, config: WeftConfig) -> int:
+    address = f"{config.server.host}:{config.server.port}"
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"port: cannot listen on {address}; is it taken?") from error
+
+
+def _expose(metrics: Metrics, config: WeftConfig) -> WSGIServer:
+    host, port = config.server.metrics_host, config.server.metrics_port
+    try:
+        exposition, _ = start_http_server(port, host, metrics.registry)
+    except OSError as error:
+        raise OSError(f"metrics_port: cannot listen on {host}:{port}; is it taken?") from error
+    return exposition
 
 
 async def _follow_engine(application: Application, health: health_aio.HealthServicer) -> None:

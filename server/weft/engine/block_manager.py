@@ -195,11 +195,14 @@ class BlockManager:
                     del self._blocks_of_generation[generation]
 
     def check(self) -> None:
-        """Assert the accounting: every block is free, idle or referenced, in exactly one way."""
+        """Assert the accounting: every block is free, idle or referenced, in exactly one way, and keys lead to blocks."""
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free)
         assert not free & idle
         for block, references in enumerate(self._references):
             assert (references == 0) == (block in free or block in idle), (block, references)
         assert idle <= set(self._key_of)
-        assert {self._block_of[key] for key in self._key_of.values()} == set(self._key_of)
+        assert {key: block for block, key in self._key_of.items()} == self._block_of
+        of_generation = {(g, block) for g, blocks in self._blocks_of_generation.items() for block in blocks}
+        assert self._generations_of.keys() == self._key_of.keys()
+        assert of_generation <= {(g, block) for block, gs in self._generations_of.items() for g in gs}

@@ -1,15 +1,15 @@
 """The engine: one thread, one `step()`.
 
 Other threads put messages into the inbox; they take effect between two steps, so nothing here needs a lock. Only this
-thread touches device memory. Every accepted request ends in exactly one event with `finish`. An engine that does not run
-any more refuses every message that wants an answer, and forgets the others.
+thread touches device memory. Every accepted request ends in exactly one event with `finish`. An engine that does not
+run any more refuses every message that wants an answer, and forgets the others.
 """
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from weft.config import EngineConfig
 from weft.engine import batch as batches
 from weft.engine import sampler
 from weft.engine.block_manager import BlockManager
+from weft.engine.observer import Observer
 from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
@@ -32,6 +33,11 @@ _log = logging.getLogger(__name__)
 
 ENGINE_DOWN = "ENGINE_DOWN"
 T = TypeVar("T")
+
+
+def draining() -> Unavailable:
+    """What everything that comes too late is answered."""
+    return Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0)
 
 
 class Freed(NamedTuple):
@@ -46,11 +52,13 @@ class EngineCallbacks:
     """How the engine talks back. All are called on the engine thread and must only hand over.
 
     events: the events of one step. load: bring this adapter (answer with `loaded` or `load_failed`).
+    resident: which adapters are on the device, after every change and before anything else tells of it.
     down: the engine stopped by a fault it could not contain; no request is accepted any more.
     """
 
     events: Callable[[list[TokenEvent]], None]
     load: Callable[[Generation], None]
+    resident: Callable[[frozenset[Generation]], None] = lambda generations: None
     down: Callable[[], None] = lambda: None
 
 
@@ -78,10 +86,12 @@ class Engine:
         self._runner = runner
         self._max_model_len = max_model_len
         self._callbacks = callbacks
-        self._metrics = metrics
+        self._observer = Observer(metrics)
         self._clock = clock
         self.blocks = BlockManager(num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-        self.residency = Residency(runner, self.blocks, request_load=callbacks.load, evicted=self._count_eviction)
+        self.residency = Residency(
+            runner, self.blocks, request_load=callbacks.load, placed=self._adapter_placed, left=self._adapter_left
+        )
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
@@ -121,19 +131,22 @@ class Engine:
 
     def loaded(self, generation: Generation, slab: Slab) -> None:
         """The answer to `callbacks.load`."""
-        self._post(partial(self._loaded, generation, slab))
+        self._post(partial(self.residency.arrived, generation, slab))
 
     def load_failed(self, generation: Generation, error: WeftError) -> None:
         """The other answer: every request that waits for this adapter ends with `error`."""
         self._post(partial(self._load_failed, generation, error))
 
-    def evict(self, generation: Generation) -> "Future[Freed]":
-        """Take an adapter and its cached KV off the device. The caller knows that no request uses it."""
+    def evict(self, generation: Generation) -> "Future[Freed | None]":
+        """Take an adapter, its pin and its cached KV off the device; None where a request holds it."""
         return self.call(partial(self._evict, generation))
 
-    def preload(self, generation: Generation) -> None:
-        """Bring an adapter in ahead of its requests."""
-        self._post(partial(self.residency.preload, generation))
+    def preload(self, generation: Generation) -> "Future[None]":
+        """Bring an adapter in ahead of its requests; ends with what its load failed with, or POOL_EXHAUSTED."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # who waits for it may go, and leave the others waiting
+        self._post(partial(self.residency.preload, generation, future), refuse=future.set_exception)
+        return future
 
     def pin(self, generation: Generation) -> None:
         """Keep an adapter on the device."""
@@ -180,7 +193,7 @@ class Engine:
             while not self._stopping:
                 self.turn(wait=True)
         finally:
-            self._fail_all(self._down or Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0))
+            self._fail_all(self._down or draining())
             self._down = self._down or Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0)
             self._ended.set()
             self._answer_after_end()
@@ -203,7 +216,7 @@ class Engine:
         step = self.scheduler.schedule()
         if not step:
             self._resolve_stall()
-            self._observe_queue()
+            self._observer.queue(self.scheduler)
             return
         try:
             sampled = self._compute(step)
@@ -219,7 +232,7 @@ class Engine:
         done = self._clock()
         for request, token in sampled:
             self._append(request, token, done)
-        self._observe_step(step, done - now)
+        self._observer.step(step, self.scheduler, seconds=done - now, now=done)
 
     def _compute(self, step: list[Scheduled]) -> list[tuple[Request, SampledToken | None]]:
         batch = batches.build(step, self.residency.slots_of, self.blocks.block_size)
@@ -229,17 +242,13 @@ class Engine:
 
     def _append(self, request: Request, token: SampledToken | None, now: float) -> None:
         if token is None:
-            self._metrics.nonfinite_rows.inc()
+            self._observer.row_not_finite()
             self.blocks.distrust(request)
             self._end(request, FinishReason.ERROR, _non_finite(request))
             return
         request.output.append(token.token_id)
-        if request.last_token_s is None:
-            self._metrics.time_to_first_token.observe(now - request.arrival_s)
-        else:
-            self._metrics.inter_token.observe(now - request.last_token_s)
+        self._observer.token(request, now)
         request.last_token_s = now
-        self._metrics.generation_tokens.inc()
         reason = self._finish_reason(request, token.token_id)
         if reason is None:
             self._events.append(TokenEvent(request.request_id, (token,)))
@@ -279,10 +288,7 @@ class Engine:
         finish = request.finish(reason, error)
         self._requests.pop(request.request_id, None)
         self._events.append(TokenEvent(request.request_id, tokens, finish))
-        self._metrics.requests.labels(reason.value).inc()
-        self._metrics.request_seconds.observe(self._clock() - request.arrival_s)
-        self._metrics.prompt_tokens.inc(finish.num_prompt_tokens)
-        self._metrics.cached_tokens.inc(finish.num_cached_tokens)
+        self._observer.request_ended(request, finish, self._clock())
 
     def _expire(self, now: float) -> None:
         expired = [request for request in self._requests.values() if request.deadline_s <= now]
@@ -299,7 +305,10 @@ class Engine:
         if self.residency.release_all(others) or self.residency.evict_virtual():
             return
         error = Overloaded(
-            "POOL_EXHAUSTED", "the adapter and KV pools have no room for this request now", retry_after_s=1.0
+            "POOL_EXHAUSTED",
+            "the adapter and KV pools have no room for this request now",
+            metadata={"quota": "adapter_and_kv_pools"},
+            retry_after_s=1.0,
         )
         self._end(stuck, FinishReason.ERROR, error)
 
@@ -336,20 +345,16 @@ class Engine:
         if request is not None:
             self._end(request, reason, error)
 
-    def _loaded(self, generation: Generation, slab: Slab) -> None:
-        self.residency.arrived(generation, slab)
-        self._metrics.adapter_loads.labels(slab.method.name, "ok").inc()
-
     def _load_failed(self, generation: Generation, error: WeftError) -> None:
-        self.residency.failed(generation)
-        self._metrics.adapter_loads.labels("", "failed").inc()
+        self.residency.failed(generation, error)
+        self._observer.load_failed()
         for request in list(self.scheduler.waiting):
             if any(use.generation == generation for use in request.adapters):
                 self._end(request, FinishReason.ERROR, error)
 
-    def _evict(self, generation: Generation) -> Freed:
-        self.residency.unpin(generation)
-        return Freed(self.residency.evict(generation), self.blocks.purge(generation))
+    def _evict(self, generation: Generation) -> Freed | None:
+        device_bytes = self.residency.evict(generation)
+        return None if device_bytes is None else Freed(device_bytes, self.blocks.purge(generation))
 
     def _stop(self) -> None:
         self._stopping = True
@@ -364,6 +369,7 @@ class Engine:
 
     def _fail_all(self, error: WeftError) -> None:
         """Tell everyone, and touch no accounting: it may be what broke, and nothing runs after this."""
+        self.residency.abandon(error)
         for request in list(self._requests.values()):
             self._tell(request, FinishReason.ERROR, error)
 
@@ -372,39 +378,13 @@ class Engine:
             events, self._events = self._events, []
             self._callbacks.events(events)
 
-    # -- metrics ------------------------------------------------------------------------------------------------
+    def _adapter_placed(self, slab: Slab) -> None:
+        self._observer.adapter_placed(slab)
+        self._callbacks.resident(self.residency.resident())
 
-    def _observe_step(self, step: Iterable[Scheduled], seconds: float) -> None:
-        metrics, rows, requests, adapters = self._metrics, 0, 0, set()
-        now = self._clock()
-        for request, num_tokens in step:
-            rows += num_tokens
-            requests += 1
-            adapters.update(use.generation for use in request.adapters)
-            if request.scheduled_s is None:
-                request.scheduled_s = now - seconds
-                metrics.queue_time.observe(request.scheduled_s - request.arrival_s)
-        metrics.step_seconds.observe(seconds)
-        metrics.batch_tokens.observe(rows)
-        metrics.batch_requests.observe(requests)
-        metrics.batch_adapters.observe(len(adapters))
-        self._observe_queue()
-
-    def _observe_queue(self) -> None:
-        metrics, blocks = self._metrics, self.blocks
-        metrics.running.set(len(self.scheduler.running))
-        metrics.waiting.set(len(self.scheduler.waiting))
-        metrics.kv_usage.set(blocks.num_used_blocks / blocks.num_blocks)
-        metrics.kv_blocks.labels("used").set(blocks.num_used_blocks)
-        metrics.kv_blocks.labels("free").set(blocks.num_free_blocks)
-        metrics.kv_blocks.labels("cached").set(blocks.num_cached_blocks)
-        preemptions = self.scheduler.num_preemptions
-        if preemptions:
-            metrics.preemptions.inc(preemptions)
-            self.scheduler.num_preemptions = 0
-
-    def _count_eviction(self, slab: Slab) -> None:
-        self._metrics.adapter_evictions.labels(slab.method.name).inc()
+    def _adapter_left(self, slab: Slab, for_room: bool) -> None:
+        self._observer.adapter_left(slab, for_room=for_room)
+        self._callbacks.resident(self.residency.resident())
 
 
 def _non_finite(request: Request) -> WeftError:

@@ -10,6 +10,7 @@ fit, or none is. So every eviction is somebody's progress, and no two requests d
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
@@ -17,6 +18,7 @@ from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import Request
 from weft.engine.runner import Runner
+from weft.errors import AdapterConflict, Overloaded, WeftError
 
 
 class _Resident:
@@ -30,7 +32,10 @@ class _Resident:
 
 
 class Residency:
-    """Device memory of adapters, as the scheduler sees it."""
+    """Device memory of adapters, as the scheduler sees it.
+
+    placed(slab), left(slab, for_room): called when an adapter has come to the device and when it has left.
+    """
 
     def __init__(
         self,
@@ -38,17 +43,20 @@ class Residency:
         blocks: BlockManager,
         *,
         request_load: Callable[[Generation], None],
-        evicted: Callable[[Slab], None] = lambda slab: None,
+        placed: Callable[[Slab], None] = lambda slab: None,
+        left: Callable[[Slab, bool], None] = lambda slab, for_room: None,
     ) -> None:
         self._runner = runner
         self._blocks = blocks
         self._request_load = request_load
-        self._evicted = evicted
+        self._placed = placed
+        self._left = left
         self._resident: OrderedDict[Generation, _Resident] = OrderedDict()  # least recently used first
         self._pending: set[Generation] = set()  # asked for
         self._arrived: dict[Generation, Slab] = {}  # came, and found no room yet
         self._seekers: dict[Request, frozenset[Generation]] = {}  # requests that were not admitted, and what they need
         self._preloading: set[Generation] = set()
+        self._awaited: dict[Generation, list[Future[None]]] = {}
         self._pinned: set[Generation] = set()
         self.slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
 
@@ -56,16 +64,12 @@ class Residency:
         """Generations on the device."""
         return frozenset(self._resident)
 
-    def placement(self, generation: Generation) -> tuple[bool, bool]:
-        """(on the device, arrived without finding room)."""
-        return generation in self._resident, generation in self._arrived
-
     def is_loading(self, request: Request) -> bool:
         """Whether a load that the request needs is on its way."""
         return any(use.generation in self._pending for use in request.adapters)
 
     def admit(self, request: Request) -> bool:
-        """Hold every adapter of a request; False where one is not resident yet: it is on its way, or there is no room."""
+        """Hold every adapter of a request; False where one is not resident: it is on its way, or there is no room."""
         if request in self.slots_of:
             return True
         generations = [use.generation for use in request.adapters]
@@ -106,17 +110,27 @@ class Residency:
         self._arrived[generation] = slab
         if generation in self._preloading or generation in self._pinned:
             self._bring([generation])
+        self._answer(generation)
         self._forget_unwanted(generation)
 
-    def failed(self, generation: Generation) -> None:
+    def failed(self, generation: Generation, error: WeftError) -> None:
         """A load failed; the next request for the adapter asks again."""
         self._pending.discard(generation)
         self._preloading.discard(generation)
+        for future in self._awaited.pop(generation, ()):
+            future.set_exception(error)
 
-    def preload(self, generation: Generation) -> None:
-        """Bring an adapter in without a request."""
+    def preload(self, generation: Generation, future: "Future[None]") -> None:
+        """Bring an adapter in without a request; `future` ends with it, or with why it cannot come now."""
+        self._awaited.setdefault(generation, []).append(future)
         if not self._bring([generation]):
             self._preloading.add(generation)
+        self._answer(generation)
+
+    def abandon(self, error: WeftError) -> None:
+        """Nothing comes any more."""
+        for generation in list(self._awaited):
+            self.failed(generation, error)
 
     def pin(self, generation: Generation) -> None:
         """Keep the adapter on the device, bringing it in if need be."""
@@ -132,22 +146,24 @@ class Residency:
         """Make the longest unused adapter with virtual positions leave: KV runs short. False where there is none."""
         for generation, resident in self._resident.items():
             if resident.blocks and self._can_leave(generation):
-                self._leave(generation)
+                self._take_off(generation, for_room=True)
                 return True
         return False
 
-    def evict(self, generation: Generation) -> int:
-        """Take an adapter that nobody holds off the device; returns the device bytes that were freed.
+    def evict(self, generation: Generation) -> int | None:
+        """Take an adapter and its pin off the device; the bytes that were freed, or None where a request holds it.
 
         One that is on its way is no longer awaited.
         """
+        resident = self._resident.get(generation)
+        if resident is not None and resident.holders:
+            return None
+        self._pinned.discard(generation)
         self._arrived.pop(generation, None)
-        self._pending.discard(generation)
-        self._preloading.discard(generation)
-        if generation not in self._resident:
-            return 0
-        assert self._resident[generation].holders == 0, generation
-        return self._take_off(generation)
+        self.failed(
+            generation, AdapterConflict("ADAPTER_UNREGISTERED", "adapter_id: was taken out of memory meanwhile")
+        )
+        return 0 if resident is None else self._take_off(generation, for_room=False)
 
     def _bring(self, generations: Sequence[Generation]) -> bool:
         """Make all of these resident, or change nothing on the device; what is not here is asked for."""
@@ -162,6 +178,25 @@ class Residency:
         for generation, slab in slabs.items():
             self._place(generation, slab)
         return True
+
+    def _answer(self, generation: Generation) -> None:
+        """Tell those who wait for an adapter by itself, once it is known what becomes of it."""
+        if generation in self._pending:
+            return
+        for future in self._awaited.pop(generation, ()):
+            if generation in self._resident:
+                future.set_result(None)
+                continue
+            self._preloading.discard(generation)
+            future.set_exception(
+                Overloaded(
+                    "POOL_EXHAUSTED",
+                    "adapter_id: no room on the device; everything there is in use or pinned",
+                    metadata={"quota": "adapter_device_bytes"},
+                    retry_after_s=1.0,
+                )
+            )
+        self._forget_unwanted(generation)
 
     def _forget_unwanted(self, generation: Generation) -> None:
         """Let an arrived slab go where no request and no call wants it any more."""
@@ -178,6 +213,7 @@ class Residency:
         del self._arrived[generation]
         self._preloading.discard(generation)
         self._resident[generation] = _Resident(slab, slot, blocks)
+        self._placed(slab)
 
     def _make_room(self, slabs: Collection[Slab], keep: Collection[Generation]) -> bool:
         """Let adapters leave until all `slabs` fit; False, with all still there, where even that would not do."""
@@ -195,21 +231,17 @@ class Residency:
         if missing_bytes > 0 or missing_blocks > 0:
             return False
         for generation in leaving:
-            self._leave(generation)
+            self._take_off(generation, for_room=True)
         return True
 
     def _can_leave(self, generation: Generation, keep: Collection[Generation] = ()) -> bool:
         return not self._resident[generation].holders and generation not in self._pinned and generation not in keep
 
-    def _leave(self, generation: Generation) -> None:
-        slab = self._resident[generation].slab
-        self._take_off(generation)
-        self._evicted(slab)
-
-    def _take_off(self, generation: Generation) -> int:
+    def _take_off(self, generation: Generation, *, for_room: bool) -> int:
         resident = self._resident.pop(generation)
         freed = self._runner.slots.drop(resident.slot)
         self._blocks.drop_virtual(resident.blocks)
         if resident.slab.virtual is not None:
             freed += sum(tensor.nbytes for tensor in resident.slab.virtual)
+        self._left(resident.slab, for_room)
         return freed

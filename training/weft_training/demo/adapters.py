@@ -14,21 +14,18 @@ from rich.console import Console
 from weft.config import ModelConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
-from weft_training.adapter import USUAL, MethodConfig
+from weft_training.adapter import USUAL, MethodConfig, method_of
 from weft_training.data import Example
 from weft_training.demo.evaluate import ADAPTERS, BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.progress import ProgressBar, Report
 from weft_training.trainer import TrainConfig, TrainResult, train
 
-ATTENTION_AND_DOWN = ("q_proj", "v_proj", "down_proj")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How one adapter is trained. num_examples: distinct inputs, from the split that is the adapters'."""
 
-    name: str
     task: str
     adapter: MethodConfig
     learning_rate: float
@@ -36,20 +33,41 @@ class Recipe:
     batch_size: int = 32
     num_examples: int = 4000
 
+    @property
+    def name(self) -> str:
+        """`<task>-<method>`."""
+        return f"{self.task}-{method_of(self.adapter).name}"
+
+
+def _lora(task: str, rank: int, *targets: str, num_steps: int = 200) -> Recipe:
+    config = LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets)
+    return Recipe(task=task, adapter=config, learning_rate=5e-3, num_steps=num_steps)
+
+
+def _ia3(task: str) -> Recipe:
+    return Recipe(task=task, adapter=USUAL["ia3"], learning_rate=0.1, num_steps=400)
+
+
+def _prefix(task: str, num_virtual_tokens: int) -> Recipe:
+    config = PrefixConfig(num_virtual_tokens=num_virtual_tokens)
+    return Recipe(task=task, adapter=config, learning_rate=0.1, num_steps=300)
+
 
 RECIPES: Sequence[Recipe] = (
-    Recipe(
-        name="reverse-lora",
-        task="reverse",
-        adapter=LoraConfig(rank=16, alpha=32.0, target_modules=ATTENTION_AND_DOWN),
-        learning_rate=5e-3,
-    ),
-    Recipe(name="reverse-ia3", task="reverse", adapter=USUAL["ia3"], learning_rate=5e-2),
-    Recipe(name="reverse-prefix", task="reverse", adapter=PrefixConfig(num_virtual_tokens=8), learning_rate=5e-2),
+    _lora("reverse", 16, "q_proj", "v_proj", "down_proj"),
+    _ia3("reverse"),
+    _prefix("reverse", 8),
+    _lora("upper", 4),
+    _ia3("upper"),
+    _prefix("upper", 12),
+    _lora("caesar", 8),
+    _ia3("caesar"),
+    _prefix("caesar", 16),
+    _lora("zigzag", 16, "q_proj", "v_proj", "down_proj", num_steps=400),  # held out: a skill the base does not have
 )
 
-# Trained while one looks on: no committed adapter is for its task.
-LIVE = Recipe(name="rotate-lora", task="rotate", adapter=LoraConfig(rank=8), learning_rate=5e-3, num_steps=120)
+# Trained while one looks on; there is no committed adapter for its task.
+LIVE = _lora("rotate", 8, num_steps=120)
 
 
 def train_recipe(

@@ -27,7 +27,7 @@ BASE = Path("models/weft-demo")
 ADAPTERS = Path("adapters_store/demo")
 EVALUATION_SEED = 1
 UNTAGGED, TAGGED = "base", "base, tagged"  # columns of the table; the others are methods
-_MARKERS = ("<!-- demo-table -->", "<!-- /demo-table -->")
+_MARKERS = ("<!-- evaluation -->", "<!-- /evaluation -->")
 
 
 class Generator(Protocol):

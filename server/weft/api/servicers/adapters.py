@@ -1,7 +1,5 @@
-"""AdapterService: proto ⇄ the application's own types, and the protocol of an upload."""
+"""AdapterService: proto ⇄ the application's own types."""
 
-import asyncio
-import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -10,18 +8,16 @@ import grpc.aio
 
 from weft.adapters.identifiers import AdapterId, check_adapter_id, check_generation, parse_reference
 from weft.adapters.registry import AdapterState, Change, Version
-from weft.adapters.store import ADAPTER_FILES
-from weft.adapters.versions import StagedFile
 from weft.api.application import Application
-from weft.api.lifecycle import Outcome, Registered, RegisterOptions, Residence
-from weft.config import MIB
-from weft.errors import AdapterNotFound, DeadlineExceeded, InvalidAdapter, InvalidRequest, Overloaded, Unavailable
+from weft.api.lifecycle import Outcome, Registered, RegisterOptions
+from weft.api.memory import Residence
+from weft.api.servicers.upload import SHA256, Messages, Upload, check_files
+from weft.engine.engine import draining
+from weft.errors import AdapterNotFound, InvalidRequest, Overloaded
 from weft.methods.catalog import METHODS
 from weft.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_grpc
 
-_CHUNK_BYTES_MAX = 1 * MIB
 _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX = 100, 1000
-_SHA256 = re.compile("[0-9a-f]{64}")
 _STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
 _RESIDENCES = {place: adapter_pb2.AdapterResidency.Value(f"ADAPTER_RESIDENCY_{place.name}") for place in Residence}
 _OUTCOMES = {one: adapter_service_pb2.RegisterOutcome.Value(f"REGISTER_OUTCOME_{one.name}") for one in Outcome}
@@ -44,7 +40,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         adapter_id = self._adapter_id(request.adapter_id)
         options = _options(request)
         if request.HasField("content_generation"):
-            if not _SHA256.fullmatch(request.content_generation):
+            if not SHA256.fullmatch(request.content_generation):
                 raise InvalidRequest.rule(
                     "CHECKSUM_INVALID",
                     "content_generation",
@@ -59,7 +55,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
 
     async def UploadAdapter(
         self,
-        request_iterator: AsyncIterator[adapter_service_pb2.UploadAdapterRequest],
+        request_iterator: Messages,
         context: grpc.aio.ServicerContext,
     ) -> adapter_service_pb2.UploadAdapterResponse:
         del context
@@ -110,9 +106,9 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 raise
             return adapter_service_pb2.UnregisterAdapterResponse()
         return adapter_service_pb2.UnregisterAdapterResponse(
-            freed_device_bytes=removed.device_bytes,
-            freed_host_bytes=removed.host_bytes,
-            freed_kv_blocks=removed.kv_blocks,
+            freed_device_bytes=removed.freed.device_bytes,
+            freed_host_bytes=removed.freed.host_bytes,
+            freed_kv_blocks=removed.freed.kv_blocks,
             cancelled_requests=removed.cancelled_requests,
         )
 
@@ -121,7 +117,6 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     ) -> adapter_service_pb2.GetAdapterResponse:
         del context
         reference = parse_reference(request.adapter_id, base_model=self._base_model)
-        await self._lifecycle.refresh()
         version = self._lifecycle.registry.require(reference)
         return adapter_service_pb2.GetAdapterResponse(adapter=self._adapter(version))
 
@@ -143,7 +138,6 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                     "PAGE_TOKEN_INVALID", "page_token", "is not one that this server gave", given=request.page_token
                 ) from None
         size = min(request.page_size or _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX)
-        await self._lifecycle.refresh()
         matching = [
             version
             for version in self._lifecycle.registry
@@ -171,7 +165,8 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 "must be DEVICE, or HOST without a pin",
                 given=adapter_pb2.AdapterResidency.Name(request.residency),
             )
-        version = await self._lifecycle.load(self._adapter_id(request.adapter_id), to_device=not to_host, pin=pin)
+        adapter_id = self._adapter_id(request.adapter_id)
+        version = await self._lifecycle.memory.load(adapter_id, to_device=not to_host, pin=pin)
         return adapter_service_pb2.LoadAdapterResponse(adapter=self._adapter(version))
 
     async def UnloadAdapter(
@@ -182,7 +177,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         if request.residency == adapter_pb2.ADAPTER_RESIDENCY_DEVICE:
             raise InvalidRequest.rule("RESIDENCY_INVALID", "residency", "must be HOST or DISK", given="DEVICE")
         keep_host = request.residency == adapter_pb2.ADAPTER_RESIDENCY_HOST
-        version = await self._lifecycle.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
+        version = await self._lifecycle.memory.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
         return adapter_service_pb2.UnloadAdapterResponse(adapter=self._adapter(version))
 
     async def WatchAdapters(
@@ -190,131 +185,35 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     ) -> AsyncIterator[adapter_service_pb2.WatchAdaptersResponse]:
         del request, context
         response = adapter_service_pb2.WatchAdaptersResponse
-        with self._lifecycle.watching() as changes:
+        with self._lifecycle.watches.watching() as watch:
             for adapter in [self._adapter(version) for version in self._lifecycle.registry]:
                 yield response(change=adapter_service_pb2.ADAPTER_CHANGE_EXISTING, adapter=adapter)
             yield response(change=adapter_service_pb2.ADAPTER_CHANGE_SYNCED)
-            while (event := await changes.get()) is not None:
+            while (event := await watch.next()) is not None:
                 change, version = event
                 yield response(change=_CHANGES[change], adapter=self._adapter(version))
-        raise Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0)
+        raise draining()
 
-    async def _upload(self, messages: AsyncIterator[adapter_service_pb2.UploadAdapterRequest]) -> Registered:
-        first = await self._next(messages)
-        if first is None or first.WhichOneof("part") != "header":
-            raise InvalidRequest("UPLOAD_PROTOCOL", "header: must be the first message", field="header")
-        header = first.header
-        adapter_id = self._adapter_id(header.adapter_id)
-        self._check_files(header)
-        async with self._lifecycle.upload(adapter_id) as staging:
-            for index, declared in enumerate(header.files):
-                file = staging.open_file(declared.name, declared.size_bytes)
-                await self._receive_file(messages, index, declared, file)
-                await self._finish_file(declared, file)
-            if await self._next(messages) is not None:
-                raise InvalidRequest("UPLOAD_PROTOCOL", "chunk: more bytes than the header declares", field="chunk")
-            return await self._lifecycle.register_upload(adapter_id, staging, _options(header))
-
-    async def _receive_file(
-        self,
-        messages: AsyncIterator[adapter_service_pb2.UploadAdapterRequest],
-        index: int,
-        declared: adapter_service_pb2.UploadFile,
-        file: StagedFile,
-    ) -> None:
-        received = 0
-        while received < declared.size_bytes:
-            message = await self._next(messages)
-            if message is None:
-                raise InvalidRequest.rule(
-                    "UPLOAD_TRUNCATED",
-                    f"header.files[{index}]",
-                    "ended early; bytes declared and received",
-                    limit=declared.size_bytes,
-                    given=received,
-                )
-            chunk = message.chunk
-            if message.WhichOneof("part") != "chunk" or (chunk.file_index, chunk.offset) != (index, received):
-                raise InvalidRequest(
-                    "UPLOAD_PROTOCOL",
-                    f"chunk: expected file {index} at offset {received}",
-                    field="chunk",
-                    metadata={"limit": f"{index}:{received}", "given": f"{chunk.file_index}:{chunk.offset}"},
-                )
-            if not 1 <= len(chunk.data) <= min(_CHUNK_BYTES_MAX, declared.size_bytes - received):
-                raise InvalidRequest.rule(
-                    "UPLOAD_PROTOCOL",
-                    "chunk.data",
-                    "must have at least 1 byte",
-                    limit=min(_CHUNK_BYTES_MAX, declared.size_bytes - received),
-                    given=len(chunk.data),
-                )
-            data = chunk.data
-            await self._lifecycle.write(lambda data=data: file.write(data))
-            received += len(data)
-
-    async def _finish_file(self, declared: adapter_service_pb2.UploadFile, file: StagedFile) -> None:
-        await self._lifecycle.write(file.close)
-        if file.digest.sha256 != declared.sha256:
-            raise InvalidAdapter.rule(
-                "CHECKSUM_MISMATCH",
-                f"header.files[{declared.name}].sha256",
-                "is not the digest of the bytes",
-                limit=declared.sha256,
-                given=file.digest.sha256,
-            )
-
-    async def _next(
-        self, messages: AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
-    ) -> adapter_service_pb2.UploadAdapterRequest | None:
-        idle_s = self._application.config.server.upload_idle_timeout_s
-        try:
-            return await asyncio.wait_for(anext(messages, None), idle_s)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "UPLOAD_STALLED", f"upload: no message for {idle_s:g} s", metadata={"limit": idle_s}
-            ) from None
-
-    def _check_files(self, header: adapter_service_pb2.UploadHeader) -> None:
-        names = [file.name for file in header.files]
-        limits = self._application.config.adapters
-        sizes = dict(zip(ADAPTER_FILES, (limits.config_bytes_max, limits.file_bytes_max), strict=True))
-        for index, file in enumerate(header.files):
-            field = f"header.files[{index}]"
-            if file.name not in sizes:
-                raise InvalidAdapter.rule(
-                    "FORMAT_UNSUPPORTED",
-                    f"{field}.name",
-                    "must be adapter_config.json or adapter_model.safetensors (safetensors only)",
-                    given=file.name,
-                )
-            if file.size_bytes > sizes[file.name]:
-                raise InvalidAdapter.rule(
-                    "ADAPTER_TOO_LARGE",
-                    f"{field}.size_bytes",
-                    "is too large",
-                    limit=sizes[file.name],
-                    given=file.size_bytes,
-                )
-            if file.size_bytes == 0:
-                raise InvalidAdapter.rule("UPLOAD_TRUNCATED", f"{field}.size_bytes", "must be at least 1", given=0)
-            if not _SHA256.fullmatch(file.sha256):
-                raise InvalidAdapter.rule(
-                    "CHECKSUM_INVALID", f"{field}.sha256", "must be 64 lower-case hex digits", given=file.sha256
-                )
-        if sorted(names) != sorted(ADAPTER_FILES):
-            raise InvalidRequest.rule(
-                "UPLOAD_PROTOCOL",
-                "header.files",
-                f"must be {' and '.join(ADAPTER_FILES)}, each once",
-                given=", ".join(names) or "none",
-            )
+    async def _upload(self, messages: Messages) -> Registered:
+        config = self._application.config
+        upload = Upload(
+            messages,
+            self._lifecycle.write,
+            limits=config.adapters,
+            idle_timeout_s=config.server.upload_idle_timeout_s,
+        )
+        header = await upload.header()
+        adapter_id, options = self._adapter_id(header.adapter_id), _options(header)
+        check_files(header, config.adapters)
+        async with self._lifecycle.upload() as staging:
+            await upload.receive(header, staging)
+            return await self._lifecycle.register_upload(adapter_id, staging, options)
 
     def _adapter_id(self, value: str) -> AdapterId:
         return check_adapter_id(value, base_model=self._base_model)
 
     def _adapter(self, version: Version) -> adapter_pb2.Adapter:
-        info, place = version.info, self._lifecycle.residence(version)
+        info, place = version.info, self._lifecycle.memory.place_of(version.generation)
         adapter = adapter_pb2.Adapter(
             adapter_id=version.adapter_id,
             generation=version.generation,

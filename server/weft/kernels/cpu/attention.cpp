@@ -118,13 +118,32 @@ static inline void transpose(const void *const rows[16], int64_t offset, uint32_
     }
 }
 
+// The cache lines of the next tile. All at once they would wait for memory as long as this tile takes to compute;
+// so they are asked for a few at a time, between the computations.
+struct Ahead {
+    static constexpr int STEP = 8;
+    std::vector<const char *> lines;
+    const char **next, **end;  // a multiple of STEP apart
+
+    explicit Ahead(int64_t lines_max) : lines(lines_max), next(lines.data()), end(next) {}
+
+    template <int COUNT>
+    void pull() {
+        static_assert(STEP % COUNT == 0, "as many as are left, or none");
+        if (next == end) return;
+        EACH(i, COUNT) __builtin_prefetch(next[i], 0, 2);
+        next += COUNT;
+    }
+};
+
 // scores[r][key] = q[r] . key, for R rows and G groups of sixteen keys. `keys`: [head][TILE] float32, or
 // [head / 2][TILE] pairs of bfloat16.
 template <int R, int G, class T>
-void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head, float *scores) {
+void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head, float *scores, Ahead &ahead) {
     f32x16 acc[R][G] = {};
     if (sizeof(T) == 2) {
         for (int64_t d = 0; d < head; d += 2, keys += TILE) {
+            ahead.pull<2>();
             EACH(g, G) {
                 u32x16 pair = read<u32x16>(keys + g * 16);
                 f32x16 first = even(pair), second = odd(pair);
@@ -136,6 +155,7 @@ void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head,
         }
     } else {
         for (int64_t d = 0; d < head; d++, keys += TILE) {
+            ahead.pull<2>();
             EACH(g, G) {
                 f32x16 key = read<f32x16>(keys + g * 16);
                 EACH(r, R) acc[r][g] = fma(q[r * q_stride + d], key, acc[r][g]);
@@ -148,15 +168,17 @@ void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head,
 }
 
 template <int R, class T>
-void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head, float *scores, int groups) {
-    if (groups == 1) score<R, 1, T>(q, q_stride, keys, head, scores);
-    else if (groups == 2) score<R, 2, T>(q, q_stride, keys, head, scores);
-    else score<R, GROUPS, T>(q, q_stride, keys, head, scores);
+void score(const float *q, int64_t q_stride, const uint32_t *keys, int64_t head, float *scores, int groups,
+           Ahead &ahead) {
+    if (groups == 1) score<R, 1, T>(q, q_stride, keys, head, scores, ahead);
+    else if (groups == 2) score<R, 2, T>(q, q_stride, keys, head, scores, ahead);
+    else score<R, GROUPS, T>(q, q_stride, keys, head, scores, ahead);
 }
 
 // acc[r] += sum over the keys begin .. end - 1 of weights[r][key] * values[key], for R rows.
 template <int R, int U, class T>
-void weigh(const float *weights, const T *const *values, int begin, int end, int64_t head, float *acc, int64_t d) {
+void weigh(const float *weights, const T *const *values, int begin, int end, int64_t head, float *acc, int64_t d,
+           Ahead &ahead) {
     constexpr Order ORDER = order_of<T>();
     f32x16 lo[R][U], hi[R][U];
     EACH(r, R) {
@@ -166,6 +188,7 @@ void weigh(const float *weights, const T *const *values, int begin, int end, int
         }
     }
     for (int j = begin; j < end; j++) {
+        ahead.pull<sizeof(T)>();
         EACH(u, U) {
             Unit value = load<ORDER>(values[j] + d + u * UNIT);
             EACH(r, R) {
@@ -183,11 +206,11 @@ void weigh(const float *weights, const T *const *values, int begin, int end, int
 }
 
 template <int R, class T>
-void weigh(const float *weights, const T *const *values, int begin, int end, int64_t head, float *acc) {
+void weigh(const float *weights, const T *const *values, int begin, int end, int64_t head, float *acc, Ahead &ahead) {
     if (begin >= end) return;
     int64_t d = 0;
-    for (; d + 2 * UNIT <= head; d += 2 * UNIT) weigh<R, 2, T>(weights, values, begin, end, head, acc, d);
-    if (d < head) weigh<R, 1, T>(weights, values, begin, end, head, acc, d);
+    for (; d + 2 * UNIT <= head; d += 2 * UNIT) weigh<R, 2, T>(weights, values, begin, end, head, acc, d, ahead);
+    if (d < head) weigh<R, 1, T>(weights, values, begin, end, head, acc, d, ahead);
 }
 
 // Sixty-four places for keys, of which from .. to - 1 are read.
@@ -211,6 +234,7 @@ struct Worker {
     std::vector<uint32_t> packed_keys;  // [padded] or [padded / 2] by TILE
     std::vector<T> padded_rows;         // [TILE + 1, padded]: keys or values copied out of the cache, and zeros
     const T *keys[TILE], *values[TILE];
+    Ahead ahead;
 
     Worker(const Call &call, int64_t rows)
         : call(call),
@@ -222,7 +246,8 @@ struct Worker {
           sums(rows * 16),
           peaks(rows),
           packed_keys(padded * TILE * sizeof(T) / 4),
-          padded_rows((TILE + 1) * padded) {}
+          padded_rows((TILE + 1) * padded),
+          ahead(2 * (TILE + call.cache.kv_heads) * (head * sizeof(T) / 64 + 1) + Ahead::STEP) {}
 
     void run(const Item &item) {
         const Batch &b = call.batch;
@@ -266,7 +291,7 @@ struct Worker {
         for (int64_t start = begin / TILE * TILE; start < keys_end; start += TILE) {
             const Tile tile = {blocks, start, std::max(begin, start), std::min(start + TILE, keys_end), keys_end};
             for (int64_t h = item.head_begin; h < item.head_end; h++) {
-                fetch(tile, item, h);
+                look_ahead(tile, item, h);
                 gather(tile, h, rows);
                 for (int64_t r = 0; r < rows; r += ROWS) {
                     const int here = int(std::min<int64_t>(ROWS, rows - r));
@@ -297,16 +322,19 @@ struct Worker {
         }
     }
 
-    // Ask for the next tile while this one is computed: with each head an equal share of its tokens, each with all the
-    // item's heads, for these lie together and memory is fastest in its own order.
-    void fetch(const Tile &tile, const Item &item, int64_t h) const {
+    // List the next tile's lines: with each head an equal share of its tokens, each with all the item's heads, for these
+    // lie side by side.
+    void look_ahead(const Tile &tile, const Item &item, int64_t h) {
         const int64_t heads = item.head_end - item.head_begin, share = (TILE + heads - 1) / heads;
         const int64_t from = tile.to + (h - item.head_begin) * share, to = std::min(from + share, tile.keys_end);
-        auto ask = [&](int64_t, const T *row) {
-            for (int64_t d = 0; d < heads * head; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+        const char **last = ahead.next = ahead.end = ahead.lines.data();
+        auto list = [&](int64_t, const T *row) {
+            for (int64_t d = 0; d < heads * head; d += 64 / sizeof(T)) *last++ = (const char *)(row + d);
         };
-        locate(call.cache.keys, tile.blocks, item.head_begin, from, to, ask);
-        locate(call.cache.values, tile.blocks, item.head_begin, from, to, ask);
+        locate(call.cache.keys, tile.blocks, item.head_begin, from, to, list);
+        locate(call.cache.values, tile.blocks, item.head_begin, from, to, list);
+        for (; (last - ahead.next) % Ahead::STEP; last++) *last = last[-1];
+        ahead.end = last;
     }
 
     // Point `values` at the tile's rows and pack its keys. Rows outside from .. to - 1 are never read but stood in for.
@@ -326,8 +354,10 @@ struct Worker {
         if (head != padded) copy(keys);
         const int64_t words = padded * sizeof(T) / 4;
         for (int64_t g = (tile.from - tile.start) / 16; g * 16 < tile.to - tile.start; g++)
-            for (int64_t w = 0; w < words; w += 16)
+            for (int64_t w = 0; w < words; w += 16) {
+                ahead.pull<8>();
                 transpose((const void *const *)&keys[g * 16], w * 4, &packed_keys[w * TILE + g * 16], TILE);
+            }
         point(call.cache.values, values);
         if (head != padded || rows > 2 * ROWS) copy(values);  // many rows read them many times: keep them in L1
     }
@@ -345,10 +375,10 @@ struct Worker {
         if (last == 0) return;
         const int groups = (last + 15) / 16;
         const float *queries = &q[r * padded];
-        if (here == 4) score<4, T>(queries, padded, packed_keys.data(), head, scores, groups);
-        else if (here == 3) score<3, T>(queries, padded, packed_keys.data(), head, scores, groups);
-        else if (here == 2) score<2, T>(queries, padded, packed_keys.data(), head, scores, groups);
-        else score<1, T>(queries, padded, packed_keys.data(), head, scores, groups);
+        if (here == 4) score<4, T>(queries, padded, packed_keys.data(), head, scores, groups, ahead);
+        else if (here == 3) score<3, T>(queries, padded, packed_keys.data(), head, scores, groups, ahead);
+        else if (here == 2) score<2, T>(queries, padded, packed_keys.data(), head, scores, groups, ahead);
+        else score<1, T>(queries, padded, packed_keys.data(), head, scores, groups, ahead);
 
         bool is_together = true;
         for (int i = 0; i < here; i++) {
@@ -358,16 +388,16 @@ struct Worker {
         float *sums_of = &acc[r * padded];
         if (is_together && common_begin < common_end) {
             for (int i = 0; i < here; i++)
-                weigh<1, T>(scores + i * TILE, values, begins[i], common_begin, padded, sums_of + i * padded);
-            if (here == 4) weigh<4, T>(scores, values, common_begin, common_end, padded, sums_of);
-            else if (here == 3) weigh<3, T>(scores, values, common_begin, common_end, padded, sums_of);
-            else if (here == 2) weigh<2, T>(scores, values, common_begin, common_end, padded, sums_of);
-            else weigh<1, T>(scores, values, common_begin, common_end, padded, sums_of);
+                weigh<1, T>(scores + i * TILE, values, begins[i], common_begin, padded, sums_of + i * padded, ahead);
+            if (here == 4) weigh<4, T>(scores, values, common_begin, common_end, padded, sums_of, ahead);
+            else if (here == 3) weigh<3, T>(scores, values, common_begin, common_end, padded, sums_of, ahead);
+            else if (here == 2) weigh<2, T>(scores, values, common_begin, common_end, padded, sums_of, ahead);
+            else weigh<1, T>(scores, values, common_begin, common_end, padded, sums_of, ahead);
             for (int i = 0; i < here; i++)
-                weigh<1, T>(scores + i * TILE, values, common_end, ends[i], padded, sums_of + i * padded);
+                weigh<1, T>(scores + i * TILE, values, common_end, ends[i], padded, sums_of + i * padded, ahead);
         } else {
             for (int i = 0; i < here; i++)
-                weigh<1, T>(scores + i * TILE, values, begins[i], ends[i], padded, sums_of + i * padded);
+                weigh<1, T>(scores + i * TILE, values, begins[i], ends[i], padded, sums_of + i * padded, ahead);
         }
     }
 

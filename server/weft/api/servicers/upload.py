@@ -1,0 +1,141 @@
+"""The protocol of an upload: one header, then the chunks of each file in the header's order."""
+
+import re
+import time
+from asyncio import wait_for
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeAlias
+
+from weft.adapters.store import ADAPTER_FILES
+from weft.adapters.versions import StagedFile, Staging
+from weft.config import MIB, AdapterLimits
+from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest
+from weft.v1 import adapter_service_pb2
+
+SHA256 = re.compile("[0-9a-f]{64}")
+
+_CHUNK_BYTES_MAX = 1 * MIB
+_BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle holds its place as surely as silence
+
+Messages: TypeAlias = AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
+Run: TypeAlias = Callable[[Callable[[], None]], Awaitable[None]]  # does disk work beside the event loop
+
+
+class Upload:
+    """One upload on its way in."""
+
+    def __init__(self, messages: Messages, run: Run, *, limits: AdapterLimits, idle_timeout_s: float) -> None:
+        self._messages = messages
+        self._run = run
+        self._limits = limits
+        self._idle_timeout_s = idle_timeout_s
+        self._started_s = time.monotonic()
+        self._num_bytes = 0
+
+    async def header(self) -> adapter_service_pb2.UploadHeader:
+        """The first message."""
+        first = await self._next()
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidRequest("UPLOAD_PROTOCOL", "header: must be the first message", field="header")
+        return first.header
+
+    async def receive(self, header: adapter_service_pb2.UploadHeader, staging: Staging) -> None:
+        """Write the files that a checked `header` declares; returns when the stream has ended as it should."""
+        for index, declared in enumerate(header.files):
+            file = staging.open_file(declared.name, declared.size_bytes)
+            await self._receive_file(index, declared, file)
+        if await self._next() is not None:
+            raise InvalidRequest("UPLOAD_PROTOCOL", "chunk: more bytes than the header declares", field="chunk")
+
+    async def _receive_file(self, index: int, declared: adapter_service_pb2.UploadFile, file: StagedFile) -> None:
+        while file.size_bytes < declared.size_bytes:
+            message = await self._next()
+            if message is None:
+                raise InvalidRequest.rule(
+                    "UPLOAD_TRUNCATED",
+                    f"header.files[{index}]",
+                    "ended early; bytes declared and received",
+                    limit=declared.size_bytes,
+                    given=file.size_bytes,
+                )
+            data = _data(message, index, file.size_bytes, declared.size_bytes - file.size_bytes)
+            self._num_bytes += len(data)
+            await self._run(lambda data=data: file.write(data))
+        await self._run(file.close)
+        if file.digest.sha256 != declared.sha256:
+            raise InvalidAdapter.rule(
+                "CHECKSUM_MISMATCH",
+                f"header.files[{declared.name}].sha256",
+                "is not the digest of the bytes",
+                limit=declared.sha256,
+                given=file.digest.sha256,
+            )
+
+    async def _next(self) -> adapter_service_pb2.UploadAdapterRequest | None:
+        elapsed_s = time.monotonic() - self._started_s
+        allowed_s = self._idle_timeout_s + self._num_bytes / _BYTES_PER_S_MIN - elapsed_s
+        try:
+            return await wait_for(anext(self._messages, None), min(self._idle_timeout_s, allowed_s))
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "UPLOAD_STALLED",
+                f"upload: no message for {self._idle_timeout_s:g} s, or fewer than {_BYTES_PER_S_MIN} bytes per second",
+                metadata={"limit": self._idle_timeout_s},
+            ) from None
+
+
+def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits) -> None:
+    """Refuse what cannot become an adapter before any byte of it is kept."""
+    sizes = dict(zip(ADAPTER_FILES, (limits.config_bytes_max, limits.file_bytes_max), strict=True))
+    for index, file in enumerate(header.files):
+        field = f"header.files[{index}]"
+        if file.name not in sizes:
+            raise InvalidAdapter.rule(
+                "FORMAT_UNSUPPORTED",
+                f"{field}.name",
+                "must be adapter_config.json or adapter_model.safetensors (safetensors only)",
+                given=file.name,
+            )
+        if file.size_bytes > sizes[file.name]:
+            raise InvalidAdapter.rule(
+                "ADAPTER_TOO_LARGE",
+                f"{field}.size_bytes",
+                "is too large",
+                limit=sizes[file.name],
+                given=file.size_bytes,
+            )
+        if file.size_bytes == 0:
+            raise InvalidAdapter.rule("UPLOAD_TRUNCATED", f"{field}.size_bytes", "must be at least 1", given=0)
+        if not SHA256.fullmatch(file.sha256):
+            raise InvalidAdapter.rule(
+                "CHECKSUM_INVALID", f"{field}.sha256", "must be 64 lower-case hex digits", given=file.sha256
+            )
+    names = [file.name for file in header.files]
+    if sorted(names) != sorted(ADAPTER_FILES):
+        raise InvalidRequest.rule(
+            "UPLOAD_PROTOCOL",
+            "header.files",
+            f"must be {' and '.join(ADAPTER_FILES)}, each once",
+            given=", ".join(names) or "none",
+        )
+
+
+def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, received: int, missing: int) -> bytes:
+    """The bytes of the chunk that must come next."""
+    chunk = message.chunk
+    if message.WhichOneof("part") != "chunk" or (chunk.file_index, chunk.offset) != (index, received):
+        raise InvalidRequest(
+            "UPLOAD_PROTOCOL",
+            f"chunk: expected file {index} at offset {received}",
+            field="chunk",
+            metadata={"limit": f"{index}:{received}", "given": f"{chunk.file_index}:{chunk.offset}"},
+        )
+    if not 1 <= len(chunk.data) <= min(_CHUNK_BYTES_MAX, missing):
+        raise InvalidRequest.rule(
+            "UPLOAD_PROTOCOL",
+            "chunk.data",
+            "must have at least 1 byte",
+            limit=min(_CHUNK_BYTES_MAX, missing),
+            given=len(chunk.data),
+        )
+    return chunk.data

@@ -1,0 +1,80 @@
+"""Watches of the adapters: each change told once, and never more than one waiting per adapter."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from weft.adapters.identifiers import AdapterId
+from weft.adapters.registry import Change, Version
+
+
+class AdapterChange(NamedTuple):
+    """What happened to an adapter; `version` tells how it is when this is read."""
+
+    change: Change
+    version: Version
+
+
+class Watch:
+    """The changes that one caller has not taken yet.
+
+    A later change of an adapter takes the place of an earlier one, so a caller that reads slowly costs no memory: it
+    misses states in between, never the latest.
+    """
+
+    def __init__(self) -> None:
+        self._changes: dict[AdapterId, AdapterChange] = {}
+        self._is_over = False
+        self._ready = asyncio.Event()
+
+    def put(self, change: Change, version: Version) -> None:
+        """Tell a change."""
+        earlier = self._changes.pop(version.adapter_id, None)
+        if earlier is not None and earlier.change is Change.ADDED and change is Change.UPDATED:
+            change = Change.ADDED
+        self._changes[version.adapter_id] = AdapterChange(change, version)
+        self._ready.set()
+
+    def end(self) -> None:
+        """Nothing follows what is waiting now."""
+        self._is_over = True
+        self._ready.set()
+
+    async def next(self) -> AdapterChange | None:
+        """The next change, or None after the last."""
+        while not self._changes and not self._is_over:
+            self._ready.clear()
+            await self._ready.wait()
+        return self._changes.pop(next(iter(self._changes))) if self._changes else None
+
+
+class Watches:
+    """The open watches of one server."""
+
+    def __init__(self) -> None:
+        self._open: set[Watch] = set()
+        self._is_over = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """Every change from now on."""
+        watch = Watch()
+        if self._is_over:
+            watch.end()
+        self._open.add(watch)
+        try:
+            yield watch
+        finally:
+            self._open.discard(watch)
+
+    def put(self, change: Change, version: Version) -> None:
+        """Tell all of them a change."""
+        for watch in self._open:
+            watch.put(change, version)
+
+    def end(self) -> None:
+        """End them, and those that come."""
+        self._is_over = True
+        for watch in self._open:
+            watch.end()

@@ -1,0 +1,93 @@
+"""Work beside the event loop: threads for the disk, tasks that outlive their caller, one lock per adapter id."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from weft.adapters.identifiers import AdapterId
+from weft.engine.engine import draining
+from weft.errors import Unavailable
+
+T = TypeVar("T")
+
+
+class Work:
+    """What of a server goes on outside the call that began it."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="weft-adapters")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._locks: WeakValueDictionary[AdapterId, asyncio.Lock] = WeakValueDictionary()
+        self._refusal: Unavailable | None = None
+        self.is_closed = False
+
+    def refuse(self, error: Unavailable) -> None:
+        """Begin nothing any more; what has begun goes on."""
+        self._refusal = error
+
+    def require_open(self) -> None:
+        """Raise what `refuse` was told."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def close(self) -> None:
+        """End everything: who waits for it is answered DRAINING."""
+        self.refuse(self._refusal or draining())
+        self.is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def lock(self, adapter_id: AdapterId) -> asyncio.Lock:
+        """The lock of an id; it lives as long as somebody has it."""
+        lock = self._locks.get(adapter_id)
+        if lock is None:
+            lock = self._locks[adapter_id] = asyncio.Lock()
+        return lock
+
+    def submit(self, function: Callable[..., T], *arguments: object) -> "Future[T]":
+        """Run `function` in a worker thread; from any thread."""
+        try:
+            return self._threads.submit(function, *arguments)
+        except RuntimeError:  # what an executor that was shut down raises
+            raise draining() from None
+
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run `function` in a worker thread.
+
+        A caller that is cancelled leaves when the thread has, not before: what it gives back then, files and
+        directories, must not be in the thread's hands.
+        """
+        future = asyncio.wrap_future(self.submit(function, *arguments))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                await asyncio.wait([future])
+            raise
+
+    async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work` and, where the caller goes away meanwhile, stay until it has ended by itself."""
+        task = self.keep(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise draining() from None
+            await asyncio.wait([task])
+            raise
+
+    def keep(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Start a task and hold it until it ends."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # who waits for it has it too; if nobody does, it is no news

@@ -1,0 +1,372 @@
+"""Blocks: keys that never collide, references that add up, a cache that forgets the oldest first."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.adapters.identifiers import Generation
+from weft.engine.block_manager import BlockManager, block_key, cache_root
+from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
+
+SIZE = 4
+_ids = itertools.count()
+
+
+def request(prompt: Sequence[int], *, root: bytes = b"root", generations: Sequence[str] = ()) -> Request:
+    return Request(
+        request_id=RequestId(str(next(_ids))),
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(),
+        adapters=tuple(AdapterUse(Generation(generation), 1.0, 0) for generation in generations),
+        cache_root=root,
+    )
+
+
+def compute(blocks: BlockManager, request: Request) -> int:
+    """Match, grow and commit a whole prompt, as its steps would; gives the number of cached tokens."""
+    cached = blocks.match(request)
+    assert blocks.grow(request, request.num_tokens)
+    request.num_computed_tokens = request.num_tokens
+    blocks.commit(request)
+    return cached
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+_uses = st.lists(
+    st.builds(
+        AdapterUse,
+        st.sampled_from(["", "a", "b", "ab", "aa", "a" * 64, "b" * 64]).map(Generation),
+        st.sampled_from([0.0, 0.5, 1.0, -1.0, 1.0000000000000002]),
+        st.just(0),
+    ),
+    max_size=3,
+)
+_roots = st.tuples(st.text(max_size=4), st.text(max_size=4), _uses)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_roots, _roots)
+def test_different_origins_have_different_roots(one: tuple, other: tuple) -> None:
+    assert (cache_root(*one) == cache_root(*other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("ab", "c", []), ("a", "bc", [])),
+        (("", "ab", []), ("ab", "", [])),
+        (("a\0", "b", []), ("a", "\0b", [])),
+        (("", "", [("ab", 1.0, 0), ("c", 1.0, 0)]), ("", "", [("a", 1.0, 0), ("bc", 1.0, 0)])),
+        (("", "", [("a", 1.0, 0), ("b", 1.0, 0)]), ("", "", [("b", 1.0, 0), ("a", 1.0, 0)])),
+        (("", "", [("a", 1.0, 0)]), ("", "", [("a", 0.5, 0)])),
+        (("", "", [("a", 1.0, 0)]), ("", "", [("a", 1.0, 0), ("a", 1.0, 0)])),
+        (("tenant", "d", [("a", 1.0, 0)]), ("", "d", [("a", 1.0, 0)])),
+    ],
+)
+def test_parts_are_framed(one: tuple, other: tuple) -> None:
+    def root(salt: str, digest: str, uses: list[tuple]) -> bytes:
+        return cache_root(salt, digest, [AdapterUse(*use) for use in uses])
+
+    assert root(*one) != root(*other)
+
+
+def test_virtual_positions_need_no_place_in_the_key() -> None:
+    """They are part of the generation's content; the count beside it says nothing new."""
+    one, other = AdapterUse(Generation("g"), 1.0, 0), AdapterUse(Generation("g"), 1.0, 7)
+    assert cache_root("", "", [one]) == cache_root("", "", [other])
+
+
+_tokens = st.lists(st.integers(0, 2**31), min_size=SIZE, max_size=SIZE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.tuples(st.binary(min_size=32, max_size=32), _tokens), st.tuples(st.binary(min_size=32, max_size=32), _tokens))
+def test_different_blocks_have_different_keys(one: tuple, other: tuple) -> None:
+    assert (block_key(*one) == block_key(*other)) == (one == other)
+
+
+# -- sharing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_request_shares_the_full_blocks_of_its_beginning() -> None:
+    blocks = BlockManager(8, SIZE)
+    first, second = request(range(10)), request([*range(9), 99])
+    assert compute(blocks, first) == 0
+    assert blocks.num_cached_blocks == 2, "the third block is not full"
+    assert compute(blocks, second) == 8
+    assert second.blocks[:2] == first.blocks[:2]
+    assert second.blocks[2] != first.blocks[2]
+    blocks.release(first)
+    blocks.check()
+    assert blocks.num_used_blocks == 3
+    blocks.release(second)
+    assert blocks.num_used_blocks == 0
+    assert blocks.num_cached_blocks == 2
+
+
+@pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8), (13, 12)])
+def test_a_match_leaves_a_token_to_compute(length: int, cached: int) -> None:
+    blocks = BlockManager(8, SIZE)
+    compute(blocks, request(range(16)))
+    again = request(range(length))
+    assert blocks.match(again) == cached
+    assert len(again.blocks) * SIZE == cached < length
+
+
+def test_a_match_ends_at_the_first_other_token() -> None:
+    blocks = BlockManager(8, SIZE)
+    compute(blocks, request(range(16)))
+    other = request([0, 1, 2, 3, 4, 5, 6, 77, 8, 9, 10, 11, 12])
+    assert blocks.match(other) == 4, "the third block has the same tokens after another beginning"
+
+
+def test_a_root_of_its_own_shares_nothing() -> None:
+    blocks = BlockManager(8, SIZE)
+    compute(blocks, request(range(9), root=b"one"))
+    assert blocks.match(request(range(9), root=b"other")) == 0
+
+
+def test_generated_tokens_are_shared_like_prompt_tokens() -> None:
+    blocks = BlockManager(8, SIZE)
+    first = request(range(6))
+    compute(blocks, first)
+    first.output += [6, 7, 8]
+    assert blocks.grow(first, 8)
+    first.num_computed_tokens = 8
+    blocks.commit(first)
+    assert blocks.match(request(range(12))) == 8
+
+
+def test_twins_computed_in_one_step_keep_one_key() -> None:
+    blocks = BlockManager(8, SIZE)
+    twins = [request(range(8)), request(range(8))]
+    for twin in twins:
+        assert blocks.match(twin) == 0
+        assert blocks.grow(twin, 8)
+    for twin in twins:
+        twin.num_computed_tokens = 8
+        blocks.commit(twin)
+    assert twins[0].block_hashes == twins[1].block_hashes
+    assert blocks.num_cached_blocks == 2
+    for twin in twins:
+        blocks.release(twin)
+    blocks.check()
+    assert blocks.num_free_blocks == 8
+
+
+def test_without_caching_nothing_is_shared() -> None:
+    blocks = BlockManager(8, SIZE, enable_prefix_caching=False)
+    compute(blocks, request(range(8)))
+    assert blocks.match(request(range(9))) == 0
+    assert blocks.num_cached_blocks == 0
+
+
+def test_grow_changes_nothing_where_the_pool_is_short() -> None:
+    blocks = BlockManager(2, SIZE)
+    first, second = request(range(5)), request(range(5))
+    assert blocks.grow(first, 5)
+    assert blocks.grow(first, 3), "fewer tokens than it has room for"
+    assert len(first.blocks) == 2
+    assert not blocks.grow(second, 1)
+    assert second.blocks == []
+    blocks.check()
+
+
+def test_the_oldest_idle_block_goes_first_and_a_chain_from_its_end() -> None:
+    blocks = BlockManager(4, SIZE)
+    old, new = request(range(8), root=b"old"), request(range(8), root=b"new")
+    compute(blocks, old)
+    compute(blocks, new)
+    blocks.release(old)
+    blocks.release(new)
+    assert blocks.num_free_blocks == 4
+    assert blocks.num_cached_blocks == 4
+    taken = request(range(4), root=b"taken")
+    assert blocks.grow(taken, 4)
+    blocks.check()
+    assert blocks.match(request(range(9), root=b"old")) == 4, "the end of the older chain went, its beginning stays"
+    assert blocks.match(request(range(9), root=b"new")) == 8
+
+
+def test_a_used_block_is_young_again() -> None:
+    blocks = BlockManager(4, SIZE)
+    a, b = request(range(4), root=b"a"), request(range(4), root=b"b")
+    compute(blocks, a)
+    compute(blocks, b)
+    blocks.release(a)
+    blocks.release(b)
+    again = request(range(5), root=b"a")
+    assert blocks.match(again) == 4
+    blocks.release(again)
+    for root in (b"x", b"y", b"z"):  # two free blocks, then the oldest idle one
+        assert blocks.grow(request(range(4), root=root), 4)
+    assert blocks.match(request(range(5), root=b"a")) == 4
+    assert blocks.match(request(range(5), root=b"b")) == 0
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_purge_forgets_a_generation_in_every_composition() -> None:
+    blocks = BlockManager(16, SIZE)
+    uses = {"one": ["g"], "other": ["h"], "both": ["g", "h"], "base": []}
+    for name, generations in uses.items():
+        made = request(range(8), root=name.encode(), generations=generations)
+        compute(blocks, made)
+        blocks.release(made)
+    assert blocks.purge(Generation("g")) == 4
+    blocks.check()
+    matched = {name: blocks.match(request(range(9), root=name.encode())) for name in uses}
+    assert matched == {"one": 0, "other": 8, "both": 0, "base": 8}
+    assert blocks.purge(Generation("g")) == 0
+    assert blocks.num_free_blocks == 12
+
+
+def test_purged_blocks_that_are_in_use_are_freed_by_their_last_user() -> None:
+    blocks = BlockManager(4, SIZE)
+    user = request(range(8), generations=["g"])
+    compute(blocks, user)
+    assert blocks.purge(Generation("g")) == 2
+    assert blocks.num_used_blocks == 2
+    blocks.release(user)
+    blocks.check()
+    assert blocks.num_free_blocks == 4
+    assert blocks.num_cached_blocks == 0
+
+
+def test_distrusted_blocks_are_not_shared_again() -> None:
+    blocks = BlockManager(8, SIZE)
+    bad, sharer = request(range(12)), request(range(9))
+    compute(blocks, bad)
+    assert compute(blocks, sharer) == 8
+    blocks.distrust(bad)
+    blocks.check()
+    assert blocks.match(request(range(9))) == 0
+    blocks.release(bad)
+    blocks.release(sharer)
+    blocks.check()
+    assert blocks.num_free_blocks == 8
+    assert blocks.num_cached_blocks == 0
+
+
+def test_virtual_blocks_live_until_owner_and_users_are_gone() -> None:
+    blocks = BlockManager(4, SIZE)
+    taken = blocks.take_virtual(5)
+    assert taken is not None
+    assert len(taken) == 2
+    users = [request([1]), request([2])]
+    for user in users:
+        blocks.share_virtual(user, taken)
+        assert user.virtual_blocks == taken
+    blocks.drop_virtual(taken)  # the owner leaves
+    assert blocks.num_used_blocks == 2
+    for user in users:
+        blocks.unshare_virtual(user)
+        assert user.virtual_blocks == []
+    assert blocks.num_free_blocks == 4
+    blocks.check()
+
+
+def test_virtual_blocks_are_all_or_none() -> None:
+    blocks = BlockManager(2, SIZE)
+    assert blocks.take_virtual(9) is None
+    assert blocks.num_free_blocks == 2
+    assert blocks.take_virtual(0) == []
+    assert len(blocks.take_virtual(8) or []) == 2
+
+
+@pytest.mark.parametrize("broken", ["leak", "double free", "lost key"])
+def test_check_sees_broken_books(broken: str) -> None:
+    blocks = BlockManager(4, SIZE)
+    compute(blocks, request(range(8)))
+    blocks.check()
+    if broken == "leak":
+        blocks._free.pop()
+    elif broken == "double free":
+        blocks._free.append(blocks._free[0])
+    else:
+        blocks._block_of.popitem()
+    with pytest.raises(AssertionError):
+        blocks.check()
+
+
+# -- any order -------------------------------------------------------------------------------------------------------
+
+_operations = st.lists(
+    st.tuples(
+        st.sampled_from(["start", "start", "grow", "release", "release", "purge", "distrust", "take", "drop"]),
+        st.integers(0, 7),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_operations, st.booleans())
+def test_blocks_come_back_after_any_sequence(operations: list[tuple[str, int]], caching: bool) -> None:
+    """A block holds what its holders wrote into it, until the last of them lets go: checked by a dict of contents."""
+    blocks = BlockManager(12, SIZE, enable_prefix_caching=caching)
+    alive: list[Request] = []
+    virtual: list[list[int]] = []
+    written: dict[int, tuple] = {}
+
+    def write(request: Request, start: int) -> None:
+        for index in range(start // SIZE, len(request.blocks)):
+            beginning = tuple(request.token_ids(0, min((index + 1) * SIZE, request.num_tokens)))
+            written[request.blocks[index]] = (request.cache_root, beginning)
+
+    for operation, number in operations:
+        if operation == "start":
+            generations = [] if number % 3 == 0 else [f"g{number % 3}"]
+            new = request(
+                [*range(number + 1), *range(number % 2)], root=str(generations).encode(), generations=generations
+            )
+            cached = blocks.match(new)
+            for index, block in enumerate(new.blocks):
+                assert written[block] == (new.cache_root, new.prompt_token_ids[: (index + 1) * SIZE])
+            if not blocks.grow(new, new.num_tokens):
+                blocks.release(new)
+                continue
+            write(new, cached)
+            new.num_computed_tokens = new.num_tokens
+            blocks.commit(new)
+            alive.append(new)
+        elif operation == "take":
+            taken = blocks.take_virtual(number)
+            if taken is not None:
+                virtual.append(taken)
+                for block in taken:
+                    written[block] = ("virtual", number)
+        elif operation == "drop" and virtual:
+            blocks.drop_virtual(virtual.pop(number % len(virtual)))
+        elif operation == "purge":
+            blocks.purge(Generation(f"g{number % 3}"))
+        elif alive:
+            one = alive[number % len(alive)]
+            if operation == "grow":
+                before = one.num_tokens
+                one.output.append(number)
+                if blocks.grow(one, one.num_tokens):
+                    write(one, before)
+                    one.num_computed_tokens = one.num_tokens
+                    blocks.commit(one)
+                else:
+                    one.output.pop()
+            elif operation == "distrust":
+                blocks.distrust(one)
+            else:
+                blocks.release(one)
+                alive.remove(one)
+        blocks.check()
+        used = {block for one in alive for block in one.blocks} | {block for taken in virtual for block in taken}
+        assert blocks.num_used_blocks == len(used)
+    for one in alive:
+        blocks.release(one)
+    for taken in virtual:
+        blocks.drop_virtual(taken)
+    blocks.check()
+    assert blocks.num_free_blocks == 12

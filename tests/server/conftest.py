@@ -1,0 +1,153 @@
+"""Two real servers for the whole session, one with the defaults and one with small limits, and their adapters."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tokenizers
+from tests import tiny
+from tests.server.files import Good, Parts
+from tests.server.live import LiveServer, Loop
+from transformers import PreTrainedTokenizerFast
+
+from weft.adapters.store import AdapterStore
+from weft.config import (
+    AdapterLimits,
+    EngineConfig,
+    ModelConfig,
+    RequestLimits,
+    ResidencyConfig,
+    ServerConfig,
+    WeftConfig,
+)
+from weft.methods.protocol import BaseShape
+
+SPECIAL = "<|end|>"
+_CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+
+
+class Sources(NamedTuple):
+    """Directories of good adapters."""
+
+    root: Path
+    base: BaseShape
+
+    def parts(self, name: str) -> Parts:
+        """`name` is lora, ia3 or prefix, and a number: another number is other content."""
+        method, _, number = name.partition("-")
+        seed = int(number)
+        match method:
+            case "lora":
+                adapter = tiny.random_lora(self.base, rank=8, seed=seed)
+            case "ia3":
+                adapter = tiny.random_ia3(self.base, seed=seed)
+            case _:
+                adapter = tiny.random_prefix(self.base, length=5, seed=seed)
+        return Parts.of(adapter, self.base)
+
+    def __call__(self, name: str) -> Path:
+        path = self.root / name
+        return path if path.exists() else self.parts(name).files().write(path)
+
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, with a special token in its vocabulary and a chat template."""
+    path = tiny.save_base(tmp_path_factory.mktemp("served") / "tiny-llama")
+    characters = {SPECIAL if code == 3 else chr(code): code for code in range(tiny.VOCAB_SIZE)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(characters, unk_token="\x00"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="\x00", eos_token=SPECIAL)
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def config(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> WeftConfig:
+    """The defaults, but for ports, and a source directory that the operator allows."""
+    return WeftConfig(
+        model=ModelConfig(path=base_path, device="cpu"),
+        store=tmp_path_factory.mktemp("store"),
+        allowed_sources=(tmp_path_factory.mktemp("sources"),),
+        server=ServerConfig(port=0, metrics_port=0),
+    )
+
+
+@pytest.fixture(scope="session")
+def _server(loop: Loop, config: WeftConfig) -> Iterator[LiveServer]:
+    live = LiveServer(loop, config)
+    sources = Sources(config.allowed_sources[0], live.model.shape)
+    for name in ("lora-1", "ia3-1", "prefix-1"):
+        live.client.register(name, sources(name))
+    live.watch_well((None, "lora-1", "ia3-1", "prefix-1"))
+    yield live
+    live.stop()
+
+
+@pytest.fixture
+def server(_server: LiveServer) -> Iterator[LiveServer]:
+    """The server with the defaults, holding lora-1, ia3-1 and prefix-1. A test leaves it as it found it."""
+    yield _server
+    _check_left_clean(_server, {"lora-1", "ia3-1", "prefix-1"})
+
+
+@pytest.fixture(scope="session")
+def sources(_server: LiveServer) -> Sources:
+    return Sources(_server.config.allowed_sources[0], _server.model.shape)
+
+
+@pytest.fixture(scope="session")
+def good(sources: Sources) -> Good:
+    return Good(sources.parts("lora-7"), sources.parts("ia3-7"), sources.parts("prefix-7"))
+
+
+@pytest.fixture(scope="session")
+def tight_config(config: WeftConfig, tmp_path_factory: pytest.TempPathFactory) -> WeftConfig:
+    """Limits that a test can reach: two requests run, two wait, two LoRAs fit; weights may be anything."""
+    return replace(
+        config,
+        store=tmp_path_factory.mktemp("tight"),
+        engine=EngineConfig(
+            max_num_seqs=2, max_queued_requests=2, max_num_batched_tokens=8, num_kv_blocks=40, max_model_len=240
+        ),
+        adapters=AdapterLimits(weight_abs_max=1e38),
+        residency=ResidencyConfig(device_bytes=80 * 1024),
+        requests=RequestLimits(stream_events_max=16, deadline_default_s=30.0),
+        server=replace(config.server, upload_idle_timeout_s=0.3, drain_timeout_s=5.0),
+    )
+
+
+@pytest.fixture(scope="session")
+def _tight(loop: Loop, tight_config: WeftConfig, sources: Sources) -> Iterator[LiveServer]:
+    live = LiveServer(loop, tight_config)
+    live.client.register("lora-1", sources("lora-1"))
+    live.watch_well((None, "lora-1"))
+    yield live
+    live.stop()
+
+
+@pytest.fixture
+def tight(_tight: LiveServer) -> Iterator[LiveServer]:
+    """The server with small limits, holding lora-1. A test leaves it as it found it."""
+    yield _tight
+    _check_left_clean(_tight, {"lora-1"})
+
+
+def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
+    assert {adapter.adapter_id for adapter in live.client.list().adapters} == adapters
+    assert live.staging() == []
+    store = AdapterStore(live.config.store, live.config.adapters)
+    generations = {manifest.generation for manifest in store.read_catalog().manifests.values()}
+    assert {path.name for path in (live.config.store / "versions").iterdir()} == generations
+    live.check_well()

@@ -1,0 +1,55 @@
+"""The table of the demo's adapters, and that the committed adapters deserve it."""
+
+from pathlib import Path
+
+import pytest
+
+from weft.config import ModelConfig
+from weft.model import loader
+from weft_training import adapter
+from weft_training.adapter import AdaptedModel
+from weft_training.demo import evaluate
+from weft_training.demo.adapters import LIVE, RECIPES
+from weft_training.demo.evaluate import exact_match, insert, markdown
+from weft_training.demo.tasks import TASKS, Split, examples
+
+ROOT = Path(__file__).parents[2]
+SCORES = {
+    "reverse": {"base": 0.0, "base, tagged": 0.99, "lora": 1.0, "ia3": 0.955},
+    "zigzag": {"base": 0.0, "lora": 0.9},
+}
+TABLE = """\
+| task | base | base, tagged | lora | ia3 | prefix |
+|---|---:|---:|---:|---:|---:|
+| reverse | 0% | 99% | 100% | 96% |  |
+| zigzag (held out) | 0% |  | 90% |  |  |"""
+
+
+def test_markdown_goes_between_the_markers() -> None:
+    assert markdown(SCORES) == TABLE
+    document = "before\n<!-- evaluation -->\nold\n<!-- /evaluation -->\nafter\n"
+    assert insert(TABLE, document) == f"before\n<!-- evaluation -->\n{TABLE}\n<!-- /evaluation -->\nafter\n"
+    assert insert("", insert(TABLE, document)).count("\n") == 5
+
+
+def test_a_document_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="found 0 times"):
+        insert(TABLE, "no markers")
+
+
+def test_the_live_task_has_no_committed_adapter() -> None:
+    assert LIVE.task not in {recipe.task for recipe in RECIPES}
+
+
+def test_the_committed_adapters_are_those_of_the_recipes() -> None:
+    assert {path.name for path in (ROOT / evaluate.ADAPTERS).iterdir()} == {recipe.name for recipe in RECIPES}
+
+
+def test_committed_adapters_do_their_tasks_on_the_nf4_base() -> None:
+    """A sample of what `python -m weft_training.demo.evaluate` measures; another one would see an untrained adapter."""
+    base = loader.load(ModelConfig(path=ROOT / evaluate.BASE, device="cpu"), attention="sdpa")
+    for recipe in RECIPES:
+        adapted = AdaptedModel(base, adapter.read(ROOT / evaluate.ADAPTERS / recipe.name, base.shape))
+        held_back = examples(TASKS[recipe.task], 30, 5, Split.TEST)
+        assert exact_match(adapted, base.tokenizer, held_back) >= 0.8, recipe.name
+        assert exact_match(base.model, base.tokenizer, held_back) <= 0.2, recipe.task
