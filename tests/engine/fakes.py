@@ -1,8 +1,8 @@
 """An engine without a model: a fake at the narrow waist that notices every wrong token, adapter and KV slot.
 
 Each adapter is a *watermark*: a number that fills its weights or its virtual keys. The fake reads it back from the slot
-memory and from its KV cells, so that what counts is what was really placed, never a name. The next token is drawn from a
-digest of (watermarks and gates, every token so far); the digest of the tokens already computed is read from the KV
+memory and from its KV cells, so that what counts is what was really placed, never a name. The next token is drawn from
+a digest of (watermarks and gates, every token so far); the digest of the tokens already computed is read from the KV
 cells. A wrong adapter, a stale block or a lost row therefore gives other tokens than `expected_tokens`, and is noticed
 in `forward` at once where a cell does not continue the one before it.
 """
@@ -34,7 +34,9 @@ VOCAB_SIZE = 32
 UNIT_BYTES = 64  # the smallest slab: one cache line
 MAX_UNITS = 8
 SHAPE = BaseShape(
-    sites={f"site{units}": Site(units - 1, f"site{units}", 16 * units, 16 * units) for units in range(1, MAX_UNITS + 1)},
+    sites={
+        f"site{units}": Site(units - 1, f"site{units}", 16 * units, 16 * units) for units in range(1, MAX_UNITS + 1)
+    },
     num_layers=1,
     num_kv_heads=1,
     head_dim=1,
@@ -69,7 +71,7 @@ class FakeAdapter(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What takes part in a request's tokens: the watermark of its virtual positions, and (watermark, gate) of deltas."""
+    """What takes part in a request's tokens: the watermark of its virtual positions, (watermark, gate) of deltas."""
 
     virtual: int | None
     deltas: tuple[tuple[int, float], ...]
@@ -102,9 +104,7 @@ def logits_after(digest: bytes) -> Tensor:
 
 def expected_tokens(request: Request) -> list[int]:
     """What `request` must answer, computed alone and without an engine."""
-    shadow = Request(
-        request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, params=request.params
-    )
+    shadow = Request(request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, params=request.params)
     params, digest = request.params, start(Weights.of(request.adapters))
     for token in request.prompt_token_ids:
         digest = advance(digest, token)

@@ -78,7 +78,9 @@ def test_spaces_between_words_are_kept_and_the_first_is_the_tokenizers_affair() 
 _tokens = st.one_of(
     st.lists(st.integers(0, SPECIAL), max_size=24),
     st.text("ab é€😀\n", max_size=8).map(ids),
-    st.tuples(st.text("aé€😀", min_size=1, max_size=6).map(ids), st.integers(0, 12)).map(lambda pair: pair[0][pair[1] :]),
+    st.tuples(st.text("aé€😀", min_size=1, max_size=6).map(ids), st.integers(0, 12)).map(
+        lambda pair: pair[0][pair[1] :]
+    ),
 )
 
 

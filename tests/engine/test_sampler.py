@@ -106,9 +106,7 @@ _logits = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(logits=_logits, params=_params, uniform=st.floats(0, 1, exclude_max=True))
-def test_a_draw_inverts_the_reference_distribution(
-    logits: list[float], params: SamplingParams, uniform: float
-) -> None:
+def test_a_draw_inverts_the_reference_distribution(logits: list[float], params: SamplingParams, uniform: float) -> None:
     probabilities = reference(logits, params)
     order = np.argsort(-probabilities, kind="stable")[: np.count_nonzero(probabilities)]
     ends = probabilities[order].cumsum()

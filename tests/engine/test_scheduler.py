@@ -19,9 +19,7 @@ SIZE = 4
 class Table:
     """A scheduler, and a computer that gives every sampling request the token 1000 + its length."""
 
-    def __init__(
-        self, *, num_blocks: int = 100, max_num_seqs: int = 8, budget: int = 16, caching: bool = True
-    ) -> None:
+    def __init__(self, *, num_blocks: int = 100, max_num_seqs: int = 8, budget: int = 16, caching: bool = True) -> None:
         self.blocks = BlockManager(num_blocks, SIZE, enable_prefix_caching=caching)
         self.absent: set[str] = set()  # requests whose adapters are being loaded
         self.asked: list[str] = []
@@ -104,7 +102,11 @@ def test_the_budget_is_never_passed_and_cuts_the_last_request() -> None:
     table = Table(budget=10)
     for name in "abc":
         table.add(name, 4)
-    assert [table.step() for _ in range(3)] == [{"a": 4, "b": 4, "c": 2}, {"a": 1, "b": 1, "c": 2}, dict.fromkeys("abc", 1)]
+    assert [table.step() for _ in range(3)] == [
+        {"a": 4, "b": 4, "c": 2},
+        {"a": 1, "b": 1, "c": 2},
+        dict.fromkeys("abc", 1),
+    ]
 
 
 def test_no_more_than_max_num_seqs_run() -> None:

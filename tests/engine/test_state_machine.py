@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
@@ -106,9 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert changes == (self.current.get(adapter_id) != adapter)
         if changes:
             info = AdapterInfo(num_virtual_tokens=adapter.num_virtual)
-            self.registry.publish(
-                Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0)
-            )
+            self.registry.publish(Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0))
             self.current[adapter_id] = adapter
 
     @rule(adapter_id=ids, cancel=st.booleans())
@@ -215,7 +220,9 @@ class EngineMachine(RuleBasedStateMachine):
                 self.registry.release(version, request_id)
                 continue
             versions.append(version)
-        taken = [adapter for version in versions for adapter in self.adapters if adapter.generation == version.generation]
+        taken = [
+            adapter for version in versions for adapter in self.adapters if adapter.generation == version.generation
+        ]
         gates = [1.0 if adapter.num_virtual else gate for adapter in taken]
         self.leases[request_id] = versions
         self.harness.submit(
@@ -428,7 +435,9 @@ def _late_loads_are_placed(patch: pytest.MonkeyPatch) -> None:
 def _slots_of_another_request(patch: pytest.MonkeyPatch) -> None:
     real = batches.build
 
-    def build(step: list[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], block_size: int) -> batches.Batch:
+    def build(
+        step: list[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], block_size: int
+    ) -> batches.Batch:
         swapped = dict(slots_of)
         requests = [request for request, _ in step if request.adapters and not request.virtual_blocks]
         if len(requests) > 1 and len(slots_of[requests[0]]) == len(slots_of[requests[-1]]):

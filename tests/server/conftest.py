@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from tests import tiny
 from tests.server.files import Good, Parts
 from tests.server.live import LiveServer, Loop
-from transformers import PreTrainedTokenizerFast
-
 from weft.adapters.store import AdapterStore
 from weft.config import (
     AdapterLimits,

@@ -17,7 +17,6 @@ from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
 from weft.v1 import adapter_service_pb2
 
-
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 LORA_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 import torch
+from torch import Tensor
+
 from tests import tiny
 from tests.server.conftest import Sources
 from tests.server.files import LORA_A, LORA_B, Files, Good, Parts, upload_messages, with_header
 from tests.server.live import WAIT_S, LiveServer, refused
-from torch import Tensor
-
 from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.api.status import failure_of

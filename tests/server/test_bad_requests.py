@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import grpc
 import pytest
+
 from tests.server import test_bad_adapters as bad_adapters
 from tests.server.conftest import SPECIAL, Sources
 from tests.server.files import Good, upload_messages
 from tests.server.live import WAIT_S, Client, LiveServer, Loop, refused, wait_until
-
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import Staging
 from weft.api.status import failure_of
@@ -581,7 +581,7 @@ def test_row_77_a_prompt_that_is_hostile_to_the_tokenizer(server: LiveServer) ->
 def test_the_event_loop_stays_free_under_every_bad_input(
     server: LiveServer, sources: Sources, good: Good, record_property: Callable[[str, object], None]
 ) -> None:
-    """Promised is p99 ≤ 50 ms. The client shares this process and its interpreter lock, and the machine is shared too."""
+    """Promised is p99 ≤ 50 ms. The client shares this process and its interpreter lock; the machine is shared too."""
     paths = [
         (case, case.make(good).write(sources.root / "spoiled" / f"lag-{index}"))
         for index, case in enumerate(bad_adapters.CASES)

@@ -195,7 +195,7 @@ class BlockManager:
                     del self._blocks_of_generation[generation]
 
     def check(self) -> None:
-        """Assert the accounting: every block is free, idle or referenced, in exactly one way, and keys lead to blocks."""
+        """Assert the accounting: every block is free, idle or referenced, in one way only, and keys lead to blocks."""
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free)
         assert not free & idle

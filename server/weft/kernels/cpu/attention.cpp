@@ -322,8 +322,8 @@ struct Worker {
         }
     }
 
-    // List the next tile's lines: with each head an equal share of its tokens, each with all the item's heads, for these
-    // lie side by side.
+    // List the next tile's lines: with each head an equal share of its tokens, each with all the item's heads, since
+    // these lie side by side.
     void look_ahead(const Tile &tile, const Item &item, int64_t h) {
         const int64_t heads = item.head_end - item.head_begin, share = (TILE + heads - 1) / heads;
         const int64_t from = tile.to + (h - item.head_begin) * share, to = std::min(from + share, tile.keys_end);
