@@ -1,8 +1,8 @@
 """`make bench`: output tokens per second of Weft over gRPC beside PEFT's mixed batch, on the same weights.
 
 Both hold the same base and the same sixteen LoRAs, run the same prompts to the same length with greedy decoding, and
-take turns (A, B, A, B …), so that a ratio holds although the machine's speed drifts. Weft is what a user gets: the server
-with default settings, real sockets, one request per stream; PEFT is `generate(adapter_names=[…])` on a full batch.
+take turns (A, B, A, B …), so that a ratio holds although the machine's speed drifts. Weft is what a user gets: the
+server with default settings, real sockets, one request per stream; PEFT is `generate(adapter_names=[…])` on a full batch.
 """
 
 import argparse

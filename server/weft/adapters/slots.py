@@ -1,8 +1,8 @@
 """Device memory of adapters: which slot holds whose weights.
 
 A slot is storage, not mathematics: one contiguous buffer per adapter, of its own size, so nothing is padded to a
-largest rank and bytes alone decide what fits. Kernels find a slot's weights through `table`, one row per site and slot; the
-reference driver gets views. Only the engine thread calls this.
+largest rank and bytes alone decide what fits. Kernels find a slot's weights through `table`, one row per site and slot;
+the reference driver gets views. Only the engine thread calls this.
 """
 
 from collections.abc import Mapping
