@@ -2,7 +2,8 @@
 
 Both hold the same base and the same sixteen LoRAs, run the same prompts to the same length with greedy decoding, and
 take turns (A, B, A, B …), so that a ratio holds although the machine's speed drifts. Weft is what a user gets: the
-server with default settings, real sockets, one request per stream; PEFT is `generate(adapter_names=[…])` on a full batch.
+server with default settings, real sockets, one request per stream; PEFT is `generate(adapter_names=[…])` on a full
+batch.
 """
 
 import argparse

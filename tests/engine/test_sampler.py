@@ -235,6 +235,14 @@ def test_repetition_penalty_is_ctrls_formula(penalty: float) -> None:
         assert after == pytest.approx(wanted, rel=1e-6)
 
 
+def test_a_penalty_near_zero_makes_a_token_certain_not_a_number_that_is_none() -> None:
+    logits = rows([0.0, 2.0, 1.0, -1.0]).expand(3, -1)
+    requests = [request(seen, repetition_penalty=1e-300, seed=4) for seen in ([0], [1], [3])]
+    tokens = sampled(logits, requests)
+    assert tokens[1] == 1
+    assert set(tokens) <= set(range(4))
+
+
 def test_the_penalty_of_one_row_is_not_its_neighbours() -> None:
     logits = rows([2.0, 1.9], [2.0, 1.9])
     penalized, free = request([0], temperature=0.0, repetition_penalty=2.0), request([0], temperature=0.0)

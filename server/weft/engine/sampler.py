@@ -13,6 +13,9 @@ from torch import Tensor
 from weft.engine.request import Request, SampledToken, TokenLogprob
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
     """The next token of each request; None where its row of `logits` [B, V] is not finite."""
     logits = logits.float()
@@ -43,7 +46,8 @@ def _penalize_repetition(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         penalty = request.params.repetition_penalty
         seen = torch.tensor(sorted({*request.prompt_token_ids, *request.output}), device=logits.device)
         values = logits[row, seen]
-        logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        changed = torch.where(values > 0, values / penalty, values * penalty)
+        logits[row, seen] = changed.clamp(-_LARGEST, _LARGEST)
     return logits
 
 
