@@ -56,7 +56,7 @@ def decode_deltas(num_slots: int, rank: int, size_in: int, size_out: int) -> Cas
 
     def loop() -> None:
         for s in range(num_slots):
-            x[s] @ a[s] @ b[s]
+            torch.mm(torch.mm(x[s], a[s]), b[s])
 
     return Case(
         f"deltas, {num_slots} slots of one row, r {rank}, {size_in}→{size_out}",

@@ -309,7 +309,7 @@ def any_error(texts: st.SearchStrategy[str], num_entries: int, retry_s: st.Searc
 
 
 # Lone surrogates and control characters included; the other strategy has what fits uncut.
-hostile = any_error(st.text(st.characters(), max_size=2_000), 40, st.floats(allow_nan=False))
+hostile = any_error(st.text(st.characters(), max_size=2_000), 40, st.floats(min_value=0, allow_nan=False))
 ordinary = any_error(st.text(st.characters(codec="ascii"), max_size=64), 15, st.floats(0, 86_400))
 
 

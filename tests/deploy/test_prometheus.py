@@ -91,16 +91,7 @@ def test_every_label_is_ours() -> None:
 
 @pytest.mark.parametrize(
     "attribute",
-    [
-        pytest.param(
-            attribute,
-            marks=[pytest.mark.xfail(strict=True, reason="the engine does not set it yet")]
-            if attribute in {"adapter_resident_bytes", "adapters_resident"}
-            else [],
-        )
-        for attribute, metric in vars(Metrics()).items()
-        if isinstance(metric, Counter | Gauge | Histogram)
-    ],
+    [attribute for attribute, metric in vars(Metrics()).items() if isinstance(metric, Counter | Gauge | Histogram)],
 )
 def test_every_metric_is_set_somewhere(attribute: str) -> None:
     assert re.search(rf"metrics\.{attribute}\b", server_source())

@@ -134,13 +134,11 @@ def bits(given: Tensor) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(7)
-
-
-@pytest.fixture
 def num_threads() -> Iterator[Callable[[int], None]]:
+    """One thread, unless a test asks for more: two that share a busy machine wait for each other most of the time."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

@@ -61,7 +61,7 @@ class Serving:
 
 def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     """Serve until a signal; the exit code of the process. `adapters` are registered at the start, replacing."""
-    logging.basicConfig(level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
     # As PID 1 of a container a process without a handler ignores SIGTERM; loading can take minutes.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))

@@ -69,9 +69,8 @@ def build(step: Sequence[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, 
     query_start = torch.tensor(starts, dtype=torch.int32)
     virtual_lens = torch.tensor(virtuals, dtype=torch.int64)
     rows = torch.arange(starts[-1])
-    request_of_row = torch.searchsorted(
-        query_start[1:].long(), rows, right=True
-    )  # repeat_interleave wakes every thread
+    # By search: repeat_interleave wakes every thread, however little there is to do.
+    request_of_row = torch.searchsorted(query_start[1:].long(), rows, right=True)
     # Row's token index within its request: a ramp from `computed` in every run.
     token_index = rows + (torch.tensor(computed) - query_start[:-1])[request_of_row]
     block_tables = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from weft.engine.request import Request, SampledToken, TokenLogprob
 
-
 _LARGEST = torch.finfo(torch.float32).max
 
 

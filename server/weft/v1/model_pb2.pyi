@@ -214,6 +214,8 @@ class RequestLimits(_message.Message):
     DEADLINE_DEFAULT_FIELD_NUMBER: _builtins.int
     DEADLINE_MAX_FIELD_NUMBER: _builtins.int
     STREAM_EVENTS_MAX_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_BYTES_MAX_FIELD_NUMBER: _builtins.int
     prompt_bytes_max: _builtins.int
     """UTF-8 bytes of a prompt, over all turns of a conversation."""
     max_new_tokens_max: _builtins.int
@@ -232,6 +234,10 @@ class RequestLimits(_message.Message):
     """Absolute value of a part's weight."""
     stream_events_max: _builtins.int
     """Unread messages after which a stream is ended with STREAM_STALLED."""
+    request_id_bytes_max: _builtins.int
+    """Bytes of a request id: REQUEST_ID_INVALID."""
+    cache_salt_bytes_max: _builtins.int
+    """Bytes of a cache salt: CACHE_SALT_INVALID."""
     @_builtins.property
     def deadline_default(self) -> _duration_pb2.Duration:
         """Time that a call without a deadline gets."""
@@ -254,10 +260,12 @@ class RequestLimits(_message.Message):
         deadline_default: _duration_pb2.Duration | None = ...,
         deadline_max: _duration_pb2.Duration | None = ...,
         stream_events_max: _builtins.int = ...,
+        request_id_bytes_max: _builtins.int = ...,
+        cache_salt_bytes_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_default", b"deadline_default", "deadline_max", b"deadline_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["composition_parts_max", b"composition_parts_max", "composition_weight_abs_max", b"composition_weight_abs_max", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "logprobs_max", b"logprobs_max", "max_new_tokens_default", b"max_new_tokens_default", "max_new_tokens_max", b"max_new_tokens_max", "prompt_bytes_max", b"prompt_bytes_max", "stop_bytes_max", b"stop_bytes_max", "stop_count_max", b"stop_count_max", "stream_events_max", b"stream_events_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt_bytes_max", b"cache_salt_bytes_max", "composition_parts_max", b"composition_parts_max", "composition_weight_abs_max", b"composition_weight_abs_max", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "logprobs_max", b"logprobs_max", "max_new_tokens_default", b"max_new_tokens_default", "max_new_tokens_max", b"max_new_tokens_max", "prompt_bytes_max", b"prompt_bytes_max", "request_id_bytes_max", b"request_id_bytes_max", "stop_bytes_max", b"stop_bytes_max", "stop_count_max", b"stop_count_max", "stream_events_max", b"stream_events_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

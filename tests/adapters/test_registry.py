@@ -1,0 +1,420 @@
+"""Ids, generations, states and leases: the dictionary behind every request."""
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
+from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
+
+NAME, OTHER = AdapterId("name"), AdapterId("other")
+A, B, C = (Generation(letter * 64) for letter in "abc")
+
+
+class Told:
+    """A registry and everything it says."""
+
+    def __init__(self) -> None:
+        self.idle: list[Version] = []
+        self.releases = 0
+        self.changes: list[tuple[Change, str]] = []
+        self.now = 100.0
+        self.registry = Registry(
+            idle=self.idle.append,
+            released=self._released,
+            changed=lambda change, version: self.changes.append((change, version.generation[:1])),
+            wall_clock=lambda: self.now,
+        )
+
+    def _released(self) -> None:
+        self.releases += 1
+
+    def publish(self, generation: Generation, adapter_id: AdapterId = NAME) -> Version:
+        version = Version(adapter_id=adapter_id, generation=generation, info=AdapterInfo(), create_time_s=0.0)
+        self.registry.publish(version)
+        return version
+
+    def acquire(self, request_id: str, generation: Generation | None = None) -> Version:
+        return self.registry.acquire(AdapterReference(NAME, generation), request_id)
+
+    def refusal(self, generation: Generation | None = None) -> WeftError:
+        before = [set(version.leases) for version in self.registry.versions(NAME)]
+        with pytest.raises(WeftError) as caught:
+            self.acquire("refused", generation)
+        assert [set(version.leases) for version in self.registry.versions(NAME)] == before, "a refusal holds nothing"
+        return caught.value
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+# -- look-up and lease -----------------------------------------------------------------------------------------------
+
+
+def test_a_lease_is_taken_with_the_look_up_and_ends_once(told: Told) -> None:
+    told.publish(A)
+    version = told.acquire("r")
+    assert (version.generation, version.leases, version.last_used_time_s) == (A, {"r"}, 100.0)
+    told.registry.release(version, "r")
+    assert (version.leases, told.releases, told.idle) == (set(), 1, [])
+    with pytest.raises(KeyError):
+        told.registry.release(version, "r")
+
+
+def test_an_id_or_a_generation_that_is_not_current_is_not_found(told: Told) -> None:
+    assert isinstance(told.refusal(), AdapterNotFound)
+    told.publish(A)
+    assert isinstance(told.refusal(B), AdapterNotFound)
+    assert told.acquire("r", A).generation == A
+    foreign = told.refusal(B)
+    assert foreign.message == f"adapter_id: {NAME}@{B} is not registered", "nothing of what is registered shows"
+
+
+def test_running_requests_keep_the_replaced_version_and_new_ones_get_the_new(told: Told) -> None:
+    told.publish(A)
+    old = told.acquire("old")
+    told.publish(B)
+    assert told.acquire("new").generation == B
+    assert old.state is AdapterState.DRAINING
+    assert [version.generation for version in told.registry.versions(NAME)] == [B, A]
+    assert told.registry.generations() == {A, B}
+    error = told.refusal(A)
+    assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_DRAINING")
+    told.registry.release(old, "old")
+    assert told.idle == [old]
+    assert told.registry.generations() == {B}
+    assert isinstance(told.refusal(A), AdapterNotFound)
+
+
+def test_a_replaced_version_without_requests_is_idle_at_once(told: Told) -> None:
+    old = told.publish(A)
+    told.publish(B)
+    assert told.idle == [old]
+    assert told.registry.replaced(NAME) == []
+
+
+def test_the_last_lease_of_a_replaced_version_makes_it_idle(told: Told) -> None:
+    told.publish(A)
+    old = told.acquire("one")
+    told.acquire("two")
+    told.publish(B)
+    told.registry.release(old, "one")
+    assert told.idle == []
+    told.registry.release(old, "two")
+    assert told.idle == [old]
+
+
+def test_content_that_comes_back_is_current_while_its_old_version_drains(told: Told) -> None:
+    """A, B, A again: `name@A` names what is current, not what is being taken out of service."""
+    told.publish(A)
+    first = told.acquire("first")
+    told.publish(B)
+    second = told.publish(A)
+    assert told.acquire("exact", A) is second
+    assert told.acquire("plain") is second
+    told.registry.release(first, "first")
+    assert told.idle[-1] is first
+    assert A in told.registry.generations(), "what `idle` may free is asked again"
+
+
+# -- publish ---------------------------------------------------------------------------------------------------------
+
+
+def check(told: Told, generation: Generation, *, replace: bool = False, expected: str | None = None) -> bool:
+    return told.registry.check_publish(NAME, generation, replace=replace, expected_generation=expected)
+
+
+def test_the_rules_of_publishing(told: Told) -> None:
+    assert check(told, A)
+    assert check(told, A, expected=""), "expecting that there is none"
+    with pytest.raises(AdapterConflict):
+        check(told, A, expected=B)
+    told.publish(A)
+    assert not check(told, A)
+    assert not check(told, A, expected=B), "the content is there already: nothing to conflict with"
+    with pytest.raises(AdapterExists) as exists:
+        check(told, B)
+    assert exists.value.metadata["generation"].startswith("a")
+    assert check(told, B, replace=True)
+    assert check(told, B, replace=True, expected=A)
+    for expected in (B, ""):
+        with pytest.raises(AdapterConflict) as conflict:
+            check(told, B, replace=True, expected=expected)
+        assert conflict.value.reason == "VERSION_CONFLICT"
+
+
+def test_an_id_that_is_being_removed_takes_no_content(told: Told) -> None:
+    told.publish(A)
+    told.registry.drain(NAME, None)
+    for generation in (A, B):
+        with pytest.raises(AdapterConflict) as conflict:
+            check(told, generation, replace=True)
+        assert conflict.value.reason == "ADAPTER_UNREGISTERED"
+
+
+def test_content_that_failed_can_be_published_again(told: Told) -> None:
+    broken = told.publish(A)
+    told.registry.fail(A, "BLOB_CORRUPT")
+    assert check(told, A)
+    told.publish(A)
+    assert told.acquire("r").state is AdapterState.ACTIVE
+    assert told.idle == [broken]
+
+
+def test_content_that_is_quarantined_cannot(told: Told) -> None:
+    version = told.publish(A)
+    for _ in range(3):
+        told.registry.fault(version, "ADAPTER_NON_FINITE")
+    with pytest.raises(AdapterUnusable):
+        check(told, A, replace=True)
+    assert check(told, B, replace=True)
+
+
+def test_a_new_id_is_loading_until_it_is_published_or_given_up(told: Told) -> None:
+    told.registry.begin(NAME)
+    error = told.refusal()
+    assert (error.reason, error.retry_after_s) == ("ADAPTER_NOT_READY", 1.0)
+    assert told.registry.generations() == frozenset()
+    told.registry.abandon(NAME)
+    assert isinstance(told.refusal(), AdapterNotFound)
+    told.registry.begin(NAME)
+    told.publish(A)
+    told.registry.abandon(NAME)
+    assert told.acquire("r").generation == A
+    assert told.changes == [(Change.ADDED, "a")]
+
+
+def test_beginning_on_a_taken_id_leaves_it_in_service(told: Told) -> None:
+    told.publish(A)
+    told.registry.begin(NAME)
+    assert told.acquire("r").generation == A
+    told.registry.abandon(NAME)
+    assert told.acquire("s").generation == A
+
+
+# -- drain and remove ------------------------------------------------------------------------------------------------
+
+
+def test_draining_refuses_new_requests_and_only_one_caller_gets_it(told: Told) -> None:
+    told.publish(A)
+    told.acquire("old")
+    told.publish(B)
+    told.acquire("current")
+    versions = told.registry.drain(NAME, None)
+    assert [version.generation for version in versions] == [B, A]
+    assert told.refusal().reason == "ADAPTER_DRAINING"
+    with pytest.raises(AdapterNotFound):
+        told.registry.drain(NAME, None)
+    for version, request_id in zip(versions, ["current", "old"], strict=True):
+        told.registry.release(version, request_id)
+    told.registry.remove(NAME)
+    assert isinstance(told.refusal(), AdapterNotFound)
+    assert len(told.registry) == 0
+    assert told.registry.generations() == frozenset()
+    assert told.changes[-1] == (Change.REMOVED, "b")
+
+
+def test_drain_compares_the_expected_generation_first(told: Told) -> None:
+    told.publish(A)
+    with pytest.raises(AdapterConflict):
+        told.registry.drain(NAME, B)
+    assert told.acquire("r").generation == A
+    assert told.registry.drain(NAME, A)
+
+
+def test_removing_a_held_version_is_a_bug(told: Told) -> None:
+    told.publish(A)
+    told.acquire("r")
+    told.registry.drain(NAME, None)
+    with pytest.raises(AssertionError):
+        told.registry.remove(NAME)
+
+
+@pytest.mark.parametrize("state", ["active", "failed", "quarantined"])
+def test_an_unregistering_that_failed_leaves_everything_as_it_was(told: Told, state: str) -> None:
+    """A quarantined adapter does not come back into service because a disk was full."""
+    version = told.publish(A)
+    if state == "failed":
+        told.registry.fail(A, "BLOB_CORRUPT")
+    if state == "quarantined":
+        for _ in range(3):
+            told.registry.fault(version, "ADAPTER_NON_FINITE")
+    before = (version.state, version.state_reason)
+    told.registry.drain(NAME, None)
+    told.registry.revive(NAME)
+    assert (version.state, version.state_reason) == before
+    assert told.registry.drain(NAME, None) == [version]
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_third_fault_quarantines(told: Told) -> None:
+    version = told.publish(A)
+    for _ in range(2):
+        told.registry.fault(version, "ADAPTER_NON_FINITE")
+        assert told.acquire(str(version.faults)) is version
+    told.registry.fault(version, "ADAPTER_NON_FINITE")
+    error = told.refusal()
+    assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_QUARANTINED")
+    assert told.acquire is not None
+    assert version.leases == {"1", "2"}, "those that run go on"
+
+
+def test_faults_of_a_version_that_is_leaving_change_nothing(told: Told) -> None:
+    old = told.publish(A)
+    told.acquire("r")
+    told.publish(B)
+    for _ in range(3):
+        told.registry.fault(old, "ADAPTER_NON_FINITE")
+    assert old.state is AdapterState.DRAINING
+    assert told.acquire("s").generation == B
+
+
+def test_lost_files_fail_every_id_with_that_content(told: Told) -> None:
+    told.publish(A)
+    twin = told.publish(A, OTHER)
+    told.registry.fail(A, "BLOB_CORRUPT")
+    assert isinstance(told.refusal(), DataLoss)
+    assert twin.state is AdapterState.FAILED
+    told.publish(B)
+    told.registry.fail(B, "OTHER_REASON")
+    assert told.refusal().reason == "ADAPTER_NOT_READY"
+
+
+# -- watching --------------------------------------------------------------------------------------------------------
+
+
+def test_watchers_are_told_of_every_change_once(told: Told) -> None:
+    version = told.publish(A)
+    told.publish(B)
+    told.registry.pin(version, True)
+    told.registry.pin(version, True)
+    told.registry.drain(NAME, None)
+    told.registry.revive(NAME)
+    told.registry.drain(NAME, None)
+    told.registry.remove(NAME)
+    updated = Change.UPDATED
+    assert told.changes == [
+        (Change.ADDED, "a"),
+        *[(updated, letter) for letter in "babbb"],
+        (Change.REMOVED, "b"),
+    ]
+
+
+def test_current_versions_come_in_the_order_of_ids(told: Told) -> None:
+    for name in ("z", "a", "m"):
+        told.publish(A, AdapterId(name))
+    assert [version.adapter_id for version in told.registry] == ["a", "m", "z"]
+    assert {version.adapter_id for version in told.registry.of(A)} == {"a", "m", "z"}
+
+
+# -- any order -------------------------------------------------------------------------------------------------------
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Against the obvious model: what is current, and who holds which version."""
+
+    names = st.sampled_from([NAME, OTHER])
+    generations = st.sampled_from([A, B, C])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle: list[Version] = []
+        self.registry = Registry(idle=self.idle.append)
+        self.current: dict[AdapterId, Version] = {}
+        self.held: dict[str, Version] = {}
+        self.drained: set[AdapterId] = set()
+        self.number = 0
+
+    @rule(name=names, generation=generations, replace=st.booleans())
+    def publish(self, name: AdapterId, generation: Generation, replace: bool) -> None:
+        old = self.current.get(name)
+        try:
+            changes = self.registry.check_publish(name, generation, replace=replace, expected_generation=None)
+        except AdapterConflict:
+            assert name in self.drained
+            return
+        except AdapterExists:
+            assert old is not None
+            assert not replace
+            assert old.generation != generation
+            return
+        assert changes == (old is None or old.generation != generation)
+        if changes:
+            version = Version(adapter_id=name, generation=generation, info=AdapterInfo(), create_time_s=0.0)
+            assert self.registry.publish(version) is old
+            self.current[name] = version
+
+    @rule(name=names, generation=st.one_of(st.none(), generations))
+    def acquire(self, name: AdapterId, generation: Generation | None) -> None:
+        self.number += 1
+        current = self.current.get(name)
+        usable = current is not None and name not in self.drained and generation in (None, current.generation)
+        try:
+            version = self.registry.acquire(AdapterReference(name, generation), str(self.number))
+        except (AdapterNotFound, AdapterUnusable):
+            assert not usable
+            return
+        assert usable
+        assert version is current
+        self.held[str(self.number)] = version
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.held)))
+        version = self.held.pop(request_id)
+        self.registry.release(version, request_id)
+        last = version not in self.held.values()
+        was_replaced = self.current.get(version.adapter_id) is not version
+        assert (version in self.idle) == (last and was_replaced)
+
+    @rule(name=names)
+    def drain(self, name: AdapterId) -> None:
+        try:
+            versions = self.registry.drain(name, None)
+        except AdapterNotFound:
+            assert name in self.drained or name not in self.current
+            return
+        self.drained.add(name)
+        wanted = {id(v) for v in self.held.values() if v.adapter_id == name} | {id(self.current[name])}
+        assert {id(version) for version in versions} == wanted
+
+    @precondition(lambda self: self.drained)
+    @rule(data=st.data(), revive=st.booleans())
+    def end_drain(self, data: st.DataObject, revive: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.drained)))
+        if revive:
+            self.registry.revive(name)
+        elif any(version.adapter_id == name for version in self.held.values()):
+            return
+        else:
+            self.registry.remove(name)
+            del self.current[name]
+        self.drained.discard(name)
+
+    @invariant()
+    def all_is_as_the_model_says(self) -> None:
+        assert {version.adapter_id: version for version in self.registry} == self.current
+        alive = {id(version): version for version in [*self.current.values(), *self.held.values()]}
+        assert self.registry.generations() == {version.generation for version in alive.values()}
+        for generation in (A, B, C):
+            assert {id(v) for v in self.registry.of(generation)} == {
+                key for key, version in alive.items() if version.generation == generation
+            }
+        leases: dict[int, set[str]] = {}
+        for request_id, version in self.held.items():
+            leases.setdefault(id(version), set()).add(request_id)
+        assert all(version.leases == leases.get(key, set()) for key, version in alive.items())
+        assert len({id(version) for version in self.idle}) == len(self.idle), "idle is said once"
+
+
+TestRegistryMachine: Any = RegistryMachine.TestCase
+TestRegistryMachine.settings = settings(max_examples=100, stateful_step_count=30, derandomize=True, deadline=None)

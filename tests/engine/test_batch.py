@@ -1,0 +1,166 @@
+"""A step as flat tensors, against a loop over its tokens."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.adapters.identifiers import Generation
+from weft.adapters.slots import AdapterSlot
+from weft.engine import batch as batches
+from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
+from weft.engine.scheduler import Scheduled
+
+
+def request(
+    name: int,
+    *,
+    num_prompt: int,
+    num_output: int,
+    num_computed: int,
+    uses: tuple[AdapterUse, ...] = (),
+    block_size: int,
+    first_block: int,
+) -> Request:
+    """A request with its own blocks, in falling order so that no order is right by accident."""
+    num_virtual = sum(use.num_virtual_tokens for use in uses)
+    made = Request(
+        request_id=RequestId(str(name)),
+        prompt_token_ids=tuple(100 * name + index for index in range(num_prompt)),
+        params=SamplingParams(),
+        adapters=uses,
+    )
+    made.output += [100 * name + num_prompt + index for index in range(num_output)]
+    made.num_computed_tokens = num_computed
+    count = -(-num_virtual // block_size)
+    made.virtual_blocks = [first_block + count - 1 - index for index in range(count)]
+    count_real = -(-made.num_tokens // block_size)
+    made.blocks = [first_block + count + count_real - 1 - index for index in range(count_real)]
+    return made
+
+
+@st.composite
+def steps(draw: Any) -> tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int]:
+    block_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    step, slots_of, first_block, next_slot = [], {}, 0, 0
+    for name in range(draw(st.integers(1, 5))):
+        uses = [
+            AdapterUse(Generation(f"d{k}"), draw(st.sampled_from([1.0, 0.5, -2.0, 0.0])), 0)
+            for k in range(draw(st.integers(0, 3)))
+        ]
+        if draw(st.booleans()):
+            uses.insert(draw(st.integers(0, len(uses))), AdapterUse(Generation("v"), 1.0, draw(st.integers(1, 9))))
+        num_prompt, num_output = draw(st.integers(1, 12)), draw(st.integers(0, 6))
+        num_computed = draw(st.integers(0, num_prompt + num_output - 1))
+        made = request(
+            name,
+            num_prompt=num_prompt,
+            num_output=num_output,
+            num_computed=num_computed,
+            uses=tuple(uses),
+            block_size=block_size,
+            first_block=first_block,
+        )
+        first_block += len(made.virtual_blocks) + len(made.blocks)
+        step.append(Scheduled(made, draw(st.integers(1, made.num_tokens - num_computed))))
+        if uses or draw(st.booleans()):
+            slots_of[made] = tuple(AdapterSlot(next_slot + k) for k in range(len(uses)))
+        next_slot += len(uses)
+    return step, slots_of, block_size
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps())
+def test_every_row_is_what_a_loop_over_tokens_says(
+    drawn: tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int],
+) -> None:
+    step, slots_of, size = drawn
+    input_ids, positions, kv_slots, entries, sample_rows = [], [], [], [], []
+    for scheduled in step:
+        one, num_tokens = scheduled
+        all_tokens = [*one.prompt_token_ids, *one.output]
+        for index in range(one.num_computed_tokens, one.num_computed_tokens + num_tokens):
+            input_ids.append(all_tokens[index])
+            positions.append(one.num_virtual_tokens + index)
+            kv_slots.append(one.blocks[index // size] * size + index % size)
+            slots = zip(slots_of.get(one, ()), one.adapters, strict=True)
+            entries.append([(slot, use.gate) for slot, use in slots if use.num_virtual_tokens == 0])
+            if index == one.num_tokens - 1:
+                sample_rows.append(len(input_ids) - 1)
+
+    batch = batches.build(step, slots_of, size)
+
+    assert batch.input_ids.tolist() == input_ids
+    assert batch.positions.tolist() == positions
+    assert batch.kv_slots.tolist() == kv_slots
+    assert batch.sample_rows.tolist() == sample_rows
+    starts = batch.query_start.tolist()
+    assert [end - begin for begin, end in itertools.pairwise(starts)] == [n for _, n in step]
+    assert batch.context_lens.tolist() == [one.num_computed_tokens + n for one, n in step]
+    assert batch.virtual_lens.tolist() == [one.num_virtual_tokens for one, _ in step]
+    for table, (one, _) in zip(batch.block_tables.tolist(), step, strict=True):
+        blocks = one.virtual_blocks + one.blocks
+        assert table[: len(blocks)] == blocks
+    rows = batch.adapter_rows
+    if not any(entries):
+        assert rows is None
+        return
+    assert rows is not None
+    offsets, slots, gates = rows.offsets.tolist(), rows.slots.tolist(), rows.gates.tolist()
+    flat = list(zip(slots, gates, strict=True))
+    assert [flat[begin:end] for begin, end in itertools.pairwise(offsets)] == entries
+    by_run: list[list[tuple[int, float]]] = [[] for _ in input_ids]
+    for begin, end, run_slots, run_gates in rows.runs:
+        for row in range(begin, end):
+            by_run[row] += zip(run_slots, run_gates, strict=True)
+    assert by_run == entries, "both forms say the same"
+
+
+@settings(max_examples=50, deadline=None)
+@given(steps())
+def test_types_are_those_the_kernels_read(
+    drawn: tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int],
+) -> None:
+    batch = batches.build(*drawn)
+    wide = {"input_ids", "positions", "kv_slots", "sample_rows"}
+    for name, tensor in batch._asdict().items():
+        if name != "adapter_rows":
+            assert tensor.dtype == (torch.int64 if name in wide else torch.int32), name
+    if batch.adapter_rows is not None:
+        assert [t.dtype for t in batch.adapter_rows[:3]] == [torch.int32, torch.int32, torch.float32]
+
+
+def test_an_adapter_that_is_not_on_the_device_is_a_bug_not_a_base_answer() -> None:
+    one = request(
+        1,
+        num_prompt=3,
+        num_output=0,
+        num_computed=0,
+        uses=(AdapterUse(Generation("g"), 1.0, 0),),
+        block_size=4,
+        first_block=0,
+    )
+    with pytest.raises(ValueError, match="zip"):
+        batches.build([Scheduled(one, 3)], {}, 4)
+
+
+@pytest.mark.parametrize("counts", [(3, 4), (1, 0, 2)])
+def test_virtual_positions_of_two_adapters_are_refused(counts: tuple[int, ...]) -> None:
+    """The second adapter's would lie where the first real token is written."""
+    uses = tuple(AdapterUse(Generation(str(index)), 1.0, count) for index, count in enumerate(counts))
+    with pytest.raises(AssertionError):
+        Request(request_id=RequestId("r"), prompt_token_ids=(1,), params=SamplingParams(), adapters=uses)
+
+
+def test_a_gate_of_virtual_positions_is_refused() -> None:
+    """Nothing would apply it: the request would get the whole prefix."""
+    with pytest.raises(AssertionError):
+        Request(
+            request_id=RequestId("r"),
+            prompt_token_ids=(1,),
+            params=SamplingParams(),
+            adapters=(AdapterUse(Generation("g"), 0.5, 3),),
+        )

@@ -1,0 +1,387 @@
+"""Who is on the device and who has to go: bytes, holds, pins, and loads that come late."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeRunner, VirtualCell
+from weft.adapters.identifiers import Generation
+from weft.adapters.slab import Slab
+from weft.engine.block_manager import BlockManager
+from weft.engine.request import Request, RequestId, SamplingParams
+from weft.engine.residency import Residency
+from weft.errors import AdapterConflict, DataLoss, Overloaded
+
+A, B, C = FakeAdapter(1), FakeAdapter(2), FakeAdapter(3)
+BIG = FakeAdapter(4, units=2)
+P, Q = FakeAdapter(5, num_virtual=5), FakeAdapter(6, num_virtual=3)
+ALL = {adapter.generation: adapter for adapter in (A, B, C, BIG, P, Q)}
+
+
+BROKEN = DataLoss("BLOB_CORRUPT", "")
+
+
+def watermark(slab: Slab) -> int:
+    return int(slab.virtual.keys.max() if slab.virtual is not None else slab.buffer.view(torch.float32)[0])
+
+
+class Device:
+    """A residency with room for so many units and blocks, and what it asks for."""
+
+    def __init__(self, *, units: int = 2, num_blocks: int = 8) -> None:
+        self.runner = FakeRunner(block_size=4, capacity_bytes=units * UNIT_BYTES)
+        self.blocks = BlockManager(num_blocks, 4)
+        self.asked: list[Generation] = []
+        self.evictions = 0
+        self.told: set[int] = set()  # residents, by what was said of comings and goings
+        self.residency = Residency(
+            self.runner, self.blocks, request_load=self.asked.append, placed=self._placed, left=self._left
+        )
+
+    def _placed(self, slab: Slab) -> None:
+        self.told ^= {watermark(slab)}
+
+    def _left(self, slab: Slab, for_room: bool) -> None:
+        self.told ^= {watermark(slab)}
+        self.evictions += for_room
+
+    def request(self, *adapters: FakeAdapter) -> Request:
+        return Request(
+            request_id=RequestId("r"),
+            prompt_token_ids=(1,),
+            params=SamplingParams(),
+            adapters=tuple(adapter.use() for adapter in adapters),
+        )
+
+    def answer(self) -> None:
+        while self.asked:
+            generation = self.asked.pop(0)
+            self.residency.arrived(generation, ALL[generation].slab())
+
+    def bring(self, *adapters: FakeAdapter) -> Request:
+        """A request that is admitted, with whatever loads that takes."""
+        request = self.request(*adapters)
+        if not self.residency.admit(request):
+            self.answer()
+            assert self.residency.admit(request)
+        return request
+
+    def leave_idle(self, *adapters: FakeAdapter) -> None:
+        for adapter in adapters:
+            self.residency.release(self.bring(adapter))
+
+    def preload(self, adapter: FakeAdapter) -> Future[None]:
+        future: Future[None] = Future()
+        self.residency.preload(adapter.generation, future)
+        return future
+
+    @property
+    def resident(self) -> set[int]:
+        numbers = {int(generation, 16) for generation in self.residency.resident()}
+        assert self.told == numbers
+        return numbers
+
+
+def test_a_missing_adapter_is_asked_for_once_and_held_from_admission_to_release() -> None:
+    device = Device()
+    first, second = device.request(A), device.request(A)
+    assert not device.residency.admit(first)
+    assert not device.residency.admit(second)
+    assert device.asked == [A.generation]
+    assert device.residency.is_loading(first)
+    device.answer()
+    assert not device.residency.is_loading(first)
+    assert device.residency.admit(first)
+    assert device.residency.admit(first), "asking again changes nothing"
+    assert device.residency.admit(second)
+    assert device.residency.slots_of[first] == device.residency.slots_of[second]
+    device.residency.release(first)
+    assert device.residency.evict(A.generation) is None, "a request holds it"
+    assert device.resident == {1}
+    device.residency.release(second)
+    assert device.residency.evict(A.generation) == UNIT_BYTES
+    assert device.resident == set()
+
+
+def test_a_request_without_adapters_is_admitted_and_holds_nothing() -> None:
+    device = Device(units=0)
+    request = device.request()
+    assert device.residency.admit(request)
+    assert device.residency.slots_of[request] == ()
+    device.residency.release(request)
+    assert device.residency.slots_of == {}
+
+
+def test_the_longest_unused_leaves_first_and_use_is_counted_to_its_end() -> None:
+    device = Device(units=2)
+    long_running = device.bring(A)
+    device.leave_idle(B)
+    device.residency.release(long_running)  # A was used last, though admitted first
+    device.leave_idle(C)
+    assert device.resident == {1, 3}
+    device.leave_idle(A)
+    device.leave_idle(B)
+    assert device.resident == {1, 2}
+    assert device.evictions == 2
+
+
+def test_held_adapters_stay_and_the_newcomer_waits() -> None:
+    device = Device(units=2)
+    held = device.bring(A)
+    device.leave_idle(B)
+    newcomer = device.request(BIG)
+    assert not device.residency.admit(newcomer)
+    device.answer()
+    assert not device.residency.admit(newcomer)
+    assert device.resident == {1, 2}, "nobody leaves where that would not be enough"
+    assert device.evictions == 0
+    device.residency.release(held)
+    assert device.residency.admit(newcomer)
+    assert device.resident == {4}
+
+
+def test_pinned_adapters_stay_until_unpinned() -> None:
+    device = Device(units=1)
+    device.residency.pin(A.generation)
+    device.answer()
+    assert device.resident == {1}, "a pin brings its adapter in"
+    newcomer = device.request(B)
+    device.residency.admit(newcomer)
+    device.answer()
+    assert not device.residency.admit(newcomer)
+    device.residency.unpin(A.generation)
+    assert device.residency.admit(newcomer)
+    assert device.resident == {2}
+
+
+def test_a_preload_brings_an_adapter_in_and_may_drive_out_an_idle_one() -> None:
+    device = Device(units=1)
+    device.leave_idle(A)
+    calls = [device.preload(B), device.preload(B)]
+    assert device.asked == [B.generation]
+    assert not calls[0].done()
+    device.answer()
+    assert [call.result(timeout=0) for call in calls] == [None, None]
+    assert device.resident == {2}
+    assert device.preload(B).done(), "it is there already"
+
+
+def test_a_preload_that_finds_no_room_says_so() -> None:
+    device = Device(units=1)
+    device.bring(A)
+    call = device.preload(B)
+    device.answer()
+    with pytest.raises(Overloaded):
+        call.result(timeout=0)
+    assert device.residency._arrived == {}, "and keeps no slab"
+
+
+@pytest.mark.parametrize("end", ["failed", "evicted", "abandoned"])
+def test_who_waits_for_an_adapter_is_told_when_it_will_not_come(end: str) -> None:
+    device = Device()
+    call = device.preload(A)
+    if end == "failed":
+        device.residency.failed(A.generation, BROKEN)
+    elif end == "evicted":
+        device.residency.evict(A.generation)
+    else:
+        device.residency.abandon(BROKEN)
+    with pytest.raises(AdapterConflict if end == "evicted" else DataLoss):
+        call.result(timeout=0)
+    device.answer()
+    assert device.resident == set()
+
+
+def test_adapters_of_one_request_come_together_or_not_at_all() -> None:
+    device = Device(units=2)
+    both = device.request(A, BIG)
+    assert not device.residency.admit(both)
+    device.answer()
+    assert not device.residency.admit(both)
+    assert device.resident == set()
+    device.leave_idle(B, C)
+    fitting = device.bring(A, C)
+    assert len(device.residency.slots_of[fitting]) == 2
+    assert device.resident == {1, 3}, "C was there and stayed, B made room for A"
+
+
+def test_the_order_of_slots_is_the_order_of_adapters() -> None:
+    device = Device(units=3)
+    device.leave_idle(B)
+    request = device.bring(C, B, A)
+    slots = device.residency.slots_of[request]
+    assert [device.runner._watermark(slot) for slot in slots] == [3, 2, 1]
+
+
+def test_virtual_positions_are_written_once_shared_and_given_back() -> None:
+    device = Device(num_blocks=4)
+    users = [device.bring(P), device.bring(P)]
+    assert device.blocks.num_used_blocks == 2
+    assert users[0].virtual_blocks == users[1].virtual_blocks
+    cells = [device.runner.cells[users[0].virtual_blocks[index // 4] * 4 + index % 4] for index in range(5)]
+    assert cells == [VirtualCell(5, index) for index in range(5)]
+    for user in users:
+        device.residency.release(user)
+    assert device.blocks.num_used_blocks == 2, "the resident adapter keeps them"
+    assert device.residency.evict(P.generation) == sum(tensor.nbytes for tensor in P.slab().virtual or ())
+    assert device.blocks.num_used_blocks == 0
+
+
+def test_virtual_positions_need_room_in_the_kv_pool() -> None:
+    device = Device(num_blocks=2)
+    device.leave_idle(P)
+    device.leave_idle(Q)
+    assert device.resident == {6}, "P's two blocks made way"
+    device.leave_idle(A)
+    held = device.bring(Q)
+    waits = device.request(P)
+    device.residency.admit(waits)
+    device.answer()
+    assert not device.residency.admit(waits)
+    assert device.resident == {1, 6}, "weights give no KV room, so A stays"
+    device.residency.release(held)
+    assert device.residency.admit(waits)
+    assert device.resident == {1, 5}
+
+
+def test_kv_pressure_takes_idle_virtual_positions_only() -> None:
+    device = Device()
+    device.leave_idle(A, P)
+    held = device.bring(Q)
+    assert device.residency.evict_virtual()
+    assert device.resident == {1, 6}
+    assert not device.residency.evict_virtual()
+    device.residency.release(held)
+    device.residency.pin(Q.generation)
+    assert not device.residency.evict_virtual()
+
+
+def test_an_adapter_evicted_while_it_was_on_its_way_does_not_come_back() -> None:
+    """Unregistered in the meantime: nothing would ever take it off the device again."""
+    device = Device()
+    request = device.request(A)
+    device.residency.admit(request)
+    device.residency.release(request)
+    assert device.residency.evict(A.generation) == 0
+    device.answer()
+    assert device.resident == set()
+    assert device.residency._arrived == {}
+
+
+def test_a_slab_that_nobody_waits_for_any_more_is_let_go() -> None:
+    device = Device(units=1)
+    held = device.bring(A)
+    leaving = [device.request(B), device.request(B, C)]
+    for request in leaving:
+        device.residency.admit(request)
+    device.residency.release(leaving[1])
+    device.answer()
+    assert set(device.residency._arrived) == {B.generation}, "C came after its only seeker had gone"
+    device.residency.release(leaving[0])
+    assert device.residency._arrived == {}
+    device.residency.release(held)
+
+
+def test_a_failed_load_is_asked_for_again_by_the_next_request() -> None:
+    device = Device()
+    device.residency.admit(device.request(A))
+    device.asked.clear()
+    device.residency.failed(A.generation, BROKEN)
+    device.residency.admit(device.request(A))
+    assert device.asked == [A.generation]
+
+
+def test_waiting_requests_can_be_made_to_let_go() -> None:
+    device = Device(units=1)
+    preempted, base = device.bring(A), device.bring()
+    assert device.residency.release_all([preempted, base])
+    assert not device.residency.release_all([preempted, base])
+    device.leave_idle(B)
+    assert device.resident == {2}
+    device.answer()
+    assert not device.residency.admit(preempted)
+    device.answer()
+    assert device.residency.admit(preempted)
+
+
+_adapters = st.sampled_from([A, B, C, BIG, P, Q])
+_operations = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["admit", "admit", "admit", "end", "arrive", "arrive", "fail", "pin", "unpin", "preload", "evict"]
+        ),
+        st.lists(_adapters, min_size=1, max_size=2, unique=True),
+        st.integers(0, 5),
+    ),
+    max_size=50,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_operations, st.integers(1, 4), st.integers(2, 6))
+def test_budget_and_holds_under_any_sequence(
+    operations: Sequence[tuple[str, list[FakeAdapter], int]], units: int, num_blocks: int
+) -> None:
+    device = Device(units=units, num_blocks=num_blocks)
+    residency, slots = device.residency, device.runner.slots
+    requests: list[Request] = []
+    pinned: set[Generation] = set()
+    for operation, adapters, number in operations:
+        generation = adapters[0].generation
+        held = {use.generation for request in residency.slots_of for use in request.adapters}
+        before = residency.resident()
+        if operation == "admit" and sum(adapter.num_virtual > 0 for adapter in adapters) < 2:
+            requests.append(device.request(*adapters))
+            residency.admit(requests[-1])
+        elif operation == "end" and requests:
+            residency.release(requests.pop(number % len(requests)))
+        elif operation in ("arrive", "fail") and device.asked:
+            generation = device.asked.pop(number % len(device.asked))
+            if operation == "fail":
+                residency.failed(generation, BROKEN)
+            else:
+                residency.arrived(generation, ALL[generation].slab())
+            for request in requests:
+                residency.admit(request)
+        elif operation in ("pin", "unpin"):
+            getattr(residency, operation)(generation)
+            (pinned.add if operation == "pin" else pinned.discard)(generation)
+        elif operation == "preload":
+            device.preload(adapters[0])
+        elif operation == "evict" and generation not in held:
+            residency.unpin(generation)
+            pinned.discard(generation)
+            assert residency.evict(generation) is not None
+            assert generation not in residency.resident()
+            before -= {generation}
+        elif operation == "evict":
+            assert residency.evict(generation) is None
+        assert before & (held | pinned) <= residency.resident(), "in use or pinned, and gone"
+        assert slots.used_bytes == sum(
+            ALL[g].units * UNIT_BYTES for g in residency.resident() if not ALL[g].num_virtual
+        )
+        assert slots.used_bytes <= slots.capacity_bytes
+        device.blocks.check()
+        virtual = sum(device.blocks.count(ALL[g].num_virtual) for g in residency.resident())
+        assert device.blocks.num_used_blocks == virtual
+        for request, request_slots in residency.slots_of.items():
+            deltas = [
+                (slot, use)
+                for slot, use in zip(request_slots, request.adapters, strict=True)
+                if not use.num_virtual_tokens
+            ]
+            assert [device.runner._watermark(slot) for slot, _ in deltas] == [int(u.generation, 16) for _, u in deltas]
+    for request in requests:
+        residency.release(request)
+    for generation in ALL:
+        residency.unpin(generation)
+        residency.evict(generation)
+    assert residency.resident() == frozenset()
+    assert slots.used_bytes == len(slots) == device.blocks.num_used_blocks == 0
+    assert residency._arrived == {}
+    assert residency._seekers == {}
+    assert residency._awaited == {}
