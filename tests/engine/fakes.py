@@ -130,10 +130,10 @@ class TokenCell(NamedTuple):
 
 
 class VirtualCell(NamedTuple):
-    """Virtual position `index` of the adapter with this watermark."""
+    """A virtual position of the adapter with this watermark."""
 
     watermark: int
-    index: int
+    position: int
 
 
 class FakeRunner:
@@ -213,7 +213,7 @@ class FakeRunner:
             block = int(batch.block_tables[b, index // self._block_size])
             cell = self.cells.get(block * self._block_size + index % self._block_size)
             assert isinstance(cell, VirtualCell), f"request {b}: virtual position {index} holds {cell}"
-            assert cell.index == index, f"request {b}: virtual position {index} holds {cell}"
+            assert cell.position == index, f"request {b}: virtual position {index} holds {cell}"
             assert virtual in (None, cell.watermark), f"request {b}: virtual positions of two adapters"
             virtual = cell.watermark
         per_row = {self._deltas(batch, row) for row in rows}

@@ -273,8 +273,8 @@ class LiveServer:
         return self._life
 
     def stop(self) -> None:
-        self.client.channel.close()
         self.begin_stop().result(WAIT_S)
+        self.client.channel.close()
 
     def watch_well(self, adapters: Iterable[str | None]) -> None:
         """Remember what these answer now, for `check_well`."""
@@ -303,6 +303,10 @@ class LiveServer:
         return blocks.num_used_blocks
 
 
+def _details_of(error: Any) -> object:
+    return dict(error.trailing_metadata() or ()).get(DETAILS_KEY)
+
+
 def refused(call: Callable[[], object], code: str, reason: str, *says: str, retry: bool | None = None) -> Failure:
     """`call` is answered with this status, in the form that every error of ours has; what the client sees of it."""
     try:
@@ -310,8 +314,7 @@ def refused(call: Callable[[], object], code: str, reason: str, *says: str, retr
         if isinstance(result, Running):
             result = result.result()
     except grpc.RpcError as error:
-        failure = failure_of(error)
-        packed = dict(error.trailing_metadata() or ()).get(DETAILS_KEY)
+        failure, packed = failure_of(error), _details_of(error)
     else:
         raise AssertionError(f"expected {code} {reason}, was answered {str(result)[:300]}")
     found = (failure.code.name, failure.reason, failure.message)
@@ -320,9 +323,7 @@ def refused(call: Callable[[], object], code: str, reason: str, *says: str, retr
         assert text in failure.message, found
     assert isinstance(packed, bytes), found
     details = {detail.TypeName(): detail for detail in Status.FromString(packed).details}
-    infos = [
-        detail for detail in Status.FromString(packed).details if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)
-    ]
+    infos = [detail for detail in Status.FromString(packed).details if detail.TypeName() == "google.rpc.ErrorInfo"]
     assert len(infos) == 1, found
     assert error_details_pb2.ErrorInfo.FromString(infos[0].value).domain == DOMAIN
     assert ("google.rpc.RetryInfo" in details) == (failure.retry_after_s is not None)

@@ -557,9 +557,12 @@ def test_row_33_a_source_that_changes_while_it_is_copied(
 
 def test_row_64_virtual_tokens_and_prompt_past_the_context(server: LiveServer) -> None:
     longest = server.model.facts.max_model_len
-    ids = {"token_ids": {"ids": [65] * (longest - 5)}}
     refused(
-        lambda: server.client.generate("prefix-1", 1, **ids), "INVALID_ARGUMENT", "CONTEXT_EXCEEDED", "5 virtual", "256"
+        lambda: server.client.generate("prefix-1", 1, token_ids={"ids": [65] * (longest - 5)}),
+        "INVALID_ARGUMENT",
+        "CONTEXT_EXCEEDED",
+        "5 virtual",
+        "256",
     )
     assert len(server.client.tokens("prefix-1", 1, token_ids={"ids": [65] * (longest - 6)})) == 1
 
@@ -569,11 +572,9 @@ def test_row_65_can_never_fit_the_pool(tight: LiveServer, sources: Sources) -> N
     large = Parts.of(tiny.random_lora(sources.base, rank=64, seed=1), sources.base).files()
     path = large.write(sources.root / "spoiled" / "65-lora")
     refused(lambda: tight.client.register("spoiled", path), "INVALID_ARGUMENT", "ADAPTER_TOO_LARGE", f"limit {pool}")
-    longer = tight.config.engine.num_kv_blocks or 0
     many = Parts.of(tiny.random_prefix(sources.base, length=256, seed=1), sources.base).files()
     tight.client.register("spoiled", many.write(sources.root / "spoiled" / "65-fits"))  # 16 of 40 blocks
     tight.client.unregister("spoiled")
-    assert longer == 40
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tests.server import test_bad_adapters as bad_adapters
 from tests.server.conftest import SPECIAL, Sources
 from tests.server.files import Good, upload_messages
 from tests.server.live import WAIT_S, Client, LiveServer, Loop, refused, wait_until
+from weft.adapters.identifiers import AdapterId
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import Staging
 from weft.api.status import failure_of
@@ -338,7 +339,7 @@ def test_row_19_register_and_unregister_race_on_one_id(server: LiveServer, sourc
     catalog = AdapterStore(server.config.store, server.config.adapters).read_catalog().manifests
     assert set(catalog) == there, "memory and disk disagree"
     if "raced" in there:
-        assert server.client.generate("raced", 2).generation == catalog["raced"].generation
+        assert server.client.generate("raced", 2).generation == catalog[AdapterId("raced")].generation
         server.client.unregister("raced")
 
 
@@ -456,7 +457,7 @@ def test_row_99_two_messages_on_a_unary_call(server: LiveServer) -> None:
 def test_row_97_too_much_metadata_or_message(server: LiveServer) -> None:
     request = server.client.request(num_tokens=2)
     with pytest.raises(grpc.RpcError) as error:
-        server.client.generation.Generate(request, metadata=[("x-big", "y" * 20_000)], timeout=WAIT_S)
+        server.client.generation.Generate(request, metadata=(("x-big", "y" * 20_000),), timeout=WAIT_S)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.RpcError) as error:
         server.client.generate(text="x" * (5 * MIB))
@@ -581,7 +582,7 @@ def test_row_77_a_prompt_that_is_hostile_to_the_tokenizer(server: LiveServer) ->
 def test_the_event_loop_stays_free_under_every_bad_input(
     server: LiveServer, sources: Sources, good: Good, record_property: Callable[[str, object], None]
 ) -> None:
-    """Promised is p99 ≤ 50 ms. The client shares this process and its interpreter lock; the machine is shared too."""
+    """Promised is p99 ≤ 50 ms; here the client shares the process, and others the machine."""
     paths = [
         (case, case.make(good).write(sources.root / "spoiled" / f"lag-{index}"))
         for index, case in enumerate(bad_adapters.CASES)

@@ -102,6 +102,7 @@ class Lifecycle:
             work=self._work,
             metrics=metrics,
             changed=self._changed,
+            unwanted=self._free_later,
         )
         self._lease_ended = asyncio.Event()
         self._methods: dict[AdapterId, str] = {}
@@ -329,7 +330,11 @@ class Lifecycle:
     def _went_idle(self, version: Version) -> None:
         """A replaced version has no requests left: its memory goes."""
         if version.state is AdapterState.DRAINING and self.registry.current(version.adapter_id) is not version:
-            self._work.keep(self._free(version.generation))
+            self._free_later(version.generation)
+
+    def _free_later(self, generation: Generation) -> None:
+        if not self._work.is_closed:
+            self._work.keep(self._free(generation))
 
     async def _free(self, generation: Generation) -> None:
         await self.memory.free(generation)

@@ -46,6 +46,7 @@ class AdapterMemory:
     """Device and host copies of the adapters of one server.
 
     changed(change, version): called when an adapter came to the device or left it.
+    unwanted(generation): called where content was read that no adapter is any more.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class AdapterMemory:
         work: Work,
         metrics: Metrics,
         changed: Callable[[Change, Version], None],
+        unwanted: Callable[[Generation], None],
     ) -> None:
         self._engine = engine
         self._store = store
@@ -68,6 +70,7 @@ class AdapterMemory:
         self._work = work
         self._metrics = metrics
         self._changed = changed
+        self._unwanted = unwanted
         self._resident: frozenset[Generation] = frozenset()
         self._at_hand: dict[Generation, Slab] = {}  # on their way to the device before the store has them
         self._loop = asyncio.get_running_loop()
@@ -211,13 +214,13 @@ class AdapterMemory:
                 self._loop.call_soon_threadsafe(self._registry.fail, generation, error.reason)
             raise
         self._host.put(generation, slab)
-        self._loop.call_soon_threadsafe(self._drop_unwanted, generation)
+        self._loop.call_soon_threadsafe(self._was_read, generation)
         return slab
 
-    def _drop_unwanted(self, generation: Generation) -> None:
-        """It may have been unregistered while it was read."""
+    def _was_read(self, generation: Generation) -> None:
+        """It may have been unregistered meanwhile."""
         if not self._is_wanted(generation):
-            self._host.drop(generation)
+            self._unwanted(generation)
 
     def _unpin(self, version: Version) -> None:
         self._registry.pin(version, False)

@@ -1,5 +1,6 @@
 """GenerationService: proto ⇄ the application's own types, nothing else."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -65,7 +66,10 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         tokens = await self._application.generation.tokenize(
             request.text if kind == "text" else None, _turns(request.messages) if kind == "messages" else None
         )
-        pieces = self._tokenizer.convert_ids_to_tokens(tokens) if request.pieces else []
+        return await asyncio.to_thread(self._tokenized, tokens, request.pieces)  # there may be a million of them
+
+    def _tokenized(self, tokens: list[int], with_pieces: bool) -> generation_service_pb2.TokenizeResponse:
+        pieces = self._tokenizer.convert_ids_to_tokens(tokens) if with_pieces else []
         return generation_service_pb2.TokenizeResponse(token_ids=tokens, pieces=pieces, num_tokens=len(tokens))
 
     async def GetModelInfo(

@@ -55,7 +55,7 @@ class Library(NamedTuple):
 
 @functools.cache
 def load() -> Library:
-    """The kernels of this machine, compiled if nobody has done it yet (about five seconds)."""
+    """The kernels of this machine, compiled if nobody has done it yet (a few seconds)."""
     try:
         path = build(cache_directory())
         functions = ctypes.CDLL(str(path))
@@ -125,7 +125,7 @@ def build(directory: Path) -> Path:
             _run((compiler, "-shared", *objects, "-o", str(linked)))  # no -fopenmp: see the top
             linked.replace(path)
     except OSError as error:
-        raise KernelsUnavailable(f"no room for the compiled CPU kernels: {error}; set XDG_CACHE_HOME") from error
+        raise KernelsUnavailable(f"the compiled CPU kernels cannot be written: {error}; set XDG_CACHE_HOME") from error
     return path
 
 
