@@ -18,10 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if (_ROOT / "models" / "weft-demo" / "README.md").is_file() and (_ROOT / "adapters_store" / "demo").is_dir():
         return
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if ("test_tasks" in item.nodeid and {"model", "tokenizer"} & set(fixtures)) or item.name.startswith(
-            _OF_THE_DEMO
-        ):
+        needs_base = "test_tasks" in item.nodeid and {"model", "tokenizer"} & set(getattr(item, "fixturenames", ()))
+        if needs_base or item.name.startswith(_OF_THE_DEMO):
             item.add_marker(pytest.mark.skip(reason="the demo base is not there: make base adapters"))
 
 
