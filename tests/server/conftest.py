@@ -155,3 +155,7 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
     generations = {manifest.generation for manifest in store.read_catalog().manifests.values()}
     assert {path.name for path in (live.config.store / "versions").iterdir()} == generations
     live.check_well()
+
+
+# Still being written; collected once they are whole.
+collect_ignore = ["test_lifecycle.py", "test_metrics.py", "test_serve_process.py"]

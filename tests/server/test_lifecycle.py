@@ -6,17 +6,15 @@ Every answer is compared token for token with what the same content answers alon
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
-import torch
 
 from tests.server.conftest import Sources
-from tests.server.files import LORA_A
 from tests.server.live import WAIT_S, LiveServer, Loop, Running, refused, wait_until
 from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.identifiers import AdapterId
@@ -562,20 +560,6 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
 
 
 # -- an adapter that makes NaN ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def poison(tight: LiveServer, sources: Sources) -> Iterator[str]:
-    """An adapter that is finite on disk and overflows in the first step."""
-    parts = sources.parts("lora-1")
-    name = LORA_A.replace("self_attn.q_proj", "mlp.down_proj")
-    matrices = {
-        name: torch.full((8, 128), 1e36),
-        name.replace("lora_A", "lora_B"): torch.full((64, 8), 1e36),
-    }
-    tight.client.register("poison", parts.with_tensors(matrices).write(sources.root / "poison"))
-    yield "poison"
-    tight.client.unregister("poison", allow_missing=True)
 
 
 def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poison: str) -> None:
