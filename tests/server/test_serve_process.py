@@ -313,7 +313,7 @@ def test_a_second_signal_is_fast(start: Started) -> None:
         try:
             stream.result()
         except grpc.RpcError as error:
-            assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # pyright: ignore
+            assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # pyright: ignore  # noqa: PT017  the streams end in either way
             ended += 1
     assert ended > 30, "they were waited for"
     assert "not waiting any longer" in process.log
