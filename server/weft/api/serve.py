@@ -8,9 +8,9 @@ engine down: NOT_SERVING, everything inside has ended with UNAVAILABLE → exit 
 
 import asyncio
 import logging
+import os
 import resource
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -63,8 +63,9 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     """Serve until a signal; the exit code of the process. `adapters` are registered at the start, replacing."""
     logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
-    # As PID 1 of a container a process without a handler ignores SIGTERM; loading can take minutes.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    # As PID 1 of a container a process without a handler ignores SIGTERM; loading can take minutes, and nothing is open
+    # yet. An exception would be lost where it lands in a destructor.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
         model, runner = build_model(config)
