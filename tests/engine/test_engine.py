@@ -15,6 +15,7 @@ from tests.engine.fakes import GREEDY, UNIT_BYTES, FakeAdapter, Harness, expecte
 from weft.engine.batch import Batch
 from weft.engine.engine import ENGINE_DOWN
 from weft.engine.request import FinishReason, Request, RequestId, SamplingParams
+from weft.engine.scheduler import OVERTAKEN_MAX
 from weft.errors import Cancelled, DataLoss, Unavailable, WeftError
 from weft.metrics import Metrics
 
@@ -439,6 +440,48 @@ def test_a_request_without_room_for_its_adapter_does_not_drive_out_what_others_n
         assert h.reason(small) == "length"
     assert h.finish(large) is None
     assert h.finish(holder) is None
+    h.run()
+    h.assert_answers()
+
+
+def test_a_large_adapter_gets_its_room_under_unending_traffic_of_others() -> None:
+    h = harness(capacity_bytes=3 * UNIT_BYTES)
+    large = FakeAdapter(8, units=3)
+    traffic = [h.submit([1], ONE, params=long(3)), h.submit([2], TWO, params=long(4))]
+    h.turn()
+    waits = h.submit([3], large, params=long(2))
+    for _ in range(20 * OVERTAKEN_MAX):
+        while h.loads:
+            h.answer_load(h.loads[0])
+        h.turn()
+        if h.finish(waits):
+            break
+        traffic = [request for request in traffic if not h.finish(request)]
+        while len(traffic) < 4:
+            traffic.append(h.submit([len(traffic)], ONE if len(traffic) % 2 else TWO, params=long(3)))
+    assert h.reason(waits) == "length"
+    assert waits.num_overtaken == OVERTAKEN_MAX
+    h.run()
+    h.assert_answers()
+
+
+def test_who_cannot_fit_beside_pinned_adapters_ends_and_holds_up_nobody() -> None:
+    h = harness(capacity_bytes=3 * UNIT_BYTES)
+    h.know(ONE)
+    h.engine.pin(ONE.generation)
+    h.turn()
+    h.answer_load(ONE.generation)
+    runs = h.submit([1], ONE, params=long(40))
+    h.turn()
+    large = h.submit([2], FakeAdapter(8, units=3))
+    h.turn()
+    h.answer_load(h.loads[0])
+    for _ in range(2 * OVERTAKEN_MAX):
+        h.submit([3], ONE, params=long(1))
+        h.turn()
+    assert h.reason(large) == "POOL_EXHAUSTED"
+    h.turn(40)
+    assert h.reason(runs) == "length"
     h.run()
     h.assert_answers()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import FinishReason, Request, RequestId, RequestStatus, SamplingParams
-from weft.engine.scheduler import Scheduler
+from weft.engine.scheduler import OVERTAKEN_MAX, Scheduler
 
 SIZE = 4
 
@@ -22,14 +22,19 @@ class Table:
     def __init__(self, *, num_blocks: int = 100, max_num_seqs: int = 8, budget: int = 16, caching: bool = True) -> None:
         self.blocks = BlockManager(num_blocks, SIZE, enable_prefix_caching=caching)
         self.absent: set[str] = set()  # requests whose adapters are being loaded
+        self.no_room: set[str] = set()  # requests whose adapters have no room beside those in use
         self.asked: list[str] = []
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, admit=self._admit
+            self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            admit=self._admit,
+            is_loading=lambda request: request.request_id in self.absent,
         )
 
     def _admit(self, request: Request) -> bool:
         self.asked.append(request.request_id)
-        return request.request_id not in self.absent
+        return request.request_id not in self.absent | self.no_room
 
     def add(self, name: str, prompt: int | Sequence[int]) -> Request:
         """A prompt of so many tokens that no other prompt begins with, or of these."""
@@ -129,6 +134,24 @@ def test_those_whose_adapter_is_loading_are_passed_without_losing_their_place() 
     table.end(b)
     assert table.step() == {"d": 1, "a": 2}, "the first in line takes the first free seat"
     assert table.waiting == "c"
+
+
+def test_who_waits_for_room_is_passed_so_often_and_no_more() -> None:
+    table = Table(max_num_seqs=2)
+    table.absent, table.no_room = {"loads"}, {"large"}
+    table.add("loads", 2)
+    large = table.add("large", 2)
+    passed = [table.add(f"small-{i}", 2) for i in range(OVERTAKEN_MAX + 1)]
+    for request in passed[:-1]:
+        assert table.scheduler.blocked is None
+        assert request.request_id in table.step()
+        table.end(request)
+    assert table.step() == {}
+    assert table.scheduler.blocked is large
+    table.no_room = set()
+    assert table.step() == {"large": 2, passed[-1].request_id: 2}
+    assert table.scheduler.blocked is None
+    assert table.waiting == "loads", "a load that is on its way holds nobody up"
 
 
 def test_a_loading_request_at_the_head_starves_nobody_and_is_asked_in_every_step() -> None:

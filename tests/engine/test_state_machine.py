@@ -327,7 +327,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "harness"):
             return
         harness = self.harness
-        harness.run(max_turns=600)
+        harness.run(max_turns=200 + 40 * len(harness.requests))
         self.finish_removals()
         for adapter_id in list(self.current):
             self.unregister(adapter_id, cancel=False)

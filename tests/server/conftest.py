@@ -1,5 +1,6 @@
 """Two real servers for the whole session, one with the defaults and one with small limits, and their adapters."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from weft.config import (
 )
 from weft.methods.protocol import BaseShape
 
+_POISONED = itertools.count(100)
 SPECIAL = "<|end|>"
 _CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
 
@@ -144,6 +146,19 @@ def tight(_tight: LiveServer) -> Iterator[LiveServer]:
     _check_left_clean(_tight, {"lora-1"})
 
 
+@pytest.fixture
+def poison(tight: LiveServer, sources: Sources) -> Iterator[str]:
+    """An adapter on `tight` whose finite weights make numbers that are not, in a directory of its name.
+
+    New content each time, since it is content that a server puts into quarantine.
+    """
+    parts = sources.parts(f"lora-{next(_POISONED)}")
+    tensors = {name: t * 1e30 if "lora_B" in name else t for name, t in parts.tensors.items()}
+    tight.client.register("poison", parts.with_tensors(tensors).write(sources.root / "poison"))
+    yield "poison"
+    tight.client.unregister("poison", allow_missing=True)
+
+
 def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
     found = {adapter.adapter_id for adapter in live.client.list().adapters}
     for left in found - adapters:  # so that one test's failure is not the next one's
@@ -155,7 +170,3 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
     generations = {manifest.generation for manifest in store.read_catalog().manifests.values()}
     assert {path.name for path in (live.config.store / "versions").iterdir()} == generations
     live.check_well()
-
-
-# Still being written; collected once they are whole.
-collect_ignore = ["test_lifecycle.py", "test_metrics.py", "test_serve_process.py"]

@@ -26,6 +26,7 @@ from tests.server.live import WAIT_S, Client, refused, wait_until
 from weft.v1 import adapter_service_pb2, generation_pb2
 
 SERVICES = {"weft.v1.GenerationService", "weft.v1.AdapterService"}
+_GENERATION = health_pb2.HealthCheckRequest(service="weft.v1.GenerationService")
 CANARY = "canary-7f3a9c"  # what must not be found again
 
 
@@ -271,15 +272,15 @@ def test_sigterm_drains(start: Started, sources: Sources) -> None:
     client = process.client
     wanted = {name: client.tokens(name, 100) for name in (None, "lora")}
     assert wanted[None] != wanted["lora"]
-    statuses: list[int] = []
-    watch = _health(process).Watch(health_pb2.HealthCheckRequest(service="weft.v1.GenerationService"), timeout=WAIT_S)
-    watcher = threading.Thread(target=lambda: statuses.extend(update.status for update in watch), daemon=True)
+    statuses, ended = _watched_health(process)
+    wait_until(lambda: len(statuses) == 1)
+    leaver = _health(process).Watch(_GENERATION, timeout=WAIT_S)
+    next(leaver)
+    leaver.cancel()  # and the other one is not forgotten
     watched = client.adapters.WatchAdapters(adapter_service_pb2.WatchAdaptersRequest(), timeout=WAIT_S)
     assert next(watched).adapter.adapter_id == "lora"
     streams = [(name, client.stream(name, 100)) for name in (None, "lora") * 3]  # two run, four wait
     streams[0][1].wait_tokens(5)
-    _quietly(watcher.start)
-    wait_until(lambda: len(statuses) == 1)
     process.signal(signal.SIGTERM)
     wait_until(lambda: "draining" in process.log)
     for call in (client.generate, client.stream, lambda: client.register("new", sources("lora-2"))):
@@ -288,7 +289,8 @@ def test_sigterm_drains(start: Started, sources: Sources) -> None:
     for name, stream in streams:
         assert stream.result().tokens == wanted[name], name
     serving, gone = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-    wait_until(lambda: statuses == [serving, gone])
+    assert ended.wait(WAIT_S)
+    assert statuses == [serving, gone]
     refused(lambda: list(watched), "UNAVAILABLE", "DRAINING")
     assert process.exit_code() == 0
     assert "Traceback" not in process.log
@@ -327,6 +329,16 @@ def test_sigterm_while_the_base_loads(start: Started) -> None:
     assert "Traceback" not in process.log
 
 
-def _quietly(function: object) -> None:
-    assert callable(function)
-    function()
+def _watched_health(process: ServerProcess) -> tuple[list[int], threading.Event]:
+    """The statuses that a watch tells, as they come, and whether it has ended."""
+    statuses: list[int] = []
+    ended = threading.Event()
+    watch = _health(process).Watch(_GENERATION, timeout=WAIT_S)
+
+    def read() -> None:
+        with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+            statuses.extend(update.status for update in watch)
+        ended.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    return statuses, ended

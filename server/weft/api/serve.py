@@ -19,11 +19,10 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc.aio
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
-from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]  # public, untyped
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
+from prometheus_client import disable_created_metrics, start_http_server
 from rich.console import Console
 from rich.progress import Progress
 
@@ -34,6 +33,7 @@ from weft.api.generation import ModelFacts
 from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.servicers.adapters import AdapterServicer
 from weft.api.servicers.generation import GenerationServicer
+from weft.api.servicers.health import HealthServicer
 from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
@@ -145,6 +145,7 @@ async def serving(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AsyncIterator[Serving]:
     """A server that listens inside the block and has drained after it."""
+    disable_created_metrics()  # a second series beside each counter, which nobody reads
     metrics = Metrics()
     application = Application(config, model, runner, metrics)
 
@@ -166,7 +167,7 @@ async def serving(
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
     adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(application), server)
-    health = health_aio.HealthServicer()
+    health = HealthServicer(_SERVICES)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if config.server.reflection:
         reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
@@ -179,18 +180,18 @@ async def serving(
     try:
         await application.start(adapters, progress)
         await server.start()
-        for name in ("", *_SERVICES):
-            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health.serve()
         watch_down = asyncio.create_task(_follow_engine(application, health))
         try:
             yield Serving(application=application, port=port, metrics_port=exposition.server_address[1])
         finally:
             watch_down.cancel()
-            await health.enter_graceful_shutdown()
+            health.retire()
             if not await application.drain(config.server.drain_timeout_s):
                 _log.warning("drain: requests were left after %g s; they end now", config.server.drain_timeout_s)
     finally:
         await application.stop()
+        health.end()
         await server.stop(grace=1.0)
         exposition.shutdown()
         exposition.server_close()
@@ -213,9 +214,9 @@ def _expose(metrics: Metrics, config: WeftConfig) -> WSGIServer:
     return exposition
 
 
-async def _follow_engine(application: Application, health: health_aio.HealthServicer) -> None:
+async def _follow_engine(application: Application, health: HealthServicer) -> None:
     await application.down.wait()
-    await health.enter_graceful_shutdown()
+    health.retire()
 
 
 async def _serve_until_signal(

@@ -97,6 +97,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             admit=self.residency.admit,
+            is_loading=self.residency.is_loading,
         )
         self._requests: dict[RequestId, Request] = {}
         self._events: list[TokenEvent] = []
@@ -214,6 +215,9 @@ class Engine:
         now = self._clock()
         self._expire(now)
         step = self.scheduler.schedule()
+        blocked = self.scheduler.blocked
+        if blocked is not None and not self.residency.can_fit(blocked):
+            self._end_without_room(blocked)
         if not step:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
@@ -304,13 +308,16 @@ class Engine:
         others = [request for request in self.scheduler.waiting if request is not stuck]
         if self.residency.release_all(others) or self.residency.evict_virtual():
             return
+        self._end_without_room(stuck)
+
+    def _end_without_room(self, request: Request) -> None:
         error = Overloaded(
             "POOL_EXHAUSTED",
             "the adapter and KV pools have no room for this request now",
             metadata={"quota": "adapter_and_kv_pools"},
             retry_after_s=1.0,
         )
-        self._end(stuck, FinishReason.ERROR, error)
+        self._end(request, FinishReason.ERROR, error)
 
     def _stuck(self) -> Request | None:
         waiting = (request for request in self.scheduler.waiting if not self.residency.is_loading(request))

@@ -100,6 +100,7 @@ class Request:
     deadline_s, arrival_s: on the monotonic clock. cache_root: what the prefix-cache key starts from (block_manager.py).
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
     num_cached_tokens: prompt tokens that others had computed when the request first started.
+    num_overtaken: later requests that started while this one waited for adapter room.
     """
 
     request_id: RequestId
@@ -114,6 +115,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_overtaken: int = 0
     blocks: list[int] = field(default_factory=list)
     virtual_blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)

@@ -102,6 +102,18 @@ class Residency:
             self.release(request)
         return bool(holding)
 
+    def can_fit(self, request: Request) -> bool:
+        """Whether the adapters of a request have room beside those that are pinned, once everybody else is gone.
+
+        What has not been loaded yet counts as nothing.
+        """
+        own = {use.generation for use in request.adapters}
+        slabs = [resident.slab for g, resident in self._resident.items() if g in own or g in self._pinned]
+        slabs += [slab for g, slab in self._arrived.items() if g in own]
+        num_blocks = sum(self._blocks.count(slab.num_virtual_tokens) for slab in slabs)
+        num_bytes = sum(slab.buffer.nbytes for slab in slabs)
+        return num_bytes <= self._runner.slots.capacity_bytes and num_blocks <= self._blocks.num_blocks
+
     def arrived(self, generation: Generation, slab: Slab) -> None:
         """A load finished: the slab waits for the step that starts its request, or goes to the device by itself."""
         if generation not in self._pending:

@@ -5,6 +5,9 @@ under one token budget. (The idea is vLLM V1's.) Running requests come first, in
 skipping those whose adapters are still being loaded. A request starts when the pool has room for all its tokens, so a
 long prompt never begins what it cannot finish. Where the pool runs short later, the youngest running request gives its
 blocks back and recomputes.
+
+A request that waits for adapter room is passed by others, but not for ever: after OVERTAKEN_MAX of them nobody starts
+before it, so running requests end and make its room.
 """
 
 from collections import deque
@@ -13,6 +16,8 @@ from typing import NamedTuple
 
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import Request, RequestStatus
+
+OVERTAKEN_MAX = 64
 
 
 class Scheduled(NamedTuple):
@@ -31,7 +36,9 @@ class Scheduler:
     """The waiting and the running; the engine thread is its only caller.
 
     admit(request): called before a waiting request starts; True when every adapter is resident and held for it, False
-    to try again in a later step.
+    to try again in a later step. is_loading(request): whether it was refused for a load that is on its way, not for
+    want of room.
+    blocked: the waiting request that nobody may pass any more, after a step that met one.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         admit: Callable[[Request], bool],
+        is_loading: Callable[[Request], bool],
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
@@ -48,6 +56,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._admit = admit
+        self._is_loading = is_loading
+        self.blocked: Request | None = None
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
@@ -64,6 +74,7 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next step, in the order of its rows. Empty when nothing can run now."""
+        self.blocked = None
         budget = self._max_num_batched_tokens
         step: list[Scheduled] = []
         index = 0
@@ -104,10 +115,16 @@ class Scheduler:
     def _start_waiting(self, budget: int) -> list[Scheduled]:
         started: list[Scheduled] = []
         skipped: list[Request] = []
+        without_room: list[Request] = []
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            self.blocked = next((passed for passed in without_room if passed.num_overtaken >= OVERTAKEN_MAX), None)
+            if self.blocked is not None:
+                break
             request = self.waiting.popleft()
             if not self._admit(request):
                 skipped.append(request)
+                if not self._is_loading(request):
+                    without_room.append(request)
                 continue
             num_cached = self.blocks.match(request)
             if not self.blocks.grow(request, request.num_tokens):
@@ -122,5 +139,7 @@ class Scheduler:
             self.running.append(request)
             started.append(Scheduled(request, num_tokens))
             budget -= num_tokens
+            for passed in without_room:
+                passed.num_overtaken += 1
         self.waiting.extendleft(reversed(skipped))
         return started

@@ -253,7 +253,8 @@ def _scrape(console: Console, server: _Server) -> None:
     console.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
     tokens = re.search(r"^weft_generation_tokens_total (\S+)", text, re.MULTILINE)
     _require(tokens is not None and float(tokens[1]) > 0, "the metrics counted tokens")
-    _require('finish_reason="error"' not in text, "no request ended in an error")
+    errors = re.search(r'^weft_requests_total\{finish_reason="error"\} (\S+)', text, re.MULTILINE)
+    _require(errors is None or float(errors[1]) == 0, "no request ended in an error")
 
 
 # -- the server process ------------------------------------------------------------------------------------------

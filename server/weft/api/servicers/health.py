@@ -1,0 +1,68 @@
+"""grpc.health.v1: whether the services answer.
+
+grpcio-health-checking brings the contract; its servicer forgets every watcher of a service when one of them leaves, and
+leaves the rest to be cancelled when the server stops, which grpc logs as errors. So the servicer is ours.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from weft.engine.engine import draining
+
+Status = health_pb2.HealthCheckResponse.ServingStatus
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """The health of `services` and, under the name "", of the server: SERVING from `serve` to `retire`."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = frozenset(("", *services))
+        self._status: Status = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._has_retired = self._has_ended = False
+        self._changed = asyncio.Event()
+
+    def serve(self) -> None:
+        """From now on everything is SERVING, unless it has retired meanwhile."""
+        if not self._has_retired:
+            self._change(health_pb2.HealthCheckResponse.SERVING)
+
+    def retire(self) -> None:
+        """From now on, and for good, everything is NOT_SERVING."""
+        self._has_retired = True
+        self._change(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def end(self) -> None:
+        """The server stops: watches end."""
+        self._has_ended = True
+        self._change(self._status)
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        """The status now; NOT_FOUND for a service that there is not."""
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "service: is none of this server's")
+        return health_pb2.HealthCheckResponse(status=self._status)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The status now and at every change, until the server stops."""
+        del context
+        told = None
+        while not self._has_ended:
+            changed = self._changed
+            is_known = request.service in self._services
+            status = self._status if is_known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            if status != told:
+                yield health_pb2.HealthCheckResponse(status=status)
+                told = status
+            await changed.wait()
+        raise draining()
+
+    def _change(self, status: Status) -> None:
+        self._status = status
+        self._changed.set()
+        self._changed = asyncio.Event()
