@@ -9,13 +9,15 @@ batch.
 import argparse
 import asyncio
 import json
+import logging
 import platform
 import random
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +40,14 @@ from weft.v1 import (
     generation_pb2,
     generation_service_pb2_grpc,
 )
+from weft_training.demo.document import insert
 
 _BATCH = 16
 _NUM_PROMPT = 64
+_TITLE = f"bench-80m (81M Llama), batch {_BATCH}, {_NUM_PROMPT} tokens in, output tokens/s"
+_BASES = {"none": "bfloat16", "nf4": "NF4"}
+_NUM_NAMES = 2  # columns that are no numbers
+_MARKER = "bench"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,24 +171,36 @@ async def _compare(
     return results
 
 
-def _table(results: list[Measured]) -> Table:
-    table = Table(title=f"bench-80m (81M Llama, bfloat16), batch {_BATCH}, {_NUM_PROMPT} tokens in, output tokens/s")
-    for name, justify in (("base", "left"), ("adapters", "left"), ("out", "right"), ("Weft, gRPC", "right")):
-        table.add_column(name, justify=justify)  # pyright: ignore[reportArgumentType]  # a literal in a loop
-    for name in ("PEFT", "Weft ÷ PEFT", "Weft ÷ its own base"):
-        table.add_column(name, justify="right")
+def _cells(results: list[Measured]) -> Iterator[list[str]]:
+    """The table's cells, its head first."""
+    yield ["base", "adapters", "out", "Weft, gRPC", "PEFT", "Weft ÷ PEFT", "Weft ÷ its own base"]
     for row in results:
         own_base = next(r.weft for r in results if r.quantization == row.quantization)
-        table.add_row(
-            row.quantization,
+        yield [
+            _BASES[row.quantization],
             row.adapters,
             str(row.num_new_tokens),
             f"{row.weft:.0f}",
             f"{row.peft:.0f}",
             f"{row.ratio:.2f}",
             f"{row.weft / own_base:.2f}",
-        )
+        ]
+
+
+def _table(results: list[Measured]) -> Table:
+    table = Table(title=_TITLE)
+    head, *body = _cells(results)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i < _NUM_NAMES else "right")
+    for cells in body:
+        table.add_row(*cells)
     return table
+
+
+def _markdown(results: list[Measured], conditions: str) -> str:
+    head, *body = (f"| {' | '.join(cells)} |" for cells in _cells(results))
+    rule = "|".join(["", *["---"] * _NUM_NAMES, *["---:"] * (head.count("|") - 1 - _NUM_NAMES), ""])
+    return "\n".join([head, rule, *body, "", conditions])
 
 
 def _cpu_name() -> str:
@@ -202,8 +221,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns per row (default 3)")
     parser.add_argument("--new-tokens", type=int, default=32, help="output tokens per request (default 32)")
     parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--markdown", type=Path, help=f"also write the table into this file, after <!-- {_MARKER} -->")
     arguments = parser.parse_args()
+    document = None if arguments.markdown is None else insert("", arguments.markdown.read_text(), _MARKER)
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     console = Console()
     results: list[Measured] = []
     with tempfile.TemporaryDirectory() as directory, Progress(console=console, transient=True) as progress:
@@ -219,11 +243,13 @@ def main() -> None:
         for quantization in (Quantization.NONE, Quantization.NF4):
             results += asyncio.run(compare(quantization))
     console.print(_table(results))
-    console.print(
+    conditions = (
         f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}, "
-        f"commit {_commit()}, {datetime.now(UTC):%Y-%m-%d}, median of {arguments.repeats} turns",
-        highlight=False,
+        f"commit {_commit()}, {datetime.now(UTC):%Y-%m-%d}, median of {arguments.repeats} turns"
     )
+    console.print(conditions, highlight=False)
+    if document is not None:
+        arguments.markdown.write_text(insert(_markdown(results, conditions), document, _MARKER))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         record = {

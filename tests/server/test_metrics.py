@@ -235,17 +235,11 @@ def test_no_adapter_is_named_in_a_label(server: LiveServer, sources: Sources) ->
     with pytest.raises(Exception, match="not registered"):
         server.client.generate("not-there-at-all")
     server.client.unregister("named-in-no-label")
-    labels = {
-        label: {
-            sample.labels[label]
-            for metric in server.scrape().values()
-            for sample in metric.samples
-            if label in sample.labels
-        }
-        for metric in server.scrape().values()
-        for sample in metric.samples
-        for label in sample.labels
-    }
+    labels: dict[str, set[str]] = {}
+    for metric in server.scrape().values():
+        for sample in metric.samples:
+            for label, of in sample.labels.items():
+                labels.setdefault(label, set()).add(of)
     values = set().union(*labels.values())
     assert not values & {*names, generation, "not-there-at-all"}
     assert set(labels) == {

@@ -9,19 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft_training.demo.tokenizer import build_tokenizer
 
-_ROOT = Path(__file__).parents[2]
-_OF_THE_DEMO = ("test_the_committed_adapters", "test_committed_adapters", "test_checkpoint_is_small")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What judges the demo's base and adapters waits until `make base` and `make adapters` have made them."""
-    if (_ROOT / "models" / "weft-demo" / "README.md").is_file() and (_ROOT / "adapters_store" / "demo").is_dir():
-        return
-    for item in items:
-        needs_base = "test_tasks" in item.nodeid and {"model", "tokenizer"} & set(getattr(item, "fixturenames", ()))
-        if needs_base or item.name.startswith(_OF_THE_DEMO):
-            item.add_marker(pytest.mark.skip(reason="the demo base is not there: make base adapters"))
-
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

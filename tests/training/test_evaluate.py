@@ -10,7 +10,8 @@ from weft_training import adapter
 from weft_training.adapter import AdaptedModel
 from weft_training.demo import evaluate
 from weft_training.demo.adapters import LIVE, RECIPES
-from weft_training.demo.evaluate import exact_match, insert, markdown
+from weft_training.demo.document import insert
+from weft_training.demo.evaluate import exact_match, markdown
 from weft_training.demo.tasks import TASKS, Split, examples
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +29,14 @@ TABLE = """\
 def test_markdown_goes_between_the_markers() -> None:
     assert markdown(SCORES) == TABLE
     document = "before\n<!-- evaluation -->\nold\n<!-- /evaluation -->\nafter\n"
-    assert insert(TABLE, document) == f"before\n<!-- evaluation -->\n{TABLE}\n<!-- /evaluation -->\nafter\n"
-    assert insert("", insert(TABLE, document)).count("\n") == 5
+    changed = insert(TABLE, document, "evaluation")
+    assert changed == f"before\n<!-- evaluation -->\n{TABLE}\n<!-- /evaluation -->\nafter\n"
+    assert insert("", changed, "evaluation").count("\n") == 5
 
 
 def test_a_document_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="found 0 times"):
-        insert(TABLE, "no markers")
+        insert(TABLE, "no markers", "evaluation")
 
 
 def test_the_live_task_has_no_committed_adapter() -> None:

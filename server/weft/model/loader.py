@@ -5,7 +5,6 @@ safetensors only, no code from the directory. Its linear modules come wrapped (m
 """
 
 import hashlib
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +51,6 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     dtype = _resolve_dtype(config, device, hf_config)
     _require_alignment(config.quantization, device, hf_config)
     transformers_logging.disable_progress_bar()
-    # On some processors it recommends a package that fetches compiled code from a hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     model = AutoModelForCausalLM.from_pretrained(
         path,
         config=hf_config,

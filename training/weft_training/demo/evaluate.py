@@ -4,7 +4,6 @@
 pre-training nor any adapter has seen.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -21,13 +20,14 @@ from weft.methods.catalog import METHODS
 from weft.model import loader
 from weft_training import adapter
 from weft_training.adapter import AdaptedModel
+from weft_training.demo.document import insert
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
 BASE = Path("models/weft-demo")
 ADAPTERS = Path("adapters_store/demo")
 EVALUATION_SEED = 1
 UNTAGGED, TAGGED = "base", "base, tagged"  # columns of the table; the others are methods
-_MARKERS = ("<!-- evaluation -->", "<!-- /evaluation -->")
+_MARKER = "evaluation"
 
 
 class Generator(Protocol):
@@ -95,29 +95,17 @@ def markdown(scores: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([head, rule, *body])
 
 
-def insert(table: str, document: str) -> str:
-    """The document with `table` between its markers."""
-    start, end = _MARKERS
-    pattern = re.compile(f"({re.escape(start)}\n).*?({re.escape(end)})", re.DOTALL)
-    changed, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", document)
-    if count != 1:
-        raise ValueError(f"markdown: must hold {start} and {end} on lines of their own, once, found {count} times")
-    return changed
-
-
 def main(
     base: Annotated[Path, typer.Option(help="The demo base.")] = BASE,
     adapters: Annotated[Path, typer.Option(help="Directory of adapters called <task>-<method>.")] = ADAPTERS,
     num_examples: Annotated[int, typer.Option(help="Test inputs of each task.")] = 200,
     markdown_file: Annotated[
         Path | None,
-        typer.Option(
-            "--markdown", help=f"Also write the table into this file, between {_MARKERS[0]} and {_MARKERS[1]}."
-        ),
+        typer.Option("--markdown", help=f"Also write the table into this file, after <!-- {_MARKER} -->."),
     ] = None,
 ) -> None:
     """Measure the demo's adapters: exact match in per cent on held-back inputs."""
-    document = None if markdown_file is None else insert("", markdown_file.read_text())
+    document = None if markdown_file is None else insert("", markdown_file.read_text(), _MARKER)
     scores = measure(base, adapters, num_examples=num_examples)
     head, *body = rows(scores)
     table = Table(title=f"exact match, NF4 base, {num_examples} held-back inputs a task")
@@ -127,7 +115,7 @@ def main(
         table.add_row(*cells)
     Console().print(table)
     if markdown_file is not None and document is not None:
-        markdown_file.write_text(insert(markdown(scores), document))
+        markdown_file.write_text(insert(markdown(scores), document, _MARKER))
 
 
 if __name__ == "__main__":
