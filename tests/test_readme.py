@@ -113,9 +113,8 @@ def test_training(tmp_path: Path) -> None:
 
 def test_what_the_documents_name_is_there() -> None:
     documents = README + (ROOT / "ARCHITECTURE.md").read_text()
-    paths = set(
-        re.findall(r"`((?:tests|deploy|protos|models|adapters_store|training|benchmarks)/[\w./-]*)`", documents)
-    )
+    folders = "tests|deploy|protos|models|adapters_store|training|benchmarks"
+    paths = set(re.findall(rf"`((?:{folders})/[\w./-]*)`", documents))
     assert len(paths) > 8
     assert not [path for path in paths if not (ROOT / path).exists()]
     assert len(README.splitlines()) <= 150

@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] = ()) -> int:
         "--markdown", type=Path, help=f"also write what is shown into this file, after <!-- {_MARKER} -->"
     )
     given = parser.parse_args(list(arguments))
-    document = None if given.markdown is None else insert("", given.markdown.read_text(), _MARKER)
-    console = Console(record=True) if document is None else Console(record=True, width=_DOCUMENT_WIDTH)
+    markdown: Path | None = given.markdown
+    console = Console() if markdown is None else Console(record=True, width=_DOCUMENT_WIDTH)
     if not (given.base / "config.json").is_file() or not given.adapters.is_dir():
         console.print(f"[red]weft demo: run it where {given.base} and {given.adapters} are (the repository)[/red]")
         return 2
@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] = ()) -> int:
         console.print(f"\n[bold red]✗ {error}[/bold red]")
         return 1
     console.print(f"[bold green]✓ every step was right[/bold green] ({time.monotonic() - started:.0f} s)")
-    if document is not None:
+    if markdown is not None:
         shown = "\n".join(line.rstrip() for line in console.export_text().strip().splitlines())
-        given.markdown.write_text(insert(f"```\n{shown}\n```", document, _MARKER))
+        markdown.write_text(insert(f"```\n{shown}\n```", markdown.read_text(), _MARKER))
     return 0
 
 
