@@ -66,7 +66,7 @@ class Step:
             assert self.blocks.grow(request, len(row.tokens))
             scheduled.append(Scheduled(request, len(row.tokens)))
             slots_of[request] = request_slots
-        batch = batches.build(scheduled, slots_of, BLOCK_SIZE)
+        batch = batches.build(scheduled, slots_of, BLOCK_SIZE, self.runner.slots.planes)
         batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))
         with around or nullcontext():
             flat = self.runner.forward(batch)

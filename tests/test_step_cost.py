@@ -3,6 +3,7 @@
 Counted with the interpreter's own profiler around one model call: every Python call and every call into C.
 """
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -45,11 +46,13 @@ class _CountingRunner(ModelRunner):
             elif event == "c_call":
                 self.calls[f"C:{getattr(argument, '__qualname__', argument)}"] += 1
 
+        gc.disable()  # its callbacks would be counted
         sys.setprofile(count)
         try:
             return super().forward(batch)
         finally:
             sys.setprofile(None)
+            gc.enable()
 
 
 def _step(base: loader.Base, kernels: Kernels) -> Step:

@@ -3,6 +3,8 @@
 import ctypes
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.methods import ia3, lora, prefix
-from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Site
+from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Packed, Site
 
 CPU = torch.device("cpu")
 SHAPE = BaseShape(
@@ -141,12 +143,46 @@ def test_the_table_tells_kernels_kind_rank_and_address() -> None:
                 assert kind == DeltaKind.NONE
                 continue
             assert adapter.method.pack is not None
-            packed = adapter.method.pack(adapter.sites[site.name], torch.float32)
+            (packed,) = adapter.method.pack(adapter.sites[site.name], torch.float32)
             assert (kind, rank) == (packed.kind, packed.rank)
             assert torch.equal(read(first, packed.first), packed.first)
             assert (second == 0) == (packed.second is None)
             if packed.second is not None:
                 assert torch.equal(read(second, packed.second), packed.second)
+
+
+def two_planes(seed: int) -> Adapter:
+    """A method whose delta at a site is a LoRA's and a scale's."""
+    adapter, scales = (
+        lora_adapter(2, seed),
+        {name: torch.randn(site.out_features) for name, site in SHAPE.sites.items()},
+    )
+
+    def pack(params: Any, dtype: torch.dtype) -> tuple[Packed, ...]:
+        assert lora.METHOD.pack is not None
+        scale = next(scales[name] for name, other in adapter.sites.items() if other is params)
+        return (*lora.METHOD.pack(params, dtype), Packed(DeltaKind.SCALE_OUTPUT, 0, scale, None))
+
+    return replace(adapter, method=replace(lora.METHOD, pack=pack, unpack=lambda packed: packed))
+
+
+def test_an_adapter_with_two_kinds_of_delta_at_a_site_takes_two_planes_and_one_slot() -> None:
+    slots = table()
+    plain = slots.put(laid_out(lora_adapter(1)))
+    placed = [slots.put(laid_out(two_planes(seed))) for seed in range(12)]  # more than the first table holds
+    assert len(slots) == 13
+    taken = [plane for slot in placed for plane in slots.planes[slot]]
+    assert len(set(taken) | {plain}) == 25
+    for slot in placed:
+        assert slot == slots.planes[slot][0]
+        for name, site in SHAPE.sites.items():
+            kinds = slots.table[site.index, list(slots.planes[slot]), 0].tolist()
+            assert kinds == ([DeltaKind.LORA, DeltaKind.SCALE_OUTPUT] if name in slots.params(slot) else [0, 0])
+            assert [packed.kind for packed in slots.params(slot).get(name, ())] == [kind for kind in kinds if kind]
+    for slot in placed:
+        slots.drop(slot)
+    assert not slots.planes
+    assert {int(plane) for plane in slots.table[:, :, 0].any(0).nonzero()} == {plain}
 
 
 def test_a_left_slot_is_empty_and_is_used_again() -> None:

@@ -7,6 +7,7 @@ holds now, and which adapters each request was given.
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -435,14 +436,12 @@ def _late_loads_are_placed(patch: pytest.MonkeyPatch) -> None:
 def _slots_of_another_request(patch: pytest.MonkeyPatch) -> None:
     real = batches.build
 
-    def build(
-        step: list[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], block_size: int
-    ) -> batches.Batch:
+    def build(step: list[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], *more: Any) -> batches.Batch:
         swapped = dict(slots_of)
         requests = [request for request, _ in step if request.adapters and not request.virtual_blocks]
         if len(requests) > 1 and len(slots_of[requests[0]]) == len(slots_of[requests[-1]]):
             swapped[requests[0]] = slots_of[requests[-1]]
-        return real(step, swapped, block_size)
+        return real(step, swapped, *more)
 
     patch.setattr(batches, "build", build)
 

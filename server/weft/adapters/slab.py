@@ -29,17 +29,18 @@ class Part(NamedTuple):
 
 
 class SlabEntry(NamedTuple):
-    """What the adapter does at one site."""
+    """One kind of delta that the adapter makes at one site; where it makes several, each lies in a plane of its own."""
 
     site_index: int
     site_name: str
+    plane: int
     kind: DeltaKind
     rank: int
     first: Part
     second: Part | None
 
     def packed(self, buffer: Tensor) -> Packed:
-        """The site's parameters as views of `buffer`."""
+        """The entry's tensors as views of `buffer`."""
         second = None if self.second is None else self.second.view(buffer)
         return Packed(self.kind, self.rank, self.first.view(buffer), second)
 
@@ -56,6 +57,11 @@ class Slab:
     @property
     def num_virtual_tokens(self) -> int:
         return 0 if self.virtual is None else self.virtual.keys.shape[1]
+
+    @property
+    def num_planes(self) -> int:
+        """How many rows of the slot table it takes."""
+        return 1 + max((entry.plane for entry in self.entries), default=0)
 
     @property
     def size_bytes(self) -> int:
@@ -79,10 +85,10 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype) -> Slab:
 
     for name in sorted(adapter.sites, key=lambda name: base.sites[name].index):
         assert adapter.method.pack is not None
-        packed = adapter.method.pack(adapter.sites[name], dtype)
-        first = place(packed.first)
-        second = None if packed.second is None else place(packed.second)
-        entries.append(SlabEntry(base.sites[name].index, name, packed.kind, packed.rank, first, second))
+        for plane, packed in enumerate(adapter.method.pack(adapter.sites[name], dtype)):
+            first = place(packed.first)
+            second = None if packed.second is None else place(packed.second)
+            entries.append(SlabEntry(base.sites[name].index, name, plane, packed.kind, packed.rank, first, second))
     buffer = torch.zeros(offset, dtype=torch.uint8)
     for part, tensor in placed:
         part.view(buffer).copy_(tensor)

@@ -1,8 +1,9 @@
 """Device memory of adapters: which slot holds whose weights.
 
 A slot is storage, not mathematics: one contiguous buffer per adapter, of its own size, so nothing is padded to a
-largest rank and bytes alone decide what fits. Kernels find a slot's weights through `table`, one row per site and slot;
-the reference driver gets views. Only the engine thread calls this.
+largest rank and bytes alone decide what fits. Kernels find weights through `table`, one row per site and plane; the
+reference driver gets views. An adapter that makes several kinds of delta at one site takes a plane for each; its slot
+is called by its first plane. Only the engine thread calls this.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slab import Slab
-from weft.methods.protocol import DeltaKind, Method
+from weft.methods.protocol import DeltaKind, Method, Packed
 
 AdapterSlot = NewType("AdapterSlot", int)
 
@@ -32,8 +33,9 @@ class _Held:
 class SlotTable:
     """Slots of one base.
 
-    table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every slot at every site.
-    num_entries, num_input_scales: by site, how many slots do anything there, and how many of them to its input.
+    table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every plane at every site.
+    num_entries, num_input_scales: by site, how many planes do anything there, and how many of them to its input.
+    planes: the planes of every slot that has more than one, its own number first.
     capacity_bytes bounds the sum of the buffers; S grows as needed and costs 32 bytes a site.
     """
 
@@ -42,6 +44,7 @@ class SlotTable:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._device = device
+        self.planes: dict[AdapterSlot, tuple[int, ...]] = {}
         self._held: dict[AdapterSlot, _Held] = {}
         self._free = list(reversed(range(8)))
         self.num_entries = [0] * num_sites
@@ -59,16 +62,19 @@ class SlotTable:
         """Copy an adapter into a slot; None where the budget has no room for it now."""
         if slab.buffer.nbytes > self.free_bytes:
             return None
-        if not self._free:
+        while len(self._free) < slab.num_planes:
             self._grow()
-        slot = AdapterSlot(self._free.pop())
+        planes = tuple(self._free.pop() for _ in range(slab.num_planes))
+        slot = AdapterSlot(planes[0])
+        if len(planes) > 1:
+            self.planes[slot] = planes
         buffer = slab.buffer.to(self._device, non_blocking=True)  # on a CPU host and device share the bytes
         self._held[slot] = _Held(slab, buffer)
         self.used_bytes += slab.buffer.nbytes
         start = buffer.data_ptr()
         for entry in slab.entries:
             second = 0 if entry.second is None else start + entry.second.offset
-            self.table[entry.site_index, slot] = torch.tensor(
+            self.table[entry.site_index, planes[entry.plane]] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
             )
         self._count(slab, 1)
@@ -77,8 +83,9 @@ class SlotTable:
     def drop(self, slot: AdapterSlot) -> int:
         """Free a slot; returns its bytes. The caller knows that no running request uses it."""
         held = self._held.pop(slot)
-        self.table[:, slot] = DeltaKind.NONE
-        self._free.append(slot)
+        for plane in self.planes.pop(slot, (slot,)):
+            self.table[:, plane] = DeltaKind.NONE
+            self._free.append(plane)
         self.used_bytes -= held.slab.buffer.nbytes
         self._count(held.slab, -1)
         return held.slab.buffer.nbytes
@@ -91,12 +98,11 @@ class SlotTable:
         """The slot's parameters by site name, as views of device memory: what the reference driver reads."""
         held = self._held[slot]
         if held.params is None:
+            packed: dict[str, tuple[Packed, ...]] = {}
+            for entry in held.slab.entries:  # of a site, in the order of their planes
+                packed[entry.site_name] = (*packed.get(entry.site_name, ()), entry.packed(held.buffer))
             unpack = held.method.unpack
-            held.params = (
-                {}
-                if unpack is None
-                else {entry.site_name: unpack(entry.packed(held.buffer)) for entry in held.slab.entries}
-            )
+            held.params = {} if unpack is None else {site: unpack(planes) for site, planes in packed.items()}
         return held.params
 
     def _count(self, slab: Slab, step: int) -> None:
@@ -110,4 +116,4 @@ class SlotTable:
         grown = torch.zeros(num_sites, 2 * capacity, _COLUMNS, dtype=torch.int64)
         grown[:, :capacity] = self.table
         self.table = grown
-        self._free = list(reversed(range(capacity, 2 * capacity)))
+        self._free = [*reversed(range(capacity, 2 * capacity)), *self._free]

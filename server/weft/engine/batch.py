@@ -1,6 +1,7 @@
 """One step as flat tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from weft.engine.scheduler import Scheduled
 class AdapterRows(NamedTuple):
     """Which rows take how much of which adapter: row t takes entries offsets[t] : offsets[t + 1].
 
-    `runs` says the same per request, (first row, one past the last, slots, gates), for the reference driver.
+    `runs` says the same per request, (first row, one past the last, slots, gates), for the reference driver; there a
+    slot stands for all its planes.
     """
 
     offsets: Tensor  # int32 [T + 1]
-    slots: Tensor  # int32 [N]
+    slots: Tensor  # int32 [N]: planes
     gates: Tensor  # float32 [N]
     runs: tuple[tuple[int, int, tuple[AdapterSlot, ...], tuple[float, ...]], ...]
 
@@ -37,8 +39,16 @@ class Batch(NamedTuple):
     adapter_rows: AdapterRows | None  # None where no row has an adapter
 
 
-def build(step: Sequence[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], block_size: int) -> Batch:
-    """Flatten a step. Work here is per request; the per-token parts are vectorized."""
+def build(
+    step: Sequence[Scheduled],
+    slots_of: Mapping[Request, tuple[AdapterSlot, ...]],
+    block_size: int,
+    planes: Mapping[AdapterSlot, tuple[int, ...]] = MappingProxyType({}),
+) -> Batch:
+    """Flatten a step. Work here is per request; the per-token parts are vectorized.
+
+    planes: those of every slot that has more than one (adapters/slots.py).
+    """
     input_ids: list[int] = []
     starts = [0]
     computed, contexts, virtuals, sample_rows = [], [], [], []
@@ -59,12 +69,12 @@ def build(step: Sequence[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, 
             for slot, use in zip(slots_of.get(request, ()), request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        entries_per_run.append(len(uses))
+        entries = [(plane, gate) for slot, gate in uses for plane in planes.get(slot, (slot,))]
+        entries_per_run.append(len(entries))
         if uses:
-            run_slots, run_gates = tuple(slot for slot, _ in uses), tuple(gate for _, gate in uses)
-            runs.append((starts[-2], starts[-1], run_slots, run_gates))
-            slots += run_slots * num_tokens
-            gates += run_gates * num_tokens
+            runs.append((starts[-2], starts[-1], tuple(slot for slot, _ in uses), tuple(gate for _, gate in uses)))
+            slots += [plane for plane, _ in entries] * num_tokens
+            gates += [gate for _, gate in entries] * num_tokens
 
     query_start = torch.tensor(starts, dtype=torch.int32)
     virtual_lens = torch.tensor(virtuals, dtype=torch.int64)

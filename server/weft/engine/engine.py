@@ -239,7 +239,7 @@ class Engine:
         self._observer.step(step, self.scheduler, seconds=done - now, now=done)
 
     def _compute(self, step: list[Scheduled]) -> list[tuple[Request, SampledToken | None]]:
-        batch = batches.build(step, self.residency.slots_of, self.blocks.block_size)
+        batch = batches.build(step, self.residency.slots_of, self.blocks.block_size, self._runner.slots.planes)
         logits = self._runner.forward(batch)
         requests = [scheduled.request for scheduled in step if scheduled.samples]
         return list(zip(requests, sampler.sample(logits, requests), strict=True)) if requests else []

@@ -53,16 +53,17 @@ def _excess(scale: Tensor, activation: Tensor) -> Tensor:
     return ((scale - 1) * activation.to(scale.dtype)).to(activation.dtype)
 
 
-def pack(params: Ia3Params, dtype: torch.dtype) -> Packed:
+def pack(params: Ia3Params, dtype: torch.dtype) -> tuple[Packed, ...]:
     """The vector in float32 whatever the slots hold: a bfloat16 step near 1 is 0.4 %, and vectors are small."""
     del dtype
     kind = DeltaKind.SCALE_INPUT if params.is_feedforward else DeltaKind.SCALE_OUTPUT
-    return Packed(kind, 0, params.scale.float().contiguous(), None)
+    return (Packed(kind, 0, params.scale.float().contiguous(), None),)
 
 
-def unpack(packed: Packed) -> Ia3Params:
+def unpack(packed: tuple[Packed, ...]) -> Ia3Params:
     """View of a packed site."""
-    return Ia3Params(packed.first, packed.kind is DeltaKind.SCALE_INPUT)
+    (vector,) = packed
+    return Ia3Params(vector.first, vector.kind is DeltaKind.SCALE_INPUT)
 
 
 METHOD = Method(name="ia3", peft_type="IA3", pre=pre, post=post, pack=pack, unpack=unpack)

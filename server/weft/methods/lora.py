@@ -61,16 +61,17 @@ def delta(params: LoraParams, x: Tensor, y: Tensor) -> Tensor:
     return (hidden @ params.b.mT * params.scaling).to(y.dtype)
 
 
-def pack(params: LoraParams, dtype: torch.dtype) -> Packed:
+def pack(params: LoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
     """A [R, I] and the scaled Bᵀ [R, O]: both are read along contiguous rows."""
     b = params.b.float().mT * params.scaling
-    return Packed(DeltaKind.LORA, params.rank, params.a.to(dtype).contiguous(), b.to(dtype).contiguous())
+    return (Packed(DeltaKind.LORA, params.rank, params.a.to(dtype).contiguous(), b.to(dtype).contiguous()),)
 
 
-def unpack(packed: Packed) -> LoraParams:
+def unpack(packed: tuple[Packed, ...]) -> LoraParams:
     """Views of a packed site; its scaling already lives in B."""
-    assert packed.second is not None
-    return LoraParams(packed.first, packed.second.mT, 1.0)
+    (product,) = packed
+    assert product.second is not None
+    return LoraParams(product.first, product.second.mT, 1.0)
 
 
 def _rank(params: LoraParams) -> int:

@@ -53,7 +53,7 @@ class BaseShape:
 
 
 class DeltaKind(IntEnum):
-    """What a slot does at a site, as the kernels know it (the `kind` column of a site's table)."""
+    """What a plane of a slot does at a site, as the kernels know it (the `kind` column of a site's table)."""
 
     NONE = 0
     LORA = 1
@@ -63,7 +63,7 @@ class DeltaKind(IntEnum):
 
 
 class Packed(NamedTuple):
-    """One adapter at one site, as slots store it: the kernels' layout, contiguous.
+    """One kind of delta of one adapter at one site, as slots store it: the kernels' layout, contiguous.
 
     first, second: what `kind` defines (kernels/cpu/deltas.py has the table); `second` is None where one tensor is all.
     """
@@ -85,7 +85,8 @@ class VirtualKV(NamedTuple):
 class Method:
     """One PEFT method: its name and its pure functions. `Any` is the method's own parameter NamedTuple.
 
-    pack(params, dtype) lays one site's parameters out for slots; unpack is its inverse, as views.
+    pack(params, dtype) lays one site's parameters out for slots, as one or more kinds of delta whose sum is the
+        method's; unpack is its inverse, as views.
     virtual(params) gives the keys and values of a method that adds virtual positions.
     rank(params) is one site's rank; 0 for methods without one.
     """
@@ -94,8 +95,8 @@ class Method:
     peft_type: str
     pre: Callable[[Any, Tensor], Tensor | None] | None = None
     post: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None
-    pack: Callable[[Any, torch.dtype], Packed] | None = None
-    unpack: Callable[[Packed], Any] | None = None
+    pack: Callable[[Any, torch.dtype], tuple[Packed, ...]] | None = None
+    unpack: Callable[[tuple[Packed, ...]], Any] | None = None
     virtual: Callable[[Any], VirtualKV] | None = None
     rank: Callable[[Any], int] = lambda params: 0
 
