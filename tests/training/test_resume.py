@@ -174,6 +174,41 @@ def test_a_disk_that_fills_leaves_the_old_adapter(tiny_base: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2])  # the result's two files
+def test_a_kill_while_the_result_is_written_leaves_the_old_adapter(tiny_base: Path, tmp_path: Path, at: int) -> None:
+    output = tmp_path / "out"
+    train(config_of(tiny_base, output, num_steps=1), examples=EXAMPLES)
+    before = weights(output)
+    program = f"""
+        import os, signal, sys
+        from pathlib import Path
+        sys.path[:0] = {sys.path!r}
+        from tests.training.test_resume import EXAMPLES, config_of
+        from weft_training import checkpoint
+        from weft_training.trainer import train
+
+        fsync, left = os.fsync, []
+
+        def die(descriptor):
+            fsync(descriptor)
+            left.pop()
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def arm(step):
+            if step.number == step.num_steps:
+                left[:] = [None] * {at}
+                os.fsync = die
+
+        train(config_of(Path({str(tiny_base)!r}), Path({str(output)!r}), overwrite=True), examples=EXAMPLES,
+              progress=arm)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert weights(output) == before
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
