@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from weft.methods.protocol import Adapter
 from weft_training.schema import plain
 
 _WHOLE = "run.json"
@@ -61,13 +60,14 @@ def discard(directory: Path) -> None:
 
 
 class Best(TrainerCallback):
-    """The adapter of the lowest evaluation loss, and when to stop looking for a lower one.
+    """What was trained as it was at the lowest evaluation loss, and when to stop looking for a lower one.
 
+    parameters: what the optimizer writes.
     patience: evaluations in a row without a new lowest loss after which training stops; 0 for never.
     """
 
-    def __init__(self, adapter: Adapter, *, patience: int) -> None:
-        self._adapter = adapter
+    def __init__(self, parameters: Sequence[Tensor], *, patience: int) -> None:
+        self._parameters = parameters
         self._patience = patience
         self.tensors: list[Tensor] | None = None
 
@@ -79,7 +79,7 @@ class Best(TrainerCallback):
         losses = evaluation_losses(state.log_history)
         lowest = min(losses, key=lambda step: losses[step])  # the first, where several are equal
         if lowest == state.global_step:
-            self.tensors = [tensor.detach().cpu().clone() for tensor in self._adapter.tensors()]
+            self.tensors = [tensor.detach().cpu().clone() for tensor in self._parameters]
         if self._patience and sum(step > lowest for step in losses) >= self._patience:
             control.should_training_stop = True
 
@@ -94,8 +94,8 @@ class Best(TrainerCallback):
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Write the best values into the adapter; without an evaluation the last ones stay."""
-        for tensor, best in zip(self._adapter.tensors(), self.tensors or [], strict=self.tensors is not None):
+        """Write the best values into the parameters; without an evaluation the last ones stay."""
+        for tensor, best in zip(self._parameters, self.tensors or [], strict=self.tensors is not None):
             tensor.copy_(best)
 
 

@@ -1,5 +1,7 @@
 """What a run would need: `weft train --dry-run`, which trains nothing and writes nothing."""
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -63,10 +65,11 @@ def make(config: TrainConfig, prepared: Prepared) -> Plan:
 
 def _count(model: AdaptedModel) -> int:
     """Parameters of the base as it was trained: a quantized weight counts as many as the matrix it stands for."""
-    sites = model.base.shape.sites
-    weights = {f"{name}.base.weight" for name in sites}
-    rest = sum(p.numel() for name, p in model.base.model.named_parameters() if name not in weights)
-    return rest + sum(site.in_features * site.out_features for site in sites.values())
+    total = 0
+    for parameter in model.base.model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += parameter.numel() if state is None else math.prod(state.shape)
+    return total
 
 
 def _quantization(model: AdaptedModel) -> list[Tensor]:
@@ -96,6 +99,6 @@ def _activation_bytes(config: TrainConfig, model: AdaptedModel, rows: list[Row],
     return sum(found.values())
 
 
-def _storages(tensors: "list[Tensor] | object") -> dict[int, int]:
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes by place, so that views of one tensor count once."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}  # type: ignore
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

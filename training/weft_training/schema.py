@@ -101,7 +101,11 @@ def _value(node: Node, kind: Any, key: str) -> Any:
     if get_origin(kind) is dict:
         if not isinstance(content, dict):
             return _UNFIT
-        return {name: value(one, get_args(kind)[1], f"{key}.{name}") for name, one in content.items()}
+        names, values = get_args(kind)
+        return {
+            value(Node(name, one.origin), names, key): value(one, values, f"{key}.{name}")
+            for name, one in content.items()
+        }
     return _scalar(content, kind) if isinstance(content, str) else _UNFIT
 
 

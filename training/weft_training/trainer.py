@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,16 @@ class TrainConfig:
 class TrainResult:
     """What came of it. losses: one per step, before that step's update. seconds: of the loop, without loading.
 
-    evaluations: evaluation losses by step. best_step: whose adapter it is; 0 where nothing was evaluated: the last.
+    evaluations: evaluation losses by step, means over batches.
+    best_step: whose adapter it is; 0 where nothing was evaluated: the last.
     """
 
     output: Path
     losses: tuple[float, ...]
     seconds: float
     num_parameters: int
-    evaluations: dict[int, float]
-    best_step: int
+    evaluations: dict[int, float] = field(default_factory=dict)
+    best_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,7 +328,7 @@ def make_loop(
     groups = functools.partial(packing.pack, max_length=max_length) if config.packing else tuple
     collate = packing.collate if config.packing else data.collate
     pad_token_id = base.tokenizer.pad_token_id
-    best = Best(model.adapter, patience=config.patience)
+    best = Best(list(model.parameters()), patience=config.patience)
     trainer = CheckpointingTrainer(
         model=trained,
         args=_arguments(config, directory, use_cpu=base.device.type == "cpu"),
