@@ -86,7 +86,7 @@ def train(
     Raises ValueError (InvalidData for a line of the data), OSError, or InvalidAdapter where a server would refuse the
     result. All of these come before the first step, except for numbers that training itself drives out of bounds.
     """
-    _require_free(config.output, overwrite=config.overwrite)
+    require_free(config.output, overwrite=config.overwrite)
     if (examples is None) == (config.data is None):
         raise ValueError("data: give either a file or the examples")
     if examples is None:
@@ -100,32 +100,45 @@ def train(
     rows = data.encode(examples, base.tokenizer, max_length=base.max_model_len - model.adapter.num_virtual_tokens)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.parent) as scratch:
-        # A rehearsal: hours of training must not end in a directory that cannot be written, or that no server takes.
-        _write(adapters.map_tensors(model.adapter, lambda t: torch.full_like(t, 0.5)), Path(scratch, "try"), base.shape)
-        pad_token_id = base.tokenizer.pad_token_id
+        rehearse(model.adapter, Path(scratch, "try"), base.shape)
         recorder = _Recorder(progress)
-        trainer = Trainer(
-            model=model,
-            args=_arguments(config, Path(scratch, "trainer"), use_cpu=base.device.type == "cpu"),
-            train_dataset=_Rows(rows),
-            data_collator=functools.partial(
-                data.collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0
-            ),
-            callbacks=[recorder],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = make_loop(config, model, rows, Path(scratch, "trainer"), callbacks=[recorder])
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
         result = Path(scratch, "result")
-        _write(model.adapter, result, base.shape)
-        _replace(config.output, result)
+        write(model.adapter, result, base.shape)
+        replace_output(config.output, result)
     return TrainResult(
         output=config.output,
         losses=tuple(recorder.losses),
         seconds=seconds,
         num_parameters=model.adapter.num_parameters,
     )
+
+
+def make_loop(
+    config: TrainConfig,
+    model: AdaptedModel,
+    rows: Sequence[Row],
+    directory: Path,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """The loop of one run: its order of rows, optimizer, schedule and clipping. `directory` is for its own files."""
+    base = model.base
+    pad_token_id = base.tokenizer.pad_token_id
+    trainer = Trainer(
+        model=model,
+        args=_arguments(config, directory, use_cpu=base.device.type == "cpu"),
+        train_dataset=_Rows(rows),
+        data_collator=functools.partial(
+            data.collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0
+        ),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> TrainingArguments:
@@ -176,7 +189,8 @@ class _Recorder(TrainerCallback):
             self._report(Step(state.global_step, state.max_steps, logs["loss"]))
 
 
-def _require_free(output: Path, *, overwrite: bool) -> None:
+def require_free(output: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError where `output` holds what may not be replaced."""
     if not output.exists():
         return
     if not overwrite:
@@ -185,7 +199,12 @@ def _require_free(output: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"output: {output} holds other files than a PEFT adapter's and is not overwritten")
 
 
-def _write(adapter: Adapter, path: Path, shape: BaseShape) -> None:
+def rehearse(adapter: Adapter, path: Path, shape: BaseShape) -> None:
+    """Write as after training: hours of it must not end in a directory that cannot be made, or that no server takes."""
+    write(adapters.map_tensors(adapter, lambda t: torch.full_like(t, 0.5)), path, shape)
+
+
+def write(adapter: Adapter, path: Path, shape: BaseShape) -> None:
     """Write a PEFT directory, durably, and read it back as a server would."""
     directory.write(adapter, path, shape)
     adapters.read(path, shape)
@@ -194,7 +213,7 @@ def _write(adapter: Adapter, path: Path, shape: BaseShape) -> None:
             os.fsync(written.fileno())
 
 
-def _replace(output: Path, result: Path) -> None:
+def replace_output(output: Path, result: Path) -> None:
     """Rename `result` to `output`. Readers find the old adapter, the new one, or for an instant none."""
     if output.exists():
         output.rename(result.with_name("replaced"))

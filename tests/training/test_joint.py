@@ -1,0 +1,314 @@
+"""Adapters trained together are what they are when trained alone: gradients, whole runs, files."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import tiny
+from torch import Tensor
+
+from weft.config import ModelConfig, Quantization
+from weft.errors import InvalidAdapter
+from weft.methods.checkpoint import directory
+from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.ia3 import Ia3Config
+from weft.methods.lora import LoraConfig
+from weft.methods.prefix import PrefixConfig
+from weft.methods.protocol import Adapter, BaseShape, Site
+from weft.model import loader
+from weft.model.loader import Base
+from weft_training import adapter, base, joint_model
+from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.data import Example, InvalidData, Row, collate
+from weft_training.joint import buckets, train_many
+from weft_training.joint_model import Share, SpanDriver
+from weft_training.progress import Step
+from weft_training.trainer import TrainConfig, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft", "x")
+REVERSED = [Example(f"{word} = ", word[::-1]) for word in WORDS]
+ANSWERED = [Example(f"Is {word} the longest word of all? ", "yes" if len(word) > 4 else "no") for word in WORDS]
+WHOLE = [Example("", f"the {word} of the loom") for word in WORDS]  # learned whole: the first token is no target
+
+IA3 = Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",))
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+# Ranks, lengths, sites, rows and widths differ, and methods alternate, so that nothing lines up by chance.
+MADE: Sequence[Callable[[BaseShape], Adapter]] = (
+    lambda shape: tiny.random_prefix(shape, length=7, seed=3),
+    lambda shape: tiny.random_lora(shape, rank=3, seed=1),
+    lambda shape: tiny.random_ia3(shape, seed=2),
+    lambda shape: tiny.random_prefix(shape, length=2, seed=4),
+    lambda shape: tiny.random_lora(shape, rank=5, seed=5, targets=tuple({s.suffix for s in shape.sites.values()})[:1]),
+    lambda shape: tiny.random_ia3(shape, seed=6),
+)
+LENGTHS = ((30, 11), (5, 30, 8), (26,), (9, 12, 4, 28), (30, 2), (17, 29))
+
+
+def shares(ours: Base, dtype: torch.dtype) -> list[Share]:
+    """A step of random adapters on random rows."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for make, lengths in zip(MADE, LENGTHS, strict=True):
+        rows = [
+            Row(torch.randint(1, tiny.VOCAB_SIZE, (length,), generator=generator).tolist(), length // 3)
+            for length in lengths
+        ]
+        model = AdaptedModel(ours, make(ours.shape)).to(dtype)
+        made.append(Share(model, collate(rows, pad_token_id=0)))
+    return made
+
+
+def gradient(model: AdaptedModel, loss: Tensor) -> Tensor:
+    """Of every parameter, end to end."""
+    model.zero_grad()
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
+def test_a_step_is_that_of_every_adapter_alone(architecture: str, tmp_path: Path) -> None:
+    """In float64, on rows longer than the window where the base slides one."""
+    path = tiny.save_base(tmp_path, architecture)
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
+    ours = loader.load(config, attention="sdpa")  # eager attention takes its softmax in float32
+    ours.model.double()
+    ours = replace(ours, dtype=torch.float64)
+    step = shares(ours, torch.float64)
+    together = joint_model.losses(ours, step)
+    torch.stack(together).sum().backward()
+    found = [torch.cat([p.grad.flatten() for p in share.model.parameters() if p.grad is not None]) for share in step]
+    for share, loss, grad in zip(step, together, found, strict=True):
+        assert grad.dtype is torch.float64
+        alone = share.model(**share.batch).loss
+        assert abs(loss.item() - alone.item()) < 1e-9
+        assert distance(grad, gradient(share.model, alone)) < 1e-9
+
+    # The control: the same adapter on another's rows.
+    other = Share(step[0].model, step[1].batch)
+    assert distance(gradient(other.model, other.model(**other.batch).loss), found[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "tolerance"),
+    [
+        (Quantization.NONE, "float32", 1e-5),
+        (Quantization.NF4, "float32", 1e-5),
+        (Quantization.NF4, "bfloat16", 5e-2),  # the base's own rounding, which differs with the shape of the batch
+    ],
+)
+def test_a_step_on_the_trainers_base(tiny_base: Path, quantization: Quantization, dtype: str, tolerance: float) -> None:
+    ours = base.load(ModelConfig(path=tiny_base, quantization=quantization, device="cpu", dtype=dtype))
+    step = shares(ours, torch.float32)
+    torch.stack(joint_model.losses(ours, step)).sum().backward()
+    found = [torch.cat([p.grad.flatten() for p in share.model.parameters() if p.grad is not None]) for share in step]
+    for share, grad in zip(step, found, strict=True):
+        assert distance(grad, gradient(share.model, share.model(**share.batch).loss)) < tolerance
+
+
+def test_span_driver_is_the_reference_driver() -> None:
+    site_of = {site.name: site for site in SITES}
+    shape = BaseShape(sites=site_of, num_layers=1, num_kv_heads=1, head_dim=8, digest="", name="")
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 5, 1, 4)
+    made = [tiny.random_lora(shape, rank=2, seed=1), tiny.random_ia3(shape, seed=2)]
+    absent = tiny.random_lora(shape, rank=2, seed=1, targets=("k_proj",))
+    adapters = [made[0], made[1], absent, made[1]]
+    weights = {site.name: torch.randn(site.out_features, site.in_features, generator=generator) for site in SITES}
+    bounds = [0, 3, 8, 9, 13]
+    rows = [torch.arange(begin, end) for begin, end in itertools.pairwise(bounds)]
+    spans = SpanDriver([Segment(one.method, one.sites) for one in adapters], sizes)
+    reference = ReferenceDriver([Segment(one.method, one.sites, own) for one, own in zip(adapters, rows, strict=True)])
+    for site in SITES:
+        x = torch.randn(13, site.in_features, generator=generator)
+        weight = weights[site.name]
+        expected = reference.apply(site, lambda t, w=weight: t @ w.mT, x)
+        torch.testing.assert_close(spans.apply(site, lambda t, w=weight: t @ w.mT, x), expected)
+        assert (expected - x @ weight.mT).abs().max() > 0.1  # the control: there was something to add
+
+
+SITES = [
+    Site(index, name, *features)
+    for index, (name, features) in enumerate(
+        {"l.k_proj": (8, 6), "l.v_proj": (8, 6), "l.down_proj": (10, 8), "l.up_proj": (8, 10)}.items()
+    )
+]
+
+
+def test_rows_of_like_width_go_together() -> None:
+    def of(*sizes: tuple[int, int]) -> list[Share]:
+        return [Share(None, {"input_ids": torch.zeros(size)}) for size in sizes]  # pyright: ignore
+
+    assert buckets(of((4, 20), (4, 22), (4, 21))) == [[1, 2, 0]]
+    assert buckets(of((16, 20), (4, 400), (16, 24), (2, 398))) == [[1, 3], [2, 0]]
+    assert buckets(of((4, 20))) == [[0]]
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, tuple[MethodConfig, list[Example], dict[str, object]]] = {
+    "lora": (LoraConfig(rank=4), REVERSED, {"num_steps": 12, "batch_size": 4, "learning_rate": 1e-2}),
+    "ia3": (IA3, ANSWERED, {"num_steps": 7, "batch_size": 2, "learning_rate": 0.1, "seed": 3, "num_warmup_steps": 2}),
+    "prefix": (
+        PrefixConfig(num_virtual_tokens=5),
+        WHOLE,
+        {"num_steps": 9, "batch_size": 5, "learning_rate": 0.1, "gradient_norm_max": 0.1, "weight_decay": 0.1},
+    ),
+    "lora, two ranks": (
+        LoraConfig(rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}),
+        REVERSED,
+        {"num_steps": 12, "batch_size": 3, "learning_rate": 1e-2, "seed": 1},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_base: Path, one_thread: None) -> ModelConfig:
+    return ModelConfig(path=tiny_base, quantization=Quantization.NONE, device="cpu")
+
+
+def configs(model: ModelConfig, output: Path) -> list[TrainConfig]:
+    return [
+        TrainConfig(model=model, adapter=method, output=output / name, **knobs)  # pyright: ignore
+        for name, (method, _, knobs) in METHODS.items()
+    ]
+
+
+EXAMPLES = [examples for _, examples, _ in METHODS.values()]
+
+
+def test_a_run_is_that_of_every_adapter_alone(exact: ModelConfig, tmp_path: Path) -> None:
+    """Losses to 1e-4, and what was learned to 1 % of it: Adam divides by gradients that may be as small as rounding."""
+    seen: list[tuple[int, Step]] = []
+    together = train_many(
+        configs(exact, tmp_path / "together"), examples=EXAMPLES, progress=lambda i, step: seen.append((i, step))
+    )
+    ours = base.load(exact)
+    for place, (config, examples) in enumerate(zip(configs(exact, tmp_path / "alone"), EXAMPLES, strict=True)):
+        alone = train(config, examples=examples)
+        result = together[place]
+        assert result.output.name == config.output.name
+        assert result.num_parameters == alone.num_parameters
+        assert result.losses == pytest.approx(alone.losses, abs=1e-4)
+        assert [step for i, step in seen if i == place] == [
+            Step(number, config.num_steps, loss) for number, loss in enumerate(result.losses, start=1)
+        ]
+        generator = torch.Generator().manual_seed(config.seed)
+        start = flat(adapter.initial(config.adapter, ours.shape, generator))
+        learned, expected = (flat(adapter.read(path, ours.shape)) for path in (result.output, alone.output))
+        assert distance(learned - start, expected - start) < 1e-2
+        assert expected.norm() > 0.1  # the control: it did learn
+        files = [sorted(file.name for file in path.iterdir()) for path in (result.output, alone.output)]
+        assert files[0] == files[1]
+        configs_written = [(path / directory.CONFIG_FILE).read_bytes() for path in (result.output, alone.output)]
+        assert configs_written[0] == configs_written[1]
+    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == sorted(METHODS)
+
+
+def flat(of: Adapter) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in of.tensors()])
+
+
+def test_an_adapter_that_is_finished_is_written_and_leaves(
+    exact: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = configs(exact, tmp_path)
+    there: dict[int, set[str]] = {}
+
+    def watch(place: int, step: Step) -> None:
+        there.setdefault(step.number, set()).update(path.name for path in tmp_path.iterdir() if path.name in METHODS)
+        assert step.number <= plan[place].num_steps
+
+    widths: list[int] = []
+    losses = joint_model.losses
+
+    def count(ours: Base, step: Sequence[Share]) -> list[Tensor]:
+        widths.append(len(step))
+        return losses(ours, step)
+
+    monkeypatch.setattr(joint_model, "losses", count)
+    train_many(plan, examples=EXAMPLES, progress=watch)
+    assert sum(widths) == sum(config.num_steps for config in plan)
+    assert there[6] == set()
+    assert there[8] == {"ia3"}
+    assert there[10] == {"ia3", "prefix"}
+    assert max(there) == 12
+
+
+def test_an_interrupted_run_keeps_what_was_finished(exact: ModelConfig, tmp_path: Path) -> None:
+    def interrupt(place: int, step: Step) -> None:
+        if step.number == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_many(configs(exact, tmp_path), examples=EXAMPLES, progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["ia3"]
+    assert load_file(tmp_path / "ia3" / directory.WEIGHTS_FILE)
+
+
+REFUSED: dict[str, tuple[Callable[[list[TrainConfig]], object], type[Exception], str, str]] = {
+    "none": (lambda plan: train_many([]), ValueError, "configs: there are none", ""),
+    "too few examples": (
+        lambda plan: train_many(plan, examples=EXAMPLES[:2]),
+        ValueError,
+        "examples: must be one sequence for each of 4 configs, given 2",
+        "",
+    ),
+    "another base": (
+        lambda plan: train_many(
+            [plan[0], replace(plan[1], model=replace(plan[1].model, quantization=Quantization.NF4))],
+            examples=EXAMPLES[:2],
+        ),
+        ValueError,
+        "model: must be one for all adapters, .*none.* given .*nf4",
+        "ia3",
+    ),
+    "the same output": (
+        lambda plan: train_many([plan[0], plan[1], plan[0]], examples=EXAMPLES[:3]),
+        ValueError,
+        "output: must be another for each adapter, given .*lora twice",
+        "lora",
+    ),
+    "no data": (lambda plan: train_many(plan), ValueError, "data: give either a file or the examples", "lora"),
+    "too long": (
+        lambda plan: train_many(plan[:2], examples=[REVERSED, [Example("a" * 70, "b")]]),
+        InvalidData,
+        r"examples\[0\]: has too many tokens \(limit 64\)",
+        "ia3",
+    ),
+    "no server takes it": (
+        lambda plan: train_many([plan[1], replace(plan[0], adapter=LoraConfig(rank=65))], examples=EXAMPLES[:2]),
+        InvalidAdapter,
+        r"adapter_config\.r: is too large",
+        "lora",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", list(REFUSED))
+def test_what_cannot_be_trained_together_is_refused(exact: ModelConfig, tmp_path: Path, why: str) -> None:
+    """Before the first step, without a trace, and the error tells which adapter is meant."""
+    attempt, kind, message, name = REFUSED[why]
+    with pytest.raises(kind, match=message) as caught:
+        attempt(configs(exact, tmp_path))
+    assert getattr(caught.value, "__notes__", []) == ([f"(the adapter {tmp_path / name})"] if name else [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_replaced(exact: ModelConfig, tmp_path: Path) -> None:
+    (tmp_path / "prefix").mkdir()
+    with pytest.raises(FileExistsError, match="prefix exists"):
+        train_many(configs(exact, tmp_path), examples=EXAMPLES)
