@@ -20,15 +20,15 @@ SETTINGS: dict[str, Any] = {
 
 def train(context: typer.Context) -> None:
     """Train an adapter; `weft train --help` tells how."""
-    _imported("weft_training.command").app(args=context.args, prog_name="weft train")
+    imported("weft_training.command").app(args=context.args, prog_name="weft train")
 
 
 def demo(context: typer.Context) -> None:
     """Show what Weft does, on the demo base."""
-    raise typer.Exit(_imported("weft_training.demo.tour").main(context.args) or 0)
+    raise typer.Exit(imported("weft_training.demo.tour").main(context.args) or 0)
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
     """By name: `weft` does not depend on `weft_training`, which may be absent or lack its own dependencies."""
     try:
         return importlib.import_module(module)
