@@ -1,6 +1,7 @@
 """Adapters trained together are what they are when trained alone: gradients, whole runs, files."""
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tests import tiny
 from torch import Tensor
+from typer.testing import CliRunner
 
 from weft.config import ModelConfig, Quantization
 from weft.errors import InvalidAdapter
@@ -21,7 +23,7 @@ from weft.methods.prefix import PrefixConfig
 from weft.methods.protocol import Adapter, BaseShape, Site
 from weft.model import loader
 from weft.model.loader import Base
-from weft_training import adapter, base, joint_model
+from weft_training import adapter, base, joint_command, joint_model
 from weft_training.adapter import AdaptedModel, MethodConfig
 from weft_training.data import Example, InvalidData, Row, collate
 from weft_training.joint import buckets, train_many
@@ -312,3 +314,59 @@ def test_what_is_there_is_not_replaced(exact: ModelConfig, tmp_path: Path) -> No
     (tmp_path / "prefix").mkdir()
     with pytest.raises(FileExistsError, match="prefix exists"):
         train_many(configs(exact, tmp_path), examples=EXAMPLES)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+model: {{path: {base}, quantization: none, device: cpu}}
+adapter: {{method: {method}}}
+data: {{train: {data}}}
+optimization: {{num_steps: 3, batch_size: 2, learning_rate: 1.0e-2}}
+output: {{path: {output}}}
+"""
+
+
+def recipes(exact: ModelConfig, directory: Path, *methods: str) -> list[str]:
+    rows = directory / "rows.jsonl"
+    rows.write_text('{"prompt": "a = ", "completion": "b"}\n{"text": "weft"}\n')
+    paths = []
+    for method in methods:
+        path = directory / f"{method}.yaml"
+        path.write_text(RECIPE.format(base=exact.path, method=method, data=rows, output=directory / "out" / method))
+        paths.append(str(path))
+    return paths
+
+
+def test_the_command_trains_a_recipe_each(exact: ModelConfig, tmp_path: Path) -> None:
+    result = CliRunner().invoke(joint_command.app, recipes(exact, tmp_path, "lora", "ia3", "prefix"))
+    assert result.exit_code == 0, result.output
+    shape = base.load(exact).shape
+    for method in ("lora", "ia3", "prefix"):
+        made = adapter.read(tmp_path / "out" / method, shape)
+        assert made.method.name == method
+        assert f"{method}: {made.num_parameters:,} parameters, loss " in result.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("method: lora", "method: lor", "lora.yaml: adapter.method: must be one of lora, ia3"),
+        ("num_steps: 3", "num_steps: 0", "lora.yaml: num_steps must be at least 1, given 0"),
+        ("num_steps", "steps", "lora.yaml: .*unexpected keyword argument 'steps'"),
+        ("quantization: none", "quantization: int3", "lora.yaml: 'int3' is not a valid Quantization"),
+        ("train: ", "training: ", "lora.yaml: train: must be given"),
+        ("optimization:", "optimizer:", "lora.yaml: optimizer: no such section"),
+        ("model:", "- model:", "lora.yaml: "),
+        ("rows.jsonl", "none.jsonl", r"No such file .*\(the adapter .*/out/lora\)"),
+    ],
+)
+def test_the_command_says_what_is_wrong(exact: ModelConfig, tmp_path: Path, old: str, new: str, message: str) -> None:
+    paths = recipes(exact, tmp_path, "ia3", "lora")
+    text = Path(paths[1]).read_text()
+    assert old in text
+    Path(paths[1]).write_text(text.replace(old, new, 1))
+    result = CliRunner().invoke(joint_command.app, paths)
+    assert result.exit_code == 1
+    assert re.search(message, " ".join(result.stderr.split())), result.stderr
+    assert not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ app.command(name="chat")(chat.command)
 app.command(name="info")(info.command)
 app.command(name="inspect")(inspect.command)
 app.command(name="train", **handover.SETTINGS)(handover.train)
+app.command(name="train-many", **handover.SETTINGS)(handover.train_many)
 app.command(name="demo", **handover.SETTINGS)(handover.demo)
 
 

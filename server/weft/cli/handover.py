@@ -1,4 +1,4 @@
-"""`weft train` and `weft demo`: all their arguments go to `weft_training`, which is imported only then."""
+"""`weft train`, `weft train-many` and `weft demo` go to `weft_training` with all their arguments, imported only then."""
 
 import importlib
 from typing import Any
@@ -21,6 +21,11 @@ SETTINGS: dict[str, Any] = {
 def train(context: typer.Context) -> None:
     """Train an adapter; `weft train --help` tells how."""
     imported("weft_training.command").app(args=context.args, prog_name="weft train")
+
+
+def train_many(context: typer.Context) -> None:
+    """Train many adapters in one pass; `weft train-many --help` tells how."""
+    imported("weft_training.joint_command").app(args=context.args, prog_name="weft train-many")
 
 
 def demo(context: typer.Context) -> None:
