@@ -10,16 +10,13 @@ import argparse
 import asyncio
 import json
 import logging
-import platform
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc.aio
@@ -27,10 +24,10 @@ import peft
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers import logging as transformers_logging
 
+from benchmarks import report
 from benchmarks.model import VOCAB_SIZE, save_bench_80m, save_loras
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
@@ -46,7 +43,6 @@ _BATCH = 16
 _NUM_PROMPT = 64
 _TITLE = f"bench-80m (81M Llama), batch {_BATCH}, {_NUM_PROMPT} tokens in, output tokens/s"
 _BASES = {"none": "bfloat16", "nf4": "NF4"}
-_NUM_NAMES = 2  # columns that are no numbers
 _MARKER = "bench"
 
 
@@ -171,49 +167,13 @@ async def _compare(
     return results
 
 
-def _cells(results: list[Measured]) -> Iterator[list[str]]:
-    """The table's cells, its head first."""
-    yield ["base", "adapters", "out", "Weft, gRPC", "PEFT", "Weft ÷ PEFT", "Weft ÷ its own base"]
+def _cells(results: list[Measured]) -> list[list[str]]:
+    cells = [["base", "adapters", "out", "Weft, gRPC", "PEFT", "Weft ÷ PEFT", "Weft ÷ its own base"]]
     for row in results:
         own_base = next(r.weft for r in results if r.quantization == row.quantization)
-        yield [
-            _BASES[row.quantization],
-            row.adapters,
-            str(row.num_new_tokens),
-            f"{row.weft:.0f}",
-            f"{row.peft:.0f}",
-            f"{row.ratio:.2f}",
-            f"{row.weft / own_base:.2f}",
-        ]
-
-
-def _table(results: list[Measured]) -> Table:
-    table = Table(title=_TITLE)
-    head, *body = _cells(results)
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i < _NUM_NAMES else "right")
-    for cells in body:
-        table.add_row(*cells)
-    return table
-
-
-def _markdown(results: list[Measured], conditions: str) -> str:
-    head, *body = (f"| {' | '.join(cells)} |" for cells in _cells(results))
-    rule = "|".join(["", *["---"] * _NUM_NAMES, *["---:"] * (head.count("|") - 1 - _NUM_NAMES), ""])
-    return "\n".join([head, rule, *body, "", conditions])
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+        speeds = (f"{row.weft:.0f}", f"{row.peft:.0f}", f"{row.ratio:.2f}", f"{row.weft / own_base:.2f}")
+        cells.append([_BASES[row.quantization], row.adapters, str(row.num_new_tokens), *speeds])
+    return cells
 
 
 def main() -> None:
@@ -242,22 +202,16 @@ def main() -> None:
 
         for quantization in (Quantization.NONE, Quantization.NF4):
             results += asyncio.run(compare(quantization))
-    console.print(_table(results))
-    conditions = (
-        f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}, "
-        f"commit {_commit()}, {datetime.now(UTC):%Y-%m-%d}, median of {arguments.repeats} turns"
-    )
-    console.print(conditions, highlight=False)
+    cells, under = _cells(results), report.conditions("peft")
+    turns = f"{report.line(under)}, median of {arguments.repeats} turns"
+    console.print(report.table(_TITLE, cells, num_names=2))
+    console.print(turns, highlight=False)
     if document is not None:
-        arguments.markdown.write_text(insert(_markdown(results, conditions), document, _MARKER))
+        text = f"{report.markdown(cells, num_names=2)}\n\n{turns}"
+        arguments.markdown.write_text(insert(text, document, _MARKER))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "command": "make bench",
-            "cpu": _cpu_name(),
-            "commit": _commit(),
-            "rows": [asdict(r) for r in results],
-        }
+        record = {"command": "make bench", **under, "rows": [asdict(r) for r in results]}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

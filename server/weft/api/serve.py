@@ -38,7 +38,7 @@ from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
 from weft.metrics import Metrics
-from weft.model import loader, paged_attention
+from weft.model import loader, packed, paged_attention
 from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_service_pb2, generation_service_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:
     if config.model.num_threads:
         torch.set_num_threads(config.model.num_threads)
     base = loader.load(config.model, attention=paged_attention.ATTENTION)
+    packed.pack(base.model)
     kernels = select(base.device, base.dtype)
     max_model_len = min(config.engine.max_model_len or base.max_model_len, base.max_model_len)
     num_kv_blocks = _num_kv_blocks(config, base, max_model_len)

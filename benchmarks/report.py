@@ -1,0 +1,61 @@
+"""What every benchmark prints: its table, and the conditions it was measured under."""
+
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.table import Table as Shown
+
+Cells = Sequence[Sequence[str]]
+"""A table's cells, its head first; the first `num_names` columns are no numbers."""
+
+
+def table(title: str, cells: Cells, *, num_names: int) -> Shown:
+    """For a terminal."""
+    shown = Shown(title=title)
+    head, *body = cells
+    for i, name in enumerate(head):
+        shown.add_column(name, justify="left" if i < num_names else "right")
+    for row in body:
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(cells: Cells, *, num_names: int) -> str:
+    """For a document."""
+    head, *body = (f"| {' | '.join(row)} |" for row in cells)
+    rule = "|".join(["", *["---"] * num_names, *["---:"] * (len(cells[0]) - num_names), ""])
+    return "\n".join([head, rule, *body])
+
+
+def conditions(*packages: str) -> dict[str, str]:
+    """Machine, versions, commit and day."""
+    versions = {package: version(package) for package in ("torch", *packages)}
+    return {"cpu": _cpu_name(), "threads": str(torch.get_num_threads()), **versions, "commit": _commit(), "day": _day()}
+
+
+def line(found: dict[str, str]) -> str:
+    """The conditions in a line."""
+    return ", ".join(f"{value} threads" if key == "threads" else value if key in ("cpu", "day") else f"{key} {value}"
+                     for key, value in found.items())  # fmt: skip
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((text.partition(":")[2].strip() for text in lines if text.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _day() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d}"

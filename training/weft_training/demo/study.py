@@ -1,0 +1,195 @@
+"""Every method on every task of the demo base: `python -m weft_training.demo.study` trains, measures, plots.
+
+All adapters of a method are trained with one recipe, on the NF4 base, from untagged prompts, and are asked inputs that
+nobody has seen. What one run has measured is kept in a JSON file, so that another can go on with what is missing.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from weft.config import ModelConfig, Quantization
+from weft.methods.lora import LoraConfig
+from weft.methods.prefix import PrefixConfig
+from weft.model import loader
+from weft_training import adapter as adapters
+from weft_training.adapter import USUAL, AdaptedModel
+from weft_training.demo.adapters import Recipe, train_recipe
+from weft_training.demo.document import insert
+from weft_training.demo.evaluate import BASE, exact_match
+from weft_training.demo.tasks import TASKS, Split, examples
+
+RESULTS = Path("benchmarks/results/methods.json")
+NUM_EXAMPLES = 200
+EVALUATION_SEED = 2
+UNTAGGED = "base, untagged"
+_MARKER = "study"
+_NUM_THREADS = 2
+
+STUDIED: Sequence[str] = ("reverse", "upper", "caesar", "double", "rotate", "stars", "swap", "zigzag")
+
+
+def recipe_of(method: str, task: str) -> Recipe:
+    """How `method` is trained for `task`; the same for every task."""
+    return replace(_RECIPES[method], task=task)
+
+
+_RECIPES: Mapping[str, Recipe] = {
+    "lora": Recipe(task="", adapter=LoraConfig(rank=8, alpha=16.0), learning_rate=5e-3, num_steps=250),
+    "rslora": Recipe(
+        task="", adapter=LoraConfig(rank=32, alpha=16.0, use_rslora=True), learning_rate=2e-3, num_steps=250
+    ),
+    "ia3": Recipe(task="", adapter=USUAL["ia3"], learning_rate=0.1, num_steps=600),
+    "prefix": Recipe(task="", adapter=PrefixConfig(num_virtual_tokens=16), learning_rate=0.1, num_steps=300),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One adapter: what it took and what it reaches (exact match, 0 to 1)."""
+
+    method: str
+    task: str
+    num_parameters: int
+    exact_match: float
+    train_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """num_base_parameters: N_total of the efficiency ratio. untagged: the base's own exact match, by task."""
+
+    num_base_parameters: int
+    untagged: Mapping[str, float]
+    measured: Sequence[Measured]
+
+    def of(self, method: str) -> dict[str, Measured]:
+        """By task."""
+        return {one.task: one for one in self.measured if one.method == method}
+
+
+def study(methods: Iterable[str], tasks: Sequence[str], known: Study | None, console: Console) -> Study:
+    """Train and measure what `known` does not hold."""
+    base = loader.load(ModelConfig(path=BASE, num_threads=_NUM_THREADS), attention="sdpa")
+    held_back = {task: examples(TASKS[task], NUM_EXAMPLES, EVALUATION_SEED, Split.TEST) for task in tasks}
+    measured = {(one.method, one.task): one for one in (known.measured if known else ())}
+    wanted = [(method, task) for method in methods for task in tasks if (method, task) not in measured]
+    with Progress(console=console) as progress, tempfile.TemporaryDirectory() as scratch:
+        bar = progress.add_task("", total=len(wanted))
+        for method, task in wanted:
+            progress.update(bar, description=f"{method} on {task}")
+            output = Path(scratch, f"{task}-{method}")
+            result = train_recipe(recipe_of(method, task), output, num_threads=_NUM_THREADS)
+            adapted = AdaptedModel(base, adapters.read(output, base.shape))
+            score = exact_match(adapted, base.tokenizer, held_back[task])
+            measured[method, task] = Measured(
+                method=method,
+                task=task,
+                num_parameters=result.num_parameters,
+                exact_match=score,
+                train_s=result.seconds,
+            )
+            progress.advance(bar)
+    untagged = {task: exact_match(base.model, base.tokenizer, asked) for task, asked in held_back.items()}
+    num_parameters = sum(parameter.numel() for parameter in _unquantized().parameters())
+    return Study(num_base_parameters=num_parameters, untagged=untagged, measured=list(measured.values()))
+
+
+def _unquantized():  # a packed NF4 weight does not tell how many numbers it holds
+    return loader.load(ModelConfig(path=BASE, quantization=Quantization.NONE), attention="sdpa").model
+
+
+def cells(found: Study) -> Iterable[list[str]]:
+    """The table's cells, its head first: a row a method, a column a task."""
+    tasks = list(found.untagged)
+    names = [f"{task}*" if TASKS[task].held_out else task for task in tasks]
+    yield ["method", "parameters", "ratio", "seconds", *names]
+    yield [UNTAGGED, "", "", "", *(f"{found.untagged[task]:.0%}" for task in tasks)]
+    for method in dict.fromkeys(one.method for one in found.measured):
+        by_task = found.of(method)
+        count = max(one.num_parameters for one in by_task.values())
+        seconds = sorted(one.train_s for one in by_task.values())[len(by_task) // 2]
+        scores = (f"{by_task[task].exact_match:.0%}" if task in by_task else "" for task in tasks)
+        yield [method, f"{count:,}", f"{found.num_base_parameters / count:.0f}x", f"{seconds:.0f}", *scores]
+
+
+def markdown(found: Study) -> str:
+    """The table as Markdown."""
+    head, *body = (f"| {' | '.join(row)} |" for row in cells(found))
+    rule = "|".join(["", "---", *["---:"] * (head.count("|") - 2), ""])
+    return "\n".join([head, rule, *body])
+
+
+def plot(found: Study, path: Path) -> None:
+    """Mean exact match over the tasks of the base's pre-training, and over the others, against trained parameters."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for held_out, marker in ((False, "o"), (True, "x")):
+        for method in dict.fromkeys(one.method for one in found.measured):
+            of_kind = [one for one in found.of(method).values() if TASKS[one.task].held_out is held_out]
+            if not of_kind:
+                continue
+            mean = sum(one.exact_match for one in of_kind) / len(of_kind)
+            axes.plot(of_kind[0].num_parameters, mean, marker, color="C3" if held_out else "C0")
+            if not held_out:
+                axes.annotate(method, (of_kind[0].num_parameters, mean), xytext=(4, -11), textcoords="offset points")
+    axes.plot([], [], "o", color="C0", label="tasks that the base knows under a tag")
+    axes.plot([], [], "x", color="C3", label="tasks that it has never seen")
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match", ylim=(-0.02, 1.05))
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main(
+    methods: Annotated[list[str] | None, typer.Argument(help="Which methods; all if none is named.")] = None,
+    tasks: Annotated[str, typer.Option(help="Which tasks, with commas.")] = ",".join(STUDIED),
+    results: Annotated[
+        Path, typer.Option(help="JSON of what was measured; what it holds is not trained again.")
+    ] = Path("benchmarks/results/methods.json"),
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw parameters against accuracy here.")
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
+    ] = None,
+) -> None:
+    """Train every method on every task of the demo base and measure it on held-back inputs."""
+    for name in methods or ():
+        if name not in _RECIPES:
+            raise typer.BadParameter(f"must be of {', '.join(_RECIPES)}, given {name!r}")
+    console = Console()
+    known = _read(results) if results.exists() else None
+    found = study(methods or _RECIPES, tasks.split(","), known, console)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    table = Table(title=f"exact match on {NUM_EXAMPLES} held-back inputs, NF4 base (* in no pre-training row)")
+    head, *body = cells(found)
+    for i, column in enumerate(head):
+        table.add_column(column, justify="right" if i else "left")
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+    if plot_file is not None:
+        plot(found, plot_file)
+    if markdown_file is not None:
+        markdown_file.write_text(insert(markdown(found), markdown_file.read_text(), _MARKER))
+
+
+def _read(path: Path) -> Study:
+    held = json.loads(path.read_text())
+    return Study(**{**held, "measured": [Measured(**one) for one in held["measured"]]})
+
+
+if __name__ == "__main__":
+    typer.run(main)
