@@ -1,4 +1,4 @@
-"""`weft train`, `weft train-many` and `weft demo` go to `weft_training` with all their arguments, imported only then."""
+"""`weft train`, `weft train-many`, `weft demo`: `weft_training` gets all their arguments, and is imported only then."""
 
 import importlib
 from typing import Any
