@@ -95,13 +95,13 @@ def test_lora_in_a_whole_model(tmp_path: Path) -> None:
     ours = loader.load(config, attention="sdpa")
     ours.model.double()
     ours = replace(ours, dtype=torch.float64)
-    weights = {name: ours.model.get_submodule(name).weight for name in ours.shape.sites}
+    model = AdaptedModel(ours, tiny.random_lora(ours.shape, rank=3, seed=1)).double()
+    weights = {name: ours.model.get_submodule(name).weight for name in model.adapter.sites}
     for weight in weights.values():
         weight.requires_grad_()
-    model = AdaptedModel(ours, tiny.random_lora(ours.shape, rank=3, seed=1)).double()
     batch = collate([Row(list(range(40, 60)), 5), Row([7, 9, 100], 1)], pad_token_id=0)
     model(**batch).loss.backward()
-    assert model.adapter.sites.keys() == weights.keys()
+    assert len(weights) == 2 * 7  # seven linear modules in each of two layers
     for name, params in model.adapter.sites.items():
         s, of_weight = params.scaling, weights[name].grad
         # The model takes norms, softmax and loss through float32, which rounds both sides alike but not the products.
@@ -189,18 +189,25 @@ def test_prefix() -> None:
 # --- every method ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> BaseShape:
+    """A base with one site of every name."""
+    path = tiny.save_base(tmp_path_factory.mktemp("base"))
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
+    whole = loader.load(config, attention="sdpa").shape
+    sites = {site.name: site for site in whole.sites.values() if ".1." not in site.name}
+    assert len(sites) < len(whole.sites)
+    return replace(whole, sites=sites, num_layers=1)
+
+
 def drawn(method: Method, shape: BaseShape) -> adapter.Adapter:
     """The method's usual adapter with random numbers in float64."""
     made = adapter.initial(USUAL[method.name], shape, torch.Generator().manual_seed(0))
     return adapter.map_tensors(made, lambda t: torch.randn(t.shape, dtype=torch.float64, requires_grad=True))
 
 
-def functions(method: Method) -> list[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
+def functions(method: Method, shape: BaseShape) -> list[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
     """Each function of a method that makes numbers of parameters, and what it is differentiable in."""
-    sites = [Site(0, "layers.0.k_proj", 4, 3), Site(1, "layers.0.down_proj", 3, 4), Site(2, "layers.0.v_proj", 4, 3)]
-    shape = BaseShape(
-        sites={site.name: site for site in sites}, num_layers=1, num_kv_heads=1, head_dim=2, digest="", name=""
-    )
     made = drawn(method, shape)
     found = []
 
@@ -226,12 +233,13 @@ def functions(method: Method) -> list[tuple[str, Callable[..., Any], tuple[Tenso
     return found
 
 
-@pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
-def test_functions_are_differentiable_in_all_they_take(method: Method) -> None:
-    checked = functions(method)
+# DoRA's gradient is no derivative, on purpose: it holds the divisor constant (arXiv:2402.09353, section 4.3).
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dora"}))
+def test_functions_are_differentiable_in_all_they_take(name: str, shape: BaseShape) -> None:
+    checked = functions(METHODS[name], shape)
     assert checked
-    for name, function, inputs in checked:
-        assert torch.autograd.gradcheck(function, inputs), name
+    for what, function, inputs in checked:
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True), what
 
 
 def test_gradcheck_sees_a_missing_path() -> None:
@@ -242,4 +250,4 @@ def test_gradcheck_sees_a_missing_path() -> None:
         return lora.delta(lora.LoraParams(a, b.detach() + 0 * b, 2.0), x, torch.zeros(T, O, dtype=torch.float64))
 
     with pytest.raises(GradcheckError):
-        torch.autograd.gradcheck(wrong, (params.a, params.b, draw(T, I)))
+        torch.autograd.gradcheck(wrong, (params.a, params.b, draw(T, I)), fast_mode=True)
