@@ -20,7 +20,7 @@ from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
-from weft.methods.protocol import Adapter, BaseShape, Site
+from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, joint_command, joint_model
@@ -121,33 +121,24 @@ def test_a_step_on_the_trainers_base(tiny_base: Path, quantization: Quantization
         assert distance(grad, gradient(share.model, share.model(**share.batch).loss)) < tolerance
 
 
-def test_span_driver_is_the_reference_driver() -> None:
-    site_of = {site.name: site for site in SITES}
-    shape = BaseShape(sites=site_of, num_layers=1, num_kv_heads=1, head_dim=8, digest="", name="")
+def test_span_driver_is_the_reference_driver(tiny_base: Path) -> None:
+    ours = base.load(ModelConfig(path=tiny_base, quantization=Quantization.NONE, device="cpu"))
     generator = torch.Generator().manual_seed(0)
-    sizes = (3, 5, 1, 4)
-    made = [tiny.random_lora(shape, rank=2, seed=1), tiny.random_ia3(shape, seed=2)]
-    absent = tiny.random_lora(shape, rank=2, seed=1, targets=("k_proj",))
-    adapters = [made[0], made[1], absent, made[1]]
-    weights = {site.name: torch.randn(site.out_features, site.in_features, generator=generator) for site in SITES}
+    everywhere = tiny.random_lora(ours.shape, rank=2, seed=1)
+    scaling = tiny.random_ia3(ours.shape, seed=2)
+    elsewhere = tiny.random_lora(ours.shape, rank=2, seed=1, targets=("up_proj",))
+    adapters = [everywhere, scaling, elsewhere, scaling]
     bounds = [0, 3, 8, 9, 13]
     rows = [torch.arange(begin, end) for begin, end in itertools.pairwise(bounds)]
-    spans = SpanDriver([Segment(one.method, one.sites) for one in adapters], sizes)
+    spans = SpanDriver([Segment(one.method, one.sites) for one in adapters], [len(own) for own in rows])
     reference = ReferenceDriver([Segment(one.method, one.sites, own) for one, own in zip(adapters, rows, strict=True)])
-    for site in SITES:
+    for suffix in ("k_proj", "down_proj", "up_proj"):
+        site = next(site for site in ours.shape.sites.values() if site.suffix == suffix)
+        module = ours.model.get_submodule(site.name).base
         x = torch.randn(13, site.in_features, generator=generator)
-        weight = weights[site.name]
-        expected = reference.apply(site, lambda t, w=weight: t @ w.mT, x)
-        torch.testing.assert_close(spans.apply(site, lambda t, w=weight: t @ w.mT, x), expected)
-        assert (expected - x @ weight.mT).abs().max() > 0.1  # the control: there was something to add
-
-
-SITES = [
-    Site(index, name, *features)
-    for index, (name, features) in enumerate(
-        {"l.k_proj": (8, 6), "l.v_proj": (8, 6), "l.down_proj": (10, 8), "l.up_proj": (8, 10)}.items()
-    )
-]
+        expected = reference.apply(site, module, x)
+        torch.testing.assert_close(spans.apply(site, module, x), expected)
+        assert (expected - module(x)).abs().max() > 0.1  # the control: there was something to add
 
 
 def test_rows_of_like_width_go_together() -> None:
@@ -182,25 +173,30 @@ def exact(tiny_base: Path, one_thread: None) -> ModelConfig:
     return ModelConfig(path=tiny_base, quantization=Quantization.NONE, device="cpu")
 
 
-def configs(model: ModelConfig, output: Path) -> list[TrainConfig]:
+def configs(model: ModelConfig, output: Path, names: Sequence[str] = tuple(METHODS)) -> list[TrainConfig]:
+    made = {name: METHODS[name] for name in names}
     return [
         TrainConfig(model=model, adapter=method, output=output / name, **knobs)  # pyright: ignore
-        for name, (method, _, knobs) in METHODS.items()
+        for name, (method, _, knobs) in made.items()
     ]
 
 
-EXAMPLES = [examples for _, examples, _ in METHODS.values()]
+def examples(names: Sequence[str] = tuple(METHODS)) -> list[list[Example]]:
+    return [METHODS[name][1] for name in names]
+
+
+FEW = ("lora", "ia3", "prefix")  # of 12, 7 and 9 steps
 
 
 def test_a_run_is_that_of_every_adapter_alone(exact: ModelConfig, tmp_path: Path) -> None:
     """Losses to 1e-4, and what was learned to 1 % of it: Adam divides by gradients that may be as small as rounding."""
     seen: list[tuple[int, Step]] = []
     together = train_many(
-        configs(exact, tmp_path / "together"), examples=EXAMPLES, progress=lambda i, step: seen.append((i, step))
+        configs(exact, tmp_path / "together"), examples=examples(), progress=lambda i, step: seen.append((i, step))
     )
     ours = base.load(exact)
-    for place, (config, examples) in enumerate(zip(configs(exact, tmp_path / "alone"), EXAMPLES, strict=True)):
-        alone = train(config, examples=examples)
+    for place, (config, own) in enumerate(zip(configs(exact, tmp_path / "alone"), examples(), strict=True)):
+        alone = train(config, examples=own)
         result = together[place]
         assert result.output.name == config.output.name
         assert result.num_parameters == alone.num_parameters
@@ -227,11 +223,11 @@ def flat(of: Adapter) -> Tensor:
 def test_an_adapter_that_is_finished_is_written_and_leaves(
     exact: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = configs(exact, tmp_path)
+    plan = configs(exact, tmp_path, FEW)
     there: dict[int, set[str]] = {}
 
     def watch(place: int, step: Step) -> None:
-        there.setdefault(step.number, set()).update(path.name for path in tmp_path.iterdir() if path.name in METHODS)
+        there.setdefault(step.number, set()).update(path.name for path in tmp_path.iterdir() if path.name in FEW)
         assert step.number <= plan[place].num_steps
 
     widths: list[int] = []
@@ -242,7 +238,7 @@ def test_an_adapter_that_is_finished_is_written_and_leaves(
         return losses(ours, step)
 
     monkeypatch.setattr(joint_model, "losses", count)
-    train_many(plan, examples=EXAMPLES, progress=watch)
+    train_many(plan, examples=examples(FEW), progress=watch)
     assert sum(widths) == sum(config.num_steps for config in plan)
     assert there[6] == set()
     assert there[8] == {"ia3"}
@@ -256,7 +252,7 @@ def test_an_interrupted_run_keeps_what_was_finished(exact: ModelConfig, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_many(configs(exact, tmp_path), examples=EXAMPLES, progress=interrupt)
+        train_many(configs(exact, tmp_path, FEW), examples=examples(FEW), progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["ia3"]
     assert load_file(tmp_path / "ia3" / directory.WEIGHTS_FILE)
 
@@ -264,22 +260,22 @@ def test_an_interrupted_run_keeps_what_was_finished(exact: ModelConfig, tmp_path
 REFUSED: dict[str, tuple[Callable[[list[TrainConfig]], object], type[Exception], str, str]] = {
     "none": (lambda plan: train_many([]), ValueError, "configs: there are none", ""),
     "too few examples": (
-        lambda plan: train_many(plan, examples=EXAMPLES[:2]),
+        lambda plan: train_many(plan, examples=examples(FEW)[:2]),
         ValueError,
-        "examples: must be one sequence for each of 4 configs, given 2",
+        "examples: must be one sequence for each of 3 configs, given 2",
         "",
     ),
     "another base": (
         lambda plan: train_many(
             [plan[0], replace(plan[1], model=replace(plan[1].model, quantization=Quantization.NF4))],
-            examples=EXAMPLES[:2],
+            examples=examples(FEW)[:2],
         ),
         ValueError,
         "model: must be one for all adapters, .*none.* given .*nf4",
         "ia3",
     ),
     "the same output": (
-        lambda plan: train_many([plan[0], plan[1], plan[0]], examples=EXAMPLES[:3]),
+        lambda plan: train_many([plan[0], plan[1], plan[0]], examples=examples(FEW)[:3]),
         ValueError,
         "output: must be another for each adapter, given .*lora twice",
         "lora",
@@ -292,7 +288,7 @@ REFUSED: dict[str, tuple[Callable[[list[TrainConfig]], object], type[Exception],
         "ia3",
     ),
     "no server takes it": (
-        lambda plan: train_many([plan[1], replace(plan[0], adapter=LoraConfig(rank=65))], examples=EXAMPLES[:2]),
+        lambda plan: train_many([plan[1], replace(plan[0], adapter=LoraConfig(rank=65))], examples=examples(FEW)[:2]),
         InvalidAdapter,
         r"adapter_config\.r: is too large",
         "lora",
@@ -305,7 +301,7 @@ def test_what_cannot_be_trained_together_is_refused(exact: ModelConfig, tmp_path
     """Before the first step, without a trace, and the error tells which adapter is meant."""
     attempt, kind, message, name = REFUSED[why]
     with pytest.raises(kind, match=message) as caught:
-        attempt(configs(exact, tmp_path))
+        attempt(configs(exact, tmp_path, FEW))
     assert getattr(caught.value, "__notes__", []) == ([f"(the adapter {tmp_path / name})"] if name else [])
     assert list(tmp_path.iterdir()) == []
 
@@ -313,7 +309,7 @@ def test_what_cannot_be_trained_together_is_refused(exact: ModelConfig, tmp_path
 def test_what_is_there_is_not_replaced(exact: ModelConfig, tmp_path: Path) -> None:
     (tmp_path / "prefix").mkdir()
     with pytest.raises(FileExistsError, match="prefix exists"):
-        train_many(configs(exact, tmp_path), examples=EXAMPLES)
+        train_many(configs(exact, tmp_path, FEW), examples=examples(FEW))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
