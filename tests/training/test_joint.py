@@ -145,9 +145,29 @@ def test_rows_of_like_width_go_together() -> None:
     def of(*sizes: tuple[int, int]) -> list[Share]:
         return [Share(None, {"input_ids": torch.zeros(size)}) for size in sizes]  # pyright: ignore
 
-    assert buckets(of((4, 20), (4, 22), (4, 21))) == [[1, 2, 0]]
-    assert buckets(of((16, 20), (4, 400), (16, 24), (2, 398))) == [[1, 3], [2, 0]]
-    assert buckets(of((4, 20))) == [[0]]
+    assert buckets(of((4, 20), (4, 22), (4, 21)), 1000) == [[1, 2, 0]]
+    assert buckets(of((16, 20), (4, 400), (16, 24), (2, 398)), 10_000) == [[1, 3], [2, 0]]
+    assert buckets(of((4, 20)), 1) == [[0]]
+
+
+def test_a_pass_has_no_more_tokens_than_allowed() -> None:
+    steps = [Share(None, {"input_ids": torch.zeros(4, 20)}) for _ in range(5)]  # pyright: ignore
+    assert buckets(steps, 2 * 80) == [[0, 1], [2, 3], [4]]
+    assert buckets(steps, 2 * 80 - 1) == [[0], [1], [2], [3], [4]]
+
+
+def test_a_row_as_long_as_the_base_allows(tmp_path: Path) -> None:
+    """Beside a prefix, whose padded rows then reach beyond the last position."""
+    path = tiny.save_base(tmp_path, "gpt2")
+    ours = base.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32"))
+    lengths = (ours.max_model_len, ours.max_model_len - 7)
+    made = (tiny.random_lora(ours.shape, rank=3, seed=1), tiny.random_prefix(ours.shape, length=7, seed=3))
+    step = [
+        Share(AdaptedModel(ours, one), collate([Row([5 + i % 90 for i in range(length)], 1)], pad_token_id=0))
+        for one, length in zip(made, lengths, strict=True)
+    ]
+    for share, loss in zip(step, joint_model.losses(ours, step), strict=True):
+        assert loss.item() == pytest.approx(share.model(**share.batch).loss.item(), abs=1e-4)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------

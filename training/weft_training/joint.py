@@ -44,11 +44,14 @@ def train_many(
     *,
     examples: Sequence[Sequence[Example]] | None = None,
     progress: ReportOf | None = None,
+    pass_tokens_max: int = 16_384,
 ) -> tuple[TrainResult, ...]:
     """Train one adapter for each config, all on one base; results in the order of `configs`.
 
     examples: those of each config, where none has `data`.
     progress: is told of every adapter's every step, with the adapter's place in `configs`.
+    pass_tokens_max: tokens, padding included, of one forward and backward pass, whose activations are in memory at
+        once; a step with more takes several. One adapter's batch is never parted.
     `seconds` of a result is the time until that adapter was finished.
 
     Raises what `trainer.train` raises, with a note that names the output of the config at fault, and ValueError where
@@ -67,7 +70,7 @@ def train_many(
         started = time.perf_counter()
         results: dict[int, TrainResult] = {}
         while running := [run for run in runs if run.place not in results]:
-            for run, loss in zip(running, _step(base, running), strict=True):
+            for run, loss in zip(running, _step(base, running, pass_tokens_max), strict=True):
                 run.losses.append(loss)
                 if progress is not None:
                     progress(run.place, Step(len(run.losses), run.config.num_steps, loss))
@@ -154,11 +157,11 @@ def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], A
             yield drawn[0], num_items
 
 
-def _step(base: Base, runs: Sequence[_Run]) -> list[float]:
+def _step(base: Base, runs: Sequence[_Run], pass_tokens_max: int) -> list[float]:
     """One optimizer step of every run; the losses before it."""
     shares = [Share(run.model, *next(run.batches)) for run in runs]
     found: dict[int, float] = {}
-    for members in buckets(shares):
+    for members in buckets(shares, pass_tokens_max):
         own = joint_model.losses(base, [shares[member] for member in members])
         torch.stack(own).sum().backward()
         found.update(zip(members, (loss.item() for loss in own), strict=True))
@@ -170,19 +173,20 @@ def _step(base: Base, runs: Sequence[_Run]) -> list[float]:
     return [found[i] for i in range(len(shares))]
 
 
-def buckets(shares: Sequence[Share]) -> list[list[int]]:
+def buckets(shares: Sequence[Share], pass_tokens_max: int) -> list[list[int]]:
     """Which shares go through the base together, as indices: of like width, so that little of a pass is padding."""
     groups: list[list[int]] = []
-    padding = 0  # tokens of the newest group
+    width = num_rows = padding = 0  # of the newest group; padding in tokens
     for index in sorted(range(len(shares)), key=lambda i: -shares[i].width):
         share = shares[index]
-        added = share.num_rows * (shares[groups[-1][0]].width - share.width) if groups else 0
-        if groups and padding + added <= _PASS_TOKENS:
+        added = share.num_rows * (width - share.width)
+        fits = (num_rows + share.num_rows) * width <= pass_tokens_max and padding + added <= _PASS_TOKENS
+        if groups and fits:
             groups[-1].append(index)
-            padding += added
+            num_rows, padding = num_rows + share.num_rows, padding + added
         else:
             groups.append([index])
-            padding = 0
+            width, num_rows, padding = share.width, share.num_rows, 0
     return groups
 
 

@@ -18,6 +18,9 @@ app = typer.Typer(
 @app.command()
 def train_many(
     recipes: Annotated[list[Path], typer.Argument(help="YAML files, one for each adapter, all of one model.")],
+    pass_tokens_max: Annotated[
+        int, typer.Option(min=1, help="Tokens that go through the base together; fewer need less memory.")
+    ] = 16_384,
 ) -> None:
     """Train many adapters in one pass over one frozen, quantized base; each as `weft train` would train it alone."""
     from rich.console import Console
@@ -30,7 +33,7 @@ def train_many(
     try:
         configs = [read(path) for path in recipes]
         with ProgressBars(console, [config.output.name for config in configs]) as bars:
-            results = run(configs, progress=bars)
+            results = run(configs, progress=bars, pass_tokens_max=pass_tokens_max)
     except (ValueError, OSError, WeftError) as error:
         text = " ".join([str(error), *getattr(error, "__notes__", ())])
         Console(stderr=True).print(f"weft train-many: {text}", style="red", markup=False, highlight=False)

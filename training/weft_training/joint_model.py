@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from weft.methods.driver import Segment
-from weft.methods.protocol import Site
+from weft.methods.protocol import Method, Site
 from weft.model.loader import Base
 from weft_training.adapter import AdaptedModel
 
@@ -56,24 +56,25 @@ class SpanDriver(NamedTuple):
         """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Neither x nor y is written."""
         if not any(site.name in segment.params for segment in self.segments):
             return base(x)
-        rows = x.reshape(-1, x.shape[-1])  # [T, I]
-        spans = rows.split(list(self.sizes))
-        pre = [
-            segment.method.pre(segment.params[site.name], span)
-            if segment.method.pre is not None and site.name in segment.params
-            else None
-            for segment, span in zip(self.segments, spans, strict=True)
-        ]
-        y = base(_sum(rows, spans, pre).view_as(x))
-        y_rows = y.reshape(-1, y.shape[-1])  # [T, O]
-        y_spans = y_rows.split(list(self.sizes))
-        post = [
-            segment.method.post(segment.params[site.name], span, y_span)
-            if segment.method.post is not None and site.name in segment.params
-            else None
-            for segment, span, y_span in zip(self.segments, spans, y_spans, strict=True)
-        ]
-        return _sum(y_rows, y_spans, post).view_as(y)
+        here = [(segment.method, segment.params.get(site.name)) for segment in self.segments]
+        rows, spans = self._split(x)
+        y = base(_sum(rows, spans, [_pre(*of, span) for of, span in zip(here, spans, strict=True)]).view_as(x))
+        y_rows, y_spans = self._split(y)
+        added = [_post(*of, span, y_span) for of, span, y_span in zip(here, spans, y_spans, strict=True)]
+        return _sum(y_rows, y_spans, added).view_as(y)
+
+    def _split(self, tensor: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The rows [T, F], and the span of each segment."""
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        return rows, rows.split(list(self.sizes))
+
+
+def _pre(method: Method, params: Any, x: Tensor) -> Tensor | None:
+    return None if params is None or method.pre is None else method.pre(params, x)
+
+
+def _post(method: Method, params: Any, x: Tensor, y: Tensor) -> Tensor | None:
+    return None if params is None or method.post is None else method.post(params, x, y)
 
 
 def _sum(rows: Tensor, spans: Sequence[Tensor], deltas: Sequence[Tensor | None]) -> Tensor:
@@ -99,7 +100,9 @@ def losses(base: Base, shares: Sequence[Share]) -> list[Tensor]:
         # A share's virtual positions end where its tokens begin, as alone: sliding windows look at the distance.
         mask = F.pad(share.batch["attention_mask"], (own, 0), value=1)
         masks.append(F.pad(mask, (num_virtual - own, padding[1])))
-        positions.append(torch.arange(own, own + width).expand(share.num_rows, -1))
+        # Only padding comes beyond the last position that the base has, which GPT-2 would look up all the same.
+        position = torch.arange(own, own + width).clamp(max=base.max_model_len - 1)
+        positions.append(position.expand(share.num_rows, -1))
     driver = SpanDriver(
         [Segment(share.model.adapter.method, share.model.adapter.sites) for share in shares],
         [share.num_rows * width for share in shares],
