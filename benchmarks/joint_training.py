@@ -5,6 +5,7 @@ without loading the base, which the separate runs do eight times.
 """
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +14,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks import report
 from weft.config import ModelConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
@@ -43,31 +44,42 @@ def main(
     """Print a table of both ways."""
     drawn = [examples(TASKS[task], 400, 0, Split.TRAIN) for task in _TASKS]
     learned = [[Example(prompt(one), one.output) for one in of_task] for of_task in drawn]
-    table = Table("adapters", "batch size", "apart, ms a step", "together, ms a step", "gain")
+    cells: list[list[str]] = [["adapters", "batch size", "apart, ms a step", "together, ms a step", "gain"]]
     for name in mix or MIXES:
         for size in batch_size or (4, 8, 16):
-            with tempfile.TemporaryDirectory() as scratch:
-                configs = [
-                    TrainConfig(
-                        model=ModelConfig(path=BASE, device="cpu"),
-                        adapter=method,
-                        output=Path(scratch, str(place)),
-                        num_steps=steps,
-                        batch_size=size,
-                        learning_rate=5e-3,
-                        overwrite=True,
-                    )
-                    for place, method in enumerate(MIXES[name])
-                ]
-                joint = [replace(one, output=Path(scratch, f"joint-{place}")) for place, one in enumerate(configs)]
-                apart, together = [], []
-                for _ in range(repeats):
-                    runs = [train(one, examples=own) for one, own in zip(configs, learned, strict=True)]
-                    apart.append(sum(run.seconds for run in runs))
-                    together.append(max(run.seconds for run in train_many(joint, examples=learned)))
-            one, other = (statistics.median(seconds) / steps * 1e3 for seconds in (apart, together))
-            table.add_row(name, str(size), f"{one:.0f}", f"{other:.0f}", f"{one / other:.2f} ×")
-    Console().print(table)
+            one, other = _measure(MIXES[name], size, learned, steps, repeats)
+            cells.append([name, str(size), f"{one:.0f}", f"{other:.0f}", f"{one / other:.2f} ×"])
+            print(*cells[-1], sep="  ", file=sys.stderr, flush=True)
+    console = Console()
+    console.print(report.table("eight adapters, apart and together", cells, num_names=1))
+    told = report.conditions("transformers", "bitsandbytes")
+    console.print(report.line(told) + f", median of {repeats} turns", highlight=False, soft_wrap=True)
+
+
+def _measure(
+    methods: Sequence[MethodConfig], size: int, learned: Sequence[Sequence[Example]], steps: int, repeats: int
+) -> tuple[float, float]:
+    """Milliseconds for a step of all adapters: one after the other, and together."""
+    with tempfile.TemporaryDirectory() as scratch:
+        configs = [
+            TrainConfig(
+                model=ModelConfig(path=BASE, device="cpu"),
+                adapter=method,
+                output=Path(scratch, str(place)),
+                num_steps=steps,
+                batch_size=size,
+                learning_rate=5e-3,
+                overwrite=True,
+            )
+            for place, method in enumerate(methods)
+        ]
+        joint = [replace(one, output=Path(scratch, f"joint-{place}")) for place, one in enumerate(configs)]
+        apart, together = [], []
+        for _ in range(repeats):
+            runs = [train(one, examples=own) for one, own in zip(configs, learned, strict=True)]
+            apart.append(sum(run.seconds for run in runs))
+            together.append(max(run.seconds for run in train_many(joint, examples=learned)))
+    return statistics.median(apart) / steps * 1e3, statistics.median(together) / steps * 1e3
 
 
 if __name__ == "__main__":
