@@ -26,6 +26,7 @@ from weft.model.loader import Base
 from weft_training import adapter, base, joint_command, joint_model
 from weft_training.adapter import AdaptedModel, MethodConfig
 from weft_training.data import Example, InvalidData, Row, collate
+from weft_training.history import Diverged
 from weft_training.joint import buckets, train_many
 from weft_training.joint_model import Share, SpanDriver
 from weft_training.progress import Step
@@ -300,6 +301,12 @@ REFUSED: dict[str, tuple[Callable[[list[TrainConfig]], object], type[Exception],
         "output: must be another for each adapter, given .*lora twice",
         "lora",
     ),
+    "a knob of a run alone": (
+        lambda plan: train_many([plan[0], replace(plan[1], checkpoint_every=5)], examples=examples(FEW)[:2]),
+        ValueError,
+        "checkpoint_every must be 0 where adapters train together, given 5",
+        "ia3",
+    ),
     "no data": (lambda plan: train_many(plan), ValueError, "data: give either a file or the examples", "lora"),
     "too long": (
         lambda plan: train_many(plan[:2], examples=[REVERSED, [Example("a" * 70, "b")]]),
@@ -323,6 +330,15 @@ def test_what_cannot_be_trained_together_is_refused(exact: ModelConfig, tmp_path
     with pytest.raises(kind, match=message) as caught:
         attempt(configs(exact, tmp_path, FEW))
     assert getattr(caught.value, "__notes__", []) == ([f"(the adapter {tmp_path / name})"] if name else [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_diverges_is_named(exact: ModelConfig, tmp_path: Path) -> None:
+    plan = configs(exact, tmp_path, FEW)
+    plan[2] = replace(plan[2], learning_rate=1e30, gradient_norm_max=1e30)
+    with pytest.raises(Diverged, match=r"step \d+: loss must be finite, given nan") as caught:
+        train_many(plan, examples=examples(FEW))
+    assert caught.value.__notes__ == [f"(the adapter {tmp_path / 'prefix'})"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -367,13 +383,13 @@ def test_the_command_trains_a_recipe_each(exact: ModelConfig, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("method: lora", "method: lor", "lora.yaml: adapter.method: must be one of lora,"),
-        ("num_steps: 3", "num_steps: 0", "lora.yaml: num_steps must be at least 1, given 0"),
-        ("num_steps", "steps", "lora.yaml: .*unexpected keyword argument 'steps'"),
-        ("quantization: none", "quantization: int3", "lora.yaml: 'int3' is not a valid Quantization"),
-        ("train: ", "training: ", "lora.yaml: train: must be given"),
-        ("optimization:", "optimizer:", "lora.yaml: optimizer: no such section"),
-        ("model:", "- model:", "lora.yaml: "),
+        ("method: lora", "method: lor", r"lora.yaml:2: method: must be one of lora,"),
+        ("num_steps: 3", "num_steps: 0", "lora.yaml:4: num_steps must be at least 1, given 0"),
+        ("num_steps", "steps", "lora.yaml:4: optimization.steps: no such key; did you mean num_steps"),
+        ("quantization: none", "quantization: int3", "lora.yaml:1: model.quantization: must be one of"),
+        ("train: ", "training: ", "lora.yaml:3: data.training: no such key"),
+        ("optimization:", "optimizer:", "lora.yaml:4: optimizer: no such section"),
+        ("model:", "- model:", "lora.yaml:"),
         ("rows.jsonl", "none.jsonl", r"No such file .*\(the adapter .*/out/lora\)"),
     ],
 )

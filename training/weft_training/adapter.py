@@ -132,14 +132,23 @@ class AdaptedModel(nn.Module):
         self.driver = ReferenceDriver((Segment(self.adapter.method, self.adapter.sites),))
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **loss_options: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **loss_options: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], and the loss where there are labels. All inputs are [B, T], rows padded on the right."""
+        """Logits [B, T, V], and the loss where there are labels. All inputs are [B, T], rows padded on the right.
+
+        Packed rows come with positions instead of a mask (weft_training/packing.py).
+        """
         past = self.past(len(input_ids))
         with self.base.context.use(self.driver):
             return self.base.model(
                 input_ids=input_ids,
-                attention_mask=self._extend(attention_mask),
+                attention_mask=None if attention_mask is None else self._extend(attention_mask),
+                position_ids=position_ids,
                 past_key_values=past,
                 use_cache=past is not None,
                 labels=labels,

@@ -1,103 +1,162 @@
 """The command line: `weft train …`, which is also `python -m weft_training …`."""
 
-import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weft.config import ModelConfig, Quantization
-
 if TYPE_CHECKING:
-    from weft_training.adapter import MethodConfig
+    from rich.console import Console
+
+    from weft_training.plan import Plan
+    from weft_training.recipe import Option, Recipe
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # as `weft` has it: plain help
     pretty_exceptions_show_locals=False,
 )
+_HELP = """Train an adapter on a frozen, quantized base and write it as a PEFT directory.
+
+\b
+  weft train recipe.yaml [--key value …]
+  weft train --base DIR --method lora --data rows.jsonl --output DIR [--key value …]
+
+A recipe is YAML with the sections model, adapter, data, optimization, output and, with a teacher, distillation. Every
+key of it is an option too: --optimization.learning-rate 1e-3, or --learning-rate 1e-3 where one section alone has it.
+Options win over the recipe. --list-keys tells all keys with their types and defaults; --list-keys --method ia3 those
+of another method.
+
+\b
+  --base DIR, --quantization nf4|int8|none, --device   the base (model.path …)
+  --method NAME                                        lora, ia3, prefix …, and its own: --rank, --alpha …
+  --data FILES                                         JSON Lines, with commas (data.train)
+  --evaluation FILES, --evaluation-share 0.1           what is evaluated; the best step's adapter is kept
+  --steps, --batch-size, --lr, --warmup-steps, --seed  the optimization
+  --checkpoint-every N, --resume                       so that a kill costs nothing
+  --teacher DIR                                        distillation from an adapter or a model
+  --output DIR, --overwrite                            the result
+  --publish HOST:PORT or STORE, --adapter-id           upload it, or register it in a store
+"""
 
 
-@app.command()
+@app.command(
+    help=_HELP,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    options_metavar="[RECIPE] …",
+)
 def train(
-    base: Annotated[Path, typer.Option(help="Hugging Face model directory.")],
-    method: Annotated[str, typer.Option(help="lora, ia3 or prefix.")],
-    data: Annotated[Path, typer.Option(help="JSON Lines: prompt and completion, or text.")],
-    output: Annotated[Path, typer.Option(help="PEFT directory to make.")],
-    rank: Annotated[int | None, typer.Option(help="[lora] Rank of the update.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="[lora] Numerator of its scale, alpha / rank.")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="[lora, ia3] Names of linear modules, with commas. lora takes all by default.")
-    ] = None,
-    feedforward_modules: Annotated[
-        str | None, typer.Option(help="[ia3] Which of them are scaled at their input.")
-    ] = None,
-    num_virtual_tokens: Annotated[int | None, typer.Option(help="[prefix] Number of virtual positions.")] = None,
-    init_std: Annotated[float | None, typer.Option(help="[prefix] Spread of their first keys and values.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; ia3 and prefix want about ten times lora's.")] = 2e-4,
-    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate grows.")] = 0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same adapter.")] = 0,
-    quantization: Annotated[Quantization, typer.Option(help="How the frozen base is held.")] = Quantization.NF4,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is at --output.")] = False,
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell sizes and memory; train nothing.")] = False,
+    list_keys: Annotated[bool, typer.Option("--list-keys", help="Tell every key of a recipe.")] = False,
 ) -> None:
-    """Train an adapter on a frozen, quantized base and write it as a PEFT directory."""
+    """Train an adapter; `_HELP` is what users read."""
     from rich.console import Console
 
+    from weft.client import RpcFailure
     from weft.errors import WeftError
-    from weft_training.progress import ProgressBar
-    from weft_training.trainer import TrainConfig
-    from weft_training.trainer import train as run
+    from weft_training import recipe
 
     console = Console()
-    given = {
-        "rank": rank,
-        "alpha": alpha,
-        "target_modules": _names(target_modules),
-        "feedforward_modules": _names(feedforward_modules),
-        "num_virtual_tokens": num_virtual_tokens,
-        "init_std": init_std,
-    }
     try:
-        config = TrainConfig(
-            model=ModelConfig(path=base, quantization=quantization, device=device),
-            adapter=_method_config(method, {name: value for name, value in given.items() if value is not None}),
-            data=data,
-            output=output,
-            num_steps=steps,
-            batch_size=batch_size,
-            learning_rate=lr,
-            num_warmup_steps=warmup_steps,
-            seed=seed,
-            overwrite=overwrite,
-        )
-        with ProgressBar(console, f"training {method}") as bar:
-            result = run(config, progress=bar)
-    except (ValueError, OSError, WeftError) as error:
-        Console(stderr=True).print(f"weft train: {error}", style="red", markup=False, highlight=False)
+        path, options = recipe.options(context.args)
+        if list_keys:
+            _print_keys(options)
+            return
+        loaded = recipe.load(path, options)
+        if dry_run:
+            _dry_run(console, loaded)
+        else:
+            _train(console, loaded)
+    except (ValueError, OSError, WeftError, RpcFailure) as error:
+        Console(stderr=True).print(f"weft train: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _train(console: "Console", loaded: "Recipe") -> None:
+    from weft_training import publish
+    from weft_training.adapter import method_of
+    from weft_training.progress import ProgressBar
+    from weft_training.trainer import train as run
+
+    config = loaded.train
+    method = method_of(config.adapter).name
+    if loaded.publish is not None:
+        publish.check(loaded.publish, config.output)
+    is_first = os.environ.get("RANK", "0") == "0"
+    with ProgressBar(console, f"training {method}") if is_first else nullcontext() as bar:
+        result = run(config, progress=bar)
+    if not is_first:
+        return
+    evaluated = ""
+    if result.evaluations:
+        evaluated = f", evaluation loss {result.evaluations[result.best_step]:.3f} at step {result.best_step}"
     console.print(
         f"{result.output}: {method}, {result.num_parameters:,} parameters, loss {result.losses[0]:.3f} to "
-        f"{result.losses[-1]:.3f} in {len(result.losses)} steps, {result.seconds:.1f} s",
+        f"{result.losses[-1]:.3f} in {len(result.losses)} steps{evaluated}, {result.seconds:.1f} s",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
+    if loaded.publish is not None:
+        published = publish.publish(loaded.publish, config.output, config.model)
+        console.print(
+            f"published {published.adapter_id} {published.generation[:12]} at {loaded.publish.publish}: "
+            f"{published.call}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
-def _names(value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
+def _dry_run(console: "Console", loaded: "Recipe") -> None:
+    from rich.table import Table
+
+    from weft_training import plan, trainer
+
+    trainer.require_free(loaded.train.output, overwrite=loaded.train.overwrite)
+    table = Table("what", "how much", title=f"{loaded.train.output}: not trained", title_justify="left")
+    for row in _rows(plan.make(loaded.train, trainer.prepare(loaded.train))):
+        table.add_row(*row)
+    console.print(table)
 
 
-def _method_config(method: str, given: dict[str, Any]) -> "MethodConfig":
-    """The method's usual config with what was given; refuses what the method does not have."""
-    from weft_training.adapter import USUAL
+def _rows(plan: "Plan") -> list[tuple[str, str]]:
+    return [
+        ("examples", f"{plan.num_rows:,}"),
+        ("tokens", f"{plan.num_tokens:,}"),
+        ("parameters of the base", f"{plan.num_base:,}"),
+        ("trainable parameters", f"{plan.num_trainable:,}"),
+        ("efficiency ratio N_total/N_trainable", f"{plan.efficiency_ratio:,.1f}"),
+        ("memory: base", _size(plan.base_bytes)),
+        ("memory: adapter", _size(plan.adapter_bytes)),
+        ("memory: gradients", _size(plan.gradient_bytes)),
+        ("memory: optimizer state", _size(plan.optimizer_bytes)),
+        ("memory: activations of the longest batch", _size(plan.activation_bytes)),
+        ("memory: together", _size(plan.total_bytes)),
+    ]
 
-    if method not in USUAL:
-        raise ValueError(f"method: must be one of {', '.join(USUAL)}, given {method!r}")
-    usual = USUAL[method]
-    for name in given:
-        if name not in {field.name for field in dataclasses.fields(usual)}:
-            raise ValueError(f"--{name.replace('_', '-')}: the method {method} has none")
-    return dataclasses.replace(usual, **given)
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _print_keys(options: "Sequence[Option]") -> None:
+    """One key a line, whole: to be read, and searched with grep."""
+    from dataclasses import MISSING
+
+    from weft_training import recipe
+    from weft_training.schema import plain, type_name
+
+    method = next((o.value for o in options if o.spelling in ("--method", "--adapter.method")), None) or "lora"
+    if method not in recipe.USUAL:
+        raise ValueError(f"method: must be one of {', '.join(recipe.USUAL)}, given {method!r}")
+    for section, keys in recipe.keys(method).items():
+        for key in keys.values():
+            default = "must be given" if key.default is MISSING else f"default {plain(key.default)}"
+            typer.echo(f"{section}.{key.name}: {type_name(key.type)}; {default}. {key.help}".rstrip())

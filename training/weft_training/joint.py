@@ -11,11 +11,13 @@ adapter that has made its steps is written at once and leaves the batch.
 """
 
 import itertools
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +25,12 @@ from torch import Tensor
 from transformers import Trainer
 
 from weft.model.loader import Base
-from weft_training import adapter as adapters
 from weft_training import base as bases
-from weft_training import data, joint_model, trainer
-from weft_training.adapter import AdaptedModel
-from weft_training.data import Example
+from weft_training import card, joint_model, output, trainer
+from weft_training.history import Diverged
 from weft_training.joint_model import Share
 from weft_training.progress import Step
-from weft_training.trainer import TrainConfig, TrainResult
+from weft_training.trainer import Examples, Prepared, TrainConfig, TrainResult
 
 ReportOf = Callable[[int, Step], None]
 
@@ -39,10 +39,26 @@ ReportOf = Callable[[int, Step], None]
 _PASS_TOKENS = 350
 
 
+# What belongs to the loop of a run alone, and where it stands when it is not used.
+_ALONE: Mapping[str, Any] = MappingProxyType(
+    {
+        "accumulation_steps": 1,
+        "autocast": False,
+        "gradient_checkpointing": False,
+        "evaluation_data": (),
+        "evaluation_share": 0.0,
+        "packing": False,
+        "distillation": None,
+        "checkpoint_every": 0,
+        "tensorboard": None,
+    }
+)
+
+
 def train_many(
     configs: Sequence[TrainConfig],
     *,
-    examples: Sequence[Sequence[Example]] | None = None,
+    examples: Sequence[Examples] | None = None,
     progress: ReportOf | None = None,
     pass_tokens_max: int = 16_384,
 ) -> tuple[TrainResult, ...]:
@@ -55,13 +71,13 @@ def train_many(
     `seconds` of a result is the time until that adapter was finished.
 
     Raises what `trainer.train` raises, with a note that names the output of the config at fault, and ValueError where
-    configs have different bases or the same output. All of these come before the first step. An adapter that was
-    finished before the run was interrupted stays where it was written.
+    configs have different bases, the same output, or a knob that works on a run alone. All of these come before the
+    first step, except Diverged. An adapter that was finished before the run ended early stays where it was written.
     """
     _check(configs, examples)
     model_config = configs[0].model
     given = [None] * len(configs) if examples is None else examples
-    read = [_examples(config, own) for config, own in zip(configs, given, strict=True)]
+    read = [_read(config, own) for config, own in zip(configs, given, strict=True)]
     if model_config.num_threads:
         torch.set_num_threads(model_config.num_threads)
     base = bases.load(model_config)
@@ -72,6 +88,8 @@ def train_many(
         while running := [run for run in runs if run.place not in results]:
             for run, loss in zip(running, _step(base, running, pass_tokens_max), strict=True):
                 run.losses.append(loss)
+                with _named(run.config):
+                    _require_finite(run, loss)
                 if progress is not None:
                     progress(run.place, Step(len(run.losses), run.config.num_steps, loss))
                 if len(run.losses) == run.config.num_steps:
@@ -84,7 +102,7 @@ class _Run(NamedTuple):
 
     place: int
     config: TrainConfig
-    model: AdaptedModel
+    prepared: Prepared
     batches: "Iterator[tuple[dict[str, Tensor], Any]]"
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -92,7 +110,7 @@ class _Run(NamedTuple):
     losses: list[float]
 
 
-def _check(configs: Sequence[TrainConfig], examples: Sequence[Sequence[Example]] | None) -> None:
+def _check(configs: Sequence[TrainConfig], examples: Sequence[Examples] | None) -> None:
     if not configs:
         raise ValueError("configs: there are none")
     if examples is not None and len(examples) != len(configs):
@@ -105,17 +123,18 @@ def _check(configs: Sequence[TrainConfig], examples: Sequence[Sequence[Example]]
             if config.output.resolve() in outputs:
                 raise ValueError(f"output: must be another for each adapter, given {config.output} twice")
             outputs.add(config.output.resolve())
-            trainer.require_free(config.output, overwrite=config.overwrite)
+            for knob, value in _ALONE.items():
+                if getattr(config, knob) != value:
+                    raise ValueError(
+                        f"{knob} must be {value!r} where adapters train together, given {getattr(config, knob)!r}"
+                    )
+            output.require_free(config.output, overwrite=config.overwrite)
 
 
-def _examples(config: TrainConfig, given: Sequence[Example] | None) -> Sequence[Example]:
+def _read(config: TrainConfig, given: Examples | None) -> Examples:
     with _named(config):
-        if (given is None) == (config.data is None):
-            raise ValueError("data: give either a file or the examples")
-        if given is not None:
-            return given
-        assert config.data is not None
-        return data.read_jsonl(config.data)
+        learned, _ = trainer.read_data(config, given)
+        return learned
 
 
 @contextmanager
@@ -128,21 +147,18 @@ def _named(config: TrainConfig) -> Iterator[None]:
         raise
 
 
-def _start(stack: ExitStack, base: Base, place: int, config: TrainConfig, examples: Sequence[Example]) -> _Run:
+def _start(stack: ExitStack, base: Base, place: int, config: TrainConfig, examples: Examples) -> _Run:
     with _named(config):
-        generator = torch.Generator().manual_seed(config.seed)
-        model = AdaptedModel(base, adapters.initial(config.adapter, base.shape, generator))
-        rows = data.encode(examples, base.tokenizer, max_length=base.max_model_len - model.adapter.num_virtual_tokens)
+        prepared = trainer.fit(config, base, examples, ())
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.parent))
-        )
-        trainer.rehearse(model.adapter, scratch / "try", base.shape)
-        loop = trainer.make_loop(config, model, rows, scratch / "trainer")
+        prefix = f".{config.output.name}."
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=config.output.parent)))
+        output.rehearse(prepared.model.adapter, scratch / "try", base.shape)
+        loop = trainer.make_loop(config, prepared.model, prepared.rows, scratch / "trainer")
         loader = loop.get_train_dataloader()  # now: it takes its seed from the one that the loop has just set
         optimizer = loop.create_optimizer()
         schedule = loop.create_scheduler(config.num_steps, optimizer)
-        return _Run(place, config, model, _batches(loop, loader), optimizer, schedule, scratch, [])
+        return _Run(place, config, prepared, _batches(loop, loader), optimizer, schedule, scratch, [])
 
 
 def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], Any]]":
@@ -159,14 +175,14 @@ def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], A
 
 def _step(base: Base, runs: Sequence[_Run], pass_tokens_max: int) -> list[float]:
     """One optimizer step of every run; the losses before it."""
-    shares = [Share(run.model, *next(run.batches)) for run in runs]
+    shares = [Share(run.prepared.model, *next(run.batches)) for run in runs]
     found: dict[int, float] = {}
     for members in buckets(shares, pass_tokens_max):
         own = joint_model.losses(base, [shares[member] for member in members])
         torch.stack(own).sum().backward()
         found.update(zip(members, (loss.item() for loss in own), strict=True))
     for run in runs:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_norm_max)
+        torch.nn.utils.clip_grad_norm_(run.prepared.model.parameters(), run.config.gradient_norm_max)
         run.optimizer.step()
         run.schedule.step()
         run.optimizer.zero_grad()
@@ -190,12 +206,26 @@ def buckets(shares: Sequence[Share], pass_tokens_max: int) -> list[list[int]]:
     return groups
 
 
+def _require_finite(run: _Run, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"step {len(run.losses)}: loss must be finite, given {loss}; "
+            f"a lower learning rate than {run.config.learning_rate} may help"
+        )
+
+
 def _finish(run: _Run, base: Base, seconds: float) -> TrainResult:
-    trainer.write(run.model.adapter, run.scratch / "result", base.shape)
-    trainer.replace_output(run.config.output, run.scratch / "result")
-    return TrainResult(
+    adapter = run.prepared.model.adapter
+    result = TrainResult(
         output=run.config.output,
         losses=tuple(run.losses),
         seconds=seconds,
-        num_parameters=run.model.adapter.num_parameters,
+        num_parameters=adapter.num_parameters,
+        evaluations={},
+        best_step=0,
     )
+    made = run.scratch / "result"
+    output.write(adapter, made, base.shape)
+    card.write(trainer.facts_of(run.config, run.prepared, result), made)
+    output.replace_output(run.config.output, made)
+    return result

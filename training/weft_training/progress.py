@@ -1,5 +1,6 @@
 """What a training run tells while it runs, and the bar that shows it."""
 
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -19,11 +20,15 @@ from rich.text import Text
 
 
 class Step(NamedTuple):
-    """A finished optimizer step; `number` counts from 1. loss: mean over the step's learned tokens."""
+    """A finished optimizer step; `number` counts from 1. loss: mean over the step's learned tokens.
+
+    num_tokens: input tokens so far, over all steps.
+    """
 
     number: int
     num_steps: int
     loss: float
+    num_tokens: int = 0
 
 
 Report = Callable[[Step], None]
@@ -39,12 +44,14 @@ class ProgressBar:
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
             _StepsPerSecond(),
+            TextColumn("{task.fields[tokens]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=console)
-        self._bar = self._progress.add_task(title, total=None, loss="–")
+        self._bar = self._progress.add_task(title, total=None, loss="–", tokens="")
+        self._since: tuple[float, int] | None = None  # time and tokens of the first step: what came before is not ours
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -56,7 +63,12 @@ class ProgressBar:
         self._progress.stop()
 
     def __call__(self, step: Step) -> None:
-        self._progress.update(self._bar, completed=step.number, total=step.num_steps, loss=f"{step.loss:.4f}")
+        now = time.monotonic()
+        since, tokens = self._since = self._since or (now, step.num_tokens)
+        rate = f"{(step.num_tokens - tokens) / (now - since):,.0f} tokens/s" if step.num_tokens > tokens else ""
+        self._progress.update(
+            self._bar, completed=step.number, total=step.num_steps, loss=f"{step.loss:.4f}", tokens=rate
+        )
 
 
 class _StepsPerSecond(ProgressColumn):

@@ -1,33 +1,59 @@
 """Training one adapter: `train(TrainConfig(…))` gives a PEFT directory.
 
 transformers.Trainer runs the loop; the mathematics is `weft.methods`, as in serving. The same config, examples, thread
-count and library versions give the same adapter on a CPU, bit for bit.
+count and library versions give the same adapter on a CPU, bit for bit, also through a kill and `resume`. Under
+`accelerate launch` the processes share the examples of each step, and the first one alone writes.
 """
 
+import contextlib
 import functools
 import os
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+import weft
 from weft.config import ModelConfig
-from weft.methods.checkpoint import directory
-from weft.methods.protocol import Adapter, BaseShape
+from weft.model.loader import Base
 from weft_training import adapter as adapters
 from weft_training import base as bases
-from weft_training import data
+from weft_training import card, checkpoint, data, packing
 from weft_training.adapter import AdaptedModel, MethodConfig
-from weft_training.data import Example, Row
-from weft_training.progress import Report, Step
+from weft_training.checkpoint import Best, CheckpointingTrainer
+from weft_training.data import Conversation, Example, Row
+from weft_training.distillation import DistillationConfig, DistilledModel, load_teacher
+from weft_training.history import Curves, Recorder
+from weft_training.output import rehearse, replace_output, require_free, write
+from weft_training.progress import Report
+from weft_training.recompute import recomputing
+from weft_training.sections import recipe_of
 
-_OUR_FILES = frozenset({directory.CONFIG_FILE, directory.WEIGHTS_FILE})
+Examples = Sequence[Example | Conversation]
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes on after its warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+_SCHEDULERS = {
+    Schedule.COSINE: "cosine",
+    Schedule.LINEAR: "linear",
+    Schedule.CONSTANT: "constant_with_warmup",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,86 +61,257 @@ class TrainConfig:
     """One training run.
 
     adapter: the method's config; its type says which method.
-    data: a JSON Lines file; not needed where the examples are given to `train`.
+    data: JSON Lines files; not needed where the examples are given to `train`.
     output: the PEFT directory to make; with `overwrite` it may be there already.
     num_steps: optimizer steps; the examples are shuffled anew each time they are used up.
-    batch_size: examples of one step.
-    learning_rate: its peak, after `num_warmup_steps` of linear growth; a cosine then takes it to zero.
+    batch_size: examples of one step, over all processes; with `packing`, packed rows.
+    accumulation_steps: parts in which a step's examples are computed one after the other; the result is the same.
+    learning_rate: its peak, after `num_warmup_steps` of linear growth; `schedule` then takes it to zero or keeps it.
+    schedule: what the learning rate does after its warm-up.
+    num_warmup_steps: steps in which the learning rate grows.
+    weight_decay: of AdamW, per unit of learning rate.
+    gradient_norm_max: longer gradients are shortened to it.
+    autocast: compute in bfloat16 what torch's autocast deems safe; the adapter itself stays in float32.
+    gradient_checkpointing: keep the activations of layer borders only and compute the others again.
+    seed: of the adapter's start, the order of the examples and the evaluation share.
+    evaluation_data: files that are evaluated and not learned.
+    evaluation_share: share of the data, 0 to 1, that is evaluated and not learned.
+    evaluate_every: steps between evaluations; 0 evaluates after the last step only. The best step's adapter is kept.
+    patience: evaluations without a new lowest loss after which training stops; 0 for never.
+    max_length: tokens of one example; null takes the base's limit.
+    packing: put several short examples in one row of at most `max_length` tokens.
+    checkpoint_every: steps between checkpoints, in `<output>.checkpoints`; 0 for none.
+    resume: go on from the last checkpoint, if there is one.
+    overwrite: replace an adapter that is at the output, and checkpoints of another run for it.
+    tensorboard: directory for TensorBoard's event files.
     """
 
     model: ModelConfig
     adapter: MethodConfig
     output: Path
-    data: Path | None = None
+    data: Path | tuple[Path, ...] | None = None
     num_steps: int = 200
     batch_size: int = 16
+    accumulation_steps: int = 1
     learning_rate: float = 2e-4
+    schedule: Schedule = Schedule.COSINE
     num_warmup_steps: int = 0
     weight_decay: float = 0.0
     gradient_norm_max: float = 1.0
+    autocast: bool = False
+    gradient_checkpointing: bool = False
     seed: int = 0
+    evaluation_data: tuple[Path, ...] = ()
+    evaluation_share: float = 0.0
+    evaluate_every: int = 0
+    patience: int = 0
+    max_length: int | None = None
+    packing: bool = False
+    distillation: DistillationConfig | None = None
+    checkpoint_every: int = 0
+    resume: bool = False
     overwrite: bool = False
+    tensorboard: Path | None = None
 
     def __post_init__(self) -> None:
-        for knob in ("num_steps", "batch_size"):
+        for knob in ("num_steps", "batch_size", "accumulation_steps"):
             if getattr(self, knob) < 1:
                 raise ValueError(f"{knob} must be at least 1, given {getattr(self, knob)}")
         for knob in ("learning_rate", "gradient_norm_max"):
             if not getattr(self, knob) > 0:
                 raise ValueError(f"{knob} must be above 0, given {getattr(self, knob)}")
+        for knob in ("weight_decay", "evaluate_every", "patience", "checkpoint_every"):
+            if getattr(self, knob) < 0:
+                raise ValueError(f"{knob} must be at least 0, given {getattr(self, knob)}")
         if not 0 <= self.num_warmup_steps <= self.num_steps:
             raise ValueError(f"num_warmup_steps must be 0 to {self.num_steps}, given {self.num_warmup_steps}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, given {self.weight_decay}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, given {self.max_length}")
+        if not 0 <= self.evaluation_share < 1:
+            raise ValueError(f"evaluation_share must be at least 0 and below 1, given {self.evaluation_share}")
+        if self.evaluation_share and self.evaluation_data:
+            raise ValueError(f"evaluation_share must be 0 beside evaluation_data, given {self.evaluation_share}")
+        for knob in ("evaluate_every", "patience"):
+            if getattr(self, knob) and not self.evaluates:
+                raise ValueError(f"{knob} must be 0 without evaluation data, given {getattr(self, knob)}")
+        if self.resume and not self.checkpoint_every:
+            raise ValueError("resume must be false where checkpoint_every is 0, given true")
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.evaluation_data or self.evaluation_share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What came of it. losses: one per step, before that step's update. seconds: of the loop, without loading."""
+    """What came of it. losses: one per step, before that step's update. seconds: of the loop, without loading.
+
+    evaluations: evaluation losses by step. best_step: whose adapter it is; 0 where nothing was evaluated: the last.
+    """
 
     output: Path
     losses: tuple[float, ...]
     seconds: float
     num_parameters: int
+    evaluations: dict[int, float]
+    best_step: int
 
 
-def train(
-    config: TrainConfig, *, examples: Sequence[Example] | None = None, progress: Report | None = None
-) -> TrainResult:
-    """Train an adapter and write it to `config.output`; `progress` is told of every step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run before its first step: the base with an untrained adapter, and the rows."""
 
-    Raises ValueError (InvalidData for a line of the data), OSError, or InvalidAdapter where a server would refuse the
-    result. All of these come before the first step, except for numbers that training itself drives out of bounds.
-    """
-    require_free(config.output, overwrite=config.overwrite)
+    model: AdaptedModel
+    rows: Sequence[Row]
+    evaluation: Sequence[Row]
+    max_length: int  # tokens of a row
+    run: str  # digest of all that decides the result
+
+
+def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepared:
+    """Load the base and encode the data. Raises what `train` raises before its rehearsal."""
+    learned, kept = read_data(config, examples)
+    if config.model.num_threads:
+        torch.set_num_threads(config.model.num_threads)
+    return fit(config, bases.load(config.model), learned, kept)
+
+
+def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples, Examples]:
+    """What is learned, and what is only evaluated."""
     if (examples is None) == (config.data is None):
         raise ValueError("data: give either a file or the examples")
     if examples is None:
         assert config.data is not None
-        examples = data.read_jsonl(config.data)
-    if config.model.num_threads:
-        torch.set_num_threads(config.model.num_threads)
-    base = bases.load(config.model)
+        examples = data.read_jsonl(*((config.data,) if isinstance(config.data, Path) else config.data))
+    kept: Examples = data.read_jsonl(*config.evaluation_data)
+    if config.evaluation_share:
+        examples, kept = data.split(examples, config.evaluation_share, config.seed)
+    return examples, kept
+
+
+def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> Prepared:
+    """An untrained adapter on `base`, and the rows that its tokenizer makes of the data."""
     generator = torch.Generator().manual_seed(config.seed)
     model = AdaptedModel(base, adapters.initial(config.adapter, base.shape, generator))
-    rows = data.encode(examples, base.tokenizer, max_length=base.max_model_len - model.adapter.num_virtual_tokens)
+    limit = base.max_model_len - model.adapter.num_virtual_tokens
+    if config.max_length is not None and config.max_length > limit:
+        raise ValueError(f"max_length must be at most {limit}, the base's limit, given {config.max_length}")
+    max_length = config.max_length or limit
+    _require_fit(config, model)
+    rows = data.encode(learned, base.tokenizer, max_length=max_length)
+    evaluation = data.encode(kept, base.tokenizer, max_length=max_length) if kept else []
+    run = checkpoint.digest_of(
+        config, adapters.method_of(config.adapter).name, base.shape.digest, data.digest(rows), data.digest(evaluation)
+    )
+    return Prepared(model=model, rows=rows, evaluation=evaluation, max_length=max_length, run=run)
+
+
+def _require_fit(config: TrainConfig, model: AdaptedModel) -> None:
+    """Refuse what this method or this base cannot do."""
+    if config.batch_size % (config.accumulation_steps * _world_size()):
+        raise ValueError(
+            f"batch_size must be a multiple of accumulation_steps times processes "
+            f"({config.accumulation_steps} × {_world_size()}), given {config.batch_size}"
+        )
+    if model.adapter.num_virtual_tokens:
+        for knob in ("packing", "gradient_checkpointing"):
+            if getattr(config, knob):
+                reason = "would have to be in every packed example" if knob == "packing" else "come through the cache"
+                raise ValueError(
+                    f"{knob} must be false for {model.adapter.method.name}, whose virtual positions {reason}"
+                )
+    if config.packing:
+        packing.require_apart(model.base.model)
+
+
+def train(config: TrainConfig, *, examples: Examples | None = None, progress: Report | None = None) -> TrainResult:
+    """Train an adapter and write it to `config.output`; `progress` is told of every step.
+
+    Raises ValueError (InvalidData for a line of the data), OSError, or InvalidAdapter where a server would refuse the
+    result. All of these come before the first step, except for a full disk, and for numbers that training itself
+    drives out of bounds: Diverged names the step. Whatever is raised, the output is as it was before.
+    """
+    require_free(config.output, overwrite=config.overwrite)
+    prepared = prepare(config, examples=examples)
+    model = prepared.model
+    checkpoints = checkpoint.directory_of(config.output)
+    last = _last_checkpoint(config, checkpoints, prepared.run)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.parent) as scratch:
-        rehearse(model.adapter, Path(scratch, "try"), base.shape)
-        recorder = _Recorder(progress)
-        trainer = make_loop(config, model, rows, Path(scratch, "trainer"), callbacks=[recorder])
+        rehearse(model.adapter, Path(scratch, "try"), model.base.shape)
+        recorder = Recorder(progress)
+        callbacks: list[TrainerCallback] = [recorder]
+        if config.tensorboard is not None and _is_first():
+            callbacks.append(Curves(config.tensorboard))
+        loop = make_loop(
+            config,
+            model,
+            prepared.rows,
+            checkpoints if config.checkpoint_every else Path(scratch, "trainer"),
+            evaluation=prepared.evaluation,
+            max_length=prepared.max_length,
+            callbacks=callbacks,
+        )
+        loop.run = prepared.run
         started = time.perf_counter()
-        trainer.train()
+        with recomputing(model) if config.gradient_checkpointing else contextlib.nullcontext():
+            loop.resume(last)
         seconds = time.perf_counter() - started
-        result = Path(scratch, "result")
-        write(model.adapter, result, base.shape)
-        replace_output(config.output, result)
-    return TrainResult(
-        output=config.output,
-        losses=tuple(recorder.losses),
-        seconds=seconds,
-        num_parameters=model.adapter.num_parameters,
+        history = loop.state.log_history
+        evaluations = checkpoint.evaluation_losses(history)
+        assert loop.best is not None
+        loop.best.apply()
+        result = TrainResult(
+            output=config.output,
+            losses=tuple(entry["loss"] for entry in history if "loss" in entry),
+            seconds=seconds,
+            num_parameters=model.adapter.num_parameters,
+            evaluations=evaluations,
+            best_step=min(evaluations, key=lambda step: evaluations[step]) if evaluations else 0,
+        )
+        if _is_first():
+            made = Path(scratch, "result")
+            write(model.adapter, made, model.base.shape)
+            card.write(facts_of(config, prepared, result), made)
+            replace_output(config.output, made)
+            checkpoint.discard(checkpoints)
+    return result
+
+
+def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> card.Facts:
+    """What the model card says."""
+    shape = prepared.model.base.shape
+    return card.Facts(
+        name=config.output.name,
+        method=prepared.model.adapter.method.name,
+        num_parameters=result.num_parameters,
+        base_name=shape.name,
+        base_digest=shape.digest,
+        quantization=config.model.quantization,
+        recipe=recipe_of(config),
+        data_digest=data.digest(prepared.rows),
+        num_rows=len(prepared.rows),
+        losses=result.losses,
+        evaluations=result.evaluations,
+        best_step=result.best_step,
+        seconds=result.seconds,
+        versions={"weft": weft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
+
+
+def _last_checkpoint(config: TrainConfig, checkpoints: Path, run: str) -> Path | None:
+    """Where to go on. Raises FileExistsError for checkpoints that are neither to be used nor to be dropped."""
+    if not config.checkpoint_every or not checkpoints.exists():
+        return None
+    if config.resume:
+        return checkpoint.newest(checkpoints, run)
+    if not config.overwrite:
+        raise FileExistsError(
+            f"output: {checkpoints} holds a run that did not end; resume goes on with it, overwrite starts again"
+        )
+    if _is_first():
+        checkpoint.discard(checkpoints)
+    return None
 
 
 def make_loop(
@@ -123,98 +320,86 @@ def make_loop(
     rows: Sequence[Row],
     directory: Path,
     *,
+    evaluation: Sequence[Row] = (),
+    max_length: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Trainer:
-    """The loop of one run: its order of rows, optimizer, schedule and clipping. `directory` is for its own files."""
+) -> CheckpointingTrainer:
+    """The loop of one run: its order of rows, optimizer, schedule and clipping. `directory` is for its own files.
+
+    max_length: tokens of a packed row; needed with `packing` only.
+    """
     base = model.base
+    trained: nn.Module = model
+    if config.distillation is not None:
+        teacher = load_teacher(config.distillation.teacher, base, config.model)
+        if config.packing and getattr(teacher, "adapter", model.adapter).num_virtual_tokens:
+            raise ValueError("packing must be false for a teacher with virtual positions, given true")
+        trained = DistilledModel(model, teacher, config.distillation)
+    groups = functools.partial(packing.pack, max_length=max_length) if config.packing else tuple
+    collate = packing.collate if config.packing else data.collate
     pad_token_id = base.tokenizer.pad_token_id
-    trainer = Trainer(
-        model=model,
+    best = Best(model.adapter, patience=config.patience)
+    trainer = CheckpointingTrainer(
+        model=trained,
         args=_arguments(config, directory, use_cpu=base.device.type == "cpu"),
-        train_dataset=_Rows(rows),
-        data_collator=functools.partial(
-            data.collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0
-        ),
-        callbacks=list(callbacks),
+        train_dataset=_Rows(groups(rows)),
+        eval_dataset=_Rows(groups(evaluation)) if evaluation else None,
+        data_collator=functools.partial(collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0),
+        callbacks=[*callbacks, best],
     )
+    trainer.best = best
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def _arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> TrainingArguments:
+    per_pass = config.batch_size // (config.accumulation_steps * _world_size())
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=config.num_steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=per_pass,
+        per_device_eval_batch_size=per_pass,
+        gradient_accumulation_steps=config.accumulation_steps,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=_SCHEDULERS[config.schedule],
         warmup_steps=config.num_warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.gradient_norm_max,
+        bf16=config.autocast,
         seed=config.seed,
         use_cpu=use_cpu,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is no number is to be seen
-        save_strategy="no",
+        include_num_input_tokens_seen="all" if config.packing else "non_padding",
+        eval_strategy="steps" if config.evaluates else "no",
+        eval_steps=config.evaluate_every or config.num_steps,
+        prediction_loss_only=True,
+        save_strategy="steps" if config.checkpoint_every else "no",
+        save_steps=config.checkpoint_every or config.num_steps,
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
     )
 
 
-class _Rows(Dataset[Row]):
-    def __init__(self, rows: Sequence[Row]) -> None:
+def _world_size() -> int:
+    """Processes of this run, as torch's launchers tell them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Rows(Dataset[Any]):
+    def __init__(self, rows: Sequence[Any]) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Any:
         return self._rows[index]
-
-
-class _Recorder(TrainerCallback):
-    """Keeps the losses and passes them on."""
-
-    def __init__(self, report: Report | None) -> None:
-        self.losses: list[float] = []
-        self._report = report
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:  # the summary at the end
-            return
-        self.losses.append(logs["loss"])
-        if self._report is not None:
-            self._report(Step(state.global_step, state.max_steps, logs["loss"]))
-
-
-def require_free(output: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError where `output` holds what may not be replaced."""
-    if not output.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"output: {output} exists; give another directory, or overwrite it")
-    if not output.is_dir() or {file.name for file in output.iterdir()} - _OUR_FILES:
-        raise FileExistsError(f"output: {output} holds other files than a PEFT adapter's and is not overwritten")
-
-
-def rehearse(adapter: Adapter, path: Path, shape: BaseShape) -> None:
-    """Write as after training: hours of it must not end in a directory that cannot be made, or that no server takes."""
-    write(adapters.map_tensors(adapter, lambda t: torch.full_like(t, 0.5)), path, shape)
-
-
-def write(adapter: Adapter, path: Path, shape: BaseShape) -> None:
-    """Write a PEFT directory, durably, and read it back as a server would."""
-    directory.write(adapter, path, shape)
-    adapters.read(path, shape)
-    for file in path.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-
-
-def replace_output(output: Path, result: Path) -> None:
-    """Rename `result` to `output`. Readers find the old adapter, the new one, or for an instant none."""
-    if output.exists():
-        output.rename(result.with_name("replaced"))
-    result.rename(output)

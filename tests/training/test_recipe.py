@@ -1,0 +1,154 @@
+"""Recipes: every one in the folder is read, options win, and what is wrong is named by file, line and key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from weft.config import Quantization
+from weft.methods.ia3 import Ia3Config
+from weft.methods.lora import LoraConfig
+from weft_training import command
+from weft_training.adapter import USUAL
+from weft_training.recipe import Option, Recipe, load, options
+from weft_training.schema import InvalidRecipe
+from weft_training.sections import recipe_of
+from weft_training.trainer import Schedule
+
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+WHOLE = """\
+model:
+  path: base
+  quantization: none
+adapter:
+  method: lora
+  rank: 4
+  rank_pattern: {down_proj: 2}
+data:
+  train: [a.jsonl, b.jsonl]
+optimization:
+  learning_rate: 1e-3
+  schedule: linear
+output:
+  path: out
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def loaded(path: Path | None, line: str = "") -> Recipe:
+    return load(path, options(line.split())[1])
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_folder_is_read(path: Path) -> None:
+    recipe = load(path)
+    assert recipe.train.output == Path("adapters") / path.stem.replace("distillation", "distilled")
+    assert path.read_text().startswith("# ")
+
+
+def test_there_is_a_recipe_for_every_method() -> None:
+    methods = {yaml.safe_load(path.read_text())["adapter"]["method"] for path in RECIPES.glob("*.yaml")}
+    assert methods >= set(USUAL)
+
+
+def test_values_are_of_their_fields_types(tmp_path: Path) -> None:
+    config = load(written(tmp_path, WHOLE)).train
+    assert config.adapter == LoraConfig(rank=4, rank_pattern={"down_proj": 2})
+    assert config.model.quantization is Quantization.NONE
+    assert config.data == (Path("a.jsonl"), Path("b.jsonl"))
+    assert (config.learning_rate, config.schedule) == (1e-3, Schedule.LINEAR)
+
+
+def test_options_win_over_the_recipe(tmp_path: Path) -> None:
+    line = "--optimization.learning-rate 0.5 --seed=7 --packing --data c.jsonl --teacher t --distillation.alpha 0.25"
+    config = loaded(written(tmp_path, WHOLE), line).train
+    assert (config.learning_rate, config.seed, config.packing) == (0.5, 7, True)
+    assert config.data == (Path("c.jsonl"),) or config.data == Path("c.jsonl")
+    assert config.distillation is not None
+    assert config.distillation.alpha == 0.25
+
+
+def test_no_recipe_is_needed() -> None:
+    line = "--base b --method ia3 --data d --output o --steps 3 --lr 0.1 --target-modules k_proj,down_proj"
+    config = loaded(None, line).train
+    assert config.adapter == Ia3Config(target_modules=("k_proj", "down_proj"), feedforward_modules=("down_proj",))
+    assert (config.num_steps, config.learning_rate, config.output) == (3, 0.1, Path("o"))
+
+
+def test_a_config_survives_the_way_through_its_recipe(tmp_path: Path) -> None:
+    config = loaded(written(tmp_path, WHOLE), "--teacher t --max-length 9 --evaluation e.jsonl --tensorboard tb").train
+    again = load(written(tmp_path, yaml.safe_dump(recipe_of(config)))).train
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  rank: 4", "  rnak: 4", ":6: adapter.rnak: no such key; did you mean rank?"),
+        ("  rank: 4", "  init_std: 4", ":6: adapter.init_std: the method lora has none"),
+        ("  rank: 4", "  rank: four", ":6: adapter.rank: must be integer, given 'four'"),
+        ("  rank: 4", "  rank: [4]", ":6: adapter.rank: must be integer, given a list"),
+        ("  rank: 4", "  rank:", ":6: adapter.rank: must be integer, given nothing"),
+        ("  rank: 4", "  rank: 4\n  rank: 5", ":7: rank: stands here a second time"),
+        ("down_proj: 2", "down_proj: x", ":7: adapter.rank_pattern.down_proj: must be integer, given 'x'"),
+        ("method: lora", "method: lore", ":5: method: must be one of"),
+        ("quantization: none", "quantization: nf5", ":3: model.quantization: must be one of nf4, int8, none"),
+        ("1e-3", "-1", ":11: learning_rate must be above 0, given -1.0"),
+        ("1e-3", "nan", ":11: optimization.learning_rate: must be number, given 'nan'"),
+        ("optimization:", "optimisation:", ":10: optimisation: no such section; did you mean optimization?"),
+        ("  schedule: linear", "  patience: 2", ":12: patience must be 0 without evaluation data, given 2"),
+        ("  path: out", "  adapter_id: a\n  path: out", ":14: output.adapter_id: needs output.publish"),
+        ("model:\n", "model:\n\t", ":2: is not YAML"),
+        ("  path: out", "", ": output.path: must be given, here or as --output"),
+    ],
+)
+def test_what_is_wrong_is_named_by_file_line_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in WHOLE
+    path = written(tmp_path, WHOLE.replace(old, new, 1))
+    with pytest.raises(InvalidRecipe) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--learnig-rate 1", "--learnig-rate: no such key; did you mean learning_rate?"),
+        ("--optimization.sede 1", "--optimization.sede: no such key; did you mean seed?"),
+        ("--optimisation.seed 1", "--optimisation.seed: no such section; did you mean optimization?"),
+        ("--path x", "--path: is in several sections; give --model.path or --output.path"),
+        ("--init-std 1", "--init-std: the method lora has none"),
+        ("--steps 1.5", "--steps: optimization.num_steps: must be integer, given '1.5'"),
+        ("--steps 0", "--steps: num_steps must be at least 1, given 0"),
+        ("--distillation.alpha 0.5", "--distillation.alpha: distillation.teacher: must be given"),
+        ("--teacher t --distillation.alpha 2", "--distillation.alpha: alpha must be 0 to 1, given 2.0"),
+        ("--resume", "--resume: resume must be false where checkpoint_every is 0, given true"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(InvalidRecipe) as error:
+        loaded(written(tmp_path, WHOLE), line)
+    assert str(error.value).startswith(message)
+
+
+def test_the_recipes_path_comes_first_and_once() -> None:
+    assert options(["r.yaml", "--packing", "--seed", "3"]) == (
+        Path("r.yaml"),
+        [Option("--packing", None), Option("--seed", "3")],
+    )
+    with pytest.raises(InvalidRecipe, match=r"'r2\.yaml' belongs to no option"):
+        options(["r.yaml", "r2.yaml"])
+
+
+def test_list_keys_tells_all_of_a_method() -> None:
+    found = CliRunner().invoke(command.app, ["--list-keys", "--method", "prefix"])
+    assert found.exit_code == 0
+    assert "adapter.num_virtual_tokens: integer; default 16" in found.output
+    assert "optimization.learning_rate: number; default 0.0002" in found.output
+    assert "adapter.rank:" not in found.output

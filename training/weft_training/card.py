@@ -1,0 +1,96 @@
+"""What lies beside an adapter for its readers: a model card and the curve of its losses. No server reads them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+CARD_FILE = "README.md"
+CURVE_FILE = "loss.png"
+
+
+class Facts(NamedTuple):
+    """What a run was and what came of it.
+
+    evaluations: losses by step. best_step: 0 where nothing was evaluated. seconds: of the loop.
+    """
+
+    name: str
+    method: str
+    num_parameters: int
+    base_name: str
+    base_digest: str
+    quantization: str
+    recipe: Mapping[str, object]
+    data_digest: str
+    num_rows: int
+    losses: Sequence[float]
+    evaluations: Mapping[int, float]
+    best_step: int
+    seconds: float
+    versions: Mapping[str, str]
+
+
+def write(facts: Facts, path: Path) -> None:
+    """Write both files into the adapter's directory."""
+    _draw(facts, path / CURVE_FILE)
+    (path / CARD_FILE).write_text(_text(facts), encoding="utf-8")
+
+
+def _draw(facts: Facts, path: Path) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per learned token", title=facts.name)
+    axes.plot(range(1, len(facts.losses) + 1), facts.losses, linewidth=1, label="training")
+    if facts.evaluations:
+        axes.plot(list(facts.evaluations), list(facts.evaluations.values()), marker="o", label="evaluation")
+        axes.axvline(facts.best_step, color="grey", linewidth=1, linestyle=":", label=f"kept: step {facts.best_step}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _text(facts: Facts) -> str:
+    evaluated = ""
+    if facts.evaluations:
+        best = facts.evaluations[facts.best_step]
+        evaluated = f"| evaluation loss | {best:.4f} at step {facts.best_step}, which is the step kept here |\n"
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    recipe = yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True).strip()
+    # A fence longer than any in the recipe, whose strings may hold backticks.
+    fence = "`" * max(3, 1 + max((len(run) for run in recipe.split() if set(run) == {"`"}), default=0))
+    return f"""\
+---
+library_name: peft
+base_model: {facts.base_name}
+pipeline_tag: text-generation
+tags: [weft, {facts.method}]
+---
+
+# {facts.name}
+
+A {facts.method} adapter of {facts.num_parameters:,} parameters for {facts.base_name}, trained with Weft.
+
+| | |
+|---|---|
+| base digest | `{facts.base_digest}` ({facts.quantization}; a server that holds another base refuses it) |
+| data digest | `{facts.data_digest}` ({facts.num_rows:,} examples) |
+| training loss | {facts.losses[0]:.4f} to {facts.losses[-1]:.4f} in {len(facts.losses)} steps, {facts.seconds:.1f} s |
+{evaluated}| versions | {versions} |
+
+![loss]({CURVE_FILE})
+
+## Serve it
+
+    weft adapters add {facts.name} {facts.name}
+    weft generate "…" --adapter {facts.name}
+
+## Recipe
+
+{fence}yaml
+{recipe}
+{fence}
+"""

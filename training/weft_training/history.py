@@ -1,0 +1,50 @@
+"""What the steps of a run leave behind: losses that are told, curves for TensorBoard, an end where they diverge."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from weft_training.progress import Report, Step
+
+
+class Diverged(ValueError):
+    """A loss or a gradient that is no number; the run ended and nothing was written."""
+
+
+class Recorder(TrainerCallback):
+    """Tells every step, and ends the run at the first one that is no number."""
+
+    def __init__(self, report: Report | None) -> None:
+        self._report = report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise Diverged(
+                    f"step {state.global_step}: {name} must be finite, given {logs[name]}; "
+                    f"a lower learning rate than {args.learning_rate} may help"
+                )
+        if self._report is not None:
+            self._report(Step(state.global_step, state.max_steps, logs["loss"], state.num_input_tokens_seen))
+
+
+class Curves(TrainerCallback):
+    """Event files for TensorBoard, in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and an option
+
+        self._writer = SummaryWriter(str(directory))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        for name in ("loss", "eval_loss", "grad_norm", "learning_rate"):
+            if logs is not None and name in logs:
+                self._writer.add_scalar(name, logs[name], state.global_step)
+        self._writer.flush()  # a run that is killed keeps its curve
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._writer.close()

@@ -1,0 +1,81 @@
+"""Bringing a finished adapter to a server or into a store, through the same ingest as any tenant's."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.identifiers import AdapterId, check_adapter_id
+from weft.adapters.ingest import Ingest
+from weft.adapters.safetensors_header import WEIGHTS_FILE
+from weft.adapters.store import AdapterStore
+from weft.client import Client
+from weft.config import AdapterLimits, ModelConfig
+from weft.model import loader
+
+_SERVER = re.compile(r"[^/\s]+:\d{1,5}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishConfig:
+    """Where a finished adapter goes.
+
+    publish: HOST:PORT of a server, to which it is uploaded, or the directory of a store.
+    adapter_id: the id it gets; the name of the output directory where none is given.
+    replace: whether the id may be bound to other content already.
+    """
+
+    publish: str
+    adapter_id: str | None = None
+    replace: bool = False
+
+    @property
+    def is_server(self) -> bool:
+        return _SERVER.fullmatch(self.publish) is not None
+
+
+class Published(NamedTuple):
+    """What it is called now, and the call that uses it."""
+
+    adapter_id: str
+    generation: str
+    call: str
+
+
+def check(config: PublishConfig, output: Path) -> AdapterId:
+    """The id that `output` will get. InvalidRequest for one that no server takes: said before training, not after."""
+    return check_adapter_id(config.adapter_id or output.name)
+
+
+def publish(config: PublishConfig, output: Path, model: ModelConfig) -> Published:
+    """Publish the PEFT directory `output`.
+
+    Raises weft.client.RpcFailure for what a server refuses, WeftError for what the store does.
+    """
+    adapter_id = check(config, output)
+    if config.is_server:
+        with Client(config.publish) as client:
+            generation = client.upload(adapter_id, output, replace=config.replace).adapter.generation
+        call = f'weft generate "…" --adapter {adapter_id} --server {config.publish}'
+    else:
+        generation = _register(Path(config.publish), adapter_id, output, model, replace=config.replace)
+        call = f'weft serve {model.path} --store {config.publish}, then weft generate "…" --adapter {adapter_id}'
+    return Published(adapter_id, generation, call)
+
+
+def _register(root: Path, adapter_id: AdapterId, output: Path, model: ModelConfig, *, replace: bool) -> str:
+    """The generation that the store holds now. It is checked against the base, as a server that registers checks it."""
+    base = loader.load(model, attention="eager")
+    limits = AdapterLimits()
+    parent = output.resolve().parent
+    store = AdapterStore(root, limits, allowed_sources=(parent,))
+    store.recover()
+    with store.stage_copy(str(parent / output.name)) as staging:
+        staged = staging.seal()
+        with staged.open(CONFIG_FILE) as config_file, staged.open(WEIGHTS_FILE) as weights_file:
+            ingested = Ingest(base.shape, limits, base.dtype).read(
+                config_file, weights_file, size_bytes=staged.size_bytes
+            )
+        manifest = store.commit(staged, adapter_id=adapter_id, method=ingested.info.method, replace=replace)
+    return manifest.generation

@@ -1,0 +1,52 @@
+"""How a run's config is laid out in a recipe: which section has which field, and by which name."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from weft_training.adapter import method_of
+from weft_training.schema import plain
+
+# Recipe key → field of TrainConfig. Whatever has no place here belongs to `optimization`, under its own name.
+_PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "data": {
+            "train": "data",
+            "evaluation": "evaluation_data",
+            "evaluation_share": "evaluation_share",
+            "max_length": "max_length",
+            "packing": "packing",
+        },
+        "output": {
+            "path": "output",
+            "overwrite": "overwrite",
+            "checkpoint_every": "checkpoint_every",
+            "resume": "resume",
+            "tensorboard": "tensorboard",
+        },
+    }
+)
+_OWN = ("model", "adapter", "distillation")  # fields that are sections themselves
+
+
+def places(fields: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Recipe key → field by section, of the fields of TrainConfig that are no section themselves."""
+    placed = {field for keys in _PLACES.values() for field in keys.values()}
+    rest = {name: name for name in fields if name not in placed and name not in _OWN}
+    return {"data": dict(_PLACES["data"]), "optimization": rest, "output": dict(_PLACES["output"])}
+
+
+def recipe_of(config: Any) -> dict[str, Any]:
+    """The sections of a TrainConfig, for YAML."""
+    values = plain(config)
+    laid_out = {
+        section: {key: values[field] for key, field in keys.items()} for section, keys in places(values).items()
+    }
+    recipe = {
+        "model": values["model"],
+        "adapter": {"method": method_of(config.adapter).name, **values["adapter"]},
+        **laid_out,
+    }
+    if config.distillation is not None:
+        recipe["distillation"] = values["distillation"]
+    return recipe
