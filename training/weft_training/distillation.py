@@ -85,7 +85,7 @@ class DistilledModel(nn.Module):
         counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         out = self.student(labels=labels, **inputs, **counted)
         with torch.no_grad():
-            taught = self._teacher[0](**inputs).logits
+            taught = self._teacher[0](**inputs).logits.detach()
         learned = labels[:, 1:] != IGNORED  # position t predicts the token at t + 1
         rows = divergence(
             out.logits[:, :-1][learned].float(),

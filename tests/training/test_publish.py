@@ -1,0 +1,144 @@
+"""From a recipe to an answer: trained, published to a real server or store, and served; the card and the plan."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tests.server.live import LiveServer, Loop
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from weft.adapters.store import AdapterStore
+from weft.client import Client
+from weft.config import AdapterLimits, ModelConfig, Quantization, ServerConfig, WeftConfig
+from weft_training import command, plan
+from weft_training.recipe import load
+from weft_training.trainer import prepare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft")
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tmp_path: Path) -> Path:
+    """What teaches the tiny base to answer yes."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{word} = ", "completion": "yes"}}\n' for word in WORDS))
+    path = tmp_path / "recipe.yaml"
+    sections = {
+        "model": {"path": str(tiny_base), "device": "cpu"},
+        "adapter": {"method": "lora", "rank": 4},
+        "data": {"train": str(rows)},
+        "optimization": {"num_steps": 40, "batch_size": 8, "learning_rate": 0.02},
+        "output": {"path": str(tmp_path / "yes")},
+    }
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def server(tiny_base: Path, tmp_path: Path) -> Iterator[LiveServer]:
+    loop = Loop()
+    model = ModelConfig(path=tiny_base, device="cpu")
+    ports = ServerConfig(port=0, metrics_port=0)
+    live = LiveServer(loop, WeftConfig(model=model, store=tmp_path / "served-store", server=ports))
+    yield live
+    live.stop()
+    loop.close()
+
+
+def test_a_recipe_is_trained_uploaded_and_answers(recipe: Path, server: LiveServer) -> None:
+    address = f"127.0.0.1:{server.serving.port}"
+    done = run(recipe, "--publish", address)
+    assert done.exit_code == 0, done.output
+    assert f'weft generate "…" --adapter yes --server {address}' in done.output
+    with Client(address) as client:
+        assert client.generate("loom = ", adapter="yes", max_new_tokens=3).text == "yes"
+        assert client.generate("loom = ", max_new_tokens=3).text != "yes"  # the control: the base alone
+    again = run(recipe, "--publish", address, "--overwrite", "--seed", "1")  # other content under a taken id
+    assert again.exit_code == 1
+    assert "--replace" in again.stderr or "exists" in again.stderr or "other content" in again.stderr
+    assert run(recipe, "--publish", address, "--overwrite", "--seed", "1", "--replace").exit_code == 0
+
+
+def test_a_store_gets_it_offline_through_its_own_checks(recipe: Path, tmp_path: Path) -> None:
+    done = run(recipe, "--steps", "2", "--publish", tmp_path / "store", "--adapter-id", "named")
+    assert done.exit_code == 0, done.output
+    manifests = AdapterStore(tmp_path / "store", AdapterLimits()).recover().manifests
+    assert {adapter_id: manifest.method for adapter_id, manifest in manifests.items()} == {"named": "lora"}
+    assert manifests["named"].generation[:12] in done.output.replace("\n", "")
+    refused = run(recipe, "--steps", "3", "--overwrite", "--publish", tmp_path / "store", "--adapter-id", "named")
+    assert refused.exit_code == 1
+    assert AdapterStore(tmp_path / "store", AdapterLimits()).recover().manifests == manifests
+
+
+def test_nothing_is_published_of_a_run_that_fails(recipe: Path, tmp_path: Path) -> None:
+    done = run(recipe, "--lr", "1e30", "--gradient-norm-max", "1e30", "--publish", tmp_path / "store")
+    assert done.exit_code == 1
+    assert "must be finite" in done.stderr
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "yes").exists()
+    done = run(recipe, "--publish", tmp_path / "store", "--adapter-id", "No.Id", "--steps", 10**6)
+    assert done.exit_code == 1  # before training, which would take hours
+    assert "adapter_id: must match" in done.stderr
+
+
+def test_the_card_tells_what_made_it(recipe: Path, tmp_path: Path) -> None:
+    assert run(recipe, "--steps", "4", "--evaluation-share", "0.25").exit_code == 0
+    output = tmp_path / "yes"
+    assert {path.name for path in output.iterdir()} == {
+        "README.md",
+        "loss.png",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    text = (output / "README.md").read_text()
+    config = load(recipe).train
+    prepared = prepare(config)
+    assert prepared.model.base.shape.digest in text
+    assert "weft generate" in text
+    assert "evaluation loss" in text
+    inside = tmp_path / "again.yaml"
+    inside.write_text(text.split("```yaml\n")[1].split("```")[0])
+    again = load(inside).train  # the recipe in the card is one
+    assert (again.num_steps, again.evaluation_share, again.adapter) == (4, 0.25, config.adapter)
+
+
+def test_a_dry_run_tells_sizes_and_writes_nothing(recipe: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    done = run(recipe, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "efficiency ratio" in done.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plans_numbers_are_the_bases(tiny_base: Path, recipe: Path, checkpointing: bool) -> None:
+    def planned(quantization: Quantization) -> plan.Plan:
+        config = replace(
+            load(recipe).train,
+            model=ModelConfig(path=tiny_base, quantization=quantization, device="cpu"),
+            gradient_checkpointing=checkpointing,
+        )
+        return plan.make(config, prepare(config))
+
+    whole, packed = planned(Quantization.NONE), planned(Quantization.NF4)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    counted = sum(parameter.numel() for parameter in plain.parameters())
+    assert whole.num_base == packed.num_base == counted
+    assert whole.base_bytes == pytest.approx(4 * counted, rel=0.01)  # float32 as stored, and small buffers
+    assert packed.base_bytes < whole.base_bytes / 2
+    assert whole.num_trainable == 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert whole.efficiency_ratio == (counted + whole.num_trainable) / whole.num_trainable
+    tokens = 8 * 11  # rows of one pass, and the longest row
+    per_layer = whole.activation_bytes / (2 * tokens * 64 * 4)  # in hidden states of float32
+    assert (per_layer < 8) is checkpointing
