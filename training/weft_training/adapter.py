@@ -52,6 +52,25 @@ USUAL: Mapping[str, MethodConfig] = MappingProxyType(
 )
 
 
+# IA³'s sites by what bases call them: keys and values, fused or apart, and the feed-forward input last. GPT-2 has one
+# name for the ends of both sublayers, so there the attention's is scaled too.
+_IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("qkv_proj", "down_proj"), ("c_attn", "c_proj"))
+
+
+def usual(method: str, shape: BaseShape) -> MethodConfig:
+    """`USUAL`, with modules called as this base calls them; ValueError where it has none that the method knows."""
+    config = USUAL[method]
+    if not isinstance(config, ia3.Ia3Config):
+        return config
+    suffixes = {site.suffix for site in shape.sites.values()}
+    for modules in _IA3_MODULES:
+        if suffixes >= set(modules):
+            return replace(config, target_modules=modules, feedforward_modules=modules[-1:])
+    raise ValueError(
+        f"target_modules: must be given for {method} on this base, which has {', '.join(sorted(suffixes))}"
+    )
+
+
 def method_of(config: MethodConfig) -> Method:
     """The method that `config` configures."""
     return _KINDS[type(config)].method

@@ -24,6 +24,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import weft
 from weft.config import ModelConfig
+from weft.model.loader import Base
 from weft_training import adapter as adapters
 from weft_training import base as bases
 from weft_training import card, checkpoint, data, packing
@@ -170,6 +171,14 @@ class Prepared:
 
 def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepared:
     """Load the base and encode the data. Raises what `train` raises before its rehearsal."""
+    learned, kept = read_data(config, examples)
+    if config.model.num_threads:
+        torch.set_num_threads(config.model.num_threads)
+    return fit(config, bases.load(config.model), learned, kept)
+
+
+def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples, Examples]:
+    """What is learned, and what is only evaluated."""
     if (examples is None) == (config.data is None):
         raise ValueError("data: give either a file or the examples")
     if examples is None:
@@ -178,9 +187,11 @@ def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepare
     kept: Examples = data.read_jsonl(*config.evaluation_data)
     if config.evaluation_share:
         examples, kept = data.split(examples, config.evaluation_share, config.seed)
-    if config.model.num_threads:
-        torch.set_num_threads(config.model.num_threads)
-    base = bases.load(config.model)
+    return examples, kept
+
+
+def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> Prepared:
+    """An untrained adapter on `base`, and the rows that its tokenizer makes of the data."""
     generator = torch.Generator().manual_seed(config.seed)
     model = AdaptedModel(base, adapters.initial(config.adapter, base.shape, generator))
     limit = base.max_model_len - model.adapter.num_virtual_tokens
@@ -188,7 +199,7 @@ def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepare
         raise ValueError(f"max_length must be at most {limit}, the base's limit, given {config.max_length}")
     max_length = config.max_length or limit
     _require_fit(config, model)
-    rows = data.encode(examples, base.tokenizer, max_length=max_length)
+    rows = data.encode(learned, base.tokenizer, max_length=max_length)
     evaluation = data.encode(kept, base.tokenizer, max_length=max_length) if kept else []
     run = checkpoint.digest_of(
         config, adapters.method_of(config.adapter).name, base.shape.digest, data.digest(rows), data.digest(evaluation)
@@ -262,13 +273,13 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
         if _is_first():
             made = Path(scratch, "result")
             write(model.adapter, made, model.base.shape)
-            card.write(_facts(config, prepared, result), made)
+            card.write(facts_of(config, prepared, result), made)
             replace_output(config.output, made)
             checkpoint.discard(checkpoints)
     return result
 
 
-def _facts(config: TrainConfig, prepared: Prepared, result: TrainResult) -> card.Facts:
+def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> card.Facts:
     """What the model card says."""
     shape = prepared.model.base.shape
     return card.Facts(

@@ -1,4 +1,4 @@
-"""`weft train` and `weft demo`: all their arguments go to `weft_training`, which is imported only then."""
+"""`weft train`, `weft train-many`, `weft demo`: `weft_training` gets all their arguments, and is imported only then."""
 
 import importlib
 from typing import Any
@@ -20,15 +20,20 @@ SETTINGS: dict[str, Any] = {
 
 def train(context: typer.Context) -> None:
     """Train an adapter; `weft train --help` tells how."""
-    _imported("weft_training.command").app(args=context.args, prog_name="weft train")
+    imported("weft_training.command").app(args=context.args, prog_name="weft train")
+
+
+def train_many(context: typer.Context) -> None:
+    """Train many adapters in one pass; `weft train-many --help` tells how."""
+    imported("weft_training.joint_command").app(args=context.args, prog_name="weft train-many")
 
 
 def demo(context: typer.Context) -> None:
     """Show what Weft does, on the demo base."""
-    raise typer.Exit(_imported("weft_training.demo.tour").main(context.args) or 0)
+    raise typer.Exit(imported("weft_training.demo.tour").main(context.args) or 0)
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
     """By name: `weft` does not depend on `weft_training`, which may be absent or lack its own dependencies."""
     try:
         return importlib.import_module(module)

@@ -7,13 +7,15 @@ As PEFT does it, the scaled output holds the base bias too. Deviation from the o
 has one vector per key, value and feed-forward site, so d_kv + d_kv + d_ff numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weft.methods.protocol import DeltaKind, Method, Packed, Site
+from weft.methods.count import Count, Term, gather
+from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,4 +68,16 @@ def unpack(packed: tuple[Packed, ...]) -> Ia3Params:
     return Ia3Params(vector.first, vector.kind is DeltaKind.SCALE_INPUT)
 
 
-METHOD = Method(name="ia3", peft_type="IA3", pre=pre, post=post, pack=pack, unpack=unpack)
+def count(config: Ia3Config, sites: Sequence[Site], base: BaseShape) -> Count:
+    """O at every key and value site, I at every feed-forward site."""
+    del base
+    sizes = (s.in_features if s.suffix in config.feedforward_modules else s.out_features for s in sites)
+    return gather("Σ O + Σ I", (Term(str(size), size) for size in sizes))
+
+
+def norms(params: Ia3Params) -> dict[str, float]:
+    """The distance from the vector that scales nothing."""
+    return {"‖l - 1‖": (params.scale.float() - 1).norm().item()}
+
+
+METHOD = Method(name="ia3", peft_type="IA3", pre=pre, post=post, pack=pack, unpack=unpack, count=count, norms=norms)

@@ -7,13 +7,15 @@ QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weft.methods.protocol import DeltaKind, Method, Packed, Site
+from weft.methods.count import Count, Term, gather
+from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +76,28 @@ def unpack(packed: tuple[Packed, ...]) -> LoraParams:
     return LoraParams(product.first, product.second.mT, 1.0)
 
 
+def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
+    """r(I + O) at every site."""
+    del base
+
+    def term(site: Site) -> Term:
+        rank, i, o = config.rank_pattern.get(site.suffix, config.rank), site.in_features, site.out_features
+        return Term(f"{rank}·({i} + {o})", rank * (i + o))
+
+    return gather("Σ R(I + O)", map(term, sites))
+
+
+def norms(params: LoraParams) -> dict[str, float]:
+    """‖ΔW‖² = tr(AᵀBᵀBA) = Σ (BᵀB) ⊙ (AAᵀ), so that no matrix of the base's size is made."""
+    a, b = params.a.double(), params.b.double()
+    squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+    return {"‖ΔW‖": params.scaling * squared.sqrt().item()}
+
+
 def _rank(params: LoraParams) -> int:
     return params.rank
 
 
-METHOD = Method(name="lora", peft_type="LORA", post=delta, pack=pack, unpack=unpack, rank=_rank)
+METHOD = Method(
+    name="lora", peft_type="LORA", post=delta, pack=pack, unpack=unpack, rank=_rank, count=count, norms=norms
+)

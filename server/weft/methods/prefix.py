@@ -6,13 +6,16 @@ The keys are stored as attention reads them: they are not rotated, and real toke
 The paper's reparameterization P = MLP(R) belongs to training; what is served is P itself.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weft.methods.protocol import BaseShape, Method, VirtualKV
+from weft.methods.count import Count, Term, gather
+from weft.methods.protocol import BaseShape, Method, Site, VirtualKV
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,4 +44,20 @@ def virtual(params: PrefixParams) -> VirtualKV:
     return VirtualKV(keys, values)
 
 
-METHOD = Method(name="prefix", peft_type="PREFIX_TUNING", virtual=virtual)
+def count(config: PrefixConfig, sites: Sequence[Site], base: BaseShape) -> Count:
+    """Keys and values in every layer. The owner's 2ldL has d for H·D: they differ where heads share keys and values."""
+    del sites
+    shape = (2, config.num_virtual_tokens, base.num_layers, base.num_kv_heads, base.head_dim)
+    return gather("2·P·L·H·D", [Term("·".join(map(str, shape)), math.prod(shape))])
+
+
+def norms(params: PrefixParams) -> dict[str, float]:
+    """Of every layer's keys and values; zero keys still take their share of attention, so zero is not "no effect"."""
+    found = {}
+    for layer, (keys, values) in enumerate(zip(*virtual(params), strict=True)):
+        found[f"‖P_K‖, layer {layer}"] = keys.float().norm().item()
+        found[f"‖P_V‖, layer {layer}"] = values.float().norm().item()
+    return found
+
+
+METHOD = Method(name="prefix", peft_type="PREFIX_TUNING", virtual=virtual, count=count, norms=norms)

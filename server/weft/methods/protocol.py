@@ -13,13 +13,15 @@ Every delta sees the base output `y` and the input `x` as it was before any `pre
 A method that has no site (prefix tuning) acts through *virtual positions*: keys and values before position 0.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from weft.methods.count import Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,13 @@ class VirtualKV(NamedTuple):
     values: Tensor  # [L, P, H, D]
 
 
+def tensor_norms(params: Any) -> Mapping[str, float]:
+    """The norm of every parameter tensor, by its field: what is said of a method that knows nothing better."""
+    return {
+        f"‖{name}‖": value.float().norm().item() for name, value in params._asdict().items() if torch.is_tensor(value)
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One PEFT method: its name and its pure functions. `Any` is the method's own parameter NamedTuple.
@@ -89,6 +98,8 @@ class Method:
         method's; unpack is its inverse, as views.
     virtual(params) gives the keys and values of a method that adds virtual positions.
     rank(params) is one site's rank; 0 for methods without one.
+    count(config, sites, base) is the number of parameters that a config trains at these sites, as a formula.
+    norms(params) says how far parameters are from adding nothing, by what is measured (Frobenius norms).
     """
 
     name: str
@@ -99,6 +110,8 @@ class Method:
     unpack: Callable[[tuple[Packed, ...]], Any] | None = None
     virtual: Callable[[Any], VirtualKV] | None = None
     rank: Callable[[Any], int] = lambda params: 0
+    count: Callable[[Any, Sequence[Site], BaseShape], Count] | None = None
+    norms: Callable[[Any], Mapping[str, float]] = lambda params: tensor_norms(params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

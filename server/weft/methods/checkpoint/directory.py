@@ -20,7 +20,7 @@ from weft.methods.protocol import Adapter, BaseShape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_BASE_DIGEST = "weft_base_digest"
+BASE_DIGEST = "weft_base_digest"
 
 
 class _Format(NamedTuple):
@@ -58,7 +58,7 @@ def read(
             limit=", ".join(_FORMATS),
             given=peft_type,
         )
-    digest = metadata.get(_BASE_DIGEST)
+    digest = metadata.get(BASE_DIGEST)
     if digest is not None and digest != base.digest:
         raise AdapterUnusable(
             "BASE_MISMATCH",
@@ -82,5 +82,5 @@ def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
         **keys,
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt", _BASE_DIGEST: base.digest})
+    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt", BASE_DIGEST: base.digest})
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

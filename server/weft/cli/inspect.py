@@ -1,0 +1,193 @@
+"""`weft inspect`: what methods cost on a base, or what is in an adapter. No server is asked."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli.handover import imported
+from weft.cli.output import fail, print_facts, print_line, print_table, size
+from weft.config import ModelConfig, Quantization
+
+if TYPE_CHECKING:
+    from weft.methods.protocol import Adapter, BaseShape
+
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="A Hugging Face model directory, or an adapter's PEFT directory.")],
+    base: Annotated[
+        Path | None, typer.Option(help="[adapter] The model directory that it is for.", show_default=False)
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="[base] Compare this method; may be repeated. All by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="[base] Timed forward passes; 0 measures nothing.")] = 15,
+    quantization: Annotated[Quantization, typer.Option(help="How the base is held.")] = Quantization.NF4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+) -> None:
+    """Compare the methods on a base model, or look into an adapter."""
+    from weft.errors import WeftError
+
+    try:
+        if (path / _CONFIG_FILE).is_file():
+            if base is None:
+                raise fail(f"--base: must name the model directory that {path} is for", code=2)
+            _tell_adapter(path, ModelConfig(path=base, quantization=quantization, device=device), as_json)
+        else:
+            if base is not None:
+                raise fail(f"--base: is for adapters, and {path} holds no {_CONFIG_FILE}", code=2)
+            config = ModelConfig(path=path, quantization=quantization, device=device)
+            _tell_base(config, method or [], repeats, as_json)
+    except (ValueError, OSError, WeftError) as error:
+        raise fail(str(error)) from None
+
+
+# -- a base ------------------------------------------------------------------------------------------------------------
+
+
+def _tell_base(config: ModelConfig, methods: list[str], repeats: int, as_json: bool) -> None:
+    comparison = imported("weft_training.comparison")
+    from weft.model import loader
+
+    base = loader.load(config, attention="sdpa")
+    found = comparison.compare(base, methods, repeats=repeats)
+    if as_json:
+        told = {
+            "base": base.shape.name,
+            "digest": base.shape.digest,
+            "quantization": base.quantization.value,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "num_parameters": found.num_parameters,
+            "forward_s_measured": found.forward_s,
+            "num_tokens_of_forward": found.num_tokens,
+            "methods": [
+                {
+                    "method": one.method,
+                    "config": one.config,
+                    "formula": one.count and one.count.symbols,
+                    "numbers": one.count and one.count.numbers,
+                    "num_parameters_by_formula": one.count and one.count.total,
+                    "num_parameters": one.num_parameters,
+                    "ratio": one.ratio,
+                    "slot_bytes": one.slot_bytes,
+                    "overhead_measured": one.overhead,
+                }
+                for one in found.methods
+            ],
+        }
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        return
+    print_facts(
+        {
+            "base": base.shape.name,
+            "digest": base.shape.digest,
+            "held as": f"{base.quantization.value}, {str(base.dtype).removeprefix('torch.')}, on {base.device}",
+            "parameters": f"{found.num_parameters:,} (full fine-tuning, ratio 1)",
+            "forward": ""
+            if found.forward_s is None
+            else f"{found.forward_s * 1e3:.1f} ms for {found.num_tokens} tokens, measured",
+        }
+    )
+    print_line("")
+    columns = ["method", "parameters", "ratio", "slot", "formula", "with this base's numbers"]
+    if repeats:
+        columns.insert(4, "overhead, measured")
+    table = []
+    for one in found.methods:
+        cells = [
+            one.method,
+            f"{one.num_parameters:,}",
+            f"{one.ratio:,.0f}x",
+            size(one.slot_bytes),
+            one.count.symbols if one.count else "",
+            one.count.numbers if one.count else "",
+        ]
+        if one.overhead is not None:
+            cells.insert(4, f"{one.overhead:+.0%}")
+        table.append(cells)
+    print_table(columns, table)
+    print_line("")
+    print_facts({one.method: one.config for one in found.methods})
+
+
+# -- an adapter --------------------------------------------------------------------------------------------------------
+
+
+def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
+    from weft.adapters import slab
+    from weft.model import loader
+
+    base = loader.load(config, attention="sdpa")
+    adapter, digest = _read(path, base.shape)
+    matches = None if digest is None else digest == base.shape.digest
+    places = {**adapter.sites, **({} if adapter.prefix is None else {"": adapter.prefix})}
+    norms = [
+        (name, measure, norm)
+        for name, params in places.items()
+        for measure, norm in adapter.method.norms(params).items()
+    ]
+    slot_bytes = slab.build(adapter, base.shape, dtype=base.dtype).size_bytes
+    modules = sorted({base.shape.sites[name].suffix for name in adapter.sites})
+    if as_json:
+        told: dict[str, Any] = {
+            "method": adapter.method.name,
+            "rank": adapter.rank,
+            "num_virtual_tokens": adapter.num_virtual_tokens,
+            "modules": modules,
+            "num_parameters": adapter.num_parameters,
+            "file_bytes": (path / _WEIGHTS_FILE).stat().st_size,
+            "slot_bytes": slot_bytes,
+            "base_digest": base.shape.digest,
+            "trained_for_digest": digest,
+            "base_matches": matches,
+            "norms": [{"site": name or None, "measure": measure, "norm": norm} for name, measure, norm in norms],
+        }
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        return
+    print_facts(
+        {
+            "method": adapter.method.name,
+            "rank": str(adapter.rank or ""),
+            "virtual tokens": str(adapter.num_virtual_tokens or ""),
+            "modules": ", ".join(modules),
+            "parameters": f"{adapter.num_parameters:,}",
+            "file": size((path / _WEIGHTS_FILE).stat().st_size),
+            "slot": size(slot_bytes),
+            "base": {
+                None: f"{base.shape.name}: the shapes fit; the file names no base",
+                True: f"{base.shape.name}: the one that it was trained for",
+                False: f"{base.shape.name}: NOT the one that it was trained for; a server refuses it "
+                f"(trained for {(digest or '')[:12]}…, this is {base.shape.digest[:12]}…)",
+            }[matches],
+            "norm of all": f"{math.hypot(*(norm for _, _, norm in norms)):.4g}",
+        }
+    )
+    print_line("")
+    print_table(("site", "measure", "norm"), ((name, measure, f"{norm:.4g}") for name, measure, norm in norms))
+
+
+def _read(path: Path, shape: "BaseShape") -> "tuple[Adapter, str | None]":
+    """The adapter fitted to `shape`, and the digest of the base that its file names, which may be another's."""
+    from dataclasses import replace
+
+    from safetensors import safe_open
+
+    from weft.adapters.config_file import read_config
+    from weft.adapters.safetensors_header import read_header
+    from weft.config import AdapterLimits
+    from weft.methods.checkpoint import directory
+
+    limits = AdapterLimits()
+    keys = read_config((path / _CONFIG_FILE).read_bytes(), limits)
+    with (path / _WEIGHTS_FILE).open("rb") as file:
+        metadata = read_header(file, limits).metadata
+    with safe_open(path / _WEIGHTS_FILE, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+    digest = metadata.get(directory.BASE_DIGEST)
+    fitted = shape if digest is None else replace(shape, digest=digest)
+    return directory.read(keys, tensors, metadata, fitted, limits), digest

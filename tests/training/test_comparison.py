@@ -1,0 +1,104 @@
+"""The table of the methods: formulas come to what is made, on every architecture."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+
+from weft.adapters import slab
+from weft.config import ModelConfig, Quantization
+from weft.methods import ia3, lora, prefix
+from weft.methods.catalog import METHODS
+from weft.methods.count import Term, gather
+from weft.model import loader
+from weft_training import adapter
+from weft_training.comparison import compare, num_parameters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
+def test_the_formula_is_what_is_counted(architecture: str, tmp_path: Path) -> None:
+    path = tiny.save_base(tmp_path, architecture)
+    base = loader.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
+    found = compare(base, repeats=0)
+    assert {one.method for one in found.methods} == set(METHODS) == set(adapter.USUAL)
+    assert found.num_parameters == sum(p.numel() for p in base.model.parameters())
+    for one in found.methods:
+        config = adapter.usual(one.method, base.shape)
+        made = adapter.initial(config, base.shape, torch.Generator())
+        assert one.count is not None, f"{one.method} tells no formula"
+        assert one.count.total == one.num_parameters == sum(t.numel() for t in made.tensors()) > 0
+        assert eval(one.count.numbers.translate({ord("·"): "*", ord("×"): "*"})) == one.count.total
+        assert one.ratio == found.num_parameters / one.num_parameters
+        assert one.slot_bytes == slab.build(made, base.shape, dtype=base.dtype).size_bytes > 0
+        assert one.overhead is None
+
+
+def test_counts_by_hand(tmp_path: Path) -> None:
+    """Two layers: hidden 64, feed-forward 128, 2 of 4 heads for keys and values, of 16 numbers each."""
+    path = tiny.save_base(tmp_path)
+    base = loader.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
+    sites = [site for site in base.shape.sites.values() if ".layers." in site.name]
+    count = lora.count(lora.LoraConfig(rank=8, rank_pattern={"k_proj": 2}), sites, base.shape)
+    layer = 8 * (2 * (64 + 64) + (64 + 32) + 2 * (64 + 128) + (128 + 64)) + 2 * (64 + 32)
+    assert count.total == 2 * layer
+    assert "2 × 2·(64 + 32)" in count.numbers
+
+    scaled = [site for site in sites if site.suffix in ("k_proj", "v_proj", "down_proj")]
+    count = ia3.count(ia3.Ia3Config(feedforward_modules=("down_proj",)), scaled, base.shape)
+    assert (count.total, count.numbers) == (2 * (32 + 32 + 128), "4 × 32 + 2 × 128")
+
+    count = prefix.count(prefix.PrefixConfig(num_virtual_tokens=5), (), base.shape)
+    assert (count.total, count.numbers) == (2 * 5 * 2 * 2 * 16, "2·5·2·2·16")
+
+
+def test_equal_terms_are_gathered() -> None:
+    count = gather("Σ", [Term("2·3", 6), Term("5", 5), Term("2·3", 6)])
+    assert count == ("Σ", "2 × 2·3 + 5", 17)
+    assert gather("Σ", []) == ("Σ", "0", 0)
+
+
+def test_a_packed_weight_counts_as_what_it_stands_for(tmp_path: Path) -> None:
+    path = tiny.save_base(tmp_path)
+    counts = {
+        quantization: num_parameters(
+            loader.load(ModelConfig(path=path, quantization=quantization, device="cpu"), attention="sdpa")
+        )
+        for quantization in Quantization
+    }
+    assert len(set(counts.values())) == 1
+
+
+def test_the_forward_pass_is_measured(tiny_base: Path) -> None:
+    base = loader.load(ModelConfig(path=tiny_base, device="cpu"), attention="sdpa")
+    found = compare(base, ("prefix", "lora"), num_tokens=8, repeats=3)
+    assert [one.method for one in found.methods] == ["prefix", "lora"]
+    assert found.forward_s is not None
+    assert 0 < found.forward_s < 10
+    assert all(one.overhead is not None and -1 < one.overhead < 1000 for one in found.methods)
+
+
+def test_an_unknown_method_is_refused(tiny_base: Path) -> None:
+    base = loader.load(ModelConfig(path=tiny_base, device="cpu"), attention="sdpa")
+    with pytest.raises(ValueError, match=r"method: must be one of lora, .*given 'lor'"):
+        compare(base, ("lor",))
+
+
+def test_norms_say_how_far_an_adapter_is_from_nothing(tmp_path: Path) -> None:
+    path = tiny.save_base(tmp_path)
+    base = loader.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
+    for params in tiny.random_lora(base.shape, rank=3, seed=1).sites.values():
+        expected = (params.scaling * params.b @ params.a).norm().item()
+        assert lora.norms(params)["‖ΔW‖"] == pytest.approx(expected, rel=1e-5)
+        assert expected > 0.1
+    for params in tiny.random_ia3(base.shape, seed=2).sites.values():
+        assert ia3.norms(params)["‖l - 1‖"] == pytest.approx((params.scale - 1).norm().item())
+    embeddings = tiny.random_prefix(base.shape, length=7, seed=3).prefix
+    by_layer = prefix.norms(embeddings)
+    assert len(by_layer) == 2 * base.shape.num_layers
+    assert math.hypot(*by_layer.values()) == pytest.approx(embeddings.embeddings.norm().item())
+    untrained = adapter.initial(adapter.usual("lora", base.shape), base.shape, torch.Generator())
+    assert {norm for params in untrained.sites.values() for norm in lora.norms(params).values()} == {0.0}

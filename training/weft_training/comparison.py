@@ -1,0 +1,158 @@
+"""The methods side by side on one base: what each trains, stores and costs (the owner's table, section 3.2).
+
+Counts are by formula and by counting what `adapter.initial` makes; ratio = N_total / N. The forward pass's cost is
+measured: the table's O(ND + …) says nothing of the time that starting small operations takes.
+"""
+
+import operator
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.adapters import slab
+from weft.adapters.slots import SlotTable
+from weft.kernels.selection import select
+from weft.methods.count import Count
+from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.protocol import Adapter
+from weft.model.loader import Base
+from weft_training import adapter as adapters
+from weft_training.adapter import USUAL, AdaptedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One method with its usual config.
+
+    count: by formula; None where the method has none. num_parameters: counted.
+    slot_bytes: in a server's memory, virtual positions included.
+    overhead: measured share of the base's forward time that the method adds; 0.1 is a tenth. None if not measured.
+    """
+
+    method: str
+    config: str
+    count: Count | None
+    num_parameters: int
+    ratio: float
+    slot_bytes: int
+    overhead: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """num_parameters: N_total. forward_s: the base's own forward pass of a row of `num_tokens`, median."""
+
+    num_parameters: int
+    forward_s: float | None
+    num_tokens: int
+    methods: tuple[Compared, ...]
+
+
+def compare(base: Base, methods: Sequence[str] = (), *, num_tokens: int = 32, repeats: int = 15) -> Comparison:
+    """All methods, or these, on `base`. repeats: alternating forward passes that are timed; 0 measures nothing.
+
+    Raises ValueError for a name that is no method's, and where a method knows no module of the base.
+    """
+    for name in methods:
+        if name not in USUAL:
+            raise ValueError(f"method: must be one of {', '.join(USUAL)}, given {name!r}")
+    total = num_parameters(base)
+    made = {name: _initial(base, name) for name in methods or USUAL}
+    forward_s, overheads = _forward_s(base, made, num_tokens, repeats) if repeats else (None, {})
+    compared = []
+    for name, adapter in made.items():
+        sites = [base.shape.sites[site] for site in adapter.sites]
+        count = None if adapter.method.count is None else adapter.method.count(adapter.config, sites, base.shape)
+        compared.append(
+            Compared(
+                method=name,
+                config=_told(adapter.config),
+                count=count,
+                num_parameters=adapter.num_parameters,
+                ratio=total / adapter.num_parameters,
+                slot_bytes=slab.build(adapter, base.shape, dtype=base.dtype).size_bytes,
+                overhead=overheads.get(name),
+            )
+        )
+    return Comparison(num_parameters=total, forward_s=forward_s, num_tokens=num_tokens, methods=tuple(compared))
+
+
+def num_parameters(base: Base) -> int:
+    """Numbers that the base holds, tied ones once; a packed 4-bit weight counts as what it stands for."""
+    return sum(_count(parameter) for parameter in base.model.parameters())
+
+
+def _count(parameter: Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def _initial(base: Base, method: str) -> Adapter:
+    return adapters.initial(adapters.usual(method, base.shape), base.shape, torch.Generator().manual_seed(0))
+
+
+def _told(config: object) -> str:
+    """The config's numbers and modules; what is empty or a switch that is off is left out."""
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}  # pyright: ignore
+    return ", ".join(
+        f"{name} {' '.join(value) if isinstance(value, tuple) else value}" for name, value in fields.items() if value
+    )
+
+
+def _forward_s(
+    base: Base, made: Mapping[str, Adapter], num_tokens: int, repeats: int
+) -> tuple[float, dict[str, float]]:
+    """The median time of the base's own forward pass, and by method the median share that it adds in the same round.
+
+    All rows take the adapter, through the kernels that serving uses. The passes take turns, so that all see the same
+    noise; the first of each warms up and is left out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(base.vocab_size, (1, num_tokens), generator=generator).to(base.device)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    passes: dict[str, Callable[[], Any]] = {"": lambda: base.model(**inputs, use_cache=False)}
+    passes |= {name: _served(base, adapter, inputs) for name, adapter in made.items()}
+    taken: dict[str, list[float]] = {name: [] for name in passes}
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            for name, run in passes.items():
+                started = time.perf_counter()
+                run()
+                if base.device.type == "cuda":
+                    torch.cuda.synchronize(base.device)
+                taken[name].append(time.perf_counter() - started)
+    timed = {name: seconds[1:] for name, seconds in taken.items()}
+    by_round = {name: map(operator.truediv, seconds, timed[""]) for name, seconds in timed.items() if name}
+    overheads = {name: statistics.median(ratios) - 1 for name, ratios in by_round.items()}
+    return statistics.median(timed[""]), overheads
+
+
+def _served(base: Base, adapter: Adapter, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
+    if adapter.method.virtual is not None:
+        model = AdaptedModel(base, adapter)  # a longer cache is all there is to it, in serving too
+        return lambda: model(**inputs)
+    laid_out = slab.build(adapter, base.shape, dtype=base.dtype)
+    slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=laid_out.size_bytes, device=base.device)
+    slot = slots.put(laid_out)
+    assert slot is not None
+    make_driver = select(base.device, base.dtype).driver
+    planes = torch.tensor(slots.planes.get(slot, (slot,)), dtype=torch.int32)
+    num_rows = inputs["input_ids"].numel()
+    offsets = torch.arange(0, num_rows * len(planes) + 1, len(planes), dtype=torch.int32)
+    gates = torch.ones(num_rows * len(planes))
+
+    def run() -> None:
+        driver = (
+            ReferenceDriver((Segment(adapter.method, slots.params(slot)),))
+            if make_driver is None
+            else make_driver(slots, offsets, planes.repeat(num_rows), gates)
+        )
+        with base.context.use(driver):
+            base.model(**inputs, use_cache=False)
+
+    return run

@@ -1,0 +1,231 @@
+"""Training many adapters at once: `train_many([TrainConfig(…), …])` gives a PEFT directory for each.
+
+    min over φ₁ … φ_N of Σ_k L_k(f(θ₀, φ_k)),   D_k, learning rate, batch size, steps, clipping and seed each k's own
+
+The sum falls apart into N problems that share the frozen θ₀: an adapter's gradient, and so its whole run, is what it
+is when trained alone, up to the rounding of a wider batch (tests/training/test_joint.py states by how much). What is
+shared is the base's forward and backward pass, whose cost for few rows is mostly that of starting it.
+
+What makes a run of its own, the order of rows, optimizer and schedule, is the single trainer's (`make_loop`); an
+adapter that has made its steps is written at once and leaves the batch.
+"""
+
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from weft.model.loader import Base
+from weft_training import base as bases
+from weft_training import card, joint_model, output, trainer
+from weft_training.history import Diverged
+from weft_training.joint_model import Share
+from weft_training.progress import Step
+from weft_training.trainer import Examples, Prepared, TrainConfig, TrainResult
+
+ReportOf = Callable[[int, Step], None]
+
+# What a forward and backward pass costs beyond its tokens, in tokens: 26 ms against 0.07 ms (models/weft-demo in NF4 on
+# two cores). A share that would be padded by more than that gets a pass of its own.
+_PASS_TOKENS = 350
+
+
+# What belongs to the loop of a run alone, and where it stands when it is not used.
+_ALONE: Mapping[str, Any] = MappingProxyType(
+    {
+        "accumulation_steps": 1,
+        "autocast": False,
+        "gradient_checkpointing": False,
+        "evaluation_data": (),
+        "evaluation_share": 0.0,
+        "packing": False,
+        "distillation": None,
+        "checkpoint_every": 0,
+        "tensorboard": None,
+    }
+)
+
+
+def train_many(
+    configs: Sequence[TrainConfig],
+    *,
+    examples: Sequence[Examples] | None = None,
+    progress: ReportOf | None = None,
+    pass_tokens_max: int = 16_384,
+) -> tuple[TrainResult, ...]:
+    """Train one adapter for each config, all on one base; results in the order of `configs`.
+
+    examples: those of each config, where none has `data`.
+    progress: is told of every adapter's every step, with the adapter's place in `configs`.
+    pass_tokens_max: tokens, padding included, of one forward and backward pass, whose activations are in memory at
+        once; a step with more takes several. One adapter's batch is never parted.
+    `seconds` of a result is the time until that adapter was finished.
+
+    Raises what `trainer.train` raises, with a note that names the output of the config at fault, and ValueError where
+    configs have different bases, the same output, or a knob that works on a run alone. All of these come before the
+    first step, except Diverged. An adapter that was finished before the run ended early stays where it was written.
+    """
+    _check(configs, examples)
+    model_config = configs[0].model
+    given = [None] * len(configs) if examples is None else examples
+    read = [_read(config, own) for config, own in zip(configs, given, strict=True)]
+    if model_config.num_threads:
+        torch.set_num_threads(model_config.num_threads)
+    base = bases.load(model_config)
+    with ExitStack() as stack:
+        runs = [_start(stack, base, place, *of) for place, of in enumerate(zip(configs, read, strict=True))]
+        started = time.perf_counter()
+        results: dict[int, TrainResult] = {}
+        while running := [run for run in runs if run.place not in results]:
+            for run, loss in zip(running, _step(base, running, pass_tokens_max), strict=True):
+                run.losses.append(loss)
+                with _named(run.config):
+                    _require_finite(run, loss)
+                if progress is not None:
+                    progress(run.place, Step(len(run.losses), run.config.num_steps, loss))
+                if len(run.losses) == run.config.num_steps:
+                    results[run.place] = _finish(run, base, time.perf_counter() - started)
+    return tuple(results[place] for place in range(len(configs)))
+
+
+class _Run(NamedTuple):
+    """One adapter on its way. losses: of the steps made."""
+
+    place: int
+    config: TrainConfig
+    prepared: Prepared
+    batches: "Iterator[tuple[dict[str, Tensor], Any]]"
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scratch: Path
+    losses: list[float]
+
+
+def _check(configs: Sequence[TrainConfig], examples: Sequence[Examples] | None) -> None:
+    if not configs:
+        raise ValueError("configs: there are none")
+    if examples is not None and len(examples) != len(configs):
+        raise ValueError(f"examples: must be one sequence for each of {len(configs)} configs, given {len(examples)}")
+    outputs: set[Path] = set()
+    for config in configs:
+        with _named(config):
+            if config.model != configs[0].model:
+                raise ValueError(f"model: must be one for all adapters, {configs[0].model}, given {config.model}")
+            if config.output.resolve() in outputs:
+                raise ValueError(f"output: must be another for each adapter, given {config.output} twice")
+            outputs.add(config.output.resolve())
+            for knob, value in _ALONE.items():
+                if getattr(config, knob) != value:
+                    raise ValueError(
+                        f"{knob} must be {value!r} where adapters train together, given {getattr(config, knob)!r}"
+                    )
+            output.require_free(config.output, overwrite=config.overwrite)
+
+
+def _read(config: TrainConfig, given: Examples | None) -> Examples:
+    with _named(config):
+        learned, _ = trainer.read_data(config, given)
+        return learned
+
+
+@contextmanager
+def _named(config: TrainConfig) -> Iterator[None]:
+    """Errors inside tell which of the adapters they are about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"(the adapter {config.output})")
+        raise
+
+
+def _start(stack: ExitStack, base: Base, place: int, config: TrainConfig, examples: Examples) -> _Run:
+    with _named(config):
+        prepared = trainer.fit(config, base, examples, ())
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{config.output.name}."
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=config.output.parent)))
+        output.rehearse(prepared.model.adapter, scratch / "try", base.shape)
+        loop = trainer.make_loop(config, prepared.model, prepared.rows, scratch / "trainer")
+        loader = loop.get_train_dataloader()  # now: it takes its seed from the one that the loop has just set
+        optimizer = loop.create_optimizer()
+        schedule = loop.create_scheduler(config.num_steps, optimizer)
+        return _Run(place, config, prepared, _batches(loop, loader), optimizer, schedule, scratch, [])
+
+
+def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], Any]]":
+    """The batches that the loop would draw, without end, each with what its loss is divided by."""
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        iterator = iter(loader)
+        while True:
+            drawn, num_items = loop.get_batch_samples(iterator, 1, loop.args.device)
+            if not drawn:
+                break
+            yield drawn[0], num_items
+
+
+def _step(base: Base, runs: Sequence[_Run], pass_tokens_max: int) -> list[float]:
+    """One optimizer step of every run; the losses before it."""
+    shares = [Share(run.prepared.model, *next(run.batches)) for run in runs]
+    found: dict[int, float] = {}
+    for members in buckets(shares, pass_tokens_max):
+        own = joint_model.losses(base, [shares[member] for member in members])
+        torch.stack(own).sum().backward()
+        found.update(zip(members, (loss.item() for loss in own), strict=True))
+    for run in runs:
+        torch.nn.utils.clip_grad_norm_(run.prepared.model.parameters(), run.config.gradient_norm_max)
+        run.optimizer.step()
+        run.schedule.step()
+        run.optimizer.zero_grad()
+    return [found[i] for i in range(len(shares))]
+
+
+def buckets(shares: Sequence[Share], pass_tokens_max: int) -> list[list[int]]:
+    """Which shares go through the base together, as indices: of like width, so that little of a pass is padding."""
+    groups: list[list[int]] = []
+    width = num_rows = padding = 0  # of the newest group; padding in tokens
+    for index in sorted(range(len(shares)), key=lambda i: -shares[i].width):
+        share = shares[index]
+        added = share.num_rows * (width - share.width)
+        fits = (num_rows + share.num_rows) * width <= pass_tokens_max and padding + added <= _PASS_TOKENS
+        if groups and fits:
+            groups[-1].append(index)
+            num_rows, padding = num_rows + share.num_rows, padding + added
+        else:
+            groups.append([index])
+            width, num_rows, padding = share.width, share.num_rows, 0
+    return groups
+
+
+def _require_finite(run: _Run, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"step {len(run.losses)}: loss must be finite, given {loss}; "
+            f"a lower learning rate than {run.config.learning_rate} may help"
+        )
+
+
+def _finish(run: _Run, base: Base, seconds: float) -> TrainResult:
+    adapter = run.prepared.model.adapter
+    result = TrainResult(
+        output=run.config.output,
+        losses=tuple(run.losses),
+        seconds=seconds,
+        num_parameters=adapter.num_parameters,
+        evaluations={},
+        best_step=0,
+    )
+    made = run.scratch / "result"
+    output.write(adapter, made, base.shape)
+    card.write(trainer.facts_of(run.config, run.prepared, result), made)
+    output.replace_output(run.config.output, made)
+    return result
