@@ -16,12 +16,15 @@ from tests.serving import Row, Step
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.checkpoint import directory
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods.protocol import Adapter, BaseShape, SiteKind
 from weft.model import loader, paged_attention
 
 _ADAPTERS: dict[str, Callable[[BaseShape], Adapter]] = {
     "lora-r1": lambda base: tiny.random_lora(base, rank=1, seed=1),
     "lora-r8": lambda base: tiny.random_lora(base, rank=8, seed=2),
+    "lora-bias": lambda base: tiny.random_lora(base, rank=3, seed=7, lora_bias=True),
+    "dora-r1": lambda base: tiny.random_dora(base, rank=1, seed=8),
+    "dora-r8": lambda base: tiny.random_dora(base, rank=8, seed=9),
     "ia3": lambda base: tiny.random_ia3(base, seed=3),
     "prefix-5": lambda base: tiny.random_prefix(base, length=5, seed=4),
     "prefix-16": lambda base: tiny.random_prefix(base, length=16, seed=5),
@@ -72,7 +75,7 @@ def test_peft_made_lora_with_patterns_is_read_exactly(
     base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_rslora: bool
 ) -> None:
     """A file that PEFT wrote: unequal ranks and alphas by pattern, rsLoRA."""
-    suffixes = sorted({site.suffix for site in base.shape.sites.values()})
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     first = next(name for name, site in base.shape.sites.items() if site.suffix == suffixes[0])
     config = peft.LoraConfig(
         r=4,

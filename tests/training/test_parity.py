@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
+from weft.methods.bitfit import BitfitConfig
 from weft.methods.checkpoint import directory
+from weft.methods.dora import DoraConfig
 from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
@@ -32,6 +34,12 @@ CONFIGS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=4, alpha=8.0),
     "lora, two ranks": LoraConfig(rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}),
     "rslora": LoraConfig(rank=4, alpha=2.0, use_rslora=True, target_modules=("k_proj", "up_proj")),
+    "lora, bias": LoraConfig(rank=2, alpha=3.0, lora_bias=True),
+    "dora": DoraConfig(rank=4, alpha=8.0),
+    "dora, two ranks, rslora": DoraConfig(
+        rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}, use_rslora=True
+    ),
+    "bitfit": BitfitConfig(),
     "ia3": Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)),
     "prefix": PrefixConfig(num_virtual_tokens=5),
 }
@@ -79,6 +87,9 @@ def test_logits_are_pefts(trained: Path, exact: ModelConfig) -> None:
 
 RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
     "lora": lambda shape: tiny.random_lora(shape, rank=3, seed=1),
+    "lora, bias": lambda shape: tiny.random_lora(shape, rank=2, seed=4, lora_bias=True),
+    "dora": lambda shape: tiny.random_dora(shape, rank=3, seed=5),
+    "bitfit": lambda shape: tiny.random_bitfit(shape, seed=6),
     "ia3": lambda shape: tiny.random_ia3(shape, seed=2),
     "prefix": lambda shape: tiny.random_prefix(shape, length=7, seed=3),
 }
