@@ -21,14 +21,19 @@ app = typer.Typer(
 @app.command()
 def train(
     base: Annotated[Path, typer.Option(help="Hugging Face model directory.")],
-    method: Annotated[str, typer.Option(help="lora, ia3 or prefix.")],
+    method: Annotated[str, typer.Option(help="lora, dora, bitfit, ia3 or prefix.")],
     data: Annotated[Path, typer.Option(help="JSON Lines: prompt and completion, or text.")],
     output: Annotated[Path, typer.Option(help="PEFT directory to make.")],
-    rank: Annotated[int | None, typer.Option(help="[lora] Rank of the update.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="[lora] Numerator of its scale, alpha / rank.")] = None,
+    rank: Annotated[int | None, typer.Option(help="[lora, dora] Rank of the update.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="[lora, dora] Numerator of its scale, alpha / rank.")] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help="[lora, ia3] Names of linear modules, with commas. lora takes all by default.")
+        str | None,
+        typer.Option(
+            help="[lora, dora, bitfit, ia3] Names of modules, with commas. Only ia3 does not take all by default."
+        ),
     ] = None,
+    use_rslora: Annotated[bool | None, typer.Option("--use-rslora", help="[lora, dora] Scale alpha / √rank.")] = None,
+    lora_bias: Annotated[bool | None, typer.Option("--lora-bias", help="[lora] A bias beside B.")] = None,
     feedforward_modules: Annotated[
         str | None, typer.Option(help="[ia3] Which of them are scaled at their input.")
     ] = None,
@@ -36,10 +41,14 @@ def train(
     init_std: Annotated[float | None, typer.Option(help="[prefix] Spread of their first keys and values.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; ia3 and prefix want about ten times lora's.")] = 2e-4,
+    optimizer: Annotated[str, typer.Option(help="adamw, or paged_adamw_8bit on CUDA.")] = "adamw",
+    lr: Annotated[
+        float, typer.Option(help="Peak learning rate; bitfit, ia3 and prefix want about ten times lora's.")
+    ] = 2e-4,
     warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate grows.")] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same adapter.")] = 0,
     quantization: Annotated[Quantization, typer.Option(help="How the frozen base is held.")] = Quantization.NF4,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="[nf4] Hold its scales in 8 bits too.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is at --output.")] = False,
 ) -> None:
@@ -55,6 +64,8 @@ def train(
     given = {
         "rank": rank,
         "alpha": alpha,
+        "use_rslora": use_rslora,
+        "lora_bias": lora_bias,
         "target_modules": _names(target_modules),
         "feedforward_modules": _names(feedforward_modules),
         "num_virtual_tokens": num_virtual_tokens,
@@ -62,12 +73,13 @@ def train(
     }
     try:
         config = TrainConfig(
-            model=ModelConfig(path=base, quantization=quantization, device=device),
+            model=ModelConfig(path=base, quantization=quantization, device=device, double_quant=double_quant),
             adapter=_method_config(method, {name: value for name, value in given.items() if value is not None}),
             data=data,
             output=output,
             num_steps=steps,
             batch_size=batch_size,
+            optimizer=optimizer,
             learning_rate=lr,
             num_warmup_steps=warmup_steps,
             seed=seed,

@@ -5,6 +5,7 @@ count and library versions give the same adapter on a CPU, bit for bit.
 """
 
 import functools
+import logging
 import os
 import tempfile
 import time
@@ -27,6 +28,9 @@ from weft_training.adapter import AdaptedModel, MethodConfig
 from weft_training.data import Example, Row
 from weft_training.progress import Report, Step
 
+_log = logging.getLogger(__name__)
+
+OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}  # as transformers calls them
 _OUR_FILES = frozenset({directory.CONFIG_FILE, directory.WEIGHTS_FILE})
 
 
@@ -39,6 +43,8 @@ class TrainConfig:
     output: the PEFT directory to make; with `overwrite` it may be there already.
     num_steps: optimizer steps; the examples are shuffled anew each time they are used up.
     batch_size: examples of one step.
+    optimizer: adamw, or paged_adamw_8bit: bitsandbytes' AdamW with states of 8 bits, in memory that may leave the GPU.
+        On a CPU, which has no memory to page, plain AdamW runs instead and a warning says so.
     learning_rate: its peak, after `num_warmup_steps` of linear growth; a cosine then takes it to zero.
     """
 
@@ -48,6 +54,7 @@ class TrainConfig:
     data: Path | None = None
     num_steps: int = 200
     batch_size: int = 16
+    optimizer: str = "adamw"
     learning_rate: float = 2e-4
     num_warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -59,6 +66,8 @@ class TrainConfig:
         for knob in ("num_steps", "batch_size"):
             if getattr(self, knob) < 1:
                 raise ValueError(f"{knob} must be at least 1, given {getattr(self, knob)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, given {self.optimizer!r}")
         for knob in ("learning_rate", "gradient_norm_max"):
             if not getattr(self, knob) > 0:
                 raise ValueError(f"{knob} must be above 0, given {getattr(self, knob)}")
@@ -70,12 +79,16 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What came of it. losses: one per step, before that step's update. seconds: of the loop, without loading."""
+    """What came of it.
+
+    losses: one per step, before that step's update. seconds: of the loop, without loading. optimizer: the one that ran.
+    """
 
     output: Path
     losses: tuple[float, ...]
     seconds: float
     num_parameters: int
+    optimizer: str = "adamw"
 
 
 def train(
@@ -95,6 +108,7 @@ def train(
     if config.model.num_threads:
         torch.set_num_threads(config.model.num_threads)
     base = bases.load(config.model)
+    optimizer = _optimizer(config, on_cpu=base.device.type == "cpu")
     generator = torch.Generator().manual_seed(config.seed)
     model = AdaptedModel(base, adapters.initial(config.adapter, base.shape, generator))
     rows = data.encode(examples, base.tokenizer, max_length=base.max_model_len - model.adapter.num_virtual_tokens)
@@ -106,7 +120,7 @@ def train(
         recorder = _Recorder(progress)
         trainer = Trainer(
             model=model,
-            args=_arguments(config, Path(scratch, "trainer"), use_cpu=base.device.type == "cpu"),
+            args=_arguments(config, Path(scratch, "trainer"), optimizer, use_cpu=base.device.type == "cpu"),
             train_dataset=_Rows(rows),
             data_collator=functools.partial(
                 data.collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0
@@ -125,14 +139,24 @@ def train(
         losses=tuple(recorder.losses),
         seconds=seconds,
         num_parameters=model.adapter.num_parameters,
+        optimizer=optimizer,
     )
 
 
-def _arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> TrainingArguments:
+def _optimizer(config: TrainConfig, *, on_cpu: bool) -> str:
+    """The optimizer that runs."""
+    if on_cpu and config.optimizer != "adamw":
+        _log.warning("optimizer: %s needs CUDA; on this CPU plain adamw runs instead", config.optimizer)
+        return "adamw"
+    return config.optimizer
+
+
+def _arguments(config: TrainConfig, directory: Path, optimizer: str, *, use_cpu: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=config.num_steps,
         per_device_train_batch_size=config.batch_size,
+        optim=OPTIMIZERS[optimizer],
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.num_warmup_steps,
