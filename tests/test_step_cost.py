@@ -59,7 +59,10 @@ def _step(base: loader.Base, kernels: Kernels) -> Step:
     step = Step(base, kernels)
     step.runner.__class__ = _CountingRunner
     # Before counting: bitsandbytes packs its weights once, and the slot tables reach their size and are wrapped once.
-    step.logits([Row([1], tiny.random_lora(base.shape, rank=2, seed=seed)) for seed in range(64)])
+    loras = [tiny.random_lora(base.shape, rank=2, seed=seed) for seed in range(64)]
+    step.logits(
+        [Row([1], one) for one in [*loras, tiny.random_lora(base.shape, rank=2, seed=64, targets=("lm_head",))]]
+    )
     return step
 
 

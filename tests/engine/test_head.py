@@ -1,6 +1,5 @@
 """Adapters on the output head, whose rows are a step's sample rows and not all rows."""
 
-
 import pytest
 import torch
 

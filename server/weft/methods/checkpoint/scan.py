@@ -63,8 +63,19 @@ def _module_error(what: str, names: Sequence[str]) -> InvalidAdapter:
     )
 
 
+# PEFT's names of what it saves beside an adapter, or instead of one; what to do is said where they are refused.
+_REPLACES_MODULE = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "modules_to_save.weight")
+_ON_EMBEDDING = ("lora_embedding_A", "lora_embedding_B", "embed_tokens.base_layer.weight", "wte.base_layer.weight")
+
+
 def refuse_unknown(key: str, method: str) -> InvalidAdapter:
     """The error for a tensor that `method` would leave unused."""
+    if key.endswith(_ON_EMBEDDING):
+        rule = "is of an adapter on the input embedding, which is not served: leave it out of target_modules"
+        return InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, rule, given=key)
+    if key.endswith(_REPLACES_MODULE):
+        rule = "replaces a module, which is not served: name lm_head and linear modules in target_modules instead"
+        return InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, rule, given=key)
     return InvalidAdapter.rule("TENSOR_UNKNOWN", key, f"is not a tensor of a {method} adapter", given=key)
 
 

@@ -24,6 +24,12 @@ class Schema:
     fixed: Mapping[str, tuple[Any, ...]]
 
 
+# What to do where a fixed key is asked for.
+_ADVICE: Mapping[str, str] = {
+    "modules_to_save": "whole modules are not replaced: name lm_head and linear modules in target_modules instead",
+    "bias": "a base's biases are not replaced: train them as BitFit (peft_type BEFT), or use lora_bias",
+}
+
 # Fields that name code or a place; PEFT imports what they hold.
 _CODE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "auto_mapping": (None,),
@@ -126,7 +132,8 @@ def _require_one_of(key: str, value: Any, allowed: tuple[Any, ...], reason: str)
     # `is`-like comparison for booleans: JSON's 1 is not true.
     if not any(type(value) is type(one) and value == one for one in allowed):
         shown = " or ".join("unset" if one is None else repr(one) for one in allowed)
-        raise InvalidAdapter.rule(reason, f"adapter_config.{key}", f"must be {shown}", given=value)
+        advice = f" ({_ADVICE[key]})" if key in _ADVICE else ""
+        raise InvalidAdapter.rule(reason, f"adapter_config.{key}", f"must be {shown}{advice}", given=value)
 
 
 def integer(config: Mapping[str, Any], key: str, reason: str, *, minimum: int) -> int:
