@@ -52,12 +52,6 @@ class ModelConfig:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            not self.double_quant or self.quantization is Quantization.NF4,
-            "double_quant",
-            "needs quantization nf4",
-            self.quantization.value,
-        )
         _require(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda", self.device)
         _require(
             self.dtype in ("auto", "bfloat16", "float16", "float32"),

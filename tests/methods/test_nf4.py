@@ -71,6 +71,16 @@ def test_methods_on_nf4_equal_methods_on_dequantized_weights(
         assert ((without - wanted).abs() / wanted.std()).max() > 5 * NF4_TOLERANCE
 
 
+def test_double_quantization_is_another_base(tmp_path: Path) -> None:
+    """An adapter trained on one is not served on the other; what is not NF4 has no scales to quantize."""
+    path = tiny.save_base(tmp_path)
+    assert _nf4(path, True).shape.digest != _nf4(path, False).shape.digest
+    for quantization in (Quantization.INT8, Quantization.NONE):
+        config = ModelConfig(path=path, device="cpu", quantization=quantization, double_quant=True)
+        with pytest.raises(ValueError, match=f"double_quant: needs quantization nf4, given {quantization.value}"):
+            loader.load(config, attention=paged_attention.ATTENTION)
+
+
 def _adapter(kind: str, base: loader.Base) -> Adapter | None:
     match kind:
         case "lora":

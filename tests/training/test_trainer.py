@@ -291,7 +291,6 @@ def test_command_trains(tiny_base: Path, tmp_path: Path) -> None:
         ("--method nothing", f"method: must be one of {', '.join(USUAL)}, given 'nothing'"),
         ("--method dora --lora-bias", "lora_bias: DoRA has none, given True"),
         ("--method lora --optimizer sgd", "optimizer must be one of adamw, paged_adamw_8bit, given 'sgd'"),
-        ("--method lora --double-quant --quantization int8", "double_quant needs quantization nf4, given 'int8'"),
         ("--method ia3 --rank 8", "--rank: the method ia3 has none"),
         ("--method prefix --target-modules q_proj", "--target-modules: the method prefix has none"),
         ("--method lora --steps 0", "num_steps must be at least 1, given 0"),

@@ -46,6 +46,8 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     path = Path(config.path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: {path} holds no config.json; give a Hugging Face model directory")
+    if config.double_quant and config.quantization is not Quantization.NF4:
+        raise ValueError(f"double_quant: needs quantization nf4, given {config.quantization.value}")
     device = resolve_device(config.device)
     hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     dtype = _resolve_dtype(config, device, hf_config)
