@@ -20,6 +20,7 @@ from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.checkpoint import directory
+from weft.methods.checkpoint import lora as lora_files
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 from weft.model import loader, paged_attention
 
@@ -133,6 +134,57 @@ def test_peft_made_dora_with_patterns_is_read_exactly(
     _move(model)
     model.save_pretrained(str(tmp_path))
     _assert_read_exactly(tmp_path, base, architecture, "dora")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_peft_made_lora_with_trained_base_biases_is_read_exactly(
+    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, bias: str, lora_bias: bool
+) -> None:
+    """The base keeps its biases; what PEFT made of them is added. GPT-2 has some at norms, too."""
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
+    config = peft.LoraConfig(r=3, bias=bias, lora_bias=lora_bias, target_modules=suffixes, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    _move(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("base_layer.bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path))
+    if (architecture[0], bias) == ("gpt2", "all"):
+        with pytest.raises(InvalidAdapter, match="outside of target_modules") as refused:
+            _read(tmp_path, base.shape)
+        assert refused.value.reason == "FEATURE_UNSUPPORTED"
+        return
+    adapter = _assert_read_exactly(tmp_path, base, architecture, "lora")
+    has_biases = architecture[0] in ("gpt2", "qwen2")
+    assert any("base_layer.bias" in key for key in load_file(tmp_path / directory.WEIGHTS_FILE)) is has_biases
+    # It is written with a bias beside B, and is the same again.
+    directory.write(adapter, tmp_path / "again", base.shape)
+    _assert_read_exactly(tmp_path / "again", base, architecture, "lora")
+
+
+def test_base_biases_that_do_not_fit_are_refused(base: loader.Base) -> None:
+    site = base.shape.of_kind(SiteKind.LINEAR)[0]
+    config, tensors = lora_files.write(tiny.random_lora(base.shape, rank=2, seed=13))
+    key = f"base_model.model.{site.name}.base_layer.bias"
+    assert site.read_base is not None
+    has_bias = site.read_base(lambda held: held.bias) is not None
+    size = site.out_features
+    for added, form, reason in (
+        ({key: torch.zeros(size)}, "lora_only", "" if has_bias else "TENSOR_UNKNOWN"),
+        ({key: torch.zeros(size)}, "none", "TENSOR_UNKNOWN"),
+        ({key: torch.zeros(size + 1)}, "lora_only", "DIM_MISMATCH"),
+        ({key: torch.full((size,), float("nan"))}, "all", "NON_FINITE"),
+        ({key.replace(site.name, "model.other"): torch.zeros(size)}, "all", "PAIR_INCOMPLETE"),
+    ):
+        if not reason:
+            assert lora_files.read({**config, "bias": form}, {**tensors, **added}, base.shape, AdapterLimits())
+            continue
+        with pytest.raises(InvalidAdapter) as refused:
+            lora_files.read({**config, "bias": form}, {**tensors, **added}, base.shape, AdapterLimits())
+        assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -15,7 +15,7 @@ from torch import Tensor
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods import dora, lora
-from weft.methods.checkpoint import scan, schema
+from weft.methods.checkpoint import base_bias, scan, schema
 from weft.methods.protocol import Adapter, BaseShape, BaseWeight, ReadBase, Site, SiteKind
 
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
@@ -40,10 +40,10 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         )
     method = "DoRA" if use_dora else "LoRA"
 
+    replaced, tensors = base_bias.split(config, tensors, use_dora=use_dora)
     endings = (_A, _B, *((_BIAS,) if lora_bias else ()), *((_MAGNITUDE,) if use_dora else ()))
     by_module = group(tensors, endings, method, passing=_HEAD)
     sites = scan.require_sites(by_module, base, SiteKind.LINEAR, SiteKind.HEAD, method=method)
-    weights = {key: tensor for key, tensor in tensors.items() if not key.endswith("." + _HEAD)}
     params: dict[str, lora.LoraParams] = {}
     magnitudes: dict[str, Tensor] = {}
     for module, site in sites.items():
@@ -60,7 +60,10 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         if use_dora:
             magnitudes[module] = _vector(found[_MAGNITUDE], site)
         params[module] = lora.LoraParams(a, b, scaling, bias)
-    scan.check_values(weights, limits)
+    scan.check_values({key: tensor for key, tensor in tensors.items() if not key.endswith("." + _HEAD)}, limits)
+    scan.check_values(dict(replaced.values()), limits)
+    if replaced:
+        params = base_bias.add(replaced, params, sites)
     _require_own_head(tensors, base)
     changes_nothing = all(is_empty(p) for p in params.values())
     config_of = dora.DoraConfig if use_dora else lora.LoraConfig
@@ -68,7 +71,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         rank=rank,
         alpha=alpha,
         use_rslora=use_rslora,
-        lora_bias=lora_bias,
+        lora_bias=lora_bias or bool(replaced),
         target_modules=tuple(sorted({site.suffix for site in sites.values()})),
         rank_pattern=ranks,
         alpha_pattern=alphas,

@@ -27,7 +27,6 @@ class Schema:
 # What to do where a fixed key is asked for.
 _ADVICE: Mapping[str, str] = {
     "modules_to_save": "whole modules are not replaced: name lm_head and linear modules in target_modules instead",
-    "bias": "a base's biases are not replaced: train them as BitFit (peft_type BEFT), or use lora_bias",
 }
 
 # Fields that name code or a place; PEFT imports what they hold.
@@ -40,7 +39,7 @@ _COMMON_USED = frozenset({"peft_type", "task_type"})
 _COMMON_INERT = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode"})
 
 LORA = Schema(
-    used=frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"}),
+    used=frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "bias", "rank_pattern", "alpha_pattern"}),
     inert=frozenset(
         {
             "target_modules",
@@ -58,7 +57,6 @@ LORA = Schema(
         }
     ),
     fixed={
-        "bias": (None, "none"),
         "modules_to_save": (None, []),
         "trainable_token_indices": (None,),
         "velora_config": (None,),
@@ -90,7 +88,13 @@ ADALORA = Schema(
         "orth_reg_weight",
         "total_step",
     },
-    fixed={**LORA.fixed, "use_dora": (None, False), "use_rslora": (None, False), "lora_bias": (None, False)},
+    fixed={
+        **LORA.fixed,
+        "bias": (None, "none"),
+        "use_dora": (None, False),
+        "use_rslora": (None, False),
+        "lora_bias": (None, False),
+    },
 )
 IA3 = Schema(
     used=frozenset({"target_modules", "feedforward_modules"}),
