@@ -6,6 +6,7 @@ Over a real channel; after each of them nothing is left in the store, and good r
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor
 from tests import tiny
 from tests.server.conftest import Sources
 from tests.server.files import Files, Parts
-from tests.server.live import LiveServer, refused
+from tests.server.live import LiveServer, Loop, refused
+from weft.config import WeftConfig
 from weft.methods import dora
 from weft.methods.base_weight import ModuleWeight
 
@@ -202,3 +204,22 @@ def test_dora_is_folded_on_the_engine_thread(
     assert readers == {"weft-engine"}
     assert server.client.tokens("dora", 12) != server.client.tokens(None, 12)
     server.client.unregister("dora")
+
+
+def test_a_stored_dora_comes_back_after_a_restart(
+    loop: Loop, config: WeftConfig, good: _Good, sources: Sources, tmp_path: Path
+) -> None:
+    """Restoring waits for the engine thread, which therefore runs by then."""
+    config = replace(config, store=tmp_path)
+    path = good.dora.files().write(sources.root / "spoiled-family" / "stored")
+    answers = []
+    for start in range(2):
+        live = LiveServer(loop, config)
+        try:
+            if not start:
+                live.client.register("dora", path)
+            answers.append((live.client.tokens("dora", 12), live.client.tokens(None, 12)))
+        finally:
+            live.stop()
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
