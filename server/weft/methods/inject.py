@@ -68,7 +68,7 @@ def adapter_sites(model: nn.Module, *, head: nn.Module | None = None) -> list[Si
         kind = SiteKind.HEAD if module is head else SiteKind.LINEAR
         if isinstance(module, nn.LayerNorm):
             kind = SiteKind.NORM
-        sites.append(Site(len(sites), name, *features, kind, ReadModule(module)))
+        sites.append(Site(len(sites), name, *features, kind=kind, read_base=ReadModule(module)))
     return sites
 
 
