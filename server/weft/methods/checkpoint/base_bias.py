@@ -20,8 +20,7 @@ _BIAS = "base_layer.bias"
 _KEY = "adapter_config.bias"
 
 
-class Replaced(dict[str, tuple[str, Tensor]]):
-    """The (key, new bias) of every module that has one."""
+Replaced = Mapping[str, tuple[str, Tensor]]  # by module: the key, and the new bias
 
 
 def split(
@@ -30,15 +29,20 @@ def split(
     """The replaced biases, and the other tensors. Refuses biases of modules that the LoRA leaves alone."""
     form = config.get("bias")
     if form in (None, "none"):
-        return Replaced(), tensors
+        return {}, tensors
     if form not in ("lora_only", "all"):
         raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", _KEY, "must be none, lora_only or all", given=form)
     if use_dora:
         raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", _KEY, "must be none beside use_dora", given=form)
-    replaced, rest = Replaced(), {}
+    replaced: dict[str, tuple[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         found = scan.split_key(key, (_BIAS,))
         if found is not None:
+            if found[0] in replaced:
+                raise InvalidAdapter.rule(
+                    "PAIR_INCOMPLETE", key, "names a bias that another tensor names too", given=found[0]
+                )
             replaced[found[0]] = key, tensor
         elif key.endswith(".bias") and not key.endswith(".lora_B.bias"):
             raise InvalidAdapter.rule(
