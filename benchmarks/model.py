@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from weft.methods import lora
 from weft.methods.checkpoint import directory
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods.protocol import Adapter, BaseShape, SiteKind
 
 VOCAB_SIZE = 8192
 
@@ -39,13 +39,13 @@ def save_bench_80m(path: Path) -> Path:
 
 def save_loras(path: Path, base: BaseShape, *, count: int, rank: int) -> list[Path]:
     """PEFT directories of `count` LoRAs on every linear module, with non-zero weights."""
-    suffixes = tuple(sorted({site.suffix for site in base.sites.values()}))
+    suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
     paths = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
         config = lora.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=suffixes)
         sites = {}
-        for site in base.sites.values():
+        for site in base.of_kind(SiteKind.LINEAR):
             params = lora.init(config, site, generator)
             sites[site.name] = params._replace(b=0.02 * torch.randn(params.b.shape, generator=generator))
         paths.append(path / f"lora-{seed:02d}")

@@ -28,8 +28,7 @@ from weft_training import data
 from weft_training.data import Example
 from weft_training.demo.evaluate import BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
-from weft_training.trainer import TrainConfig, train
-from weft_training.trainer import _arguments as arguments
+from weft_training.trainer import TrainConfig, arguments, train
 
 _RANK = 8
 _BATCH = 32

@@ -37,8 +37,14 @@ class Step:
             base, num_kv_blocks=num_kv_blocks, block_size=BLOCK_SIZE, adapter_bytes=1 << 28, kernels=kernels
         )
 
-    def logits(self, rows: Sequence[Row], around: AbstractContextManager[object] | None = None) -> list[Tensor]:
-        """Logits [tokens, V] of each row; `around` is entered for the model call alone."""
+    def logits(
+        self,
+        rows: Sequence[Row],
+        around: AbstractContextManager[object] | None = None,
+        *,
+        last_only: bool = False,
+    ) -> list[Tensor]:
+        """Logits [tokens, V] of each row, or of its last token; `around` is entered for the model call alone."""
         slots, scheduled, slots_of = [], [], {}
         for index, row in enumerate(rows):
             uses = ()
@@ -67,7 +73,8 @@ class Step:
             scheduled.append(Scheduled(request, len(row.tokens)))
             slots_of[request] = request_slots
         batch = batches.build(scheduled, slots_of, BLOCK_SIZE, self.runner.slots.planes)
-        batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))
+        if not last_only:
+            batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))
         with around or nullcontext():
             flat = self.runner.forward(batch)
         for request in slots_of:
@@ -75,4 +82,4 @@ class Step:
             self.blocks.unshare_virtual(request)
         for slot in slots:
             self.runner.slots.drop(slot)
-        return list(flat.split([len(row.tokens) for row in rows]))
+        return list(flat.split([1 if last_only else len(row.tokens) for row in rows]))

@@ -1,6 +1,6 @@
 """A request's answer does not depend on its neighbours.
 
-Over a real channel: 64 concurrent greedy requests over the base and thirteen adapters of three methods give exactly the
+Over a real channel: 64 concurrent greedy requests over the base and eighteen adapters of five methods give exactly the
 tokens that each gives alone (a token may differ only where the two best logits are closer than the base's rounding).
 At a fixed batch shape, bit for bit: a row's logits are the same whatever adapters its neighbours use.
 """
@@ -38,7 +38,14 @@ def _adapters(base: BaseShape) -> dict[str, Adapter]:
     loras = {f"lora-{rank}": tiny.random_lora(base, rank=rank, seed=rank) for rank in (1, 2, 4, 8, 16)}
     ia3s = {f"ia3-{seed}": tiny.random_ia3(base, seed=seed) for seed in range(4)}
     prefixes = {f"prefix-{n}": tiny.random_prefix(base, length=n, seed=n) for n in (3, 8, 16, 21)}
-    return {**loras, **ia3s, **prefixes}
+    others = {
+        "lora-bias": tiny.random_lora(base, rank=3, seed=20, lora_bias=True),
+        "lora-head": tiny.random_lora(base, rank=2, seed=21, targets=("lm_head", "q_proj")),
+        "dora": tiny.random_dora(base, rank=4, seed=22),
+        "dora-head": tiny.random_dora(base, rank=1, seed=23, targets=("lm_head",)),
+        "bitfit": tiny.random_bitfit(base, seed=24),
+    }
+    return {**loras, **ia3s, **prefixes, **others}
 
 
 class _Ask(NamedTuple):
@@ -145,7 +152,7 @@ def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, n
     adapters = [None, *_adapters(base.shape).values()]
     dice = random.Random(1)
     prompts = [[dice.randrange(1, tiny.VOCAB_SIZE) for _ in range(num_tokens)] for _ in range(16)]
-    for mine in (adapters[0], adapters[4], adapters[7], adapters[11]):
+    for mine in (adapters[0], adapters[4], adapters[7], adapters[11], *adapters[14:]):
         wanted = None
         for trial in range(8):
             neighbours = [dice.choice(adapters) for _ in prompts[1:]]

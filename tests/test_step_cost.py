@@ -19,7 +19,7 @@ from tests.serving import Row, Step
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import REFERENCE, Kernels, select
-from weft.methods.protocol import Adapter
+from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 
 _Calls = Counter[str]
@@ -59,7 +59,10 @@ def _step(base: loader.Base, kernels: Kernels) -> Step:
     step = Step(base, kernels)
     step.runner.__class__ = _CountingRunner
     # Before counting: bitsandbytes packs its weights once, and the slot tables reach their size and are wrapped once.
-    step.logits([Row([1], tiny.random_lora(base.shape, rank=2, seed=seed)) for seed in range(64)])
+    loras = [tiny.random_lora(base.shape, rank=2, seed=seed) for seed in range(64)]
+    step.logits(
+        [Row([1], one) for one in [*loras, tiny.random_lora(base.shape, rank=2, seed=64, targets=("lm_head",))]]
+    )
     return step
 
 
@@ -77,8 +80,12 @@ def _mixed(base: loader.Base, count: int) -> list[Adapter | None]:
         lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 16, seed=seed),
         lambda seed: tiny.random_ia3(base.shape, seed=seed),
         lambda seed: tiny.random_prefix(base.shape, length=1 + seed, seed=seed),
+        lambda seed: tiny.random_dora(base.shape, rank=1 + seed % 16, seed=seed),
+        lambda seed: tiny.random_bitfit(base.shape, seed=seed),
+        lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 4, seed=seed, lora_bias=True),
+        lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 4, seed=seed, targets=("lm_head",)),
     ]
-    return [makers[seed % 3](seed) for seed in range(count)]
+    return [makers[seed % len(makers)](seed) for seed in range(count)]
 
 
 def test_calls_do_not_grow_with_adapters(base: loader.Base) -> None:
@@ -87,13 +94,13 @@ def test_calls_do_not_grow_with_adapters(base: loader.Base) -> None:
     assert sixteen == one
     assert many == one
     assert one["inject.py:AdaptedLinear.forward"] == len(base.shape.sites)
-    assert one["deltas.py:post"] == len(base.shape.sites)
+    assert one["deltas.py:post"] == len(base.shape.of_kind(SiteKind.LINEAR))
     assert one["attention.py:attend"] == base.shape.num_layers
 
 
 def test_calls_of_mixed_methods_do_not_grow(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
-    assert _calls(step, _mixed(base, 48)) == _calls(step, _mixed(base, 3))
+    assert _calls(step, _mixed(base, 49)) == _calls(step, _mixed(base, 7))
 
 
 def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:

@@ -17,8 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from weft.methods import ia3, lora, prefix
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods import bitfit, dora, ia3, lora, prefix
+from weft.methods.protocol import Adapter, BaseShape, SiteKind
 
 VOCAB_SIZE = 128
 _SIZES: dict[str, Any] = {
@@ -72,17 +72,53 @@ def save_base(directory: Path, architecture: str = "llama", *, seed: int = 0) ->
     return directory
 
 
-def random_lora(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] | None = None) -> Adapter:
-    """A LoRA with a visible effect at every site, or at those whose suffix is in `targets`."""
+def random_lora(
+    base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] | None = None, lora_bias: bool = False
+) -> Adapter:
+    """A LoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
     generator = torch.Generator().manual_seed(seed)
-    suffixes = tuple(sorted({site.suffix for site in base.sites.values()}))
-    config = lora.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes)
+    suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
+    config = lora.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes, lora_bias=lora_bias)
     sites = {}
     for site in base.sites.values():
         if site.suffix in config.target_modules:
             params = lora.init(config, site, generator)
             sites[site.name] = params._replace(b=torch.randn(params.b.shape, generator=generator) * 0.2)
+            if lora_bias:
+                sites[site.name] = sites[site.name]._replace(
+                    bias=torch.randn(site.out_features, generator=generator) * 0.2
+                )
     return Adapter(method=lora.METHOD, config=config, sites=sites)
+
+
+def random_dora(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] | None = None) -> Adapter:
+    """A DoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
+    generator = torch.Generator().manual_seed(seed)
+    suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
+    config = dora.DoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes)
+    sites = {}
+    for site in base.sites.values():
+        if site.suffix in config.target_modules:
+            params = dora.init(config, site, generator)
+            stretch = 1 + 0.3 * torch.randn(site.out_features, generator=generator)
+            sites[site.name] = params._replace(
+                b=torch.randn(params.b.shape, generator=generator) * 0.2, magnitude=params.magnitude * stretch
+            )
+    return Adapter(method=dora.METHOD, config=config, sites=sites)
+
+
+def random_bitfit(
+    base: BaseShape, *, seed: int, kinds: tuple[SiteKind, ...] = (SiteKind.LINEAR, SiteKind.NORM)
+) -> Adapter:
+    """Biases with a visible effect at every site of some kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = base.of_kind(*kinds)
+    config = bitfit.BitfitConfig(target_modules=tuple(sorted({site.suffix for site in chosen})))
+    sites = {
+        site.name: bitfit.init(config, site)._replace(bias=torch.randn(site.out_features, generator=generator) * 0.2)
+        for site in chosen
+    }
+    return Adapter(method=bitfit.METHOD, config=config, sites=sites)
 
 
 _IA3_TARGETS = {
@@ -95,7 +131,7 @@ _IA3_TARGETS = {
 def random_ia3(base: BaseShape, *, seed: int) -> Adapter:
     """An IA³ on keys, values and the feed-forward input."""
     generator = torch.Generator().manual_seed(seed)
-    suffixes = {site.suffix for site in base.sites.values()}
+    suffixes = {site.suffix for site in base.of_kind(SiteKind.LINEAR)}
     targets = next(targets for key, targets in _IA3_TARGETS.items() if key in suffixes)
     config = ia3.Ia3Config(target_modules=targets, feedforward_modules=targets[-1:])
     sites = {}

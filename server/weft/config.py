@@ -41,6 +41,7 @@ class ModelConfig:
     device: "auto" takes CUDA when there is one.
     dtype: "auto" is bfloat16, or float32 for a float32 checkpoint without quantization.
     num_threads: CPU threads of a step; 0 leaves torch's default.
+    double_quant: [nf4] hold the scales in 8 bits too, as QLoRA did: 7 % less memory, 15 to 20 % slower.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class ModelConfig:
     device: str = "auto"
     dtype: str = "auto"
     num_threads: int = 0
+    double_quant: bool = False
 
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda", self.device)

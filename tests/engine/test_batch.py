@@ -119,6 +119,33 @@ def test_every_row_is_what_a_loop_over_tokens_says(
     assert by_run == entries, "both forms say the same"
 
 
+@settings(max_examples=200, deadline=None)
+@given(steps(), st.data())
+def test_some_rows_alone_keep_their_entries(
+    drawn: tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int], data: st.DataObject
+) -> None:
+    """What the output head is told of the sample rows; here of any rows."""
+    batch = batches.build(*drawn)
+    if batch.adapter_rows is None:
+        return
+    whole = batch.adapter_rows
+    chosen = data.draw(st.lists(st.integers(0, len(batch.input_ids) - 1), unique=True).map(sorted))
+    for rows in (chosen, batch.sample_rows.tolist()):
+        part = batches.at_rows(whole, torch.tensor(rows, dtype=torch.int64))
+        flat = list(zip(part.slots.tolist(), part.gates.tolist(), strict=True))
+        wanted = [
+            list(zip(whole.slots[begin:end].tolist(), whole.gates[begin:end].tolist(), strict=True))
+            for begin, end in [(int(whole.offsets[row]), int(whole.offsets[row + 1])) for row in rows]
+        ]
+        assert [flat[begin:end] for begin, end in itertools.pairwise(part.offsets.tolist())] == wanted
+        by_run: list[list[tuple[int, float]]] = [[] for _ in rows]
+        for begin, end, run_slots, run_gates in part.runs:
+            for row in range(begin, end):
+                by_run[row] += zip(run_slots, run_gates, strict=True)
+        assert by_run == wanted
+        assert [t.dtype for t in part[:3]] == [torch.int32, torch.int32, torch.float32]
+
+
 @settings(max_examples=50, deadline=None)
 @given(steps())
 def test_types_are_those_the_kernels_read(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from weft.methods import ia3, lora
+from weft.methods import bitfit, ia3, lora
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Method, Site
 
@@ -45,6 +45,8 @@ def ia3_params(seed: int, *, feedforward: bool) -> ia3.Ia3Params:
 
 
 ADAPTERS: dict[str, tuple[Method, Any]] = {
+    "lora-bias": (lora.METHOD, lora_params(8, 2)._replace(bias=random(O, seed=60))),
+    "bitfit": (bitfit.METHOD, bitfit.BitfitParams(random(O, seed=61))),
     "lora-r1": (lora.METHOD, lora_params(3, 1)),
     "lora-r4": (lora.METHOD, lora_params(4, 4)),
     "ia3-output": (ia3.METHOD, ia3_params(5, feedforward=False)),
@@ -65,7 +67,11 @@ def textbook_row(x: Tensor, uses: Sequence[tuple[str, float]]) -> Tensor:
     for name, gate in uses:
         params = ADAPTERS[name][1]
         if isinstance(params, lora.LoraParams):
-            out = out + gate * params.scaling * (params.b @ (params.a @ x))
+            out = out + gate * params.scaling * (
+                params.b @ (params.a @ x) + (0 if params.bias is None else params.bias)
+            )
+        elif isinstance(params, bitfit.BitfitParams):
+            out = out + gate * params.bias
         elif not params.is_feedforward:
             out = out + gate * (params.scale * y - y)
     return out

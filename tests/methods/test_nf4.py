@@ -16,7 +16,7 @@ from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.inject import AdaptedLinear
-from weft.methods.protocol import Adapter
+from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 
 NF4_TOLERANCE = 0.3  # largest difference of a logit, in standard deviations of the logits
@@ -24,32 +24,33 @@ NF4_MEAN_TOLERANCE = 0.03  # mean difference
 _PROMPTS = [list(range(30, 60)), [7, 9, 100, 101, 55]]
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[loader.Base, loader.Base]:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain scales", "double quantization"])
+def bases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[loader.Base, loader.Base]:
     """(NF4 in bfloat16, the same weights dequantized in float32)."""
     path = tiny.save_base(tmp_path_factory.mktemp("nf4") / "base")
-    return _nf4(path), _dequantized(path)
+    return _nf4(path, request.param), _dequantized(path, request.param)
 
 
-def _nf4(path: Path) -> loader.Base:
+def _nf4(path: Path, double_quant: bool) -> loader.Base:
     paged_attention.register()
-    return loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
+    config = ModelConfig(path=path, device="cpu", double_quant=double_quant)
+    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
-def _dequantized(path: Path) -> loader.Base:
+def _dequantized(path: Path, double_quant: bool) -> loader.Base:
     full = loader.load(
         ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32"),
         attention=paged_attention.ATTENTION,
     )
-    for name, module in _nf4(path).model.named_modules():
-        if isinstance(module, AdaptedLinear):
+    for name, module in _nf4(path, double_quant).model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.site.kind is SiteKind.LINEAR:
             weight = module.base.weight
             target = full.model.get_submodule(name).base.weight
             target.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32))
     return full
 
 
-@pytest.mark.parametrize("kind", ["base", "lora", "ia3", "prefix"])
+@pytest.mark.parametrize("kind", ["base", "lora", "lora, bias", "dora", "bitfit", "ia3", "prefix"])
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_methods_on_nf4_equal_methods_on_dequantized_weights(
     kind: str, kernels: str, bases: tuple[loader.Base, loader.Base]
@@ -63,15 +64,33 @@ def test_methods_on_nf4_equal_methods_on_dequantized_weights(
     difference = (got - wanted).abs() / wanted.std()
     assert difference.max() < NF4_TOLERANCE
     assert difference.mean() < NF4_MEAN_TOLERANCE
+    nested = {m.weight.quant_state.nested for m in nf4.model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(nested) == 1
     if adapter is not None:  # negative control: without its adapter the same comparison is far out
         without = torch.cat(Step(nf4, chosen).logits([Row(p) for p in _PROMPTS])).float()
         assert ((without - wanted).abs() / wanted.std()).max() > 5 * NF4_TOLERANCE
+
+
+def test_double_quantization_is_another_base(tmp_path: Path) -> None:
+    """An adapter trained on one is not served on the other; what is not NF4 has no scales to quantize."""
+    path = tiny.save_base(tmp_path)
+    assert _nf4(path, True).shape.digest != _nf4(path, False).shape.digest
+    for quantization in (Quantization.INT8, Quantization.NONE):
+        config = ModelConfig(path=path, device="cpu", quantization=quantization, double_quant=True)
+        with pytest.raises(ValueError, match=f"double_quant: needs quantization nf4, given {quantization.value}"):
+            loader.load(config, attention=paged_attention.ATTENTION)
 
 
 def _adapter(kind: str, base: loader.Base) -> Adapter | None:
     match kind:
         case "lora":
             return tiny.random_lora(base.shape, rank=8, seed=1)
+        case "lora, bias":
+            return tiny.random_lora(base.shape, rank=4, seed=4, lora_bias=True)
+        case "dora":
+            return tiny.random_dora(base.shape, rank=8, seed=5)
+        case "bitfit":
+            return tiny.random_bitfit(base.shape, seed=6)
         case "ia3":
             return tiny.random_ia3(base.shape, seed=2)
         case "prefix":

@@ -3,25 +3,41 @@
 PEFT is the oracle: an adapter is written by Weft, loaded by PEFT, and both compute the same prompts in float32.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.serving import Row, Step
 from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.checkpoint import directory
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods.checkpoint import lora as lora_files
+from weft.methods.protocol import Adapter, BaseShape, SiteKind
 from weft.model import loader, paged_attention
+
+
+def _with_head(base: BaseShape) -> tuple[str, ...]:
+    return tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR, SiteKind.HEAD)}))
+
 
 _ADAPTERS: dict[str, Callable[[BaseShape], Adapter]] = {
     "lora-r1": lambda base: tiny.random_lora(base, rank=1, seed=1),
     "lora-r8": lambda base: tiny.random_lora(base, rank=8, seed=2),
+    "lora-bias": lambda base: tiny.random_lora(base, rank=3, seed=7, lora_bias=True),
+    "dora-r1": lambda base: tiny.random_dora(base, rank=1, seed=8),
+    "dora-r8": lambda base: tiny.random_dora(base, rank=8, seed=9),
+    "lora-head": lambda base: tiny.random_lora(base, rank=3, seed=10, targets=("lm_head",)),
+    "lora-all-and-head": lambda base: tiny.random_lora(base, rank=2, seed=11, targets=_with_head(base)),
+    "dora-head": lambda base: tiny.random_dora(base, rank=2, seed=12, targets=_with_head(base)),
     "ia3": lambda base: tiny.random_ia3(base, seed=3),
     "prefix-5": lambda base: tiny.random_prefix(base, length=5, seed=4),
     "prefix-16": lambda base: tiny.random_prefix(base, length=16, seed=5),
@@ -72,7 +88,7 @@ def test_peft_made_lora_with_patterns_is_read_exactly(
     base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_rslora: bool
 ) -> None:
     """A file that PEFT wrote: unequal ranks and alphas by pattern, rsLoRA."""
-    suffixes = sorted({site.suffix for site in base.shape.sites.values()})
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     first = next(name for name, site in base.shape.sites.items() if site.suffix == suffixes[0])
     config = peft.LoraConfig(
         r=4,
@@ -96,6 +112,172 @@ def test_peft_made_lora_with_patterns_is_read_exactly(
         torch.testing.assert_close(mine, peft_s, atol=_TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_peft_made_dora_with_patterns_is_read_exactly(
+    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_rslora: bool
+) -> None:
+    """A file that PEFT wrote: DoRA with unequal ranks and alphas, all of it moved from its start."""
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        use_dora=True,
+        use_rslora=use_rslora,
+        target_modules=suffixes,
+        rank_pattern={suffixes[-1]: 7},
+        alpha_pattern={suffixes[0]: 3},
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=architecture[0] == "gpt2",
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    _move(model)
+    model.save_pretrained(str(tmp_path))
+    _assert_read_exactly(tmp_path, base, architecture, "dora")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_peft_made_lora_with_trained_base_biases_is_read_exactly(
+    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, bias: str, lora_bias: bool
+) -> None:
+    """The base keeps its biases; what PEFT made of them is added. GPT-2 has some at norms, too."""
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
+    config = peft.LoraConfig(r=3, bias=bias, lora_bias=lora_bias, target_modules=suffixes, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    _move(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("base_layer.bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path))
+    if (architecture[0], bias) == ("gpt2", "all"):
+        with pytest.raises(InvalidAdapter, match="outside of target_modules") as refused:
+            _read(tmp_path, base.shape)
+        assert refused.value.reason == "FEATURE_UNSUPPORTED"
+        return
+    adapter = _assert_read_exactly(tmp_path, base, architecture, "lora")
+    has_biases = architecture[0] in ("gpt2", "qwen2")
+    assert any("base_layer.bias" in key for key in load_file(tmp_path / directory.WEIGHTS_FILE)) is has_biases
+    # It is written with a bias beside B, and is the same again.
+    directory.write(adapter, tmp_path / "again", base.shape)
+    _assert_read_exactly(tmp_path / "again", base, architecture, "lora")
+
+
+def test_base_biases_that_do_not_fit_are_refused(base: loader.Base) -> None:
+    site = base.shape.of_kind(SiteKind.LINEAR)[0]
+    config, tensors = lora_files.write(tiny.random_lora(base.shape, rank=2, seed=13))
+    key = f"base_model.model.{site.name}.base_layer.bias"
+    assert site.read_base is not None
+    has_bias = site.read_base(lambda held: held.bias) is not None
+    size = site.out_features
+    for added, form, reason in (
+        ({key: torch.zeros(size)}, "lora_only", "" if has_bias else "TENSOR_UNKNOWN"),
+        ({key: torch.zeros(size)}, "none", "TENSOR_UNKNOWN"),
+        ({key: torch.zeros(size + 1)}, "lora_only", "DIM_MISMATCH"),
+        ({key: torch.full((size,), float("nan"))}, "all", "NON_FINITE"),
+        ({key.replace(site.name, "model.other"): torch.zeros(size)}, "all", "PAIR_INCOMPLETE"),
+    ):
+        if not reason:
+            assert lora_files.read({**config, "bias": form}, {**tensors, **added}, base.shape, AdapterLimits())
+            continue
+        with pytest.raises(InvalidAdapter) as refused:
+            lora_files.read({**config, "bias": form}, {**tensors, **added}, base.shape, AdapterLimits())
+        assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_peft_made_lora_on_the_head_is_read_beside_the_head_it_saved(
+    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_dora: bool
+) -> None:
+    """PEFT saves the frozen head too, whose only right value is the base's own; GPT-2's is tied to its embedding."""
+    first = base.shape.of_kind(SiteKind.LINEAR)[0].suffix
+    config = peft.LoraConfig(r=3, use_dora=use_dora, target_modules=[first, "lm_head"], task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    _move(model)
+    model.save_pretrained(str(tmp_path))
+    _assert_read_exactly(tmp_path, base, architecture, "dora" if use_dora else "lora")
+    weights = load_file(tmp_path / directory.WEIGHTS_FILE)
+    saved = [name for name in weights if name.endswith("lm_head.base_layer.weight")]
+    assert saved == ["base_model.model.lm_head.base_layer.weight"]
+    config_read = json.loads((tmp_path / directory.CONFIG_FILE).read_text())
+    # Another head is refused, also where one number differs; the same one in bfloat16 is not.
+    other = weights[saved[0]].clone()
+    other[-1, -1] += 0.25
+    with pytest.raises(InvalidAdapter, match="adapters do not replace the head") as refused:
+        directory.read(config_read, {**weights, saved[0]: other}, {}, base.shape, AdapterLimits())
+    assert refused.value.reason == "FEATURE_UNSUPPORTED"
+    rounded = {**weights, saved[0]: weights[saved[0]].bfloat16()}
+    assert directory.read(config_read, rounded, {}, base.shape, AdapterLimits())
+
+
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_peft_made_adalora_is_read_as_the_lora_it_is(
+    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, is_pruned: bool
+) -> None:
+    """Also after rows were taken away: the divisor stays the rank that it began with."""
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
+    config = peft.AdaLoraConfig(
+        init_r=6,
+        target_r=3,
+        total_step=10,
+        lora_alpha=24,
+        target_modules=suffixes,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=architecture[0] == "gpt2",
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    _move(model)
+    pruned = next(name for name, site in base.shape.sites.items() if site.suffix == suffixes[0])
+    if is_pruned:
+        kept = {pruned: [True, False, True, False, True, True]}
+        model.peft_config["default"].rank_pattern = {
+            f"{name}.lora_E": kept.get(name, [True] * 6)
+            for name in base.shape.sites
+            if name.rpartition(".")[2] in suffixes
+        }
+    model.save_pretrained(str(tmp_path))
+    adapter = _assert_read_exactly(tmp_path, base, architecture, "lora")
+    assert adapter.sites[pruned].rank == (4 if is_pruned else 6)
+    # It is written as LoRA, and is the same again.
+    directory.write(adapter, tmp_path / "lora", base.shape)
+    _assert_read_exactly(tmp_path / "lora", base, architecture, "lora")
+
+
+def test_peft_made_beft_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:
+    if architecture[0] == "gpt2":
+        pytest.skip("PEFT's BEFT knows no Conv1D; test_bitfit.py has GPT-2")
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
+    config = peft.BeftConfig(target_modules=suffixes, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    _move(model)
+    model.save_pretrained(str(tmp_path))
+    _assert_read_exactly(tmp_path, base, architecture, "bitfit")
+
+
+def _move(model: peft.PeftModel) -> None:
+    """Take every parameter of an adapter away from its start, in place."""
+    with torch.no_grad():
+        for parameter in (p for name, p in model.named_parameters() if ".default" in name):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def _assert_read_exactly(path: Path, base: loader.Base, architecture: tuple[str, Path], method: str) -> Adapter:
+    adapter = _read(path, base.shape)
+    assert adapter.method.name == method
+    wanted = _peft_logits(architecture[1], path)
+    got = Step(base, select(base.device, base.dtype)).logits([Row(prompt, adapter) for prompt in _PROMPTS])
+    plain = Step(base, REFERENCE).logits([Row(prompt) for prompt in _PROMPTS])
+    for mine, peft_s, without in zip(got, wanted, plain, strict=True):
+        torch.testing.assert_close(mine, peft_s, atol=_TOLERANCE, rtol=0)
+        assert (without - peft_s).abs().max() > 100 * _TOLERANCE
+    return adapter
+
+
 @pytest.mark.parametrize("kind", sorted(_ADAPTERS))
 def test_save_and_load_is_bit_equal(kind: str, base: loader.Base, tmp_path: Path) -> None:
     adapter = _ADAPTERS[kind](base.shape)
@@ -108,11 +290,6 @@ def test_save_and_load_is_bit_equal(kind: str, base: loader.Base, tmp_path: Path
 
 
 def _read(path: Path, base: BaseShape) -> Adapter:
-    import json
-
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
     weights = path / directory.WEIGHTS_FILE
     with safe_open(weights, "pt") as file:
         metadata = file.metadata()

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
+from weft.methods.bitfit import BitfitConfig
 from weft.methods.checkpoint import directory
+from weft.methods.dora import DoraConfig
 from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
@@ -32,6 +34,14 @@ CONFIGS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=4, alpha=8.0),
     "lora, two ranks": LoraConfig(rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}),
     "rslora": LoraConfig(rank=4, alpha=2.0, use_rslora=True, target_modules=("k_proj", "up_proj")),
+    "lora, bias": LoraConfig(rank=2, alpha=3.0, lora_bias=True),
+    "dora": DoraConfig(rank=4, alpha=8.0),
+    "dora, two ranks, rslora": DoraConfig(
+        rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}, use_rslora=True
+    ),
+    "lora, head": LoraConfig(rank=4, target_modules=("v_proj", "lm_head")),
+    "dora, head": DoraConfig(rank=2, target_modules=("lm_head",)),
+    "bitfit": BitfitConfig(),
     "ia3": Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)),
     "prefix": PrefixConfig(num_virtual_tokens=5),
 }
@@ -79,6 +89,10 @@ def test_logits_are_pefts(trained: Path, exact: ModelConfig) -> None:
 
 RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
     "lora": lambda shape: tiny.random_lora(shape, rank=3, seed=1),
+    "lora, bias": lambda shape: tiny.random_lora(shape, rank=2, seed=4, lora_bias=True),
+    "dora": lambda shape: tiny.random_dora(shape, rank=3, seed=5),
+    "head": lambda shape: tiny.random_lora(shape, rank=2, seed=7, targets=("lm_head",)),
+    "bitfit": lambda shape: tiny.random_bitfit(shape, seed=6),
     "ia3": lambda shape: tiny.random_ia3(shape, seed=2),
     "prefix": lambda shape: tiny.random_prefix(shape, length=7, seed=3),
 }
@@ -107,6 +121,38 @@ def test_serving_computes_what_training_does(architecture: str, tmp_path: Path) 
         )
         alone = torch.cat(step.logits([Served(row.input_ids) for row in rows]))
         assert (found - alone).abs().max() > 0.1  # the control: the comparison would see a missing adapter
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_serving_computes_what_training_does_on_nf4(double_quant: bool, tmp_path: Path) -> None:
+    """Both hold the same quantized weights. They differ by the rounding of bfloat16, more where the processor lets
+    bitsandbytes repack the weights that are served; the base alone shows how much that is."""
+    config = ModelConfig(path=tiny.save_base(tmp_path), device="cpu", double_quant=double_quant)
+    ours = base.load(config)
+    paged_attention.register()
+    served = loader.load(config, attention=paged_attention.ATTENTION)
+    step = Step(served, select(served.device, served.dtype))
+    rows = [Row(list(range(40, 70)), 0), Row([7, 9, 100], 0), Row([5], 0)]
+    batch = collate(rows, pad_token_id=0)
+    del batch["labels"]
+
+    def difference(made: Adapter) -> tuple[float, float]:
+        with torch.no_grad():
+            padded = AdaptedModel(ours, made)(**batch).logits.float()
+        found = torch.cat([logits[: len(row.input_ids)] for logits, row in zip(padded, rows, strict=True)])
+        directory.write(made, tmp_path / "adapter", ours.shape)
+        read = adapter.read(tmp_path / "adapter", served.shape)  # what DoRA folds with is the served base's weight
+        there = torch.cat(step.logits([Served(row.input_ids, read) for row in rows])).float()
+        alone = torch.cat(step.logits([Served(row.input_ids) for row in rows])).float()
+        return ((found - there).abs().mean() / there.std()).item(), ((found - alone).abs().mean() / there.std()).item()
+
+    small = tiny.random_bitfit(ours.shape, seed=8)
+    small = adapter.map_tensors(small, lambda t: t * 1e-6)
+    rounding, _ = difference(small)
+    for name, make in RANDOM.items():
+        differs, would_differ = difference(make(ours.shape))
+        assert differs < max(3 * rounding, 0.03), name
+        assert would_differ > 5 * differs, name  # the control: a missing adapter
 
 
 def test_gradients_are_pefts(trained: Path, exact: ModelConfig) -> None:

@@ -33,7 +33,13 @@ WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft")
 EXAMPLES = [Example(f"{word} = ", word[::-1]) for word in WORDS]
 LEARNABLE = [Example(f"{word} = ", "yes") for word in WORDS]
 PREFIX = PrefixConfig(num_virtual_tokens=5)
-LEARNING_RATES = {"lora": 2e-2, "ia3": 2e-1, "prefix": 2e-1}  # rough, for few steps on a tiny base
+LEARNING_RATES = {
+    "lora": 2e-2,
+    "dora": 2e-2,
+    "bitfit": 1e-1,
+    "ia3": 2e-1,
+    "prefix": 2e-1,
+}  # rough, for few steps on a tiny base
 
 
 def nf4(path: Path, dtype: str = "auto") -> ModelConfig:
@@ -122,7 +128,20 @@ def test_loss_goes_down(fit: Callable[..., TrainResult], method: str) -> None:
         learning_rate=LEARNING_RATES[method],
     )
     assert len(result.losses) == 20
-    assert sum(result.losses[-5:]) < 0.5 * sum(result.losses[:5])
+    # On a random base a bias makes the answer's letters likely, and can hardly say which comes next.
+    share = 0.75 if method == "bitfit" else 0.5
+    assert sum(result.losses[-5:]) < share * sum(result.losses[:5])
+
+
+def test_the_paged_optimizer_is_plain_adamw_on_a_cpu_and_says_so(
+    fit: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = fit("plain")
+    assert not caplog.records  # the control
+    paged = fit("paged", optimizer="paged_adamw_8bit")
+    assert "paged_adamw_8bit needs CUDA; on this CPU plain adamw runs instead" in caplog.text
+    assert (plain.optimizer, paged.optimizer) == ("adamw", "adamw")
+    assert paged.losses == plain.losses
 
 
 def test_the_same_seed_gives_the_same_adapter(fit: Callable[..., TrainResult]) -> None:
@@ -269,7 +288,9 @@ def test_command_trains(tiny_base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method dora", "method: must be one of lora, ia3, prefix, given 'dora'"),
+        ("--method nothing", f"method: must be one of {', '.join(USUAL)}, given 'nothing'"),
+        ("--method dora --lora-bias", "lora_bias: DoRA has none, given True"),
+        ("--method lora --optimizer sgd", "optimizer"),
         ("--method ia3 --rank 8", "--rank: the method ia3 has none"),
         ("--method prefix --target-modules q_proj", "--target-modules: the method prefix has none"),
         ("--method lora --steps 0", "num_steps must be at least 1, given 0"),
@@ -280,7 +301,7 @@ def test_command_says_what_is_wrong(tiny_base: Path, tmp_path: Path, options: st
     paths = f"--base {tiny_base} --data {tmp_path}/none.jsonl --output {tmp_path}/out"
     result = CliRunner().invoke(command.app, [*options.split(), *paths.split()])
     assert result.exit_code == 1
-    assert message in result.stderr.replace("\n", " ")
+    assert message in " ".join(result.stderr.split())
 
 
 def test_importing_the_command_stays_cheap() -> None:

@@ -14,26 +14,36 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weft.config import AdapterLimits
-from weft.methods import ia3, lora, prefix
+from weft.methods import bitfit, dora, ia3, lora, prefix
 from weft.methods.checkpoint import directory
 from weft.methods.driver import ReferenceDriver, Segment
-from weft.methods.protocol import Adapter, BaseShape, Method
+from weft.methods.protocol import Adapter, BaseShape, Method, SiteKind
 from weft.model.loader import Base
 
-SiteConfig = lora.LoraConfig | ia3.Ia3Config
+SiteConfig = lora.LoraConfig | dora.DoraConfig | ia3.Ia3Config | bitfit.BitfitConfig
 MethodConfig = SiteConfig | prefix.PrefixConfig
 
 
 class _Kind(NamedTuple):
-    """A method and how its parameters begin: at a site, or, for virtual positions, for the whole base."""
+    """A method and how its parameters begin: at a site, or, for virtual positions, for the whole base.
+
+    takes: the kinds of sites that it acts on where it is told to; usual: where it is told nothing.
+    """
 
     method: Method
     init: Callable[..., Any]
+    takes: tuple[SiteKind, ...] = (SiteKind.LINEAR,)
+    usual: tuple[SiteKind, ...] = (SiteKind.LINEAR,)
+
+
+_WITH_HEAD = (SiteKind.LINEAR, SiteKind.HEAD)
 
 
 _KINDS: Mapping[type, _Kind] = MappingProxyType(
     {
-        lora.LoraConfig: _Kind(lora.METHOD, lora.init),
+        lora.LoraConfig: _Kind(lora.METHOD, lora.init, _WITH_HEAD),
+        dora.DoraConfig: _Kind(dora.METHOD, dora.init, _WITH_HEAD),
+        bitfit.BitfitConfig: _Kind(bitfit.METHOD, bitfit.init, tuple(SiteKind), (SiteKind.LINEAR, SiteKind.NORM)),
         ia3.Ia3Config: _Kind(ia3.METHOD, ia3.init),
         prefix.PrefixConfig: _Kind(prefix.METHOD, prefix.init),
     }
@@ -44,6 +54,8 @@ _KINDS: Mapping[type, _Kind] = MappingProxyType(
 USUAL: Mapping[str, MethodConfig] = MappingProxyType(
     {
         lora.METHOD.name: lora.LoraConfig(),
+        dora.METHOD.name: dora.DoraConfig(),
+        bitfit.METHOD.name: bitfit.BitfitConfig(),
         ia3.METHOD.name: ia3.Ia3Config(
             target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)
         ),
@@ -77,22 +89,22 @@ def method_of(config: MethodConfig) -> Method:
 
 
 def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) -> Adapter:
-    """An untrained adapter for a base. Empty `target_modules` means every site.
+    """An untrained adapter for a base. Empty `target_modules` means every linear module, for BitFit every norm too.
 
     Raises ValueError for a target that no site is called.
     """
     kind = _KINDS[type(config)]
     if kind.method.virtual is not None:
         return Adapter(method=kind.method, config=config, sites={}, prefix=kind.init(config, shape, generator))
-    suffixes = {site.suffix for site in shape.sites.values()}
+    suffixes = {site.suffix for site in shape.of_kind(*kind.takes)}
     config = cast(SiteConfig, config)
-    targets = config.target_modules or tuple(sorted(suffixes))
+    targets = config.target_modules or tuple(sorted({site.suffix for site in shape.of_kind(*kind.usual)}))
     for target in targets:
         if target not in suffixes:
             known = ", ".join(sorted(suffixes))
-            raise ValueError(f"target_modules: must name linear modules of the base ({known}), given {target!r}")
+            raise ValueError(f"target_modules: must name modules of the base ({known}), given {target!r}")
     config = replace(config, target_modules=targets)
-    sites = [site for site in shape.sites.values() if site.suffix in targets]
+    sites = [site for site in shape.of_kind(*kind.takes) if site.suffix in targets]
     params = {site.name: kind.init(config, site, generator) for site in sites}
     return Adapter(method=kind.method, config=config, sites=params)
 

@@ -11,9 +11,10 @@ from weft_training import data
 from weft_training.adapter import AdaptedModel
 from weft_training.data import Row
 from weft_training.recompute import recomputing
-from weft_training.trainer import Prepared, TrainConfig
+from weft_training.trainer import Optimizer, Prepared, TrainConfig, optimizer_on
 
 _FLOAT32 = 4
+_MOMENT_BYTES = {Optimizer.ADAMW: _FLOAT32, Optimizer.PAGED_ADAMW_8BIT: 1}
 
 
 class Plan(NamedTuple):
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
 
 
 def make(config: TrainConfig, prepared: Prepared) -> Plan:
-    """The plan of a run that `prepare` made ready. AdamW keeps two float32 moments per parameter."""
+    """The plan of a run that `prepare` made ready. AdamW keeps two moments per parameter, in float32 or in 8 bits."""
     model = prepared.model
     num_trainable = model.adapter.num_parameters
     stored = _storages([*model.base.model.parameters(), *model.base.model.buffers(), *_quantization(model)])
@@ -58,7 +59,7 @@ def make(config: TrainConfig, prepared: Prepared) -> Plan:
         base_bytes=sum(stored.values()),
         adapter_bytes=num_trainable * _FLOAT32,
         gradient_bytes=num_trainable * _FLOAT32,
-        optimizer_bytes=2 * num_trainable * _FLOAT32,
+        optimizer_bytes=2 * num_trainable * _MOMENT_BYTES[optimizer_on(model.device.type, config)],
         activation_bytes=_activation_bytes(config, model, longest, stored),
     )
 

@@ -7,6 +7,7 @@ count and library versions give the same adapter on a CPU, bit for bit, also thr
 
 import contextlib
 import functools
+import logging
 import os
 import tempfile
 import time
@@ -38,7 +39,16 @@ from weft_training.progress import Report
 from weft_training.recompute import recomputing
 from weft_training.sections import recipe_of
 
+_log = logging.getLogger(__name__)
+
 Examples = Sequence[Example | Conversation]
+
+
+class Optimizer(StrEnum):
+    """What turns gradients into steps."""
+
+    ADAMW = "adamw"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
 
 
 class Schedule(StrEnum):
@@ -49,6 +59,7 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
 
 
+_OPTIMIZERS = {Optimizer.ADAMW: "adamw_torch", Optimizer.PAGED_ADAMW_8BIT: "paged_adamw_8bit"}
 _SCHEDULERS = {
     Schedule.COSINE: "cosine",
     Schedule.LINEAR: "linear",
@@ -66,6 +77,8 @@ class TrainConfig:
     num_steps: optimizer steps; the examples are shuffled anew each time they are used up.
     batch_size: examples of one step, over all processes; with `packing`, packed rows.
     accumulation_steps: parts in which a step's examples are computed one after the other; the result is the same.
+    optimizer: adamw, or paged_adamw_8bit: bitsandbytes' AdamW with states of 8 bits, in memory that may leave the GPU.
+        On a CPU, which has no memory to page, plain AdamW runs instead and a warning says so.
     learning_rate: its peak, after `num_warmup_steps` of linear growth; `schedule` then takes it to zero or keeps it.
     schedule: what the learning rate does after its warm-up.
     num_warmup_steps: steps in which the learning rate grows.
@@ -93,6 +106,7 @@ class TrainConfig:
     num_steps: int = 200
     batch_size: int = 16
     accumulation_steps: int = 1
+    optimizer: Optimizer = Optimizer.ADAMW
     learning_rate: float = 2e-4
     schedule: Schedule = Schedule.COSINE
     num_warmup_steps: int = 0
@@ -148,6 +162,7 @@ class TrainResult:
 
     evaluations: evaluation losses by step, means over batches.
     best_step: whose adapter it is; 0 where nothing was evaluated: the last.
+    optimizer: the one that ran.
     """
 
     output: Path
@@ -156,6 +171,7 @@ class TrainResult:
     num_parameters: int
     evaluations: dict[int, float] = field(default_factory=dict)
     best_step: int = 0
+    optimizer: Optimizer = Optimizer.ADAMW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +285,7 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
             num_parameters=model.adapter.num_parameters,
             evaluations=evaluations,
             best_step=min(evaluations, key=lambda step: evaluations[step]) if evaluations else 0,
+            optimizer=optimizer_on(model.device.type, config),
         )
         if _is_first():
             made = Path(scratch, "result")
@@ -342,7 +359,7 @@ def make_loop(
     best = Best(list(model.parameters()), patience=config.patience)
     trainer = CheckpointingTrainer(
         model=trained,
-        args=_arguments(config, directory, use_cpu=base.device.type == "cpu"),
+        args=arguments(config, directory, use_cpu=base.device.type == "cpu"),
         train_dataset=_Rows(groups(rows)),
         eval_dataset=_Rows(groups(evaluation)) if evaluation else None,
         data_collator=functools.partial(collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0),
@@ -353,7 +370,11 @@ def make_loop(
     return trainer
 
 
-def _arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> TrainingArguments:
+def arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> TrainingArguments:
+    """What transformers' loop is told."""
+    optimizer = optimizer_on("cpu" if use_cpu else "cuda", config)
+    if optimizer != config.optimizer:
+        _log.warning("optimizer: %s needs CUDA; on this CPU plain adamw runs instead", config.optimizer)
     per_pass = config.batch_size // (config.accumulation_steps * _world_size())
     return TrainingArguments(
         output_dir=str(directory),
@@ -361,6 +382,7 @@ def _arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> Traini
         per_device_train_batch_size=per_pass,
         per_device_eval_batch_size=per_pass,
         gradient_accumulation_steps=config.accumulation_steps,
+        optim=_OPTIMIZERS[optimizer],
         learning_rate=config.learning_rate,
         lr_scheduler_type=_SCHEDULERS[config.schedule],
         warmup_steps=config.num_warmup_steps,
@@ -384,6 +406,11 @@ def _arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> Traini
         dataloader_pin_memory=not use_cpu,
         ddp_find_unused_parameters=False,
     )
+
+
+def optimizer_on(device_type: str, config: TrainConfig) -> Optimizer:
+    """The optimizer that runs there."""
+    return config.optimizer if device_type == "cuda" else Optimizer.ADAMW
 
 
 def _world_size() -> int:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weft import __version__
 from weft.adapters.host import HostCache
@@ -75,7 +76,7 @@ class Application:
         self.lifecycle = Lifecycle(
             engine=self._engine,
             store=AdapterStore(config.store, config.adapters, allowed_sources=config.allowed_sources),
-            ingest=model.ingest,
+            ingest=model.ingest._replace(base=model.ingest.base.read_through(self._on_engine_thread)),
             host=HostCache(config.residency.host_bytes),
             device_bytes=config.residency.device_bytes,
             metrics=metrics,
@@ -121,6 +122,10 @@ class Application:
         await asyncio.sleep(0)  # the last events are on the loop's queue
         self._lag.cancel()
         await self.lifecycle.close()
+
+    def _on_engine_thread(self, function: Callable[[], Any]) -> Any:
+        """Read the base where its memory may be touched; called by workers that lay an adapter out."""
+        return self._engine.call(function).result()
 
     def _engine_is_down(self) -> None:
         down = Unavailable(ENGINE_DOWN, "the engine stopped by a fault", retry_after_s=5.0)

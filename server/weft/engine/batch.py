@@ -108,3 +108,21 @@ def build(
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         adapter_rows=adapter_rows,
     )
+
+
+def at_rows(adapter_rows: AdapterRows, rows: Tensor) -> AdapterRows:
+    """The entries of some rows alone, as if those were the batch; `rows` int64 [N], rising.
+
+    The output head sees the sample rows only. A fixed number of operations, whatever the batch.
+    """
+    offsets = adapter_rows.offsets.long()
+    starts = offsets[rows]
+    kept = torch.zeros(len(rows) + 1, dtype=torch.int64)
+    kept[1:] = (offsets[rows + 1] - starts).cumsum(0)
+    entries = torch.arange(int(kept[-1]))
+    row_of_entry = torch.searchsorted(kept[1:], entries, right=True)
+    entries += (starts - kept[:-1])[row_of_entry]
+    bounds = torch.tensor([run[:2] for run in adapter_rows.runs])  # [runs, 2]
+    within = zip(adapter_rows.runs, torch.searchsorted(rows, bounds).tolist(), strict=True)
+    runs = [(first, last, slots, gates) for (_, _, slots, gates), (first, last) in within if first < last]
+    return AdapterRows(kept.int(), adapter_rows.slots[entries], adapter_rows.gates[entries], tuple(runs))

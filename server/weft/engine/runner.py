@@ -3,18 +3,18 @@
 Everything above (scheduler, sampler, streams) meets the model only through `Runner`; tests put a scripted one here.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot, SlotTable
-from weft.engine.batch import AdapterRows, Batch
+from weft.engine.batch import AdapterRows, Batch, at_rows
 from weft.kernels.selection import Kernels
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.inject import Driver
-from weft.methods.protocol import VirtualKV
+from weft.methods.protocol import Site, SiteKind, VirtualKV
 from weft.model.loader import Base
 from weft.model.paged_attention import KVCache, Paged, PagedBatch, attend_reference
 
@@ -36,6 +36,17 @@ class Runner(Protocol):
         ...
 
 
+class ByRows(NamedTuple):
+    """A driver of all rows of a step, and one of its sample rows, which are all that the output head sees."""
+
+    body: Driver
+    head: Driver
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the site's own driver makes of it."""
+        return (self.head if site.kind is SiteKind.HEAD else self.body).apply(site, base, x)
+
+
 class ModelRunner:
     """The real one: a loaded base, its KV pool and its adapter slots."""
 
@@ -44,6 +55,7 @@ class ModelRunner:
     ) -> None:
         self.slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=adapter_bytes, device=base.device)
         self._base = base
+        self._heads = [site.index for site in base.shape.of_kind(SiteKind.HEAD)]
         self._kernels = kernels
         self._cache = KVCache.allocate(
             num_layers=base.shape.num_layers,
@@ -68,7 +80,7 @@ class ModelRunner:
             virtual_lens=batch.virtual_lens.to(device),
             block_tables=batch.block_tables.to(device),
         )
-        with self._base.context.use(self._driver(batch.adapter_rows)):
+        with self._base.context.use(self._driver(batch)):
             out = self._base.model(
                 input_ids=batch.input_ids[None].to(device),
                 position_ids=batch.positions[None].to(device),
@@ -82,9 +94,17 @@ class ModelRunner:
     def write_virtual(self, blocks: list[int], virtual: VirtualKV) -> None:
         self._cache.write_virtual(blocks, virtual.keys, virtual.values)
 
-    def _driver(self, rows: AdapterRows | None) -> Driver | None:
+    def _driver(self, batch: Batch) -> Driver | None:
+        rows = batch.adapter_rows
         if rows is None:
             return None
+        driver = self._driver_of(rows)
+        if not any(self.slots.num_entries[index] for index in self._heads):
+            return driver
+        at_head = at_rows(rows, batch.sample_rows)
+        return ByRows(driver, self._driver_of(at_head) if len(at_head.slots) else ReferenceDriver(()))
+
+    def _driver_of(self, rows: AdapterRows) -> Driver:
         if self._kernels.driver is not None:
             return self._kernels.driver(self.slots, rows.offsets, rows.slots, rows.gates)
         return ReferenceDriver(segments(self.slots, rows, self._base.device))

@@ -1,4 +1,4 @@
-"""Wrapping the linear modules of a base, the same way for serving and for training."""
+"""Wrapping the modules of a base where adapters meet it, the same way for serving and for training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,8 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from weft.methods.protocol import Site
+from weft.methods.base_weight import ReadModule
+from weft.methods.protocol import Site, SiteKind
 
 
 class Driver(Protocol):
@@ -36,7 +37,7 @@ class AdapterContext:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear module of the base, and the place where adapters meet it."""
+    """A linear module of the base, or a norm with a bias, and the place where adapters meet it."""
 
     def __init__(self, base: nn.Module, site: Site, context: AdapterContext) -> None:
         super().__init__()
@@ -54,13 +55,20 @@ class AdaptedLinear(nn.Module):
         return cast(Tensor, self.base.weight)
 
 
-def linear_sites(model: nn.Module, *, exclude: frozenset[str] = frozenset()) -> list[Site]:
-    """Every linear module (torch, bitsandbytes, GPT-2's Conv1D) in module order; `exclude` holds module paths."""
+def adapter_sites(model: nn.Module, *, head: nn.Module | None = None) -> list[Site]:
+    """Every linear module (torch, bitsandbytes, GPT-2's Conv1D) and every norm with a bias, in module order.
+
+    head: the output embedding, which is a site of a kind of its own.
+    """
     sites: list[Site] = []
     for name, module in model.named_modules():
         features = _features(module)
-        if features is not None and name not in exclude:
-            sites.append(Site(len(sites), name, *features))
+        if features is None:
+            continue
+        kind = SiteKind.HEAD if module is head else SiteKind.LINEAR
+        if isinstance(module, nn.LayerNorm):
+            kind = SiteKind.NORM
+        sites.append(Site(len(sites), name, *features, kind=kind, read_base=ReadModule(module)))
     return sites
 
 
@@ -69,6 +77,8 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):  # its weight is stored [I, O]
         return module.nx, module.nf
+    if isinstance(module, nn.LayerNorm) and module.bias is not None:  # a norm without a bias has nothing to adapt
+        return module.normalized_shape[-1], module.normalized_shape[-1]
     return None
 
 

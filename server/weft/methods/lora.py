@@ -2,7 +2,8 @@
 
     y = W₀x + scaling · B A x,    scaling = alpha / rank
 
-Deviation: with `use_rslora` the divisor is sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
+Deviations: with `use_rslora` the divisor is sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); with `lora_bias` the
+update is scaling · (B A x + bias), as PEFT has it.
 QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here.
 """
 
@@ -20,11 +21,15 @@ from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Ranks and alphas; the patterns map a module-path suffix to its own value (PEFT's rank_pattern, alpha_pattern)."""
+    """Ranks and alphas; the patterns map a module-path suffix to its own value (PEFT's rank_pattern, alpha_pattern).
+
+    lora_bias: B has a bias, inside the scaled branch.
+    """
 
     rank: int = 8
     alpha: float = 16.0
     use_rslora: bool = False
+    lora_bias: bool = False
     target_modules: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -36,6 +41,7 @@ class LoraParams(NamedTuple):
     a: Tensor  # [R, I]
     b: Tensor  # [O, R]
     scaling: float
+    bias: Tensor | None = None  # [O], scaled with B
 
     @property
     def rank(self) -> int:
@@ -48,43 +54,55 @@ def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
 
 
 def init(config: LoraConfig, site: Site, generator: torch.Generator | None = None) -> LoraParams:
-    """A uniform as torch.nn.Linear draws it, B zero: the delta starts at exactly zero."""
+    """A uniform as torch.nn.Linear draws it, B and its bias zero: the delta starts at exactly zero."""
     rank = config.rank_pattern.get(site.suffix, config.rank)
     alpha = config.alpha_pattern.get(site.suffix, config.alpha)
     bound = 1 / math.sqrt(site.in_features)
     a = torch.empty(rank, site.in_features).uniform_(-bound, bound, generator=generator)
     b = torch.zeros(site.out_features, rank)
-    return LoraParams(a, b, scaling(alpha, rank, use_rslora=config.use_rslora))
+    bias = torch.zeros(site.out_features) if config.lora_bias else None
+    return LoraParams(a, b, scaling(alpha, rank, use_rslora=config.use_rslora), bias)
 
 
 def delta(params: LoraParams, x: Tensor, y: Tensor) -> Tensor:
     """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`."""
     hidden = x.to(params.a.dtype) @ params.a.mT  # [*T, R]
-    return (hidden @ params.b.mT * params.scaling).to(y.dtype)
+    added = hidden @ params.b.mT  # [*T, O]
+    if params.bias is not None:
+        added = added + params.bias.to(added.dtype)
+    return (added * params.scaling).to(y.dtype)
 
 
 def pack(params: LoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
-    """A [R, I] and the scaled Bᵀ [R, O]: both are read along contiguous rows."""
+    """A [R, I] and the scaled Bᵀ [R, O]: both are read along contiguous rows. The scaled bias stays float32."""
     b = params.b.float().mT * params.scaling
-    return (Packed(DeltaKind.LORA, params.rank, params.a.to(dtype).contiguous(), b.to(dtype).contiguous()),)
+    product = Packed(DeltaKind.LORA, params.rank, params.a.to(dtype).contiguous(), b.to(dtype).contiguous())
+    if params.bias is None:
+        return (product,)
+    return (product, Packed(DeltaKind.BIAS, 0, params.bias.float() * params.scaling, None))
 
 
 def unpack(packed: tuple[Packed, ...]) -> LoraParams:
-    """Views of a packed site; its scaling already lives in B."""
-    (product,) = packed
+    """Views of a packed site; its scaling already lives in B and in the bias."""
+    product, *bias = packed
     assert product.second is not None
-    return LoraParams(product.first, product.second.mT, 1.0)
+    return LoraParams(product.first, product.second.mT, 1.0, bias[0].first if bias else None)
 
 
 def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """r(I + O) at every site."""
+    """r(I + O) at every site, and O with a bias."""
     del base
+    terms = [term(config, site) for site in sites]
+    if not config.lora_bias:
+        return gather("Σ R(I + O)", terms)
+    biases = (Term(str(site.out_features), site.out_features) for site in sites)
+    return gather("Σ R(I + O) + Σ O", [*terms, *biases])
 
-    def term(site: Site) -> Term:
-        rank, i, o = config.rank_pattern.get(site.suffix, config.rank), site.in_features, site.out_features
-        return Term(f"{rank}·({i} + {o})", rank * (i + o))
 
-    return gather("Σ R(I + O)", map(term, sites))
+def term(config: LoraConfig, site: Site) -> Term:
+    """r(I + O) at one site."""
+    rank, i, o = config.rank_pattern.get(site.suffix, config.rank), site.in_features, site.out_features
+    return Term(f"{rank}·({i} + {o})", rank * (i + o))
 
 
 def norms(params: LoraParams) -> dict[str, float]:

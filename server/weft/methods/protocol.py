@@ -3,8 +3,8 @@
 Shape legend of the whole code base: `T` rows (tokens) of the flattened batch, `B` requests, `L` layers, `I`/`O` in and
 out features of a site, `R` rank, `S` adapter slots, `H` heads, `D` head dim, `P` virtual positions, `N` entries.
 
-A *site* is one wrapped linear module of the base. A method acts at a site through up to two pure functions that return
-the delta, never the sum:
+A *site* is one wrapped module of the base: a linear one, the output head, or a norm with a bias. A method acts at a
+site through up to two pure functions that return the delta, never the sum:
 
     pre(params, x)      added to the input of the base weight:    x' = x + Σ gate · pre(x)
     post(params, x, y)  added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
@@ -13,25 +13,60 @@ Every delta sees the base output `y` and the input `x` as it was before any `pre
 A method that has no site (prefix tuning) acts through *virtual positions*: keys and values before position 0.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from weft.methods.count import Count
 
+T = TypeVar("T")
+
+
+class SiteKind(StrEnum):
+    """What a site is. "All linear modules" means LINEAR alone: the head and the norms are touched by name only."""
+
+    LINEAR = "linear"
+    HEAD = "head"  # the output embedding; its rows are the step's sample rows
+    NORM = "norm"  # a norm with a bias; in and out features are its width
+
+
+class BaseWeight(Protocol):
+    """What the base holds at one site, frozen."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[O], in the base's dtype; None where the module has none."""
+        ...
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight [O, I], dequantized, as blocks [N, I] of its rows in order; N is bounded by a block's bytes."""
+        ...
+
+
+class ReadBase(Protocol):
+    """Runs a function of one site's weight where the base's memory may be read, and gives what it returns."""
+
+    def __call__(self, function: Callable[[BaseWeight], T], /) -> T: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One wrapped linear module. `name` is its module path in the base, `index` its row in the slot tables."""
+    """One wrapped module. `name` is its module path in the base, `index` its row in the slot tables.
+
+    read_base: the way to its weight, for methods that need it (DoRA); None where a base is only described.
+    """
 
     index: int
     name: str
     in_features: int
     out_features: int
+    kind: SiteKind = SiteKind.LINEAR
+    read_base: ReadBase | None = field(default=None, compare=False, repr=False)
 
     @property
     def suffix(self) -> str:
@@ -52,6 +87,22 @@ class BaseShape:
     head_dim: int
     digest: str
     name: str
+
+    def of_kind(self, *kinds: SiteKind) -> list[Site]:
+        """The sites of these kinds, in order."""
+        return [site for site in self.sites.values() if site.kind in kinds]
+
+    def read_through(self, run: Callable[[Callable[[], Any]], Any]) -> "BaseShape":
+        """The same base, whose weights are read by functions that `run` runs: where only one thread may, in that."""
+
+        def route(read_base: ReadBase, function: Callable[[BaseWeight], Any], /) -> Any:
+            return run(partial(read_base, function))
+
+        sites = {
+            name: site if site.read_base is None else replace(site, read_base=partial(route, site.read_base))
+            for name, site in self.sites.items()
+        }
+        return replace(self, sites=sites)
 
 
 class DeltaKind(IntEnum):

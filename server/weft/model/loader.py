@@ -1,7 +1,8 @@
 """The base model: the only place that calls `from_pretrained`.
 
 Any Hugging Face causal-LM directory whose attention goes through transformers' AttentionInterface; weights from
-safetensors only, no code from the directory. Its linear modules come wrapped (methods/inject.py).
+safetensors only, no code from the directory. Its linear modules, its output head and its norms with a bias come wrapped
+(methods/inject.py).
 """
 
 import hashlib
@@ -11,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 from weft.config import ModelConfig, Quantization
-from weft.methods.inject import AdapterContext, inject, linear_sites
+from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -46,6 +46,8 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     path = Path(config.path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: {path} holds no config.json; give a Hugging Face model directory")
+    if config.double_quant and config.quantization is not Quantization.NF4:
+        raise ValueError(f"double_quant: needs quantization nf4, given {config.quantization.value}")
     device = resolve_device(config.device)
     hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     dtype = _resolve_dtype(config, device, hf_config)
@@ -55,7 +57,7 @@ def load(config: ModelConfig, *, attention: str) -> Base:
         path,
         config=hf_config,
         dtype=dtype,
-        quantization_config=_quantization_config(config.quantization, dtype),
+        quantization_config=_quantization_config(config, dtype),
         device_map={"": device},
         attn_implementation=attention,
         local_files_only=True,
@@ -65,7 +67,7 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     model.eval().requires_grad_(False)
     text_config = hf_config.get_text_config()
     context = AdapterContext()
-    sites = linear_sites(model, exclude=_output_modules(model))
+    sites = adapter_sites(model, head=model.get_output_embeddings())
     inject(model, sites, context)
     num_heads = text_config.num_attention_heads
     shape = BaseShape(
@@ -73,7 +75,7 @@ def load(config: ModelConfig, *, attention: str) -> Base:
         num_layers=text_config.num_hidden_layers,
         num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
-        digest=fingerprint(path, config.quantization),
+        digest=fingerprint(path, config.quantization, double_quant=config.double_quant),
         name=path.name,
     )
     return Base(
@@ -99,7 +101,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def fingerprint(path: Path, quantization: Quantization) -> str:
+def fingerprint(path: Path, quantization: Quantization, *, double_quant: bool = False) -> str:
     """sha256 over the digests of the weight files and the quantization: what an adapter is bound to.
 
     The architecture is in it through config.json's bytes.
@@ -110,7 +112,8 @@ def fingerprint(path: Path, quantization: Quantization) -> str:
     files.append(path / "config.json")
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_file_digest, files))
-    whole = hashlib.sha256(f"weft-base-1\n{quantization.value}\n".encode())
+    held_as = quantization.value + ("-double" if double_quant else "")
+    whole = hashlib.sha256(f"weft-base-1\n{held_as}\n".encode())
     for file, digest in zip(files, digests, strict=True):
         whole.update(f"{file.name}\n{digest}\n".encode())
     return whole.hexdigest()
@@ -121,11 +124,15 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    match quantization:
+def _quantization_config(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    match config.quantization:
         case Quantization.NF4:
-            # Double quantization costs 15-20 % of speed for 7 % of memory: off.
-            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=config.double_quant,
+            )
         case Quantization.INT8:
             # LLM.int8's outlier columns are taken over all rows of a batch: a threshold would let neighbours change
             # a request's numbers.
@@ -154,12 +161,6 @@ def _require_alignment(quantization: Quantization, device: torch.device, hf_conf
         value = getattr(text_config, knob, None)
         if value is not None and value % 64:
             raise ValueError(f"quantization: nf4 on a CPU needs {knob} to be a multiple of 64, given {value}")
-
-
-def _output_modules(model: Any) -> frozenset[str]:
-    """Paths of the output embedding: adapters do not act on it yet."""
-    head = model.get_output_embeddings()
-    return frozenset(name for name, module in model.named_modules() if module is head and isinstance(head, nn.Module))
 
 
 def _eos_token_ids(model: Any) -> frozenset[int]:

@@ -80,8 +80,8 @@ def measure(
 
 
 def rows(scores: Mapping[str, Mapping[str, float]]) -> Iterable[list[str]]:
-    """The table's cells, its head first."""
-    columns = [UNTAGGED, TAGGED, *METHODS]
+    """The table's cells, its head first; a method that no adapter has been measured of has no column."""
+    columns = [UNTAGGED, TAGGED, *(method for method in METHODS if any(method in cells for cells in scores.values()))]
     yield ["task", *columns]
     for task, cells in scores.items():
         name = f"{task} (held out)" if TASKS[task].held_out else task
@@ -90,9 +90,10 @@ def rows(scores: Mapping[str, Mapping[str, float]]) -> Iterable[list[str]]:
 
 def markdown(scores: Mapping[str, Mapping[str, float]]) -> str:
     """The table as Markdown."""
-    head, *body = (f"| {' | '.join(cells)} |" for cells in rows(scores))
-    rule = "|".join(["", "---", *["---:"] * (2 + len(METHODS)), ""])
-    return "\n".join([head, rule, *body])
+    head, *body = rows(scores)
+    rule = "|".join(["", "---", *["---:"] * (len(head) - 1), ""])
+    written, *below = (f"| {' | '.join(cells)} |" for cells in (head, *body))
+    return "\n".join([written, rule, *below])
 
 
 def main(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, InvalidAdapter
-from weft.methods.checkpoint import ia3, lora, prefix
+from weft.methods.checkpoint import adalora, beft, ia3, lora, prefix
 from weft.methods.protocol import Adapter, BaseShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,12 +25,14 @@ BASE_DIGEST = "weft_base_digest"
 
 class _Format(NamedTuple):
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseShape, AdapterLimits], Adapter]
-    write: Callable[[Adapter], tuple[dict[str, Any], dict[str, Tensor]]]
+    write: Callable[[Adapter], tuple[dict[str, Any], dict[str, Tensor]]] | None
 
 
 _FORMATS: Mapping[str, _Format] = MappingProxyType(
     {
         "LORA": _Format(lora.read, lora.write),
+        "ADALORA": _Format(adalora.read, None),  # read as the LoRA that it folds into
+        "BEFT": _Format(beft.read, beft.write),
         "IA3": _Format(ia3.read, ia3.write),
         "PREFIX_TUNING": _Format(prefix.read, prefix.write),
     }
@@ -73,7 +75,9 @@ def read(
 def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
     """Write the two files of a PEFT directory, creating it; float32 tensors stay float32."""
     directory.mkdir(parents=True, exist_ok=True)
-    keys, tensors = _FORMATS[adapter.method.peft_type].write(adapter)
+    write_form = _FORMATS[adapter.method.peft_type].write
+    assert write_form is not None
+    keys, tensors = write_form(adapter)
     config = {
         "peft_type": adapter.method.peft_type,
         "task_type": "CAUSAL_LM",

@@ -1,13 +1,13 @@
 """Checks that every method's tensors pass: known module, finite, in range."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods.protocol import BaseShape, Site
+from weft.methods.protocol import BaseShape, Site, SiteKind
 
 _PEFT_PREFIX = "base_model.model."
 _NAMES_SHOWN = 5
@@ -27,8 +27,14 @@ def full_key(site_name: str, ending: str) -> str:
     return f"{_PEFT_PREFIX}{site_name}.{ending}"
 
 
-def require_sites(names: Iterable[str], base: BaseShape) -> dict[str, Site]:
-    """The sites called `names`; an unknown one is refused, and so is a file none of whose modules is in the base."""
+def require_sites(
+    names: Iterable[str], base: BaseShape, *kinds: SiteKind, method: str = "this method"
+) -> dict[str, Site]:
+    """The sites called `names`, of `kinds` (LINEAR where none is given).
+
+    An unknown module is refused, and so are a file none of whose modules is in the base, and a module that is no place
+    for the method.
+    """
     names = sorted(set(names))
     unknown = [name for name in names if name not in base.sites]
     if len(unknown) == len(names):
@@ -40,18 +46,36 @@ def require_sites(names: Iterable[str], base: BaseShape) -> dict[str, Site]:
             field="adapter_model.safetensors",
         )
     if unknown:
-        raise InvalidAdapter(
-            "MODULE_UNKNOWN",
-            f"adapter_model.safetensors: {len(unknown)} modules are not in the base: "
-            f"{', '.join(unknown[:_NAMES_SHOWN])}",
-            field="adapter_model.safetensors",
-            metadata={"modules": ", ".join(unknown[:_NAMES_SHOWN])},
-        )
+        raise _module_error("modules are not in the base", unknown)
+    elsewhere = [name for name in names if base.sites[name].kind not in (kinds or (SiteKind.LINEAR,))]
+    if elsewhere:
+        raise _module_error(f"modules are no place for {method}", elsewhere)
     return {name: base.sites[name] for name in names}
+
+
+def _module_error(what: str, names: Sequence[str]) -> InvalidAdapter:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return InvalidAdapter(
+        "MODULE_UNKNOWN",
+        f"adapter_model.safetensors: {len(names)} {what}: {shown}",
+        field="adapter_model.safetensors",
+        metadata={"modules": shown},
+    )
+
+
+# PEFT's names of what it saves beside an adapter, or instead of one; what to do is said where they are refused.
+_REPLACES_MODULE = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "modules_to_save.weight")
+_ON_EMBEDDING = ("lora_embedding_A", "lora_embedding_B", "embed_tokens.base_layer.weight", "wte.base_layer.weight")
 
 
 def refuse_unknown(key: str, method: str) -> InvalidAdapter:
     """The error for a tensor that `method` would leave unused."""
+    if key.endswith(_ON_EMBEDDING):
+        rule = "is of an adapter on the input embedding, which is not served: leave it out of target_modules"
+        return InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, rule, given=key)
+    if key.endswith(_REPLACES_MODULE):
+        rule = "replaces a module, which is not served: name lm_head and linear modules in target_modules instead"
+        return InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, rule, given=key)
     return InvalidAdapter.rule("TENSOR_UNKNOWN", key, f"is not a tensor of a {method} adapter", given=key)
 
 

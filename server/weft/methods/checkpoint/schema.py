@@ -24,6 +24,11 @@ class Schema:
     fixed: Mapping[str, tuple[Any, ...]]
 
 
+# What to do where a fixed key is asked for.
+_ADVICE: Mapping[str, str] = {
+    "modules_to_save": "whole modules are not replaced: name lm_head and linear modules in target_modules instead",
+}
+
 # Fields that name code or a place; PEFT imports what they hold.
 _CODE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "auto_mapping": (None,),
@@ -34,7 +39,7 @@ _COMMON_USED = frozenset({"peft_type", "task_type"})
 _COMMON_INERT = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode"})
 
 LORA = Schema(
-    used=frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}),
+    used=frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "bias", "rank_pattern", "alpha_pattern"}),
     inert=frozenset(
         {
             "target_modules",
@@ -52,8 +57,6 @@ LORA = Schema(
         }
     ),
     fixed={
-        "bias": (None, "none"),
-        "use_dora": (None, False),
         "modules_to_save": (None, []),
         "trainable_token_indices": (None,),
         "velora_config": (None,),
@@ -61,7 +64,6 @@ LORA = Schema(
         "use_qalora": (None, False),
         "monteclora_config": (None,),
         "layer_replication": (None,),
-        "lora_bias": (None, False),
         "target_parameters": (None, []),
         "use_bdlora": (None, False),
         "arrow_config": (None,),
@@ -70,9 +72,38 @@ LORA = Schema(
         "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
     },
 )
+# Its `r` means nothing, and its rank_pattern lists which rows were kept, which the tensors say themselves.
+ADALORA = Schema(
+    used=frozenset({"lora_alpha", "init_r", "rank_pattern"}),
+    inert=LORA.inert
+    | {
+        "r",
+        "alpha_pattern",
+        "target_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
+    },
+    fixed={
+        **LORA.fixed,
+        "bias": (None, "none"),
+        "use_dora": (None, False),
+        "use_rslora": (None, False),
+        "lora_bias": (None, False),
+    },
+)
 IA3 = Schema(
     used=frozenset({"target_modules", "feedforward_modules"}),
     inert=frozenset({"exclude_modules", "fan_in_fan_out", "init_ia3_weights"}),
+    fixed={"modules_to_save": (None, [])},
+)
+BEFT = Schema(
+    used=frozenset({"target_modules", "weft_norm_biases"}),
+    inert=frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "init_weights"}),
     fixed={"modules_to_save": (None, [])},
 )
 PREFIX = Schema(
@@ -105,7 +136,8 @@ def _require_one_of(key: str, value: Any, allowed: tuple[Any, ...], reason: str)
     # `is`-like comparison for booleans: JSON's 1 is not true.
     if not any(type(value) is type(one) and value == one for one in allowed):
         shown = " or ".join("unset" if one is None else repr(one) for one in allowed)
-        raise InvalidAdapter.rule(reason, f"adapter_config.{key}", f"must be {shown}", given=value)
+        advice = f" ({_ADVICE[key]})" if key in _ADVICE else ""
+        raise InvalidAdapter.rule(reason, f"adapter_config.{key}", f"must be {shown}{advice}", given=value)
 
 
 def integer(config: Mapping[str, Any], key: str, reason: str, *, minimum: int) -> int:
@@ -119,8 +151,10 @@ def integer(config: Mapping[str, Any], key: str, reason: str, *, minimum: int) -
 
 
 def boolean(config: Mapping[str, Any], key: str, reason: str) -> bool:
-    """True or false; false where the key is absent."""
-    value = config.get(key, False)
+    """True or false; false where the key is absent or null."""
+    value = config.get(key)
+    if value is None:
+        return False
     if type(value) is not bool:
         raise InvalidAdapter.rule(reason, f"adapter_config.{key}", "must be true or false", given=value)
     return value

@@ -1,0 +1,129 @@
+"""The frozen weight of one linear module as numbers, however the base holds it: plain, Conv1D, NF4 or int8.
+
+It is given in blocks of rows, so that no more than a block of it is ever there in full precision.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_BLOCK_ELEMENTS = 1 << 22  # 16 MiB in float32
+_ROWS_MULTIPLE = 64  # so that a block begins with a quantization block, and with a tile of the packed layout
+_TILE_ROWS = 32  # rows that bitsandbytes' packed layout interleaves
+
+T = TypeVar("T")
+
+
+class ModuleWeight:
+    """What a linear module of the base holds; weft.methods.protocol.BaseWeight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[O], in the base's dtype; None where the module has none."""
+        return cast("Tensor | None", self._module.bias)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight [O, I] as blocks [N, I] of its rows, in order, in `dtype`."""
+        num_rows, width, rows_of = _rows(self._module)
+        step = max(1, _BLOCK_ELEMENTS // width // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        for begin in range(0, num_rows, step):
+            yield rows_of(begin, min(begin + step, num_rows)).to(dtype)
+
+
+class ReadModule:
+    """Reads one module's weight at once, in the calling thread; weft.methods.protocol.ReadBase."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._weight = ModuleWeight(module)
+
+    def __call__(self, function: Callable[[ModuleWeight], T], /) -> T:
+        return function(self._weight)
+
+
+def _rows(module: nn.Module) -> tuple[int, int, Callable[[int, int], Tensor]]:
+    """O, I, and what gives rows [begin, end) of the weight; begin is a multiple of 64."""
+    if isinstance(module, Conv1D):  # stored [I, O]
+        return module.nf, module.nx, _slices(module.weight.mT)
+    assert isinstance(module, nn.Linear)
+    if isinstance(module, Linear4bit):
+        rows_of = _rows_of_4bit(module)
+    elif isinstance(module, Linear8bitLt):
+        rows_of = _rows_of_int8(module)
+    else:
+        rows_of = _slices(module.weight)
+    return module.out_features, module.in_features, rows_of
+
+
+def _slices(weight: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda begin, end: weight[begin:end]
+
+
+def _rows_of_4bit(module: Linear4bit) -> Callable[[int, int], Tensor]:
+    """Rows of a 4-bit weight.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks the weight at its first use in evaluation mode and rounds the scales
+    to bfloat16. They are rounded here from the beginning, so that a base reads the same before and after.
+    """
+    weight = cast(Params4bit, module.weight)
+    state = weight.quant_state
+    data = weight.data
+    width = module.in_features
+    assert state.blocksize is not None
+    block_size = state.blocksize
+    if getattr(state, "packing_format_for_cpu", False):
+        return _rows_of_packed(data, state, width)
+    scales = state.absmax
+    if state.nested and state.offset is not None:  # double quantization: the scales are quantized themselves
+        scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
+    scales = scales.float()
+    if data.device.type == "cpu" and module.support_avx512bf16_for_cpu and not module.training:
+        scales = scales.bfloat16().float()
+    flat = data.view(torch.uint8).reshape(-1)  # two values a byte
+
+    def rows_of(begin: int, end: int) -> Tensor:
+        part = copy.copy(state)
+        part.absmax = scales[begin * width // block_size : -(-end * width // block_size)]
+        part.shape = torch.Size((end - begin, width))
+        part.nested = False
+        part.dtype = torch.float32
+        return bnb.dequantize_4bit(flat[begin * width // 2 : -(-end * width // 2), None], part)
+
+    return rows_of
+
+
+def _rows_of_packed(data: Tensor, state: bnb.QuantState, width: int) -> Callable[[int, int], Tensor]:
+    """Rows of a repacked weight: tiles of 32 rows, column pair by column pair, the first 16 rows' nibbles low."""
+    scales = state.absmax.float().mT  # [O, I / block size]; the packed state holds them transposed
+    assert state.code is not None
+    code = state.code.float()  # the 16 values of the data type
+    bytes_per_row = width // 2
+
+    def rows_of(begin: int, end: int) -> Tensor:
+        part = data.reshape(-1)[begin * bytes_per_row : end * bytes_per_row].view(-1, bytes_per_row, _TILE_ROWS)
+        nibbles = torch.cat([part & 0xF, part >> 4], dim=-1)  # [tiles, I / 2, 64]
+        codes = nibbles.view(-1, bytes_per_row, _TILE_ROWS, 2).transpose(1, 2).reshape(end - begin, width)
+        return code[codes.int()] * scales[begin:end].repeat_interleave(state.blocksize, dim=1)
+
+    return rows_of
+
+
+def _rows_of_int8(module: Linear8bitLt) -> Callable[[int, int], Tensor]:
+    """Rows of a weight that is 1/127 of its row's scale times whole numbers."""
+    state = module.state  # bitsandbytes moves both there at the first use
+    weight = cast(Int8Params, module.weight)
+    codes = weight.data if state.CB is None else state.CB
+    scales = weight.SCB if state.SCB is None else state.SCB
+
+    def rows_of(begin: int, end: int) -> Tensor:
+        return codes[begin:end].float() * (scales[begin:end, None].float() / 127)
+
+    return rows_of
