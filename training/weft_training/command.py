@@ -115,8 +115,9 @@ def _dry_run(console: "Console", loaded: "Recipe") -> None:
     from rich.table import Table
 
     from weft_training import plan, trainer
+    from weft_training.output import require_free
 
-    trainer.require_free(loaded.train.output, overwrite=loaded.train.overwrite)
+    require_free(loaded.train.output, overwrite=loaded.train.overwrite)
     table = Table("what", "how much", title=f"{loaded.train.output}: not trained", title_justify="left")
     for row in _rows(plan.make(loaded.train, trainer.prepare(loaded.train))):
         table.add_row(*row)
@@ -151,11 +152,12 @@ def _print_keys(options: "Sequence[Option]") -> None:
     from dataclasses import MISSING
 
     from weft_training import recipe
+    from weft_training.adapter import USUAL
     from weft_training.schema import plain, type_name
 
     method = next((o.value for o in options if o.spelling in ("--method", "--adapter.method")), None) or "lora"
-    if method not in recipe.USUAL:
-        raise ValueError(f"method: must be one of {', '.join(recipe.USUAL)}, given {method!r}")
+    if method not in USUAL:
+        raise ValueError(f"method: must be one of {', '.join(USUAL)}, given {method!r}")
     for section, keys in recipe.keys(method).items():
         for key in keys.values():
             default = "must be given" if key.default is MISSING else f"default {plain(key.default)}"

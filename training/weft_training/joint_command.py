@@ -40,7 +40,9 @@ def train_many(
         published = [one.publish and publish.publish(one.publish, one.train.output, one.train.model) for one in loaded]
     except (ValueError, OSError, WeftError, RpcFailure) as error:
         text = " ".join([str(error), *getattr(error, "__notes__", ())])
-        Console(stderr=True).print(f"weft train-many: {text}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(
+            f"weft train-many: {text}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(1) from None
     for result, call in zip(results, published, strict=True):
         console.print(
