@@ -73,6 +73,7 @@ def load(config: ModelConfig, *, attention: str) -> Base:
         num_layers=text_config.num_hidden_layers,
         num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
+        embedding_size=model.get_input_embeddings().weight.shape[1],
         digest=fingerprint(path, config.quantization),
         name=path.name,
     )
