@@ -48,7 +48,7 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4)
 
 
 class FakeAdapter(NamedTuple):
-    """Content of an adapter: `units` · 64 bytes of weights, or `num_virtual` positions: as soft rows, or as a prefix."""
+    """Content of an adapter: `units` · 64 bytes of weights, or `num_virtual` positions: soft rows or a prefix."""
 
     watermark: int
     units: int = 1

@@ -11,8 +11,8 @@ the delta, never the sum:
     post(params, x, y)  added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
 
 Every delta sees the base output `y` and the input `x` as it was before any `pre`; never another adapter's work.
-A method that has no site acts through *virtual positions* before the first token: it gives their keys and values (prefix
-tuning), or embedding rows that the base makes keys and values from (prompt tuning).
+A method that has no site acts through *virtual positions* before the first token: their keys and values (prefix
+tuning), or the embedding rows that the base makes them from (prompt tuning).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Prompt tuning and P-tuning in PEFT's form: one tensor `prompt_embeddings` (P, E), as the encoder of P-tuning made it."""
+"""Prompt tuning and P-tuning in PEFT's form: `prompt_embeddings` (P, E), of P-tuning what its encoder made."""
 
 from collections.abc import Mapping
 from typing import Any
