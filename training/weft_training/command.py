@@ -1,6 +1,7 @@
 """The command line: `weft train …`, which is also `python -m weft_training …`."""
 
 import dataclasses
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ app = typer.Typer(
 @app.command()
 def train(
     base: Annotated[Path, typer.Option(help="Hugging Face model directory.")],
-    method: Annotated[str, typer.Option(help="lora, ia3 or prefix.")],
+    method: Annotated[str, typer.Option(help="lora, ia3, prefix, prompt or ptuning.")],
     data: Annotated[Path, typer.Option(help="JSON Lines: prompt and completion, or text.")],
     output: Annotated[Path, typer.Option(help="PEFT directory to make.")],
     rank: Annotated[int | None, typer.Option(help="[lora] Rank of the update.")] = None,
@@ -32,8 +33,24 @@ def train(
     feedforward_modules: Annotated[
         str | None, typer.Option(help="[ia3] Which of them are scaled at their input.")
     ] = None,
-    num_virtual_tokens: Annotated[int | None, typer.Option(help="[prefix] Number of virtual positions.")] = None,
-    init_std: Annotated[float | None, typer.Option(help="[prefix] Spread of their first keys and values.")] = None,
+    num_virtual_tokens: Annotated[
+        int | None, typer.Option(help="[prefix, prompt, ptuning] Number of virtual positions.")
+    ] = None,
+    init_std: Annotated[
+        float | None, typer.Option(help="[prefix, prompt] Spread of what is there before training, where it is random.")
+    ] = None,
+    prompt_init: Annotated[
+        str | None, typer.Option(help="[prompt] What the rows begin as: random, vocabulary, or text (--init-text).")
+    ] = None,
+    init_text: Annotated[str | None, typer.Option(help="[prompt] Its tokens are the first rows.")] = None,
+    prefix_projection: Annotated[
+        bool | None, typer.Option("--prefix-projection", help="[prefix] Train an MLP that makes the prefix.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="[ptuning] What makes the rows in training: mlp or lstm.")] = None,
+    encoder_hidden_size: Annotated[
+        int | None, typer.Option(help="[ptuning, prefix] Inner width of the encoder or the MLP.")
+    ] = None,
+    encoder_num_layers: Annotated[int | None, typer.Option(help="[ptuning] Layers of the LSTM.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate; ia3 and prefix want about ten times lora's.")] = 2e-4,
@@ -59,6 +76,12 @@ def train(
         "feedforward_modules": _names(feedforward_modules),
         "num_virtual_tokens": num_virtual_tokens,
         "init_std": init_std,
+        "prompt_init": prompt_init,
+        "init_text": init_text,
+        "prefix_projection": prefix_projection,
+        "encoder": encoder,
+        "encoder_hidden_size": encoder_hidden_size,
+        "encoder_num_layers": encoder_num_layers,
     }
     try:
         config = TrainConfig(
@@ -100,4 +123,14 @@ def _method_config(method: str, given: dict[str, Any]) -> "MethodConfig":
     for name in given:
         if name not in {field.name for field in dataclasses.fields(usual)}:
             raise ValueError(f"--{name.replace('_', '-')}: the method {method} has none")
-    return dataclasses.replace(usual, **given)
+    return dataclasses.replace(usual, **{name: _choice(usual, name, value) for name, value in given.items()})
+
+
+def _choice(usual: object, name: str, value: Any) -> Any:
+    """The value as the config has it: a choice is given by its text."""
+    kind = type(getattr(usual, name))
+    if not issubclass(kind, StrEnum):
+        return value
+    if value not in list(kind):
+        raise ValueError(f"--{name.replace('_', '-')}: must be one of {', '.join(kind)}, given {value!r}")
+    return kind(value)

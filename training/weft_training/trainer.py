@@ -23,7 +23,7 @@ from weft.methods.protocol import Adapter, BaseShape
 from weft_training import adapter as adapters
 from weft_training import base as bases
 from weft_training import data
-from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.adapter import MethodConfig
 from weft_training.data import Example, Row
 from weft_training.progress import Report, Step
 
@@ -96,8 +96,8 @@ def train(
         torch.set_num_threads(config.model.num_threads)
     base = bases.load(config.model)
     generator = torch.Generator().manual_seed(config.seed)
-    model = AdaptedModel(base, adapters.initial(config.adapter, base.shape, generator))
-    rows = data.encode(examples, base.tokenizer, max_length=base.max_model_len - model.adapter.num_virtual_tokens)
+    model = adapters.begin(config.adapter, base, generator)
+    rows = data.encode(examples, base.tokenizer, max_length=base.max_model_len - model.num_virtual_tokens)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.parent) as scratch:
         # A rehearsal: hours of training must not end in a directory that cannot be written, or that no server takes.

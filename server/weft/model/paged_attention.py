@@ -4,7 +4,7 @@ One step is one flattened sequence [1, T]; which rows belong to which request tr
 transformers hands through to the attention function. No mask is ever built.
 
 A request's *block table* lists its blocks in order. The first ceil(P / block_size) blocks hold its P virtual positions
-(prefix, prompt), shared by every request of that adapter, the rest its real tokens. In the logical cache, index j < P is
+(prefix, prompt), shared by every request of it, the rest its real tokens. In the logical cache, index j < P is
 a virtual position, P ≤ j < Ppad (the next multiple of block_size) is a hole that is never read, and real token n sits
 at Ppad + n. Positions count without the hole: p(virtual j) = j, p(real n) = P + n.
 """
