@@ -33,7 +33,13 @@ WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft")
 EXAMPLES = [Example(f"{word} = ", word[::-1]) for word in WORDS]
 LEARNABLE = [Example(f"{word} = ", "yes") for word in WORDS]
 PREFIX = PrefixConfig(num_virtual_tokens=5)
-LEARNING_RATES = {"lora": 2e-2, "ia3": 2e-1, "prefix": 2e-1}  # rough, for few steps on a tiny base
+LEARNING_RATES = {
+    "lora": 2e-2,
+    "ia3": 2e-1,
+    "prefix": 2e-1,
+    "prompt": 1e-1,
+    "ptuning": 1e-2,
+}  # rough, for few steps on a tiny base
 
 
 def nf4(path: Path, dtype: str = "auto") -> ModelConfig:
