@@ -1,6 +1,6 @@
 """A request's answer does not depend on its neighbours.
 
-Over a real channel: 64 concurrent greedy requests over the base and thirteen adapters of three methods give exactly the
+Over a real channel: 64 concurrent greedy requests over the base and sixteen adapters of five methods give exactly the
 tokens that each gives alone (a token may differ only where the two best logits are closer than the base's rounding).
 At a fixed batch shape, bit for bit: a row's logits are the same whatever adapters its neighbours use.
 """
@@ -38,7 +38,9 @@ def _adapters(base: BaseShape) -> dict[str, Adapter]:
     loras = {f"lora-{rank}": tiny.random_lora(base, rank=rank, seed=rank) for rank in (1, 2, 4, 8, 16)}
     ia3s = {f"ia3-{seed}": tiny.random_ia3(base, seed=seed) for seed in range(4)}
     prefixes = {f"prefix-{n}": tiny.random_prefix(base, length=n, seed=n) for n in (3, 8, 16, 21)}
-    return {**loras, **ia3s, **prefixes}
+    prompts = {f"prompt-{n}": tiny.random_prompt(base, length=n, seed=n) for n in (3, 18)}
+    ptunings = {"ptuning-7": tiny.random_ptuning(base, length=7, seed=7)}
+    return {**loras, **ia3s, **prefixes, **prompts, **ptunings}
 
 
 class _Ask(NamedTuple):
@@ -125,6 +127,12 @@ async def test_concurrent_requests_answer_as_alone(quantization: Quantization, t
             together = await asyncio.gather(*(_ask(stub, ask, salt) for ask in order))
             wrong = [ask for ask, answer in zip(order, together, strict=True) if _differs(alone[ask], answer)]
             assert not wrong, f"shuffle {shuffle}: {len(wrong)} answers differ, first {wrong[0]}"
+        blocks = served.application.lifecycle._blocks
+        assert blocks.num_used_blocks == sum(blocks.count(a.num_virtual_tokens) for a in adapters.values())
+        unregister = adapter_service_pb2_grpc.AdapterServiceStub(channel).UnregisterAdapter
+        for adapter_id in adapters:
+            await unregister(adapter_service_pb2.UnregisterAdapterRequest(adapter_id=adapter_id))
+        assert blocks.num_used_blocks == len(runner.slots) == 0
 
 
 def _kernels(base: loader.Base) -> Kernels:
@@ -145,7 +153,7 @@ def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, n
     adapters = [None, *_adapters(base.shape).values()]
     dice = random.Random(1)
     prompts = [[dice.randrange(1, tiny.VOCAB_SIZE) for _ in range(num_tokens)] for _ in range(16)]
-    for mine in (adapters[0], adapters[4], adapters[7], adapters[11]):
+    for mine in (adapters[0], adapters[4], adapters[7], adapters[11], adapters[14], adapters[16]):
         wanted = None
         for trial in range(8):
             neighbours = [dice.choice(adapters) for _ in prompts[1:]]

@@ -38,7 +38,7 @@ LEARNING_RATES = {
     "ia3": 2e-1,
     "prefix": 2e-1,
     "prompt": 1e-1,
-    "ptuning": 1e-2,
+    "ptuning": 3e-2,
 }  # rough, for few steps on a tiny base
 
 
@@ -275,7 +275,7 @@ def test_command_trains(tiny_base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method dora", "method: must be one of lora, ia3, prefix, given 'dora'"),
+        ("--method dora", "method: must be one of lora, ia3, prefix, prompt, ptuning, given  'dora'"),
         ("--method ia3 --rank 8", "--rank: the method ia3 has none"),
         ("--method prefix --target-modules q_proj", "--target-modules: the method prefix has none"),
         ("--method lora --steps 0", "num_steps must be at least 1, given 0"),

@@ -81,7 +81,7 @@ def measure(
 
 def rows(scores: Mapping[str, Mapping[str, float]]) -> Iterable[list[str]]:
     """The table's cells, its head first."""
-    columns = [UNTAGGED, TAGGED, *METHODS]
+    columns = [UNTAGGED, TAGGED, *(method for method in METHODS if any(method in cells for cells in scores.values()))]
     yield ["task", *columns]
     for task, cells in scores.items():
         name = f"{task} (held out)" if TASKS[task].held_out else task
@@ -91,7 +91,7 @@ def rows(scores: Mapping[str, Mapping[str, float]]) -> Iterable[list[str]]:
 def markdown(scores: Mapping[str, Mapping[str, float]]) -> str:
     """The table as Markdown."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in rows(scores))
-    rule = "|".join(["", "---", *["---:"] * (2 + len(METHODS)), ""])
+    rule = "|".join(["", "---", *["---:"] * (head.count("|") - 2), ""])
     return "\n".join([head, rule, *body])
 
 
