@@ -1,7 +1,7 @@
 """One adapter as a trainable module on a frozen base, through the mathematics of `weft.methods`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -204,7 +204,7 @@ class AdaptedModel(nn.Module):
         self.base.model(
             inputs_embeds=soft.rows[None].to(self.base.dtype), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        layers: Sequence[Any] = cache.layers  # typed for layers of other kinds too
+        layers: Any = cache.layers  # typed for layers of other kinds too
         keys, values = zip(*((layer.keys[0], layer.values[0]) for layer in layers), strict=True)  # each [H, P, D]
         return VirtualKV(torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2))
 
