@@ -1,7 +1,7 @@
 """A request's answer does not depend on its neighbours.
 
-Over a real channel: 64 concurrent greedy requests over the base and eighteen adapters of five methods give exactly the
-tokens that each gives alone (a token may differ only where the two best logits are closer than the base's rounding).
+Over a real channel: 64 concurrent greedy requests over the base and adapters of every method there is give exactly
+the tokens that each gives alone (a token may differ only where the two best logits are closer than the base's rounding).
 At a fixed batch shape, bit for bit: a row's logits are the same whatever adapters its neighbours use.
 """
 
@@ -38,14 +38,16 @@ def _adapters(base: BaseShape) -> dict[str, Adapter]:
     loras = {f"lora-{rank}": tiny.random_lora(base, rank=rank, seed=rank) for rank in (1, 2, 4, 8, 16)}
     ia3s = {f"ia3-{seed}": tiny.random_ia3(base, seed=seed) for seed in range(4)}
     prefixes = {f"prefix-{n}": tiny.random_prefix(base, length=n, seed=n) for n in (3, 8, 16, 21)}
+    prompts = {f"prompt-{n}": tiny.random_prompt(base, length=n, seed=n) for n in (3, 18)}
     others = {
+        "ptuning-7": tiny.random_ptuning(base, length=7, seed=7),
         "lora-bias": tiny.random_lora(base, rank=3, seed=20, lora_bias=True),
         "lora-head": tiny.random_lora(base, rank=2, seed=21, targets=("lm_head", "q_proj")),
         "dora": tiny.random_dora(base, rank=4, seed=22),
         "dora-head": tiny.random_dora(base, rank=1, seed=23, targets=("lm_head",)),
         "bitfit": tiny.random_bitfit(base, seed=24),
     }
-    return {**loras, **ia3s, **prefixes, **others}
+    return {**loras, **ia3s, **prefixes, **prompts, **others}
 
 
 class _Ask(NamedTuple):
@@ -132,6 +134,12 @@ async def test_concurrent_requests_answer_as_alone(quantization: Quantization, t
             together = await asyncio.gather(*(_ask(stub, ask, salt) for ask in order))
             wrong = [ask for ask, answer in zip(order, together, strict=True) if _differs(alone[ask], answer)]
             assert not wrong, f"shuffle {shuffle}: {len(wrong)} answers differ, first {wrong[0]}"
+        blocks = served.application.lifecycle._blocks
+        assert blocks.num_used_blocks == sum(blocks.count(a.num_virtual_tokens) for a in adapters.values())
+        unregister = adapter_service_pb2_grpc.AdapterServiceStub(channel).UnregisterAdapter
+        for adapter_id in adapters:
+            await unregister(adapter_service_pb2.UnregisterAdapterRequest(adapter_id=adapter_id))
+        assert blocks.num_used_blocks == len(runner.slots) == 0
 
 
 def _kernels(base: loader.Base) -> Kernels:

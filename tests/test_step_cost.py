@@ -80,6 +80,7 @@ def _mixed(base: loader.Base, count: int) -> list[Adapter | None]:
         lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 16, seed=seed),
         lambda seed: tiny.random_ia3(base.shape, seed=seed),
         lambda seed: tiny.random_prefix(base.shape, length=1 + seed, seed=seed),
+        lambda seed: tiny.random_prompt(base.shape, length=1 + seed, seed=seed),
         lambda seed: tiny.random_dora(base.shape, rank=1 + seed % 16, seed=seed),
         lambda seed: tiny.random_bitfit(base.shape, seed=seed),
         lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 4, seed=seed, lora_bias=True),
@@ -100,7 +101,7 @@ def test_calls_do_not_grow_with_adapters(base: loader.Base) -> None:
 
 def test_calls_of_mixed_methods_do_not_grow(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
-    assert _calls(step, _mixed(base, 49)) == _calls(step, _mixed(base, 7))
+    assert _calls(step, _mixed(base, 56)) == _calls(step, _mixed(base, 8))
 
 
 def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:

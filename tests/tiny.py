@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from weft.methods import bitfit, dora, ia3, lora, prefix
+from weft.methods import bitfit, dora, ia3, lora, prefix, prompt, ptuning
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 
 VOCAB_SIZE = 128
@@ -149,3 +149,17 @@ def random_prefix(base: BaseShape, *, length: int, seed: int) -> Adapter:
     config = prefix.PrefixConfig(num_virtual_tokens=length, init_std=1.0)
     params = prefix.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=prefix.METHOD, config=config, sites={}, prefix=params)
+
+
+def random_prompt(base: BaseShape, *, length: int, seed: int) -> Adapter:
+    """A prompt of `length` rows."""
+    config = prompt.PromptConfig(num_virtual_tokens=length)
+    params = prompt.init(config, base, torch.Generator().manual_seed(seed))
+    return Adapter(method=prompt.METHOD, config=config, sites={}, prefix=params)
+
+
+def random_ptuning(base: BaseShape, *, length: int, seed: int) -> Adapter:
+    """What an encoder of P-tuning could have made, `length` rows of it."""
+    config = ptuning.PtuningConfig(num_virtual_tokens=length)
+    params = ptuning.init(config, base, torch.Generator().manual_seed(seed))
+    return Adapter(method=ptuning.METHOD, config=config, sites={}, prefix=params)

@@ -26,6 +26,7 @@ SHAPE = BaseShape(
     num_layers=2,
     num_kv_heads=2,
     head_dim=3,
+    embedding_size=7,
     digest="",
     name="",
 )

@@ -26,8 +26,8 @@ from weft.engine.batch import Batch
 from weft.engine.engine import Engine, EngineCallbacks
 from weft.engine.request import AdapterUse, Finish, FinishReason, Request, RequestId, SamplingParams, TokenEvent
 from weft.errors import WeftError
-from weft.methods import ia3, prefix
-from weft.methods.protocol import Adapter, BaseShape, Site, VirtualKV
+from weft.methods import ia3, prefix, prompt
+from weft.methods.protocol import Adapter, BaseShape, Site, SoftRows, Virtual
 from weft.metrics import Metrics
 
 VOCAB_SIZE = 32
@@ -40,6 +40,7 @@ SHAPE = BaseShape(
     num_layers=1,
     num_kv_heads=1,
     head_dim=1,
+    embedding_size=1,
     digest="base-digest",
     name="fake",
 )
@@ -47,11 +48,12 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4)
 
 
 class FakeAdapter(NamedTuple):
-    """Content of an adapter: `units` · 64 bytes of weights, or `num_virtual` positions."""
+    """Content of an adapter: `units` · 64 bytes of weights, or `num_virtual` positions: soft rows or a prefix."""
 
     watermark: int
     units: int = 1
     num_virtual: int = 0
+    is_soft: bool = False
 
     @property
     def generation(self) -> Generation:
@@ -61,7 +63,10 @@ class FakeAdapter(NamedTuple):
         return AdapterUse(self.generation, gate, self.num_virtual)
 
     def slab(self) -> Slab:
-        if self.num_virtual:
+        if self.is_soft:
+            params = prompt.PromptParams(torch.full((self.num_virtual, 1), float(self.watermark)))
+            adapter = Adapter(method=prompt.METHOD, config=prompt.PromptConfig(), sites={}, prefix=params)
+        elif self.num_virtual:
             params = prefix.PrefixParams(torch.full((self.num_virtual, 1, 2, 1, 1), float(self.watermark)))
             adapter = Adapter(method=prefix.METHOD, config=prefix.PrefixConfig(), sites={}, prefix=params)
         else:
@@ -139,7 +144,8 @@ class VirtualCell(NamedTuple):
 class FakeRunner:
     """A runner whose logits tell what they were computed from.
 
-    fail: called with every batch; what it raises is the fault of that step. poison: tokens after which logits are not
+    fail: called with every batch; what it raises is the fault of that step. fail_virtual: the same for the soft rows of
+    an adapter, after some of their cells were written. poison: tokens after which logits are not
     finite, and with them the KV that the step wrote for that request. violations: what no test may ever find.
     """
 
@@ -149,13 +155,18 @@ class FakeRunner:
         self.violations: list[str] = []
         self.batches: list[Batch] = []
         self.fail: Callable[[Batch], None] = lambda batch: None
+        self.fail_virtual: Callable[[], None] = lambda: None
         self.poison: Container[int] = ()
         self._block_size = block_size
 
-    def write_virtual(self, blocks: list[int], virtual: VirtualKV) -> None:
-        for index, watermark in enumerate(virtual.keys[0, :, 0, 0].tolist()):
+    def write_virtual(self, blocks: list[int], virtual: Virtual) -> None:
+        is_soft = isinstance(virtual, SoftRows)
+        watermarks = virtual.rows[:, 0] if is_soft else virtual.keys[0, :, 0, 0]
+        for index, watermark in enumerate(watermarks.tolist()):
             slot = blocks[index // self._block_size] * self._block_size + index % self._block_size
             self.cells[slot] = VirtualCell(int(watermark), index)
+            if is_soft:
+                self.fail_virtual()
 
     def forward(self, batch: Batch) -> Tensor:
         self.batches.append(batch)
@@ -252,6 +263,7 @@ class Harness:
         self.now = 0.0
         self.runner = FakeRunner(block_size=block_size, capacity_bytes=capacity_bytes)
         self.loads: list[Generation] = []
+        self.unfit: list[tuple[Generation, str]] = []
         self.num_down = 0
         self.events: dict[RequestId, list[TokenEvent]] = {}
         self.requests: dict[RequestId, Request] = {}
@@ -268,7 +280,12 @@ class Harness:
             config,
             num_kv_blocks=num_blocks,
             max_model_len=max_model_len,
-            callbacks=EngineCallbacks(events=self._take, load=self.loads.append, down=self._count_down),
+            callbacks=EngineCallbacks(
+                events=self._take,
+                load=self.loads.append,
+                unfit=lambda generation, error: self.unfit.append((generation, error.reason)),
+                down=self._count_down,
+            ),
             metrics=metrics or Metrics(),
             clock=lambda: self.now,
         )

@@ -14,19 +14,24 @@ from weft.adapters.slab import Slab
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import Request, RequestId, SamplingParams
 from weft.engine.residency import Residency
-from weft.errors import AdapterConflict, DataLoss, Overloaded
+from weft.errors import AdapterConflict, DataLoss, Overloaded, WeftError
 
 A, B, C = FakeAdapter(1), FakeAdapter(2), FakeAdapter(3)
 BIG = FakeAdapter(4, units=2)
 P, Q = FakeAdapter(5, num_virtual=5), FakeAdapter(6, num_virtual=3)
-ALL = {adapter.generation: adapter for adapter in (A, B, C, BIG, P, Q)}
+SOFT = FakeAdapter(7, num_virtual=5, is_soft=True)
+ALL = {adapter.generation: adapter for adapter in (A, B, C, BIG, P, Q, SOFT)}
 
 
 BROKEN = DataLoss("BLOB_CORRUPT", "")
 
 
 def watermark(slab: Slab) -> int:
-    return int(slab.virtual.keys.max() if slab.virtual is not None else slab.buffer.view(torch.float32)[0])
+    return int(slab.virtual[0].max() if slab.virtual is not None else slab.buffer.view(torch.float32)[0])
+
+
+def fault() -> None:
+    raise RuntimeError("a kernel failed")
 
 
 class Device:
@@ -217,18 +222,67 @@ def test_the_order_of_slots_is_the_order_of_adapters() -> None:
     assert [device.runner._watermark(slot) for slot in slots] == [3, 2, 1]
 
 
-def test_virtual_positions_are_written_once_shared_and_given_back() -> None:
+@pytest.mark.parametrize("adapter", [P, SOFT])
+def test_virtual_positions_are_written_once_shared_and_given_back(adapter: FakeAdapter) -> None:
     device = Device(num_blocks=4)
-    users = [device.bring(P), device.bring(P)]
+    users = [device.bring(adapter), device.bring(adapter)]
     assert device.blocks.num_used_blocks == 2
     assert users[0].virtual_blocks == users[1].virtual_blocks
     cells = [device.runner.cells[users[0].virtual_blocks[index // 4] * 4 + index % 4] for index in range(5)]
-    assert cells == [VirtualCell(5, index) for index in range(5)]
+    assert cells == [VirtualCell(adapter.watermark, index) for index in range(5)]
     for user in users:
         device.residency.release(user)
     assert device.blocks.num_used_blocks == 2, "the resident adapter keeps them"
-    assert device.residency.evict(P.generation) == sum(tensor.nbytes for tensor in P.slab().virtual or ())
+    freed = 5 * 2 * torch.float32.itemsize  # keys and values of the only layer, of one number each
+    assert device.residency.evict(adapter.generation) == freed
     assert device.blocks.num_used_blocks == 0
+
+
+def test_soft_rows_that_cannot_be_computed_leave_nothing_and_are_told_of_once() -> None:
+    device = Device()
+    waits, call = device.request(SOFT), device.preload(SOFT)
+    device.residency.admit(waits)
+    device.runner.fail_virtual = fault
+    device.answer()
+    assert device.resident == set()
+    assert device.blocks.num_used_blocks == len(device.runner.slots) == 0
+    with pytest.raises(WeftError, match="virtual positions"):
+        call.result(timeout=0)
+    assert not device.residency.admit(waits)
+    assert device.asked == [], "no second try before those who wait are told"
+    assert {g: error.reason for g, error in device.residency.take_failures().items()} == {
+        SOFT.generation: "STEP_FAILED"
+    }
+    assert device.residency.take_failures() == {}
+    device.residency.release(waits)
+    assert device.residency._arrived == {}
+    device.runner.fail_virtual = lambda: None
+    device.bring(SOFT)
+    assert device.resident == {7}, "whoever asks for it again has it loaded"
+
+
+def test_a_failure_of_one_adapter_leaves_the_others_of_its_request_alone() -> None:
+    device = Device()
+    waits = device.request(A, SOFT)
+    device.runner.fail_virtual = fault
+    device.residency.admit(waits)
+    device.answer()
+    assert not device.residency.admit(waits)
+    assert set(device.residency.take_failures()) == {SOFT.generation}
+    device.residency.release(waits)
+    device.residency.release(device.bring(A))
+    assert device.resident == {1}
+
+
+def test_a_fault_that_spoils_the_device_is_not_contained() -> None:
+    device = Device()
+
+    def spoil() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    device.runner.fail_virtual = spoil
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        device.bring(SOFT)
 
 
 def test_virtual_positions_need_room_in_the_kv_pool() -> None:
@@ -308,11 +362,11 @@ def test_waiting_requests_can_be_made_to_let_go() -> None:
     assert device.residency.admit(preempted)
 
 
-_adapters = st.sampled_from([A, B, C, BIG, P, Q])
+_adapters = st.sampled_from([A, B, C, BIG, P, Q, SOFT])
 _operations = st.lists(
     st.tuples(
         st.sampled_from(
-            ["admit", "admit", "admit", "end", "arrive", "arrive", "fail", "pin", "unpin", "preload", "evict"]
+            ["admit", "admit", "admit", "end", "arrive", "arrive", "fail", "pin", "unpin", "preload", "evict", "spoil"]
         ),
         st.lists(_adapters, min_size=1, max_size=2, unique=True),
         st.integers(0, 5),
@@ -360,6 +414,14 @@ def test_budget_and_holds_under_any_sequence(
             before -= {generation}
         elif operation == "evict":
             assert residency.evict(generation) is None
+        elif operation == "spoil":
+            device.runner.fail_virtual = fault if number % 2 else lambda: None
+        for generation in residency.take_failures():
+            assert generation not in residency.resident()
+            for request in [r for r in requests if generation in {use.generation for use in r.adapters}]:
+                assert request not in residency.slots_of
+                requests.remove(request)
+                residency.release(request)
         assert before & (held | pinned) <= residency.resident(), "in use or pinned, and gone"
         assert slots.used_bytes == sum(
             ALL[g].units * UNIT_BYTES for g in residency.resident() if not ALL[g].num_virtual

@@ -33,7 +33,8 @@ from weft.engine.engine import Engine
 from weft.engine.request import Finish, FinishReason, Request, RequestId, SamplingParams
 from weft.engine.residency import Residency
 from weft.engine.scheduler import Scheduled, Scheduler
-from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss
+from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss, WeftError
+from weft.methods.protocol import Virtual
 from weft.metrics import Metrics
 
 IDS = [AdapterId(name) for name in ("a", "b", "c", "d")]
@@ -43,7 +44,8 @@ METRICS = Metrics()  # made once: it is the slowest part of an engine
 
 ids = st.sampled_from(IDS)
 contents = st.one_of(
-    st.builds(lambda units: (units, 0), st.integers(1, 2)), st.builds(lambda count: (0, count), st.integers(1, 6))
+    st.builds(lambda units: (units, 0, False), st.integers(1, 2)),
+    st.builds(lambda count, is_soft: (0, count, is_soft), st.integers(1, 6), st.booleans()),
 )
 prompts = st.builds(
     lambda shared, own: SHARED[:shared] + own,
@@ -84,16 +86,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.leases: dict[RequestId, list[Version]] = {}
         self.removing: dict[AdapterId, list[Version]] = {}
         self.was_pinned = False
-        for adapter_id, content in zip(IDS, [(1, 0), (1, 0), (0, 5), (2, 0)], strict=True):
+        for adapter_id, content in zip(IDS, [(1, 0, False), (0, 3, True), (0, 5, False), (2, 0, False)], strict=True):
             self.register(adapter_id, content)
 
     # -- the adapters --------------------------------------------------------------------------------------------
 
     @rule(adapter_id=ids, content=contents)
-    def register(self, adapter_id: AdapterId, content: tuple[int, int]) -> None:
+    def register(self, adapter_id: AdapterId, content: tuple[int, int, bool]) -> None:
         """New content under a free or a taken id."""
-        units, num_virtual = content
-        self.publish(adapter_id, FakeAdapter(len(self.adapters) + 1, units=units, num_virtual=num_virtual))
+        self.publish(adapter_id, FakeAdapter(len(self.adapters) + 1, *content))
 
     @precondition(lambda self: self.adapters)
     @rule(adapter_id=ids, data=st.data())
@@ -304,6 +305,25 @@ class EngineMachine(RuleBasedStateMachine):
             self.generate_one(names, None, list(last.prompt_token_ids), last.params, gate, float("inf"), "")
             self.turn()
 
+    @rule(name=ids, prompt=prompts, fails=st.sampled_from([True, True, False]))
+    def disturb_placement(self, name: AdapterId, prompt: list[int], fails: bool) -> None:
+        """Soft rows that the base cannot compute when their adapter is placed: those who wait for it end, told why."""
+        before, unfit = set(self.leases), len(self.harness.unfit)
+        self.generate_one([name], None, prompt, GREEDY, 1.0, float("inf"), "")
+        if fails:
+            self.harness.runner.fail_virtual = _fault
+        self.turn()
+        while self.harness.loads:
+            self.harness.answer_load(self.harness.loads[0])
+        self.turn()
+        self.harness.runner.fail_virtual = lambda: None
+        failed = {generation for generation, _ in self.harness.unfit[unfit:]}
+        assert fails or not failed
+        assert not failed & self.engine.residency.resident()
+        for request_id in before | set(self.leases):
+            waited = failed & {use.generation for use in self.request(request_id).adapters}
+            assert not (waited and request_id in self.leases), "it waits for an adapter that nobody brings"
+
     def request(self, request_id: RequestId) -> Request:
         return self.harness.requests[request_id]
 
@@ -352,6 +372,10 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 def _raise(batch: object) -> None:
+    raise RuntimeError("a kernel failed")
+
+
+def _fault() -> None:
     raise RuntimeError("a kernel failed")
 
 
@@ -459,6 +483,31 @@ def _slots_are_not_cleared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SlotTable, "put", put)
 
 
+def _failed_rows_are_taken_for_good(patch: pytest.MonkeyPatch) -> None:
+    real = Residency._write_virtual
+
+    def write(self: Residency, blocks: list[int], virtual: Virtual) -> None:
+        real(self, blocks, virtual)
+
+    patch.setattr(Residency, "_write_virtual", write)
+
+
+def _nobody_is_told_of_failed_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Engine, "_end_unfit", lambda self: None)
+
+
+def _blocks_of_failed_rows_are_lost(patch: pytest.MonkeyPatch) -> None:
+    real = Residency._write_virtual
+
+    def write(self: Residency, blocks: list[int], virtual: Virtual) -> WeftError | None:
+        failure = real(self, blocks, virtual)
+        if failure is not None:
+            blocks.clear()
+        return failure
+
+    patch.setattr(Residency, "_write_virtual", write)
+
+
 def _preempted_requests_are_lost(patch: pytest.MonkeyPatch) -> None:
     def preempt(self: Scheduler, request: Request) -> None:
         self.running.remove(request)
@@ -491,6 +540,9 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
         _late_loads_are_placed,
         _slots_of_another_request,
         _slots_are_not_cleared,
+        _failed_rows_are_taken_for_good,
+        _nobody_is_told_of_failed_rows,
+        _blocks_of_failed_rows_are_lost,
         _preempted_requests_are_lost,
         _deadlines_are_told_twice,
     ],

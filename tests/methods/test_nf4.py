@@ -50,7 +50,7 @@ def _dequantized(path: Path, double_quant: bool) -> loader.Base:
     return full
 
 
-@pytest.mark.parametrize("kind", ["base", "lora", "lora, bias", "dora", "bitfit", "ia3", "prefix"])
+@pytest.mark.parametrize("kind", ["base", "lora", "lora, bias", "dora", "bitfit", "ia3", "prefix", "prompt", "ptuning"])
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_methods_on_nf4_equal_methods_on_dequantized_weights(
     kind: str, kernels: str, bases: tuple[loader.Base, loader.Base]
@@ -95,4 +95,8 @@ def _adapter(kind: str, base: loader.Base) -> Adapter | None:
             return tiny.random_ia3(base.shape, seed=2)
         case "prefix":
             return tiny.random_prefix(base.shape, length=9, seed=3)
+        case "prompt":
+            return tiny.random_prompt(base.shape, length=9, seed=4)
+        case "ptuning":
+            return tiny.random_ptuning(base.shape, length=17, seed=5)
     return None

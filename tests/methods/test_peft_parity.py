@@ -42,6 +42,9 @@ _ADAPTERS: dict[str, Callable[[BaseShape], Adapter]] = {
     "prefix-5": lambda base: tiny.random_prefix(base, length=5, seed=4),
     "prefix-16": lambda base: tiny.random_prefix(base, length=16, seed=5),
     "prefix-19": lambda base: tiny.random_prefix(base, length=19, seed=6),
+    "prompt-3": lambda base: tiny.random_prompt(base, length=3, seed=7),
+    "prompt-33": lambda base: tiny.random_prompt(base, length=33, seed=8),  # beyond Mistral's window
+    "ptuning-16": lambda base: tiny.random_ptuning(base, length=16, seed=9),
 }
 _TOLERANCE = 1e-4
 _PROMPTS = [[5, 9, 77, 3, 120, 64, 2], list(range(40, 73)), [1]]

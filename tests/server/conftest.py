@@ -37,7 +37,7 @@ class Sources(NamedTuple):
     base: BaseShape
 
     def parts(self, name: str) -> Parts:
-        """`name` is lora, ia3 or prefix, and a number: another number is other content."""
+        """`name` is lora, ia3, prefix, prompt or ptuning, and a number: another number is other content."""
         method, _, number = name.partition("-")
         seed = int(number)
         match method:
@@ -45,6 +45,10 @@ class Sources(NamedTuple):
                 adapter = tiny.random_lora(self.base, rank=8, seed=seed)
             case "ia3":
                 adapter = tiny.random_ia3(self.base, seed=seed)
+            case "prompt":
+                adapter = tiny.random_prompt(self.base, length=5, seed=seed)
+            case "ptuning":
+                adapter = tiny.random_ptuning(self.base, length=5, seed=seed)
             case _:
                 adapter = tiny.random_prefix(self.base, length=5, seed=seed)
         return Parts.of(adapter, self.base)
@@ -111,7 +115,7 @@ def sources(_server: LiveServer) -> Sources:
 
 @pytest.fixture(scope="session")
 def good(sources: Sources) -> Good:
-    return Good(sources.parts("lora-7"), sources.parts("ia3-7"), sources.parts("prefix-7"))
+    return Good(*(sources.parts(f"{method}-7") for method in Good._fields))
 
 
 @pytest.fixture(scope="session")

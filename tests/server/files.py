@@ -70,6 +70,8 @@ class Good(NamedTuple):
     lora: Parts
     ia3: Parts
     prefix: Parts
+    prompt: Parts
+    ptuning: Parts
 
     def header(self, change: Callable[[dict[str, Any]], object]) -> Files:
         """The LoRA with a changed safetensors header."""

@@ -33,6 +33,8 @@ from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.api.status import failure_of
 
+SOFT: Mapping[str, Callable[[Good], Parts]] = {"prompt": lambda good: good.prompt, "ptuning": lambda good: good.ptuning}
+
 
 class Case(NamedTuple):
     """Spoiled files and what they are answered; "OK" where they are not spoiled after all."""
@@ -355,6 +357,86 @@ TENSORS = [
         for n in (0, -1, 257, 10**6, 5.0, "5")
     ),
     _bad("64-length", "PREFIX_INVALID", lambda g: g.prefix.configured(num_virtual_tokens=6), "[6, "),
+    *(
+        _bad(f"64-{name}-{n}", "PREFIX_INVALID", lambda g, get=get, n=n: get(g).configured(num_virtual_tokens=n), "num")
+        for name, get in SOFT.items()
+        for n in (0, -1, 257, 10**6, 5.0, "5", True, None)
+    ),
+    *(
+        case
+        for name, get in SOFT.items()
+        for case in (
+            _bad(
+                f"64-{name}-length",
+                "PREFIX_INVALID",
+                lambda g, get=get: get(g).configured(num_virtual_tokens=6),
+                "[6, 64",
+            ),
+            _bad(
+                f"64-{name}-width",
+                "PREFIX_INVALID",
+                lambda g, get=get: get(g).with_tensors({k: v[:, :32].contiguous() for k, v in get(g).tensors.items()}),
+                "embedding size",
+                "[5, 64]",
+                "[5, 32]",
+            ),
+            _bad(f"64-{name}-no-tensor", "TENSOR_COUNT", lambda g, get=get: get(g).with_tensors({})),
+            _bad(
+                f"64-{name}-other-tensor",
+                "TENSOR_UNKNOWN",
+                lambda g, get=get: get(g).with_tensors({**get(g).tensors, "prompt_encoder.weight": torch.zeros(2)}),
+                "prompt_encoder.weight",
+            ),
+            _bad(
+                f"64-{name}-nan",
+                "NON_FINITE",
+                lambda g, get=get: get(g).with_tensors(_all_spoiled(get(g), float("nan"))),
+                "prompt_embeddings",
+            ),
+            _bad(
+                f"64-{name}-large",
+                "WEIGHT_OUT_OF_RANGE",
+                lambda g, get=get: get(g).with_tensors(_all_spoiled(get(g), 2e3)),
+                "prompt_embeddings",
+            ),
+            _bad(
+                f"64-{name}-encoder-decoder",
+                "FEATURE_UNSUPPORTED",
+                lambda g, get=get: get(g).configured(num_transformer_submodules=2),
+                "num_transformer_submodules",
+            ),
+            _bad(
+                f"64-{name}-saved-modules",
+                "FEATURE_UNSUPPORTED",
+                lambda g, get=get: get(g).configured(modules_to_save=["lm_head"]),
+            ),
+            _bad(
+                f"64-{name}-unknown-key",
+                "CONFIG_FIELD_FORBIDDEN",
+                lambda g, get=get: get(g).configured(num_tasks=3),
+                "num_tasks",
+            ),
+        )
+    ),
+    _bad("64-prompt-as-ptuning", "CONFIG_FIELD_FORBIDDEN", lambda g: g.prompt.configured(peft_type="P_TUNING")),
+    _bad("64-prompt-as-prefix", "CONFIG_FIELD_FORBIDDEN", lambda g: g.prompt.configured(peft_type="PREFIX_TUNING")),
+    _fine(
+        "64-prompt-all-keys",
+        lambda g: g.prompt.configured(
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text="Reverse:",
+            tokenizer_name_or_path="org/base",
+            tokenizer_kwargs={"use_fast": True},
+            num_attention_heads=4,
+            num_layers=2,
+            peft_version="0.21.2",
+            auto_mapping=None,
+            revision=None,
+        ),
+    ),
+    _fine(
+        "64-ptuning-all-keys", lambda g: g.ptuning.configured(encoder_dropout=0.1, num_attention_heads=4, num_layers=2)
+    ),
     _bad(
         "64-heads",
         "PREFIX_INVALID",
@@ -572,9 +654,22 @@ def test_row_65_can_never_fit_the_pool(tight: LiveServer, sources: Sources) -> N
     large = Parts.of(tiny.random_lora(sources.base, rank=64, seed=1), sources.base).files()
     path = large.write(sources.root / "spoiled" / "65-lora")
     refused(lambda: tight.client.register("spoiled", path), "INVALID_ARGUMENT", "ADAPTER_TOO_LARGE", f"limit {pool}")
-    many = Parts.of(tiny.random_prefix(sources.base, length=256, seed=1), sources.base).files()
-    tight.client.register("spoiled", many.write(sources.root / "spoiled" / "65-fits"))  # 16 of 40 blocks
+    many = Parts.of(tiny.random_prefix(sources.base, length=238, seed=1), sources.base).files()
+    tight.client.register("spoiled", many.write(sources.root / "spoiled" / "65-fits"))  # 15 of 40 blocks
     tight.client.unregister("spoiled")
+
+
+def test_row_65_virtual_positions_that_leave_no_room_in_the_context(tight: LiveServer, sources: Sources) -> None:
+    """max_model_len is 240 here: one token to read and one to write must fit beside them."""
+    for make in (tiny.random_prefix, tiny.random_prompt, tiny.random_ptuning):
+        path = (
+            Parts.of(make(sources.base, length=239, seed=1), sources.base)
+            .files()
+            .write(sources.root / "spoiled" / f"65-{make.__name__}")
+        )
+        refused(
+            lambda path=path: tight.client.register("spoiled", path), "INVALID_ARGUMENT", "PREFIX_INVALID", "238", "239"
+        )
 
 
 @pytest.mark.parametrize(

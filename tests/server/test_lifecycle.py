@@ -605,3 +605,30 @@ def _generation(path: Path, live: LiveServer) -> Digest:
 def _raise(error: grpc.RpcError | None) -> None:
     assert error is not None
     raise error
+
+
+# -- soft rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_soft_rows_that_the_base_cannot_compute_fail_their_adapter_and_nothing_else(
+    server: LiveServer, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, used = server.client, server.kv_blocks_used()
+    client.register("soft", sources("prompt-2"))
+
+    def fault(blocks: list[int], virtual: object) -> None:
+        raise RuntimeError("a kernel failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.runner, "write_virtual", fault)
+        refused(lambda: client.generate("soft"), "INTERNAL", "STEP_FAILED", "virtual positions")
+        wait_until(lambda: client.get("soft").state == FAILED)
+        assert client.get("soft").state_reason == "STEP_FAILED"
+        refused(lambda: client.generate("soft"), "FAILED_PRECONDITION", "ADAPTER_NOT_READY", "failed")
+        refused(lambda: client.register("pinned", sources("prompt-3"), pin=True), "INTERNAL", "STEP_FAILED")
+    assert server.kv_blocks_used() == used
+    client.register("soft", sources("prompt-2"))
+    assert client.get("soft").state == ACTIVE, "registered again, it gets another chance"
+    assert len(client.tokens("soft", 4)) == 4
+    client.unregister("soft")
+    assert server.kv_blocks_used() == used

@@ -21,7 +21,9 @@ from weft.methods.dora import DoraConfig
 from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
+from weft.methods.prompt import PromptConfig, PromptInit
 from weft.methods.protocol import Adapter, BaseShape
+from weft.methods.ptuning import Encoder, PtuningConfig
 from weft.model import loader, paged_attention
 from weft_training import adapter, base
 from weft_training.adapter import AdaptedModel, MethodConfig
@@ -44,6 +46,11 @@ CONFIGS: dict[str, MethodConfig] = {
     "bitfit": BitfitConfig(),
     "ia3": Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)),
     "prefix": PrefixConfig(num_virtual_tokens=5),
+    "prefix, MLP": PrefixConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24),
+    "prompt": PromptConfig(num_virtual_tokens=3, prompt_init=PromptInit.RANDOM),
+    "prompt, text": PromptConfig(num_virtual_tokens=17, prompt_init=PromptInit.TEXT, init_text="Reverse: "),
+    "ptuning": PtuningConfig(num_virtual_tokens=7, encoder_hidden_size=48),
+    "ptuning, LSTM": PtuningConfig(num_virtual_tokens=4, encoder=Encoder.LSTM, encoder_hidden_size=24),
 }
 EXAMPLES = [Example(f"{text} = ", text[::-1]) for text in ("abc", "dragon", "w", "loom", "weave", "threads", "hi")]
 
@@ -95,6 +102,8 @@ RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
     "bitfit": lambda shape: tiny.random_bitfit(shape, seed=6),
     "ia3": lambda shape: tiny.random_ia3(shape, seed=2),
     "prefix": lambda shape: tiny.random_prefix(shape, length=7, seed=3),
+    "prompt": lambda shape: tiny.random_prompt(shape, length=5, seed=4),
+    "ptuning": lambda shape: tiny.random_ptuning(shape, length=19, seed=5),
 }
 
 
@@ -182,15 +191,25 @@ def _sorted_by_size(grads: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 def test_greedy_answers_are_pefts(trained: Path, exact: ModelConfig) -> None:
-    """Prompts of different lengths, padded on the left, with a cache."""
+    """Prompts of different lengths, padded on the left, with a cache; PEFT's one by one.
+
+    In a padded batch PEFT counts the padding between a soft prompt and its tokens as positions.
+    """
     ours = base.load(exact)
     ours.tokenizer.padding_side = "left"
     prompts = ours.tokenizer([example.prompt for example in EXAMPLES], return_tensors="pt", padding=True)
     inputs = {"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"]}
     model = AdaptedModel(ours, adapter.read(trained, ours.shape))
     found = model.generate(**inputs, do_sample=False, max_new_tokens=12)
-    wanted = peft_of(trained, exact.path).generate(**inputs, do_sample=False, max_new_tokens=12)
-    assert found.tolist() == wanted.tolist()
+    theirs = peft_of(trained, exact.path)
+    for row, is_token, prompt in zip(found, inputs["attention_mask"], inputs["input_ids"], strict=True):
+        alone = prompt[is_token.bool()][None]
+        (wanted,) = theirs.generate(
+            input_ids=alone, attention_mask=torch.ones_like(alone), do_sample=False, max_new_tokens=12
+        ).tolist()
+        answer = row.tolist()[len(prompt) - alone.shape[1] :]
+        assert answer[: len(wanted)] == wanted
+        assert not any(answer[len(wanted) :]), "padding after the end of the text"
 
 
 def test_tensors_survive_disk_and_peft_bit_for_bit(

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -19,6 +20,8 @@ from weft.methods.checkpoint import directory
 from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
+from weft.methods.prompt import PromptConfig, PromptInit
+from weft.methods.ptuning import Encoder, PtuningConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, command
@@ -33,12 +36,15 @@ WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft")
 EXAMPLES = [Example(f"{word} = ", word[::-1]) for word in WORDS]
 LEARNABLE = [Example(f"{word} = ", "yes") for word in WORDS]
 PREFIX = PrefixConfig(num_virtual_tokens=5)
+NUM_STEPS = {"ptuning": 80}  # a random encoder first leads all rows to one place
 LEARNING_RATES = {
     "lora": 2e-2,
     "dora": 2e-2,
     "bitfit": 1e-1,
     "ia3": 2e-1,
     "prefix": 2e-1,
+    "prompt": 1e-1,
+    "ptuning": 6e-3,
 }  # rough, for few steps on a tiny base
 
 
@@ -123,11 +129,11 @@ def test_loss_goes_down(fit: Callable[..., TrainResult], method: str) -> None:
     result = fit(
         examples=LEARNABLE,
         adapter=USUAL[method],
-        num_steps=20,
+        num_steps=NUM_STEPS.get(method, 20),
         batch_size=8,
         learning_rate=LEARNING_RATES[method],
     )
-    assert len(result.losses) == 20
+    assert len(result.losses) == NUM_STEPS.get(method, 20)
     # On a random base a bias makes the answer's letters likely, and can hardly say which comes next.
     share = 0.75 if method == "bitfit" else 0.5
     assert sum(result.losses[-5:]) < share * sum(result.losses[:5])
@@ -144,9 +150,18 @@ def test_the_paged_optimizer_is_plain_adamw_on_a_cpu_and_says_so(
     assert paged.losses == plain.losses
 
 
-def test_the_same_seed_gives_the_same_adapter(fit: Callable[..., TrainResult]) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        PREFIX,
+        PrefixConfig(num_virtual_tokens=5, prefix_projection=True),
+        PromptConfig(num_virtual_tokens=5),
+        PtuningConfig(num_virtual_tokens=5, encoder=Encoder.LSTM),
+    ],
+)
+def test_the_same_seed_gives_the_same_adapter(fit: Callable[..., TrainResult], config: MethodConfig) -> None:
     one, same, other = (
-        load_file(fit(str(i), adapter=PREFIX, seed=seed).output / directory.WEIGHTS_FILE)
+        load_file(fit(str(i), adapter=config, seed=seed).output / directory.WEIGHTS_FILE)
         for i, seed in enumerate((7, 7, 8))
     )
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -163,6 +178,66 @@ def test_progress_hears_every_step(tiny_base: Path, tmp_path: Path) -> None:
         result.num_parameters
         == adapter.read(result.output, loader.load(nf4(tiny_base), attention="sdpa").shape).num_parameters
     )
+
+
+# --- where soft prompts begin, and what makes them -------------------------------------------------------------------
+
+
+def test_a_prompt_begins_as_tokens_of_the_base(tiny_base: Path) -> None:
+    ours = base.load(nf4(tiny_base))
+    embedding = ours.model.get_input_embeddings().weight.float()
+
+    def rows(**config: object) -> Tensor:
+        made = PromptConfig(num_virtual_tokens=5, **config)  # pyright: ignore
+        return adapter.begin(made, ours, torch.Generator().manual_seed(1)).adapter.prefix.embeddings.detach()
+
+    text = PromptInit.TEXT
+    assert torch.equal(rows(prompt_init=text, init_text="ab"), embedding[[97, 98, 97, 98, 97]])
+    assert torch.equal(rows(prompt_init=text, init_text="abcdefgh"), embedding[[97, 98, 99, 100, 101]])
+    drawn = rows(prompt_init=PromptInit.VOCABULARY)
+    assert all((embedding == row).all(1).any() for row in drawn)
+    noise = rows(prompt_init=PromptInit.RANDOM)  # the control
+    assert not any((embedding == row).all(1).any() for row in noise)
+    for wrong in ({"prompt_init": text}, {"init_text": "ab"}):
+        with pytest.raises(ValueError, match="init_text: is given exactly where"):
+            rows(**wrong)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PrefixConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24),
+        PtuningConfig(num_virtual_tokens=5, encoder_hidden_size=24),
+        PtuningConfig(num_virtual_tokens=5, encoder_hidden_size=24, encoder=Encoder.LSTM, encoder_num_layers=2),
+    ],
+)
+def test_a_reparameterization_is_what_is_trained_and_its_sizes_are_pefts(tiny_base: Path, config: MethodConfig) -> None:
+    ours = base.load(nf4(tiny_base))
+    model = adapter.begin(config, ours, torch.Generator().manual_seed(1))
+    gradients(model)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    if isinstance(config, PrefixConfig):
+        encoder = peft.PrefixEncoder(
+            peft.PrefixTuningConfig(
+                num_virtual_tokens=5, token_dim=32, num_layers=2, encoder_hidden_size=24, prefix_projection=True
+            )
+        )
+    else:
+        made = peft.PromptEncoderConfig(
+            num_virtual_tokens=5,
+            token_dim=64,
+            num_transformer_submodules=1,
+            encoder_hidden_size=24,
+            encoder_reparameterization_type=config.encoder.name,
+        )
+        encoder = peft.PromptEncoder(made)
+    assert sorted(p.shape for p in model.parameters()) == sorted(p.shape for p in encoder.parameters())
+    with torch.no_grad():
+        for mine, other in zip(model.parameters(), encoder.parameters(), strict=True):
+            other.copy_(mine)
+        wanted = encoder(torch.arange(5)[None] if isinstance(config, PtuningConfig) else torch.arange(5))
+    found = model.adapter.prefix.embeddings.detach()
+    torch.testing.assert_close(found.reshape(5, -1), wanted.reshape(5, -1), atol=1e-6, rtol=0)
 
 
 # --- through a quantized base ---------------------------------------------------------------------------------------

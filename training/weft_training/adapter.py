@@ -14,14 +14,16 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weft.config import AdapterLimits
-from weft.methods import bitfit, dora, ia3, lora, prefix
+from weft.methods import bitfit, dora, ia3, lora, prefix, prompt, ptuning
 from weft.methods.checkpoint import directory
 from weft.methods.driver import ReferenceDriver, Segment
-from weft.methods.protocol import Adapter, BaseShape, Method, SiteKind
+from weft.methods.protocol import Adapter, BaseShape, Method, SiteKind, SoftRows, VirtualKV
 from weft.model.loader import Base
+from weft_training import prompt_init, reparameterization
+from weft_training.reparameterization import Reparameterization
 
 SiteConfig = lora.LoraConfig | dora.DoraConfig | ia3.Ia3Config | bitfit.BitfitConfig
-MethodConfig = SiteConfig | prefix.PrefixConfig
+MethodConfig = SiteConfig | prefix.PrefixConfig | prompt.PromptConfig | ptuning.PtuningConfig
 
 
 class _Kind(NamedTuple):
@@ -46,6 +48,8 @@ _KINDS: Mapping[type, _Kind] = MappingProxyType(
         bitfit.BitfitConfig: _Kind(bitfit.METHOD, bitfit.init, tuple(SiteKind), (SiteKind.LINEAR, SiteKind.NORM)),
         ia3.Ia3Config: _Kind(ia3.METHOD, ia3.init),
         prefix.PrefixConfig: _Kind(prefix.METHOD, prefix.init),
+        prompt.PromptConfig: _Kind(prompt.METHOD, prompt.init),
+        ptuning.PtuningConfig: _Kind(ptuning.METHOD, ptuning.init),
     }
 )
 
@@ -60,6 +64,8 @@ USUAL: Mapping[str, MethodConfig] = MappingProxyType(
             target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)
         ),
         prefix.METHOD.name: prefix.PrefixConfig(),
+        prompt.METHOD.name: prompt.PromptConfig(),
+        ptuning.METHOD.name: ptuning.PtuningConfig(),
     }
 )
 
@@ -109,6 +115,18 @@ def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) 
     return Adapter(method=kind.method, config=config, sites=params)
 
 
+def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "AdaptedModel":
+    """A base with an untrained adapter, and with the module that makes it where the method trains one.
+
+    Raises ValueError for a target that no site is called, or an `init_text` without tokens.
+    """
+    adapter = initial(config, base.shape, generator)
+    if isinstance(config, prompt.PromptConfig) and config.prompt_init is not prompt.PromptInit.RANDOM:
+        rows = prompt_init.token_rows(config, base, generator)
+        adapter = replace(adapter, prefix=prompt.PromptParams(rows))
+    return AdaptedModel(base, adapter, reparameterization.begin(config, base.shape, generator))
+
+
 def read(path: Path, shape: BaseShape) -> Adapter:
     """The adapter in a PEFT directory. Raises what `directory.read` raises."""
     config = json.loads((path / directory.CONFIG_FILE).read_text())
@@ -131,17 +149,29 @@ def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapt
 class AdaptedModel(nn.Module):
     """A base with one adapter on every row.
 
-    `parameters()` is the adapter in float32 and nothing else: the base is no submodule, so no optimizer, state_dict,
-    `train()` or `to()` reaches it.
+    `parameters()` is what is trained, in float32, and nothing else: the adapter, or the module that makes its virtual
+    positions. The base is no submodule, so no optimizer, state_dict, `train()` or `to()` reaches it.
     """
 
-    def __init__(self, base: Base, adapter: Adapter) -> None:
+    def __init__(self, base: Base, adapter: Adapter, reparameterized: Reparameterization | None = None) -> None:
         super().__init__()
         self.base = base
-        # The optimizer writes these in place, so `adapter` and the driver always hold the newest values.
-        self.adapter = map_tensors(adapter, lambda t: nn.Parameter(t.to(base.device, torch.float32, copy=True)))
-        self.tensors = nn.ParameterList(self.adapter.tensors())
-        self.driver = ReferenceDriver((Segment(self.adapter.method, self.adapter.sites),))
+        self.reparameterized = reparameterized
+        if reparameterized is None:
+            adapter = map_tensors(adapter, lambda t: nn.Parameter(t.to(base.device, torch.float32, copy=True)))
+        else:
+            cast(nn.Module, reparameterized).to(base.device)
+        # The optimizer writes the parameters in place, so this and the driver always hold the newest values.
+        self._adapter = adapter
+        self.tensors = nn.ParameterList([] if reparameterized is not None else adapter.tensors())
+        self.driver = ReferenceDriver((Segment(adapter.method, adapter.sites),))
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, and as it would be written."""
+        if self.reparameterized is None:
+            return self._adapter
+        return replace(self._adapter, prefix=self.reparameterized())
 
     def forward(
         self,
@@ -168,6 +198,10 @@ class AdaptedModel(nn.Module):
             )
 
     @property
+    def num_virtual_tokens(self) -> int:
+        return self._adapter.num_virtual_tokens
+
+    @property
     def device(self) -> torch.device:
         return self.base.device
 
@@ -175,28 +209,46 @@ class AdaptedModel(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """Prompts [B, T], padded on the left, with their continuations [B, T + N]; the options are transformers'."""
         # transformers drops as many ids as the cache already holds: the virtual positions' are never looked at.
-        ids = torch.cat([input_ids.new_zeros(len(input_ids), self.adapter.num_virtual_tokens), input_ids], dim=1)
+        ids = torch.cat([input_ids.new_zeros(len(input_ids), self.num_virtual_tokens), input_ids], dim=1)
+        past = self.past(len(ids))
         with self.base.context.use(self.driver):
             whole = self.base.model.generate(
                 ids,
                 attention_mask=self._extend(attention_mask),
-                past_key_values=self.past(len(ids)),
+                past_key_values=past,
                 **options,
             )
-        return whole[:, self.adapter.num_virtual_tokens :]
+        return whole[:, self.num_virtual_tokens :]
 
     def past(self, batch_size: int) -> DynamicCache | None:
-        """The cache that holds the virtual positions of every row; None for a method without any."""
-        virtual = self.adapter.method.virtual
-        if virtual is None:
+        """The cache that holds the virtual positions of every row; None for a method without any.
+
+        Soft rows go through the base once, as in serving, not once per row. Deviation from PEFT, which puts them before
+        every row: the first token of a row is no target, as no server ever generates it.
+        """
+        adapter = self.adapter
+        if adapter.method.virtual is None:
             return None
+        virtual = adapter.method.virtual(adapter.prefix)
+        if isinstance(virtual, SoftRows):
+            virtual = self._computed(virtual)
         cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(*virtual(self.adapter.prefix), strict=True)):  # each [P, H, D]
+        for layer, (keys, values) in enumerate(zip(*virtual, strict=True)):  # each [P, H, D]
             rows = [t.to(self.base.dtype).transpose(0, 1).expand(batch_size, -1, -1, -1) for t in (keys, values)]
             cache.update(rows[0], rows[1], layer)  # [B, H, P, D]
         return cache
 
+    def _computed(self, soft: SoftRows) -> VirtualKV:
+        """What the base alone makes of soft rows at positions 0 to P - 1; differentiable."""
+        cache = DynamicCache()
+        self.base.model(
+            inputs_embeds=soft.rows[None].to(self.base.dtype), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        layers: Any = cache.layers  # typed for layers of other kinds too
+        keys, values = zip(*((layer.keys[0], layer.values[0]) for layer in layers), strict=True)  # each [H, P, D]
+        return VirtualKV(torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2))
+
     def _extend(self, attention_mask: Tensor) -> Tensor:
         """The mask [B, P + T]: every row sees all virtual positions, and its tokens count from P."""
-        seen = attention_mask.new_ones(len(attention_mask), self.adapter.num_virtual_tokens)
+        seen = attention_mask.new_ones(len(attention_mask), self.num_virtual_tokens)
         return torch.cat([seen, attention_mask], dim=1)

@@ -91,10 +91,10 @@ def losses(base: Base, shares: Sequence[Share]) -> list[Tensor]:
     Gradients flow to every share's adapter, and from one share to no other's.
     """
     width = max(share.width for share in shares)
-    num_virtual = max(share.model.adapter.num_virtual_tokens for share in shares)
+    num_virtual = max(share.model.num_virtual_tokens for share in shares)
     input_ids, masks, positions = [], [], []
     for share in shares:
-        own = share.model.adapter.num_virtual_tokens
+        own = share.model.num_virtual_tokens
         padding = (0, width - share.width)
         input_ids.append(F.pad(share.batch["input_ids"], padding))
         # A share's virtual positions end where its tokens begin, as alone: sliding windows look at the distance.

@@ -209,8 +209,8 @@ def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples,
 def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> Prepared:
     """An untrained adapter on `base`, and the rows that its tokenizer makes of the data."""
     generator = torch.Generator().manual_seed(config.seed)
-    model = AdaptedModel(base, adapters.initial(config.adapter, base.shape, generator))
-    limit = base.max_model_len - model.adapter.num_virtual_tokens
+    model = adapters.begin(config.adapter, base, generator)
+    limit = base.max_model_len - model.num_virtual_tokens
     if config.max_length is not None and config.max_length > limit:
         raise ValueError(f"max_length must be at most {limit}, the base's limit, given {config.max_length}")
     max_length = config.max_length or limit
@@ -230,7 +230,7 @@ def _require_fit(config: TrainConfig, model: AdaptedModel) -> None:
             f"batch_size must be a multiple of accumulation_steps times processes "
             f"({config.accumulation_steps} × {_world_size()}), given {config.batch_size}"
         )
-    if model.adapter.num_virtual_tokens:
+    if model.num_virtual_tokens:
         for knob in ("packing", "gradient_checkpointing"):
             if getattr(config, knob):
                 reason = "would have to be in every packed example" if knob == "packing" else "come through the cache"

@@ -276,7 +276,7 @@ class Registry:
             self._changed(Change.UPDATED, version)
 
     def fail(self, generation: Generation, reason: str) -> None:
-        """The stored files of this content cannot be used."""
+        """This content cannot be used: its stored files, or what the base makes of them, are no good."""
         for version in self.of(generation):
             if version.state is AdapterState.ACTIVE:
                 version.state, version.state_reason = AdapterState.FAILED, reason

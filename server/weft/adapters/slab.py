@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed, VirtualKV
+from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed, Virtual
 
 _ALIGNMENT = 64  # bytes: a cache line, and what vector loads like
 
@@ -47,16 +47,17 @@ class SlabEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slab:
-    """An adapter ready for a slot. `virtual` holds keys and values in the KV cache's dtype."""
+    """An adapter ready for a slot. `virtual` is in the base's dtype, which is the KV cache's too."""
 
     method: Method
     buffer: Tensor  # uint8 [bytes], on the host
     entries: tuple[SlabEntry, ...]
-    virtual: VirtualKV | None
+    virtual: Virtual | None
+    kv_bytes: int  # what its virtual positions take in the KV cache, whole blocks not counted
 
     @property
     def num_virtual_tokens(self) -> int:
-        return 0 if self.virtual is None else self.virtual.keys.shape[1]
+        return 0 if self.virtual is None else self.virtual.num_positions
 
     @property
     def num_planes(self) -> int:
@@ -92,8 +93,10 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype) -> Slab:
     buffer = torch.zeros(offset, dtype=torch.uint8)
     for part, tensor in placed:
         part.view(buffer).copy_(tensor)
-    virtual = None
+    virtual, kv_bytes = None, 0
     if adapter.method.virtual is not None:
-        kv = adapter.method.virtual(adapter.prefix)
-        virtual = VirtualKV(kv.keys.to(dtype).contiguous(), kv.values.to(dtype).contiguous())
-    return Slab(method=adapter.method, buffer=buffer, entries=tuple(entries), virtual=virtual)
+        given = adapter.method.virtual(adapter.prefix)
+        virtual = type(given)(*(tensor.to(dtype).contiguous() for tensor in given))
+        per_position = 2 * base.num_layers * base.num_kv_heads * base.head_dim * dtype.itemsize
+        kv_bytes = virtual.num_positions * per_position
+    return Slab(method=adapter.method, buffer=buffer, entries=tuple(entries), virtual=virtual, kv_bytes=kv_bytes)

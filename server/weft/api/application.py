@@ -22,7 +22,7 @@ from weft.config import WeftConfig
 from weft.engine.engine import ENGINE_DOWN, Engine, EngineCallbacks, draining
 from weft.engine.request import TokenEvent
 from weft.engine.runner import Runner
-from weft.errors import Unavailable
+from weft.errors import Unavailable, WeftError
 from weft.methods.protocol import BaseShape
 from weft.metrics import Metrics
 
@@ -62,6 +62,9 @@ class Application:
         def resident(generations: frozenset[Generation]) -> None:
             loop.call_soon_threadsafe(self.lifecycle.memory.residents_are, generations)
 
+        def unfit(generation: Generation, error: WeftError) -> None:
+            loop.call_soon_threadsafe(self.lifecycle.registry.fail, generation, error.reason)
+
         def down() -> None:
             loop.call_soon_threadsafe(self._engine_is_down)
 
@@ -70,7 +73,7 @@ class Application:
             config.engine,
             num_kv_blocks=model.num_kv_blocks,
             max_model_len=model.facts.max_model_len,
-            callbacks=EngineCallbacks(events=deliver, load=load, resident=resident, down=down),
+            callbacks=EngineCallbacks(events=deliver, load=load, resident=resident, unfit=unfit, down=down),
             metrics=metrics,
         )
         self.lifecycle = Lifecycle(

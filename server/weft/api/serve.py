@@ -93,6 +93,9 @@ def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:
         adapter_bytes=config.residency.device_bytes,
         kernels=kernels,
     )
+    # Beside its virtual positions an adapter needs one token to read and one to write.
+    num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, max_model_len - 2)
+    limits = replace(config.adapters, num_virtual_tokens_max=num_virtual_tokens_max)
     facts = ModelFacts(
         name=base.shape.name,
         digest=base.shape.digest,
@@ -104,7 +107,7 @@ def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:
     model = ServedModel(
         facts=facts,
         shape=base.shape,
-        ingest=Ingest(base.shape, config.adapters, base.dtype),
+        ingest=Ingest(base.shape, limits, base.dtype),
         quantization=base.quantization.value,
         dtype=str(base.dtype).removeprefix("torch."),
         device=base.device.type,

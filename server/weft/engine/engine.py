@@ -24,7 +24,7 @@ from weft.engine.block_manager import BlockManager
 from weft.engine.observer import Observer
 from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
 from weft.engine.residency import Residency
-from weft.engine.runner import Runner
+from weft.engine.runner import Runner, is_fatal
 from weft.engine.scheduler import Scheduled, Scheduler
 from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError
 from weft.metrics import Metrics
@@ -53,12 +53,14 @@ class EngineCallbacks:
 
     events: the events of one step. load: bring this adapter (answer with `loaded` or `load_failed`).
     resident: which adapters are on the device, after every change and before anything else tells of it.
+    unfit: the base cannot compute this adapter's virtual positions; it is of no use until something changes.
     down: the engine stopped by a fault it could not contain; no request is accepted any more.
     """
 
     events: Callable[[list[TokenEvent]], None]
     load: Callable[[Generation], None]
     resident: Callable[[frozenset[Generation]], None] = lambda generations: None
+    unfit: Callable[[Generation, WeftError], None] = lambda generation, error: None
     down: Callable[[], None] = lambda: None
 
 
@@ -218,6 +220,7 @@ class Engine:
         blocked = self.scheduler.blocked
         if blocked is not None and not self.residency.can_fit(blocked):
             self._end_without_room(blocked)
+        self._end_unfit()
         if not step:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
@@ -226,7 +229,7 @@ class Engine:
             sampled = self._compute(step)
         except Exception as error:
             _log.exception("engine: a step failed; its %d requests end", len(step))
-            if _is_fatal(error):
+            if is_fatal(error):
                 self._go_down()
                 return
             for request, _ in step:
@@ -354,6 +357,15 @@ class Engine:
 
     def _load_failed(self, generation: Generation, error: WeftError) -> None:
         self.residency.failed(generation, error)
+        self._end_waiting_for(generation, error)
+
+    def _end_unfit(self) -> None:
+        """End those who wait for adapters whose virtual positions could not be computed."""
+        for generation, error in self.residency.take_failures().items():
+            self._callbacks.unfit(generation, error)
+            self._end_waiting_for(generation, error)
+
+    def _end_waiting_for(self, generation: Generation, error: WeftError) -> None:
         self._observer.load_failed()
         for request in list(self.scheduler.waiting):
             if any(use.generation == generation for use in request.adapters):
@@ -398,8 +410,3 @@ def _non_finite(request: Request) -> WeftError:
     if request.adapters:
         return AdapterUnusable("ADAPTER_NON_FINITE", "the adapter made numbers that are not finite for this request")
     return WeftError("NON_FINITE", "the base made numbers that are not finite for this request")
-
-
-def _is_fatal(error: Exception) -> bool:
-    """Device memory is not to be trusted after a CUDA error."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)

@@ -3,11 +3,13 @@
 An adapter is resident when its slot is filled and its virtual positions are in the KV pool. A request holds its
 adapters from the step that starts it to its end; held and pinned adapters stay, the others leave, longest unused first,
 when room is needed. What is missing is asked for once (`request_load`) and arrives as a slab between two steps.
+Soft rows go through the base when their adapter is placed; where that fails, those who wait for it are to be told.
 
 An adapter leaves only for one that is used at once: all adapters of a request are placed together when all are here and
 fit, or none is. So every eviction is somebody's progress, and no two requests drive each other's adapters out for ever.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -17,8 +19,11 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import Request
-from weft.engine.runner import Runner
+from weft.engine.runner import Runner, is_fatal
 from weft.errors import AdapterConflict, Overloaded, WeftError
+from weft.methods.protocol import Virtual
+
+_log = logging.getLogger(__name__)
 
 
 class _Resident:
@@ -54,6 +59,7 @@ class Residency:
         self._resident: OrderedDict[Generation, _Resident] = OrderedDict()  # least recently used first
         self._pending: set[Generation] = set()  # asked for
         self._arrived: dict[Generation, Slab] = {}  # came, and found no room yet
+        self._failures: dict[Generation, WeftError] = {}  # came, and could not be computed
         self._seekers: dict[Request, frozenset[Generation]] = {}  # requests that were not admitted, and what they need
         self._preloading: set[Generation] = set()
         self._awaited: dict[Generation, list[Future[None]]] = {}
@@ -132,10 +138,15 @@ class Residency:
         for future in self._awaited.pop(generation, ()):
             future.set_exception(error)
 
+    def take_failures(self) -> dict[Generation, WeftError]:
+        """Adapters that could not be placed since the last call, and why; whoever asks for one again has it loaded."""
+        failures, self._failures = self._failures, {}
+        return failures
+
     def preload(self, generation: Generation, future: "Future[None]") -> None:
         """Bring an adapter in without a request; `future` ends with it, or with why it cannot come now."""
         self._awaited.setdefault(generation, []).append(future)
-        if not self._bring([generation]):
+        if not self._bring([generation]) and generation not in self._failures:
             self._preloading.add(generation)
         self._answer(generation)
 
@@ -172,6 +183,7 @@ class Residency:
             return None
         self._pinned.discard(generation)
         self._arrived.pop(generation, None)
+        self._failures.pop(generation, None)
         self.failed(
             generation, AdapterConflict("ADAPTER_UNREGISTERED", "adapter_id: was taken out of memory meanwhile")
         )
@@ -179,6 +191,8 @@ class Residency:
 
     def _bring(self, generations: Sequence[Generation]) -> bool:
         """Make all of these resident, or change nothing on the device; what is not here is asked for."""
+        if any(generation in self._failures for generation in generations):
+            return False
         missing = {g: self._arrived.get(g) for g in generations if g not in self._resident}
         for generation, slab in missing.items():
             if slab is None and generation not in self._pending:
@@ -187,9 +201,7 @@ class Residency:
         slabs = {generation: slab for generation, slab in missing.items() if slab is not None}
         if len(slabs) < len(missing) or not self._make_room(slabs.values(), keep=generations):
             return False
-        for generation, slab in slabs.items():
-            self._place(generation, slab)
-        return True
+        return all(self._place(generation, slab) for generation, slab in slabs.items())
 
     def _answer(self, generation: Generation) -> None:
         """Tell those who wait for an adapter by itself, once it is known what becomes of it."""
@@ -200,14 +212,13 @@ class Residency:
                 future.set_result(None)
                 continue
             self._preloading.discard(generation)
-            future.set_exception(
-                Overloaded(
-                    "POOL_EXHAUSTED",
-                    "adapter_id: no room on the device; everything there is in use or pinned",
-                    metadata={"quota": "adapter_device_bytes"},
-                    retry_after_s=1.0,
-                )
+            no_room = Overloaded(
+                "POOL_EXHAUSTED",
+                "adapter_id: no room on the device; everything there is in use or pinned",
+                metadata={"quota": "adapter_device_bytes"},
+                retry_after_s=1.0,
             )
+            future.set_exception(self._failures.get(generation, no_room))
         self._forget_unwanted(generation)
 
     def _forget_unwanted(self, generation: Generation) -> None:
@@ -216,16 +227,35 @@ class Residency:
         if not wanted and not any(generation in sought for sought in self._seekers.values()):
             self._arrived.pop(generation, None)
 
-    def _place(self, generation: Generation, slab: Slab) -> None:
+    def _place(self, generation: Generation, slab: Slab) -> bool:
+        """Put an adapter that fits on the device; False where its virtual positions cannot be computed."""
         blocks, slot = self._blocks.take_virtual(slab.num_virtual_tokens), self._runner.slots.put(slab)
         assert blocks is not None
         assert slot is not None
-        if slab.virtual is not None:
-            self._runner.write_virtual(blocks, slab.virtual)
         del self._arrived[generation]
         self._preloading.discard(generation)
+        failure = None if slab.virtual is None else self._write_virtual(blocks, slab.virtual)
+        if failure is not None:
+            self._runner.slots.drop(slot)
+            self._blocks.drop_virtual(blocks)
+            self._failures[generation] = failure
+            return False
         self._resident[generation] = _Resident(slab, slot, blocks)
         self._placed(slab)
+        return True
+
+    def _write_virtual(self, blocks: list[int], virtual: Virtual) -> WeftError | None:
+        """Why it could not be done; None where it was. A fault that spoils the device is not contained here."""
+        try:
+            self._runner.write_virtual(blocks, virtual)
+        except WeftError as error:
+            return error
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            _log.exception("engine: computing the virtual positions of an adapter failed")
+            return WeftError("STEP_FAILED", "computing the adapter's virtual positions failed")
+        return None
 
     def _make_room(self, slabs: Collection[Slab], keep: Collection[Generation]) -> bool:
         """Let adapters leave until all `slabs` fit; False, with all still there, where even that would not do."""
@@ -251,9 +281,7 @@ class Residency:
 
     def _take_off(self, generation: Generation, *, for_room: bool) -> int:
         resident = self._resident.pop(generation)
-        freed = self._runner.slots.drop(resident.slot)
+        freed = self._runner.slots.drop(resident.slot) + resident.slab.kv_bytes
         self._blocks.drop_virtual(resident.blocks)
-        if resident.slab.virtual is not None:
-            freed += sum(tensor.nbytes for tensor in resident.slab.virtual)
         self._left(resident.slab, for_room)
         return freed

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine.batch import AdapterRows, Batch, at_rows
+from weft.errors import AdapterUnusable
 from weft.kernels.selection import Kernels
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.inject import Driver
-from weft.methods.protocol import Site, SiteKind, VirtualKV
+from weft.methods.protocol import Site, SiteKind, SoftRows, Virtual, VirtualKV
 from weft.model.loader import Base
 from weft.model.paged_attention import KVCache, Paged, PagedBatch, attend_reference
 
@@ -31,8 +32,11 @@ class Runner(Protocol):
         """Compute a step; logits [number of sample rows, V]."""
         ...
 
-    def write_virtual(self, blocks: list[int], virtual: VirtualKV) -> None:
-        """Store an adapter's virtual keys and values in the KV pool."""
+    def write_virtual(self, blocks: list[int], virtual: Virtual) -> None:
+        """Store an adapter's virtual positions in the KV pool; rows go through the base alone, at 0 to P - 1.
+
+        Raises AdapterUnusable where that makes numbers that are not finite.
+        """
         ...
 
 
@@ -45,6 +49,11 @@ class ByRows(NamedTuple):
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """What the site's own driver makes of it."""
         return (self.head if site.kind is SiteKind.HEAD else self.body).apply(site, base, x)
+
+
+def is_fatal(error: Exception) -> bool:
+    """Device memory is not to be trusted after a CUDA error."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
 class ModelRunner:
@@ -91,8 +100,36 @@ class ModelRunner:
         return out.logits[0]
 
     @torch.inference_mode()
-    def write_virtual(self, blocks: list[int], virtual: VirtualKV) -> None:
-        self._cache.write_virtual(blocks, virtual.keys, virtual.values)
+    def write_virtual(self, blocks: list[int], virtual: Virtual) -> None:
+        match virtual:
+            case VirtualKV(keys, values):
+                self._cache.write_virtual(blocks, keys, values)
+            case SoftRows(rows):
+                self._compute_virtual(blocks, rows)
+
+    def _compute_virtual(self, blocks: list[int], rows: Tensor) -> None:
+        """One step of one request whose real tokens the rows are: its keys end up where virtual ones are read."""
+        device, num_rows = self._base.device, len(rows)
+        slots = self._cache.slots(blocks, num_rows)
+        paged = PagedBatch(
+            cache=self._cache,
+            kv_slots=slots,
+            query_start=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
+            context_lens=torch.tensor([num_rows], dtype=torch.int32, device=device),
+            virtual_lens=torch.zeros(1, dtype=torch.int32, device=device),
+            block_tables=torch.tensor([blocks], dtype=torch.int32, device=device),
+        )
+        self._base.model(
+            inputs_embeds=rows[None].to(device, self._base.dtype),
+            position_ids=torch.arange(num_rows, device=device)[None],
+            use_cache=False,
+            logits_to_keep=1,
+            paged=Paged(paged, self._attend),
+        )
+        if not self._cache.is_finite(slots):
+            raise AdapterUnusable(
+                "ADAPTER_NON_FINITE", "the adapter's virtual positions make numbers that are not finite on this base"
+            )
 
     def _driver(self, batch: Batch) -> Driver | None:
         rows = batch.adapter_rows

@@ -3,7 +3,7 @@
     Attention(Q, [P_K; K], [P_V; V])   in every layer
 
 The keys are stored as attention reads them: they are not rotated, and real tokens take positions from P on (as PEFT).
-The paper's reparameterization P = MLP(R) belongs to training; what is served is P itself.
+The paper's reparameterization P = MLP(R) (section 4.3) belongs to training: what is saved and served is P itself.
 """
 
 import math
@@ -20,10 +20,16 @@ from weft.methods.protocol import BaseShape, Method, Site, VirtualKV
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig:
-    """num_virtual_tokens: P. init_std: spread of the initial keys and values."""
+    """num_virtual_tokens: P. init_std: spread of the initial keys and values.
+
+    prefix_projection: whether training reaches P through the MLP, from a start of the MLP's own.
+    encoder_hidden_size: width of its hidden layer; None is PEFT's, the width of one layer's keys.
+    """
 
     num_virtual_tokens: int = 16
     init_std: float = 0.5
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
 
 
 class PrefixParams(NamedTuple):

@@ -1,7 +1,8 @@
 """What a PEFT method is, and what it is fitted to.
 
 Shape legend of the whole code base: `T` rows (tokens) of the flattened batch, `B` requests, `L` layers, `I`/`O` in and
-out features of a site, `R` rank, `S` adapter slots, `H` heads, `D` head dim, `P` virtual positions, `N` entries.
+out features of a site, `R` rank, `S` adapter slots, `H` heads, `D` head dim, `P` virtual positions, `E` embedding size,
+`N` entries.
 
 A *site* is one wrapped module of the base: a linear one, the output head, or a norm with a bias. A method acts at a
 site through up to two pure functions that return the delta, never the sum:
@@ -10,7 +11,8 @@ site through up to two pure functions that return the delta, never the sum:
     post(params, x, y)  added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
 
 Every delta sees the base output `y` and the input `x` as it was before any `pre`; never another adapter's work.
-A method that has no site (prefix tuning) acts through *virtual positions*: keys and values before position 0.
+A method that has no site acts through *virtual positions* before the first token: their keys and values (prefix
+tuning), or the embedding rows that the base makes them from (prompt tuning).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,7 +78,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseShape:
-    """What an adapter must fit: the sites of a base and the shape of its KV cache.
+    """What an adapter must fit: the sites of a base, the shape of its KV cache and the width of its embedding.
 
     digest: fingerprint of weights and quantization; adapters bound to another base are refused.
     """
@@ -85,6 +87,7 @@ class BaseShape:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    embedding_size: int
     digest: str
     name: str
 
@@ -133,6 +136,26 @@ class VirtualKV(NamedTuple):
     keys: Tensor  # [L, P, H, D]
     values: Tensor  # [L, P, H, D]
 
+    @property
+    def num_positions(self) -> int:
+        return self.keys.shape[1]
+
+
+class SoftRows(NamedTuple):
+    """What the first layer reads at `P` virtual positions; the base makes keys and values of it, rotated as any.
+
+    They go in behind the embedding module: a base that scales inside that module (Gemma) does not scale them.
+    """
+
+    rows: Tensor  # [P, E]
+
+    @property
+    def num_positions(self) -> int:
+        return self.rows.shape[0]
+
+
+Virtual = VirtualKV | SoftRows
+
 
 def tensor_norms(params: Any) -> Mapping[str, float]:
     """The norm of every parameter tensor, by its field: what is said of a method that knows nothing better."""
@@ -147,7 +170,7 @@ class Method:
 
     pack(params, dtype) lays one site's parameters out for slots, as one or more kinds of delta whose sum is the
         method's; unpack is its inverse, as views.
-    virtual(params) gives the keys and values of a method that adds virtual positions.
+    virtual(params) gives the virtual positions of a method that adds some.
     rank(params) is one site's rank; 0 for methods without one.
     count(config, sites, base) is the number of parameters that a config trains at these sites, as a formula.
     norms(params) says how far parameters are from adding nothing, by what is measured (Frobenius norms).
@@ -159,7 +182,7 @@ class Method:
     post: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None
     pack: Callable[[Any, torch.dtype], tuple[Packed, ...]] | None = None
     unpack: Callable[[tuple[Packed, ...]], Any] | None = None
-    virtual: Callable[[Any], VirtualKV] | None = None
+    virtual: Callable[[Any], Virtual] | None = None
     rank: Callable[[Any], int] = lambda params: 0
     count: Callable[[Any, Sequence[Site], BaseShape], Count] | None = None
     norms: Callable[[Any], Mapping[str, float]] = lambda params: tensor_norms(params)
@@ -187,7 +210,7 @@ class Adapter:
 
     @property
     def num_virtual_tokens(self) -> int:
-        return 0 if self.method.virtual is None else self.method.virtual(self.prefix).keys.shape[1]
+        return 0 if self.method.virtual is None else self.method.virtual(self.prefix).num_positions
 
     @property
     def rank(self) -> int:

@@ -70,11 +70,13 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     sites = adapter_sites(model, head=model.get_output_embeddings())
     inject(model, sites, context)
     num_heads = text_config.num_attention_heads
+    embedding: Any = model.get_input_embeddings()  # its width is not the hidden size everywhere (OPT)
     shape = BaseShape(
         sites={site.name: site for site in sites},
         num_layers=text_config.num_hidden_layers,
         num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
+        embedding_size=embedding.weight.shape[1],
         digest=fingerprint(path, config.quantization, double_quant=config.double_quant),
         name=path.name,
     )

@@ -4,7 +4,7 @@ One step is one flattened sequence [1, T]; which rows belong to which request tr
 transformers hands through to the attention function. No mask is ever built.
 
 A request's *block table* lists its blocks in order. The first ceil(P / block_size) blocks hold its P virtual positions
-(prefix tuning; shared by every request of that adapter), the rest its real tokens. In the logical cache, index j < P is
+(prefix, prompt), shared by every request of it, the rest its real tokens. In the logical cache, index j < P is
 a virtual position, P ≤ j < Ppad (the next multiple of block_size) is a hole that is never read, and real token n sits
 at Ppad + n. Positions count without the hole: p(virtual j) = j, p(real n) = P + n.
 """
@@ -49,12 +49,19 @@ class KVCache:
     def block_size(self) -> int:
         return self.keys[0].shape[1]
 
+    def slots(self, blocks: list[int], num_tokens: int) -> Tensor:
+        """Where the first `num_tokens` tokens of `blocks` are stored: int64 [num_tokens]."""
+        index = torch.tensor(blocks, device=self.keys[0].device)
+        slots = index[:, None] * self.block_size + torch.arange(self.block_size, device=index.device)
+        return slots.reshape(-1)[:num_tokens]
+
+    def is_finite(self, slots: Tensor) -> bool:
+        """Whether every layer's keys and values in `slots` are numbers."""
+        return all(bool(t.flatten(0, 1)[slots].isfinite().all()) for t in (*self.keys, *self.values))
+
     def write_virtual(self, blocks: list[int], keys: Tensor, values: Tensor) -> None:
         """Store virtual positions, keys and values [L, P, H, D], in `blocks`."""
-        num_virtual = keys.shape[1]
-        index = torch.tensor(blocks, device=self.keys[0].device)
-        slots = (index[:, None] * self.block_size + torch.arange(self.block_size, device=index.device)).reshape(-1)
-        slots = slots[:num_virtual]
+        slots = self.slots(blocks, keys.shape[1])
         for layer, (layer_keys, layer_values) in enumerate(zip(self.keys, self.values, strict=True)):
             layer_keys.flatten(0, 1)[slots] = keys[layer].to(layer_keys)
             layer_values.flatten(0, 1)[slots] = values[layer].to(layer_values)

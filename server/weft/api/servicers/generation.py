@@ -99,7 +99,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 model_pb2.Site(suffix=suffix, in_features=size_in, out_features=size_out, num_modules=count)
                 for (suffix, size_in, size_out), count in by_shape.items()
             ],
-            adapter_limits=_adapter_limits(config.adapters),
+            adapter_limits=_adapter_limits(model.ingest.limits),
             request_limits=_request_limits(config.requests),
         )
         return generation_service_pb2.GetModelInfoResponse(model=info)

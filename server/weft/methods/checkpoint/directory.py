@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, InvalidAdapter
-from weft.methods.checkpoint import adalora, beft, ia3, lora, prefix
+from weft.methods.checkpoint import adalora, beft, ia3, lora, prefix, prompt
 from weft.methods.protocol import Adapter, BaseShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,6 +35,8 @@ _FORMATS: Mapping[str, _Format] = MappingProxyType(
         "BEFT": _Format(beft.read, beft.write),
         "IA3": _Format(ia3.read, ia3.write),
         "PREFIX_TUNING": _Format(prefix.read, prefix.write),
+        "PROMPT_TUNING": _Format(prompt.read_prompt, prompt.write_prompt),
+        "P_TUNING": _Format(prompt.read_ptuning, prompt.write_ptuning),
     }
 )
 

@@ -6,47 +6,21 @@ from typing import Any
 from torch import Tensor
 
 from weft.config import AdapterLimits
-from weft.errors import InvalidAdapter
 from weft.methods import prefix
-from weft.methods.checkpoint import scan, schema
+from weft.methods.checkpoint import schema, virtual
 from weft.methods.protocol import Adapter, BaseShape
-
-_EMBEDDINGS = "prompt_embeddings"
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """Check everything and give the adapter."""
     schema.check(config, schema.PREFIX)
-    length = schema.integer(config, "num_virtual_tokens", "PREFIX_INVALID", minimum=1)
-    if length > limits.num_virtual_tokens_max:
-        raise InvalidAdapter.rule(
-            "PREFIX_INVALID",
-            "adapter_config.num_virtual_tokens",
-            "is too large",
-            limit=limits.num_virtual_tokens_max,
-            given=length,
-        )
-    for key in tensors:
-        if key != _EMBEDDINGS:
-            raise scan.refuse_unknown(key, "prefix")
-    if _EMBEDDINGS not in tensors:
-        raise scan.no_effect("prefix")
-    embeddings = tensors[_EMBEDDINGS]
     width = 2 * base.num_layers * base.num_kv_heads * base.head_dim
-    if tuple(embeddings.shape) != (length, width):
-        raise InvalidAdapter.rule(
-            "PREFIX_INVALID",
-            _EMBEDDINGS,
-            "must be [num_virtual_tokens, 2 · layers · kv heads · head dim]",
-            limit=[length, width],
-            given=list(embeddings.shape),
-        )
-    scan.check_values(tensors, limits)
-    shape = (length, base.num_layers, 2, base.num_kv_heads, base.head_dim)
-    read_config = prefix.PrefixConfig(num_virtual_tokens=length)
-    return Adapter(
-        method=prefix.METHOD, config=read_config, sites={}, prefix=prefix.PrefixParams(embeddings.reshape(shape))
+    rows = virtual.read_rows(
+        config, tensors, limits, method="prefix", width=width, width_is="2 · layers · kv heads · head dim"
     )
+    shape = (len(rows), base.num_layers, 2, base.num_kv_heads, base.head_dim)
+    read_config = prefix.PrefixConfig(num_virtual_tokens=len(rows))
+    return Adapter(method=prefix.METHOD, config=read_config, sites={}, prefix=prefix.PrefixParams(rows.reshape(shape)))
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -59,7 +33,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "num_attention_heads": num_kv_heads,
         "num_layers": num_layers,
         "num_transformer_submodules": 1,
-        "prefix_projection": False,
+        "prefix_projection": False,  # the tensor is what the MLP made; true would have PEFT look for the MLP
         "encoder_hidden_size": num_kv_heads * head_dim,
     }
-    return keys, {_EMBEDDINGS: embeddings.reshape(length, -1)}
+    return keys, {virtual.EMBEDDINGS: embeddings.reshape(length, -1)}

@@ -106,12 +106,24 @@ BEFT = Schema(
     inert=frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "init_weights"}),
     fixed={"modules_to_save": (None, [])},
 )
+_VIRTUAL_INERT = frozenset({"token_dim", "num_attention_heads", "num_layers"})
+_VIRTUAL_FIXED: Mapping[str, tuple[Any, ...]] = {"num_transformer_submodules": (None, 1), "modules_to_save": (None, [])}
 PREFIX = Schema(
     used=frozenset({"num_virtual_tokens"}),
-    inert=frozenset(
-        {"token_dim", "num_attention_heads", "num_layers", "encoder_hidden_size", "prefix_projection", "init_weights"}
-    ),
-    fixed={"num_transformer_submodules": (None, 1), "modules_to_save": (None, [])},
+    inert=_VIRTUAL_INERT | {"encoder_hidden_size", "prefix_projection", "init_weights"},
+    fixed=_VIRTUAL_FIXED,
+)
+PROMPT = Schema(
+    used=frozenset({"num_virtual_tokens"}),
+    inert=_VIRTUAL_INERT
+    | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+    fixed=_VIRTUAL_FIXED,
+)
+PTUNING = Schema(
+    used=frozenset({"num_virtual_tokens"}),
+    inert=_VIRTUAL_INERT
+    | {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"},
+    fixed=_VIRTUAL_FIXED,
 )
 
 

@@ -1,0 +1,49 @@
+"""What every method with virtual positions has on disk: one tensor, `prompt_embeddings`, with a row per position."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from weft.config import AdapterLimits
+from weft.errors import InvalidAdapter
+from weft.methods.checkpoint import scan, schema
+
+EMBEDDINGS = "prompt_embeddings"
+
+
+def read_rows(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    limits: AdapterLimits,
+    *,
+    method: str,
+    width: int,
+    width_is: str,
+) -> Tensor:
+    """The checked tensor [P, width]. method, width_is: what errors call the adapter and the width."""
+    length = schema.integer(config, "num_virtual_tokens", "PREFIX_INVALID", minimum=1)
+    if length > limits.num_virtual_tokens_max:
+        raise InvalidAdapter.rule(
+            "PREFIX_INVALID",
+            "adapter_config.num_virtual_tokens",
+            "is too large",
+            limit=limits.num_virtual_tokens_max,
+            given=length,
+        )
+    for key in tensors:
+        if key != EMBEDDINGS:
+            raise scan.refuse_unknown(key, method)
+    if EMBEDDINGS not in tensors:
+        raise scan.no_effect(method)
+    rows = tensors[EMBEDDINGS]
+    if tuple(rows.shape) != (length, width):
+        raise InvalidAdapter.rule(
+            "PREFIX_INVALID",
+            EMBEDDINGS,
+            f"must be [num_virtual_tokens, {width_is}]",
+            limit=[length, width],
+            given=list(rows.shape),
+        )
+    scan.check_values(tensors, limits)
+    return rows

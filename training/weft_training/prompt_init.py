@@ -1,0 +1,28 @@
+"""Prompt rows that begin as tokens of the base: where prompt tuning starts best (Lester et al. 2021, section 3.2)."""
+
+import torch
+from torch import Tensor
+
+from weft.methods.prompt import PromptConfig, PromptInit
+from weft.model.loader import Base
+
+
+@torch.no_grad()
+def token_rows(config: PromptConfig, base: Base, generator: torch.Generator) -> Tensor:
+    """Float32 [P, E]: what the embedding module gives for each token, its scale included.
+
+    Raises ValueError for a text without tokens.
+    """
+    ids = _token_ids(config, base, generator).to(base.device)
+    return base.model.get_input_embeddings()(ids).float()
+
+
+def _token_ids(config: PromptConfig, base: Base, generator: torch.Generator) -> Tensor:
+    """[P]: drawn from the whole vocabulary, or those of the text, repeated or cut."""
+    length = config.num_virtual_tokens
+    if config.prompt_init is PromptInit.VOCABULARY:
+        return torch.randint(base.vocab_size, (length,), generator=generator)
+    ids: list[int] = base.tokenizer(config.init_text, add_special_tokens=False)["input_ids"]  # pyright: ignore
+    if not ids:
+        raise ValueError(f"init_text: must give at least one token, given {config.init_text!r}")
+    return torch.tensor((ids * -(-length // len(ids)))[:length])

@@ -1,0 +1,88 @@
+"""Reparameterizations: not the virtual positions are trained but a module that makes them from rows R of its own.
+
+    prefix, MLP (Li and Liang 2021, section 4.3):    P = W₂ tanh(W₁ R)
+    P-tuning, MLP (PEFT's default):                  rows = W₃ relu(W₂ relu(W₁ R))
+    P-tuning, LSTM (Liu et al. 2021, section 3):     rows = W₂ relu(W₁ LSTM(R)), both directions
+
+Every W has its bias, R starts standard normal, and all widths are PEFT's. Deviation from PEFT: no dropout in the LSTM.
+What is written at the end is what the module makes; the module is dropped.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from weft.methods.prefix import PrefixConfig, PrefixParams
+from weft.methods.prompt import PromptParams
+from weft.methods.protocol import BaseShape
+from weft.methods.ptuning import Encoder, PtuningConfig
+
+
+class Reparameterization(Protocol):
+    """A module without inputs that gives a method's virtual parameters; differentiable in its own."""
+
+    def __call__(self) -> NamedTuple: ...
+
+
+class PrefixMlp(nn.Module):
+    """R [P, H·D] through the hidden layer to all layers' keys and values."""
+
+    def __init__(self, config: PrefixConfig, base: BaseShape) -> None:
+        super().__init__()
+        width = base.num_kv_heads * base.head_dim
+        hidden = config.encoder_hidden_size or width
+        self.shape = (config.num_virtual_tokens, base.num_layers, 2, base.num_kv_heads, base.head_dim)
+        self.rows = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 2 * base.num_layers * width))
+
+    def forward(self) -> PrefixParams:
+        return PrefixParams(self.mlp(self.rows).view(self.shape))
+
+
+class PromptMlp(nn.Module):
+    """R [P, E] through two hidden layers."""
+
+    def __init__(self, config: PtuningConfig, base: BaseShape) -> None:
+        super().__init__()
+        width = base.embedding_size
+        hidden = config.encoder_hidden_size or width
+        self.rows = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)
+        )
+
+    def forward(self) -> PromptParams:
+        return PromptParams(self.mlp(self.rows))
+
+
+class PromptLstm(nn.Module):
+    """R [P, E] as a sequence, read from both ends; then one hidden layer."""
+
+    def __init__(self, config: PtuningConfig, base: BaseShape) -> None:
+        super().__init__()
+        width = base.embedding_size
+        hidden = config.encoder_hidden_size or width
+        self.rows = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
+        self.lstm = nn.LSTM(width, hidden, num_layers=config.encoder_num_layers, bidirectional=True)
+        self.mlp = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+
+    def forward(self) -> PromptParams:
+        read: Tensor = self.lstm(self.rows)[0]  # [P, 2 · hidden]
+        return PromptParams(self.mlp(read))
+
+
+def begin(config: object, base: BaseShape, generator: torch.Generator) -> Reparameterization | None:
+    """The untrained module that a method's config asks for; None where the parameters themselves are trained."""
+    # torch's modules draw from the global generator; it is lent to them, seeded from ours.
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        match config:
+            case PrefixConfig(prefix_projection=True):
+                return PrefixMlp(config, base)
+            case PtuningConfig(encoder=Encoder.MLP):
+                return PromptMlp(config, base)
+            case PtuningConfig(encoder=Encoder.LSTM):
+                return PromptLstm(config, base)
+            case _:
+                return None
