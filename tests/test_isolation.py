@@ -1,7 +1,7 @@
 """A request's answer does not depend on its neighbours.
 
 Over a real channel: 64 concurrent greedy requests over the base and adapters of every method there is give exactly
-the tokens that each gives alone (a token may differ only where the two best logits are closer than the base's rounding).
+the tokens that each gives alone (a token may differ only where the two best logits are closer than the base rounds).
 At a fixed batch shape, bit for bit: a row's logits are the same whatever adapters its neighbours use.
 """
 

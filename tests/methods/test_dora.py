@@ -140,7 +140,13 @@ def test_the_base_is_read_where_the_shape_says() -> None:
     """BaseShape.read_through: every function of the base's weight runs inside what was given."""
     site = Site(0, "s", I, O, read_base=ReadModule(module()))
     shape = BaseShape(
-        sites={"s": site, "t": Site(1, "t", I, O)}, num_layers=1, num_kv_heads=1, head_dim=1, digest="", name=""
+        sites={"s": site, "t": Site(1, "t", I, O)},
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=1,
+        embedding_size=1,
+        digest="",
+        name="",
     )
     ran: list[str] = []
 

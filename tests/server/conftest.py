@@ -168,7 +168,7 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
     for left in found - adapters:  # so that one test's failure is not the next one's
         live.client.unregister(left, mode="UNREGISTER_MODE_CANCEL", allow_missing=True)
     assert found == adapters
-    assert live.staging() == []
+    wait_until(lambda: live.staging() == [])
     wait_until(lambda: live.application.generation.num_requests == 0)
     store = AdapterStore(live.config.store, live.config.adapters)
     generations = {manifest.generation for manifest in store.read_catalog().manifests.values()}
