@@ -3,11 +3,12 @@
 Shape legend of the whole code base: `T` rows (tokens) of the flattened batch, `B` requests, `L` layers, `I`/`O` in and
 out features of a site, `R` rank, `S` adapter slots, `H` heads, `D` head dim, `P` virtual positions, `N` entries.
 
-A *site* is one wrapped linear module of the base. A method acts at a site through up to two pure functions that return
-the delta, never the sum:
+A *site* is one wrapped linear module of the base. A method acts at a site through pure functions that return the delta,
+never the sum:
 
-    pre(params, x)      added to the input of the base weight:    x' = x + Σ gate · pre(x)
-    post(params, x, y)  added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
+    pre(params, x)         added to the input of the base weight:    x' = x + Σ gate · pre(x)
+    post(params, x, y)     added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
+    after(params, y, r)    added to a sublayer's output y; r is the residual stream that entered the sublayer
 
 Every delta sees the base output `y` and the input `x` as it was before any `pre`; never another adapter's work.
 A method that has no site (prefix tuning) acts through *virtual positions*: keys and values before position 0.
@@ -24,12 +25,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One wrapped linear module. `name` is its module path in the base, `index` its row in the slot tables."""
+    """One wrapped linear module. `name` is its module path in the base, `index` its row in the slot tables.
+
+    sublayer: "attention" or "mlp" where the site's output is what that sublayer adds to the residual stream, else "".
+    layer: which decoder layer that is; None where `sublayer` is "".
+    norm: module path of the norm that opens the sublayer, whose input is the residual; "" where no norm has that place.
+    """
 
     index: int
     name: str
     in_features: int
     out_features: int
+    sublayer: str = ""
+    layer: int | None = None
+    norm: str = ""
 
     @property
     def suffix(self) -> str:
@@ -60,6 +69,15 @@ class DeltaKind(IntEnum):
     SCALE_OUTPUT = 2
     SCALE_INPUT = 3
     BIAS = 4
+    BOTTLENECK = 5
+    BOTTLENECK_SUM = 6
+    BOTTLENECK_RESIDUAL = 7
+    BOTTLENECK_NORMED = 8
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether it needs the residual stream that entered the site's sublayer."""
+        return self in (DeltaKind.BOTTLENECK_SUM, DeltaKind.BOTTLENECK_RESIDUAL)
 
 
 class Packed(NamedTuple):
@@ -89,16 +107,19 @@ class Method:
         method's; unpack is its inverse, as views.
     virtual(params) gives the keys and values of a method that adds virtual positions.
     rank(params) is one site's rank; 0 for methods without one.
+    reads_residual(params) says whether `after` needs r at that site; where it does not, r may be None.
     """
 
     name: str
     peft_type: str
     pre: Callable[[Any, Tensor], Tensor | None] | None = None
     post: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None
+    after: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
     pack: Callable[[Any, torch.dtype], tuple[Packed, ...]] | None = None
     unpack: Callable[[tuple[Packed, ...]], Any] | None = None
     virtual: Callable[[Any], VirtualKV] | None = None
     rank: Callable[[Any], int] = lambda params: 0
+    reads_residual: Callable[[Any], bool] = lambda params: False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

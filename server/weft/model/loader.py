@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import logging as transformers_logging
 
 from weft.config import ModelConfig, Quantization
+from weft.methods import sublayers
 from weft.methods.inject import AdapterContext, inject, linear_sites
 from weft.methods.protocol import BaseShape
 
@@ -65,7 +66,7 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     model.eval().requires_grad_(False)
     text_config = hf_config.get_text_config()
     context = AdapterContext()
-    sites = linear_sites(model, exclude=_output_modules(model))
+    sites = sublayers.mark(model, linear_sites(model, exclude=_output_modules(model)))
     inject(model, sites, context)
     num_heads = text_config.num_attention_heads
     shape = BaseShape(
