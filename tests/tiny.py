@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from weft.methods import ia3, lora, prefix
+from weft.methods import bottleneck, ia3, lora, prefix
 from weft.methods.protocol import Adapter, BaseShape
 
 VOCAB_SIZE = 128
@@ -113,3 +113,18 @@ def random_prefix(base: BaseShape, *, length: int, seed: int) -> Adapter:
     config = prefix.PrefixConfig(num_virtual_tokens=length, init_std=1.0)
     params = prefix.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=prefix.METHOD, config=config, sites={}, prefix=params)
+
+
+def random_bottleneck(base: BaseShape, config: bottleneck.BottleneckConfig, *, seed: int) -> Adapter:
+    """A bottleneck adapter with a visible effect wherever its config places one."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = {}
+    for site in bottleneck.places(config, base.sites.values()):
+        params = bottleneck.init(config, site, generator)
+        randoms = {
+            name: getattr(params, name) + 0.2 * torch.randn(getattr(params, name).shape, generator=generator)
+            for name in ("down_bias", "up", "up_bias", "norm", "norm_bias")
+            if getattr(params, name) is not None
+        }
+        sites[site.name] = params._replace(**randoms)
+    return Adapter(method=bottleneck.METHOD, config=config, sites=sites)

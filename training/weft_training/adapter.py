@@ -14,14 +14,15 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weft.config import AdapterLimits
-from weft.methods import ia3, lora, prefix
+from weft.methods import bottleneck, ia3, lora, prefix
 from weft.methods.checkpoint import directory
+from weft.methods.checkpoint.bottleneck import require_places
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Adapter, BaseShape, Method
 from weft.model.loader import Base
 
 SiteConfig = lora.LoraConfig | ia3.Ia3Config
-MethodConfig = SiteConfig | prefix.PrefixConfig
+MethodConfig = SiteConfig | prefix.PrefixConfig | bottleneck.BottleneckConfig
 
 
 class _Kind(NamedTuple):
@@ -36,6 +37,7 @@ _KINDS: Mapping[type, _Kind] = MappingProxyType(
         lora.LoraConfig: _Kind(lora.METHOD, lora.init),
         ia3.Ia3Config: _Kind(ia3.METHOD, ia3.init),
         prefix.PrefixConfig: _Kind(prefix.METHOD, prefix.init),
+        bottleneck.BottleneckConfig: _Kind(bottleneck.METHOD, bottleneck.init),
     }
 )
 
@@ -48,6 +50,7 @@ USUAL: Mapping[str, MethodConfig] = MappingProxyType(
             target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)
         ),
         prefix.METHOD.name: prefix.PrefixConfig(),
+        bottleneck.METHOD.name: bottleneck.BottleneckConfig(),
     }
 )
 
@@ -60,11 +63,16 @@ def method_of(config: MethodConfig) -> Method:
 def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) -> Adapter:
     """An untrained adapter for a base. Empty `target_modules` means every site.
 
-    Raises ValueError for a target that no site is called.
+    Raises ValueError for a target that no site is called, and InvalidAdapter where a bottleneck has no place.
     """
     kind = _KINDS[type(config)]
     if kind.method.virtual is not None:
         return Adapter(method=kind.method, config=config, sites={}, prefix=kind.init(config, shape, generator))
+    if isinstance(config, bottleneck.BottleneckConfig):
+        require_places(config, shape)
+        places = bottleneck.places(config, shape.sites.values())
+        params = {site.name: kind.init(config, site, generator) for site in places}
+        return Adapter(method=kind.method, config=config, sites=params)
     suffixes = {site.suffix for site in shape.sites.values()}
     config = cast(SiteConfig, config)
     targets = config.target_modules or tuple(sorted(suffixes))

@@ -21,7 +21,7 @@ app = typer.Typer(
 @app.command()
 def train(
     base: Annotated[Path, typer.Option(help="Hugging Face model directory.")],
-    method: Annotated[str, typer.Option(help="lora, ia3 or prefix.")],
+    method: Annotated[str, typer.Option(help="lora, ia3, prefix or bottleneck.")],
     data: Annotated[Path, typer.Option(help="JSON Lines: prompt and completion, or text.")],
     output: Annotated[Path, typer.Option(help="PEFT directory to make.")],
     rank: Annotated[int | None, typer.Option(help="[lora] Rank of the update.")] = None,
@@ -34,6 +34,17 @@ def train(
     ] = None,
     num_virtual_tokens: Annotated[int | None, typer.Option(help="[prefix] Number of virtual positions.")] = None,
     init_std: Annotated[float | None, typer.Option(help="[prefix] Spread of their first keys and values.")] = None,
+    form: Annotated[
+        str | None, typer.Option(help="[bottleneck] serial, parallel, sum or residual: what it reads, and its norm.")
+    ] = None,
+    activation: Annotated[str | None, typer.Option(help="[bottleneck] relu, gelu or silu.")] = None,
+    sublayers: Annotated[str | None, typer.Option(help="[bottleneck] attention, mlp or both, with a comma.")] = None,
+    reduction_factor: Annotated[
+        float | None, typer.Option(help="[bottleneck] Hidden size over the bottleneck's size.")
+    ] = None,
+    bottleneck_size: Annotated[int | None, typer.Option("--size", help="[bottleneck] Its size itself.")] = None,
+    leave_out: Annotated[str | None, typer.Option(help="[bottleneck] Layers without one, from 0, with commas.")] = None,
+    scaling: Annotated[float | None, typer.Option(help="[bottleneck] Constant factor of what it adds.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate; ia3 and prefix want about ten times lora's.")] = 2e-4,
@@ -59,6 +70,13 @@ def train(
         "feedforward_modules": _names(feedforward_modules),
         "num_virtual_tokens": num_virtual_tokens,
         "init_std": init_std,
+        "form": form,
+        "activation": activation,
+        "sublayers": _names(sublayers),
+        "reduction_factor": reduction_factor,
+        "size": bottleneck_size,
+        "leave_out": leave_out,
+        "scaling": scaling,
     }
     try:
         config = TrainConfig(
@@ -100,4 +118,21 @@ def _method_config(method: str, given: dict[str, Any]) -> "MethodConfig":
     for name in given:
         if name not in {field.name for field in dataclasses.fields(usual)}:
             raise ValueError(f"--{name.replace('_', '-')}: the method {method} has none")
-    return dataclasses.replace(usual, **given)
+    return dataclasses.replace(usual, **{name: _value(name, value) for name, value in given.items()})
+
+
+def _value(name: str, value: Any) -> Any:
+    """An option's text as the config has it; ValueError naming what it must be."""
+    from weft.methods.bottleneck import Activation, Form
+
+    members = {"form": Form, "activation": Activation}.get(name)
+    if members is not None:
+        if value not in list(members):
+            raise ValueError(f"--{name}: must be one of {', '.join(members)}, given {value!r}")
+        return members(value)
+    if name == "leave_out":
+        layers = value.replace(" ", "").split(",")
+        if not all(layer.isascii() and layer.isdecimal() for layer in layers):
+            raise ValueError(f"--leave-out: must be layer numbers, given {value!r}")
+        return tuple(map(int, layers))
+    return value

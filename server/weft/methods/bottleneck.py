@@ -9,8 +9,8 @@ With h the sublayer's output and r the residual stream that entered the sublayer
     sum         h + f(h + r) + r    Pfeiffer et al. 2020, arXiv:2005.00247, as AdapterHub's SeqBn does it before norms
     residual    h + f(r) + r        "parallel" in He et al. 2021, arXiv:2110.04366; AdapterHub's ParBn
 
-Deviations: Houlsby's section 2.1 has no LN inside f, the owner's formula has; the owner counts 2rd + 2r parameters, here
-they are 2rd + r + d, and 2d more with the LN. `parallel` has no zero-delta start: it begins as LN(h).
+Deviations: Houlsby's section 2.1 has no LN inside f, the owner's formula has; the owner counts 2rd + 2r parameters,
+here they are 2rd + r + d, and 2d more with the LN. `parallel` has no zero-delta start: it begins as LN(h).
 """
 
 import math
@@ -71,7 +71,9 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         if not self.sublayers or not set(self.sublayers) <= {"attention", "mlp"}:
-            raise ValueError(f"sublayers: must name attention, mlp or both, given {', '.join(self.sublayers) or 'none'}")
+            raise ValueError(
+                f"sublayers: must name attention, mlp or both, given {', '.join(self.sublayers) or 'none'}"
+            )
         if self.size is not None and (self.size < 1 or self.reduction_factors):
             raise ValueError(f"size: must be at least 1, and alone without reduction_factors, given {self.size}")
         for factor in (self.reduction_factor, *self.reduction_factors.values()):
@@ -109,7 +111,7 @@ def places(config: BottleneckConfig, sites: Iterable[Site]) -> list[Site]:
 
 
 def init(config: BottleneckConfig, site: Site, generator: torch.Generator | None = None) -> BottleneckParams:
-    """W_down uniform as torch.nn.Linear draws it, W_up and the biases zero, the LN's gain 1: f starts at exactly zero."""
+    """W_down uniform as torch.nn.Linear draws it, W_up and biases zero, the LN's gain 1: f starts at exactly zero."""
     size, features = config.size_at(site), site.out_features
     bound = 1 / math.sqrt(features)
     return BottleneckParams(
@@ -127,7 +129,7 @@ def init(config: BottleneckConfig, site: Site, generator: torch.Generator | None
 
 
 def delta(params: BottleneckParams, h: Tensor, r: Tensor | None) -> Tensor:
-    """What the adapter adds to the sublayer's output `h` [*T, H]; `r` [*T, H] is the residual that entered the sublayer.
+    """What the adapter adds to the sublayer's output `h` [*T, H]; `r` [*T, H] is the residual that entered it.
 
     Differentiable in `params`, `h` and `r`; `r` may be None where the form does not read it.
     """

@@ -37,9 +37,7 @@ class ReferenceDriver(NamedTuple):
         """Whether any segment reads the residual stream anywhere."""
         return any(segment.method.reads_residual(p) for segment in self.segments for p in segment.params.values())
 
-    def apply(
-        self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None
-    ) -> Tensor:
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Nothing that is given is written.
 
         residual: the stream that entered the site's sublayer [..., O]; None where it has none or nobody reads it.

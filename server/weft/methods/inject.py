@@ -19,9 +19,7 @@ class Driver(Protocol):
         """Whether the residual stream is to be kept for `apply`."""
         ...
 
-    def apply(
-        self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None
-    ) -> Tensor:
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output [..., O] for its input `x` [..., I].
 
         residual: the stream that entered the site's sublayer [..., O], where the driver needs it and the site has it.

@@ -68,12 +68,12 @@ def _marked(site: Site, model: nn.Module, layers: Sequence[str], trace: _Trace) 
 
 
 def _was_added(noise: Tensor, stream: Tensor, later: Sequence[Tensor]) -> bool:
-    """Whether the stream with the noise comes by later, up to rounding: of the noise's size, however large the stream."""
+    """Whether the stream with the noise comes by later. What differs is rounding, small beside the noise."""
     return any((one - stream - noise).norm() < 0.1 * noise.norm() for one in later)
 
 
 def _sublayer(site: Site, layer: str, model: nn.Module) -> str:
-    """Attention is where, inside the layer, a module knows its layer's index: it needs it to find its keys and values."""
+    """Attention is where, inside the layer, a module knows its layer's index: to find its keys and values."""
     path = site.name.removeprefix(layer + ".").split(".")[:-1]
     inside = (".".join([layer, *path[:depth]]) for depth in range(1, len(path) + 1))
     return "attention" if any(hasattr(model.get_submodule(name), "layer_idx") for name in inside) else "mlp"

@@ -61,10 +61,8 @@ class CpuDriver:
         """Whether any resident adapter reads the residual stream."""
         return self._slots.num_residual_readers > 0
 
-    def apply(
-        self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None
-    ) -> Tensor:
-        """The site's output for `x` [1, T, I] and its sublayer's residual [1, T, O]; written into what `base` returns."""
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
         num_entries = self._slots.num_entries[site.index]
         if not num_entries:
             return base(x)
