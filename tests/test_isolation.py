@@ -20,6 +20,8 @@ from tests.serving import Row, Step
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
 from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.catalog import METHODS
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader, paged_attention
@@ -47,7 +49,11 @@ def _adapters(base: BaseShape) -> dict[str, Adapter]:
         "dora-head": tiny.random_dora(base, rank=1, seed=23, targets=("lm_head",)),
         "bitfit": tiny.random_bitfit(base, seed=24),
     }
-    return {**loras, **ia3s, **prefixes, **prompts, **others}
+    bottlenecks = {
+        f"bottleneck-{form.value}": tiny.random_bottleneck(base, BottleneckConfig(form=form, size=3 + i), seed=25 + i)
+        for i, form in enumerate(Form)
+    }
+    return {**loras, **ia3s, **prefixes, **prompts, **others, **bottlenecks}
 
 
 class _Ask(NamedTuple):
@@ -109,7 +115,7 @@ async def test_concurrent_requests_answer_as_alone(quantization: Quantization, t
     )
     model, runner = build_model(config)
     adapters = _adapters(model.shape)
-    assert len(adapters) >= 12
+    assert {adapter.method.name for adapter in adapters.values()} == METHODS.keys()
     for adapter_id, adapter in adapters.items():
         directory.write(adapter, config.store / "src" / adapter_id, model.shape)
     async with (

@@ -19,6 +19,7 @@ from tests.serving import Row, Step
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 
@@ -83,6 +84,8 @@ def _mixed(base: loader.Base, count: int) -> list[Adapter | None]:
         lambda seed: tiny.random_prompt(base.shape, length=1 + seed, seed=seed),
         lambda seed: tiny.random_dora(base.shape, rank=1 + seed % 16, seed=seed),
         lambda seed: tiny.random_bitfit(base.shape, seed=seed),
+        lambda seed: tiny.random_bottleneck(base.shape, BottleneckConfig(size=1 + seed % 8), seed=seed),
+        lambda seed: tiny.random_bottleneck(base.shape, BottleneckConfig(form=Form.SUM, size=2), seed=seed),
         lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 4, seed=seed, lora_bias=True),
         lambda seed: tiny.random_lora(base.shape, rank=1 + seed % 4, seed=seed, targets=("lm_head",)),
     ]
@@ -101,7 +104,7 @@ def test_calls_do_not_grow_with_adapters(base: loader.Base) -> None:
 
 def test_calls_of_mixed_methods_do_not_grow(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
-    assert _calls(step, _mixed(base, 56)) == _calls(step, _mixed(base, 8))
+    assert _calls(step, _mixed(base, 60)) == _calls(step, _mixed(base, 10))
 
 
 def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from weft.methods import bitfit, dora, ia3, lora, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 
 VOCAB_SIZE = 128
@@ -163,3 +163,18 @@ def random_ptuning(base: BaseShape, *, length: int, seed: int) -> Adapter:
     config = ptuning.PtuningConfig(num_virtual_tokens=length)
     params = ptuning.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=ptuning.METHOD, config=config, sites={}, prefix=params)
+
+
+def random_bottleneck(base: BaseShape, config: bottleneck.BottleneckConfig, *, seed: int) -> Adapter:
+    """A bottleneck adapter with a visible effect wherever its config places one."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = {}
+    for site in bottleneck.places(config, base.sites.values()):
+        params = bottleneck.init(config, site, generator)
+        randoms = {
+            name: getattr(params, name) + 0.2 * torch.randn(getattr(params, name).shape, generator=generator)
+            for name in ("down_bias", "up", "up_bias", "norm", "norm_bias")
+            if getattr(params, name) is not None
+        }
+        sites[site.name] = params._replace(**randoms)
+    return Adapter(method=bottleneck.METHOD, config=config, sites=sites)

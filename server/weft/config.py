@@ -101,6 +101,7 @@ class AdapterLimits:
     metadata_bytes_max: int = 16 * 1024
     num_tensors_max: int = 8192
     rank_max: int = 64
+    bottleneck_size_max: int = 2048
     scaling_max: float = 64.0
     weight_abs_max: float = 1e3
     num_virtual_tokens_max: int = 256

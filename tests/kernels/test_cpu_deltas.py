@@ -21,6 +21,8 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 NAN = float("nan")
 SIZE_IN, SIZE_OUT = 200, 548  # no multiples of 32; several chunks of outputs
 RANKS = (1, 3, 8, 16, 64)
+BOTTLENECKS = (Kind.BOTTLENECK, Kind.BOTTLENECK_SUM, Kind.BOTTLENECK_RESIDUAL, Kind.BOTTLENECK_NORMED)
+ACTIVATIONS = (torch.nn.functional.relu, torch.nn.functional.gelu, torch.nn.functional.silu)  # by number
 Entries = list[tuple[int, float]]  # (slot, gate) of one row
 
 
@@ -47,10 +49,12 @@ def slots_of(adapters: list[Adapter], weight_dtype: torch.dtype) -> Slots:
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
-    rows = [
-        (int(kind), len(a) if kind is Kind.LORA and a is not None else 0, address(a), address(b))
-        for kind, a, b in adapters
-    ]
+    def rank(kind: Kind, a: Tensor | None) -> int:
+        if a is None or not (kind is Kind.LORA or kind in BOTTLENECKS):
+            return 0
+        return len(a) if kind is Kind.LORA else len(a) // 2
+
+    rows = [(int(kind), rank(kind, a), address(a), address(b)) for kind, a, b in adapters]
     site = deltas.Site(
         table=torch.tensor(rows, dtype=torch.int64), size_in=SIZE_IN, size_out=SIZE_OUT, weight_dtype=weight_dtype
     )
@@ -63,6 +67,15 @@ def lora(rank: int, weight_dtype: torch.dtype) -> Adapter:
     return Adapter(Kind.LORA, a.to(weight_dtype), b.to(weight_dtype))
 
 
+def bottleneck(kind: Kind, rank: int, activation: int, weight_dtype: torch.dtype, *, norm: bool) -> Adapter:
+    has_norm = norm or kind is Kind.BOTTLENECK_NORMED
+    down, up = torch.randn(rank, SIZE_OUT) * SIZE_OUT**-0.5, torch.randn(rank, SIZE_OUT) * rank**-0.5
+    vectors = [torch.tensor([activation, has_norm, 1e-5]), torch.randn(rank), torch.randn(SIZE_OUT)]
+    if has_norm:
+        vectors += [1 + torch.randn(SIZE_OUT) / 4, torch.randn(SIZE_OUT)]
+    return Adapter(kind, torch.cat([down, up]).to(weight_dtype), torch.cat(vectors))
+
+
 def mixed_adapters(weight_dtype: torch.dtype) -> list[Adapter]:
     """Every rank and kind; the input scale and the idle slot do nothing in `post`."""
     return [
@@ -72,7 +85,22 @@ def mixed_adapters(weight_dtype: torch.dtype) -> list[Adapter]:
         Adapter(Kind.NOTHING),
         Adapter(Kind.INPUT_SCALE, 1 + torch.randn(SIZE_IN) / 4),
         lora(8, weight_dtype),
+        *(
+            bottleneck(kind, rank, activation, weight_dtype, norm=norm)
+            for kind, rank, activation, norm in zip(
+                (*BOTTLENECKS, *BOTTLENECKS),
+                (8, 3, 1, 16, 33, 7, 64, 2),
+                (0, 1, 2, 0, 1, 2, 0, 2),
+                (1, 0, 1, 1, 0, 1, 0, 1),
+                strict=True,
+            )
+        ),
     ]
+
+
+def residual_of(y: Tensor) -> Tensor:
+    """A residual stream that goes with its row, wherever a test puts that."""
+    return y.flip(-1)
 
 
 def rows_of(entries: Sequence[Entries]) -> deltas.Rows:
@@ -89,6 +117,8 @@ def batch_of(popularity: str, size: int, num_slots: int) -> list[Entries]:
     """Who takes which adapter: punica's axes, and compositions of up to eight."""
     if popularity == "identical":
         return [[(3, 1.0)]] * size
+    if popularity == "networks":  # runs of every bottleneck
+        return [[(10 + t // 5 % 8, 1.0)] for t in range(size)]
     if popularity == "distinct":
         return [[(t % num_slots, 1.0)] for t in range(size)]
     if popularity == "uniform":
@@ -116,7 +146,26 @@ def reference(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) ->
                 out[t] += gate * (a.double() - 1) * y[t].double()
             elif kind is Kind.BIAS and a is not None:
                 out[t] += gate * a.double()
+            elif kind in BOTTLENECKS and a is not None and b is not None:
+                out[t] += gate * bottleneck_delta(kind, a.double(), b, y[t].double(), residual_of(y)[t].double())
     return out
+
+
+def bottleneck_delta(kind: Kind, a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    """One row's, in float64."""
+    rank, size = len(a) // 2, a.shape[1]
+    activation, has_norm, eps = b[:3].tolist()
+    down_bias, up_bias, *norm = b.double()[3:].split([rank, size, *([size, size] if has_norm else [])])
+
+    def f(z: Tensor) -> Tensor:
+        return ACTIVATIONS[int(activation)](a[:rank] @ z + down_bias) @ a[rank:] + up_bias
+
+    def normed(z: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(z, (size,), *norm, eps) if norm else z
+
+    if kind is Kind.BOTTLENECK_NORMED:
+        return normed(y + f(y)) - y
+    return f(normed({Kind.BOTTLENECK: y, Kind.BOTTLENECK_SUM: y + r, Kind.BOTTLENECK_RESIDUAL: r}[kind]))
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
@@ -127,7 +176,7 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 
 def run(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) -> Tensor:
     out = y.clone()
-    deltas.post(x, out, rows_of(entries), slots.site)
+    deltas.post(x, out, rows_of(entries), slots.site, residual_of(y))
     return out
 
 
@@ -146,7 +195,7 @@ def num_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 67])
-@pytest.mark.parametrize("popularity", ["identical", "distinct", "uniform", "zipf", "composed"])
+@pytest.mark.parametrize("popularity", ["identical", "networks", "distinct", "uniform", "zipf", "composed"])
 @pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_post_is_the_formula(dtype: torch.dtype, weight_dtype: torch.dtype, popularity: str, size: int) -> None:
@@ -194,7 +243,7 @@ def rows_with_others_in_their_bits(
     ]
 
 
-@pytest.mark.parametrize("popularity", ["identical", "zipf", "composed"])
+@pytest.mark.parametrize("popularity", ["identical", "networks", "zipf", "composed"])
 @pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_a_rows_bits_are_its_own(
@@ -229,21 +278,35 @@ def test_the_bit_detector_detects() -> None:
     assert rows_with_others_in_their_bits(post, x, y, [[(0, 1.0)]] * 20)
 
 
+@pytest.mark.parametrize("poisoned", ["lora", *BOTTLENECKS])
 @pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-def test_a_zero_gate_and_an_unused_slot_contribute_nothing(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_a_zero_gate_and_an_unused_slot_contribute_nothing(
+    dtype: torch.dtype, weight_dtype: torch.dtype, poisoned: str | Kind
+) -> None:
     poison = [
         Adapter(Kind.LORA, *(torch.full((8, size), NAN, dtype=weight_dtype) for size in (SIZE_IN, SIZE_OUT))),
         Adapter(Kind.OUTPUT_SCALE, torch.full((SIZE_OUT,), NAN)),
         Adapter(Kind.BIAS, torch.full((SIZE_OUT,), NAN)),
+        *(
+            Adapter(
+                kind,
+                torch.full((2 * 8, SIZE_OUT), NAN, dtype=weight_dtype),
+                torch.cat([torch.tensor([1.0, 1.0, 1e-5]), torch.full((8 + 3 * SIZE_OUT,), NAN)]),
+            )
+            for kind in BOTTLENECKS
+        ),
     ]
-    slots = slots_of([*mixed_adapters(weight_dtype), *poison], weight_dtype)
-    bad, good = [(slot, 0.0) for slot in (10, 11, 12)], [(2, 1.0)]
+    mixed = mixed_adapters(weight_dtype)
+    slots = slots_of([*mixed, *poison], weight_dtype)
+    lora_nan, scale_nan, bias_nan, *networks_nan = range(len(mixed), len(mixed) + len(poison))
+    bad, good = [(slot, 0.0) for slot in (lora_nan, scale_nan, bias_nan, *networks_nan)], [(2, 1.0)]
     x, y = torch.randn(11, SIZE_IN).to(dtype), torch.randn(11, SIZE_OUT).to(dtype)
     bits(y)[[1, 7]] = 0x7F800001 if dtype is FLOAT32 else 0x7F81  # a signalling NaN, which any arithmetic would quiet
     # Rows of one list of slots are computed as one block of four; in it, gates differ by row.
-    entries = [[(10, 1.0), (2, 1.0)], [(10, 0.0), (2, 0.0)], [(10, 0.0), (2, 1.0)], [(10, -0.0), (2, 2.0)]]
-    entries += [bad, [*bad, *good], good, [], [(7, 1.0), (8, 1.0)], good, [*good, (11, 0.0)]]
+    nan = networks_nan[BOTTLENECKS.index(poisoned)] if isinstance(poisoned, Kind) else lora_nan
+    entries = [[(nan, 1.0), (2, 1.0)], [(nan, 0.0), (2, 0.0)], [(nan, 0.0), (2, 1.0)], [(nan, -0.0), (2, 2.0)]]
+    entries += [bad, [*bad, *good], good, [], [(7, 1.0), (8, 1.0)], good, [*good, (scale_nan, 0.0)]]
     without = [[(slot, gate) for slot, gate in row if gate] for row in entries]
     got, expected = run(x, y, entries, slots), run(x, y, without, slots)
     assert torch.equal(bits(got[1:]), bits(expected[1:]))
@@ -268,7 +331,10 @@ def test_rows_may_be_strided_and_their_surroundings_stay(dtype: torch.dtype) -> 
     wide_x, wide_y = torch.randn(11, SIZE_IN + 9).to(dtype), torch.randn(1, 11, SIZE_OUT + 5).to(dtype)
     x, y = wide_x[:, 3 : 3 + SIZE_IN], wide_y[:, :, 2 : 2 + SIZE_OUT]
     before, expected = wide_y.clone(), run(x.contiguous(), y[0].contiguous(), entries, slots)
-    deltas.post(x, y, rows_of(entries), slots.site)
+    wide_r = torch.randn(11, SIZE_OUT + 3).to(dtype)
+    r = wide_r[:, 1 : 1 + SIZE_OUT]
+    r.copy_(residual_of(y[0]))
+    deltas.post(x, y, rows_of(entries), slots.site, r)
     assert torch.equal(y[0], expected)
     wide_y[:, :, 2 : 2 + SIZE_OUT] = before[:, :, 2 : 2 + SIZE_OUT]
     assert torch.equal(wide_y, before)
@@ -306,7 +372,10 @@ def test_misuse_is_named() -> None:
         ("y: carries a gradient", lambda: deltas.post(x, y.clone().requires_grad_(), rows, site)),
         ("out: needs memory of its own", lambda: deltas.pre(x, x, rows, site)),
         ("out: needs .2, 200", lambda: deltas.pre(x, y, rows, site)),
-        ("slots: one is outside", lambda: deltas.post(x, y, rows_of([[(0, 1.0)], [(10, 1.0)]]), site)),
+        ("slots: one is outside", lambda: deltas.post(x, y, rows_of([[(0, 1.0)], [(len(table), 1.0)]]), site)),
+        ("residual: a slot of these rows", lambda: deltas.post(x, y, rows_of([[(0, 1.0)], [(11, 1.0)]]), site)),
+        ("residual: needs .2, 548", lambda: deltas.post(x, y, rows, site, x)),
+        ("residual: needs the dtype of x", lambda: deltas.post(x, y, rows, site, y.bfloat16())),
         ("slots: one is outside", lambda: deltas.pre(x, x.clone(), rows_of([[(0, 1.0)], [(-1, 1.0)]]), site)),
         ("rank of at least 1", lambda: deltas.post(x, y, rows, rank_zero())),
         ("offsets: need to begin", lambda: deltas.post(x, y, tampered(offsets=torch.tensor([0, 1, 9]).int()), site)),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
 from weft.methods.bitfit import BitfitConfig
+from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.checkpoint import directory
 from weft.methods.dora import DoraConfig
 from weft.methods.ia3 import Ia3Config
@@ -104,6 +105,9 @@ RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
     "prefix": lambda shape: tiny.random_prefix(shape, length=7, seed=3),
     "prompt": lambda shape: tiny.random_prompt(shape, length=5, seed=4),
     "ptuning": lambda shape: tiny.random_ptuning(shape, length=19, seed=5),
+    "bottleneck": lambda shape: tiny.random_bottleneck(shape, BottleneckConfig(size=4), seed=9),
+    "bottleneck, parallel": lambda shape: tiny.random_bottleneck(shape, BottleneckConfig(form=Form.PARALLEL), seed=10),
+    "bottleneck, residual": lambda shape: tiny.random_bottleneck(shape, BottleneckConfig(form=Form.RESIDUAL), seed=11),
 }
 
 

@@ -41,6 +41,7 @@ LEARNING_RATES = {
     "lora": 2e-2,
     "dora": 2e-2,
     "bitfit": 1e-1,
+    "bottleneck": 2e-2,
     "ia3": 2e-1,
     "prefix": 2e-1,
     "prompt": 1e-1,

@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weft.config import AdapterLimits
-from weft.methods import bitfit, dora, ia3, lora, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning
 from weft.methods.checkpoint import directory
+from weft.methods.checkpoint.bottleneck import require_places
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Adapter, BaseShape, Method, SiteKind, SoftRows, VirtualKV
 from weft.model.loader import Base
@@ -23,7 +24,8 @@ from weft_training import prompt_init, reparameterization
 from weft_training.reparameterization import Reparameterization
 
 SiteConfig = lora.LoraConfig | dora.DoraConfig | ia3.Ia3Config | bitfit.BitfitConfig
-MethodConfig = SiteConfig | prefix.PrefixConfig | prompt.PromptConfig | ptuning.PtuningConfig
+VirtualConfig = prefix.PrefixConfig | prompt.PromptConfig | ptuning.PtuningConfig
+MethodConfig = SiteConfig | VirtualConfig | bottleneck.BottleneckConfig
 
 
 class _Kind(NamedTuple):
@@ -50,6 +52,7 @@ _KINDS: Mapping[type, _Kind] = MappingProxyType(
         prefix.PrefixConfig: _Kind(prefix.METHOD, prefix.init),
         prompt.PromptConfig: _Kind(prompt.METHOD, prompt.init),
         ptuning.PtuningConfig: _Kind(ptuning.METHOD, ptuning.init),
+        bottleneck.BottleneckConfig: _Kind(bottleneck.METHOD, bottleneck.init),
     }
 )
 
@@ -66,6 +69,7 @@ USUAL: Mapping[str, MethodConfig] = MappingProxyType(
         prefix.METHOD.name: prefix.PrefixConfig(),
         prompt.METHOD.name: prompt.PromptConfig(),
         ptuning.METHOD.name: ptuning.PtuningConfig(),
+        bottleneck.METHOD.name: bottleneck.BottleneckConfig(),
     }
 )
 
@@ -97,11 +101,16 @@ def method_of(config: MethodConfig) -> Method:
 def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) -> Adapter:
     """An untrained adapter for a base. Empty `target_modules` means every linear module, for BitFit every norm too.
 
-    Raises ValueError for a target that no site is called.
+    Raises ValueError for a target that no site is called, and InvalidAdapter where a bottleneck has no place.
     """
     kind = _KINDS[type(config)]
     if kind.method.virtual is not None:
         return Adapter(method=kind.method, config=config, sites={}, prefix=kind.init(config, shape, generator))
+    if isinstance(config, bottleneck.BottleneckConfig):
+        require_places(config, shape)
+        places = bottleneck.places(config, shape.sites.values())
+        params = {site.name: kind.init(config, site, generator) for site in places}
+        return Adapter(method=kind.method, config=config, sites=params)
     suffixes = {site.suffix for site in shape.of_kind(*kind.takes)}
     config = cast(SiteConfig, config)
     targets = config.target_modules or tuple(sorted({site.suffix for site in shape.of_kind(*kind.usual)}))

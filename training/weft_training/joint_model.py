@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from weft.methods.driver import Segment
+from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Method, Site
 from weft.model.loader import Base
 from weft_training.adapter import AdaptedModel
@@ -52,15 +52,22 @@ class SpanDriver(NamedTuple):
     segments: Sequence[Segment]
     sizes: Sequence[int]
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Neither x nor y is written."""
+    @property
+    def needs_residual(self) -> bool:
+        """Whether any segment reads the residual stream anywhere."""
+        return ReferenceDriver(self.segments).needs_residual
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Nothing given is written."""
         if not any(site.name in segment.params for segment in self.segments):
             return base(x)
         here = [(segment.method, segment.params.get(site.name)) for segment in self.segments]
         rows, spans = self._split(x)
         y = base(_sum(rows, spans, [_pre(*of, span) for of, span in zip(here, spans, strict=True)]).view_as(x))
         y_rows, y_spans = self._split(y)
-        added = [_post(*of, span, y_span) for of, span, y_span in zip(here, spans, y_spans, strict=True)]
+        r_spans = [None] * len(spans) if residual is None else self._split(residual)[1]
+        parts = zip(here, spans, y_spans, r_spans, strict=True)
+        added = [_post(*of, span, y_span, r_span) for of, span, y_span, r_span in parts]
         return _sum(y_rows, y_spans, added).view_as(y)
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -73,8 +80,13 @@ def _pre(method: Method, params: Any, x: Tensor) -> Tensor | None:
     return None if params is None or method.pre is None else method.pre(params, x)
 
 
-def _post(method: Method, params: Any, x: Tensor, y: Tensor) -> Tensor | None:
-    return None if params is None or method.post is None else method.post(params, x, y)
+def _post(method: Method, params: Any, x: Tensor, y: Tensor, r: Tensor | None) -> Tensor | None:
+    """What a method adds to the output; it has `post` or `after`, and never both."""
+    if params is None:
+        return None
+    if method.after is not None:
+        return method.after(params, y, r)
+    return None if method.post is None else method.post(params, x, y)
 
 
 def _sum(rows: Tensor, spans: Sequence[Tensor], deltas: Sequence[Tensor | None]) -> Tensor:

@@ -35,6 +35,7 @@ class SlotTable:
 
     table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every plane at every site.
     num_entries, num_input_scales: by site, how many planes do anything there, and how many of them to its input.
+    num_residual_readers: how many planes, over all sites, read the residual stream.
     planes: the planes of every slot that has more than one, its own number first.
     capacity_bytes bounds the sum of the buffers; S grows as needed and costs 32 bytes a site.
     """
@@ -49,6 +50,7 @@ class SlotTable:
         self._free = list(reversed(range(8)))
         self.num_entries = [0] * num_sites
         self.num_input_scales = [0] * num_sites
+        self.num_residual_readers = 0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -110,6 +112,8 @@ class SlotTable:
             self.num_entries[entry.site_index] += step
             if entry.kind is DeltaKind.SCALE_INPUT:
                 self.num_input_scales[entry.site_index] += step
+            if entry.kind.reads_residual:
+                self.num_residual_readers += step
 
     def _grow(self) -> None:
         num_sites, capacity, _ = self.table.shape

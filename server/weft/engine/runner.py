@@ -46,9 +46,14 @@ class ByRows(NamedTuple):
     body: Driver
     head: Driver
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    @property
+    def needs_residual(self) -> bool:
+        """Whether the body does; no sublayer ends at the head."""
+        return self.body.needs_residual
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What the site's own driver makes of it."""
-        return (self.head if site.kind is SiteKind.HEAD else self.body).apply(site, base, x)
+        return (self.head if site.kind is SiteKind.HEAD else self.body).apply(site, base, x, residual)
 
 
 def is_fatal(error: Exception) -> bool:

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from weft.methods import bitfit, dora, ia3, lora, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning
 from weft.methods.protocol import Method
 
-_ALL = (lora.METHOD, dora.METHOD, bitfit.METHOD, ia3.METHOD, prefix.METHOD, prompt.METHOD, ptuning.METHOD)
+_ALL = (
+    *(lora.METHOD, dora.METHOD, bitfit.METHOD, ia3.METHOD, bottleneck.METHOD),
+    *(prefix.METHOD, prompt.METHOD, ptuning.METHOD),
+)
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})

@@ -1,7 +1,7 @@
 """The reference driver: gated deltas by the textbook, one segment at a time.
 
     x' = x + Σ gate · pre(x)
-    out[t] = y[t] + Σ over segments holding t of gate[t] · post(x[t], y[t]),   y = W₀x'
+    out[t] = y[t] + Σ over segments holding t of gate[t] · (post(x[t], y[t]) + after(y[t], r[t])),   y = W₀x'
 
 It trains (one segment, all rows, autograd), and it is the oracle that every kernel is tested against.
 """
@@ -32,8 +32,16 @@ class ReferenceDriver(NamedTuple):
 
     segments: Sequence[Segment]
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Neither x nor y is written."""
+    @property
+    def needs_residual(self) -> bool:
+        """Whether any segment reads the residual stream anywhere."""
+        return any(segment.method.reads_residual(p) for segment in self.segments for p in segment.params.values())
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Nothing that is given is written.
+
+        residual: the stream that entered the site's sublayer [..., O]; None where it has none or nobody reads it.
+        """
         here = [(segment, segment.params[site.name]) for segment in self.segments if site.name in segment.params]
         if not here:
             return base(x)
@@ -49,6 +57,9 @@ class ReferenceDriver(NamedTuple):
             if segment.method.post is not None:
                 added = segment.method.post(params, _take(rows, segment), _take(y_rows, segment))
                 out = _add(out, segment, added)
+            if segment.method.after is not None:
+                r_rows = None if residual is None else _take(residual.reshape(y_rows.shape), segment)
+                out = _add(out, segment, segment.method.after(params, _take(y_rows, segment), r_rows))
         return out.view_as(y)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Protocol, cast
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from weft.methods.base_weight import ReadModule
@@ -14,26 +15,56 @@ from weft.methods.protocol import Site, SiteKind
 class Driver(Protocol):
     """What a wrapped module asks for the gated deltas of the current batch."""
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The site's output [..., O] for its input `x` [..., I]."""
+    @property
+    def needs_residual(self) -> bool:
+        """Whether the residual stream is to be kept for `apply`."""
+        ...
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The site's output [..., O] for its input `x` [..., I].
+
+        residual: the stream that entered the site's sublayer [..., O], where the driver needs it and the site has it.
+        """
         ...
 
 
 class AdapterContext:
-    """Which driver the wrapped modules of one model use now. One per model; two engines never share one."""
+    """Which driver the wrapped modules of one model use now. One per model; two engines never share one.
+
+    residual: the stream that entered the sublayer being computed. Hooks on the norms that open sublayers keep it; they
+    are there only while drivers need it, so others pay nothing.
+    """
 
     def __init__(self) -> None:
         self.driver: Driver | None = None
+        self.residual: Tensor | None = None
+        self._norms: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
 
     @contextmanager
     def use(self, driver: Driver | None) -> Iterator[None]:
         """Run the model with `driver`; None is the base alone."""
         assert self.driver is None, "nested batches on one model"
         self.driver = driver
+        if driver is not None and driver.needs_residual is not bool(self._hooks):
+            self._capture(driver.needs_residual)
         try:
             yield
         finally:
             self.driver = None
+            self.residual = None
+
+    def watch(self, norms: list[nn.Module]) -> None:
+        """Name the norms whose input is the residual stream. Called once, before the first batch."""
+        self._norms = norms
+
+    def _capture(self, wanted: bool) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [norm.register_forward_pre_hook(self._keep) for norm in self._norms] if wanted else []
+
+    def _keep(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.residual = inputs[0]
 
 
 class AdaptedLinear(nn.Module):
@@ -47,7 +78,9 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         driver = self.context.driver
-        return self.base(x) if driver is None else driver.apply(self.site, self.base, x)
+        if driver is None:
+            return self.base(x)
+        return driver.apply(self.site, self.base, x, self.context.residual if self.site.norm else None)
 
     @property
     def weight(self) -> Tensor:
@@ -88,3 +121,5 @@ def inject(model: nn.Module, sites: list[Site], context: AdapterContext) -> None
         parent_name, _, attribute = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, attribute, AdaptedLinear(getattr(parent, attribute), site, context))
+    norms = dict.fromkeys(site.norm for site in sites if site.norm)
+    context.watch([model.get_submodule(name) for name in norms])

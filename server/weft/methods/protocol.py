@@ -5,10 +5,11 @@ out features of a site, `R` rank, `S` adapter slots, `H` heads, `D` head dim, `P
 `N` entries.
 
 A *site* is one wrapped module of the base: a linear one, the output head, or a norm with a bias. A method acts at a
-site through up to two pure functions that return the delta, never the sum:
+site through pure functions that return the delta, never the sum:
 
-    pre(params, x)      added to the input of the base weight:    x' = x + Σ gate · pre(x)
-    post(params, x, y)  added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
+    pre(params, x)         added to the input of the base weight:    x' = x + Σ gate · pre(x)
+    post(params, x, y)     added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
+    after(params, y, r)    added to a sublayer's output y; r is the residual stream that entered the sublayer
 
 Every delta sees the base output `y` and the input `x` as it was before any `pre`; never another adapter's work.
 A method that has no site acts through *virtual positions* before the first token: their keys and values (prefix
@@ -61,6 +62,9 @@ class Site:
     """One wrapped module. `name` is its module path in the base, `index` its row in the slot tables.
 
     read_base: the way to its weight, for methods that need it (DoRA); None where a base is only described.
+    sublayer: "attention" or "mlp" where the site's output is what that sublayer adds to the residual stream, else "".
+    layer: which decoder layer that is; None where `sublayer` is "".
+    norm: module path of the norm that opens the sublayer, whose input is the residual; "" where no norm has that place.
     """
 
     index: int
@@ -69,6 +73,9 @@ class Site:
     out_features: int
     kind: SiteKind = SiteKind.LINEAR
     read_base: ReadBase | None = field(default=None, compare=False, repr=False)
+    sublayer: str = ""
+    layer: int | None = None
+    norm: str = ""
 
     @property
     def suffix(self) -> str:
@@ -116,6 +123,15 @@ class DeltaKind(IntEnum):
     SCALE_OUTPUT = 2
     SCALE_INPUT = 3
     BIAS = 4
+    BOTTLENECK = 5
+    BOTTLENECK_SUM = 6
+    BOTTLENECK_RESIDUAL = 7
+    BOTTLENECK_NORMED = 8
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether it needs the residual stream that entered the site's sublayer."""
+        return self in (DeltaKind.BOTTLENECK_SUM, DeltaKind.BOTTLENECK_RESIDUAL)
 
 
 class Packed(NamedTuple):
@@ -174,18 +190,21 @@ class Method:
     rank(params) is one site's rank; 0 for methods without one.
     count(config, sites, base) is the number of parameters that a config trains at these sites, as a formula.
     norms(params) says how far parameters are from adding nothing, by what is measured (Frobenius norms).
+    reads_residual(params) says whether `after` needs r at that site; where it does not, r may be None.
     """
 
     name: str
     peft_type: str
     pre: Callable[[Any, Tensor], Tensor | None] | None = None
     post: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None
+    after: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
     pack: Callable[[Any, torch.dtype], tuple[Packed, ...]] | None = None
     unpack: Callable[[tuple[Packed, ...]], Any] | None = None
     virtual: Callable[[Any], Virtual] | None = None
     rank: Callable[[Any], int] = lambda params: 0
     count: Callable[[Any, Sequence[Site], BaseShape], Count] | None = None
     norms: Callable[[Any], Mapping[str, float]] = lambda params: tensor_norms(params)
+    reads_residual: Callable[[Any], bool] = lambda params: False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import logging as transformers_logging
 
 from weft.config import ModelConfig, Quantization
+from weft.methods import sublayers
 from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
 
@@ -67,7 +68,7 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     model.eval().requires_grad_(False)
     text_config = hf_config.get_text_config()
     context = AdapterContext()
-    sites = adapter_sites(model, head=model.get_output_embeddings())
+    sites = sublayers.mark(model, adapter_sites(model, head=model.get_output_embeddings()))
     inject(model, sites, context)
     num_heads = text_config.num_attention_heads
     embedding: Any = model.get_input_embeddings()  # its width is not the hidden size everywhere (OPT)

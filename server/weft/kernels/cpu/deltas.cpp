@@ -1,4 +1,4 @@
-// Gated adapter deltas of one site, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t]).
+// Gated adapter deltas of one site, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t], r[t]).
 //
 // Two phases in one parallel region. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B
 // and the elementwise kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of
@@ -6,9 +6,13 @@
 //   hidden[r] = sum over the lanes of the chain over i
 //   delta[o]  = the chain over r
 //   out[o]    = y[o], then the chain over the row's entries in their order
+// Bottleneck adapters have whole rows of their own, z, in float32, and up to two phases more, by (block, entry). Fill,
+// before shrink: z = what f reads, normed; their hidden = act(A z + b). Finish, after it and for the normed kind alone:
+// z = LN(y + f(y)) - y, because a norm needs all of a row before expand may take it in parts.
 #include "lanes.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
@@ -18,10 +22,49 @@
 namespace weft {
 namespace {
 
-enum Kind : int64_t { NOTHING = 0, LORA = 1, OUTPUT_SCALE = 2, INPUT_SCALE = 3, BIAS = 4 };
+enum Kind : int64_t {
+    NOTHING = 0,
+    LORA = 1,
+    OUTPUT_SCALE = 2,
+    INPUT_SCALE = 3,
+    BIAS = 4,
+    BOTTLENECK = 5,           // f(y)
+    BOTTLENECK_SUM = 6,       // f(y + r)
+    BOTTLENECK_RESIDUAL = 7,  // f(r)
+    BOTTLENECK_NORMED = 8,    // LN(y + f(y)) - y
+};
 
 struct Site {  // one row of the table
     int64_t kind, rank, a, b;
+
+    bool is_bottleneck() const { return kind >= BOTTLENECK && kind <= BOTTLENECK_NORMED; }
+    bool reads_residual() const { return kind == BOTTLENECK_SUM || kind == BOTTLENECK_RESIDUAL; }
+    bool has_hidden() const { return kind == LORA || is_bottleneck(); }
+    bool adds_to_output() const { return has_hidden() || kind == OUTPUT_SCALE || kind == BIAS; }
+
+    // The scratch of one of its rows: the hidden vectors of all rows come first, then the z of all rows.
+    int64_t scratch(int64_t out) const { return has_hidden() ? rank + (is_bottleneck() ? out : 0) : 0; }
+};
+
+// What a bottleneck's second address holds; see deltas.py.
+enum Activation { RELU = 0, GELU = 1, SILU = 2 };
+
+struct Vectors {
+    Activation activation;
+    bool has_norm;
+    float eps;
+    const float *down_bias, *up_bias, *gain, *shift;
+
+    Vectors(const Site &site, int64_t out) {
+        const float *from = (const float *)site.b;
+        activation = Activation(int(from[0]));
+        has_norm = from[1] != 0.0f;
+        eps = from[2];
+        down_bias = from + 3;
+        up_bias = down_bias + site.rank;
+        gain = up_bias + out;
+        shift = gain + out;
+    }
 };
 
 constexpr int ROWS = 4;               // rows of a block
@@ -35,6 +78,7 @@ struct Rows {
     int64_t count;
     const Site *table;
     int64_t num_slots;
+    bool has_residual;
 
     Status check(int64_t num_entries) const {
         if (offsets[0] != 0 || offsets[count] != num_entries) return BAD_OFFSETS;
@@ -42,7 +86,9 @@ struct Rows {
             if (offsets[t + 1] < offsets[t]) return BAD_OFFSETS;
         for (int64_t n = 0; n < num_entries; n++) {
             if (slots[n] < 0 || slots[n] >= num_slots) return BAD_SLOT;
-            if (table[slots[n]].kind == LORA && table[slots[n]].rank < 1) return BAD_RANK;
+            const Site &site = table[slots[n]];
+            if (site.has_hidden() && site.rank < 1) return BAD_RANK;
+            if (site.reads_residual() && !has_residual) return NO_RESIDUAL;
         }
         return OK;
     }
@@ -78,14 +124,21 @@ struct Tasks {
 struct Block {
     int64_t row;
     int32_t rows, entries;
-    int64_t hidden;          // where its hidden vectors begin: [entry][row][rank]
+    int64_t scratch;         // where its entries' scratch begins, one entry after another
     bool is_live[ROWS];      // has the row any entry that adds something
+
+    const Site &site(const Rows &all, int32_t entry) const { return all.table[all.slots[all.offsets[row] + entry]]; }
+    int64_t scratch_of(const Rows &all, int32_t entry, int64_t out) const {
+        int64_t at = scratch;
+        for (int32_t e = 0; e < entry; e++) at += rows * site(all, e).scratch(out);
+        return at;
+    }
 };
 
 struct Plan {
     std::vector<Block> blocks;
-    Tasks shrink, expand;
-    int64_t hidden_size = 0, work = 0;
+    Tasks fill, shrink, finish, expand;
+    int64_t scratch_size = 0, work = 0;
 
     Plan(const Rows &rows, int64_t in, int64_t out) {
         for (int64_t t = 0; t < rows.count;) {
@@ -97,24 +150,31 @@ struct Plan {
     }
 
     void add(const Rows &rows, int64_t row, int32_t count, int64_t in, int64_t out) {
-        Block block = {row, count, rows.offsets[row + 1] - rows.offsets[row], hidden_size, {}};
+        Block block = {row, count, rows.offsets[row + 1] - rows.offsets[row], scratch_size, {}};
         int32_t index = int32_t(blocks.size());
         int64_t depth = 0;  // operations per output
         for (int32_t e = 0; e < block.entries; e++) {
-            const Site &site = rows.table[rows.slots[rows.offsets[row] + e]];
-            if (site.kind != LORA && site.kind != OUTPUT_SCALE && site.kind != BIAS) continue;
+            const Site &site = block.site(rows, e);
+            if (!site.adds_to_output()) continue;
             bool is_used = false;
             for (int32_t r = 0; r < count; r++)
                 if (rows.gates[rows.offsets[row + r] + e] != 0.0f) is_used = block.is_live[r] = true;
-            if (site.kind == LORA) {
-                for (int64_t rank = 0; is_used && rank < site.rank; rank += RANKS) {
+            scratch_size += count * site.scratch(out);
+            if (!is_used) continue;
+            if (site.has_hidden()) {
+                const int64_t width = site.is_bottleneck() ? out : in;
+                for (int64_t rank = 0; rank < site.rank; rank += RANKS) {
                     int64_t ranks = std::min<int64_t>(RANKS, site.rank - rank);
-                    shrink.add(index, e, int32_t(rank), ranks * (1 + count));
+                    shrink.add(index, e, int32_t(rank), ranks * (1 + count) * width);
                 }
-                hidden_size += count * site.rank;
-                if (is_used) work += count * site.rank * (in + out);
+                work += count * site.rank * (width + out);
             }
-            if (is_used) depth += site.kind == LORA ? site.rank : 1;
+            if (site.is_bottleneck()) {
+                fill.add(index, e, 0, count * out);
+                work += 8 * count * out;
+            }
+            if (site.kind == BOTTLENECK_NORMED) finish.add(index, e, 0, (site.rank + 8) * (1 + count) * out);
+            depth += site.has_hidden() && site.kind != BOTTLENECK_NORMED ? site.rank : 1;
         }
         if (depth == 0) return;
         blocks.push_back(block);
@@ -164,9 +224,116 @@ void shrink(const X *x, int64_t x_stride, int32_t rows, const W *a, int64_t in, 
     }
 }
 
+static inline float activate(Activation activation, float v) {
+    switch (activation) {
+    case RELU: return v < 0.0f ? 0.0f : v;
+    case GELU: return 0.5f * v * (1.0f + std::erf(v * 0.70710678f));
+    case SILU: return v / (1.0f + std::exp(-v));
+    }
+    return v;
+}
+
+// Layer norm of one row, in place: mean, then the squares' mean about it, then each element.
+static void normalize(float *z, int64_t size, const Vectors &v) {
+    f32x16 acc = {};
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) acc += read<f32x16>(z + i);
+    for (int64_t j = i; j < size; j++) acc[j - i] += z[j];
+    const float mean = sum(acc) / float(size);
+    acc = f32x16{};
+    for (i = 0; i + 16 <= size; i += 16) {
+        f32x16 d = read<f32x16>(z + i) - mean;
+        acc = fma(d, d, acc);
+    }
+    for (int64_t j = i; j < size; j++) acc[j - i] += (z[j] - mean) * (z[j] - mean);
+    const float scale = 1.0f / std::sqrt(sum(acc) / float(size) + v.eps);
+    for (i = 0; i + 16 <= size; i += 16) {
+        f32x16 d = (read<f32x16>(z + i) - mean) * scale;
+        write(z + i, fma(d, read<f32x16>(v.gain + i), read<f32x16>(v.shift + i)));
+    }
+    for (; i < size; i++) z[i] = (z[i] - mean) * scale * v.gain[i] + v.shift[i];
+}
+
+// z of one row: what f reads.
+template <class X>
+void fill(const Site &site, const X *y, const X *r, int64_t out, float *z) {
+    auto step = [&](int64_t i, auto take) {
+        if (site.kind == BOTTLENECK_RESIDUAL) return take(r + i);
+        Unit total = take(y + i);
+        if (site.kind == BOTTLENECK_SUM) {
+            Unit more = take(r + i);
+            total.lo += more.lo;
+            total.hi += more.hi;
+        }
+        return total;
+    };
+    int64_t i = 0;
+    for (; i + UNIT <= out; i += UNIT) store<NATURAL>(z + i, step(i, [](auto *from) { return load<NATURAL>(from); }));
+    if (i < out)
+        store_part<NATURAL>(z + i, out - i, step(i, [&](auto *from) { return load_part<NATURAL>(from, out - i); }));
+    const Vectors v(site, out);
+    if (v.has_norm && site.kind != BOTTLENECK_NORMED) normalize(z, out, v);
+}
+
+// lo, hi [row][unit] = hidden B, for the hidden vectors `h` of R rows.
+template <int R, int U, class W, class Take>
+static inline void multiply(const W *b, int64_t out, const float *h, int64_t rank, Take take, f32x16 (&lo)[R][U],
+                            f32x16 (&hi)[R][U]) {
+    for (int64_t k = 0; k < rank; k++) {
+        EACH(u, U) {
+            Unit w = take(b + k * out + u * UNIT);
+            EACH(r, R) {
+                lo[r][u] = fma(h[r * rank + k], w.lo, lo[r][u]);
+                hi[r][u] = fma(h[r * rank + k], w.hi, hi[r][u]);
+            }
+        }
+    }
+}
+
+// Adds f(y) to z for R rows, U units of outputs from `o` on.
+template <int R, int U, class W>
+void finish_tile(const Site &site, const Vectors &v, const float *h, float *z, int64_t out, int64_t o, int64_t part) {
+    constexpr Order ORDER = order_of<W>();
+    auto take = [part](auto *from) { return U == 1 && part ? load_part<ORDER>(from, part) : load<ORDER>(from); };
+    f32x16 lo[R][U] = {}, hi[R][U] = {};
+    multiply<R, U, W>((const W *)site.a + site.rank * out + o, out, h, site.rank, take, lo, hi);
+    EACH(u, U) {
+        Unit bias = take(v.up_bias + o + u * UNIT);
+        EACH(r, R) {
+            float *to = z + r * out + o + u * UNIT;
+            Unit total = take(to);
+            total.lo += lo[r][u] + bias.lo;
+            total.hi += hi[r][u] + bias.hi;
+            if (U == 1 && part) store_part<ORDER>(to, part, total);
+            else store<ORDER>(to, total);
+        }
+    }
+}
+
+template <int R, int U, class X, class W>
+void finish(const Site &site, const float *h, float *z, const X *y, int64_t y_stride, int64_t out) {
+    const Vectors v(site, out);
+    int64_t o = 0;
+    for (; o + U * UNIT <= out; o += U * UNIT) finish_tile<R, U, W>(site, v, h, z, out, o, 0);
+    for (; o + UNIT <= out; o += UNIT) finish_tile<R, 1, W>(site, v, h, z, out, o, 0);
+    if (o < out) finish_tile<R, 1, W>(site, v, h, z, out, o, out - o);
+    for (int r = 0; r < R; r++, z += out, y += y_stride) {
+        normalize(z, out, v);
+        auto subtract = [&](int64_t i, auto take) {
+            Unit total = take(z + i), base = take(y + i);
+            return Unit{total.lo - base.lo, total.hi - base.hi};
+        };
+        int64_t i = 0;
+        for (; i + UNIT <= out; i += UNIT)
+            store<NATURAL>(z + i, subtract(i, [](auto *from) { return load<NATURAL>(from); }));
+        if (i < out)
+            store_part<NATURAL>(z + i, out - i, subtract(i, [&](auto *p) { return load_part<NATURAL>(p, out - i); }));
+    }
+}
+
 // U units of the outputs of R rows, from `o` on; `part` is their number where it is less than a unit.
 template <int R, int U, class X, class W>
-void expand_tile(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride,
+void expand_tile(const Rows &rows, const Block &block, int32_t first, const float *scratch, X *y, int64_t y_stride,
                  int64_t out, int64_t o, int64_t part) {
     constexpr Order ORDER = order_of<W>();
     auto take = [part](auto *from) { return U == 1 && part ? load_part<ORDER>(from, part) : load<ORDER>(from); };
@@ -184,26 +351,30 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
     };
     for (int32_t e = 0; e < block.entries; e++) {
         const Site &site = rows.table[rows.slots[*entry_of[0] + e]];
+        const float *h = scratch + first * site.rank, *z = scratch + block.rows * site.rank + first * out + o;
+        scratch += block.rows * site.scratch(out);
         bool is_used = false;
         EACH(r, R) is_used |= rows.gates[*entry_of[r] + e] != 0.0f;
-        if (!is_used) {
-            if (site.kind == LORA) hidden += block.rows * site.rank;
-        } else if (site.kind == LORA) {
-            const W *b = (const W *)site.b + o;
-            const float *h = hidden + first * site.rank;
+        if (!is_used) continue;
+        if (site.kind == BOTTLENECK_NORMED) {
+            EACH(u, U)
+                EACH(r, R) add(e, r, u, take(z + r * out + u * UNIT));
+        } else if (site.has_hidden()) {
+            const W *b = site.kind == LORA ? (const W *)site.b : (const W *)site.a + site.rank * out;
             f32x16 lo[R][U] = {}, hi[R][U] = {};
-            for (int64_t k = 0; k < site.rank; k++) {
+            multiply<R, U, W>(b + o, out, h, site.rank, take, lo, hi);
+            if (site.is_bottleneck()) {
+                const Vectors v(site, out);
                 EACH(u, U) {
-                    Unit w = take(b + k * out + u * UNIT);
+                    Unit bias = take(v.up_bias + o + u * UNIT);
                     EACH(r, R) {
-                        lo[r][u] = fma(h[r * site.rank + k], w.lo, lo[r][u]);
-                        hi[r][u] = fma(h[r * site.rank + k], w.hi, hi[r][u]);
+                        lo[r][u] += bias.lo;
+                        hi[r][u] += bias.hi;
                     }
                 }
             }
             EACH(r, R)
                 EACH(u, U) add(e, r, u, {lo[r][u], hi[r][u]});
-            hidden += block.rows * site.rank;
         } else if (site.kind == OUTPUT_SCALE) {
             const float *l = (const float *)site.a + o;
             EACH(u, U) {
@@ -230,54 +401,82 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
 }
 
 template <int R, int U, class X, class W>
-void expand(const Rows &rows, const Block &block, int32_t first, const float *hidden, X *y, int64_t y_stride,
+void expand(const Rows &rows, const Block &block, int32_t first, const float *scratch, X *y, int64_t y_stride,
             int64_t out, int64_t o, int64_t end) {
     for (; o + U * UNIT <= end; o += U * UNIT)
-        expand_tile<R, U, X, W>(rows, block, first, hidden, y, y_stride, out, o, 0);
-    for (; o + UNIT <= end; o += UNIT) expand_tile<R, 1, X, W>(rows, block, first, hidden, y, y_stride, out, o, 0);
-    if (o < end) expand_tile<R, 1, X, W>(rows, block, first, hidden, y, y_stride, out, o, end - o);
+        expand_tile<R, U, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0);
+    for (; o + UNIT <= end; o += UNIT) expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0);
+    if (o < end) expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, end - o);
 }
 
 template <class X, class W>
-void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, int64_t in, int64_t out, const Rows &rows,
-          int threads) {
+void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residual, int64_t r_stride, int64_t in,
+          int64_t out, const Rows &rows, int threads) {
     const Plan plan(rows, in, out);
     if (plan.blocks.empty()) return;
-    std::unique_ptr<float[]> hidden(new float[plan.hidden_size]);
+    std::unique_ptr<float[]> scratch(new float[plan.scratch_size]);
 
     auto run = [&](int thread, int team) {
-        const size_t shrink_end = plan.shrink.begin_of(thread + 1, team);
-        const size_t expand_end = plan.expand.begin_of(thread + 1, team);
-        for (size_t n = plan.shrink.begin_of(thread, team); n < shrink_end; n++) {
-            const Task &task = plan.shrink.list[n];
-            const Block &block = plan.blocks[task.block];
-            const int32_t *slots = rows.slots + rows.offsets[block.row];
-            const Site &site = rows.table[slots[task.entry]];
-            float *to = hidden.get() + block.hidden + task.part;
-            for (int32_t e = 0; e < task.entry; e++)
-                if (rows.table[slots[e]].kind == LORA) to += block.rows * rows.table[slots[e]].rank;
-            const W *a = (const W *)site.a + task.part * in;
-            shrink(x + block.row * x_stride, x_stride, block.rows, a, in, to, site.rank,
-                   std::min<int64_t>(RANKS, site.rank - task.part));
-        }
-        if (team > 1) {
+        auto each = [&](const Tasks &tasks, auto work) {  // the thread's share
+            const size_t end = tasks.begin_of(thread + 1, team);
+            for (size_t n = tasks.begin_of(thread, team); n < end; n++) {
+                const Task &task = tasks.list[n];
+                work(task, plan.blocks[task.block]);
+            }
+        };
+        auto wait = [team](const Tasks &tasks) {  // until all of them are done
+            if (team > 1 && !tasks.list.empty()) {
 #pragma omp barrier
-        }
-        for (size_t n = plan.expand.begin_of(thread, team); n < expand_end; n++) {
-            const Task &task = plan.expand.list[n];
-            const Block &block = plan.blocks[task.block];
-            const float *h = hidden.get() + block.hidden;
-            X *to = y + block.row * y_stride;
-            int64_t o = task.part * CHUNK, end = std::min(o + CHUNK, out);
-            if (block.rows == ROWS) {
-                expand<ROWS, 2, X, W>(rows, block, 0, h, to, y_stride, out, o, end);
-            } else {
-                for (int32_t r = 0; r < block.rows; r++) {
-                    if (!block.is_live[r]) continue;
-                    expand<1, 4, X, W>(rows, block, r, h, to + r * y_stride, y_stride, out, o, end);
+            }
+        };
+        each(plan.fill, [&](const Task &task, const Block &block) {
+            const Site &site = block.site(rows, task.entry);
+            float *z = scratch.get() + block.scratch_of(rows, task.entry, out) + block.rows * site.rank;
+            for (int64_t t = block.row; t < block.row + block.rows; t++, z += out)
+                fill(site, y + t * y_stride, site.reads_residual() ? residual + t * r_stride : nullptr, out, z);
+        });
+        wait(plan.fill);
+        each(plan.shrink, [&](const Task &task, const Block &block) {
+            const Site &site = block.site(rows, task.entry);
+            float *to = scratch.get() + block.scratch_of(rows, task.entry, out);
+            const int64_t ranks = std::min<int64_t>(RANKS, site.rank - task.part);
+            if (site.kind == LORA) {
+                const W *a = (const W *)site.a + task.part * in;
+                shrink(x + block.row * x_stride, x_stride, block.rows, a, in, to + task.part, site.rank, ranks);
+                return;
+            }
+            const float *z = to + block.rows * site.rank;
+            const W *a = (const W *)site.a + task.part * out;
+            shrink(z, out, block.rows, a, out, to + task.part, site.rank, ranks);
+            const Vectors v(site, out);
+            for (int32_t r = 0; r < block.rows; r++) {
+                for (int64_t k = task.part; k < task.part + ranks; k++) {
+                    float &h = to[r * site.rank + k];
+                    h = activate(v.activation, h + v.down_bias[k]);
                 }
             }
-        }
+        });
+        wait(plan.shrink);
+        each(plan.finish, [&](const Task &task, const Block &block) {
+            const Site &site = block.site(rows, task.entry);
+            const float *h = scratch.get() + block.scratch_of(rows, task.entry, out);
+            float *z = scratch.get() + block.scratch_of(rows, task.entry, out) + block.rows * site.rank;
+            const X *from = y + block.row * y_stride;
+            if (block.rows == ROWS) return finish<ROWS, 2, X, W>(site, h, z, from, y_stride, out);
+            for (int32_t r = 0; r < block.rows; r++, h += site.rank, z += out, from += y_stride)
+                finish<1, 4, X, W>(site, h, z, from, y_stride, out);
+        });
+        wait(plan.finish);
+        each(plan.expand, [&](const Task &task, const Block &block) {
+            const float *from = scratch.get() + block.scratch;
+            X *to = y + block.row * y_stride;
+            int64_t o = task.part * CHUNK, end = std::min(o + CHUNK, out);
+            if (block.rows == ROWS) return expand<ROWS, 2, X, W>(rows, block, 0, from, to, y_stride, out, o, end);
+            for (int32_t r = 0; r < block.rows; r++) {
+                if (!block.is_live[r]) continue;
+                expand<1, 4, X, W>(rows, block, r, from, to + r * y_stride, y_stride, out, o, end);
+            }
+        });
     };
     // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
     if (threads == 1 || plan.work < SERIAL_BELOW) return run(0, 1);
@@ -344,6 +543,8 @@ struct WeftDeltas {
     int64_t x_stride;
     void *y;
     int64_t y_stride, is_bf16, threads;
+    const void *residual;
+    int64_t residual_stride;
     WeftRows rows;
     WeftSite site;
 };
@@ -351,13 +552,14 @@ struct WeftDeltas {
 int weft_post(const WeftDeltas *given) {
     using namespace weft;
     const WeftDeltas &g = *given;
-    const Rows rows = {g.rows.offsets, g.rows.slots, g.rows.gates, g.rows.num_rows, g.site.table, g.site.num_slots};
+    const Rows rows = {g.rows.offsets, g.rows.slots,     g.rows.gates,         g.rows.num_rows,
+                       g.site.table,   g.site.num_slots, g.residual != nullptr};
     if (Status status = rows.check(g.rows.num_entries)) return status;
     try {
         auto go = [&](auto act, auto weight) {
             using X = decltype(act);
-            post<X, decltype(weight)>((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, g.site.in, g.site.out, rows,
-                                      int(g.threads));
+            post<X, decltype(weight)>((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, (const X *)g.residual,
+                                      g.residual_stride, g.site.in, g.site.out, rows, int(g.threads));
         };
         if (g.is_bf16) g.site.is_weight_bf16 ? go(bf16{}, bf16{}) : go(bf16{}, float{});
         else g.site.is_weight_bf16 ? go(float{}, bf16{}) : go(float{}, float{});
@@ -370,7 +572,8 @@ int weft_post(const WeftDeltas *given) {
 int weft_pre(const WeftDeltas *given) {
     using namespace weft;
     const WeftDeltas &g = *given;
-    const Rows rows = {g.rows.offsets, g.rows.slots, g.rows.gates, g.rows.num_rows, g.site.table, g.site.num_slots};
+    const Rows rows = {g.rows.offsets, g.rows.slots,     g.rows.gates, g.rows.num_rows,
+                       g.site.table,   g.site.num_slots, true};  // nothing here reads it
     if (Status status = rows.check(g.rows.num_entries)) return status;
     auto go = [&](auto act) {
         using X = decltype(act);

@@ -1,6 +1,6 @@
 """Gated adapter deltas of one site on the CPU: the line of the whole system, for a flattened batch.
 
-    out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t])
+    out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t], r[t])
 
 Shapes: T tokens in the batch, N entries, S slots, I in, O out. A row's bits depend on its own numbers alone: not on the
 other rows, their adapters, the slot number of its adapter, T, or the number of threads.
@@ -16,7 +16,7 @@ from torch import Tensor
 from weft.kernels.cpu import library
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
-_pack = struct.Struct("=16q").pack  # WeftDeltas in deltas.cpp
+_pack = struct.Struct("=18q").pack  # WeftDeltas in deltas.cpp
 
 
 class Kind(enum.IntEnum):
@@ -27,6 +27,10 @@ class Kind(enum.IntEnum):
     OUTPUT_SCALE = 2  # delta = (l - 1) * y
     INPUT_SCALE = 3  # `pre`: delta = (l - 1) * x
     BIAS = 4  # delta = b
+    BOTTLENECK = 5  # delta = f(y)
+    BOTTLENECK_SUM = 6  # delta = f(y + r)
+    BOTTLENECK_RESIDUAL = 7  # delta = f(r)
+    BOTTLENECK_NORMED = 8  # delta = LN(y + f(y)) - y
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,9 @@ class Site:
       OUTPUT_SCALE  l: [O] float32
       INPUT_SCALE   l: [I] float32
       BIAS          b: [O] float32
+      BOTTLENECK…   A: [2 · rank, O] of `weight_dtype`, row-major: W_down, then W_up transposed, with its scaling in it;
+                    the second address: float32, one after another: activation (0 ReLU, 1 GELU, 2 SiLU), whether there
+                    is a LN (0 or 1), its eps, b_down [rank], b_up [O], and with a LN its gain [O] and bias [O]
       The owner of the table keeps the weights alive and answers for their sizes; nothing else can check an address.
     weight_dtype: float32 or bfloat16; of every A and B of the table.
     """
@@ -88,24 +95,33 @@ class Site:
         object.__setattr__(self, "packed", packed)
 
 
-def post(x: Tensor, y: Tensor, rows: Rows, site: Site) -> None:
+def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None = None) -> None:
     """Add to each row of the base output `y` the gated deltas of its adapters, in place.
 
     Semantics: y[t] += sum over the entries n of row t of gates[n] * delta(x[t], y[t]), with A, B, l, b of slots[n]:
       LORA          delta = (x[t] @ A.T) @ B
       OUTPUT_SCALE  delta = (l - 1) * y[t]
       BIAS          delta = b
+      BOTTLENECK    delta = f(y[t]), and by kind f(y[t] + r[t]), f(r[t]), LN(y[t] + f(y[t])) - y[t], where
+                    f(z) = act(LN(z) @ W_down.T + b_down) @ W_up.T + b_up; of the last kind f has no LN
       any other kind adds nothing.
     Every delta sees `y` as it came. The sum is made in float32 and rounded once; a row without effect keeps its bits.
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
     y: [T, O] or [1, T, O], of x's dtype, any row stride; written in place.
+    residual: r, like y; needed where a kind that reads it is among the rows' slots.
     """
     x_stride, is_bf16 = _check_rows("x", x, rows, site.size_in)
     y_stride, is_y_bf16 = _check_rows("y", y, rows, site.size_out)
     if is_bf16 is not is_y_bf16:
         raise ValueError(f"y: needs the dtype of x, {x.dtype}, given {y.dtype}")
-    _run(library.functions().weft_post, x.data_ptr(), x_stride, y.data_ptr(), y_stride, is_bf16, rows, site)
+    r = 0, 0
+    if residual is not None:
+        r_stride, is_r_bf16 = _check_rows("residual", residual, rows, site.size_out)
+        if is_bf16 is not is_r_bf16:
+            raise ValueError(f"residual: needs the dtype of x, {x.dtype}, given {residual.dtype}")
+        r = residual.data_ptr(), r_stride
+    _run(library.functions().weft_post, x.data_ptr(), x_stride, y.data_ptr(), y_stride, is_bf16, rows, site, r)
 
 
 def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
@@ -126,8 +142,19 @@ def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
     _run(library.functions().weft_pre, x.data_ptr(), x_stride, out.data_ptr(), out_stride, is_bf16, rows, site)
 
 
-def _run(function, x: int, x_stride: int, y: int, y_stride: int, is_bf16: bool, rows: Rows, site: Site) -> None:
-    status = function(_pack(x, x_stride, y, y_stride, is_bf16, torch.get_num_threads(), *rows.packed, *site.packed))
+def _run(
+    function,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    is_bf16: bool,
+    rows: Rows,
+    site: Site,
+    residual: tuple[int, int] = (0, 0),
+) -> None:
+    threads = torch.get_num_threads()
+    status = function(_pack(x, x_stride, y, y_stride, is_bf16, threads, *residual, *rows.packed, *site.packed))
     if status:
         raise library.error_of(status)
 

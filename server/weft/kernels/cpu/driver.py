@@ -16,6 +16,7 @@ class Slots(Protocol):
     table: Tensor  # int64 [num_sites, S, 4]
     num_entries: Sequence[int]  # by site: slots that do anything there
     num_input_scales: Sequence[int]  # by site: slots that scale the input there
+    num_residual_readers: int  # slots that read the residual stream at some site, counted for each
 
 
 class DriverFactory:
@@ -55,8 +56,13 @@ class CpuDriver:
         self._slots = slots
         self._rows = rows
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The site's output for `x` [1, T, I]; written into what `base` returns."""
+    @property
+    def needs_residual(self) -> bool:
+        """Whether any resident adapter reads the residual stream."""
+        return self._slots.num_residual_readers > 0
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
         num_entries = self._slots.num_entries[site.index]
         if not num_entries:
             return base(x)
@@ -68,7 +74,7 @@ class CpuDriver:
             deltas.pre(x, x_prime, self._rows, here)
         y = base(x_prime)
         if num_entries > num_input_scales:
-            deltas.post(x, y, self._rows, here)
+            deltas.post(x, y, self._rows, here, residual)
         return y
 
 

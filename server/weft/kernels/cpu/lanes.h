@@ -160,6 +160,7 @@ enum Status : int {
     BAD_KV_SLOT = 5,
     BAD_LENGTHS = 6,
     BAD_BLOCK = 7,
+    NO_RESIDUAL = 8,
 };
 
 }  // namespace weft

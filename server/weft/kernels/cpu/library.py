@@ -39,10 +39,11 @@ _STATUSES = {  # lanes.h
     1: "no memory for a kernel's scratch",
     2: "offsets: need to begin at 0, never fall, and end at the number of entries",
     3: "slots: one is outside the site's table",
-    4: "table: a LoRA slot needs a rank of at least 1",
+    4: "table: a LoRA or bottleneck slot needs a rank of at least 1",
     5: "kv_slots: one is outside the cache",
     6: "query_start, context_lens, virtual_lens: need to rise from 0 to T, cover the queries, and fit the block table",
     7: "block_tables: a block that would be read is outside the cache",
+    8: "residual: a slot of these rows reads it, and none is given",
 }
 
 

@@ -1,4 +1,4 @@
-"""PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`.
+"""PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`. AdapterHub's configs are read too.
 
 `read` takes parsed data (the trust boundary in weft/adapters parses it); `write` makes a directory that PEFT loads.
 An adapter made by Weft names its base's digest in the safetensors metadata, and is refused on another base.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, InvalidAdapter
-from weft.methods.checkpoint import adalora, beft, ia3, lora, prefix, prompt
+from weft.methods.checkpoint import adalora, adapterhub, beft, bottleneck, ia3, lora, prefix, prompt
 from weft.methods.protocol import Adapter, BaseShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,6 +37,7 @@ _FORMATS: Mapping[str, _Format] = MappingProxyType(
         "PREFIX_TUNING": _Format(prefix.read, prefix.write),
         "PROMPT_TUNING": _Format(prompt.read_prompt, prompt.write_prompt),
         "P_TUNING": _Format(prompt.read_ptuning, prompt.write_ptuning),
+        "BOTTLENECK": _Format(bottleneck.read, bottleneck.write),
     }
 )
 
@@ -52,6 +53,8 @@ def read(
 
     Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
     """
+    if adapterhub.is_config(config):
+        return adapterhub.read(config, tensors, base, limits)
     peft_type = config.get("peft_type")
     form = _FORMATS.get(peft_type) if isinstance(peft_type, str) else None
     if form is None:
@@ -75,7 +78,10 @@ def read(
 
 
 def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
-    """Write the two files of a PEFT directory, creating it; float32 tensors stay float32."""
+    """Write the two files of a PEFT directory, creating it; float32 tensors stay float32.
+
+    The adapter is bound to `base` by its digest; a base without one binds it to none.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_form = _FORMATS[adapter.method.peft_type].write
     assert write_form is not None
@@ -88,5 +94,6 @@ def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
         **keys,
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt", BASE_DIGEST: base.digest})
+    bound = {BASE_DIGEST: base.digest} if base.digest else {}
+    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt", **bound})
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

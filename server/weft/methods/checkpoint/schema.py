@@ -126,6 +126,26 @@ PTUNING = Schema(
     fixed=_VIRTUAL_FIXED,
 )
 
+BOTTLENECK = Schema(
+    used=frozenset(
+        {
+            "bottleneck_format",
+            "form",
+            "activation",
+            "sublayers",
+            "reduction_factor",
+            "reduction_factors",
+            "size",
+            "leave_out",
+            "scaling",
+            "has_norm",
+            "norm_eps",
+        }
+    ),
+    inert=frozenset(),
+    fixed={},
+)
+
 
 def check(config: Mapping[str, Any], schema: Schema) -> None:
     """Raise InvalidAdapter for the first key, in file order, that this server would have to ignore."""

@@ -1,0 +1,169 @@
+"""Which linear module ends an attention or MLP sublayer, and where the residual stream enters it.
+
+Measured on the model itself, not read off its names: every linear module is made to answer noise, the model runs on two
+tokens, and a module ends a sublayer where its noise turns up added to the residual stream:
+
+    in a row (Llama, GPT-2 …):     input of a later norm = input of an earlier norm + noise
+    norms after sublayers:         input of a later norm = input of the layer, or output of a norm, + noise
+    sublayers side by side:        input of a later norm = input of a norm + the noise of both
+
+Only in the first layout does a norm open the sublayer alone, so that its input is the residual r of that sublayer. A
+module whose noise is changed on its way to the stream (Gemma 2 norms it) ends no sublayer here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weft.methods.inject import AdaptedLinear, AdapterContext, inject
+from weft.methods.protocol import Site, SiteKind
+
+
+def mark(model: Any, sites: Sequence[Site]) -> list[Site]:
+    """`sites`, those that end a sublayer marked as such. `model` is transformers' and not yet wrapped; no weight of a
+    linear site is used, and the model is left as it was."""
+    linear = [site for site in sites if site.kind is SiteKind.LINEAR]
+    layers = _layers(model, linear)
+    trace = _run(model, linear, layers)
+    return [_marked(site, model, layers, trace) for site in sites]
+
+
+class _Seen(NamedTuple):
+    """Something that passed during the run: a norm's or layer's input, or a site's answer."""
+
+    name: str
+    value: Tensor  # float32 [tokens, features]
+
+
+class _Trace(NamedTuple):
+    norms: list[tuple[int, _Seen]]  # inputs, each with how many sites had answered before
+    normed: list[tuple[int, _Seen]]  # outputs, the same way
+    layers: dict[str, Tensor]
+    answers: list[_Seen]  # in the order of the run
+
+
+def _marked(site: Site, model: nn.Module, layers: Sequence[str], trace: _Trace) -> Site:
+    layer = next((name for name in layers if site.name.startswith(name + ".")), None)
+    index = next((i for i, seen in enumerate(trace.answers) if seen.name == site.name), None)
+    if layer is None or index is None:
+        return site
+    answer = trace.answers[index].value
+    before = [seen for count, seen in trace.norms if count <= index and seen.value.shape == answer.shape]
+    later = [seen.value for count, seen in trace.norms if count > index and seen.value.shape == answer.shape]
+    here = {"sublayer": _sublayer(site, layer, model), "layer": layers.index(layer)}
+    inside = [seen for seen in before if seen.name.startswith(layer + ".")]
+    if inside and _was_added(answer, inside[-1].value, later):
+        return replace(site, **here, norm=inside[-1].name)
+    entered = trace.layers[layer].reshape(-1, trace.layers[layer].shape[-1])
+    streams = [seen.value for seen in inside] + ([entered] if entered.shape == answer.shape else [])
+    streams += [seen.value for count, seen in trace.normed if count <= index and seen.value.shape == answer.shape]
+    others = [seen.value for seen in trace.answers if seen.name.startswith(layer + ".") and seen.name != site.name]
+    beside = [answer, *(answer + other for other in others if other.shape == answer.shape)]
+    if any(_was_added(added, stream, later) for stream in streams for added in beside):
+        return replace(site, **here)
+    return site
+
+
+def _was_added(noise: Tensor, stream: Tensor, later: Sequence[Tensor]) -> bool:
+    """Whether the stream with the noise comes by later. What differs is rounding, small beside the noise."""
+    return any((one - stream - noise).norm() < 0.1 * noise.norm() for one in later)
+
+
+def _sublayer(site: Site, layer: str, model: nn.Module) -> str:
+    """Attention is where, inside the layer, a module knows its layer's index: to find its keys and values."""
+    path = site.name.removeprefix(layer + ".").split(".")[:-1]
+    inside = (".".join([layer, *path[:depth]]) for depth in range(1, len(path) + 1))
+    return "attention" if any(hasattr(model.get_submodule(name), "layer_idx") for name in inside) else "mlp"
+
+
+def _layers(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """Paths of the decoder layers: the members of the longest list of modules that all hold sites."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            members = [f"{name}.{index}" for index in range(len(module))]
+            holds = all(any(site.name.startswith(member + ".") for site in sites) for member in members)
+            if holds and len(members) > len(found):
+                found = members
+    return found
+
+
+def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
+    trace = _Trace([], [], {}, [])
+    generator = torch.Generator().manual_seed(0)
+
+    def answer(site: Site, x: Tensor) -> Tensor:
+        noise = torch.randn(*x.shape[:-1], site.out_features, generator=generator).to(x.device, x.dtype)
+        trace.answers.append(_Seen(site.name, _rows(noise)))
+        return noise
+
+    def watch(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if inputs:  # by position, as the layers' own norms get it
+                trace.norms.append((len(trace.answers), _Seen(name, _rows(inputs[0]))))
+                trace.normed.append((len(trace.answers), _Seen(name, _rows(output))))
+
+        return keep
+
+    def enter(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            trace.layers[name] = _rows(inputs[0] if inputs else named["hidden_states"])
+
+        return keep
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in layers]
+    hooks += [module.register_forward_hook(watch(name)) for name, module in _norms(model)]
+    body = model.base_model
+    given = model.config._attn_implementation  # the registered attention would want a paged batch
+    try:
+        with _answering(model, sites, answer), torch.inference_mode():
+            model.set_attn_implementation("eager")
+            body(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    finally:
+        model.set_attn_implementation(given)
+        for hook in hooks:
+            hook.remove()
+    return trace
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Leaf modules with a vector for weight: layer norms of any kind, whatever their class."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1 and not any(module.children()):
+            yield name, module
+
+
+class _Noise(NamedTuple):
+    """A driver that never asks the base."""
+
+    answer: Callable[[Site, Tensor], Tensor]
+    needs_residual: bool = False
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        del base, residual
+        return self.answer(site, x)
+
+
+@contextmanager
+def _answering(model: nn.Module, sites: Sequence[Site], answer: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
+    context = AdapterContext()
+    inject(model, list(sites), context)
+    try:
+        with context.use(_Noise(answer)):
+            yield
+    finally:
+        for site in sites:
+            parent_name, _, attribute = site.name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            wrapped = getattr(parent, attribute)
+            assert isinstance(wrapped, AdaptedLinear)
+            setattr(parent, attribute, wrapped.base)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().reshape(-1, tensor.shape[-1])
