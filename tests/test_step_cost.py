@@ -104,6 +104,7 @@ def test_calls_do_not_grow_with_adapters(base: loader.Base) -> None:
 
 def test_calls_of_mixed_methods_do_not_grow(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
+    _calls(step, _mixed(base, 10))  # the hooks of those who read the residual stream are put in once
     assert _calls(step, _mixed(base, 60)) == _calls(step, _mixed(base, 10))
 
 

@@ -18,7 +18,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
 
 from weft.config import ModelConfig, Quantization
-from weft.methods import ia3, lora, prefix
+from weft.methods import bottleneck, ia3, lora, prefix
 from weft.methods.catalog import METHODS
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import BaseShape, Method, Site
@@ -126,7 +126,10 @@ def test_bottleneck(activation: str) -> None:
     sigma = ACTIVATIONS[activation]
     h, down, down_bias, up, up_bias = draw(T, I), draw(R, I), draw(R), draw(I, R), draw(I)
     z = h @ down.mT + down_bias  # [T, R]
-    total = h + sigma(z) @ up.mT + up_bias
+    params = bottleneck.BottleneckParams(
+        down, down_bias, up, up_bias, None, None, bottleneck.Form.SERIAL, bottleneck.Activation(activation), 1.0, 1e-5
+    )
+    total = h + bottleneck.delta(params, h, None)
     loss = loss_of(total)
     g, of_up, of_down, of_up_bias, of_down_bias = gradients(loss, total, up, down, up_bias, down_bias)
     (slope,) = gradients(sigma(z).sum(), z)  # σ'(z)
@@ -228,6 +231,8 @@ def functions(method: Method, shape: BaseShape) -> list[tuple[str, Callable[...,
             add(f"pre at {name}", params, method.pre, x)
         if method.post is not None:
             add(f"post at {name}", params, method.post, x, y)
+        if method.after is not None:
+            add(f"after at {name}", params, method.after, y, draw(2, shape.sites[name].out_features))
     if method.virtual is not None:
         add("virtual", made.prefix, method.virtual)
     return found

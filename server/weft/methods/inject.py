@@ -64,7 +64,8 @@ class AdapterContext:
         self._hooks = [norm.register_forward_pre_hook(self._keep) for norm in self._norms] if wanted else []
 
     def _keep(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.residual = inputs[0]
+        if self.driver is not None:  # the base alone may run between two batches, and would leave its own behind
+            self.residual = inputs[0]
 
 
 class AdaptedLinear(nn.Module):

@@ -158,6 +158,7 @@ class AdapterLimits(_message.Message):
     SCALING_MAX_FIELD_NUMBER: _builtins.int
     WEIGHT_ABS_MAX_FIELD_NUMBER: _builtins.int
     NUM_VIRTUAL_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_SIZE_MAX_FIELD_NUMBER: _builtins.int
     file_bytes_max: _builtins.int
     """Bytes of `adapter_model.safetensors`: ADAPTER_TOO_LARGE."""
     header_bytes_max: _builtins.int
@@ -175,7 +176,9 @@ class AdapterLimits(_message.Message):
     weight_abs_max: _builtins.float
     """Absolute value of any weight: WEIGHT_OUT_OF_RANGE."""
     num_virtual_tokens_max: _builtins.int
-    """Virtual tokens of a prefix: PREFIX_INVALID."""
+    """Virtual tokens of a prefix or soft prompt: PREFIX_INVALID."""
+    bottleneck_size_max: _builtins.int
+    """Width of a bottleneck adapter: RANK_TOO_LARGE."""
     def __init__(
         self,
         *,
@@ -188,10 +191,11 @@ class AdapterLimits(_message.Message):
         scaling_max: _builtins.float = ...,
         weight_abs_max: _builtins.float = ...,
         num_virtual_tokens_max: _builtins.int = ...,
+        bottleneck_size_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "metadata_bytes_max", b"metadata_bytes_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck_size_max", b"bottleneck_size_max", "config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "metadata_bytes_max", b"metadata_bytes_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
