@@ -11,6 +11,7 @@ import grpc.aio
 from weft.api.status import failure_of
 from weft.client import calls
 from weft.client.calls import Rpc, Stubs
+from weft.client.threads import Client
 from weft.client.wire import TIMEOUT_S, Answering, RpcFailure, channel_options, document
 from weft.settings import DEFAULT_SERVER
 from weft.v1.adapter_pb2 import Adapter
@@ -78,10 +79,17 @@ def _answering(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[Asy
 def _answering_in_thread(
     described: Callable[P, Rpc[Answer]],
 ) -> "Callable[Concatenate[AsyncClient, P], Awaitable[Answer]]":
-    """As `_answering`, for what reads whole files before the call begins."""
+    """As `_answering`, for a stream of what is read from files: all of it in a thread, over a connection of its own.
+
+    grpc.aio now and then loses the status of a stream that the server ends before it has read it, and says INTERNAL.
+    """
 
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        return await client.make(await asyncio.to_thread(described, *args, **kwargs))
+        def make() -> Answer:
+            return in_thread.make(described(*args, **kwargs))
+
+        with Client(client.server, timeout_s=client.timeout_s) as in_thread:  # leaving it ends the call
+            return await asyncio.to_thread(make)
 
     document(method, described)
     return method
@@ -101,7 +109,8 @@ class AsyncClient:
     """One connection, made in the event loop that uses it; otherwise as Client."""
 
     def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float = TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
+        self.server = server
+        self.timeout_s = timeout_s
         self._channel = grpc.aio.insecure_channel(server, options=channel_options())
         self._stubs: Any = Stubs(GenerationServiceStub(self._channel), AdapterServiceStub(self._channel))
 
@@ -117,7 +126,7 @@ class AsyncClient:
 
     def begin(self, rpc: Rpc[Any]) -> Any:
         """gRPC's call for what `rpc` describes."""
-        return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self._timeout_s))
+        return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self.timeout_s))
 
     async def make(self, rpc: Rpc[Answer]) -> Answer:
         """The answer to what `rpc` describes."""
