@@ -6,7 +6,7 @@ nobody has seen. What one run has measured is kept in a JSON file, so that anoth
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +17,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from weft.config import ModelConfig, Quantization
+from weft.methods.bitfit import BitfitConfig
+from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.dora import DoraConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
+from weft.methods.prompt import PromptConfig
+from weft.methods.ptuning import PtuningConfig
 from weft.model import loader
 from weft_training import adapter as adapters
-from weft_training.adapter import USUAL, AdaptedModel
+from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
 from weft_training.demo.adapters import Recipe, train_recipe
 from weft_training.demo.document import insert
 from weft_training.demo.evaluate import BASE, exact_match
@@ -42,13 +47,22 @@ def recipe_of(method: str, task: str) -> Recipe:
     return replace(_RECIPES[method], task=task)
 
 
+def _recipe(adapter: MethodConfig, learning_rate: float, num_steps: int) -> Recipe:
+    return Recipe(task="", adapter=adapter, learning_rate=learning_rate, num_steps=num_steps)
+
+
 _RECIPES: Mapping[str, Recipe] = {
-    "lora": Recipe(task="", adapter=LoraConfig(rank=8, alpha=16.0), learning_rate=5e-3, num_steps=250),
-    "rslora": Recipe(
-        task="", adapter=LoraConfig(rank=32, alpha=16.0, use_rslora=True), learning_rate=2e-3, num_steps=250
-    ),
-    "ia3": Recipe(task="", adapter=USUAL["ia3"], learning_rate=0.1, num_steps=600),
-    "prefix": Recipe(task="", adapter=PrefixConfig(num_virtual_tokens=16), learning_rate=0.1, num_steps=300),
+    "lora": _recipe(LoraConfig(rank=8, alpha=16.0), 5e-3, 250),
+    "rslora": _recipe(LoraConfig(rank=32, alpha=16.0, use_rslora=True), 2e-3, 250),
+    "dora": _recipe(DoraConfig(rank=8, alpha=16.0), 5e-3, 250),
+    "bottleneck, serial": _recipe(BottleneckConfig(size=16), 5e-3, 250),
+    "bottleneck, parallel": _recipe(BottleneckConfig(form=Form.PARALLEL, size=16), 5e-3, 300),
+    "bitfit": _recipe(BitfitConfig(), 5e-2, 600),
+    "ia3": _recipe(USUAL["ia3"], 0.1, 600),
+    "prefix": _recipe(PrefixConfig(num_virtual_tokens=16), 0.1, 300),
+    "prefix, MLP": _recipe(PrefixConfig(num_virtual_tokens=16, prefix_projection=True), 3e-3, 300),
+    "prompt": _recipe(PromptConfig(num_virtual_tokens=16), 3e-2, 300),
+    "ptuning": _recipe(PtuningConfig(num_virtual_tokens=16), 3e-3, 300),
 }
 
 
@@ -76,35 +90,42 @@ class Study:
         return {one.task: one for one in self.measured if one.method == method}
 
 
-def study(methods: Iterable[str], tasks: Sequence[str], known: Study | None, console: Console) -> Study:
-    """Train and measure what `known` does not hold."""
+def study(
+    methods: Iterable[str], tasks: Sequence[str], known: Study | None, console: Console, keep: Callable[[Study], None]
+) -> Study:
+    """Train and measure what `known` does not hold; `keep` is called after each adapter."""
     base = loader.load(ModelConfig(path=BASE, num_threads=_NUM_THREADS), attention="sdpa")
     held_back = {task: examples(TASKS[task], NUM_EXAMPLES, EVALUATION_SEED, Split.TEST) for task in tasks}
-    measured = {(one.method, one.task): one for one in (known.measured if known else ())}
-    wanted = [(method, task) for method in methods for task in tasks if (method, task) not in measured]
+    found = Study(
+        num_base_parameters=_num_parameters(),
+        untagged={task: exact_match(base.model, base.tokenizer, asked) for task, asked in held_back.items()},
+        measured=() if known is None else known.measured,
+    )
+    wanted = [(method, task) for method in methods for task in tasks if task not in found.of(method)]
     with Progress(console=console) as progress, tempfile.TemporaryDirectory() as scratch:
         bar = progress.add_task("", total=len(wanted))
         for method, task in wanted:
             progress.update(bar, description=f"{method} on {task}")
-            output = Path(scratch, f"{task}-{method}")
+            output = Path(scratch, str(len(found.measured)))
             result = train_recipe(recipe_of(method, task), output, num_threads=_NUM_THREADS)
             adapted = AdaptedModel(base, adapters.read(output, base.shape))
-            score = exact_match(adapted, base.tokenizer, held_back[task])
-            measured[method, task] = Measured(
+            measured = Measured(
                 method=method,
                 task=task,
                 num_parameters=result.num_parameters,
-                exact_match=score,
+                exact_match=exact_match(adapted, base.tokenizer, held_back[task]),
                 train_s=result.seconds,
             )
+            found = replace(found, measured=[*found.measured, measured])
+            keep(found)
             progress.advance(bar)
-    untagged = {task: exact_match(base.model, base.tokenizer, asked) for task, asked in held_back.items()}
-    num_parameters = sum(parameter.numel() for parameter in _unquantized().parameters())
-    return Study(num_base_parameters=num_parameters, untagged=untagged, measured=list(measured.values()))
+    return found
 
 
-def _unquantized():  # a packed NF4 weight does not tell how many numbers it holds
-    return loader.load(ModelConfig(path=BASE, quantization=Quantization.NONE), attention="sdpa").model
+def _num_parameters() -> int:
+    """Of the base as it is stored: a packed NF4 weight does not tell how many numbers it holds."""
+    stored = loader.load(ModelConfig(path=BASE, quantization=Quantization.NONE), attention="sdpa")
+    return sum(parameter.numel() for parameter in stored.model.parameters())
 
 
 def cells(found: Study) -> Iterable[list[str]]:
@@ -170,9 +191,12 @@ def main(
             raise typer.BadParameter(f"must be of {', '.join(_RECIPES)}, given {name!r}")
     console = Console()
     known = _read(results) if results.exists() else None
-    found = study(methods or _RECIPES, tasks.split(","), known, console)
     results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(asdict(found), indent=1) + "\n")
+
+    def keep(found: Study) -> None:
+        results.write_text(json.dumps(asdict(found), indent=1) + "\n")
+
+    found = study(methods or _RECIPES, tasks.split(","), known, console, keep)
     table = Table(title=f"exact match on {NUM_EXAMPLES} held-back inputs, NF4 base (* in no pre-training row)")
     head, *body = cells(found)
     for i, column in enumerate(head):
