@@ -15,6 +15,7 @@ from tests import tiny
 from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, select
+from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.inject import AdaptedLinear
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
@@ -50,7 +51,9 @@ def _dequantized(path: Path, double_quant: bool) -> loader.Base:
     return full
 
 
-@pytest.mark.parametrize("kind", ["base", "lora", "lora, bias", "dora", "bitfit", "ia3", "prefix", "prompt", "ptuning"])
+@pytest.mark.parametrize(
+    "kind", ["base", "lora", "lora, bias", "dora", "bitfit", "ia3", "prefix", "prompt", "ptuning", "bottleneck"]
+)
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_methods_on_nf4_equal_methods_on_dequantized_weights(
     kind: str, kernels: str, bases: tuple[loader.Base, loader.Base]
@@ -99,4 +102,6 @@ def _adapter(kind: str, base: loader.Base) -> Adapter | None:
             return tiny.random_prompt(base.shape, length=9, seed=4)
         case "ptuning":
             return tiny.random_ptuning(base.shape, length=17, seed=5)
+        case "bottleneck":
+            return tiny.random_bottleneck(base.shape, BottleneckConfig(form=Form.SUM, size=6), seed=7)
     return None

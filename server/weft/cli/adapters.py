@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from weft.cli import convert
 from weft.cli.connection import JsonOption, ServerOption, connected
 from weft.cli.output import console, label, moment, print_facts, print_json, print_line, print_table, size
 from weft.settings import DEFAULT_SERVER
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Register, list, move and remove the adapters of a server.", no_args_is_help=True, rich_markup_mode=None
 )
+
+app.command(name="convert")(convert.command)
 
 AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
 ExpectedGeneration = Annotated[str | None, typer.Option(metavar="G", help="Only if the id is at this generation.")]
