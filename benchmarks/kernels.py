@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from weft.kernels.cpu import attention, deltas, library
+from weft.methods import bottleneck
+from weft.methods.protocol import Site
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 Calls = dict[str, Callable[[], object]]
@@ -84,6 +86,38 @@ def prefill_deltas(num_rows: int, rank: int, size_in: int, size_out: int) -> Cas
             "2 linear + add bf16": lambda: y.add_(F.linear(F.linear(x, a), b)),
             "base GEMM bf16": lambda: F.linear(x, base),
         },
+    )
+
+
+def decode_bottlenecks(num_slots: int, size: int, features: int) -> Case:
+    """One row for each of `num_slots` bottleneck adapters."""
+    config = bottleneck.BottleneckConfig(size=size, has_norm=False)
+    site = Site(0, "down_proj", features, features, sublayer="mlp", layer=0)
+    networks = [bottleneck.init(config, site)._replace(up=torch.randn(features, size)) for _ in range(num_slots)]
+    packed = [bottleneck.pack(network, BFLOAT16)[0] for network in networks]
+    table = torch.tensor(
+        [[p.kind, p.rank, p.first.data_ptr(), p.second.data_ptr()] for p in packed if p.second is not None]
+    )
+    rows = deltas.Rows(
+        offsets=torch.arange(num_slots + 1, dtype=torch.int32),
+        slots=torch.arange(num_slots, dtype=torch.int32),
+        gates=torch.ones(num_slots),
+    )
+    place = deltas.Site(table=table, size_in=features, size_out=features, weight_dtype=BFLOAT16)
+    x, y = torch.randn(2, num_slots, features).bfloat16()
+    base = torch.randn(features, features).bfloat16()
+
+    def kernel() -> None:
+        assert len(packed) == num_slots  # keeps the weights that the table points at
+        deltas.post(x, y, rows, place)
+
+    def loop() -> None:
+        for row, network in enumerate(networks):
+            bottleneck.delta(network, y[row], None)
+
+    return Case(
+        f"bottlenecks, {num_slots} slots of one row, size {size}, {features}",
+        {"kernel bf16": kernel, "loop fp32": loop, "base GEMM bf16": lambda: F.linear(x, base)},
     )
 
 
@@ -164,6 +198,7 @@ def main() -> None:
         decode_deltas(16, 8, 768, 768),
         decode_deltas(32, 16, 2048, 8192),
         prefill_deltas(512, 16, 768, 2048),
+        decode_bottlenecks(16, 48, 768),
         *(decode_attention(context, BFLOAT16) for context in (100, 500, 2000)),
         *(decode_attention(context, FLOAT32) for context in (100, 500)),
         *(prefill_attention(512, context, BFLOAT16) for context in (512, 2048)),
