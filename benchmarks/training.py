@@ -25,10 +25,11 @@ from benchmarks import report
 from weft.config import ModelConfig, Quantization
 from weft.methods.lora import LoraConfig
 from weft_training import data
+from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.evaluate import BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
-from weft_training.trainer import TrainConfig, arguments, train
+from weft_training.trainer import arguments, train
 
 _RANK = 8
 _BATCH = 32

@@ -12,9 +12,10 @@ from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft_training import adapter, base
 from weft_training.adapter import AdaptedModel
+from weft_training.config import TrainConfig
 from weft_training.data import Example, collate, encode
 from weft_training.distillation import Direction, DistillationConfig, DistilledModel, divergence, load_teacher
-from weft_training.trainer import TrainConfig, train
+from weft_training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,12 +25,13 @@ from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, joint_command, joint_model
 from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.config import TrainConfig
 from weft_training.data import Example, InvalidData, Row, collate
 from weft_training.history import Diverged
 from weft_training.joint import buckets, train_many
 from weft_training.joint_model import Share, SpanDriver
 from weft_training.progress import Step
-from weft_training.trainer import TrainConfig, train
+from weft_training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,9 @@ from torch import nn
 from weft.config import ModelConfig, Quantization
 from weft_training import adapter, base, data, packing
 from weft_training.adapter import USUAL, AdaptedModel
+from weft_training.config import TrainConfig
 from weft_training.data import Example, encode
-from weft_training.trainer import TrainConfig, train
+from weft_training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

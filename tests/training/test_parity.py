@@ -28,8 +28,9 @@ from weft.methods.ptuning import Encoder, PtuningConfig
 from weft.model import loader, paged_attention
 from weft_training import adapter, base
 from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.config import TrainConfig
 from weft_training.data import Example, Row, collate, encode
-from weft_training.trainer import TrainConfig, train
+from weft_training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

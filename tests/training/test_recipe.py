@@ -11,10 +11,10 @@ from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft_training import command
 from weft_training.adapter import USUAL
+from weft_training.config import Schedule
 from weft_training.recipe import Option, Recipe, load, options
 from weft_training.schema import InvalidRecipe
 from weft_training.sections import recipe_of
-from weft_training.trainer import Schedule
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 WHOLE = """\

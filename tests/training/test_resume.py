@@ -17,10 +17,11 @@ from weft.config import ModelConfig
 from weft.methods.checkpoint import directory
 from weft.methods.lora import LoraConfig
 from weft_training import checkpoint
+from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.history import Diverged
 from weft_training.progress import Step
-from weft_training.trainer import TrainConfig, TrainResult, train
+from weft_training.trainer import TrainResult, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,7 +270,7 @@ def test_autocast_trains_close_to_float32(tiny_base: Path, tmp_path: Path) -> No
 def test_schedules_and_tensorboard(tiny_base: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from weft_training.trainer import Schedule
+    from weft_training.config import Schedule
 
     rates = {}
     for schedule in Schedule:

@@ -26,9 +26,10 @@ from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, command
 from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
+from weft_training.config import TrainConfig
 from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step
-from weft_training.trainer import TrainConfig, TrainResult, train
+from weft_training.trainer import TrainResult, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,10 +27,11 @@ from transformers import Trainer
 from weft.model.loader import Base
 from weft_training import base as bases
 from weft_training import card, joint_model, output, trainer
+from weft_training.config import TrainConfig
 from weft_training.history import Diverged
 from weft_training.joint_model import Share
 from weft_training.progress import Step
-from weft_training.trainer import Examples, Prepared, TrainConfig, TrainResult
+from weft_training.trainer import Examples, Prepared, TrainResult
 
 ReportOf = Callable[[int, Step], None]
 

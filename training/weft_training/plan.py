@@ -9,9 +9,10 @@ from torch import Tensor
 
 from weft_training import data
 from weft_training.adapter import AdaptedModel
+from weft_training.config import Optimizer, TrainConfig, optimizer_on
 from weft_training.data import Row
 from weft_training.recompute import recomputing
-from weft_training.trainer import Optimizer, Prepared, TrainConfig, optimizer_on
+from weft_training.trainer import Prepared
 
 _FLOAT32 = 4
 _MOMENT_BYTES = {Optimizer.ADAMW: _FLOAT32, Optimizer.PAGED_ADAMW_8BIT: 1}

@@ -23,10 +23,10 @@ import yaml
 from weft.config import ModelConfig
 from weft_training import sections
 from weft_training.adapter import USUAL
+from weft_training.config import TrainConfig
 from weft_training.distillation import DistillationConfig
 from weft_training.publish import PublishConfig
 from weft_training.schema import InvalidRecipe, Key, Node, keys_of, nearest, value
-from weft_training.trainer import TrainConfig
 
 # The names that options had before there were recipes, and the shortest ones.
 _ALIASES: Mapping[str, str] = MappingProxyType(
