@@ -58,10 +58,9 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def weights(path: Path) -> dict[str, bytes]:
-    """Every tensor, bit for bit; the file's header lists its metadata in an order that changes from save to save."""
-    found = load_file(path / directory.WEIGHTS_FILE)
-    return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
+def weights(path: Path) -> bytes:
+    """The file, so that equal adapters are one generation."""
+    return (path / directory.WEIGHTS_FILE).read_bytes()
 
 
 # --- a kill ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ UNTAGGED = "base, untagged"
 _MARKER = "study"
 _NUM_THREADS = 2
 
-STUDIED: Sequence[str] = ("reverse", "upper", "caesar", "double", "rotate", "stars", "swap", "zigzag")
+STUDIED: Sequence[str] = ("reverse", "upper", "caesar", "rotate", "swap", "zigzag")
 
 
 def recipe_of(method: str, task: str) -> Recipe:

@@ -10,12 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, InvalidAdapter
-from weft.methods.checkpoint import adalora, adapterhub, beft, bottleneck, ia3, lora, prefix, prompt
+from weft.methods.checkpoint import adalora, adapterhub, beft, bottleneck, ia3, lora, prefix, prompt, safetensors_file
 from weft.methods.protocol import Adapter, BaseShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -93,7 +92,6 @@ def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
         "inference_mode": True,
         **keys,
     }
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     bound = {BASE_DIGEST: base.digest} if base.digest else {}
-    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt", **bound})
+    safetensors_file.write(directory / WEIGHTS_FILE, tensors, {"format": "pt", **bound})
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
