@@ -153,20 +153,26 @@ def plot(found: Study, path: Path) -> None:
     """Mean exact match over the tasks of the base's pre-training, and over the others, against trained parameters."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for held_out, marker in ((False, "o"), (True, "x")):
-        for method in dict.fromkeys(one.method for one in found.measured):
-            of_kind = [one for one in found.of(method).values() if TASKS[one.task].held_out is held_out]
-            if not of_kind:
-                continue
-            mean = sum(one.exact_match for one in of_kind) / len(of_kind)
-            axes.plot(of_kind[0].num_parameters, mean, marker, color="C3" if held_out else "C0")
-            if not held_out:
-                axes.annotate(method, (of_kind[0].num_parameters, mean), xytext=(4, -11), textcoords="offset points")
+    names: dict[int, list[str]] = {}  # methods of one size share a label
+    lowest = 1.0
+    for method in dict.fromkeys(one.method for one in found.measured):
+        of_method = list(found.of(method).values())
+        count = of_method[0].num_parameters
+        names.setdefault(count, []).append(method)
+        for held_out, marker, color in ((False, "o", "C0"), (True, "x", "C3")):
+            scores = [one.exact_match for one in of_method if TASKS[one.task].held_out is held_out]
+            if scores:
+                axes.plot(count, sum(scores) / len(scores), marker, color=color)
+                lowest = min(lowest, sum(scores) / len(scores))
+    for place, (count, methods) in enumerate(sorted(names.items())):
+        axes.annotate("\n".join(methods), (count, 1.005 + 0.012 * (place % 2)), ha="center", va="bottom", fontsize=8)
     axes.plot([], [], "o", color="C0", label="tasks that the base knows under a tag")
     axes.plot([], [], "x", color="C3", label="tasks that it has never seen")
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match", ylim=(-0.02, 1.05))
+    bottom = int(lowest * 20) / 20 - 0.05
+    axes.set(xscale="log", xlabel="trained parameters", ylabel=f"exact match (from {bottom:.0%})", ylim=(bottom, 1.05))
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 1])
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
