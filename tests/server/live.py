@@ -298,6 +298,11 @@ class LiveServer:
             text = response.read().decode()
         return {family.name: family for family in text_string_to_metric_families(text)}
 
+    def wait_idle(self) -> None:
+        """Until no request is inside, and the engine has taken the last step for one."""
+        engine = self.application.lifecycle.memory._engine
+        wait_until(lambda: self.application.generation.num_requests == 0 and not engine.scheduler.running)
+
     def kv_blocks_used(self) -> int:
         blocks = self.application.lifecycle._blocks
         return blocks.num_used_blocks

@@ -344,6 +344,7 @@ def test_row_19_register_and_unregister_race_on_one_id(server: LiveServer, sourc
 
 
 def test_row_88_deadlines(server: LiveServer) -> None:
+    server.wait_idle()
     steps = len(server.gate.steps)
     with pytest.raises(grpc.RpcError) as past:
         server.client.generate(timeout=1e-6)
