@@ -108,6 +108,7 @@ RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
     "ptuning": lambda shape: tiny.random_ptuning(shape, length=19, seed=5),
     "bottleneck": lambda shape: tiny.random_bottleneck(shape, BottleneckConfig(size=4), seed=9),
     "bottleneck, parallel": lambda shape: tiny.random_bottleneck(shape, BottleneckConfig(form=Form.PARALLEL), seed=10),
+    "bottleneck, sum": lambda shape: tiny.random_bottleneck(shape, BottleneckConfig(form=Form.SUM, size=5), seed=12),
     "bottleneck, residual": lambda shape: tiny.random_bottleneck(shape, BottleneckConfig(form=Form.RESIDUAL), seed=11),
 }
 

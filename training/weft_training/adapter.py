@@ -230,7 +230,18 @@ class AdaptedModel(nn.Module):
         return whole[:, self.num_virtual_tokens :]
 
     def past(self, batch_size: int) -> DynamicCache | None:
-        """The cache that holds the virtual positions of every row; None for a method without any.
+        """The cache that holds the virtual positions of every row; None for a method without any."""
+        virtual = self.virtual()
+        if virtual is None:
+            return None
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(*virtual, strict=True)):  # each [P, H, D]
+            rows = [t.to(self.base.dtype).transpose(0, 1).expand(batch_size, -1, -1, -1) for t in (keys, values)]
+            cache.update(rows[0], rows[1], layer)  # [B, H, P, D]
+        return cache
+
+    def virtual(self) -> VirtualKV | None:
+        """Keys and values of the virtual positions; differentiable. None for a method without any.
 
         Soft rows go through the base once, as in serving, not once per row. Deviation from PEFT, which puts them before
         every row: the first token of a row is no target, as no server ever generates it.
@@ -239,13 +250,7 @@ class AdaptedModel(nn.Module):
         if adapter.method.virtual is None:
             return None
         virtual = adapter.method.virtual(adapter.prefix)
-        if isinstance(virtual, SoftRows):
-            virtual = self._computed(virtual)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(*virtual, strict=True)):  # each [P, H, D]
-            rows = [t.to(self.base.dtype).transpose(0, 1).expand(batch_size, -1, -1, -1) for t in (keys, values)]
-            cache.update(rows[0], rows[1], layer)  # [B, H, P, D]
-        return cache
+        return self._computed(virtual) if isinstance(virtual, SoftRows) else virtual
 
     def _computed(self, soft: SoftRows) -> VirtualKV:
         """What the base alone makes of soft rows at positions 0 to P - 1; differentiable."""

@@ -8,7 +8,7 @@ import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from weft.adapters import slab
 from weft.adapters.slots import SlotTable
 from weft.kernels.selection import select
+from weft.methods import prefix
 from weft.methods.count import Count
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Adapter
@@ -134,7 +135,12 @@ def _forward_s(
 
 def _served(base: Base, adapter: Adapter, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
     if adapter.method.virtual is not None:
-        model = AdaptedModel(base, adapter)  # a longer cache is all there is to it, in serving too
+        # A longer cache is all there is to it: serving, too, computes soft rows once and not for each request.
+        with torch.no_grad():
+            virtual = AdaptedModel(base, adapter).virtual()
+        assert virtual is not None
+        computed = prefix.PrefixParams(torch.stack([part.transpose(0, 1) for part in virtual], dim=2))
+        model = AdaptedModel(base, replace(adapter, method=prefix.METHOD, prefix=computed))
         return lambda: model(**inputs)
     laid_out = slab.build(adapter, base.shape, dtype=base.dtype)
     slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=laid_out.size_bytes, device=base.device)
