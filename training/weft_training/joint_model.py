@@ -57,6 +57,14 @@ class SpanDriver(NamedTuple):
         """Whether any segment reads the residual stream anywhere."""
         return ReferenceDriver(self.segments).needs_residual
 
+    @property
+    def routes(self) -> bool:
+        """Mixtures are not trained jointly with others."""
+        return False
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """Nothing is routed."""
+
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Nothing given is written."""
         if not any(site.name in segment.params for segment in self.segments):

@@ -51,6 +51,15 @@ class ByRows(NamedTuple):
         """Whether the body does; no sublayer ends at the head."""
         return self.body.needs_residual
 
+    @property
+    def routes(self) -> bool:
+        """Whether the body does; the head takes the last layer's gates."""
+        return self.body.routes
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """A layer begins."""
+        self.body.enter(layer, hidden)
+
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What the site's own driver makes of it."""
         return (self.head if site.kind is SiteKind.HEAD else self.body).apply(site, base, x, residual)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from weft.methods import mixture
+from weft.methods.mixture import NO_WISH, MixtureConfig, MixtureParams, Steering
 from weft.methods.protocol import Method, Site
 
 
@@ -18,19 +20,59 @@ class Segment(NamedTuple):
     """Rows of the flattened batch that share an adapter.
 
     params: the adapter's parameters by site name.
-    rows: int64 [N], or None for all rows in order. gates: float32 [N], or None for 1.
+    rows: int64 [N], or None for all rows in order.
+    gates: float32 [N], or None for 1; or what gives them for the layer that is being computed.
     """
 
     method: Method
     params: Mapping[str, Any]
     rows: Tensor | None = None
-    gates: Tensor | None = None
+    gates: Tensor | Callable[[], Tensor] | None = None
+
+
+class Routed:
+    """A mixture's gates on its rows, made anew for each layer.
+
+    rows: int64 [N], or None for all rows in order.
+    """
+
+    def __init__(
+        self, config: MixtureConfig, params: MixtureParams, rows: Tensor | None = None, steering: Steering = NO_WISH
+    ) -> None:
+        self._config = config
+        self._params = params
+        self._rows = rows
+        self._steering = steering
+        self.by_layer: list[Tensor] = []  # [N, experts] of every layer so far
+
+    def enter(self, layer: int, rows: Tensor) -> None:
+        """A layer begins, with the hidden states `rows` [T, hidden]."""
+        if layer == 0:
+            self.by_layer = []
+        mine = rows if self._rows is None else rows[self._rows]
+        self.by_layer.append(mixture.gates(self._config, self._params.at(layer), mine, self._steering))
+
+    def of(self, expert: int) -> Callable[[], Tensor]:
+        """What gives one expert's gates [N] in the layer that is being computed."""
+        return lambda: self.by_layer[-1][:, expert]
 
 
 class ReferenceDriver(NamedTuple):
-    """Applies `segments` at every site it is called for."""
+    """Applies `segments` at every site it is called for, with what `routers` say of their gates."""
 
     segments: Sequence[Segment]
+    routers: Sequence[Routed] = ()
+
+    @property
+    def routes(self) -> bool:
+        """Whether there are routers."""
+        return bool(self.routers)
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """A layer begins; `hidden` [..., hidden] flattens to the rows."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        for router in self.routers:
+            router.enter(layer, rows)
 
     @property
     def needs_residual(self) -> bool:
@@ -72,5 +114,6 @@ def _add(total: Tensor, segment: Segment, added: Tensor | None) -> Tensor:
     if added is None:
         return total
     if segment.gates is not None:
-        added = added * segment.gates[:, None].to(added.dtype)
+        gates = segment.gates() if callable(segment.gates) else segment.gates
+        added = added * gates[:, None].to(added.dtype)
     return total + added if segment.rows is None else total.index_add(0, segment.rows, added)

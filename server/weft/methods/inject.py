@@ -1,8 +1,9 @@
 """Wrapping the modules of a base where adapters meet it, the same way for serving and for training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, cast
+from functools import partial
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +21,15 @@ class Driver(Protocol):
         """Whether the residual stream is to be kept for `apply`."""
         ...
 
+    @property
+    def routes(self) -> bool:
+        """Whether `enter` is to be called."""
+        ...
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """A layer begins; `hidden` [..., hidden] is the residual stream that enters it."""
+        ...
+
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output [..., O] for its input `x` [..., I].
 
@@ -31,37 +41,55 @@ class Driver(Protocol):
 class AdapterContext:
     """Which driver the wrapped modules of one model use now. One per model; two engines never share one.
 
-    residual: the stream that entered the sublayer being computed. Hooks on the norms that open sublayers keep it; they
-    are there only while drivers need it, so others pay nothing.
+    residual: the stream that entered the sublayer being computed. Hooks on the norms that open sublayers keep it, and
+    hooks on layers tell drivers that one begins; they are there only while drivers need them, so others pay nothing.
     """
 
     def __init__(self) -> None:
         self.driver: Driver | None = None
         self.residual: Tensor | None = None
-        self._norms: list[nn.Module] = []
-        self._hooks: list[RemovableHandle] = []
+        self._norms: Sequence[nn.Module] = ()
+        self._layers: Sequence[nn.Module] = ()
+        self._residual_hooks: list[RemovableHandle] = []
+        self._layer_hooks: list[RemovableHandle] = []
 
     @contextmanager
     def use(self, driver: Driver | None) -> Iterator[None]:
         """Run the model with `driver`; None is the base alone."""
         assert self.driver is None, "nested batches on one model"
         self.driver = driver
-        if driver is not None and driver.needs_residual is not bool(self._hooks):
-            self._capture(driver.needs_residual)
+        if driver is not None:
+            if driver.needs_residual is not bool(self._residual_hooks):
+                self._hook_norms(driver.needs_residual)
+            if driver.routes is not bool(self._layer_hooks):
+                self._hook_layers(driver.routes)
         try:
             yield
         finally:
             self.driver = None
             self.residual = None
 
-    def watch(self, norms: list[nn.Module]) -> None:
-        """Name the norms whose input is the residual stream. Called once, before the first batch."""
+    def watch(self, norms: Sequence[nn.Module], layers: Sequence[nn.Module]) -> None:
+        """Name the norms whose input is the residual stream, and the layers. Called once, before the first batch."""
         self._norms = norms
+        self._layers = layers
 
-    def _capture(self, wanted: bool) -> None:
-        for hook in self._hooks:
+    def _hook_norms(self, wanted: bool) -> None:
+        for hook in self._residual_hooks:
             hook.remove()
-        self._hooks = [norm.register_forward_pre_hook(self._keep) for norm in self._norms] if wanted else []
+        self._residual_hooks = [norm.register_forward_pre_hook(self._keep) for norm in self._norms] if wanted else []
+
+    def _hook_layers(self, wanted: bool) -> None:
+        for hook in self._layer_hooks:
+            hook.remove()
+        self._layer_hooks = [
+            layer.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
+            for index, layer in enumerate(self._layers if wanted else ())
+        ]
+
+    def _enter(self, index: int, layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        if self.driver is not None:
+            self.driver.enter(index, inputs[0] if inputs else named["hidden_states"])
 
     def _keep(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.driver is not None:  # the base alone may run between two batches, and would leave its own behind
@@ -116,11 +144,11 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def inject(model: nn.Module, sites: list[Site], context: AdapterContext) -> None:
-    """Replace each site's module by an AdaptedLinear around it, in place."""
+def inject(model: nn.Module, sites: list[Site], context: AdapterContext, layers: Sequence[str] = ()) -> None:
+    """Replace each site's module by an AdaptedLinear around it, in place; `layers` are paths of the decoder layers."""
     for site in sites:
         parent_name, _, attribute = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, attribute, AdaptedLinear(getattr(parent, attribute), site, context))
     norms = dict.fromkeys(site.norm for site in sites if site.norm)
-    context.watch([model.get_submodule(name) for name in norms])
+    context.watch(*([model.get_submodule(name) for name in names] for names in (norms, layers)))

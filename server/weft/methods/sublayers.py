@@ -27,7 +27,7 @@ def mark(model: Any, sites: Sequence[Site]) -> list[Site]:
     """`sites`, those that end a sublayer marked as such. `model` is transformers' and not yet wrapped; no weight of a
     linear site is used, and the model is left as it was."""
     linear = [site for site in sites if site.kind is SiteKind.LINEAR]
-    layers = _layers(model, linear)
+    layers = layers_of(model, linear)
     trace = _run(model, linear, layers)
     return [_marked(site, model, layers, trace) for site in sites]
 
@@ -80,7 +80,7 @@ def _sublayer(site: Site, layer: str, model: nn.Module) -> str:
     return "attention" if any(hasattr(model.get_submodule(name), "layer_idx") for name in inside) else "mlp"
 
 
-def _layers(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+def layers_of(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     """Paths of the decoder layers: the members of the longest list of modules that all hold sites."""
     found: list[str] = []
     for name, module in model.named_modules():
@@ -143,6 +143,10 @@ class _Noise(NamedTuple):
 
     answer: Callable[[Site, Tensor], Tensor]
     needs_residual: bool = False
+    routes: bool = False
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """Nothing is routed."""
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         del base, residual

@@ -69,7 +69,7 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     text_config = hf_config.get_text_config()
     context = AdapterContext()
     sites = sublayers.mark(model, adapter_sites(model, head=model.get_output_embeddings()))
-    inject(model, sites, context)
+    inject(model, sites, context, sublayers.layers_of(model, sites))
     num_heads = text_config.num_attention_heads
     embedding: Any = model.get_input_embeddings()  # its width is not the hidden size everywhere (OPT)
     shape = BaseShape(

@@ -61,6 +61,14 @@ class CpuDriver:
         """Whether any resident adapter reads the residual stream."""
         return self._slots.num_residual_readers > 0
 
+    @property
+    def routes(self) -> bool:
+        """Whether a row of the step belongs to a mixture."""
+        return False
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """A layer begins; nothing is routed yet."""
+
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
         num_entries = self._slots.num_entries[site.index]

@@ -1,0 +1,146 @@
+"""A mixture of adapters: a learned gate for each of N experts, per token and per layer.
+
+    h' = h + Σ_i g_i(h) f_i(h)        g = normalize(top_k(softmax(W h / τ)))
+
+h is the residual stream that enters a layer; its gates hold for everything the experts do in that layer. One pass, one
+cache of keys and values. (Shazeer et al. 2017, arXiv:1701.06538, has the top-k gate; Fedus et al. 2021,
+arXiv:2101.03961, the loss that balances.) Experts are adapters of any methods; what is here is the gate alone.
+
+Deviations: no noise and no capacity, so that a row's gates are a function of that row; equal logits go to the expert
+that comes first in the order of digests; a *null expert* may take gate that then nobody has.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_NORM_EPS = 1e-6
+
+
+class Level(StrEnum):
+    """What the router looks at: each token's own hidden state, or the mean of the prompt's input embeddings."""
+
+    TOKEN = "token"  # noqa: S105  no password
+    SEQUENCE = "sequence"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureConfig:
+    """How gates are made.
+
+    top_k: experts that keep a gate. temperature: τ. level: what the router reads.
+    normalize: whether the gates that are kept sum to one; otherwise they are the softmax over all experts.
+    shared: one router for all layers. null_expert: whether W has a last row for nobody.
+    rms_norm: h is divided by its root mean square first. absolute: logits are |W h| / τ (Arrow, Ostapenko et al. 2024,
+        arXiv:2405.11157).
+    """
+
+    num_experts: int
+    top_k: int
+    temperature: float = 1.0
+    level: Level = Level.TOKEN
+    normalize: bool = True
+    shared: bool = False
+    null_expert: bool = False
+    rms_norm: bool = False
+    absolute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts: must be at least 1, given {self.num_experts}")
+        if not 1 <= self.top_k <= self.num_choices:
+            raise ValueError(f"top_k: must be 1 to {self.num_choices}, given {self.top_k}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: must be above 0, given {self.temperature}")
+
+    @property
+    def num_choices(self) -> int:
+        """Rows of W."""
+        return self.num_experts + self.null_expert
+
+
+class MixtureParams(NamedTuple):
+    """The router; M is L, or 1 where it is shared, and C the number of choices."""
+
+    weight: Tensor  # [M, C, hidden]
+
+    def at(self, layer: int) -> Tensor:
+        """The layer's W [C, hidden]."""
+        return self.weight[0 if len(self.weight) == 1 else layer]
+
+
+class Steering(NamedTuple):
+    """What a request wants of the gates; None for no wish. Each is [N]."""
+
+    allowed: Tensor | None = None  # bool: the others get gate 0
+    floor: Tensor | None = None  # float32: the least gate of an allowed expert
+    ceiling: Tensor | None = None  # float32: the largest
+
+
+NO_WISH = Steering()
+
+
+def init(config: MixtureConfig, num_layers: int, hidden_size: int, generator: torch.Generator) -> MixtureParams:
+    """Small noise: the gates start near uniform, and no two experts are alike."""
+    shape = (1 if config.shared else num_layers, config.num_choices, hidden_size)
+    return MixtureParams(torch.randn(shape, generator=generator) * hidden_size**-0.5 * 0.02)
+
+
+def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_WISH) -> Tensor:
+    """The gates [T, N] of the experts for the hidden states [T, hidden] that enter a layer with router `weight`.
+
+    Differentiable in both. Rows do not depend on each other.
+    """
+    chances = probabilities(config, weight, hidden, steering)  # [T, C]
+    # A stable sort, since topk promises nothing about equals: the first of them is kept.
+    order = chances.detach().sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k]
+    kept = torch.zeros_like(chances).scatter(-1, order, 1.0)
+    chosen = chances * kept
+    if config.normalize:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    return steered(chosen[:, : config.num_experts], steering)
+
+
+def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_WISH) -> Tensor:
+    """The softmax over all choices [T, C], before any is dropped; float32 or better."""
+    h = hidden.to(weight.dtype)
+    if config.rms_norm:
+        h = F.rms_norm(h, h.shape[-1:], eps=_NORM_EPS)
+    logits = h @ weight.mT
+    if config.absolute:
+        logits = logits.abs()
+    logits = logits / config.temperature
+    if steering.allowed is not None:
+        allowed = F.pad(steering.allowed, (0, config.num_choices - config.num_experts), value=True)
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    return logits.softmax(-1)
+
+
+def steered(chosen: Tensor, steering: Steering) -> Tensor:
+    """Gates [T, N] between floor and ceiling, scaled back to the sum that they had."""
+    if steering.floor is None and steering.ceiling is None:
+        return chosen
+    bounded = chosen
+    if steering.floor is not None:
+        floor = steering.floor if steering.allowed is None else steering.floor * steering.allowed
+        bounded = bounded.maximum(floor)
+    if steering.ceiling is not None:
+        bounded = bounded.minimum(steering.ceiling)
+    total = bounded.sum(-1, keepdim=True)
+    return torch.where(total > 0, bounded * chosen.sum(-1, keepdim=True) / total, bounded)
+
+
+def balance_loss(chances: Tensor, chosen: Tensor) -> Tensor:
+    """N Σ_i (share of rows that chose i) · (mean probability of i): 1 where all experts are used alike.
+
+    chances: [T, C], chosen: [T, N] gates; the share has no gradient. (arXiv:2101.03961, equation 4; there top_k is 1,
+    here a row counts for each expert that it chose, divided by how many those are.)
+    """
+    num_experts = chosen.shape[-1]
+    used = (chosen.detach() > 0).to(chances.dtype)
+    share = (used / used.sum(-1, keepdim=True).clamp(min=1)).mean(0)
+    return num_experts * (share * chances[:, :num_experts].mean(0)).sum()
