@@ -147,15 +147,45 @@ REQUESTS = [
     Case("82-5-stop-tokens", "STOP_INVALID", _stopping(stop_token_ids=range(5)), ("limit 4", "given 5")),
     Case("82-stop-token", "TOKEN_OUT_OF_RANGE", _stopping(stop_token_ids=[128]), ("stop_token_ids[0]", "limit 127")),
     *(
-        Case(f"{row}", "COMPOSITION_UNSUPPORTED", _parts(*parts), (), "UNIMPLEMENTED")
-        for row, parts in {
-            "84-good": (("lora-1", 1.0), ("ia3-1", 0.5)),
-            "84-9-parts": tuple((f"a{i}", 1.0) for i in range(9)),
-            "84-twice": (("lora-1", 1.0), ("lora-1", 1.0)),
-            "84-nan": (("lora-1", _NAN),),
-            "84-none": (),
-            "85-unknown": (("lora-1", 1.0), ("nobody", 1.0)),
-        }.items()
+        Case(f"84-{row}", "COMPOSITION_INVALID", _parts(*parts), says)
+        for row, parts, says in (
+            ("none", (), ("composition.adapters: ", "limit 8", "given 0")),
+            ("9-parts", tuple((f"a{i}", 1.0) for i in range(9)), ("limit 8", "given 9")),
+            ("500-parts", tuple((f"a{i}", 1.0) for i in range(500)), ("limit 8", "given 500")),
+            ("twice", (("lora-1", 1.0), ("ia3-1", 1.0), ("lora-1", 0.5)), ("adapters[2].adapter_id: is part 0",)),
+            ("twice-by-generation", (("lora-1", 1.0), (f"lora-1@{'0' * 64}", 1.0)), ("adapters[1].adapter_id",)),
+            ("nan", (("ia3-1", 1.0), ("lora-1", _NAN)), ("adapters[1].weight", "from -4 to 4", "given nan")),
+            ("infinite", (("lora-1", _INF),), ("adapters[0].weight", "given inf")),
+            ("minus-infinite", (("lora-1", -_INF),), ("adapters[0].weight", "given -inf")),
+            ("5", (("lora-1", 5.0),), ("adapters[0].weight", "given 5.0")),
+            ("minus-4.01", (("lora-1", 1.0), ("ia3-1", -4.01)), ("adapters[1].weight", "given -4.01")),
+            ("all-0", (("lora-1", 0.0), ("ia3-1", -0.0)), ("other than 0",)),
+            ("all-0-as-kept", (("lora-1", 1e-60), ("ia3-1", 0.0)), ("other than 0",)),
+            ("negative-prefix", (("lora-1", 1.0), ("prefix-1", -0.5)), ("adapters[1].weight", "prefix", "given -0.5")),
+        )
+    ),
+    Case("84-id", "ID_INVALID", _parts(("lora-1", 1.0), ("UPPER", 1.0)), ("composition.adapters[1].adapter_id",)),
+    Case("84-base", "ID_RESERVED", _parts(("base", 1.0)), ("composition.adapters[0].adapter_id",)),
+    Case(
+        "85-unknown",
+        "ADAPTER_NOT_FOUND",
+        _parts(("lora-1", 1.0), ("nobody", 1.0)),
+        ("composition.adapters[1].adapter_id: nobody",),
+        "NOT_FOUND",
+    ),
+    Case(
+        "85-unknown-of-weight-0",
+        "ADAPTER_NOT_FOUND",
+        _parts(("lora-1", 1.0), ("nobody", 0.0)),
+        ("composition.adapters[1].adapter_id: nobody",),
+        "NOT_FOUND",
+    ),
+    Case(
+        "85-other-generation",
+        "ADAPTER_NOT_FOUND",
+        _parts((f"lora-1@{'0' * 64}", 1.0), ("ia3-1", 1.0)),
+        ("composition.adapters[0].adapter_id: lora-1@",),
+        "NOT_FOUND",
     ),
     Case("request-id-long", "REQUEST_ID_INVALID", {"request_id": "x" * 129}, ("limit 128",)),
     Case("request-id-control", "REQUEST_ID_INVALID", {"request_id": "a\nb"}, ("a\\nb",)),

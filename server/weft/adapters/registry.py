@@ -119,31 +119,35 @@ class Registry:
         """Every generation that some version needs."""
         return frozenset(self._of)
 
-    def require(self, reference: AdapterReference) -> Version:
-        """The current version that `reference` names; AdapterNotFound otherwise."""
+    def require(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
+        """The current version that `reference` names; AdapterNotFound otherwise, which names `field`."""
         version = self._current.get(reference.adapter_id)
         if version is None or reference.generation not in (None, version.generation):
-            raise not_found(reference)
+            raise not_found(reference, field)
         return version
 
-    def require_active(self, reference: AdapterReference) -> Version:
+    def require_active(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
         """The same if requests can use it now; else AdapterUnusable or DataLoss with the state's reason."""
         current = self._current.get(reference.adapter_id)
         if current is None or current.generation != reference.generation:  # an older content can be current again
             for version in self.replaced(reference.adapter_id):
                 if version.generation == reference.generation:
-                    raise _draining(version)
-        version = self.require(reference)
+                    raise _draining(version, field)
+        version = self.require(reference, field=field)
         if version.state is not AdapterState.ACTIVE:
-            raise _unusable(version)
+            raise _unusable(version, field)
         return version
 
     def acquire(self, reference: AdapterReference, request_id: str) -> Version:
         """Look up and hold in one step; raises as `require_active`."""
         version = self.require_active(reference)
+        self.hold(version, request_id)
+        return version
+
+    def hold(self, version: Version, request_id: str) -> None:
+        """Lease a version that `require_active` has just given: nothing may come between the two."""
         version.leases.add(request_id)
         version.last_used_time_s = self._wall_clock()
-        return version
 
     def release(self, version: Version, request_id: str) -> None:
         """The request ended."""
@@ -289,49 +293,49 @@ class Registry:
             del self._of[version.generation]
 
 
-def not_found(reference: AdapterReference) -> AdapterNotFound:
+def not_found(reference: AdapterReference, field: str = "adapter_id") -> AdapterNotFound:
     """Unknown, foreign and no longer current answer alike."""
     return AdapterNotFound(
         "ADAPTER_NOT_FOUND",
-        f"adapter_id: {reference} is not registered",
-        field="adapter_id",
+        f"{field}: {reference} is not registered",
+        field=field,
         metadata={"adapter_id": str(reference)},
     )
 
 
-def _draining(version: Version) -> AdapterUnusable:
+def _draining(version: Version, field: str) -> AdapterUnusable:
     return AdapterUnusable(
         "ADAPTER_DRAINING",
-        f"adapter_id: {version.adapter_id}@{version.generation} is being taken out of service",
-        field="adapter_id",
+        f"{field}: {version.adapter_id}@{version.generation} is being taken out of service",
+        field=field,
         metadata={"adapter_id": version.adapter_id},
     )
 
 
-def _unusable(version: Version) -> AdapterUnusable | DataLoss:
+def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | DataLoss:
     metadata = {"adapter_id": version.adapter_id, "cause": version.state_reason}
     match version.state:
         case AdapterState.DRAINING:
-            return _draining(version)
+            return _draining(version, field)
         case AdapterState.QUARANTINED:
             return AdapterUnusable(
                 "ADAPTER_QUARANTINED",
-                f"adapter_id: {version.adapter_id} was taken out of service: {version.state_reason}",
-                field="adapter_id",
+                f"{field}: {version.adapter_id} was taken out of service: {version.state_reason}",
+                field=field,
                 metadata=metadata,
             )
         case AdapterState.FAILED if version.state_reason == "BLOB_CORRUPT":
             return DataLoss(
                 "BLOB_CORRUPT",
-                f"adapter_id: the stored files of {version.adapter_id} changed; register it again",
-                field="adapter_id",
+                f"{field}: the stored files of {version.adapter_id} changed; register it again",
+                field=field,
                 metadata=metadata,
             )
         case _:
             return AdapterUnusable(
                 "ADAPTER_NOT_READY",
-                f"adapter_id: {version.adapter_id} is {version.state.value}",
-                field="adapter_id",
+                f"{field}: {version.adapter_id} is {version.state.value}",
+                field=field,
                 metadata=metadata,
                 retry_after_s=1.0 if version.state is AdapterState.LOADING else None,
             )

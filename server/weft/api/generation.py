@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from weft.adapters.registry import Registry, Version
+from weft.api import composition
 from weft.api.validation import ChatTurn, CheckedSpec, GenerationSpec, check, check_prompt_bytes
 from weft.config import RequestLimits
 from weft.engine.block_manager import cache_root
 from weft.engine.detokenizer import Detokenizer
 from weft.engine.engine import Engine
 from weft.engine.request import (
-    AdapterUse,
     Finish,
     FinishReason,
     Request,
@@ -50,7 +50,7 @@ class ModelFacts:
 
 
 class EffectiveAdapter(NamedTuple):
-    """An adapter that took part, as the answer names it."""
+    """An adapter of a request, as the answer names it."""
 
     adapter_id: str
     generation: str
@@ -250,8 +250,7 @@ class Generation:
         request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
         versions: list[Version] = []
         try:
-            if checked.target is not None:
-                versions.append(self._registry.acquire(checked.target, request_id))
+            versions += self._acquire(checked, request_id)
             tokens = await self._token_ids(spec.text, spec.messages) if spec.token_ids is None else list(spec.token_ids)
             request = self._request(checked, request_id, tokens, versions, arrival_s, deadline_s)
             for error in (self._refusal, self._cancelled.get(request_id)):
@@ -264,13 +263,23 @@ class Generation:
 
         def on_finish(finish: Finish) -> None:
             if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
-                for version in versions:
-                    self._registry.fault(version, finish.error.reason)
+                for part, version in zip(checked.parts, versions, strict=True):
+                    if part.gate:
+                        self._registry.fault(version, finish.error.reason)
             self._leave(versions, request_id)
 
         stream = self._streams[request_id] = _Stream(on_finish)
         self._engine.submit(request)
         return checked, request, versions, stream
+
+    def _acquire(self, checked: CheckedSpec, request_id: RequestId) -> list[Version]:
+        """Hold every part, or none; nothing awaits in here, so no version goes between being found and being held."""
+        versions = [self._registry.require_active(part.reference, field=part.field) for part in checked.parts]
+        if checked.spec.composition is not None:
+            composition.check_versions(checked.parts, versions)
+        for version in versions:
+            self._registry.hold(version, request_id)
+        return versions
 
     def _reserve(self) -> None:
         if self._num_reserved >= self._max_requests:
@@ -299,7 +308,7 @@ class Generation:
         arrival_s: float,
         deadline_s: float,
     ) -> Request:
-        uses = tuple(AdapterUse(v.generation, 1.0, v.info.num_virtual_tokens) for v in versions)
+        uses = composition.uses(checked.parts, versions)
         num_virtual, longest = sum(use.num_virtual_tokens for use in uses), self._model.max_model_len
         if not tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
@@ -378,7 +387,10 @@ def _end(
         num_completion_tokens=num_tokens,
         num_cached_tokens=request.num_cached_tokens,
         seed=checked.seed,
-        adapters=tuple(EffectiveAdapter(v.adapter_id, v.generation, v.info.method, 1.0) for v in versions),
+        adapters=tuple(
+            EffectiveAdapter(version.adapter_id, version.generation, version.info.method, part.weight)
+            for part, version in zip(checked.parts, versions, strict=True)
+        ),
     )
 
 

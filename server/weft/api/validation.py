@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterReference, parse_reference
+from weft.adapters.identifiers import parse_reference
+from weft.api import composition
+from weft.api.composition import Part, WeightedReference
 from weft.config import RequestLimits
 from weft.engine.request import SamplingParams
-from weft.errors import InvalidRequest, Unsupported
+from weft.errors import InvalidRequest
 
 _TEMPERATURE_MIN = 0.01
 _TEMPERATURE_MAX = 100.0
@@ -24,13 +26,6 @@ class ChatTurn(NamedTuple):
 
     role: str
     content: str
-
-
-class WeightedReference(NamedTuple):
-    """One part of a composition, as the caller wrote it."""
-
-    adapter_id: str
-    weight: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +56,14 @@ class GenerationSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedSpec:
-    """A request whose fields obey their rules. `max_new_tokens` is None where the caller left it to the server."""
+    """A request whose fields obey their rules. `max_new_tokens` is None where the caller left it to the server.
+
+    parts: the adapters that answer, in the order of the request; none is the base.
+    """
 
     spec: GenerationSpec
     request_id: str
-    target: AdapterReference | None
+    parts: tuple[Part, ...]
     seed: int
     max_new_tokens: int | None
     stop_token_ids: frozenset[int]
@@ -96,7 +94,7 @@ def check(
     base_model: str,
     has_chat_template: bool,
 ) -> CheckedSpec:
-    """Raise InvalidRequest for the first field that breaks its rule; Unsupported for a composition."""
+    """Raise InvalidRequest for the first field that breaks its rule."""
     _check_request_id(spec.request_id, limits)
     _check_input(spec, limits, vocab_size, has_chat_template)
     if len(spec.cache_salt.encode()) > limits.cache_salt_bytes_max:
@@ -107,9 +105,11 @@ def check(
             limit=limits.cache_salt_bytes_max,
             given=len(spec.cache_salt.encode()),
         )
+    parts: tuple[Part, ...] = ()
     if spec.composition is not None:
-        raise Unsupported("COMPOSITION_UNSUPPORTED", "composition: this version serves one adapter per request")
-    target = None if spec.adapter_id is None else parse_reference(spec.adapter_id, base_model=base_model)
+        parts = composition.check(spec.composition, limits, base_model=base_model)
+    elif spec.adapter_id is not None:
+        parts = (Part(parse_reference(spec.adapter_id, base_model=base_model), 1.0, "adapter_id"),)
     _check_sampling(spec, vocab_size)
     _check_stopping(spec, limits, vocab_size)
     if spec.logprobs is not None and not 0 <= spec.logprobs <= limits.logprobs_max:
@@ -120,7 +120,7 @@ def check(
     return CheckedSpec(
         spec=spec,
         request_id=spec.request_id or secrets.token_hex(8),
-        target=target,
+        parts=parts,
         seed=secrets.randbits(63) if spec.seed is None else spec.seed,
         max_new_tokens=spec.max_new_tokens,
         stop_token_ids=eos | frozenset(spec.stop_token_ids),

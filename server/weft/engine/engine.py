@@ -408,5 +408,6 @@ class Engine:
 
 def _non_finite(request: Request) -> WeftError:
     if request.adapters:
-        return AdapterUnusable("ADAPTER_NON_FINITE", "the adapter made numbers that are not finite for this request")
+        made_by = "the adapter" if len(request.adapters) == 1 else "the adapters together"
+        return AdapterUnusable("ADAPTER_NON_FINITE", f"{made_by} made numbers that are not finite for this request")
     return WeftError("NON_FINITE", "the base made numbers that are not finite for this request")

@@ -1,5 +1,6 @@
 """A request as the engine sees it, and what it sends back. No torch here."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from random import Random
@@ -56,6 +57,17 @@ class AdapterUse(NamedTuple):
     generation: Generation
     gate: float
     num_virtual_tokens: int
+
+
+def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
+    """Deltas by their content, then virtual positions as listed.
+
+    Sums of floats depend on their order, and keys of the cache on the order of what is hashed: so the same deltas,
+    however listed, have the same bits and share blocks. The order of virtual positions means something.
+    """
+    listed = tuple(uses)
+    deltas = sorted(use for use in listed if not use.num_virtual_tokens)
+    return (*deltas, *(use for use in listed if use.num_virtual_tokens))
 
 
 class TokenLogprob(NamedTuple):

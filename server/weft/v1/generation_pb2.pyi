@@ -213,8 +213,8 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 @_typing.final
 class Composition(_message.Message):
     """Several adapters at once: base + the sum of weight * delta, each delta computed from the base's own activations.
-    Rules that are broken answer COMPOSITION_INVALID with the index of the part; one part that is unknown or unusable
-    fails the whole request.
+    Rules that are broken answer COMPOSITION_INVALID, in `ErrorInfo.metadata` with the `index` of the part; one part that
+    is unknown or unusable fails the whole request, with the reason that it has alone and the part in `field`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -222,8 +222,8 @@ class Composition(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
-        """The parts, at least one and at most `RequestLimits.composition_parts_max`; no adapter twice. The order does not
-        change the answer.
+        """The parts, at least one and at most `RequestLimits.composition_parts_max`; no adapter and no content twice. Virtual
+        tokens of several parts stand in this order before the prompt; otherwise the order changes nothing.
         """
 
     def __init__(
@@ -248,11 +248,12 @@ class WeightedAdapter(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """As `GenerateRequest.adapter_id`."""
+    """As `GenerateRequest.adapter_id`, with the same errors. A mixture is no part: COMPOSITION_INVALID."""
     weight: _builtins.float
     """Factor of this adapter's delta, used as it is: weights are not normalized. Finite and within plus or minus
-    `RequestLimits.composition_weight_abs_max`; not negative for methods that add virtual tokens (prefix). Default:
-    1. A part of weight 0 takes no part; at least one must be other than 0.
+    `RequestLimits.composition_weight_abs_max`, kept in single precision. For methods that add virtual tokens (prefix,
+    prompt) its logarithm is added to their attention scores, so it must not be negative, and 1 is the method itself.
+    Default: 1. A part of weight 0 is looked up and takes no part; at least one must be other than 0.
     """
     def __init__(
         self,
@@ -647,13 +648,15 @@ class Finish(_message.Message):
 
     @_builtins.property
     def effective_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___EffectiveAdapter]:
-        """The adapters that took part, with the generations that were fixed at admission, in the order of the request;
-        empty for the base. Parts of weight 0 are left out.
+        """The adapters of the request, with the generations that were fixed at admission, in the order of the request; empty
+        for the base. Parts of weight 0 are named too, with weight 0, and took no part.
         """
 
     @_builtins.property
     def gates(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterGate]:
-        """How much of each adapter the answer took; empty unless asked for, and for the base."""
+        """How much of each adapter the answer took, in the order of `effective_adapters`; empty unless asked for, and for the
+        base.
+        """
 
     def __init__(
         self,

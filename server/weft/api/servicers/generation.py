@@ -10,8 +10,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from weft import __version__
 from weft.api.application import Application
+from weft.api.composition import WeightedReference
 from weft.api.generation import GenerationEnd, GenerationPart
-from weft.api.validation import ChatTurn, GenerationSpec, WeightedReference
+from weft.api.validation import ChatTurn, GenerationSpec
 from weft.config import AdapterLimits, RequestLimits
 from weft.engine.request import FinishReason, SampledToken, TokenLogprob
 from weft.methods.catalog import METHODS

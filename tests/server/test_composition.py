@@ -1,0 +1,365 @@
+"""Compositions through the API: what answers, what is shared, what fails as a whole, what is counted."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.server.conftest import Sources
+from tests.server.live import WAIT_S, LiveServer, refused, wait_until
+from tests.server.test_metrics import change_of, value
+from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.adapters.registry import AdapterInfo, Version
+from weft.adapters.slots import AdapterSlot
+from weft.api import composition
+from weft.api.composition import Part
+from weft.errors import InvalidRequest
+from weft.v1 import adapter_pb2, generation_pb2
+
+LONG = 24
+TEXT = "A prompt that is long enough to fill several blocks of keys and values with what its adapters made of it."
+DRAINING, QUARANTINED = adapter_pb2.ADAPTER_STATE_DRAINING, adapter_pb2.ADAPTER_STATE_QUARANTINED
+
+
+def of(**weights: float | None) -> dict[str, Any]:
+    """The field of a request; `_` stands for `-` in ids, None for a weight that is not given."""
+    parts = [
+        generation_pb2.WeightedAdapter(adapter_id=name.replace("_", "-"), weight=weight)
+        for name, weight in weights.items()
+    ]
+    return {"composition": generation_pb2.Composition(adapters=parts)}
+
+
+@pytest.fixture
+def registered(server: LiveServer, sources: Sources) -> Iterator[Callable[[str, Path], str]]:
+    """Registers a source until the test ends; gives its generation."""
+    ids: list[str] = []
+
+    def register(adapter_id: str, source: Path) -> str:
+        generation = server.client.register(adapter_id, source).adapter.generation
+        ids.append(adapter_id)
+        return generation
+
+    yield register
+    for adapter_id in ids:
+        server.client.unregister(adapter_id, allow_missing=True)
+
+
+def _scaled(sources: Sources, name: str, factor: float) -> Path:
+    """A LoRA whose product is `factor` times that of another."""
+    parts = sources.parts(name)
+    tensors = {key: tensor * factor if "lora_B" in key else tensor for key, tensor in parts.tensors.items()}
+    return parts.with_tensors(tensors).write(sources.root / f"{name}-times-{factor}")
+
+
+def _sum(sources: Sources, first: str, second: str, weights: tuple[float, float]) -> Path:
+    """Two LoRAs in one of twice the rank: A below A, the weighted B beside B."""
+    one, other = sources.parts(first), sources.parts(second)
+    tensors = {}
+    for key, tensor in one.tensors.items():
+        if "lora_A" in key:
+            tensors[key] = torch.cat([tensor, other.tensors[key]])
+        else:
+            tensors[key] = torch.cat([tensor * weights[0], other.tensors[key] * weights[1]], dim=1)
+    rank, alpha = one.config["r"], one.config["lora_alpha"]
+    config = {**one.config, "r": 2 * rank, "lora_alpha": 2 * alpha}
+    return one._replace(config=config).with_tensors(tensors).write(sources.root / f"{first}+{second}")
+
+
+def test_a_composition_is_the_weighted_sum(
+    server: LiveServer, sources: Sources, registered: Callable[[str, Path], str]
+) -> None:
+    """Powers of two, so that scaling is exact in any precision and answers can be compared token for token."""
+    client = server.client
+    registered("b", sources("lora-5"))
+    registered("a-half", _scaled(sources, "lora-1", 0.5))
+    registered("b-double", _scaled(sources, "lora-5", -2.0))
+    registered("both", _sum(sources, "lora-1", "lora-5", (0.5, -2.0)))
+    answer = client.generate(None, LONG, text=TEXT, **of(lora_1=0.5, b=-2.0))
+    for same in (
+        client.tokens("both", LONG, text=TEXT),
+        client.tokens(None, LONG, text=TEXT, **of(a_half=1.0, b_double=None)),
+        client.tokens(None, LONG, text=TEXT, **of(a_half=1.0, b=-2.0)),
+    ):
+        assert answer.tokens == same
+    # Negative control: another weight, another order of weights or one adapter alone is another answer.
+    others = [of(lora_1=0.5, b=-1.0), of(lora_1=-2.0, b=0.5), of(lora_1=0.5), of(b=-2.0)]
+    assert answer.tokens not in [client.tokens(None, LONG, text=TEXT, **other) for other in others]
+    effective = [(part.adapter_id, part.weight, part.method) for part in answer.finish.effective_adapters]
+    assert effective == [("lora-1", 0.5, "lora"), ("b", -2.0, "lora")]
+
+
+def test_one_part_of_weight_1_is_the_adapter(server: LiveServer) -> None:
+    for name in ("lora-1", "ia3-1", "prefix-1"):
+        weights = {name.replace("-", "_"): 1.0}
+        assert server.client.tokens(name, LONG) == server.client.tokens(None, LONG, **of(**weights))
+
+
+def test_an_answer_names_every_part(server: LiveServer) -> None:
+    """Also those of weight 0, which took no part; weights are told as they were written."""
+    options = generation_pb2.ResponseOptions(token_ids=True, gates=True)
+    generations = {name: server.client.get(name).generation for name in ("lora-1", "ia3-1", "prefix-1")}
+    answer = server.client.generate(None, options=options, **of(prefix_1=0.0, lora_1=0.3, ia3_1=1e-60))
+    told = [(part.adapter_id, part.generation, part.weight) for part in answer.finish.effective_adapters]
+    weights = {"prefix-1": 0.0, "lora-1": 0.3, "ia3-1": 1e-60}
+    assert told == [(name, generations[name], weight) for name, weight in weights.items()]
+    assert [gate.adapter_id for gate in answer.finish.gates] == list(weights)
+    assert [gate.mean for gate in answer.finish.gates] == pytest.approx(list(weights.values()))
+    assert answer.tokens == server.client.tokens(None, **of(lora_1=0.3))
+
+
+def test_a_part_can_name_its_generation(server: LiveServer) -> None:
+    lora, ia3 = (server.client.get(name).generation for name in ("lora-1", "ia3-1"))
+    parts = [
+        generation_pb2.WeightedAdapter(adapter_id=f"lora-1@{lora}"),
+        generation_pb2.WeightedAdapter(adapter_id=f"ia3-1@{ia3}"),
+    ]
+    answer = server.client.generate(composition=generation_pb2.Composition(adapters=parts))
+    assert answer.tokens == server.client.tokens(None, **of(lora_1=1.0, ia3_1=1.0))
+    assert [(part.adapter_id, part.generation) for part in answer.finish.effective_adapters] == [
+        ("lora-1", lora),
+        ("ia3-1", ia3),
+    ]
+
+
+# -- what is shared ---------------------------------------------------------------------------------------------------
+
+
+def test_the_same_composition_in_any_order_shares_its_prefix(server: LiveServer) -> None:
+    client, blocks = server.client, len(TEXT) // 16
+
+    def ask(salt: str = "order", **weights: float | None) -> generation_pb2.Finish:
+        return client.generate(None, 4, text=TEXT, cache_salt=salt, **of(**weights)).finish
+
+    def cached(finish: generation_pb2.Finish) -> int:
+        return finish.usage.cached_prompt_tokens
+
+    assert blocks >= 4
+    assert cached(ask(lora_1=0.7, ia3_1=-0.5)) == 0
+    assert cached(ask(ia3_1=-0.5, lora_1=0.7)) == blocks * 16
+    assert cached(ask(ia3_1=-0.5, lora_1=0.7, prefix_1=0.0)) == blocks * 16, "weight 0 is no part of the key"
+    # Negative controls: weights, parts and salt are part of it.
+    for other in (of(lora_1=0.7, ia3_1=0.5), of(lora_1=-0.5, ia3_1=0.7), of(lora_1=0.7), of(ia3_1=-0.5)):
+        finish = client.generate(None, 4, text=TEXT, cache_salt="order", **other).finish
+        assert cached(finish) == 0, other
+    assert cached(client.generate("lora-1", 4, text=TEXT, cache_salt="order").finish) == 0
+    assert cached(client.generate(None, 4, text=TEXT, cache_salt="order").finish) == 0
+    assert cached(ask("another", lora_1=0.7, ia3_1=-0.5)) == 0
+    # One part of weight 1 is the adapter, and shares with it.
+    assert cached(ask(lora_1=1.0)) == blocks * 16
+
+
+def test_cached_blocks_of_a_composition_go_with_any_of_its_adapters(
+    server: LiveServer, sources: Sources, registered: Callable[[str, Path], str]
+) -> None:
+    held = server.application.lifecycle.memory._engine.blocks
+    generation = registered("leaving", sources("lora-6"))
+    for _ in range(2):
+        finish = server.client.generate(None, 4, text=TEXT, **of(lora_1=0.5, leaving=0.5)).finish
+    assert finish.usage.cached_prompt_tokens > 0
+    assert held._blocks_of_generation[Generation(generation)]
+    assert server.client.unregister("leaving").freed_kv_blocks >= len(TEXT) // 16
+    assert Generation(generation) not in held._blocks_of_generation
+
+
+# -- what fails, fails as a whole -------------------------------------------------------------------------------------
+
+
+def _in_flight(live: LiveServer) -> dict[str, int]:
+    return {adapter.adapter_id: adapter.in_flight_requests for adapter in live.client.list().adapters}
+
+
+def test_row_84_the_same_content_under_two_ids(
+    server: LiveServer, sources: Sources, registered: Callable[[str, Path], str]
+) -> None:
+    registered("twin", sources("lora-1"))
+    failure = refused(
+        lambda: server.client.generate(None, **of(ia3_1=1.0, lora_1=0.5, twin=0.5)),
+        "INVALID_ARGUMENT",
+        "COMPOSITION_INVALID",
+        "composition.adapters[2].adapter_id: has the content of part 1, lora-1",
+        "given twin",
+        retry=False,
+    )
+    assert failure.metadata["index"] == "2"
+    assert set(_in_flight(server).values()) == {0}
+
+
+def test_row_84_tells_the_index(server: LiveServer) -> None:
+    failure = refused(
+        lambda: server.client.generate(None, **of(ia3_1=1.0, lora_1=9.0)), "INVALID_ARGUMENT", "COMPOSITION_INVALID"
+    )
+    assert (failure.metadata["index"], failure.metadata["field"]) == ("1", "composition.adapters[1].weight")
+
+
+def test_row_84_a_mixture_is_no_part() -> None:
+    def version(name: str, method: str) -> Version:
+        digest = Generation(name * 64)
+        return Version(adapter_id=AdapterId(name), generation=digest, info=AdapterInfo(method=method), create_time_s=0)
+
+    parts = [Part(AdapterReference(AdapterId(name), None), 1.0, "") for name in "ab"]
+    composition.check_versions(parts, [version("a", "lora"), version("b", "ia3")])
+    with pytest.raises(InvalidRequest, match=r"adapters\[1\].adapter_id: is a mixture.*given b") as caught:
+        composition.check_versions(parts, [version("a", "lora"), version("b", "mixture")])
+    assert caught.value.metadata["index"] == "1"
+
+
+def test_row_85_a_part_that_is_going(tight: LiveServer, sources: Sources) -> None:
+    client = tight.client
+    client.register("leaving", sources("ia3-2"))
+    with tight.gate.held(), ThreadPoolExecutor() as threads:
+        running = client.stream(None, 8, **of(lora_1=0.5, leaving=0.5))
+        wait_until(lambda: client.get("leaving").in_flight_requests == 1)
+        removing = threads.submit(client.unregister, "leaving")
+        wait_until(lambda: client.get("leaving").state == DRAINING)
+        refused(
+            lambda: client.generate(None, **of(lora_1=0.5, leaving=0.5)),
+            "FAILED_PRECONDITION",
+            "ADAPTER_DRAINING",
+            "composition.adapters[1].adapter_id: leaving",
+            retry=False,
+        )
+        assert _in_flight(tight) == {"lora-1": 1, "leaving": 1}, "what was refused holds nothing"
+        tight.gate.open()
+        assert removing.result(WAIT_S).cancelled_requests == 0
+        assert len(running.result().tokens) == 8
+    refused(
+        lambda: client.generate(None, **of(lora_1=0.5, leaving=0.5)),
+        "NOT_FOUND",
+        "ADAPTER_NOT_FOUND",
+        "composition.adapters[1].adapter_id: leaving",
+    )
+
+
+def test_a_cancelled_part_ends_the_whole_request(tight: LiveServer, sources: Sources) -> None:
+    client = tight.client
+    client.register("leaving", sources("ia3-2"))
+    with tight.gate.held():
+        running = client.stream(None, LONG, **of(lora_1=0.5, leaving=0.0))  # held, although it takes no part
+        tight.gate.let(3)
+        with ThreadPoolExecutor() as threads:
+            removing = threads.submit(client.unregister, "leaving", mode="UNREGISTER_MODE_CANCEL")
+            wait_until(lambda: client.get("leaving").state == DRAINING)
+            tight.gate.open()
+            assert removing.result(WAIT_S).cancelled_requests == 1
+    refused(lambda: running, "ABORTED", "ADAPTER_UNREGISTERED", "leaving", retry=False)
+    wait_until(lambda: _in_flight(tight) == {"lora-1": 0})
+
+
+def test_what_fails_after_the_look_up_leaves_no_lease(server: LiveServer) -> None:
+    refused(
+        lambda: server.client.generate(None, 7, text="x" * 250, **of(lora_1=0.5, prefix_1=1.0)),
+        "INVALID_ARGUMENT",
+        "CONTEXT_EXCEEDED",
+        "5 virtual tokens",
+        "room for 1 ",
+    )
+    # A prefix of weight 0 takes no room.
+    refused(
+        lambda: server.client.generate(None, 7, text="x" * 250, **of(lora_1=0.5, prefix_1=0.0)),
+        "INVALID_ARGUMENT",
+        "CONTEXT_EXCEEDED",
+        "0 virtual tokens",
+        "room for 6 ",
+    )
+    assert set(_in_flight(server).values()) == {0}
+
+
+# -- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def test_row_85_faults_are_charged_to_every_part_that_took_part(
+    tight: LiveServer, sources: Sources, poison: str
+) -> None:
+    client = tight.client
+    client.register("beside", sources("ia3-3"))
+    client.register("absent", sources("ia3-4"))
+    alone = client.tokens("lora-1", LONG, cache_salt="alone", text=TEXT)
+    for _ in range(3):
+        with tight.gate.held():
+            neighbour = client.stream("lora-1", LONG, text=TEXT)
+            victim = client.stream(None, LONG, text=TEXT, **of(poison=1.0, beside=0.5, absent=0.0))
+            wait_until(lambda: tight.application.generation.num_requests == 2)
+        refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", "the adapters", retry=False)
+        assert neighbour.result().tokens == alone
+    states = {name: client.get(name).state for name in ("poison", "beside", "absent", "lora-1")}
+    assert [name for name, state in states.items() if state == QUARANTINED] == ["poison", "beside"]
+    refused(
+        lambda: client.generate(None, **of(absent=0.5, poison=1.0)),
+        "FAILED_PRECONDITION",
+        "ADAPTER_QUARANTINED",
+        "composition.adapters[1].adapter_id: poison",
+        retry=False,
+    )
+    assert len(client.tokens(None, 4, **of(absent=0.5))) == 4
+    for name in ("beside", "absent"):
+        client.unregister(name)
+
+
+def test_a_part_of_weight_0_that_holds_nan_has_no_effect(
+    server: LiveServer, sources: Sources, registered: Callable[[str, Path], str]
+) -> None:
+    """The ingest would refuse it: NaN is written over its bytes on the device."""
+    client = server.client
+    wanted = client.tokens(None, LONG, text=TEXT, cache_salt="nan", **of(lora_1=0.5, ia3_1=1.0))
+    generation = Generation(registered("nan", sources("lora-8")))
+    client.load("nan")
+    residency = server.application.lifecycle.memory._engine.residency
+    slot: AdapterSlot = residency._resident[generation].slot
+    for entry in server.runner.slots._held[slot].slab.entries:
+        packed = entry.packed(server.runner.slots._held[slot].buffer)
+        packed.first.fill_(float("nan"))
+    with server.gate.held():  # beside a request for which it is NaN
+        victim = client.stream("nan", LONG, text=TEXT)
+        mine = client.stream(None, LONG, text=TEXT, cache_salt="cold", **of(nan=0.0, ia3_1=1.0, lora_1=0.5))
+        wait_until(lambda: server.application.generation.num_requests == 2)
+    refused(lambda: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
+    assert mine.result().tokens == wanted
+    refused(lambda: client.generate(None, **of(nan=0.01, lora_1=0.5)), "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
+    assert client.get("nan").state != QUARANTINED, "two faults, and none of the part of weight 0"
+
+
+# -- what is counted --------------------------------------------------------------------------------------------------
+
+
+def test_composed_requests_are_counted_as_any(server: LiveServer) -> None:
+    with change_of(server) as change, server.gate.held():
+        streams = [
+            server.client.stream(None, 6, **of(lora_1=0.5, ia3_1=0.25)),
+            server.client.stream("lora-1", 6),
+            server.client.stream(None, 6, **of(ia3_1=2.0, lora_1=0.0)),
+        ]
+        wait_until(lambda: server.application.generation.num_requests == 3)
+        server.gate.open()
+        for stream in streams:
+            stream.result()
+    assert change.by("weft_requests_total", "finish_reason") == {"length": 3}
+    assert change("weft_generation_tokens_total") == 18
+    assert max(step.num_requests for step in change.steps) == 3
+    assert change("weft_batch_distinct_adapters_bucket", le="2.0") == len(change.steps)
+    assert change("weft_batch_distinct_adapters_sum") == sum(step.num_adapters for step in change.steps)
+    assert max(step.num_adapters for step in change.steps) == 2, "distinct adapters, not parts"
+    ids = {"lora-1", "ia3-1"}
+    labels = {label for metric in change.after.values() for s in metric.samples for label in s.labels.values()}
+    assert not ids & labels
+    before = value(change.before, "weft_request_rejections_total", reason="COMPOSITION_INVALID")
+    refused(lambda: server.client.generate(None, **of(lora_1=9.0)), "INVALID_ARGUMENT", "COMPOSITION_INVALID")
+    assert value(server.scrape(), "weft_request_rejections_total", reason="COMPOSITION_INVALID") == before + 1
+
+
+def test_weights_are_what_the_limits_say(server: LiveServer) -> None:
+    """The bounds themselves are allowed, and the model info tells them."""
+    limits = server.config.requests
+    assert (limits.composition_parts_max, limits.composition_weight_abs_max) == (8, 4.0)
+    assert server.client.tokens(None, 2, **of(lora_1=-4.0, ia3_1=4.0))
+    narrow = replace(limits, composition_parts_max=1, composition_weight_abs_max=0.5)
+    pair = [composition.WeightedReference("a", 0.5), composition.WeightedReference("b", -0.5)]
+    assert [part.gate for part in composition.check(pair, limits, base_model="")] == [0.5, -0.5]
+    with pytest.raises(InvalidRequest, match=r"limit 1\), given 2"):
+        composition.check(pair, narrow, base_model="")
+    with pytest.raises(InvalidRequest, match=r"adapters\[0\]\.weight: must be from -0\.5 to 0\.5, given 0\.6"):
+        composition.check([composition.WeightedReference("a", 0.6)], narrow, base_model="")
