@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from weft.adapters import slab
+from weft.adapters.slots import AdapterSlot
 from weft.engine import batch as batches
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import AdapterUse, Generation, Request, RequestId, SamplingParams
@@ -21,10 +22,15 @@ BLOCK_SIZE = 16
 
 
 class Row(NamedTuple):
-    """One request of a step: its tokens and its adapter (None: the base)."""
+    """One request of a step: its tokens and its adapter (None: the base), or its adapters with their gates."""
 
     tokens: Sequence[int]
     adapter: Adapter | None = None
+    adapters: Sequence[tuple[Adapter, float]] = ()
+
+    @property
+    def parts(self) -> Sequence[tuple[Adapter, float]]:
+        return self.adapters if self.adapter is None else ((self.adapter, 1.0),)
 
 
 class Step:
@@ -47,31 +53,31 @@ class Step:
         """Logits [tokens, V] of each row, or of its last token; `around` is entered for the model call alone."""
         slots, scheduled, slots_of = [], [], {}
         for index, row in enumerate(rows):
-            uses = ()
-            request_slots = ()
+            uses: list[AdapterUse] = []
+            request_slots: list[AdapterSlot] = []
             virtual_blocks: list[int] = []
-            if row.adapter is not None:
-                laid_out = slab.build(row.adapter, self.base.shape, dtype=self.base.dtype)
+            for part, (adapter, gate) in enumerate(row.parts):
+                laid_out = slab.build(adapter, self.base.shape, dtype=self.base.dtype)
                 slot = self.runner.slots.put(laid_out)
                 assert slot is not None
-                slots.append(slot)
-                request_slots = (slot,)
-                uses = (AdapterUse(Generation(str(index)), 1.0, laid_out.num_virtual_tokens),)
+                request_slots.append(slot)
+                uses.append(AdapterUse(Generation(f"{index}-{part}"), gate, laid_out.num_virtual_tokens))
                 if laid_out.virtual is not None:
                     taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
                     assert taken is not None
-                    virtual_blocks = taken
+                    virtual_blocks += taken
                     self.runner.write_virtual(taken, laid_out.virtual)
+            slots += request_slots
             request = Request(
                 request_id=RequestId(str(index)),
                 prompt_token_ids=tuple(row.tokens),
                 params=SamplingParams(),
-                adapters=uses,
+                adapters=tuple(uses),
                 virtual_blocks=virtual_blocks,
             )
             assert self.blocks.grow(request, len(row.tokens))
             scheduled.append(Scheduled(request, len(row.tokens)))
-            slots_of[request] = request_slots
+            slots_of[request] = tuple(request_slots)
         batch = batches.build(scheduled, slots_of, BLOCK_SIZE, self.runner.slots.planes)
         if not last_only:
             batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))

@@ -108,6 +108,21 @@ def test_calls_of_mixed_methods_do_not_grow(base: loader.Base) -> None:
     assert _calls(step, _mixed(base, 60)) == _calls(step, _mixed(base, 10))
 
 
+def test_calls_do_not_grow_with_parts(base: loader.Base) -> None:
+    """Requests of one part and of eight, among plain ones of every method, which keep all paths open."""
+    step = _step(base, select(base.device, base.dtype))
+    mixed = [adapter for adapter in _mixed(base, 60) if adapter is not None and not adapter.num_virtual_tokens]
+    plain = [Row([5]), *(Row([5], one) for one in mixed[:8])]
+    step.logits(plain)  # the hooks of those who read the residual stream are put in once
+
+    def composed(num_parts: int) -> _Calls:
+        rows = [Row([5], adapters=[(one, 0.5) for one in mixed[i : i + num_parts]]) for i in range(4)]
+        step.logits([*rows, *plain])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    assert composed(1) == composed(2) == composed(8)
+
+
 def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
     assert _calls(step, _loras(base, 4), num_tokens=50) == _calls(step, _loras(base, 4), num_tokens=2)

@@ -94,12 +94,13 @@ def attend_reference(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """The textbook in float32, one request at a time: softmax(scale · Q Kᵀ) V over what each query may see."""
+    """The textbook, one request at a time: softmax(scale · Q Kᵀ) V over what each query may see, in float32 at least."""
     block_size = batch.cache.block_size
     keys, values = batch.cache.keys[layer].flatten(0, 1), batch.cache.values[layer].flatten(0, 1)  # [slots, H, D]
     keys[batch.kv_slots] = key
     values[batch.kv_slots] = value
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    wide = torch.promote_types(query.dtype, torch.float32)
     starts, contexts, virtuals = (t.tolist() for t in (batch.query_start, batch.context_lens, batch.virtual_lens))
     for b, (num_real, num_virtual) in enumerate(zip(contexts, virtuals, strict=True)):
         rows = slice(starts[b], starts[b + 1])
@@ -108,10 +109,10 @@ def attend_reference(
         device = query.device
         logical = torch.cat([torch.arange(num_virtual), padded + torch.arange(num_real)]).to(device)  # [K]
         slots = batch.block_tables[b].long()[logical // block_size] * block_size + logical % block_size
-        q = query[rows].float().transpose(0, 1)  # [Hq, N, D]
+        q = query[rows].to(wide).transpose(0, 1)  # [Hq, N, D]
         groups = query.shape[1] // keys.shape[1]
-        k = keys[slots].float().transpose(0, 1).repeat_interleave(groups, 0)  # [Hq, K, D]
-        v = values[slots].float().transpose(0, 1).repeat_interleave(groups, 0)
+        k = keys[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)  # [Hq, K, D]
+        v = values[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)
         scores = q @ k.mT * scale  # [Hq, N, K]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
