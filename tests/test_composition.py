@@ -195,9 +195,8 @@ def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, st
         assert error(mine, textbook.logits(stock, mix.tokens, mix.parts)) < FLOAT32_TOLERANCE
 
 
-def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
-    """The oracle has the weights that the quantized ones stand for."""
-    path = tiny.save_base(tmp_path)
+def nf4_and_stock(path: Path) -> tuple[loader.Base, Any]:
+    """A base in NF4, and transformers' own model in float64 of the weights that the quantized ones stand for."""
     paged_attention.register()
     nf4 = loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").double()
@@ -207,14 +206,18 @@ def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
             assert isinstance(module.base, bnb.nn.Linear4bit)
             dequantized = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
             stock.get_submodule(name).weight.data.copy_(dequantized.double())
+    return nf4, stock.eval().requires_grad_(False)
+
+
+def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
+    nf4, stock = nf4_and_stock(tiny.save_base(tmp_path))
     made = mixes(nf4.shape, seed=4, count=8)
     got = Step(nf4, selected(nf4)).logits(rows(made))
     plain = Step(nf4, selected(nf4)).logits([Row(mix.tokens) for mix in made])
-    with torch.no_grad():
-        for mix, mine, without in zip(made, got, plain, strict=True):
-            wanted = textbook.logits(stock, mix.tokens, mix.parts)
-            assert error(mine, wanted) < NF4_TOLERANCE
-            assert error(without, wanted) > 5 * NF4_TOLERANCE, "negative control"
+    for mix, mine, without in zip(made, got, plain, strict=True):
+        wanted = textbook.logits(stock, mix.tokens, mix.parts)
+        assert error(mine, wanted) < NF4_TOLERANCE
+        assert error(without, wanted) > 5 * NF4_TOLERANCE, "negative control"
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3, 1.0), (-1.5, 2.0, 0.25), (1.0, 1.0, 1.0)])

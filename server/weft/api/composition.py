@@ -46,7 +46,7 @@ def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_mod
         raise InvalidRequest.rule(
             "COMPOSITION_INVALID",
             _FIELD,
-            "must have at least 1 part",
+            "must have at least 1 part and at most the limit",
             limit=limits.composition_parts_max,
             given=len(given),
         )
