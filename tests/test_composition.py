@@ -74,18 +74,26 @@ def weight_of(dice: random.Random) -> float:
     return torch.tensor(dice.uniform(-1.5, 1.5), dtype=torch.float32).item()
 
 
+def virtual_weight_of(dice: random.Random, index: int) -> float:
+    """Above 0; 1 in every fifth mix, so that a batch has both."""
+    return abs(weight_of(dice)) if index % 5 else 1.0
+
+
 def mixes(base: BaseShape, *, seed: int, count: int = _NUM_MIXES) -> list[Mix]:
-    """Random compositions of 1 to 8 parts; one of virtual positions at most, and at weight 1."""
+    """Random compositions of 1 to 8 parts; up to three of them of virtual positions."""
     dice = random.Random(seed)
     deltas = [name for name in MAKERS if name not in VIRTUAL]
     made = []
     for index in range(count):
         num_parts = 1 + index % _PARTS_MAX
         names = [dice.choice(deltas) for _ in range(num_parts)]
-        if index % 3 == 2:
+        for _ in range(index % 4):
             names[dice.randrange(num_parts)] = dice.choice(VIRTUAL)
         parts = [
-            (MAKERS[name](base, dice, dice.randrange(10**6)), 1.0 if name in VIRTUAL else weight_of(dice))
+            (
+                MAKERS[name](base, dice, dice.randrange(10**6)),
+                virtual_weight_of(dice, index) if name in VIRTUAL else weight_of(dice),
+            )
             for name in names
         ]
         made.append(Mix([dice.randrange(1, tiny.VOCAB_SIZE) for _ in range(dice.randrange(1, 40))], parts))
@@ -169,6 +177,9 @@ def test_the_mixes_are_what_they_should_be(base: loader.Base) -> None:
     names = {adapter.method.name for adapter, _ in parts}
     assert names >= {"lora", "dora", "bitfit", "ia3", "bottleneck"}
     assert names & set(VIRTUAL)
+    counts = [sum(a.prefix is not None for a, _ in mix.parts) for mix in mixes(base.shape, seed=1)]
+    assert {0, 1, 2} < set(counts)
+    assert {weight == 1 for adapter, weight in parts if adapter.prefix is not None} == {True, False}
     assert min(a.rank for a, _ in parts if a.method.name == "lora") <= 3
     assert max(a.rank for a, _ in parts) == 64
     assert min(weight for _, weight in parts) < -1

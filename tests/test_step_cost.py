@@ -123,6 +123,22 @@ def test_calls_do_not_grow_with_parts(base: loader.Base) -> None:
     assert composed(1) == composed(2) == composed(8)
 
 
+def test_calls_do_not_grow_with_spans(base: loader.Base) -> None:
+    """Requests of one adapter with virtual positions and of three, each at its weight."""
+    step = _step(base, select(base.device, base.dtype))
+    prefixes = [tiny.random_prefix(base.shape, length=3 + seed, seed=seed) for seed in range(4)]
+
+    def composed(num_parts: int, gate: float) -> _Calls:
+        rows = [Row([5], adapters=[(one, gate) for one in prefixes[:num_parts]]) for _ in range(4)]
+        step.logits([*rows, Row([5])])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    assert composed(1, 0.5) == composed(3, 0.5)
+    assert composed(1, 1.0) == composed(3, 1.0) == composed(0, 1.0)
+    weighted = composed(3, 0.5) - composed(3, 1.0)
+    assert 0 < weighted.total() < 10, "their weights are packed once for all layers"
+
+
 def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
     assert _calls(step, _loras(base, 4), num_tokens=50) == _calls(step, _loras(base, 4), num_tokens=2)

@@ -7,6 +7,8 @@ cells. A wrong adapter, a stale block or a lost row therefore gives other tokens
 in `forward` at once where a cell does not continue the one before it.
 """
 
+import math
+import struct
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cache
@@ -76,16 +78,21 @@ class FakeAdapter(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What takes part in a request's tokens: the watermark of its virtual positions, (watermark, gate) of deltas."""
+    """What takes part in a request's tokens: (watermark, log-gate) of each span, (watermark, gate) of deltas."""
 
-    virtual: int | None
+    spans: tuple[tuple[int, float], ...]
     deltas: tuple[tuple[int, float], ...]
 
     @classmethod
     def of(cls, uses: Iterable[AdapterUse]) -> "Weights":
         numbers = [(int(use.generation, 16), use) for use in uses]
-        virtual = next((number for number, use in numbers if use.num_virtual_tokens), None)
-        return cls(virtual, tuple((number, use.gate) for number, use in numbers if not use.num_virtual_tokens))
+        spans = [(number, float32(math.log(use.gate))) for number, use in numbers if use.num_virtual_tokens]
+        return cls(tuple(spans), tuple((number, use.gate) for number, use in numbers if not use.num_virtual_tokens))
+
+
+def float32(number: float) -> float:
+    """As the batch holds it."""
+    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 @cache
@@ -202,7 +209,7 @@ class FakeRunner:
             for row, index in zip(rows, range(num_computed, num_real), strict=True):
                 slot, token = slots[index], int(batch.input_ids[row])
                 assert slot == batch.kv_slots[row], f"row {row} is stored at {batch.kv_slots[row]}, read at {slot}"
-                position = int(batch.virtual_lens[b]) + index
+                position = int(batch.virtual_lens[b].sum()) + index
                 assert batch.positions[row] == position, f"row {row} has position {batch.positions[row]}"
                 assert slot not in written_by, f"rows of requests {written_by.get(slot)} and {b} share KV slot {slot}"
                 written_by[slot] = b
@@ -215,21 +222,29 @@ class FakeRunner:
 
     def _slots(self, batch: Batch, b: int, num_real: int) -> list[int]:
         size = self._block_size
-        blocks = batch.block_tables[b].tolist()[-(-int(batch.virtual_lens[b]) // size) :]
+        num_virtual_blocks = sum(-(-length // size) for length in batch.virtual_lens[b].tolist())
+        blocks = batch.block_tables[b].tolist()[num_virtual_blocks:]
         return [blocks[index // size] * size + index % size for index in range(num_real)]
 
     def _weights(self, batch: Batch, b: int, rows: range) -> Weights:
-        virtual = None
-        for index in range(int(batch.virtual_lens[b])):
-            block = int(batch.block_tables[b, index // self._block_size])
-            cell = self.cells.get(block * self._block_size + index % self._block_size)
-            assert isinstance(cell, VirtualCell), f"request {b}: virtual position {index} holds {cell}"
-            assert cell.position == index, f"request {b}: virtual position {index} holds {cell}"
-            assert virtual in (None, cell.watermark), f"request {b}: virtual positions of two adapters"
-            virtual = cell.watermark
-        per_row = {self._deltas(batch, row) for row in rows}
+        watermarks, blocks = [], batch.block_tables[b].tolist()
+        for length in filter(None, batch.virtual_lens[b].tolist()):
+            found = set()
+            for index in range(length):
+                cell = self.cells.get(blocks[index // self._block_size] * self._block_size + index % self._block_size)
+                assert isinstance(cell, VirtualCell), f"request {b}: virtual position {index} holds {cell}"
+                assert cell.position == index, f"request {b}: virtual position {index} holds {cell}"
+                found.add(cell.watermark)
+            assert len(found) == 1, f"request {b}: virtual positions of several adapters in one span"
+            watermarks.append(found.pop())
+            blocks = blocks[-(-length // self._block_size) :]
+        per_row = {(self._log_gates(batch, row, len(watermarks)), self._deltas(batch, row)) for row in rows}
         assert len(per_row) == 1, f"request {b}: its rows have different adapters"
-        return Weights(virtual, per_row.pop())
+        log_gates, deltas = per_row.pop()
+        return Weights(tuple(zip(watermarks, log_gates, strict=True)), deltas)
+
+    def _log_gates(self, batch: Batch, row: int, num_spans: int) -> tuple[float, ...]:
+        return (0.0,) * num_spans if batch.log_gates is None else tuple(batch.log_gates[row, :num_spans].tolist())
 
     def _deltas(self, batch: Batch, row: int) -> tuple[tuple[int, float], ...]:
         if batch.adapter_rows is None:

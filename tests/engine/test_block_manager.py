@@ -42,6 +42,7 @@ _uses = st.lists(
         st.sampled_from(["", "a", "b", "ab", "aa", "a" * 64, "b" * 64]).map(Generation),
         st.sampled_from([0.0, 0.5, 1.0, -1.0, 1.0000000000000002]),
         st.just(0),
+        st.sampled_from([(), ((0, 1),), ((0, 2),), ((0, 1), (2, 3))]),
     ),
     max_size=3,
 )
@@ -268,6 +269,26 @@ def test_virtual_blocks_live_until_owner_and_users_are_gone() -> None:
         blocks.unshare_virtual(user)
         assert user.virtual_blocks == []
     assert blocks.num_free_blocks == 4
+    blocks.check()
+
+
+def test_virtual_blocks_of_several_adapters_stand_in_order_and_end_each_by_itself() -> None:
+    blocks = BlockManager(8, SIZE)
+    owned = [blocks.take_virtual(count) for count in (SIZE + 1, 1, SIZE)]
+    both, last = request([1]), request([2])
+    for taken in owned:
+        blocks.share_virtual(both, taken or [])
+    blocks.share_virtual(last, owned[1] or [])
+    assert both.virtual_blocks == [block for taken in owned for block in taken or []]
+    assert len(both.virtual_blocks) == 4, "each begins a block"
+    for taken in owned:
+        blocks.drop_virtual(taken or [])  # the owners leave
+    assert blocks.num_used_blocks == 4
+    blocks.unshare_virtual(both)
+    blocks.check()
+    assert blocks.num_used_blocks == 1, "the other request's"
+    blocks.unshare_virtual(last)
+    assert blocks.num_free_blocks == 8
     blocks.check()
 
 

@@ -21,7 +21,7 @@ from weft.metrics import Metrics
 
 METRICS = Metrics()
 ONE, TWO, BIG = FakeAdapter(1), FakeAdapter(2), FakeAdapter(3, units=2)
-PREFIX = FakeAdapter(4, num_virtual=6)
+PREFIX, SHORT = FakeAdapter(4, num_virtual=6), FakeAdapter(5, num_virtual=3)
 CANCELLED = Cancelled("CANCELLED", "the caller went away")
 
 
@@ -65,6 +65,32 @@ def test_requests_of_every_kind_answer_in_one_batch_as_they_would_alone() -> Non
     h.assert_answers()
     assert len({tuple(h.tokens(request)) for request in h.requests.values()}) == 7
     assert max(len(batch.query_start) - 1 for batch in h.runner.batches) == 7
+
+
+def test_two_prefixes_at_their_weights_answer_beside_others_as_they_would_alone() -> None:
+    h = harness(num_blocks=100)
+    prompt = list(range(11))
+    composed = [
+        h.submit(prompt, PREFIX, ONE, SHORT, gates=gates, params=long(6))
+        for gates in ([1.0, 1.0, 1.0], [1.0, 1.0, 0.5], [0.5, 1.0, 1.0], [2.0, -1.0, 0.25])
+    ]
+    composed.append(h.submit(prompt, SHORT, ONE, PREFIX, params=long(6)))
+    h.submit(prompt, PREFIX, params=long(6))
+    h.submit(prompt, params=long(6))
+    h.run()
+    h.assert_answers()
+    assert max(len(batch.query_start) - 1 for batch in h.runner.batches) >= 5
+    assert len({tuple(h.tokens(request)) for request in composed}) == len(composed), "order and weights mean something"
+    assert h.engine.blocks.num_used_blocks == 2 + 1, "the residents'"
+
+
+def test_virtual_positions_of_two_adapters_that_leave_no_room_for_a_token_end_their_request_only() -> None:
+    h = harness(num_blocks=3)
+    neither = h.submit([1], PREFIX, SHORT)
+    one = h.submit([1, 2], PREFIX, params=long(2))
+    h.run()
+    assert (h.reason(neither), h.reason(one)) == ("POOL_EXHAUSTED", "length")
+    h.assert_answers()
 
 
 def test_a_prompt_in_chunks_answers_like_one_in_a_piece() -> None:

@@ -67,7 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
     """The in-memory layer under any sequence of calls and faults."""
 
     @initialize(
-        num_blocks=st.integers(9, 11), budget=st.integers(4, 24), num_seqs=st.integers(1, 5), caching=st.booleans()
+        num_blocks=st.integers(11, 13), budget=st.integers(4, 24), num_seqs=st.integers(1, 5), caching=st.booleans()
     )
     def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool) -> None:
         self.harness = Harness(
@@ -217,15 +217,14 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             assert adapter is not None
             assert version.generation == adapter.generation, "acquire gave other content than the id's"
-            num_virtual = sum(other.info.num_virtual_tokens > 0 for other in [*versions, version])
-            if version in versions or num_virtual > 1:
+            if version in versions:
                 self.registry.release(version, request_id)
                 continue
             versions.append(version)
         taken = [
             adapter for version in versions for adapter in self.adapters if adapter.generation == version.generation
         ]
-        gates = [1.0 if adapter.num_virtual else gate for adapter in taken]
+        gates = [gate + 0.25 * index for index, _ in enumerate(taken)]  # no two alike
         self.leases[request_id] = versions
         self.harness.submit(
             prompt,
@@ -433,6 +432,32 @@ def _virtual_blocks_stay_shared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockManager, "unshare_virtual", lambda self, request: request.virtual_blocks.clear())
 
 
+def _virtual_blocks_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    real = BlockManager.share_virtual
+
+    def share(self: BlockManager, request: Request, blocks: list[int]) -> None:
+        before, request.virtual_blocks = request.virtual_blocks, []
+        real(self, request, blocks)
+        request.virtual_blocks += before
+
+    patch.setattr(BlockManager, "share_virtual", share)
+
+
+def _gates_of_spans_are_lost(patch: pytest.MonkeyPatch) -> None:
+    real = batches.build
+    patch.setattr(batches, "build", lambda *given: real(*given)._replace(log_gates=None))
+
+
+def _gates_of_spans_are_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    real = batches.build
+
+    def build(*given: Any) -> batches.Batch:
+        batch = real(*given)
+        return batch if batch.log_gates is None else batch._replace(log_gates=batch.log_gates.flip(0))
+
+    patch.setattr(batches, "build", build)
+
+
 def _non_finite_kv_stays_cached(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockManager, "distrust", lambda self, request: None)
 
@@ -534,6 +559,9 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
         _key_without_gates,
         _release_forgets_a_block,
         _virtual_blocks_stay_shared,
+        _virtual_blocks_in_another_order,
+        _gates_of_spans_are_lost,
+        _gates_of_spans_are_mixed_up,
         _non_finite_kv_stays_cached,
         _purge_forgets_the_cache,
         _holds_never_end,

@@ -1,5 +1,6 @@
 """One step as flat tensors."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -33,8 +34,9 @@ class Batch(NamedTuple):
     kv_slots: Tensor  # int64 [T]
     query_start: Tensor  # int32 [B + 1]
     context_lens: Tensor  # int32 [B]
-    virtual_lens: Tensor  # int32 [B]
+    virtual_lens: Tensor  # int32 [B, S]: of each span of virtual positions; S is the most that a request has
     block_tables: Tensor  # int32 [B, max blocks]
+    log_gates: Tensor | None  # float32 [T, S]: added to a row's attention scores of a span; None where all are 0
     sample_rows: Tensor  # int64 [number of requests that sample]
     adapter_rows: AdapterRows | None  # None where no row has an adapter
 
@@ -51,7 +53,7 @@ def build(
     """
     input_ids: list[int] = []
     starts = [0]
-    computed, contexts, virtuals, sample_rows = [], [], [], []
+    computed, contexts, spans, sample_rows = [], [], [], []
     tables: list[list[int]] = []
     entries_per_run, slots, gates, runs = [], [], [], []
     for request, num_tokens in step:
@@ -60,7 +62,7 @@ def build(
         starts.append(starts[-1] + num_tokens)
         computed.append(begin)
         contexts.append(begin + num_tokens)
-        virtuals.append(request.num_virtual_tokens)
+        spans.append(request.spans)
         tables.append(request.virtual_blocks + request.blocks)
         if begin + num_tokens == request.num_tokens:
             sample_rows.append(starts[-1] - 1)
@@ -77,7 +79,8 @@ def build(
             gates += [gate for _, gate in entries] * num_tokens
 
     query_start = torch.tensor(starts, dtype=torch.int32)
-    virtual_lens = torch.tensor(virtuals, dtype=torch.int64)
+    num_spans = max(map(len, spans))
+    virtual_lens = _table([[use.num_virtual_tokens for use in uses] for uses in spans], num_spans, torch.int64)
     rows = torch.arange(starts[-1])
     # By search: repeat_interleave wakes every thread, however little there is to do.
     request_of_row = torch.searchsorted(query_start[1:].long(), rows, right=True)
@@ -87,8 +90,13 @@ def build(
     for row, table in enumerate(tables):
         block_tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
     padded = -(-virtual_lens // block_size) * block_size
-    logical = token_index + padded[request_of_row]
+    logical = token_index + padded.sum(1)[request_of_row]
     kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size
+
+    log_gates = None
+    if any(use.gate != 1.0 for uses in spans for use in uses):
+        by_request = [[math.log(use.gate) for use in uses] for uses in spans]
+        log_gates = _table(by_request, num_spans, torch.float32)[request_of_row]
 
     adapter_rows = None
     if slots:
@@ -99,15 +107,22 @@ def build(
         )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
-        positions=token_index + virtual_lens[request_of_row],
+        positions=token_index + virtual_lens.sum(1)[request_of_row],
         kv_slots=kv_slots,
         query_start=query_start,
         context_lens=torch.tensor(contexts, dtype=torch.int32),
         virtual_lens=virtual_lens.int(),
         block_tables=block_tables,
+        log_gates=log_gates,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         adapter_rows=adapter_rows,
     )
+
+
+def _table(lines: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:
+    """The lines, each filled up with zeros: [len(lines), width]."""
+    filled = [[*line, *[0] * (width - len(line))] for line in lines]
+    return torch.tensor(filled, dtype=dtype).view(len(lines), width)
 
 
 def at_rows(adapter_rows: AdapterRows, rows: Tensor) -> AdapterRows:

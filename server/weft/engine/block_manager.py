@@ -2,7 +2,7 @@
 
 A full block of real tokens is keyed by what made it, never by a name or a slot:
 
-    root  = H(tenant salt, base digest, every adapter's generation and gate)      (`cache_root`)
+    root  = H(tenant salt, base digest, every adapter's generation, gate, ranges)      (`cache_root`)
     key_i = H(key_{i-1}, tokens of block i),   key_{-1} = root
 
 A block with references is never reused. A keyed block without references stays in the cache until its place is needed,
@@ -25,6 +25,8 @@ def cache_root(salt: str, base_digest: str, adapters: Iterable[AdapterUse]) -> b
         digest.update(struct.pack("<Q", len(part.encode())) + part.encode())
     for use in adapters:
         digest.update(struct.pack("<Q", len(use.generation)) + use.generation.encode() + struct.pack("<d", use.gate))
+        digest.update(struct.pack("<Q", len(use.ranges)))
+        digest.update(b"".join(struct.pack("<2q", *bounds) for bounds in use.ranges))
     return digest.digest()
 
 

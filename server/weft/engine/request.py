@@ -52,11 +52,15 @@ class SamplingParams:
 
 
 class AdapterUse(NamedTuple):
-    """One adapter of a request: which content, how much of it, and how many virtual positions it brings."""
+    """One adapter of a request: which content, how much of it, how many virtual positions it brings, and where it acts.
+
+    ranges: half-open ranges of real token indices; () is everywhere.
+    """
 
     generation: Generation
     gate: float
     num_virtual_tokens: int
+    ranges: tuple[tuple[int, int], ...] = ()
 
 
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
@@ -136,9 +140,7 @@ class Request:
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        virtual = [use for use in self.adapters if use.num_virtual_tokens]
-        assert all(use.gate == 1.0 for use in virtual), "attention knows no gate of virtual positions"
-        assert len(virtual) <= 1, "a block table begins with the virtual positions of one adapter"
+        assert all(use.gate > 0 for use in self.spans), "attention takes the logarithm of a virtual use's gate"
         self.random.seed(self.params.seed)
 
     @property
@@ -148,6 +150,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output)
+
+    @property
+    def spans(self) -> list[AdapterUse]:
+        """The uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other."""
+        return [use for use in self.adapters if use.num_virtual_tokens]
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -44,6 +44,7 @@ _STATUSES = {  # lanes.h
     6: "query_start, context_lens, virtual_lens: need to rise from 0 to T, cover the queries, and fit the block table",
     7: "block_tables: a block that would be read is outside the cache",
     8: "residual: a slot of these rows reads it, and none is given",
+    10: "log_gates: need one row for each query row",
 }
 
 
