@@ -7,6 +7,7 @@ from random import Random
 from typing import NamedTuple, NewType
 
 from weft.adapters.identifiers import Generation
+from weft.engine.token_ranges import Ranges
 from weft.errors import WeftError
 
 RequestId = NewType("RequestId", str)
@@ -52,11 +53,15 @@ class SamplingParams:
 
 
 class AdapterUse(NamedTuple):
-    """One adapter of a request: which content, how much of it, and how many virtual positions it brings."""
+    """One adapter of a request: which content, how much of it, and how many virtual positions it brings.
+
+    ranges: the real tokens in which it acts; () is all of them, which is where virtual positions always act.
+    """
 
     generation: Generation
     gate: float
     num_virtual_tokens: int
+    ranges: Ranges = ()
 
 
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
@@ -138,6 +143,7 @@ class Request:
     def __post_init__(self) -> None:
         virtual = [use for use in self.adapters if use.num_virtual_tokens]
         assert all(use.gate == 1.0 for use in virtual), "attention knows no gate of virtual positions"
+        assert not any(use.ranges for use in virtual), "virtual positions act on every token"
         assert len(virtual) <= 1, "a block table begins with the virtual positions of one adapter"
         self.random.seed(self.params.seed)
 
