@@ -283,7 +283,7 @@ Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
 
 @_typing.final
 class TokenRange(_message.Message):
-    """Tokens begin to end - 1 of a request, counted from 0 at the prompt's first token, as `Tokenize` gives them; generated
+    """Tokens begin to end - 1 of a request, counted from 0 at the first token of the prompt as it was tokenized; generated
     tokens follow the prompt's. Virtual tokens of adapters are not counted.
     """
 
