@@ -14,6 +14,7 @@ from weft.engine.block_manager import BlockManager
 from weft.engine.request import AdapterUse, Generation, Request, RequestId, SamplingParams
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
+from weft.engine.token_ranges import Ranges
 from weft.kernels.selection import Kernels
 from weft.methods.protocol import Adapter
 from weft.model.loader import Base
@@ -22,11 +23,15 @@ BLOCK_SIZE = 16
 
 
 class Row(NamedTuple):
-    """One request of a step: its tokens and its adapter (None: the base), or its adapters with their gates."""
+    """One request of a step: its tokens and its adapter (None: the base), or its adapters with their gates.
+
+    ranges: where each of the adapters acts; () is everywhere.
+    """
 
     tokens: Sequence[int]
     adapter: Adapter | None = None
     adapters: Sequence[tuple[Adapter, float]] = ()
+    ranges: Sequence[Ranges] = ()
 
     @property
     def parts(self) -> Sequence[tuple[Adapter, float]]:
@@ -61,7 +66,8 @@ class Step:
                 slot = self.runner.slots.put(laid_out)
                 assert slot is not None
                 request_slots.append(slot)
-                uses.append(AdapterUse(Generation(f"{index}-{part}"), gate, laid_out.num_virtual_tokens))
+                ranges = row.ranges[part] if row.ranges else ()
+                uses.append(AdapterUse(Generation(f"{index}-{part}"), gate, laid_out.num_virtual_tokens, ranges))
                 if laid_out.virtual is not None:
                     taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
                     assert taken is not None

@@ -18,6 +18,7 @@ from tests import tiny
 from tests.serving import Row, Step
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
+from weft.engine.token_ranges import TokenRange
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, SiteKind
@@ -137,6 +138,18 @@ def test_calls_do_not_grow_with_spans(base: loader.Base) -> None:
     assert composed(1, 1.0) == composed(3, 1.0) == composed(0, 1.0)
     weighted = composed(3, 0.5) - composed(3, 1.0)
     assert 0 < weighted.total() < 10, "their weights are packed once for all layers"
+
+
+def test_calls_do_not_grow_with_token_ranges(base: loader.Base) -> None:
+    step = _step(base, select(base.device, base.dtype))
+    loras = [(tiny.random_lora(base.shape, rank=2, seed=seed), 1.0) for seed in range(4)]
+
+    def ranged(num_ranges: int) -> _Calls:
+        ranges = [tuple(TokenRange(5 * k + j, 5 * k + j + 1) for k in range(num_ranges)) for j in range(4)]
+        step.logits([Row([5] * 80, adapters=loras, ranges=ranges), Row([5])])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    assert ranged(1) == ranged(16) == _calls(step, [loras[0][0], None])
 
 
 def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:

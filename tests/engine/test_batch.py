@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from weft.adapters.identifiers import Generation
 from weft.adapters.slots import AdapterSlot
 from weft.engine import batch as batches
+from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.scheduler import Scheduled
+from weft.engine.token_ranges import OPEN, Ranges, TokenRange
 
 
 def request(
@@ -43,12 +45,20 @@ def request(
 
 
 @st.composite
+def ranges(draw: Any) -> Ranges:
+    """None, which is everywhere, or some that may begin, end and lie where no token is."""
+    edges = sorted(draw(st.sets(st.integers(0, 20), min_size=0, max_size=6)))
+    edges += [OPEN] * (len(edges) % 2)
+    return token_ranges.normal(map(TokenRange, edges[::2], edges[1::2]))
+
+
+@st.composite
 def steps(draw: Any) -> tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int]:
     block_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
     step, slots_of, first_block, next_slot = [], {}, 0, 0
     for name in range(draw(st.integers(1, 5))):
         uses = [
-            AdapterUse(Generation(f"d{k}"), draw(st.sampled_from([1.0, 0.5, -2.0, 0.0])), 0)
+            AdapterUse(Generation(f"d{k}"), draw(st.sampled_from([1.0, 0.5, -2.0, 0.0])), 0, draw(ranges()))
             for k in range(draw(st.integers(0, 3)))
         ]
         for k in range(draw(st.integers(0, 3))):
@@ -74,7 +84,11 @@ def steps(draw: Any) -> tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, 
     return step, slots_of, block_size
 
 
-@settings(max_examples=200, deadline=None)
+def _acts(use: AdapterUse, index: int) -> bool:
+    return not use.num_virtual_tokens and (not use.ranges or any(begin <= index < end for begin, end in use.ranges))
+
+
+@settings(max_examples=400, deadline=None)
 @given(steps())
 def test_every_row_is_what_a_loop_over_tokens_says(
     drawn: tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int],
@@ -90,7 +104,7 @@ def test_every_row_is_what_a_loop_over_tokens_says(
             positions.append(one.num_virtual_tokens + index)
             kv_slots.append(one.blocks[index // size] * size + index % size)
             slots = zip(slots_of.get(one, ()), one.adapters, strict=True)
-            entries.append([(slot, use.gate) for slot, use in slots if use.num_virtual_tokens == 0])
+            entries.append([(slot, use.gate) for slot, use in slots if _acts(use, index)])
             log_gates.append([math.log(use.gate) for use in one.spans] + [0.0] * (most - len(one.spans)))
             if index == one.num_tokens - 1:
                 sample_rows.append(len(input_ids) - 1)

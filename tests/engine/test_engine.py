@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import GREEDY, UNIT_BYTES, FakeAdapter, Harness, expected_tokens
+from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, advance, expected_tokens
 from weft.engine.batch import Batch
 from weft.engine.engine import ENGINE_DOWN
 from weft.engine.request import FinishReason, Request, RequestId, SamplingParams
@@ -256,7 +256,7 @@ def test_a_cancel_after_the_end_and_of_an_unknown_request_is_nothing() -> None:
 
 def test_a_queued_request_whose_time_has_come_never_runs() -> None:
     h = harness(max_num_seqs=1)
-    running, queued = h.submit([1], params=long(8)), h.submit([2], deadline_s=5.0)
+    running, queued = h.submit([1], params=long(8)), h.submit([VOCAB_SIZE], deadline_s=5.0)
     loading = h.submit([3], ONE, deadline_s=5.0)
     h.turn(2)
     h.now = 5.0
@@ -264,7 +264,7 @@ def test_a_queued_request_whose_time_has_come_never_runs() -> None:
     assert h.reason(queued) == h.reason(loading) == "DEADLINE_EXCEEDED"
     h.run()
     assert h.reason(running) == "length"
-    assert not any(2 in batch.input_ids for batch in h.runner.batches)
+    assert not any(VOCAB_SIZE in batch.input_ids for batch in h.runner.batches), "a token that is never drawn"
 
 
 def test_a_deadline_frees_a_running_request_within_one_step() -> None:
@@ -750,10 +750,16 @@ def test_the_fake_sees_what_it_should_see() -> None:
         with pytest.raises(AssertionError):
             h.runner.forward(batch)
     h.runner.cells[row] = cell
-    h.runner.forward(batch)
+    right = h.runner.forward(batch)
     with pytest.raises(AssertionError):
         h.runner.forward(batch._replace(positions=batch.positions + 1))
-    with pytest.raises(AssertionError):
-        h.runner.forward(batch._replace(adapter_rows=None))
-    assert len(h.runner.violations) == 4
+    assert len(h.runner.violations) == 3
+    # What acts on a row, and what acted on a cell, are seen in the answer: the batch does not say what should have.
+    assert not right.equal(h.runner.forward(batch._replace(adapter_rows=None)))
+    last = request.blocks[1] * 4 + 1
+    h.runner.cells[last] = h.runner.cells[last]._replace(  # type: ignore[union-attr]
+        deltas=(),
+        digest=advance(h.runner.cells[last - 1].digest, request.prompt_token_ids[5], ()),  # type: ignore[union-attr]
+    )
+    assert not right.equal(h.runner.forward(batch))
     assert expected_tokens(request) != expected_tokens(h.submit(range(6), TWO, params=GREEDY))

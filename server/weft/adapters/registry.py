@@ -38,7 +38,10 @@ class Change(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """What is known of a version's content. `slab_bytes` is what it takes in memory."""
+    """What is known of a version's content. `slab_bytes` is what it takes in memory.
+
+    invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
+    """
 
     method: str = ""
     size_bytes: int = 0
@@ -48,6 +51,7 @@ class AdapterInfo:
     num_parameters: int = 0
     modules: tuple[str, ...] = ()
     base_model_name: str = ""
+    invocation_tokens: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot
+from weft.engine import token_ranges
 from weft.engine.request import Request
 from weft.engine.scheduler import Scheduled
 
@@ -16,8 +17,9 @@ from weft.engine.scheduler import Scheduled
 class AdapterRows(NamedTuple):
     """Which rows take how much of which adapter: row t takes entries offsets[t] : offsets[t + 1].
 
-    `runs` says the same per request, (first row, one past the last, slots, gates), for the reference driver; there a
-    slot stands for all its planes.
+    `runs` says the same for rows with the same entries, (first row, one past the last, slots, gates), for the reference
+    driver; there a slot stands for all its planes. A request is one run, or several where adapters act in some of its
+    tokens only.
     """
 
     offsets: Tensor  # int32 [T + 1]
@@ -47,7 +49,7 @@ def build(
     block_size: int,
     planes: Mapping[AdapterSlot, tuple[int, ...]] = MappingProxyType({}),
 ) -> Batch:
-    """Flatten a step. Work here is per request; the per-token parts are vectorized.
+    """Flatten a step. Work here is per request and token range; the per-token parts are vectorized.
 
     planes: those of every slot that has more than one (adapters/slots.py).
     """
@@ -55,7 +57,7 @@ def build(
     starts = [0]
     computed, contexts, spans, sample_rows = [], [], [], []
     tables: list[list[int]] = []
-    entries_per_run, slots, gates, runs = [], [], [], []
+    run_ends, entries_per_run, slots, gates, runs = [], [], [], [], []
     for request, num_tokens in step:
         begin = request.num_computed_tokens
         input_ids += request.token_ids(begin, begin + num_tokens)
@@ -67,16 +69,21 @@ def build(
         if begin + num_tokens == request.num_tokens:
             sample_rows.append(starts[-1] - 1)
         uses = [
-            (slot, use.gate)
+            (slot, use)
             for slot, use in zip(slots_of.get(request, ()), request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        entries = [(plane, gate) for slot, gate in uses for plane in planes.get(slot, (slot,))]
-        entries_per_run.append(len(entries))
-        if uses:
-            runs.append((starts[-2], starts[-1], tuple(slot for slot, _ in uses), tuple(gate for _, gate in uses)))
-            slots += [plane for plane, _ in entries] * num_tokens
-            gates += [gate for _, gate in entries] * num_tokens
+        first_row = starts[-2] - begin
+        for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, begin + num_tokens):
+            here = [(slot, use.gate) for slot, use in map(uses.__getitem__, acting)]
+            entries = [(plane, gate) for slot, gate in here for plane in planes.get(slot, (slot,))]
+            run_ends.append(first_row + last)
+            entries_per_run.append(len(entries))
+            if here:
+                run_slots, run_gates = zip(*here, strict=True)
+                runs.append((first_row + first, first_row + last, run_slots, run_gates))
+                slots += [plane for plane, _ in entries] * (last - first)
+                gates += [gate for _, gate in entries] * (last - first)
 
     query_start = torch.tensor(starts, dtype=torch.int32)
     num_spans = max(map(len, spans))
@@ -100,8 +107,9 @@ def build(
 
     adapter_rows = None
     if slots:
+        run_of_row = torch.searchsorted(torch.tensor(run_ends), rows, right=True)
         offsets = torch.zeros(starts[-1] + 1, dtype=torch.int32)
-        offsets[1:] = torch.tensor(entries_per_run)[request_of_row].cumsum(0)
+        offsets[1:] = torch.tensor(entries_per_run)[run_of_row].cumsum(0)
         adapter_rows = AdapterRows(
             offsets, torch.tensor(slots, dtype=torch.int32), torch.tensor(gates, dtype=torch.float32), tuple(runs)
         )

@@ -7,6 +7,7 @@ from random import Random
 from typing import NamedTuple, NewType
 
 from weft.adapters.identifiers import Generation
+from weft.engine.token_ranges import Ranges
 from weft.errors import WeftError
 
 RequestId = NewType("RequestId", str)
@@ -52,15 +53,15 @@ class SamplingParams:
 
 
 class AdapterUse(NamedTuple):
-    """One adapter of a request: which content, how much of it, how many virtual positions it brings, and where it acts.
+    """One adapter of a request: which content, how much of it, and how many virtual positions it brings.
 
-    ranges: half-open ranges of real token indices; () is everywhere.
+    ranges: the real tokens in which it acts; () is all of them, which is where virtual positions always act.
     """
 
     generation: Generation
     gate: float
     num_virtual_tokens: int
-    ranges: tuple[tuple[int, int], ...] = ()
+    ranges: Ranges = ()
 
 
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
@@ -141,6 +142,7 @@ class Request:
 
     def __post_init__(self) -> None:
         assert all(use.gate > 0 for use in self.spans), "attention takes the logarithm of a virtual use's gate"
+        assert not any(use.ranges for use in self.spans), "virtual positions act on every token"
         self.random.seed(self.params.seed)
 
     @property

@@ -1,9 +1,9 @@
 """One team of OpenMP threads in a serving process: the engine's.
 
 Each thread that runs a parallel operation gets a team of its own, kept for its life. With more threads in all teams
-than cores, the runtime lets those of every team sleep between two operations instead of waiting awake, and a decode step
-of some hundred small operations takes half as long again. So what loads the base ends with its team, the engine thread
-has the one that stays, and every other thread computes alone.
+than cores, the runtime lets those of every team sleep between two operations instead of waiting awake, and a decode
+step of some hundred small operations takes half as long again. So what loads the base ends with its team, the engine
+thread has the one that stays, and every other thread computes alone.
 """
 
 import threading

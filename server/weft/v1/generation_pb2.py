@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18weft/v1/generation.proto\x12\x07weft.v1\"\xe3\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x11.weft.v1.TokenIdsH\x00\x12%\n\x08messages\x18\x04 \x01(\x0b\x32\x11.weft.v1.MessagesH\x00\x12\x14\n\nadapter_id\x18\x05 \x01(\tH\x01\x12+\n\x0b\x63omposition\x18\x06 \x01(\x0b\x32\x14.weft.v1.CompositionH\x01\x12#\n\x08sampling\x18\x07 \x01(\x0b\x32\x11.weft.v1.Sampling\x12#\n\x08stopping\x18\x08 \x01(\x0b\x32\x11.weft.v1.Stopping\x12)\n\x07options\x18\t \x01(\x0b\x32\x18.weft.v1.ResponseOptions\x12\x12\n\ncache_salt\x18\n \x01(\tB\x07\n\x05inputB\x08\n\x06target\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x08Messages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.weft.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0b\x43omposition\x12*\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x18.weft.v1.WeightedAdapter\"E\n\x0fWeightedAdapter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xe2\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xba\x01\n\x08Stopping\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0cinclude_stop\x18\x05 \x01(\x08\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"W\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x01(\x08\x12\r\n\x05gates\x18\x03 \x01(\x08\x42\x0b\n\t_logprobs\"\x92\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.weft.v1.TokenLogprobs\x12\x1f\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x0f.weft.v1.Finish\"l\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0e.weft.v1.Delta\x12\x1f\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x0f.weft.v1.Finish\"R\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.weft.v1.TokenLogprobs\"Y\n\rTokenLogprobs\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.weft.v1.TokenLogprob\x12\"\n\x03top\x18\x02 \x03(\x0b\x32\x15.weft.v1.TokenLogprob\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05piece\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xff\x01\n\x06\x46inish\x12,\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x15.weft.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.weft.v1.Usage\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x35\n\x12\x65\x66\x66\x65\x63tive_adapters\x18\x06 \x03(\x0b\x32\x19.weft.v1.EffectiveAdapter\x12#\n\x05gates\x18\x07 \x03(\x0b\x32\x14.weft.v1.AdapterGateB\x0e\n\x0cmatched_stop\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"Z\n\x10\x45\x66\x66\x65\x63tiveAdapter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"C\n\x0b\x41\x64\x61pterGate\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x0c\n\x04mean\x18\x03 \x01(\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18weft/v1/generation.proto\x12\x07weft.v1\"\xe3\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x11.weft.v1.TokenIdsH\x00\x12%\n\x08messages\x18\x04 \x01(\x0b\x32\x11.weft.v1.MessagesH\x00\x12\x14\n\nadapter_id\x18\x05 \x01(\tH\x01\x12+\n\x0b\x63omposition\x18\x06 \x01(\x0b\x32\x14.weft.v1.CompositionH\x01\x12#\n\x08sampling\x18\x07 \x01(\x0b\x32\x11.weft.v1.Sampling\x12#\n\x08stopping\x18\x08 \x01(\x0b\x32\x11.weft.v1.Stopping\x12)\n\x07options\x18\t \x01(\x0b\x32\x18.weft.v1.ResponseOptions\x12\x12\n\ncache_salt\x18\n \x01(\tB\x07\n\x05inputB\x08\n\x06target\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x08Messages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.weft.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0b\x43omposition\x12*\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x18.weft.v1.WeightedAdapter\"p\n\x0fWeightedAdapter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12)\n\x0ctoken_ranges\x18\x03 \x03(\x0b\x32\x13.weft.v1.TokenRangeB\t\n\x07_weight\"5\n\nTokenRange\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\r\x12\x10\n\x03\x65nd\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x06\n\x04_end\"\xe2\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xba\x01\n\x08Stopping\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0cinclude_stop\x18\x05 \x01(\x08\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"W\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x01(\x08\x12\r\n\x05gates\x18\x03 \x01(\x08\x42\x0b\n\t_logprobs\"\x92\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.weft.v1.TokenLogprobs\x12\x1f\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x0f.weft.v1.Finish\"l\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0e.weft.v1.Delta\x12\x1f\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x0f.weft.v1.Finish\"R\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.weft.v1.TokenLogprobs\"Y\n\rTokenLogprobs\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.weft.v1.TokenLogprob\x12\"\n\x03top\x18\x02 \x03(\x0b\x32\x15.weft.v1.TokenLogprob\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05piece\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xff\x01\n\x06\x46inish\x12,\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x15.weft.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.weft.v1.Usage\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x35\n\x12\x65\x66\x66\x65\x63tive_adapters\x18\x06 \x03(\x0b\x32\x19.weft.v1.EffectiveAdapter\x12#\n\x05gates\x18\x07 \x03(\x0b\x32\x14.weft.v1.AdapterGateB\x0e\n\x0cmatched_stop\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"Z\n\x10\x45\x66\x66\x65\x63tiveAdapter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"C\n\x0b\x41\x64\x61pterGate\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x0c\n\x04mean\x18\x03 \x01(\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2163
-  _globals['_FINISHREASON']._serialized_end=2258
+  _globals['_FINISHREASON']._serialized_start=2261
+  _globals['_FINISHREASON']._serialized_end=2356
   _globals['_GENERATEREQUEST']._serialized_start=38
   _globals['_GENERATEREQUEST']._serialized_end=393
   _globals['_TOKENIDS']._serialized_start=395
@@ -44,29 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMPOSITION']._serialized_start=518
   _globals['_COMPOSITION']._serialized_end=575
   _globals['_WEIGHTEDADAPTER']._serialized_start=577
-  _globals['_WEIGHTEDADAPTER']._serialized_end=646
-  _globals['_SAMPLING']._serialized_start=649
-  _globals['_SAMPLING']._serialized_end=875
-  _globals['_STOPPING']._serialized_start=878
-  _globals['_STOPPING']._serialized_end=1064
-  _globals['_RESPONSEOPTIONS']._serialized_start=1066
-  _globals['_RESPONSEOPTIONS']._serialized_end=1153
-  _globals['_GENERATERESPONSE']._serialized_start=1156
-  _globals['_GENERATERESPONSE']._serialized_end=1302
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1304
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1412
-  _globals['_DELTA']._serialized_start=1414
-  _globals['_DELTA']._serialized_end=1496
-  _globals['_TOKENLOGPROBS']._serialized_start=1498
-  _globals['_TOKENLOGPROBS']._serialized_end=1587
-  _globals['_TOKENLOGPROB']._serialized_start=1589
-  _globals['_TOKENLOGPROB']._serialized_end=1653
-  _globals['_FINISH']._serialized_start=1656
-  _globals['_FINISH']._serialized_end=1911
-  _globals['_USAGE']._serialized_start=1913
-  _globals['_USAGE']._serialized_end=2000
-  _globals['_EFFECTIVEADAPTER']._serialized_start=2002
-  _globals['_EFFECTIVEADAPTER']._serialized_end=2092
-  _globals['_ADAPTERGATE']._serialized_start=2094
-  _globals['_ADAPTERGATE']._serialized_end=2161
+  _globals['_WEIGHTEDADAPTER']._serialized_end=689
+  _globals['_TOKENRANGE']._serialized_start=691
+  _globals['_TOKENRANGE']._serialized_end=744
+  _globals['_SAMPLING']._serialized_start=747
+  _globals['_SAMPLING']._serialized_end=973
+  _globals['_STOPPING']._serialized_start=976
+  _globals['_STOPPING']._serialized_end=1162
+  _globals['_RESPONSEOPTIONS']._serialized_start=1164
+  _globals['_RESPONSEOPTIONS']._serialized_end=1251
+  _globals['_GENERATERESPONSE']._serialized_start=1254
+  _globals['_GENERATERESPONSE']._serialized_end=1400
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=1402
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1510
+  _globals['_DELTA']._serialized_start=1512
+  _globals['_DELTA']._serialized_end=1594
+  _globals['_TOKENLOGPROBS']._serialized_start=1596
+  _globals['_TOKENLOGPROBS']._serialized_end=1685
+  _globals['_TOKENLOGPROB']._serialized_start=1687
+  _globals['_TOKENLOGPROB']._serialized_end=1751
+  _globals['_FINISH']._serialized_start=1754
+  _globals['_FINISH']._serialized_end=2009
+  _globals['_USAGE']._serialized_start=2011
+  _globals['_USAGE']._serialized_end=2098
+  _globals['_EFFECTIVEADAPTER']._serialized_start=2100
+  _globals['_EFFECTIVEADAPTER']._serialized_end=2190
+  _globals['_ADAPTERGATE']._serialized_start=2192
+  _globals['_ADAPTERGATE']._serialized_end=2259
 # @@protoc_insertion_point(module_scope)
