@@ -2,7 +2,7 @@
 
 A full block of real tokens is keyed by what made it, never by a name or a slot:
 
-    root  = H(tenant salt, base digest, every adapter's generation and gate)      (`cache_root`)
+    root  = H(tenant salt, base digest, every adapter's generation and gate, the mixture)      (`cache_root`)
     key_i = H(key_{i-1}, tokens of block i),   key_{-1} = root
 
 A block with references is never reused. A keyed block without references stays in the cache until its place is needed,
@@ -15,16 +15,31 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from weft.adapters.identifiers import Generation
-from weft.engine.request import AdapterUse, Request
+from weft.engine.request import AdapterUse, MixtureUse, Request
 
 
-def cache_root(salt: str, base_digest: str, adapters: Iterable[AdapterUse]) -> bytes:
-    """The root of a request's block keys. Every part is length-framed, so no two different inputs run together."""
+def cache_root(
+    salt: str,
+    base_digest: str,
+    adapters: Iterable[AdapterUse],
+    mixture: MixtureUse | None = None,
+    prompt: Sequence[int] = (),
+) -> bytes:
+    """The root of a request's block keys. Every part is length-framed, so no two different inputs run together.
+
+    prompt: counts only where a mixture's gates come of all of it: then prompts share blocks only where they are equal.
+    """
     digest = hashlib.sha256(b"weft-kv-1")
     for part in (salt, base_digest):
         digest.update(struct.pack("<Q", len(part.encode())) + part.encode())
     for use in adapters:
         digest.update(struct.pack("<Q", len(use.generation)) + use.generation.encode() + struct.pack("<d", use.gate))
+    if mixture is not None:  # behind a mark that begins no generation's length
+        digest.update(b"mixture " + mixture.generation.encode() + struct.pack("<Q", len(mixture.bounds)))
+        for bound in mixture.bounds:
+            digest.update(struct.pack("<?dd", *bound))
+        if mixture.reads_prompt:
+            digest.update(struct.pack(f"<{len(prompt)}q", *prompt))
     return digest.digest()
 
 
@@ -109,7 +124,7 @@ class BlockManager:
                 block = request.blocks[index]
                 self._block_of[key] = block
                 self._key_of[block] = key
-                generations = tuple(use.generation for use in request.adapters)
+                generations = request.generations
                 self._generations_of[block] = generations
                 for generation in generations:
                     self._blocks_of_generation.setdefault(generation, set()).add(block)
