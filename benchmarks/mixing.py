@@ -107,9 +107,7 @@ async def _step_ms(channel: grpc.aio.Channel, rows: Sequence[Adapters], num_new:
     return 1e3 * statistics.median(gaps)
 
 
-async def _measure(
-    directory: Path, num_new: int, repeats: int, tick: Callable[[str], None]
-) -> list[Measured]:
+async def _measure(directory: Path, num_new: int, repeats: int, tick: Callable[[str], None]) -> list[Measured]:
     config = WeftConfig(
         model=ModelConfig(path=directory / "bench-80m", quantization=Quantization.NONE, device="cpu", dtype="bfloat16"),
         store=directory / "store",
@@ -177,9 +175,7 @@ def main() -> None:
 
         results = asyncio.run(_measure(Path(directory), arguments.new_tokens, arguments.repeats, tick))
     cells = [["16 rows of", "step, ms", "beside", "ratio"]]
-    cells += [
-        [r.rows, f"{r.step_ms:.1f}", r.beside, "" if r.ratio is None else f"{r.ratio:.2f} ×"] for r in results
-    ]
+    cells += [[r.rows, f"{r.step_ms:.1f}", r.beside, "" if r.ratio is None else f"{r.ratio:.2f} ×"] for r in results]
     console.print(report.table("what mixing costs, bench-80m (81M Llama, bfloat16), batch 16", cells, num_names=1))
     console.print(f"{report.line(report.conditions())}, median of {arguments.repeats} turns", highlight=False)
     if arguments.json is not None:

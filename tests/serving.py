@@ -11,11 +11,23 @@ from weft.adapters import slab
 from weft.adapters.slots import AdapterSlot
 from weft.engine import batch as batches
 from weft.engine.block_manager import BlockManager
-from weft.engine.request import AdapterUse, Generation, Request, RequestId, SamplingParams
+from weft.engine.gatings import Gatings
+from weft.engine.request import (
+    AdapterUse,
+    ExpertBound,
+    Gates,
+    GateSight,
+    Generation,
+    MixtureUse,
+    Request,
+    RequestId,
+    SamplingParams,
+)
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
 from weft.engine.token_ranges import Ranges
 from weft.kernels.selection import Kernels
+from weft.methods.mixture import Level, Mixture
 from weft.methods.protocol import Adapter
 from weft.model.loader import Base
 
@@ -26,12 +38,15 @@ class Row(NamedTuple):
     """One request of a step: its tokens and its adapter (None: the base), or its adapters with their gates.
 
     ranges: where each of the adapters acts; () is everywhere.
+    Of a mixture the adapters are the experts, in its order, and `bounds` what the request wants of their gates.
     """
 
     tokens: Sequence[int]
     adapter: Adapter | None = None
     adapters: Sequence[tuple[Adapter, float]] = ()
     ranges: Sequence[Ranges] = ()
+    mixture: Mixture | None = None
+    bounds: tuple[ExpertBound, ...] = ()
 
     @property
     def parts(self) -> Sequence[tuple[Adapter, float]]:
@@ -39,7 +54,10 @@ class Row(NamedTuple):
 
 
 class Step:
-    """Computes whole prompts in one step, as the engine would, and gives the logits of every position."""
+    """Computes whole prompts in one step, as the engine would, and gives the logits of every position.
+
+    gates: what the mixtures of the last step made, by row.
+    """
 
     def __init__(self, base: Base, kernels: Kernels, *, num_kv_blocks: int = 256) -> None:
         self.base = base
@@ -57,6 +75,8 @@ class Step:
     ) -> list[Tensor]:
         """Logits [tokens, V] of each row, or of its last token; `around` is entered for the model call alone."""
         slots, scheduled, slots_of = [], [], {}
+        gatings = Gatings(self.runner)
+        self.gates: dict[int, Gates | None] = {}
         for index, row in enumerate(rows):
             uses: list[AdapterUse] = []
             request_slots: list[AdapterSlot] = []
@@ -67,28 +87,42 @@ class Step:
                 assert slot is not None
                 request_slots.append(slot)
                 ranges = row.ranges[part] if row.ranges else ()
-                uses.append(AdapterUse(Generation(f"{index}-{part}"), gate, laid_out.num_virtual_tokens, ranges))
+                named = Generation(f"{index}-{part:03}")
+                uses.append(AdapterUse(named, gate, laid_out.num_virtual_tokens, ranges))
                 if laid_out.virtual is not None:
                     taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
                     assert taken is not None
                     virtual_blocks += taken
                     self.runner.write_virtual(taken, laid_out.virtual)
+            mixture = None
+            if row.mixture is not None:
+                slot = self.runner.slots.put(slab.build_router(row.mixture))
+                assert slot is not None
+                request_slots.append(slot)
+                reads_prompt = row.mixture.config.level is Level.SEQUENCE
+                mixture = MixtureUse(Generation(f"{index}"), reads_prompt, row.bounds, GateSight.TOKENS)
             slots += request_slots
             request = Request(
                 request_id=RequestId(str(index)),
                 prompt_token_ids=tuple(row.tokens),
                 params=SamplingParams(),
                 adapters=tuple(uses),
+                mixture=mixture,
                 virtual_blocks=virtual_blocks,
             )
             assert self.blocks.grow(request, len(row.tokens))
             scheduled.append(Scheduled(request, len(row.tokens)))
             slots_of[request] = tuple(request_slots)
-        batch = batches.build(scheduled, slots_of, BLOCK_SIZE, self.runner.slots.planes)
+            if mixture is not None:
+                gatings.begin(request, mixture)
+        batch = batches.build(scheduled, slots_of, BLOCK_SIZE, self.runner.slots.planes, gatings)
         if not last_only:
             batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))
         with around or nullcontext():
             flat = self.runner.forward(batch)
+        if batch.adapter_rows is not None and batch.adapter_rows.routing is not None:
+            gatings.note(scheduled, batch.adapter_rows.routing)
+            self.gates = {index: gatings.end(request) for index, request in enumerate(slots_of)}
         for request in slots_of:
             self.blocks.release(request)
             self.blocks.unshare_virtual(request)

@@ -106,6 +106,7 @@ class AdapterLimits:
     weight_abs_max: float = 1e3
     num_virtual_tokens_max: int = 256
     num_invocation_tokens_max: int = 256
+    num_experts_max: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import Metric
 
 from tests.server.conftest import Sources
 from tests.server.live import PROMPT, LiveServer, Step, refused, wait_until
-from weft.methods.catalog import METHODS
+from weft.methods.catalog import KINDS
 from weft.metrics import Metrics
 
 Scrape = dict[str, Metric]
@@ -247,7 +247,7 @@ def test_no_adapter_is_named_in_a_label(server: LiveServer, sources: Sources) ->
         "rpc", "code", "finish_reason", "reason", "state", "method", "outcome", "le",
         "version", "model", "quantization", "device", "dtype", "kernels",
     }  # fmt: skip
-    assert labels["method"] <= {*METHODS, ""}
+    assert labels["method"] <= {*KINDS, ""}
 
 
 async def _turn() -> None:

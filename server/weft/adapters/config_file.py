@@ -13,15 +13,15 @@ CONFIG_FILE = "adapter_config.json"
 _DEPTH_MAX = 16  # PEFT's own files reach 3
 
 
-def read_config(data: bytes, limits: AdapterLimits) -> dict[str, object]:
-    """The object in `data`, all numbers finite, or InvalidAdapter CONFIG_INVALID."""
+def read_config(data: bytes, limits: AdapterLimits, *, field: str = CONFIG_FILE) -> dict[str, object]:
+    """The object in `data`, all numbers finite, or InvalidAdapter CONFIG_INVALID; `field` is the file's name there."""
     if len(data) > limits.config_bytes_max:
         raise InvalidAdapter.rule(
-            "CONFIG_INVALID", CONFIG_FILE, "has too many bytes", limit=limits.config_bytes_max, given=len(data)
+            "CONFIG_INVALID", field, "has too many bytes", limit=limits.config_bytes_max, given=len(data)
         )
     try:
         return parse_object(data, depth_max=_DEPTH_MAX)
     except DuplicateKeyFault as fault:
-        raise InvalidAdapter.rule("CONFIG_INVALID", CONFIG_FILE, str(fault), given=fault.name) from None
+        raise InvalidAdapter.rule("CONFIG_INVALID", field, str(fault), given=fault.name) from None
     except JsonFault as fault:
-        raise InvalidAdapter("CONFIG_INVALID", f"{CONFIG_FILE}: {fault}", field=CONFIG_FILE) from None
+        raise InvalidAdapter("CONFIG_INVALID", f"{field}: {fault}", field=field) from None

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from weft.adapters import slab
 from weft.adapters.config_file import read_config
+from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES, FilePair
+from weft.adapters.identifiers import AdapterId, AdapterReference, Generation, check_adapter_id
 from weft.adapters.registry import AdapterInfo
 from weft.adapters.safetensors_header import TensorEntry, read_header
 from weft.config import AdapterLimits
+from weft.methods import mixture as mixture_method
 from weft.methods.checkpoint import directory
+from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.protocol import BaseShape
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -35,13 +39,20 @@ class Ingest(NamedTuple):
     limits: AdapterLimits
     dtype: torch.dtype
 
-    def read(self, config_file: BinaryIO, weights_file: BinaryIO, *, size_bytes: int) -> Ingested:
-        """Check everything and lay the adapter out. Raises InvalidAdapter or AdapterUnusable naming what is wrong."""
-        config = read_config(config_file.read(self.limits.config_bytes_max + 1), self.limits)
-        header = read_header(weights_file, self.limits)
+    def read(
+        self, config_file: BinaryIO, weights_file: BinaryIO, *, size_bytes: int, files: FilePair = PEFT_FILES
+    ) -> Ingested:
+        """Check everything and lay the adapter out. Raises InvalidAdapter or AdapterUnusable naming what is wrong.
+
+        files: what the two are called, and with that what kind of adapter they are.
+        """
+        config = read_config(config_file.read(self.limits.config_bytes_max + 1), self.limits, field=files.config)
+        header = read_header(weights_file, self.limits, field=files.weights)
         # Not closed by hand: it closes with the last tensor that looks into it, also where a check raises.
         mapped = mmap.mmap(weights_file.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = _tensors(mapped, header.tensors)
+        if files == MIXTURE_FILES:
+            return self._mixture(config, tensors, size_bytes)
         adapter = directory.read(config, tensors, header.metadata, self.base, self.limits)
         laid_out = slab.build(adapter, self.base, dtype=self.dtype)
         base_model = config.get("base_model_name_or_path")
@@ -55,6 +66,26 @@ class Ingest(NamedTuple):
             modules=tuple(sorted({self.base.sites[name].suffix for name in adapter.sites})),
             base_model_name=base_model[:256] if isinstance(base_model, str) else "",
             invocation_tokens=adapter.invocation_tokens,
+        )
+        return Ingested(info, laid_out)
+
+    def _mixture(self, config: Mapping[str, object], tensors: Mapping[str, Tensor], size_bytes: int) -> Ingested:
+        """The router alone: whether its experts are here is the registry's to say."""
+        mixture = mixture_files.read(config, tensors, self.base, self.limits)
+        for index, expert in enumerate(mixture.experts):
+            if expert.adapter_id:
+                check_adapter_id(expert.adapter_id, field=f"mixture_config.experts[{index}].adapter_id")
+        laid_out = slab.build_router(mixture)
+        info = AdapterInfo(
+            method=mixture_method.METHOD.name,
+            size_bytes=size_bytes,
+            slab_bytes=laid_out.size_bytes,
+            num_parameters=mixture.params.weight.numel(),
+            experts=tuple(
+                AdapterReference(AdapterId(expert.adapter_id), Generation(expert.generation))
+                for expert in mixture.experts
+            ),
+            is_sequence_level=mixture.config.level is mixture_method.Level.SEQUENCE,
         )
         return Ingested(info, laid_out)
 

@@ -41,6 +41,8 @@ class AdapterInfo:
     """What is known of a version's content. `slab_bytes` is what it takes in memory.
 
     invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
+    experts: of a mixture, in the order of their generations; an id is what the expert was called, or "".
+    is_sequence_level: whether a mixture's gates depend on the whole prompt.
     """
 
     method: str = ""
@@ -52,6 +54,8 @@ class AdapterInfo:
     modules: tuple[str, ...] = ()
     base_model_name: str = ""
     invocation_tokens: tuple[int, ...] = ()
+    experts: tuple[AdapterReference, ...] = ()
+    is_sequence_level: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -141,6 +145,30 @@ class Registry:
         if version.state is not AdapterState.ACTIVE:
             raise _unusable(version, field)
         return version
+
+    def require_expert(self, expert: AdapterReference, *, field: str = "adapter_id") -> Version:
+        """A version that is this content and can be used now, under whatever id; AdapterUnusable EXPERT_UNAVAILABLE.
+
+        Of several it is the one under the id that the mixture knows, else the first by id.
+        """
+        found = sorted(
+            self.of(Generation(expert.generation or "")),
+            key=lambda version: (
+                version.state is not AdapterState.ACTIVE,
+                version.adapter_id != expert.adapter_id,
+                version.adapter_id,
+            ),
+        )
+        if found and found[0].state is AdapterState.ACTIVE:
+            return found[0]
+        state = found[0].state.value if found else "not registered"
+        name = str(expert) if expert.adapter_id else expert.generation
+        raise AdapterUnusable(
+            "EXPERT_UNAVAILABLE",
+            f"{field}: expert {name} is {state}",
+            field=field,
+            metadata={"expert": expert.adapter_id, "generation": expert.generation, "state": state},
+        )
 
     def acquire(self, reference: AdapterReference, request_id: str) -> Version:
         """Look up and hold in one step; raises as `require_active`."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.methods import mixture
+from weft.methods.mixture import Mixture, MixtureConfig
 from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed, Virtual
 
 _ALIGNMENT = 64  # bytes: a cache line, and what vector loads like
@@ -45,6 +47,13 @@ class SlabEntry(NamedTuple):
         return Packed(self.kind, self.rank, self.first.view(buffer), second)
 
 
+class RouterEntry(NamedTuple):
+    """A mixture's router; `weight` is float32 [1 or L, choices, hidden]."""
+
+    config: MixtureConfig
+    weight: Part
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slab:
     """An adapter ready for a slot. `virtual` is in the base's dtype, which is the KV cache's too."""
@@ -54,6 +63,7 @@ class Slab:
     entries: tuple[SlabEntry, ...]
     virtual: Virtual | None
     kv_bytes: int  # what its virtual positions take in the KV cache, whole blocks not counted
+    router: RouterEntry | None = None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -100,3 +110,13 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype) -> Slab:
         per_position = 2 * base.num_layers * base.num_kv_heads * base.head_dim * dtype.itemsize
         kv_bytes = virtual.num_positions * per_position
     return Slab(method=adapter.method, buffer=buffer, entries=tuple(entries), virtual=virtual, kv_bytes=kv_bytes)
+
+
+def build_router(given: Mixture) -> Slab:
+    """Lay a mixture's router out: it stays float32, whatever the slots' dtype."""
+    weight = given.params.weight.float().contiguous()
+    part = Part(0, tuple(weight.shape), weight.dtype)
+    buffer = torch.zeros(-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)
+    part.view(buffer).copy_(weight)
+    router = RouterEntry(given.config, part)
+    return Slab(method=mixture.METHOD, buffer=buffer, entries=(), virtual=None, kv_bytes=0, router=router)

@@ -6,6 +6,7 @@ reference driver gets views. An adapter that makes several kinds of delta at one
 is called by its first plane. Only the engine thread calls this.
 """
 
+import struct
 from collections.abc import Mapping
 from typing import Any, NewType
 
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slab import Slab
+from weft.methods.mixture import MixtureConfig, MixtureParams
 from weft.methods.protocol import DeltaKind, Method, Packed
 
 AdapterSlot = NewType("AdapterSlot", int)
 
 _COLUMNS = 4  # kind, rank, address of the first tensor, address of the second
+_ROUTER_COLUMNS = 8  # as in SlotTable.routers
+_NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
 
 
 class _Held:
@@ -34,6 +38,9 @@ class SlotTable:
     """Slots of one base.
 
     table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every plane at every site.
+    routers: int64 [S, 8], the kernels' view of mixtures: address of W float32 [M, C, hidden], elements from one layer's
+        W to the next (0 where all share one), hidden, experts, choices C, top_k, flags (1 normalize, 2 absolute,
+        4 rms_norm), and τ as the bits of a float32; zeros in a slot that holds none.
     num_entries, num_input_scales: by site, how many planes do anything there, and how many of them to its input.
     num_residual_readers: how many planes, over all sites, read the residual stream.
     planes: the planes of every slot that has more than one, its own number first.
@@ -42,6 +49,7 @@ class SlotTable:
 
     def __init__(self, *, num_sites: int, capacity_bytes: int, device: torch.device) -> None:
         self.table = torch.zeros(num_sites, 8, _COLUMNS, dtype=torch.int64)
+        self.routers = torch.zeros(8, _ROUTER_COLUMNS, dtype=torch.int64)
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._device = device
@@ -79,6 +87,8 @@ class SlotTable:
             self.table[entry.site_index, planes[entry.plane]] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
             )
+        if slab.router is not None:
+            self.routers[slot] = torch.tensor(_router_row(slab.router.config, self.router(slot)[1]))
         self._count(slab, 1)
         return slot
 
@@ -87,6 +97,7 @@ class SlotTable:
         held = self._held.pop(slot)
         for plane in self.planes.pop(slot, (slot,)):
             self.table[:, plane] = DeltaKind.NONE
+            self.routers[plane] = 0
             self._free.append(plane)
         self.used_bytes -= held.slab.buffer.nbytes
         self._count(held.slab, -1)
@@ -95,6 +106,12 @@ class SlotTable:
     def method(self, slot: AdapterSlot) -> Method:
         """The method whose parameters the slot holds."""
         return self._held[slot].method
+
+    def router(self, slot: AdapterSlot) -> tuple[MixtureConfig, MixtureParams]:
+        """The router of a mixture's slot, as a view of device memory."""
+        held = self._held[slot]
+        assert held.slab.router is not None, slot
+        return held.slab.router.config, MixtureParams(held.slab.router.weight.view(held.buffer))
 
     def params(self, slot: AdapterSlot) -> Mapping[str, Any]:
         """The slot's parameters by site name, as views of device memory: what the reference driver reads."""
@@ -120,4 +137,16 @@ class SlotTable:
         grown = torch.zeros(num_sites, 2 * capacity, _COLUMNS, dtype=torch.int64)
         grown[:, :capacity] = self.table
         self.table = grown
+        routers = torch.zeros(2 * capacity, _ROUTER_COLUMNS, dtype=torch.int64)
+        routers[:capacity] = self.routers
+        self.routers = routers
         self._free = [*reversed(range(capacity, 2 * capacity)), *self._free]
+
+
+def _router_row(config: MixtureConfig, params: MixtureParams) -> list[int]:
+    weight = params.weight
+    flags = config.normalize * _NORMALIZE | config.absolute * _ABSOLUTE | config.rms_norm * _RMS_NORM
+    (temperature,) = struct.unpack("<i", struct.pack("<f", config.temperature))
+    stride = 0 if config.shared else weight.stride(0)
+    sizes = weight.shape[2], config.num_experts, config.num_choices, config.top_k
+    return [weight.data_ptr(), stride, *sizes, flags, temperature]

@@ -52,7 +52,7 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
     try:
         fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
     except InvalidAdapter as error:
-        found = [other for other in _OTHER_WEIGHTS if name == WEIGHTS_FILE and _exists(other, directory)]
+        found = [other for other in _OTHER_WEIGHTS if name == WEIGHTS_FILE and holds(directory, other)]
         if error.reason == "SOURCE_NOT_FOUND" and found:
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, "safetensors only", given=found[0]) from None
         raise
@@ -139,7 +139,8 @@ def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wa
     return fd
 
 
-def _exists(name: str, directory: int) -> bool:
+def holds(directory: int, name: str) -> bool:
+    """Whether there is anything called `name` in an open directory."""
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
     except OSError:

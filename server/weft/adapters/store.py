@@ -34,15 +34,12 @@ from weft.adapters.catalog import (
     require_expected,
     taken,
 )
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES
 from weft.adapters.identifiers import AdapterId, Generation, abbreviated, check_generation, is_generation
-from weft.adapters.safetensors_header import WEIGHTS_FILE
-from weft.adapters.sources import open_source_file, source_directory
+from weft.adapters.sources import holds, open_source_file, source_directory
 from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, is_open, open_stored
 from weft.config import AdapterLimits
 from weft.errors import AdapterNotFound, DataLoss, Overloaded, Unavailable, shown
-
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 class Recovery(NamedTuple):
@@ -149,11 +146,15 @@ class AdapterStore:
         return staging
 
     def stage_copy(self, source: str) -> Staging:
-        """A staging that holds a copy of the PEFT directory `source`; nothing but its two files is looked at."""
+        """A staging that holds a copy of the directory `source`, PEFT's or a mixture's.
+
+        Nothing but the two files is looked at; where there are both kinds, those of the mixture.
+        """
         with contextlib.ExitStack() as undo:
             staging = undo.enter_context(self.stage())
             with durable.storage_errors(), source_directory(source, self._root, self._allowed_sources) as directory:
-                for name in ADAPTER_FILES:
+                is_mixture = holds(directory, MIXTURE_FILES.config)
+                for name in MIXTURE_FILES if is_mixture else PEFT_FILES:
                     with open_source_file(directory, name) as file, staging.open_file(name) as target:
                         copy_file(file, target)
             undo.pop_all()

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 from weft.adapters import durable
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.file_pairs import CONFIG_FILES
 from weft.adapters.identifiers import Generation, abbreviated
 from weft.config import AdapterLimits
 from weft.errors import DataLoss, InvalidAdapter
@@ -79,7 +79,7 @@ class StagedFile:
         """Refuse what would not fit, before it is read or sent."""
         size_bytes = self.size_bytes + num_bytes
         if size_bytes > self._size_max:
-            reason = "CONFIG_INVALID" if self.name == CONFIG_FILE else "ADAPTER_TOO_LARGE"
+            reason = "CONFIG_INVALID" if self.name in CONFIG_FILES else "ADAPTER_TOO_LARGE"
             raise InvalidAdapter.rule(reason, self.name, "has too many bytes", limit=self._size_max, given=size_bytes)
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class Staging:
         """A new file; at most `size_max` bytes where that is below the limit of its kind."""
         if not _FILE_NAME.fullmatch(name):
             raise ValueError(f"a version has no file named {name!r}")
-        limit = self._limits.config_bytes_max if name == CONFIG_FILE else self._limits.file_bytes_max
+        limit = self._limits.config_bytes_max if name in CONFIG_FILES else self._limits.file_bytes_max
         file = StagedFile(self.directory / name, limit if size_max is None else min(size_max, limit))
         self._files.append(file)
         return file

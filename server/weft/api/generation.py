@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from weft.adapters.registry import Registry, Version
-from weft.api import composition
+from weft.api import composition, mixtures
 from weft.api.composition import Part
 from weft.api.validation import ChatTurn, CheckedSpec, GenerationSpec, check, check_prompt_bytes
 from weft.config import RequestLimits
@@ -22,8 +22,12 @@ from weft.engine.block_manager import cache_root
 from weft.engine.detokenizer import Detokenizer
 from weft.engine.engine import Engine
 from weft.engine.request import (
+    AdapterUse,
     Finish,
     FinishReason,
+    Gates,
+    GateSight,
+    MixtureUse,
     Request,
     RequestId,
     SampledToken,
@@ -63,7 +67,7 @@ class EffectiveAdapter(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationEnd:
-    """The last part of an answer."""
+    """The last part of an answer. experts, gates: of a mixture, where its gates were asked for."""
 
     reason: FinishReason
     stop_string: str | None
@@ -73,6 +77,8 @@ class GenerationEnd:
     num_cached_tokens: int
     seed: int
     adapters: tuple[EffectiveAdapter, ...]
+    experts: tuple[Version, ...] = ()
+    gates: Gates | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,17 @@ class GenerationPart:
     text: str
     tokens: tuple[SampledToken, ...]
     end: GenerationEnd | None = None
+
+
+class _Held(NamedTuple):
+    """What a request leases: the adapters that it names, and the experts where that is a mixture."""
+
+    versions: list[Version]
+    experts: list[Version]
+
+    @property
+    def all(self) -> list[Version]:
+        return self.versions + self.experts
 
 
 class _Stream:
@@ -171,7 +188,7 @@ class Generation:
         timeout_s: the caller's, None without one; cut to the server's maximum. Closing the iterator ends the request.
         """
         try:
-            checked, request, versions, stream = await self._accept(spec, timeout_s)
+            checked, request, held, stream = await self._accept(spec, timeout_s)
         except WeftError as error:
             self._metrics.rejections.labels(error.reason).inc()
             raise
@@ -207,11 +224,13 @@ class Generation:
                 if not ended:
                     self._engine.end(request.request_id, FinishReason.STOP)
                     ended = True
+                    while event.finish is None and spec.sight is not GateSight.NONE:  # the gates come with the end
+                        event = await stream.next()
                 yield GenerationPart(
                     request_id=checked.request_id,
                     text="".join(text),
                     tokens=tuple(tokens),
-                    end=_end(checked, request, versions, event.finish, stop, num_tokens, tokens),
+                    end=_end(checked, request, held, event.finish, stop, num_tokens, tokens),
                 )
                 return
         finally:
@@ -233,7 +252,7 @@ class Generation:
 
     async def _accept(
         self, spec: GenerationSpec, timeout_s: float | None
-    ) -> tuple[CheckedSpec, Request, list[Version], _Stream]:
+    ) -> tuple[CheckedSpec, Request, _Held, _Stream]:
         arrival_s = time.monotonic()
         if self._refusal is not None:
             raise self._refusal
@@ -251,39 +270,46 @@ class Generation:
         deadline_s = arrival_s + min(wanted_s, self._limits.deadline_max_s)
         self._reserve()
         request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
-        versions: list[Version] = []
+        held = _Held([], [])
         try:
-            versions += self._acquire(checked, request_id)
+            held = self._acquire(checked, request_id)
             tokens = await self._token_ids(spec.text, spec.messages) if spec.token_ids is None else list(spec.token_ids)
-            request = self._request(checked, request_id, tokens, versions, arrival_s, deadline_s)
+            request = self._request(checked, request_id, tokens, held, arrival_s, deadline_s)
             for error in (self._refusal, self._cancelled.get(request_id)):
                 if error is not None:
                     raise error
         except BaseException:
             self._cancelled.pop(request_id, None)
-            self._leave(versions, request_id)
+            self._leave(held.all, request_id)
             raise
 
         def on_finish(finish: Finish) -> None:
             if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
                 taken = {use.generation for use in request.adapters}
-                for version in versions:
+                for version in held.all:
                     if version.generation in taken:
                         self._registry.fault(version, finish.error.reason)
-            self._leave(versions, request_id)
+            self._leave(held.all, request_id)
 
         stream = self._streams[request_id] = _Stream(on_finish)
         self._engine.submit(request)
-        return checked, request, versions, stream
+        return checked, request, held, stream
 
-    def _acquire(self, checked: CheckedSpec, request_id: RequestId) -> list[Version]:
+    def _acquire(self, checked: CheckedSpec, request_id: RequestId) -> _Held:
         """Hold every part, or none; nothing awaits in here, so no version goes between being found and being held."""
         versions = [self._registry.require_active(part.reference, field=part.field) for part in checked.parts]
         if checked.spec.composition is not None:
             composition.check_versions(checked.parts, versions)
-        for version in versions:
+        experts: list[Version] = []
+        if len(versions) == 1:
+            experts = mixtures.require_experts(self._registry, versions[0].info, field=checked.parts[0].field)
+        if checked.spec.steering is not None and not experts:
+            given = versions[0].info.method if versions else "the base"
+            raise InvalidRequest.rule("STEERING_INVALID", "steering", "is for mixtures", given=given)
+        held = _Held(versions, experts)
+        for version in held.all:
             self._registry.hold(version, request_id)
-        return versions
+        return held
 
     def _reserve(self) -> None:
         if self._num_reserved >= self._max_requests:
@@ -308,11 +334,11 @@ class Generation:
         checked: CheckedSpec,
         request_id: RequestId,
         tokens: list[int],
-        versions: list[Version],
+        held: _Held,
         arrival_s: float,
         deadline_s: float,
     ) -> Request:
-        uses = composition.uses(checked.parts, versions, tokens)
+        uses, mixture = self._uses(checked, held, tokens)
         num_virtual, longest = sum(use.num_virtual_tokens for use in uses), self._model.max_model_len
         if not tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
@@ -335,10 +361,20 @@ class Generation:
             prompt_token_ids=tuple(tokens),
             params=checked.sampling(max_new_tokens=max_new_tokens),
             adapters=uses,
-            cache_root=cache_root(checked.spec.cache_salt, self._model.digest, uses),
+            mixture=mixture,
+            cache_root=cache_root(checked.spec.cache_salt, self._model.digest, uses, mixture, tokens),
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )
+
+    def _uses(
+        self, checked: CheckedSpec, held: _Held, tokens: Sequence[int]
+    ) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
+        if not held.experts:
+            return composition.uses(checked.parts, held.versions, tokens), None
+        spec = checked.spec
+        mixture = mixtures.use_of(held.versions[0], held.experts, self._registry, spec.steering, spec.sight)
+        return mixtures.expert_uses(held.experts), mixture
 
     async def _token_ids(self, text: str | None, messages: Any) -> list[int]:
         if text is not None and len(text) <= _INLINE_PROMPT_BYTES:
@@ -374,7 +410,7 @@ class Generation:
 def _end(
     checked: CheckedSpec,
     request: Request,
-    versions: list[Version],
+    held: _Held,
     finish: Finish | None,
     stop: str | None,
     num_tokens: int,
@@ -393,8 +429,10 @@ def _end(
         seed=checked.seed,
         adapters=tuple(
             _effective(part, version, request, num_tokens)
-            for part, version in zip(checked.parts, versions, strict=True)
+            for part, version in zip(checked.parts, held.versions, strict=True)
         ),
+        experts=tuple(held.experts),
+        gates=None if finish is None else finish.gates,
     )
 
 

@@ -15,14 +15,14 @@ from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.file_pairs import pair_of
 from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.ingest import Ingest, Ingested
 from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
-from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, Staging
+from weft.api import mixtures
 from weft.api.memory import AdapterMemory, Freed
 from weft.api.watch import Watches
 from weft.api.work import Work
@@ -210,6 +210,7 @@ class Lifecycle:
             )
         ingested = await self._work.run(self._read_staged, staged)
         self._check_fit(ingested)
+        mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
         return await self._publish(adapter_id, staged, ingested, options, source)
 
     async def _publish(
@@ -369,8 +370,10 @@ class Lifecycle:
                 self.registry.abandon(adapter_id)
 
     def _read_staged(self, staged: StagedVersion) -> Ingested:
-        with staged.open(CONFIG_FILE) as config, staged.open(WEIGHTS_FILE) as weights:
-            return self._ingest.read(config, weights, size_bytes=staged.size_bytes)
+        pair = pair_of(file.name for file in staged.files)
+        assert pair is not None, staged.files
+        with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
+            return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
 
     async def _discard(self, staging: Staging) -> None:
         if self._work.is_closed:

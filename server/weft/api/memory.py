@@ -10,14 +10,14 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.file_pairs import pair_of
 from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
 from weft.adapters.ingest import Ingest, Ingested
 from weft.adapters.registry import Change, Registry, Version
-from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.adapters.slab import Slab
 from weft.adapters.store import AdapterStore
+from weft.adapters.versions import corrupt
 from weft.api.work import Work
 from weft.engine.engine import Engine
 from weft.errors import AdapterNotFound, AdapterUnusable, Overloaded, Unavailable, WeftError
@@ -140,9 +140,11 @@ class AdapterMemory:
     def read(self, generation: Generation) -> Ingested:
         """Read and check a stored adapter; blocks on the disk."""
         with self._store.open_version(generation) as stored:
-            return self._ingest.read(
-                stored.files[CONFIG_FILE], stored.files[WEIGHTS_FILE], size_bytes=stored.size_bytes
-            )
+            pair = pair_of(stored.files)
+            if pair is None:
+                raise corrupt(generation, "it holds other files than an adapter has")
+            config, weights = (stored.files[name] for name in pair)
+            return self._ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
 
     async def bring(self, generation: Generation, *, pin: bool = False, slab: Slab | None = None) -> None:
         """Return when the adapter is on the device, with `pin` to stay. `slab` spares the way to the disk.

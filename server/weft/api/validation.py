@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from weft.adapters.identifiers import parse_reference
-from weft.api import composition
+from weft.api import composition, mixtures
 from weft.api.composition import Part, WeightedReference
 from weft.config import RequestLimits
-from weft.engine.request import SamplingParams
+from weft.engine.request import GateSight, SamplingParams
 from weft.errors import InvalidRequest
 
 _TEMPERATURE_MIN = 0.01
@@ -51,6 +51,8 @@ class GenerationSpec:
     include_stop: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    sight: GateSight = GateSight.NONE
+    steering: mixtures.Steering | None = None
     cache_salt: str = ""
 
 
@@ -110,6 +112,8 @@ def check(
         parts = composition.check(spec.composition, limits, base_model=base_model)
     elif spec.adapter_id is not None:
         parts = (Part(parse_reference(spec.adapter_id, base_model=base_model), 1.0, "adapter_id"),)
+    if spec.steering is not None:
+        mixtures.check_steering(spec.steering, base_model=base_model)
     _check_sampling(spec, vocab_size)
     _check_stopping(spec, limits, vocab_size)
     if spec.logprobs is not None and not 0 <= spec.logprobs <= limits.logprobs_max:

@@ -9,8 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpa
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from weft.adapters.config_file import CONFIG_FILE
-from weft.adapters.safetensors_header import WEIGHTS_FILE
+from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES
 from weft.config import MIB
 from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
 from weft.v1.adapter_service_pb2 import (
@@ -41,6 +40,7 @@ from weft.v1.generation_pb2 import (
     Messages,
     ResponseOptions,
     Sampling,
+    Steering,
     Stopping,
     StreamGenerateResponse,
     TokenIds,
@@ -84,6 +84,8 @@ class Parameters(TypedDict, total=False):
     logprobs: int | None
     token_ids: bool | None
     gates: bool | None
+    token_gates: bool | None
+    steering: Steering | None
     request_id: str | None
     cache_salt: str | None
     timeout_s: float | None  # deadline of this call, instead of the client's
@@ -228,11 +230,12 @@ def upload(
     validate_only: bool = False,
     progress: Callable[[int, int], None] = lambda sent_bytes, size_bytes: None,
 ) -> Rpc[UploadAdapterResponse]:
-    """Register an adapter by sending the two files of a local PEFT directory.
+    """Register an adapter by sending the two files of a local directory, PEFT's or a mixture's.
 
     progress: called with the bytes sent and the bytes of both files, maybe in another thread.
     """
-    files = [_upload_file(Path(directory) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    is_mixture = (Path(directory) / MIXTURE_FILES.config).exists()
+    files = [_upload_file(Path(directory) / name) for name in (MIXTURE_FILES if is_mixture else PEFT_FILES)]
     header = UploadHeader(
         adapter_id=adapter_id,
         files=files,

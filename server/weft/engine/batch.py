@@ -10,7 +10,8 @@ from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot
 from weft.engine import token_ranges
-from weft.engine.request import Request
+from weft.engine.gatings import Gatings, RoutedRun, Routing
+from weft.engine.request import GateSight, Request
 from weft.engine.scheduler import Scheduled
 
 
@@ -19,13 +20,15 @@ class AdapterRows(NamedTuple):
 
     `runs` says the same for rows with the same entries, (first row, one past the last, slots, gates), for the reference
     driver; there a slot stands for all its planes. A request is one run, or several where adapters act in some of its
-    tokens only.
+    tokens only. Of a mixture's rows `gates` holds what the layer that is being computed has, from its beginning on, and
+    `routing` says how they are made.
     """
 
     offsets: Tensor  # int32 [T + 1]
     slots: Tensor  # int32 [N]: planes
     gates: Tensor  # float32 [N]
     runs: tuple[tuple[int, int, tuple[AdapterSlot, ...], tuple[float, ...]], ...]
+    routing: Routing | None = None  # None where no row belongs to a mixture
 
 
 class Batch(NamedTuple):
@@ -48,16 +51,19 @@ def build(
     slots_of: Mapping[Request, tuple[AdapterSlot, ...]],
     block_size: int,
     planes: Mapping[AdapterSlot, tuple[int, ...]] = MappingProxyType({}),
+    gatings: Gatings | None = None,
 ) -> Batch:
     """Flatten a step. Work here is per request and token range; the per-token parts are vectorized.
 
     planes: those of every slot that has more than one (adapters/slots.py).
+    gatings: of the requests with a mixture, whose router's slot is the last of theirs.
     """
     input_ids: list[int] = []
     starts = [0]
     computed, contexts, spans, sample_rows = [], [], [], []
     tables: list[list[int]] = []
     run_ends, entries_per_run, slots, gates, runs = [], [], [], [], []
+    routed = _Routed(gatings)
     for request, num_tokens in step:
         begin = request.num_computed_tokens
         input_ids += request.token_ids(begin, begin + num_tokens)
@@ -70,7 +76,7 @@ def build(
             sample_rows.append(starts[-1] - 1)
         uses = [
             (slot, use)
-            for slot, use in zip(slots_of.get(request, ()), request.adapters, strict=True)
+            for slot, use in zip(slots_of.get(request, ())[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
         first_row = starts[-2] - begin
@@ -84,6 +90,7 @@ def build(
                 runs.append((first_row + first, first_row + last, run_slots, run_gates))
                 slots += [plane for plane, _ in entries] * (last - first)
                 gates += [gate for _, gate in entries] * (last - first)
+                routed.add(request, slots_of[request], [len(planes.get(slot, (slot,))) for slot in run_slots], runs[-1])
 
     query_start = torch.tensor(starts, dtype=torch.int32)
     num_spans = max(map(len, spans))
@@ -111,7 +118,11 @@ def build(
         offsets = torch.zeros(starts[-1] + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(entries_per_run)[run_of_row].cumsum(0)
         adapter_rows = AdapterRows(
-            offsets, torch.tensor(slots, dtype=torch.int32), torch.tensor(gates, dtype=torch.float32), tuple(runs)
+            offsets,
+            torch.tensor(slots, dtype=torch.int32),
+            torch.tensor(gates, dtype=torch.float32),
+            tuple(runs),
+            routed.routing(),
         )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
@@ -133,18 +144,69 @@ def _table(lines: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> 
     return torch.tensor(filled, dtype=dtype).view(len(lines), width)
 
 
-def at_rows(adapter_rows: AdapterRows, rows: Tensor) -> AdapterRows:
-    """The entries of some rows alone, as if those were the batch; `rows` int64 [N], rising.
+class _Routed:
+    """Gathers the rows of mixtures while a batch is built; work is per request, and none where nobody has one."""
 
-    The output head sees the sample rows only. A fixed number of operations, whatever the batch.
-    """
+    def __init__(self, gatings: Gatings | None) -> None:
+        self._gatings = gatings
+        self._runs: list[RoutedRun] = []
+        self._constant = 0  # entries of other requests since the last run
+        self._experts: list[int] = []
+        self._traced = 0
+
+    def add(
+        self,
+        request: Request,
+        slots: tuple[AdapterSlot, ...],
+        num_planes: list[int],
+        run: tuple[int, int, tuple[AdapterSlot, ...], tuple[float, ...]],
+    ) -> None:
+        """A request's run was added; each of its uses takes so many entries in a row."""
+        first, last, used, _ = run
+        if request.mixture is None:
+            self._constant += sum(num_planes) * (last - first)
+            return
+        assert self._gatings is not None
+        generations = sorted(use.generation for use in request.adapters)
+        experts = [generations.index(use.generation) for use in request.adapters if not use.num_virtual_tokens]
+        per_row = [expert for expert, count in zip(experts, num_planes, strict=True) for _ in range(count)]
+        self._experts += [-1] * self._constant + per_row * (last - first)
+        self._constant = 0
+        traced_at = -1
+        if request.mixture.sight is not GateSight.NONE:
+            traced_at = self._traced
+            self._traced += (last - first) * len(generations)
+        pooled, steering = self._gatings.pooled(request), self._gatings.steering(request)
+        self._runs.append(RoutedRun(first, last, slots[-1], used, tuple(experts), pooled, steering, traced_at))
+
+    def routing(self) -> Routing | None:
+        """What was gathered."""
+        if not self._runs or self._gatings is None:
+            return None
+        experts = torch.tensor(self._experts + [-1] * self._constant, dtype=torch.int32)
+        trace = torch.zeros(self._gatings.num_layers, self._traced) if self._traced else None
+        table = torch.tensor([run.row() for run in self._runs], dtype=torch.int64)
+        return Routing(tuple(self._runs), table, experts, trace)
+
+
+def entries_at(adapter_rows: AdapterRows, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets int64 [N + 1] of some rows as if they were the batch, and where their entries are: int64 [entries]."""
     offsets = adapter_rows.offsets.long()
     starts = offsets[rows]
     kept = torch.zeros(len(rows) + 1, dtype=torch.int64)
     kept[1:] = (offsets[rows + 1] - starts).cumsum(0)
     entries = torch.arange(int(kept[-1]))
     row_of_entry = torch.searchsorted(kept[1:], entries, right=True)
-    entries += (starts - kept[:-1])[row_of_entry]
+    return kept, entries + (starts - kept[:-1])[row_of_entry]
+
+
+def at_rows(adapter_rows: AdapterRows, rows: Tensor) -> AdapterRows:
+    """The entries of some rows alone, as if those were the batch; `rows` int64 [N], rising.
+
+    The output head sees the sample rows only. A fixed number of operations, whatever the batch. Of a mixture's rows the
+    gates are those of now: who routes brings them up to date (`entries_at`).
+    """
+    kept, entries = entries_at(adapter_rows, rows)
     bounds = torch.tensor([run[:2] for run in adapter_rows.runs])  # [runs, 2]
     within = zip(adapter_rows.runs, torch.searchsorted(rows, bounds).tolist(), strict=True)
     runs = [(first, last, slots, gates) for (_, _, slots, gates), (first, last) in within if first < last]

@@ -2,7 +2,8 @@
 
 A full block of real tokens is keyed by what made it, never by a name or a slot:
 
-    root  = H(tenant salt, base digest, generation and gate of every adapter that acts everywhere)   (`cache_root`)
+    root  = H(tenant salt, base digest, generation and gate of every adapter that acts everywhere, the mixture)
+                                                                                                    (`cache_root`)
     key_i = H(key_{i-1}, tokens of block i, what acts in parts of it),   key_{-1} = root
 
 An adapter with token ranges enters the keys of the blocks that hold such tokens, with its generation, gate and the
@@ -20,14 +21,21 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from weft.adapters.identifiers import Generation
 from weft.engine import token_ranges
-from weft.engine.request import AdapterUse, Request
+from weft.engine.request import AdapterUse, MixtureUse, Request
 from weft.engine.token_ranges import TokenRange
 
 
-def cache_root(salt: str, base_digest: str, adapters: Iterable[AdapterUse]) -> bytes:
+def cache_root(
+    salt: str,
+    base_digest: str,
+    adapters: Iterable[AdapterUse],
+    mixture: MixtureUse | None = None,
+    prompt: Sequence[int] = (),
+) -> bytes:
     """The root of a request's block keys. Every part is length-framed, so no two different inputs run together.
 
     Adapters with token ranges are left out: they enter block by block (`block_key`).
+    prompt: counts only where a mixture's gates come of all of it: then prompts share blocks only where they are equal.
     """
     digest = hashlib.sha256(b"weft-kv-1")
     for part in (salt, base_digest):
@@ -35,6 +43,12 @@ def cache_root(salt: str, base_digest: str, adapters: Iterable[AdapterUse]) -> b
     for use in adapters:
         if not use.ranges:
             digest.update(_identity(use))
+    if mixture is not None:  # behind a mark that begins no generation's length
+        digest.update(b"mixture " + mixture.generation.encode() + struct.pack("<Q", len(mixture.bounds)))
+        for bound in mixture.bounds:
+            digest.update(struct.pack("<?dd", *bound))
+        if mixture.reads_prompt:
+            digest.update(struct.pack(f"<{len(prompt)}q", *prompt))
     return digest.digest()
 
 
@@ -139,8 +153,8 @@ class BlockManager:
                 self._block_of[key] = block
                 self._key_of[block] = key
                 end = (index + 1) * size
-                made_by = (use for use in request.adapters if not use.ranges or use.ranges[0].begin < end)
-                generations = tuple(use.generation for use in made_by)
+                later = {use.generation for use in request.adapters if use.ranges and use.ranges[0].begin >= end}
+                generations = tuple(generation for generation in request.generations if generation not in later)
                 self._generations_of[block] = generations
                 for generation in generations:
                     self._blocks_of_generation.setdefault(generation, set()).add(block)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -21,6 +21,7 @@ from weft.config import EngineConfig
 from weft.engine import batch as batches
 from weft.engine import sampler
 from weft.engine.block_manager import BlockManager
+from weft.engine.gatings import Gatings
 from weft.engine.observer import Observer
 from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
 from weft.engine.residency import Residency
@@ -101,6 +102,7 @@ class Engine:
             admit=self.residency.admit,
             is_loading=self.residency.is_loading,
         )
+        self._gatings = Gatings(runner)
         self._requests: dict[RequestId, Request] = {}
         self._events: list[TokenEvent] = []
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
@@ -242,8 +244,14 @@ class Engine:
         self._observer.step(step, self.scheduler, seconds=done - now, now=done)
 
     def _compute(self, step: list[Scheduled]) -> list[tuple[Request, SampledToken | None]]:
-        batch = batches.build(step, self.residency.slots_of, self.blocks.block_size, self._runner.slots.planes)
+        for request, _ in step:
+            if request.mixture is not None:
+                self._gatings.begin(request, request.mixture)
+        slots = self._runner.slots
+        batch = batches.build(step, self.residency.slots_of, self.blocks.block_size, slots.planes, self._gatings)
         logits = self._runner.forward(batch)
+        if batch.adapter_rows is not None and batch.adapter_rows.routing is not None:
+            self._gatings.note(step, batch.adapter_rows.routing)
         requests = [scheduled.request for scheduled in step if scheduled.samples]
         return list(zip(requests, sampler.sample(logits, requests), strict=True)) if requests else []
 
@@ -293,6 +301,8 @@ class Engine:
     ) -> None:
         """The request's last event."""
         finish = request.finish(reason, error)
+        if request.mixture is not None:
+            finish = replace(finish, gates=self._gatings.end(request))
         self._requests.pop(request.request_id, None)
         self._events.append(TokenEvent(request.request_id, tokens, finish))
         self._observer.request_ended(request, finish, self._clock())
@@ -368,7 +378,7 @@ class Engine:
     def _end_waiting_for(self, generation: Generation, error: WeftError) -> None:
         self._observer.load_failed()
         for request in list(self.scheduler.waiting):
-            if any(use.generation == generation for use in request.adapters):
+            if generation in request.generations:
                 self._end(request, FinishReason.ERROR, error)
 
     def _evict(self, generation: Generation) -> Freed | None:

@@ -19,7 +19,7 @@ class Observer:
         metrics = self._metrics
         adapters = set()
         for request, _ in step:
-            adapters.update(use.generation for use in request.adapters)
+            adapters.update(request.generations)
             if request.scheduled_s is None:
                 request.scheduled_s = now - seconds
                 metrics.queue_time.observe(request.scheduled_s - request.arrival_s)

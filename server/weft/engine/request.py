@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum, auto
+from enum import Enum, IntEnum, StrEnum, auto
 from random import Random
 from typing import NamedTuple, NewType
 
@@ -64,6 +64,46 @@ class AdapterUse(NamedTuple):
     ranges: Ranges = ()
 
 
+class ExpertBound(NamedTuple):
+    """What a request wants of one expert's gate."""
+
+    allowed: bool = True
+    floor: float = 0.0
+    ceiling: float = float("inf")
+
+
+class GateSight(IntEnum):
+    """Which gates an answer tells: none, their means, or those of every token too."""
+
+    NONE = 0
+    MEAN = 1
+    TOKENS = 2
+
+
+class MixtureUse(NamedTuple):
+    """The mixture that makes the gates of a request's adapters, which are its experts by generation.
+
+    reads_prompt: the gates come of the prompt as a whole, the same for every token.
+    bounds: one for each expert, in the order of their generations; empty for no wish.
+    """
+
+    generation: Generation
+    reads_prompt: bool = False
+    bounds: tuple[ExpertBound, ...] = ()
+    sight: GateSight = GateSight.NONE
+
+
+class Gates(NamedTuple):
+    """The gates that a mixture made for a request: the experts in the order of their generations.
+
+    mean: of each layer and expert, over the tokens that the request computed. tokens: of each of those tokens, layer
+    and expert, in order; empty unless asked for.
+    """
+
+    mean: list[list[float]]  # [L][N]
+    tokens: list[list[list[float]]]  # [tokens][L][N]
+
+
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
     """Deltas by their content, then virtual positions as listed.
 
@@ -92,13 +132,17 @@ class SampledToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """The terminal part of a request's last event. `error` is set exactly when `reason` is ERROR or CANCELLED."""
+    """The terminal part of a request's last event. `error` is set exactly when `reason` is ERROR or CANCELLED.
+
+    gates: what a mixture made, where the request asked for it and was computed at all.
+    """
 
     reason: FinishReason
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int
     error: WeftError | None = None
+    gates: Gates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +168,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
+    mixture: MixtureUse | None = None
     cache_root: bytes = b""
     deadline_s: float = float("inf")
     arrival_s: float = 0.0
@@ -144,6 +189,12 @@ class Request:
         assert all(use.gate > 0 for use in self.spans), "attention takes the logarithm of a virtual use's gate"
         assert not any(use.ranges for use in self.spans), "virtual positions act on every token"
         self.random.seed(self.params.seed)
+
+    @property
+    def generations(self) -> tuple[Generation, ...]:
+        """What must be on the device: the adapters in order, then the mixture's router."""
+        adapters = tuple(use.generation for use in self.adapters)
+        return adapters if self.mixture is None else (*adapters, self.mixture.generation)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -72,13 +72,13 @@ class Residency:
 
     def is_loading(self, request: Request) -> bool:
         """Whether a load that the request needs is on its way."""
-        return any(use.generation in self._pending for use in request.adapters)
+        return any(generation in self._pending for generation in request.generations)
 
     def admit(self, request: Request) -> bool:
         """Hold every adapter of a request; False where one is not resident: it is on its way, or there is no room."""
         if request in self.slots_of:
             return True
-        generations = [use.generation for use in request.adapters]
+        generations = request.generations
         if not self._bring(generations):
             self._seekers[request] = frozenset(generations)
             return False
@@ -95,9 +95,9 @@ class Residency:
         """The request ended, or waits and lets others go first: its holds and its wishes end."""
         self._blocks.unshare_virtual(request)
         if self.slots_of.pop(request, None) is not None:
-            for use in request.adapters:
-                self._resident[use.generation].holders -= 1
-                self._resident.move_to_end(use.generation)
+            for generation in request.generations:
+                self._resident[generation].holders -= 1
+                self._resident.move_to_end(generation)
         for generation in self._seekers.pop(request, ()):
             self._forget_unwanted(generation)
 
@@ -113,7 +113,7 @@ class Residency:
 
         What has not been loaded yet counts as nothing.
         """
-        own = {use.generation for use in request.adapters}
+        own = set(request.generations)
         slabs = [resident.slab for g, resident in self._resident.items() if g in own or g in self._pinned]
         slabs += [slab for g, slab in self._arrived.items() if g in own]
         num_blocks = sum(self._blocks.count(slab.num_virtual_tokens) for slab in slabs)

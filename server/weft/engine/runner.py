@@ -4,13 +4,15 @@ Everything above (scheduler, sampler, streams) meets the model only through `Run
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot, SlotTable
-from weft.engine.batch import AdapterRows, Batch, at_rows
+from weft.engine.batch import AdapterRows, Batch, at_rows, entries_at
+from weft.engine.reference_routers import ReferenceRouters
 from weft.errors import AdapterUnusable
 from weft.kernels.selection import Kernels
 from weft.methods.driver import ReferenceDriver, Segment
@@ -28,8 +30,17 @@ class Runner(Protocol):
         """Where adapters live."""
         ...
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the base."""
+        ...
+
     def forward(self, batch: Batch) -> Tensor:
-        """Compute a step; logits [number of sample rows, V]."""
+        """Compute a step; logits [number of sample rows, V]. A mixture's gates and their trace are written."""
+        ...
+
+    def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
+        """The mean of the rows of the input embedding: float32 [E], where routers read it."""
         ...
 
     def write_virtual(self, blocks: list[int], virtual: Virtual) -> None:
@@ -41,10 +52,14 @@ class Runner(Protocol):
 
 
 class ByRows(NamedTuple):
-    """A driver of all rows of a step, and one of its sample rows, which are all that the output head sees."""
+    """A driver of all rows of a step, and one of its sample rows, which are all that the output head sees.
+
+    renew: called before the head's driver is asked, where routed gates have changed since it was made.
+    """
 
     body: Driver
     head: Driver
+    renew: Callable[[], object] | None = None
 
     @property
     def needs_residual(self) -> bool:
@@ -62,7 +77,11 @@ class ByRows(NamedTuple):
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What the site's own driver makes of it."""
-        return (self.head if site.kind is SiteKind.HEAD else self.body).apply(site, base, x, residual)
+        if site.kind is not SiteKind.HEAD:
+            return self.body.apply(site, base, x, residual)
+        if self.renew is not None:
+            self.renew()
+        return self.head.apply(site, base, x, residual)
 
 
 def is_fatal(error: Exception) -> bool:
@@ -91,6 +110,15 @@ class ModelRunner:
         )
         make_attend = kernels.attend
         self._attend = attend_reference if make_attend is None else make_attend(self._cache.keys, self._cache.values)
+
+    @property
+    def num_layers(self) -> int:
+        return self._base.shape.num_layers
+
+    @torch.inference_mode()
+    def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
+        ids = torch.tensor(token_ids, device=self._base.device)
+        return self._base.model.get_input_embeddings()(ids).float().mean(0)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -150,16 +178,26 @@ class ModelRunner:
         rows = batch.adapter_rows
         if rows is None:
             return None
-        driver = self._driver_of(rows)
+        routers = ReferenceRouters(self.slots, rows.routing, self._base.device)
+        driver = self._driver_of(rows, routers)
         if not any(self.slots.num_entries[index] for index in self._heads):
             return driver
         at_head = at_rows(rows, batch.sample_rows)
-        return ByRows(driver, self._driver_of(at_head) if len(at_head.slots) else ReferenceDriver(()))
+        if not len(at_head.slots):
+            return ByRows(driver, ReferenceDriver(()))
+        if rows.routing is None:
+            return ByRows(driver, self._driver_of(at_head, routers))
+        _, entries = entries_at(rows, batch.sample_rows)
+        renew = partial(torch.index_select, rows.gates, 0, entries, out=at_head.gates)
+        return ByRows(driver, self._driver_of(at_head, routers, batch.sample_rows), renew)
 
-    def _driver_of(self, rows: AdapterRows) -> Driver:
+    def _driver_of(self, rows: AdapterRows, routers: ReferenceRouters, sample_rows: Tensor | None = None) -> Driver:
+        """sample_rows: which of the batch's rows these are, at the head; None for all."""
         if self._kernels.driver is not None:
-            return self._kernels.driver(self.slots, rows.offsets, rows.slots, rows.gates)
-        return ReferenceDriver(segments(self.slots, rows, self._base.device))
+            return self._kernels.driver(self.slots, rows.offsets, rows.slots, rows.gates, rows.routing)
+        plain, routed = routers.split(rows.runs, sample_rows)
+        of_plain = segments(self.slots, rows._replace(runs=plain), self._base.device)
+        return ReferenceDriver([*of_plain, *routed], routers.routed if sample_rows is None else ())
 
 
 def segments(slots: SlotTable, rows: AdapterRows, device: torch.device) -> Sequence[Segment]:

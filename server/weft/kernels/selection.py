@@ -24,13 +24,14 @@ class Kernels:
     """An implementation of the two hot operations.
 
     name: for logs and build info.
-    driver: makes a step's driver from (slot table, offsets, slots, gates); None for the reference driver.
+    driver: makes a step's driver from (slot table, offsets, slots, gates, the mixtures' rows or None); None for the
+        reference driver.
     attend: makes paged attention (model/paged_attention.py, Attend) for a KV pool's (keys, values); None for the
         reference.
     """
 
     name: str
-    driver: Callable[[Any, Tensor, Tensor, Tensor], Driver] | None = None
+    driver: Callable[[Any, Tensor, Tensor, Tensor, Any], Driver] | None = None
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
 
 

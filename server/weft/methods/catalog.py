@@ -1,9 +1,9 @@
-"""The methods there are."""
+"""The methods there are, and the kinds of adapters: these and mixtures of them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, mixture, prefix, prompt, ptuning
 from weft.methods.protocol import Method
 
 _ALL = (
@@ -12,3 +12,4 @@ _ALL = (
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+KINDS = frozenset({*METHODS, mixture.METHOD.name})

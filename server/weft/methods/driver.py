@@ -33,16 +33,23 @@ class Segment(NamedTuple):
 class Routed:
     """A mixture's gates on its rows, made anew for each layer.
 
-    rows: int64 [N], or None for all rows in order.
+    rows: int64 [N], or None for all rows in order. pooled: what the router reads in every layer instead of the rows, at
+    Level.SEQUENCE: [hidden], or [N, hidden].
     """
 
     def __init__(
-        self, config: MixtureConfig, params: MixtureParams, rows: Tensor | None = None, steering: Steering = NO_WISH
+        self,
+        config: MixtureConfig,
+        params: MixtureParams,
+        rows: Tensor | None = None,
+        steering: Steering = NO_WISH,
+        pooled: Tensor | None = None,
     ) -> None:
         self._config = config
         self._params = params
         self._rows = rows
         self._steering = steering
+        self._pooled = pooled
         self.by_layer: list[Tensor] = []  # [N, experts] of every layer so far
 
     def enter(self, layer: int, rows: Tensor) -> None:
@@ -50,6 +57,8 @@ class Routed:
         if layer == 0:
             self.by_layer = []
         mine = rows if self._rows is None else rows[self._rows]
+        if self._pooled is not None:
+            mine = self._pooled.expand_as(mine)
         self.by_layer.append(mixture.gates(self._config, self._params.at(layer), mine, self._steering))
 
     def of(self, expert: int) -> Callable[[], Tensor]:

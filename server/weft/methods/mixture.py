@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weft.methods.protocol import Method
+
 _NORM_EPS = 1e-6
 
 
@@ -77,11 +79,33 @@ class Steering(NamedTuple):
     """What a request wants of the gates; None for no wish. Each is [N]."""
 
     allowed: Tensor | None = None  # bool: the others get gate 0
-    floor: Tensor | None = None  # float32: the least gate of an allowed expert
-    ceiling: Tensor | None = None  # float32: the largest
+    floor: Tensor | None = None  # float32, 0 for none: the least gate of an allowed expert
+    ceiling: Tensor | None = None  # float32, infinity for none, else not below the floor: the largest
 
 
 NO_WISH = Steering()
+
+
+class Expert(NamedTuple):
+    """Which adapter an expert is: its generation decides; the id is what it was called, or ""."""
+
+    generation: str
+    adapter_id: str = ""
+
+
+class Mixture(NamedTuple):
+    """A mixture fitted to a base: row i of W is of expert i, the last one of nobody where there is a null expert."""
+
+    config: MixtureConfig
+    params: MixtureParams
+    experts: tuple[Expert, ...]
+
+    def in_order(self) -> "Mixture":
+        """The same mixture with its experts in the order of their digests, which is what breaks ties."""
+        order = sorted(range(len(self.experts)), key=lambda index: self.experts[index].generation)
+        rows = [*order, *range(len(order), self.config.num_choices)]
+        weight = self.params.weight[:, rows]
+        return Mixture(self.config, MixtureParams(weight), tuple(self.experts[index] for index in order))
 
 
 def init(config: MixtureConfig, num_layers: int, hidden_size: int, generator: torch.Generator) -> MixtureParams:
@@ -121,17 +145,35 @@ def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steerin
 
 
 def steered(chosen: Tensor, steering: Steering) -> Tensor:
-    """Gates [T, N] between floor and ceiling, scaled back to the sum that they had."""
+    """Gates [T, N] within floor and ceiling; the others share, in proportion, what is left of the sum that they had.
+
+    Where the bounds leave no way to that sum, the bounds hold and the sum is another. A gate of 0 grows to its floor,
+    and no further. (The rounds are those of flexible lengths in CSS: fix those that break the bound which is broken by
+    more in sum, share again.)
+    """
     if steering.floor is None and steering.ceiling is None:
         return chosen
-    bounded = chosen
-    if steering.floor is not None:
-        floor = steering.floor if steering.allowed is None else steering.floor * steering.allowed
-        bounded = bounded.maximum(floor)
-    if steering.ceiling is not None:
-        bounded = bounded.minimum(steering.ceiling)
-    total = bounded.sum(-1, keepdim=True)
-    return torch.where(total > 0, bounded * chosen.sum(-1, keepdim=True) / total, bounded)
+    low = torch.zeros_like(chosen) if steering.floor is None else steering.floor.to(chosen).expand_as(chosen)
+    high = torch.full_like(chosen, torch.inf) if steering.ceiling is None else steering.ceiling.to(chosen)
+    if steering.allowed is not None:
+        low = low * steering.allowed
+    total = chosen.sum(-1, keepdim=True)
+    free = chosen > 0
+    fixed = torch.where(free, torch.zeros_like(chosen), torch.minimum(low, high))
+
+    def shared() -> Tensor:
+        weight = (chosen * free).sum(-1, keepdim=True)
+        left = (total - fixed.sum(-1, keepdim=True)).clamp(min=0)
+        return torch.where(free, chosen * torch.where(weight > 0, left / weight, weight), fixed)
+
+    for _ in range(chosen.shape[-1]):
+        share = shared()
+        bounded = torch.minimum(share.maximum(low), high)
+        excess = ((bounded - share) * free).sum(-1, keepdim=True)
+        broken = free & (((excess >= 0) & (bounded > share)) | ((excess <= 0) & (bounded < share)))
+        fixed = torch.where(broken, bounded, fixed)
+        free = free & ~broken
+    return shared()
 
 
 def balance_loss(chances: Tensor, chosen: Tensor) -> Tensor:
@@ -144,3 +186,6 @@ def balance_loss(chances: Tensor, chosen: Tensor) -> Tensor:
     used = (chosen.detach() > 0).to(chances.dtype)
     share = (used / used.sum(-1, keepdim=True).clamp(min=1)).mean(0)
     return num_experts * (share * chances[:, :num_experts].mean(0)).sum()
+
+
+METHOD = Method(name="mixture", peft_type="MIXTURE")

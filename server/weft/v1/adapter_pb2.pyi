@@ -117,6 +117,7 @@ class Adapter(_message.Message):
     BASE_MODEL_NAME_FIELD_NUMBER: _builtins.int
     DRAINING_GENERATIONS_FIELD_NUMBER: _builtins.int
     INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Public name: 1 to 63 characters, lower-case letters, digits, "-" and "_", beginning and ending with a letter or
     digit.
@@ -126,7 +127,7 @@ class Adapter(_message.Message):
     Other content under the same id is another generation.
     """
     method: _builtins.str
-    """What kind of adapter it is: "lora", "ia3" or "prefix". `ModelInfo.methods` lists what this server takes; expect
+    """What kind of adapter it is: "lora", "ia3", "prefix" or "mixture". `ModelInfo.methods` lists what this server takes; expect
     names to be added.
     """
     state: Global___AdapterState.ValueType
@@ -176,6 +177,10 @@ class Adapter(_message.Message):
         everywhere.
         """
 
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Expert]:
+        """Of a mixture: its experts, in the order of their generations, which is the order of its gates."""
+
     def __init__(
         self,
         *,
@@ -198,14 +203,45 @@ class Adapter(_message.Message):
         base_model_name: _builtins.str = ...,
         draining_generations: _abc.Iterable[Global___DrainingGeneration] | None = ...,
         invocation_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        experts: _abc.Iterable[Global___Expert] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_used_time", b"last_used_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "draining_generations", b"draining_generations", "generation", b"generation", "in_flight_requests", b"in_flight_requests", "invocation_tokens", b"invocation_tokens", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "draining_generations", b"draining_generations", "experts", b"experts", "generation", b"generation", "in_flight_requests", b"in_flight_requests", "invocation_tokens", b"invocation_tokens", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class Expert(_message.Message):
+    """One expert of a mixture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FIELD_NUMBER: _builtins.int
+    generation: _builtins.str
+    """The expert's content, as `Adapter.generation`: it decides which adapter the expert is."""
+    adapter_id: _builtins.str
+    """An id that is registered with this content now, else the one that the mixture's file names; it may be empty."""
+    available: _builtins.bool
+    """Whether the expert can be used now. While one cannot, requests for the mixture answer EXPERT_UNAVAILABLE."""
+    def __init__(
+        self,
+        *,
+        generation: _builtins.str = ...,
+        adapter_id: _builtins.str = ...,
+        available: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "available", b"available", "generation", b"generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Expert: _TypeAlias = Expert  # noqa: Y015
 
 @_typing.final
 class DrainingGeneration(_message.Message):

@@ -125,7 +125,8 @@ class RegisterAdapterRequest(_message.Message):
     adapter_id: _builtins.str
     """The id to register. Required."""
     source: _builtins.str
-    """Directory with `adapter_config.json` and `adapter_model.safetensors`: a path relative to the server's store, such
+    """Directory with `adapter_config.json` and `adapter_model.safetensors`, or with `mixture_config.json` and
+    `mixture_router.safetensors`: a path relative to the server's store, such
     as "demo/reverse-lora", or an absolute path under a directory that the server allows. SOURCE_NOT_FOUND if there
     is none, SOURCE_FORBIDDEN if it leads elsewhere, SOURCE_NOT_REGULAR if something in it is a link or not a file,
     SOURCE_SCHEME for a URL of a scheme that is never read, SOURCE_DISABLED for one that is not enabled here.
@@ -259,7 +260,9 @@ class UploadHeader(_message.Message):
     """As `RegisterAdapterRequest.validate_only`. The bytes are sent and checked all the same."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadFile]:
-        """The files: "adapter_config.json" and "adapter_model.safetensors", each once, in any order."""
+        """The files: "adapter_config.json" and "adapter_model.safetensors", or "mixture_config.json" and
+        "mixture_router.safetensors", each once, in any order.
+        """
 
     def __init__(
         self,
@@ -291,7 +294,7 @@ class UploadFile(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the file, without a directory. FORMAT_UNSUPPORTED for any but the two that an adapter has."""
+    """Name of the file, without a directory. FORMAT_UNSUPPORTED for any that no adapter has."""
     size_bytes: _builtins.int
     """Its length in bytes, at least 1; at most `AdapterLimits.config_bytes_max` or `file_bytes_max`, else
     ADAPTER_TOO_LARGE.

@@ -99,8 +99,8 @@ class AdapterServiceServicer:
 
         Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
         ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-        (BASE_MISMATCH, SOURCE_DISABLED), RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE
-        (STORE_UNAVAILABLE).
+        (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
+        RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +122,8 @@ class AdapterServiceServicer:
     def UnregisterAdapter(self, request, context):
         """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
         no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-        goes away, the removal goes on.
+        goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
+        for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
 
         Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
         (STORE_UNAVAILABLE).

@@ -46,8 +46,8 @@ class AdapterServiceStub:
 
     Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
     ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-    (BASE_MISMATCH, SOURCE_DISABLED), RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE
-    (STORE_UNAVAILABLE).
+    (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
+    RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
     """
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_service_pb2.UploadAdapterRequest, _adapter_service_pb2.UploadAdapterResponse]
     """Registers an adapter from bytes in the stream: first one header, then the chunks of each file in the order of the
@@ -61,7 +61,8 @@ class AdapterServiceStub:
     UnregisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
     no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-    goes away, the removal goes on.
+    goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
+    for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
 
     Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
     (STORE_UNAVAILABLE).
@@ -113,8 +114,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
     ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-    (BASE_MISMATCH, SOURCE_DISABLED), RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE
-    (STORE_UNAVAILABLE).
+    (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
+    RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
     """
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_service_pb2.UploadAdapterRequest, _adapter_service_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """Registers an adapter from bytes in the stream: first one header, then the chunks of each file in the order of the
@@ -128,7 +129,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     UnregisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
     no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-    goes away, the removal goes on.
+    goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
+    for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
 
     Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
     (STORE_UNAVAILABLE).
@@ -183,8 +185,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
         ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-        (BASE_MISMATCH, SOURCE_DISABLED), RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE
-        (STORE_UNAVAILABLE).
+        (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
+        RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
@@ -210,7 +212,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapter_service_pb2.UnregisterAdapterResponse, _abc.Awaitable[_adapter_service_pb2.UnregisterAdapterResponse]]:
         """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
         no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-        goes away, the removal goes on.
+        goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
+        for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
 
         Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
         (STORE_UNAVAILABLE).

@@ -59,6 +59,7 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    STEERING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's own name for this request, echoed in the response and written to the server's log. At most 128
     visible ASCII characters, else REQUEST_ID_INVALID. Unset: the server draws one. It need not be unique: a request
@@ -103,6 +104,10 @@ class GenerateRequest(_message.Message):
     def options(self) -> Global___ResponseOptions:
         """What the response holds beside text and `finish`. Unset: nothing more."""
 
+    @_builtins.property
+    def steering(self) -> Global___Steering:
+        """What is wanted of a mixture's gates. STEERING_INVALID where the target is no mixture. Unset: what its router makes."""
+
     def __init__(
         self,
         *,
@@ -116,10 +121,11 @@ class GenerateRequest(_message.Message):
         stopping: Global___Stopping | None = ...,
         options: Global___ResponseOptions | None = ...,
         cache_salt: _builtins.str = ...,
+        steering: Global___Steering | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "composition", b"composition", "input", b"input", "messages", b"messages", "options", b"options", "sampling", b"sampling", "stopping", b"stopping", "target", b"target", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "composition", b"composition", "input", b"input", "messages", b"messages", "options", b"options", "sampling", b"sampling", "steering", b"steering", "stopping", b"stopping", "target", b"target", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "cache_salt", b"cache_salt", "composition", b"composition", "input", b"input", "messages", b"messages", "options", b"options", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "target", b"target", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "cache_salt", b"cache_salt", "composition", b"composition", "input", b"input", "messages", b"messages", "options", b"options", "request_id", b"request_id", "sampling", b"sampling", "steering", b"steering", "stopping", b"stopping", "target", b"target", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -131,6 +137,84 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Steering(_message.Message):
+    """What is wanted of the gates of a mixture's experts. An expert is named by its adapter id, its generation or
+    "id@generation", as `Adapter.experts` tells them. Rules that are broken answer STEERING_INVALID with the field.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESTRICT_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def restrict(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these experts take part. Empty: all."""
+
+    @_builtins.property
+    def mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These take no part. Of a mixture without a null expert one expert at least must be left."""
+
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateBound]:
+        """Bounds of single gates; no expert twice."""
+
+    def __init__(
+        self,
+        *,
+        restrict: _abc.Iterable[_builtins.str] | None = ...,
+        mask: _abc.Iterable[_builtins.str] | None = ...,
+        bounds: _abc.Iterable[Global___GateBound] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "mask", b"mask", "restrict", b"restrict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Steering: _TypeAlias = Steering  # noqa: Y015
+
+@_typing.final
+class GateBound(_message.Message):
+    """Bounds of one expert's gate. They hold for every token and layer; the other experts that the router chose share, in
+    proportion, what is left of the gates' sum, and where the bounds leave no way to that sum it is another. An expert
+    that takes no part has gate 0 whatever its floor.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    FLOOR_FIELD_NUMBER: _builtins.int
+    CEILING_FIELD_NUMBER: _builtins.int
+    expert: _builtins.str
+    """The expert."""
+    floor: _builtins.float
+    """The least gate. Range: 0 to 1. Default: 0."""
+    ceiling: _builtins.float
+    """The largest gate. Range: `floor` to 1. Default: none."""
+    def __init__(
+        self,
+        *,
+        expert: _builtins.str = ...,
+        floor: _builtins.float | None = ...,
+        ceiling: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ceiling", b"_ceiling", "_floor", b"_floor", "ceiling", b"ceiling", "floor", b"floor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ceiling", b"_ceiling", "_floor", b"_floor", "ceiling", b"ceiling", "expert", b"expert", "floor", b"floor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ceiling: _TypeAlias = _typing.Literal["ceiling"]  # noqa: Y015
+    _WhichOneofArgType__ceiling: _TypeAlias = _typing.Literal["_ceiling", b"_ceiling"]  # noqa: Y015
+    _WhichOneofReturnType__floor: _TypeAlias = _typing.Literal["floor"]  # noqa: Y015
+    _WhichOneofArgType__floor: _TypeAlias = _typing.Literal["_floor", b"_floor"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ceiling) -> _WhichOneofReturnType__ceiling | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__floor) -> _WhichOneofReturnType__floor | None: ...
+
+Global___GateBound: _TypeAlias = GateBound  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -459,6 +543,7 @@ class ResponseOptions(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
+    TOKEN_GATES_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.int
     """Log-probabilities of the generated tokens, each with this many of the likeliest alternatives; 0 gives the
     generated token alone. Range: 0 to `RequestLimits.logprobs_max`, else LOGPROBS_LIMIT. Unset: none.
@@ -467,16 +552,19 @@ class ResponseOptions(_message.Message):
     """The ids of the generated tokens. Default: false."""
     gates: _builtins.bool
     """`Finish.gates`, how much of each adapter the answer took. Default: false."""
+    token_gates: _builtins.bool
+    """`AdapterGate.token_gates` too. It implies `gates`. Default: false."""
     def __init__(
         self,
         *,
         logprobs: _builtins.int | None = ...,
         token_ids: _builtins.bool = ...,
         gates: _builtins.bool = ...,
+        token_gates: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "gates", b"gates", "logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "gates", b"gates", "logprobs", b"logprobs", "token_gates", b"token_gates", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -694,8 +782,8 @@ class Finish(_message.Message):
 
     @_builtins.property
     def gates(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterGate]:
-        """How much of each adapter the answer took, in the order of `effective_adapters`; empty unless asked for, and for the
-        base.
+        """How much of each adapter the answer took, in the order of `effective_adapters`; for a mixture, of each expert in
+        the order of `Adapter.experts`. Empty unless asked for, and for the base.
         """
 
     def __init__(
@@ -794,6 +882,8 @@ class AdapterGate(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
+    LAYER_MEANS_FIELD_NUMBER: _builtins.int
+    TOKEN_GATES_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id of the adapter, without "@generation"."""
     generation: _builtins.str
@@ -802,16 +892,28 @@ class AdapterGate(_message.Message):
     """Mean gate over the tokens that this request computed and the modules that the adapter touches. It is the weight
     where the weight is constant.
     """
+    @_builtins.property
+    def layer_means(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of a mixture: the mean of each layer, over the same tokens."""
+
+    @_builtins.property
+    def token_gates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of a mixture, if asked for: each token's gates, layer after layer, token after token. The first token is the one
+        that follows `Usage.cached_prompt_tokens`: those were not computed, and have no gates.
+        """
+
     def __init__(
         self,
         *,
         adapter_id: _builtins.str = ...,
         generation: _builtins.str = ...,
         mean: _builtins.float = ...,
+        layer_means: _abc.Iterable[_builtins.float] | None = ...,
+        token_gates: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "generation", b"generation", "mean", b"mean"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "generation", b"generation", "layer_means", b"layer_means", "mean", b"mean", "token_gates", b"token_gates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -86,7 +86,7 @@ class GenerationServiceServicer:
         """Generates and answers once, with the whole text.
 
         Errors: INVALID_ARGUMENT (see the fields), NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_NOT_READY,
-        ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
+        EXPERT_UNAVAILABLE: an expert of the mixture is not registered, or not active; ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
         UnregisterAdapter), RESOURCE_EXHAUSTED (QUEUE_FULL, POOL_EXHAUSTED), DATA_LOSS (BLOB_CORRUPT).
 
         Without a deadline the call gets the server's default; a longer one than the server's maximum is cut to it

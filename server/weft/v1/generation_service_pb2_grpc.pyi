@@ -49,7 +49,7 @@ class GenerationServiceStub:
     """Generates and answers once, with the whole text.
 
     Errors: INVALID_ARGUMENT (see the fields), NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_NOT_READY,
-    ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
+    EXPERT_UNAVAILABLE: an expert of the mixture is not registered, or not active; ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
     UnregisterAdapter), RESOURCE_EXHAUSTED (QUEUE_FULL, POOL_EXHAUSTED), DATA_LOSS (BLOB_CORRUPT).
 
     Without a deadline the call gets the server's default; a longer one than the server's maximum is cut to it
@@ -89,7 +89,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates and answers once, with the whole text.
 
     Errors: INVALID_ARGUMENT (see the fields), NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_NOT_READY,
-    ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
+    EXPERT_UNAVAILABLE: an expert of the mixture is not registered, or not active; ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
     UnregisterAdapter), RESOURCE_EXHAUSTED (QUEUE_FULL, POOL_EXHAUSTED), DATA_LOSS (BLOB_CORRUPT).
 
     Without a deadline the call gets the server's default; a longer one than the server's maximum is cut to it
@@ -132,7 +132,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates and answers once, with the whole text.
 
         Errors: INVALID_ARGUMENT (see the fields), NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_NOT_READY,
-        ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
+        EXPERT_UNAVAILABLE: an expert of the mixture is not registered, or not active; ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
         UnregisterAdapter), RESOURCE_EXHAUSTED (QUEUE_FULL, POOL_EXHAUSTED), DATA_LOSS (BLOB_CORRUPT).
 
         Without a deadline the call gets the server's default; a longer one than the server's maximum is cut to it

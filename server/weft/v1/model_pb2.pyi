@@ -160,6 +160,7 @@ class AdapterLimits(_message.Message):
     NUM_VIRTUAL_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     BOTTLENECK_SIZE_MAX_FIELD_NUMBER: _builtins.int
     NUM_INVOCATION_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    NUM_EXPERTS_MAX_FIELD_NUMBER: _builtins.int
     file_bytes_max: _builtins.int
     """Bytes of `adapter_model.safetensors`: ADAPTER_TOO_LARGE."""
     header_bytes_max: _builtins.int
@@ -182,6 +183,8 @@ class AdapterLimits(_message.Message):
     """Width of a bottleneck adapter: RANK_TOO_LARGE."""
     num_invocation_tokens_max: _builtins.int
     """Tokens that invoke an activated LoRA: CONFIG_INVALID."""
+    num_experts_max: _builtins.int
+    """Experts of a mixture: MIXTURE_INVALID."""
     def __init__(
         self,
         *,
@@ -196,10 +199,11 @@ class AdapterLimits(_message.Message):
         num_virtual_tokens_max: _builtins.int = ...,
         bottleneck_size_max: _builtins.int = ...,
         num_invocation_tokens_max: _builtins.int = ...,
+        num_experts_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck_size_max", b"bottleneck_size_max", "config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "metadata_bytes_max", b"metadata_bytes_max", "num_invocation_tokens_max", b"num_invocation_tokens_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck_size_max", b"bottleneck_size_max", "config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "metadata_bytes_max", b"metadata_bytes_max", "num_experts_max", b"num_experts_max", "num_invocation_tokens_max", b"num_invocation_tokens_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import grpc.aio
 
-from weft.adapters.identifiers import AdapterId, check_adapter_id, check_generation, parse_reference
+from weft.adapters.identifiers import AdapterId, AdapterReference, check_adapter_id, check_generation, parse_reference
 from weft.adapters.registry import AdapterState, Change, Version
 from weft.api.application import Application
 from weft.api.lifecycle import Outcome, Registered, RegisterOptions
 from weft.api.memory import Residence
 from weft.api.servicers.upload import SHA256, Messages, Upload, check_files
 from weft.engine.engine import draining
-from weft.errors import AdapterNotFound, InvalidRequest, Overloaded
-from weft.methods.catalog import METHODS
+from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, Overloaded
+from weft.methods.catalog import KINDS
 from weft.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_grpc
 
 _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX = 100, 1000
@@ -125,9 +125,9 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     ) -> adapter_service_pb2.ListAdaptersResponse:
         del context
         _check_enum("state", request.state, adapter_pb2.AdapterState)
-        if request.method and request.method not in METHODS:
+        if request.method and request.method not in KINDS:
             raise InvalidRequest.rule(
-                "METHOD_UNKNOWN", "method", "is not a method", limit=", ".join(sorted(METHODS)), given=request.method
+                "METHOD_UNKNOWN", "method", "is not a method", limit=", ".join(sorted(KINDS)), given=request.method
             )
         after = ""
         if request.page_token:
@@ -235,11 +235,19 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 adapter_pb2.DrainingGeneration(generation=old.generation, in_flight_requests=len(old.leases))
                 for old in self._lifecycle.registry.replaced(version.adapter_id)
             ],
+            experts=[self._expert(expert) for expert in info.experts],
         )
         adapter.create_time.FromMilliseconds(round(version.create_time_s * 1e3))
         if version.last_used_time_s is not None:
             adapter.last_used_time.FromMilliseconds(round(version.last_used_time_s * 1e3))
         return adapter
+
+    def _expert(self, expert: AdapterReference) -> adapter_pb2.Expert:
+        try:
+            adapter_id, available = self._lifecycle.registry.require_expert(expert).adapter_id, True
+        except AdapterUnusable:
+            adapter_id, available = expert.adapter_id, False
+        return adapter_pb2.Expert(generation=expert.generation or "", adapter_id=adapter_id, available=available)
 
 
 def _options(

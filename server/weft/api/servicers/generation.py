@@ -9,14 +9,16 @@ import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
 from weft import __version__
+from weft.adapters.registry import Version
 from weft.api.application import Application
 from weft.api.composition import WeightedReference
 from weft.api.generation import GenerationEnd, GenerationPart
+from weft.api.mixtures import GateBound, Steering
 from weft.api.validation import ChatTurn, GenerationSpec
 from weft.config import AdapterLimits, RequestLimits
-from weft.engine.request import FinishReason, SampledToken, TokenLogprob
+from weft.engine.request import FinishReason, Gates, GateSight, SampledToken, TokenLogprob
 from weft.engine.token_ranges import OPEN, TokenRange
-from weft.methods.catalog import METHODS
+from weft.methods.catalog import KINDS
 from weft.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc, model_pb2
 
 _FINISH_REASONS = {
@@ -96,7 +98,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             block_size=config.engine.block_size,
             has_chat_template=facts.has_chat_template,
             version=__version__,
-            methods=sorted(METHODS),
+            methods=sorted(KINDS),
             sites=[
                 model_pb2.Site(suffix=suffix, in_features=size_in, out_features=size_out, num_modules=count)
                 for (suffix, size_in, size_out), count in by_shape.items()
@@ -167,8 +169,24 @@ def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
         include_stop=stopping.include_stop,
         ignore_eos=stopping.ignore_eos,
         logprobs=given(request.options, "logprobs"),
+        sight=_sight(request.options),
+        steering=_steering(request.steering) if request.HasField("steering") else None,
         cache_salt=request.cache_salt,
     )
+
+
+def _sight(options: generation_pb2.ResponseOptions) -> GateSight:
+    if options.token_gates:
+        return GateSight.TOKENS
+    return GateSight.MEAN if options.gates else GateSight.NONE
+
+
+def _steering(steering: generation_pb2.Steering) -> Steering:
+    def given(bound: generation_pb2.GateBound, name: str) -> float | None:
+        return getattr(bound, name) if bound.HasField(name) else None
+
+    bounds = [GateBound(bound.expert, given(bound, "floor"), given(bound, "ceiling")) for bound in steering.bounds]
+    return Steering(list(steering.restrict), list(steering.mask), bounds)
 
 
 def _turns(messages: generation_pb2.Messages) -> list[ChatTurn]:
@@ -195,12 +213,25 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         finish.stop_string = end.stop_string
     elif end.stop_token_id is not None:
         finish.stop_token_id = end.stop_token_id
-    if options.gates:
+    if end.gates is not None:
+        finish.gates.extend(_gates(index, expert, end.gates) for index, expert in enumerate(end.experts))
+    elif _sight(options) is not GateSight.NONE and not end.experts:
         finish.gates.extend(
             generation_pb2.AdapterGate(adapter_id=a.adapter_id, generation=a.generation, mean=a.mean_gate)
             for a in end.adapters
         )
     return finish
+
+
+def _gates(index: int, expert: Version, gates: Gates) -> generation_pb2.AdapterGate:
+    means = [layer[index] for layer in gates.mean]
+    return generation_pb2.AdapterGate(
+        adapter_id=expert.adapter_id,
+        generation=expert.generation,
+        mean=sum(means) / len(means),
+        layer_means=means,
+        token_gates=[layer[index] for token in gates.tokens for layer in token],
+    )
 
 
 def _adapter_limits(limits: AdapterLimits) -> model_pb2.AdapterLimits:

@@ -6,7 +6,7 @@ from asyncio import wait_for
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeAlias
 
-from weft.adapters.store import ADAPTER_FILES
+from weft.adapters.file_pairs import PAIRS, pair_of
 from weft.adapters.versions import StagedFile, Staging
 from weft.config import MIB, AdapterLimits
 from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest
@@ -86,14 +86,15 @@ class Upload:
 
 def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits) -> None:
     """Refuse what cannot become an adapter before any byte of it is kept."""
-    sizes = dict(zip(ADAPTER_FILES, (limits.config_bytes_max, limits.file_bytes_max), strict=True))
+    sizes = {pair.config: limits.config_bytes_max for pair in PAIRS}
+    sizes |= {pair.weights: limits.file_bytes_max for pair in PAIRS}
     for index, file in enumerate(header.files):
         field = f"header.files[{index}]"
         if file.name not in sizes:
             raise InvalidAdapter.rule(
                 "FORMAT_UNSUPPORTED",
                 f"{field}.name",
-                "must be adapter_config.json or adapter_model.safetensors (safetensors only)",
+                f"must be one of {', '.join(sizes)} (safetensors only)",
                 given=file.name,
             )
         if file.size_bytes > sizes[file.name]:
@@ -111,11 +112,11 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
                 "CHECKSUM_INVALID", f"{field}.sha256", "must be 64 lower-case hex digits", given=file.sha256
             )
     names = [file.name for file in header.files]
-    if sorted(names) != sorted(ADAPTER_FILES):
+    if pair_of(names) is None:
         raise InvalidRequest.rule(
             "UPLOAD_PROTOCOL",
             "header.files",
-            f"must be {' and '.join(ADAPTER_FILES)}, each once",
+            f"must be {' or '.join(' and '.join(pair) for pair in PAIRS)}, each once",
             given=", ".join(names) or "none",
         )
 

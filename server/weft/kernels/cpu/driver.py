@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from weft.kernels.cpu import attention, deltas
+from weft.kernels.cpu import attention, deltas, routing
 from weft.methods.protocol import Site
 
 
@@ -16,6 +16,7 @@ class Slots(Protocol):
     table: Tensor  # int64 [num_sites, S, 4]
     num_entries: Sequence[int]  # by site: slots that do anything there
     num_input_scales: Sequence[int]  # by site: slots that scale the input there
+    routers: Tensor  # int64 [S, 8]
     num_residual_readers: int  # slots that read the residual stream at some site, counted for each
 
 
@@ -27,10 +28,12 @@ class DriverFactory:
         self._table: Tensor | None = None
         self._sites: dict[int, deltas.Site] = {}
 
-    def __call__(self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor) -> "CpuDriver":
+    def __call__(
+        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: routing.Runs | None = None
+    ) -> "CpuDriver":
         if self._table is not slots.table:
             self._table, self._sites = slots.table, {}
-        return CpuDriver(self, slots, deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates))
+        return CpuDriver(self, slots, deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates), routed)
 
     def site(self, site: Site) -> deltas.Site:
         """The kernels' view of a site."""
@@ -49,12 +52,17 @@ class DriverFactory:
 class CpuDriver:
     """The gated deltas of one step: one kernel call per site, whatever the number of rows and adapters."""
 
-    __slots__ = ("_factory", "_rows", "_slots")
+    __slots__ = ("_factory", "_routed", "_rows", "_slots", "_target")
 
-    def __init__(self, factory: DriverFactory, slots: Slots, rows: deltas.Rows) -> None:
+    def __init__(
+        self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routed: routing.Runs | None = None
+    ) -> None:
         self._factory = factory
         self._slots = slots
         self._rows = rows
+        self._routed = routed
+        if routed is not None:
+            self._target = routing.Target(offsets=rows.offsets, experts=routed.experts, values=rows.gates)
 
     @property
     def needs_residual(self) -> bool:
@@ -64,10 +72,12 @@ class CpuDriver:
     @property
     def routes(self) -> bool:
         """Whether a row of the step belongs to a mixture."""
-        return False
+        return self._routed is not None
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """A layer begins; nothing is routed yet."""
+        """A layer begins: the gates of all mixtures' rows are made anew, in one call."""
+        if self._routed is not None:
+            routing.route(hidden, layer, self._slots.routers, self._routed, self._target)
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""

@@ -161,6 +161,7 @@ enum Status : int {
     BAD_LENGTHS = 6,
     BAD_BLOCK = 7,
     NO_RESIDUAL = 8,
+    BAD_ROUTER = 9,
     BAD_LOG_GATES = 10,
 };
 

@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  its import makes the OpenMP runtime global
 
-_SOURCES = ("deltas.cpp", "attention.cpp")
+_SOURCES = ("deltas.cpp", "attention.cpp", "routing.cpp")
 _HEADERS = ("lanes.h",)
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
 _BUILD_S_MAX = 300
 
-_FUNCTIONS = ("weft_post", "weft_pre", "weft_store", "weft_attend")
+_FUNCTIONS = ("weft_post", "weft_pre", "weft_store", "weft_attend", "weft_route")
 
 
 class KernelsUnavailable(RuntimeError):
@@ -44,6 +44,7 @@ _STATUSES = {  # lanes.h
     6: "query_start, context_lens, virtual_lens: need to rise from 0 to T, cover the queries, and fit the block table",
     7: "block_tables: a block that would be read is outside the cache",
     8: "residual: a slot of these rows reads it, and none is given",
+    9: "routers: a run's slot needs a router of the rows' width, experts below its number, and room in the trace",
     10: "log_gates: need one row for each query row",
 }
 

@@ -1,0 +1,137 @@
+"""Mixtures of adapters: which experts a mixture may have, and what a request wants of their gates.
+
+A mixture names its experts by generation. They are looked up when it is registered and again for each request, which
+holds all of them or none: where one cannot answer, the request fails as a whole and says which. Nothing keeps an expert
+registered for a mixture's sake.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from weft.adapters.identifiers import Generation, is_generation, parse_reference
+from weft.adapters.registry import AdapterInfo, Registry, Version
+from weft.engine.request import AdapterUse, ExpertBound, GateSight, MixtureUse, canonical
+from weft.errors import AdapterUnusable, InvalidRequest
+
+_FIELD = "steering"
+
+
+class GateBound(NamedTuple):
+    """What a request wants of one expert's gate; None for no wish."""
+
+    expert: str
+    floor: float | None
+    ceiling: float | None
+
+
+class Steering(NamedTuple):
+    """What a request wants of a mixture's gates, as the caller wrote it."""
+
+    restrict: Sequence[str]
+    mask: Sequence[str]
+    bounds: Sequence[GateBound]
+
+
+def is_mixture(version: Version) -> bool:
+    """Whether the version's content is a mixture."""
+    return bool(version.info.experts)
+
+
+def require_experts(registry: Registry, info: AdapterInfo, *, field: str) -> list[Version]:
+    """The experts' versions, in the mixture's order; none where `info` is no mixture's. `field` is for errors.
+
+    AdapterUnusable EXPERT_UNAVAILABLE for the first that cannot be used now, FEATURE_UNSUPPORTED for one that cannot be
+    an expert.
+    """
+    versions = [registry.require_expert(expert, field=field) for expert in info.experts]
+    for version in versions:
+        if is_mixture(version):
+            raise _unsupported(version, field, "is a mixture itself")
+        if version.info.num_virtual_tokens:
+            raise _unsupported(version, field, "adds virtual tokens, whose gates are not served")
+        if version.info.invocation_tokens:
+            raise _unsupported(version, field, "acts from its invocation on, where a router says how much")
+    return versions
+
+
+def check_steering(given: Steering, *, base_model: str) -> None:
+    """STEERING_INVALID for the first bound that cannot be, ID_INVALID for a malformed name."""
+    for name, experts in (("restrict", given.restrict), ("mask", given.mask)):
+        for index, expert in enumerate(experts):
+            _check_name(expert, f"{_FIELD}.{name}[{index}]", base_model)
+    for index, bound in enumerate(given.bounds):
+        field = f"{_FIELD}.bounds[{index}]"
+        _check_name(bound.expert, f"{field}.expert", base_model)
+        floor, ceiling = bound.floor, bound.ceiling
+        if floor is not None and not 0 <= floor <= 1:
+            raise _refused(f"{field}.floor", "must be from 0 to 1", floor)
+        if ceiling is not None and not (floor or 0) <= ceiling <= 1:
+            raise _refused(f"{field}.ceiling", "must be from floor to 1", ceiling)
+
+
+def expert_uses(experts: Sequence[Version]) -> tuple[AdapterUse, ...]:
+    """The experts as the engine computes them; their gates are the router's."""
+    return canonical(AdapterUse(expert.generation, 1.0, expert.info.num_virtual_tokens) for expert in experts)
+
+
+def use_of(
+    mixture: Version, experts: Sequence[Version], registry: Registry, steering: Steering | None, sight: GateSight
+) -> MixtureUse:
+    """The engine's view of a mixture and of what the request wants of it; STEERING_INVALID where that cannot be had."""
+    bounds: tuple[ExpertBound, ...] = ()
+    if steering is not None:
+        bounds = _bounds(steering, mixture, experts, registry)
+    return MixtureUse(mixture.generation, mixture.info.is_sequence_level, bounds, sight)
+
+
+def _bounds(
+    steering: Steering, mixture: Version, experts: Sequence[Version], registry: Registry
+) -> tuple[ExpertBound, ...]:
+    def index_of(name: str, field: str) -> int:
+        """By generation; by the id that is registered with it now; by the id that the mixture's file names."""
+        adapter_id, _, wanted = name.partition("@")
+        current = registry.current(parse_reference(adapter_id).adapter_id) if not is_generation(name) else None
+        generations = [expert.generation for expert in experts]
+        for candidate in (wanted or name, current.generation if current is not None else ""):
+            if candidate in generations and (not wanted or candidate == wanted):
+                return generations.index(Generation(candidate))
+        hints = [reference.adapter_id for reference in mixture.info.experts]
+        if not wanted and adapter_id in hints:
+            return hints.index(parse_reference(adapter_id).adapter_id)
+        raise _refused(field, f"is no expert of {mixture.adapter_id}", name)
+
+    only = {index_of(name, f"{_FIELD}.restrict[{i}]") for i, name in enumerate(steering.restrict)}
+    masked = {index_of(name, f"{_FIELD}.mask[{i}]") for i, name in enumerate(steering.mask)}
+    allowed = [(not only or index in only) and index not in masked for index in range(len(experts))]
+    if not any(allowed):
+        raise _refused(f"{_FIELD}.mask", "must leave an expert", f"{len(masked)} of {len(only) or len(experts)}")
+    found: dict[int, GateBound] = {}
+    for i, bound in enumerate(steering.bounds):
+        index = index_of(bound.expert, f"{_FIELD}.bounds[{i}].expert")
+        if index in found:
+            raise _refused(f"{_FIELD}.bounds[{i}].expert", "must not be bounded twice", bound.expert)
+        found[index] = bound
+    made = []
+    for index, is_allowed in enumerate(allowed):
+        floor, ceiling = (found[index].floor, found[index].ceiling) if index in found else (None, None)
+        made.append(ExpertBound(is_allowed, floor or 0.0, math.inf if ceiling is None else ceiling))
+    return () if all(bound == ExpertBound() for bound in made) else tuple(made)
+
+
+def _check_name(name: str, field: str, base_model: str) -> None:
+    if not is_generation(name):
+        parse_reference(name, base_model=base_model, field=field)
+
+
+def _refused(field: str, rule: str, given: object) -> InvalidRequest:
+    return InvalidRequest.rule("STEERING_INVALID", field, rule, given=given)
+
+
+def _unsupported(version: Version, field: str, what: str) -> AdapterUnusable:
+    return AdapterUnusable(
+        "FEATURE_UNSUPPORTED",
+        f"{field}: expert {version.adapter_id}@{version.generation} {what}",
+        field=field,
+        metadata={"expert": version.adapter_id, "generation": version.generation},
+    )

@@ -1,0 +1,167 @@
+"""Mixtures on disk: `mixture_config.json` beside `mixture_router.safetensors`. adapters_store/README.md has the format.
+
+The experts are named by their generations and lie elsewhere; here is the router over them. `read` takes parsed data,
+and gives the experts in the order of their digests, so that their order in the file means nothing.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weft.config import AdapterLimits
+from weft.errors import AdapterUnusable, InvalidAdapter
+from weft.methods.checkpoint import safetensors_file, scan
+from weft.methods.mixture import Expert, Level, Mixture, MixtureConfig, MixtureParams
+from weft.methods.protocol import BaseShape
+
+CONFIG_FILE = "mixture_config.json"
+WEIGHTS_FILE = "mixture_router.safetensors"
+FORMAT = 1
+WEIGHT = "router.weight"
+
+_TEMPERATURE_MIN, _TEMPERATURE_MAX = 1e-4, 1e4  # beyond them float32 logits need not be finite
+_GENERATION = re.compile("[0-9a-f]{64}")
+_KEYS = frozenset(
+    {"mixture_format", "base_digest", "experts", "router", "top_k", "temperature", "normalize", "null_expert"}
+)
+_ROUTER_KEYS = frozenset({"level", "shared", "absolute", "rms_norm"})
+_EXPERT_KEYS = frozenset({"generation", "adapter_id"})
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Mixture:
+    """The mixture, fitted to `base`: float32, experts in the order of their digests.
+
+    Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
+    """
+    _closed(config, _KEYS, "")
+    if config.get("mixture_format") != FORMAT or type(config["mixture_format"]) is not int:
+        raise _invalid("mixture_format", f"must be {FORMAT}", config.get("mixture_format"))
+    digest = config.get("base_digest")
+    if digest is not None and digest != base.digest:
+        raise AdapterUnusable(
+            "BASE_MISMATCH",
+            f"{CONFIG_FILE}: base_digest: trained for base {str(digest)[:12]}…, this server holds "
+            f"{base.digest[:12]}… (weights and quantization count)",
+            field=CONFIG_FILE,
+            metadata={"limit": base.digest, "given": digest},
+        )
+    experts = _experts(config.get("experts"), limits)
+    mixture = Mixture(_config(config, len(experts)), MixtureParams(_weight(tensors)), experts)
+    num_routers = 1 if mixture.config.shared else base.num_layers
+    scan.require_shape(WEIGHT, mixture.params.weight, (num_routers, mixture.config.num_choices, base.embedding_size))
+    scan.check_values(tensors, limits)
+    return mixture.in_order()
+
+
+def write(mixture: Mixture, directory: Path, base: BaseShape) -> None:
+    """Write the two files of a mixture's directory, creating it. A base with a digest binds the mixture to it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    made = mixture.in_order()
+    config = {
+        "mixture_format": FORMAT,
+        **({"base_digest": base.digest} if base.digest else {}),
+        "experts": [
+            {"generation": expert.generation, **({"adapter_id": expert.adapter_id} if expert.adapter_id else {})}
+            for expert in made.experts
+        ],
+        "router": {
+            "level": made.config.level.value,
+            "shared": made.config.shared,
+            "absolute": made.config.absolute,
+            "rms_norm": made.config.rms_norm,
+        },
+        "top_k": made.config.top_k,
+        "temperature": made.config.temperature,
+        "normalize": made.config.normalize,
+        "null_expert": made.config.null_expert,
+    }
+    safetensors_file.write(directory / WEIGHTS_FILE, {WEIGHT: made.params.weight.float()}, {"format": "pt"})
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _config(config: Mapping[str, Any], num_experts: int) -> MixtureConfig:
+    router = config.get("router")
+    if not isinstance(router, dict):
+        raise _invalid("router", "must be an object", router)
+    _closed(router, _ROUTER_KEYS, "router.")
+    level, top_k, temperature = router.get("level"), config.get("top_k"), config.get("temperature")
+    if level not in [known.value for known in Level]:
+        raise _invalid("router.level", "must be token or sequence", level)
+    if type(top_k) is not int:
+        raise _invalid("top_k", "must be a whole number", top_k)
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not _TEMPERATURE_MIN <= temperature <= _TEMPERATURE_MAX:
+        bounds = [_TEMPERATURE_MIN, _TEMPERATURE_MAX]
+        raise _invalid("temperature", "must be a number within bounds", temperature, limit=bounds)
+    null_expert = _flag(config, "null_expert")
+    try:
+        return MixtureConfig(
+            num_experts=num_experts,
+            top_k=top_k,
+            temperature=float(temperature),
+            level=Level(level),
+            normalize=_flag(config, "normalize"),
+            shared=_flag(router, "shared", "router."),
+            null_expert=null_expert,
+            rms_norm=_flag(router, "rms_norm", "router."),
+            absolute=_flag(router, "absolute", "router."),
+        )
+    except ValueError as error:
+        raise InvalidAdapter("MIXTURE_INVALID", f"{CONFIG_FILE}: {error}", field=CONFIG_FILE) from None
+
+
+def _experts(given: object, limits: AdapterLimits) -> tuple[Expert, ...]:
+    most = limits.num_experts_max
+    if not isinstance(given, list) or not 1 <= len(given) <= most:
+        count = len(given) if isinstance(given, list) else given
+        raise _invalid("experts", "must be a list of at least 1 expert", count, limit=most)
+    seen: dict[str, int] = {}
+    experts: list[Expert] = []
+    for index, one in enumerate(given):
+        name = f"experts[{index}]"
+        if not isinstance(one, dict):
+            raise _invalid(name, "must be an object", one)
+        _closed(one, _EXPERT_KEYS, f"{name}.")
+        generation, adapter_id = one.get("generation"), one.get("adapter_id", "")
+        if not isinstance(generation, str) or not _GENERATION.fullmatch(generation):
+            raise _invalid(f"{name}.generation", "must be 64 lower-case hex digits", generation)
+        if not isinstance(adapter_id, str):
+            raise _invalid(f"{name}.adapter_id", "must be text", adapter_id)
+        first = seen.setdefault(generation, index)
+        if first != index:
+            raise _invalid(f"{name}.generation", f"is expert {first} already", generation)
+        experts.append(Expert(generation, adapter_id))
+    return tuple(experts)
+
+
+def _weight(tensors: Mapping[str, Tensor]) -> Tensor:
+    for name in tensors:
+        if name != WEIGHT:
+            raise InvalidAdapter.rule("TENSOR_UNKNOWN", name, "is not a tensor of a mixture", given=name)
+    if WEIGHT not in tensors:
+        raise InvalidAdapter.rule("MIXTURE_INVALID", WEIGHT, "is missing", given="no tensor")
+    return tensors[WEIGHT].float()
+
+
+def _closed(given: Mapping[str, Any], known: frozenset[str], path: str) -> None:
+    """An unknown key would have to be ignored, so it is refused."""
+    for key in given:
+        if key not in known:
+            raise InvalidAdapter.rule(
+                "CONFIG_FIELD_FORBIDDEN", f"mixture_config.{path}{key}", "is not a known key", given=given[key]
+            )
+
+
+def _flag(given: Mapping[str, Any], key: str, path: str = "") -> bool:
+    value = given.get(key)
+    if type(value) is not bool:
+        raise _invalid(path + key, "must be true or false", value)
+    return value
+
+
+def _invalid(key: str, rule: str, given: object, *, limit: object = None) -> InvalidAdapter:
+    return InvalidAdapter.rule("MIXTURE_INVALID", f"mixture_config.{key}", rule, limit=limit, given=given)
