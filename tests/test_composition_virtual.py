@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import test_step_cost as step_cost
 from tests import textbook_composition as textbook
 from tests import tiny
 from tests.serving import Row, Step
@@ -185,18 +184,3 @@ def test_neighbours_compositions_leave_a_row_bit_equal(quantized: tuple[Step, fl
         # Negative control: the same comparison sees one of my own weights move.
         mixed = [Row(prompts[0], adapters=_moved(mine)), *(Row(prompt) for prompt in prompts[1:])]
         assert not step.logits(mixed)[0].equal(answers[0])
-
-
-def test_calls_do_not_grow_with_spans(quantized: tuple[Step, float]) -> None:
-    """One attention call a layer, whatever stands before the tokens and at what weights."""
-    base = quantized[0].base
-    step = step_cost._step(base, selected(base))
-    prefixes = [tiny.random_prefix(base.shape, length=1 + 9 * seed, seed=seed) for seed in range(4)]
-
-    def calls(num_spans: int) -> Any:
-        step.logits([Row([5], adapters=[(one, 0.5) for one in prefixes[:num_spans]]), Row([5])])
-        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
-
-    one, many = calls(1), calls(4)
-    assert one == many
-    assert one["attention.py:attend"] == base.shape.num_layers

@@ -93,6 +93,20 @@ def test_exact_serves_as_the_composition_does(base: loader.Base, tmp_path: Path,
     assert _error(other, composed) > 10 * _TOLERANCE, "negative control"
 
 
+def test_exact_loads_in_peft(base: loader.Base, path: Path, peft_model: Any, tmp_path: Path) -> None:
+    """Modules of three ranks, named in its patterns; PEFT's own concatenation has one rank, filled up with zeros."""
+    merged, _ = _merged(_adapters(base), merging.exact)
+    directory.write(merged, tmp_path / "merged", base.shape)
+    wanted = _peft_updates(peft_model, "cat")
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(stock, str(tmp_path / "merged"), adapter_name="merged")
+    found = _updates_in(model)
+    assert found.keys() == wanted.keys()
+    assert {len(layer.lora_A["merged"].weight) for layer in _layers(model).values()} == {4 + 7, 4 + 7 + 1, 4 + 1}
+    for name, update in found.items():
+        assert _error(update, wanted[name]) < _TOLERANCE
+
+
 def test_svd_is_the_nearest_update_of_its_rank(base: loader.Base) -> None:
     adapters = _adapters(base)
     merged, kept = _merged(adapters, partial(merging.svd, rank=_RANK))
@@ -150,18 +164,26 @@ def peft_model(path: Path, base: loader.Base, tmp_path_factory: pytest.TempPathF
 def _peft_updates(model: Any, combination: str, **how: Any) -> dict[str, Tensor]:
     """Of PEFT's merged adapter, by module."""
     model.add_weighted_adapter(list("abc"), list(_WEIGHTS), "merged", combination_type=combination, **how)
-    layers = {
+    updates = _updates_in(model)
+    model.delete_adapter("merged")
+    return updates
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    """PEFT's layers that have a "merged", by the names of the base."""
+    return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and "merged" in module.lora_A
     }
-    updates = {
-        name: (layer.lora_B["merged"].weight @ layer.lora_A["merged"].weight * layer.scaling["merged"])
-        .detach()
-        .double()
-        for name, layer in layers.items()
-    }
-    model.delete_adapter("merged")
+
+
+def _updates_in(model: Any) -> dict[str, Tensor]:
+    """What that "merged" adds to each weight."""
+    updates = {}
+    for name, layer in _layers(model).items():
+        product = layer.lora_B["merged"].weight @ layer.lora_A["merged"].weight
+        updates[name] = product.detach().double() * layer.scaling["merged"]
     return updates
 
 

@@ -11,9 +11,9 @@
                      arXiv:2311.03099)
     dare_ties        drop, then signs elected and means as in ties
 
-All but `exact` end in `svd`'s truncation. The papers work on whole updates ΔWᵢ, and so does this; what PEFT and LoRAX
-call "linear" mixes A and B apart, (Σ √wᵢ Bᵢ)(Σ √wᵢ Aᵢ), which has products Bᵢ Aⱼ of different adapters and is no sum
-of updates.
+All but `exact` end in `svd`'s truncation. The papers work on whole updates ΔWᵢ, and so does this. What PEFT and LoRAX
+call "linear" adds A and B apart: PEFT's (Σ √(wᵢ scalingᵢ) Bᵢ)(Σ √(wᵢ scalingᵢ) Aᵢ) has products Bᵢ Aⱼ of different
+adapters and is no sum of updates.
 
 Deviation: the weights, which TIES does not have, are applied after the election and do not vote (as PEFT has it). A
 bias of B is merged as one more update.
