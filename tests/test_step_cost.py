@@ -125,7 +125,7 @@ def test_calls_do_not_grow_with_parts(base: loader.Base) -> None:
 
 
 def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
-    """Neither with the rows, the experts, the top_k nor the number of mixtures; and one call per layer makes the gates."""
+    """Neither with rows, experts, top_k nor the number of mixtures; one call per layer makes the gates."""
     step = _step(base, select(base.device, base.dtype))
 
     def mixed(num_mixtures: int, num_experts: int, num_tokens: int = 1) -> _Calls:
