@@ -2,18 +2,21 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import safetensors.torch
 import torch
 
 from tests.server.conftest import Sources
 from tests.server.live import LiveServer, Loop, refused, wait_until
+from weft.api.status import failure_of
 from weft.client import Client
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.checkpoint import safetensors_file
@@ -144,12 +147,20 @@ def test_requests_that_run_keep_a_removed_expert_or_end_with_its_name(
             refused(lambda: server.client.generate(mixed), "FAILED_PRECONDITION", "EXPERT_UNAVAILABLE", "draining")
         assert kept.result().tokens == wanted
         assert removal.result().cancelled_requests == 0
-    with server.gate.held():
-        cancelled = server.client.stream("third", LONG, text=TEXT)
-        wait_until(lambda: server.client.get("third").in_flight_requests == 1)
-        removed = server.client.unregister("third", mode="UNREGISTER_MODE_CANCEL")
-        assert removed.cancelled_requests == 1
-    refused(lambda: cancelled, "ABORTED", "ADAPTER_UNREGISTERED", "third")
+
+
+def test_a_request_ends_with_the_name_of_a_cancelled_expert(
+    server: LiveServer, mixed: str, experts: dict[str, str]
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        with server.gate.held():
+            running = server.client.stream(mixed, LONG, text=TEXT)
+            wait_until(lambda: server.client.get("third").in_flight_requests == 1)
+            removal = pool.submit(server.client.unregister, "third", mode="UNREGISTER_MODE_CANCEL")
+            wait_until(lambda: server.client.get("third").state == adapter_pb2.ADAPTER_STATE_DRAINING)
+        refused(lambda: running, "ABORTED", "ADAPTER_UNREGISTERED", "third")
+        assert removal.result().cancelled_requests == 1
+    wait_until(lambda: not any(server.client.get(name).in_flight_requests for name in (mixed, "first", "second")))
 
 
 def test_a_mixture_is_replaced_and_removed_like_any_adapter(
@@ -400,3 +411,75 @@ def test_a_mixture_survives_a_restart(
         assert [e.adapter_id for e in again.client.get(mixed).experts] == list(experts.values())
     finally:
         again.stop()
+
+
+def test_a_router_that_makes_no_numbers_takes_its_mixture_out_of_service_and_no_expert(
+    tight: LiveServer, sources: Sources, tmp_path: Path
+) -> None:
+    client = tight.client
+    expert = client.register("expert", sources("ia3-31")).adapter.generation
+    wanted = client.tokens("expert", 2)
+    source = write_mixture(sources.root / tmp_path.name, sources, {expert: ""}, top_k=1, null_expert=True, scale=3e37)
+    client.register("broken", source)
+    for _ in range(3):
+        refused(lambda: client.generate("broken", 2), "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
+    refused(lambda: client.generate("broken", 2), "FAILED_PRECONDITION", "ADAPTER_QUARANTINED")
+    assert client.tokens("expert", 2) == wanted
+    client.unregister("broken")
+    client.unregister("expert")
+
+
+def test_a_mixture_that_can_never_fit_is_told_so(tight: LiveServer, sources: Sources, tmp_path: Path) -> None:
+    """Two LoRAs fit here; a mixture of two does, and one of three answers at once instead of waiting for ever."""
+    client = tight.client
+    named = {f"many-{i}": client.register(f"many-{i}", sources(f"lora-4{i}")).adapter.generation for i in range(3)}
+    for count in (2, 3):
+        listed = {generation: name for name, generation in list(named.items())[:count]}
+        client.register(f"mix-{count}", write_mixture(sources.root / f"{tmp_path.name}{count}", sources, listed))
+    assert len(client.tokens("mix-2", 2)) == 2
+    refused(lambda: client.generate("mix-3", 2), "RESOURCE_EXHAUSTED", "POOL_EXHAUSTED")
+    for name in ("mix-2", "mix-3", *named):
+        client.unregister(name)
+
+
+def test_under_changes_every_answer_is_of_what_it_names_or_fails_by_name(
+    server: LiveServer, mixed: str, experts: dict[str, str], sources: Sources, tmp_path: Path
+) -> None:
+    """Callers ask without end while routers are exchanged and an expert comes and goes; nothing is left behind."""
+    client = server.client
+    routers = [sources.root / tmp_path.name]
+    routers.append(write_mixture(sources.root / f"{tmp_path.name}-other", sources, experts, seed=7, scale=4.0))
+    wanted = {}
+    for router in reversed(routers):
+        client.register(mixed, router, replace=True)
+        answer = client.generate(mixed, 4, text=TEXT)
+        wanted[answer.finish.effective_adapters[0].generation] = answer.tokens
+    assert len({tuple(tokens) for tokens in wanted.values()}) == 2, "negative control"
+    has_ended, answered, failed = threading.Event(), [], []
+
+    def ask() -> None:
+        while not has_ended.is_set():
+            try:
+                answer = client.generate(mixed, 4, text=TEXT)
+            except grpc.RpcError as error:
+                failed.append(failure_of(error))
+            else:
+                answered.append((answer.finish.effective_adapters[0].generation, answer.tokens))
+
+    with ThreadPoolExecutor() as pool:
+        callers = [pool.submit(ask) for _ in range(4)]
+        for turn in range(6):
+            client.register(mixed, routers[turn % 2], replace=True)
+            seen = len(answered)
+            wait_until(lambda seen=seen: len(answered) > seen + 1)
+            client.unregister("second", mode="UNREGISTER_MODE_CANCEL" if turn % 2 else "UNREGISTER_MODE_DRAIN")
+            seen = len(failed)
+            wait_until(lambda seen=seen: len(failed) > seen)
+            client.register("second", sources("lora-22"))
+        has_ended.set()
+        for caller in callers:
+            caller.result()
+    assert {generation for generation, _ in answered} == wanted.keys()
+    assert all(tokens == wanted[generation] for generation, tokens in answered)
+    assert {failure.reason for failure in failed} <= {"EXPERT_UNAVAILABLE", "ADAPTER_UNREGISTERED"}
+    assert all("second" in failure.message for failure in failed)
