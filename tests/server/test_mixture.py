@@ -335,11 +335,15 @@ def test_steering_that_cannot_be_is_refused(server: LiveServer, mixed: str, expe
     refuse("steering.bounds[1].expert: must not be bounded twice", bounds=twice)
 
 
-def test_bounds_are_seen_in_the_gates(server: LiveServer, mixed: str, experts: dict[str, str]) -> None:
+def test_bounds_are_seen_in_the_gates(
+    server: LiveServer, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
+) -> None:
+    """A router without strong opinions: a gate that float32 cannot tell from 0 would take no share."""
+    registered("mild", write_mixture(sources.root / tmp_path.name, sources, experts, scale=0.05))
     steering = generation_pb2.Steering(
         mask=["third"], bounds=[generation_pb2.GateBound(expert="first", floor=0.25, ceiling=0.25)]
     )
-    finish = server.client.generate(mixed, LONG, text=TEXT, options=GATES, steering=steering).finish
+    finish = server.client.generate("mild", LONG, text=TEXT, options=GATES, steering=steering).finish
     means = {gate.adapter_id: list(gate.layer_means) for gate in finish.gates}
     layers = server.model.shape.num_layers
     assert means["third"] == [0.0] * layers
