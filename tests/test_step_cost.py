@@ -19,6 +19,7 @@ from tests.serving import Row, Step
 from tests.test_mixture import made
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
+from weft.engine.token_ranges import TokenRange
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, SiteKind
@@ -122,6 +123,34 @@ def test_calls_do_not_grow_with_parts(base: loader.Base) -> None:
         return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
 
     assert composed(1) == composed(2) == composed(8)
+
+
+def test_calls_do_not_grow_with_spans(base: loader.Base) -> None:
+    """Requests of one adapter with virtual positions and of three, each at its weight."""
+    step = _step(base, select(base.device, base.dtype))
+    prefixes = [tiny.random_prefix(base.shape, length=3 + seed, seed=seed) for seed in range(4)]
+
+    def composed(num_parts: int, gate: float) -> _Calls:
+        rows = [Row([5], adapters=[(one, gate) for one in prefixes[:num_parts]]) for _ in range(4)]
+        step.logits([*rows, Row([5])])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    assert composed(1, 0.5) == composed(3, 0.5)
+    assert composed(1, 1.0) == composed(3, 1.0) == composed(0, 1.0)
+    weighted = composed(3, 0.5) - composed(3, 1.0)
+    assert 0 < weighted.total() < 10, "their weights are packed once for all layers"
+
+
+def test_calls_do_not_grow_with_token_ranges(base: loader.Base) -> None:
+    step = _step(base, select(base.device, base.dtype))
+    loras = [(tiny.random_lora(base.shape, rank=2, seed=seed), 1.0) for seed in range(4)]
+
+    def ranged(num_ranges: int) -> _Calls:
+        ranges = [tuple(TokenRange(5 * k + j, 5 * k + j + 1) for k in range(num_ranges)) for j in range(4)]
+        step.logits([Row([5] * 80, adapters=loras, ranges=ranges), Row([5])])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    assert ranged(1) == ranged(16) == _calls(step, [loras[0][0], None])
 
 
 def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:

@@ -25,7 +25,8 @@ from weft.methods.prefix import PrefixParams
 from weft.methods.prompt import PromptParams
 from weft.methods.protocol import Adapter
 
-Composition = Sequence[tuple[Adapter, float]]
+Weight = float | Tensor  # of a delta: one for all tokens, or [N, 1], one for each
+Composition = Sequence[tuple[Adapter, Weight]]
 _NORMS = {
     "self_attn": "input_layernorm",
     "mlp": "post_attention_layernorm",
@@ -80,7 +81,7 @@ def _keys_and_values(model: Any, adapter: Adapter, dtype: torch.dtype) -> tuple[
 def _wrap(model: Any, name: str, parts: Composition) -> Callable[[], None]:
     """Give one module the deltas that are made there; returns what takes them away again."""
     module = model.get_submodule(name)
-    here = [(adapter.sites[name], weight) for adapter, weight in parts if weight != 0 and name in adapter.sites]
+    here = [(adapter.sites[name], weight) for adapter, weight in parts if _is_there(weight) and name in adapter.sites]
     original, residual = module.forward, {}
     hook = None
     if any(isinstance(params, BottleneckParams) for params, _ in here):
@@ -105,6 +106,10 @@ def _wrap(model: Any, name: str, parts: Composition) -> Callable[[], None]:
 
     module.forward = forward
     return restore
+
+
+def _is_there(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
 
 
 def _acts_before(params: Any) -> bool:

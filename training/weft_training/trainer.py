@@ -24,9 +24,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import weft
 from weft.model.loader import Base
+from weft_training import activation, card, checkpoint, data, packing
 from weft_training import adapter as adapters
 from weft_training import base as bases
-from weft_training import card, checkpoint, data, packing
 from weft_training.adapter import AdaptedModel
 from weft_training.checkpoint import Best, CheckpointingTrainer
 from weft_training.config import Optimizer, Schedule, TrainConfig, optimizer_on
@@ -111,6 +111,8 @@ def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> P
     _require_fit(config, model)
     rows = data.encode(learned, base.tokenizer, max_length=max_length)
     evaluation = data.encode(kept, base.tokenizer, max_length=max_length) if kept else []
+    if model.adapter.invocation_tokens:
+        activation.require_invoked(model.adapter.invocation_tokens, [*rows, *evaluation])
     run = checkpoint.digest_of(
         config, adapters.method_of(config.adapter).name, base.shape.digest, data.digest(rows), data.digest(evaluation)
     )
@@ -131,6 +133,8 @@ def _require_fit(config: TrainConfig, model: AdaptedModel) -> None:
                 raise ValueError(
                     f"{knob} must be false for {model.adapter.method.name}, whose virtual positions {reason}"
                 )
+    if config.packing and model.adapter.invocation_tokens:
+        raise ValueError("packing must be false for an adapter with invocation_tokens, one to a row, given true")
     if config.packing:
         packing.require_apart(model.base.model)
 

@@ -1,5 +1,6 @@
 """One step as flat tensors."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot
+from weft.engine import token_ranges
 from weft.engine.gatings import Gatings, RoutedRun, Routing
 from weft.engine.request import GateSight, Request
 from weft.engine.scheduler import Scheduled
@@ -16,9 +18,10 @@ from weft.engine.scheduler import Scheduled
 class AdapterRows(NamedTuple):
     """Which rows take how much of which adapter: row t takes entries offsets[t] : offsets[t + 1].
 
-    `runs` says the same per request, (first row, one past the last, slots, gates), for the reference driver; there a
-    slot stands for all its planes. Of a mixture's rows `gates` holds what the layer that is being computed has, from
-    its beginning on, and `routing` says how they are made.
+    `runs` says the same for rows with the same entries, (first row, one past the last, slots, gates), for the reference
+    driver; there a slot stands for all its planes. A request is one run, or several where adapters act in some of its
+    tokens only. Of a mixture's rows `gates` holds what the layer that is being computed has, from its beginning on, and
+    `routing` says how they are made.
     """
 
     offsets: Tensor  # int32 [T + 1]
@@ -36,8 +39,9 @@ class Batch(NamedTuple):
     kv_slots: Tensor  # int64 [T]
     query_start: Tensor  # int32 [B + 1]
     context_lens: Tensor  # int32 [B]
-    virtual_lens: Tensor  # int32 [B]
+    virtual_lens: Tensor  # int32 [B, S]: of each span of virtual positions; S is the most that a request has
     block_tables: Tensor  # int32 [B, max blocks]
+    log_gates: Tensor | None  # float32 [T, S]: added to a row's attention scores of a span; None where all are 0
     sample_rows: Tensor  # int64 [number of requests that sample]
     adapter_rows: AdapterRows | None  # None where no row has an adapter
 
@@ -49,16 +53,16 @@ def build(
     planes: Mapping[AdapterSlot, tuple[int, ...]] = MappingProxyType({}),
     gatings: Gatings | None = None,
 ) -> Batch:
-    """Flatten a step. Work here is per request; the per-token parts are vectorized.
+    """Flatten a step. Work here is per request and token range; the per-token parts are vectorized.
 
     planes: those of every slot that has more than one (adapters/slots.py).
     gatings: of the requests with a mixture, whose router's slot is the last of theirs.
     """
     input_ids: list[int] = []
     starts = [0]
-    computed, contexts, virtuals, sample_rows = [], [], [], []
+    computed, contexts, spans, sample_rows = [], [], [], []
     tables: list[list[int]] = []
-    entries_per_run, slots, gates, runs = [], [], [], []
+    run_ends, entries_per_run, slots, gates, runs = [], [], [], [], []
     routed = _Routed(gatings)
     for request, num_tokens in step:
         begin = request.num_computed_tokens
@@ -66,25 +70,31 @@ def build(
         starts.append(starts[-1] + num_tokens)
         computed.append(begin)
         contexts.append(begin + num_tokens)
-        virtuals.append(request.num_virtual_tokens)
+        spans.append(request.spans)
         tables.append(request.virtual_blocks + request.blocks)
         if begin + num_tokens == request.num_tokens:
             sample_rows.append(starts[-1] - 1)
         uses = [
-            (slot, use.gate)
+            (slot, use)
             for slot, use in zip(slots_of.get(request, ())[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        entries = [(plane, gate) for slot, gate in uses for plane in planes.get(slot, (slot,))]
-        entries_per_run.append(len(entries))
-        if uses:
-            runs.append((starts[-2], starts[-1], tuple(slot for slot, _ in uses), tuple(gate for _, gate in uses)))
-            slots += [plane for plane, _ in entries] * num_tokens
-            gates += [gate for _, gate in entries] * num_tokens
-            routed.add(request, slots_of[request], [len(planes.get(slot, (slot,))) for slot, _ in uses], runs[-1])
+        first_row = starts[-2] - begin
+        for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, begin + num_tokens):
+            here = [(slot, use.gate) for slot, use in map(uses.__getitem__, acting)]
+            entries = [(plane, gate) for slot, gate in here for plane in planes.get(slot, (slot,))]
+            run_ends.append(first_row + last)
+            entries_per_run.append(len(entries))
+            if here:
+                run_slots, run_gates = zip(*here, strict=True)
+                runs.append((first_row + first, first_row + last, run_slots, run_gates))
+                slots += [plane for plane, _ in entries] * (last - first)
+                gates += [gate for _, gate in entries] * (last - first)
+                routed.add(request, slots_of[request], [len(planes.get(slot, (slot,))) for slot in run_slots], runs[-1])
 
     query_start = torch.tensor(starts, dtype=torch.int32)
-    virtual_lens = torch.tensor(virtuals, dtype=torch.int64)
+    num_spans = max(map(len, spans))
+    virtual_lens = _table([[use.num_virtual_tokens for use in uses] for uses in spans], num_spans, torch.int64)
     rows = torch.arange(starts[-1])
     # By search: repeat_interleave wakes every thread, however little there is to do.
     request_of_row = torch.searchsorted(query_start[1:].long(), rows, right=True)
@@ -94,13 +104,19 @@ def build(
     for row, table in enumerate(tables):
         block_tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
     padded = -(-virtual_lens // block_size) * block_size
-    logical = token_index + padded[request_of_row]
+    logical = token_index + padded.sum(1)[request_of_row]
     kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size
+
+    log_gates = None
+    if any(use.gate != 1.0 for uses in spans for use in uses):
+        by_request = [[math.log(use.gate) for use in uses] for uses in spans]
+        log_gates = _table(by_request, num_spans, torch.float32)[request_of_row]
 
     adapter_rows = None
     if slots:
+        run_of_row = torch.searchsorted(torch.tensor(run_ends), rows, right=True)
         offsets = torch.zeros(starts[-1] + 1, dtype=torch.int32)
-        offsets[1:] = torch.tensor(entries_per_run)[request_of_row].cumsum(0)
+        offsets[1:] = torch.tensor(entries_per_run)[run_of_row].cumsum(0)
         adapter_rows = AdapterRows(
             offsets,
             torch.tensor(slots, dtype=torch.int32),
@@ -110,15 +126,22 @@ def build(
         )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
-        positions=token_index + virtual_lens[request_of_row],
+        positions=token_index + virtual_lens.sum(1)[request_of_row],
         kv_slots=kv_slots,
         query_start=query_start,
         context_lens=torch.tensor(contexts, dtype=torch.int32),
         virtual_lens=virtual_lens.int(),
         block_tables=block_tables,
+        log_gates=log_gates,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         adapter_rows=adapter_rows,
     )
+
+
+def _table(lines: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:
+    """The lines, each filled up with zeros: [len(lines), width]."""
+    filled = [[*line, *[0] * (width - len(line))] for line in lines]
+    return torch.tensor(filled, dtype=dtype).view(len(lines), width)
 
 
 class _Routed:

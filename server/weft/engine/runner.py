@@ -130,6 +130,7 @@ class ModelRunner:
             context_lens=batch.context_lens.to(device),
             virtual_lens=batch.virtual_lens.to(device),
             block_tables=batch.block_tables.to(device),
+            log_gates=None if batch.log_gates is None else batch.log_gates.to(device),
         )
         with self._base.context.use(self._driver(batch)):
             out = self._base.model(
@@ -158,7 +159,7 @@ class ModelRunner:
             kv_slots=slots,
             query_start=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
             context_lens=torch.tensor([num_rows], dtype=torch.int32, device=device),
-            virtual_lens=torch.zeros(1, dtype=torch.int32, device=device),
+            virtual_lens=torch.zeros(1, 0, dtype=torch.int32, device=device),
             block_tables=torch.tensor([blocks], dtype=torch.int32, device=device),
         )
         self._base.model(

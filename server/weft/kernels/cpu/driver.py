@@ -123,6 +123,7 @@ class Attend:
                 context_lens=paged.context_lens,
                 virtual_lens=paged.virtual_lens,
                 block_tables=paged.block_tables,
+                log_gates=paged.log_gates,
             )
         assert self._batch is not None
         cache = self._caches[layer]
