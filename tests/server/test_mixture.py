@@ -219,8 +219,25 @@ def test_registering_needs_every_expert(
 
     refuse({**experts, "f" * 64: "nobody"}, "EXPERT_UNAVAILABLE", "nobody@ffff", "not registered")
     refuse({**experts, server.client.get(mixed).generation: ""}, "FEATURE_UNSUPPORTED", "is a mixture itself")
-    refuse({**experts, server.client.get("prefix-1").generation: ""}, "FEATURE_UNSUPPORTED", "adds virtual tokens")
     refused(lambda: server.client.get("wrong"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
+
+
+def test_experts_bring_virtual_tokens(
+    server: LiveServer, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
+) -> None:
+    """Steered to the prefix alone, the mixture is the prefix; steered away from it, it has no part in the answer."""
+    prefix = server.client.get("prefix-1").generation
+    path = write_mixture(sources.root / tmp_path.name, sources, {**experts, prefix: "prefix-1"}, scale=0.05, top_k=4)
+    registered("with-prefix", path)
+    tokens = lambda **steering: server.client.tokens(  # noqa: E731
+        "with-prefix", LONG, text=TEXT, steering=generation_pb2.Steering(**steering)
+    )
+    assert tokens(restrict=["prefix-1"]) == server.client.tokens("prefix-1", LONG, text=TEXT)
+    finish = server.client.generate("with-prefix", LONG, text=TEXT, options=GATES).finish
+    (gate,) = [gate for gate in finish.gates if gate.adapter_id == "prefix-1"]
+    assert 0.05 < gate.mean < 0.6
+    answers = [tokens(), tokens(mask=["prefix-1"]), tokens(restrict=["prefix-1"])]
+    assert len({tuple(answer) for answer in answers}) == 3, "negative control"
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
