@@ -52,7 +52,7 @@ def test_a_batch_of_32_answers_as_each_alone(step_and_tolerance: tuple[Step, flo
     for index, (row, mine) in enumerate(zip(batch, together, strict=True)):
         (alone,) = step.logits([row])
         assert error(mine, alone.double()) < tolerance, index
-        if row.mixture is not None:
+        if index % 8 == 0:
             (other,) = step.logits([row._replace(mixture=None)])
             assert error(mine, other.double()) > 3 * tolerance, "negative control: all experts at gate 1"
 

@@ -6,7 +6,7 @@ Counted with the interpreter's own profiler around one model call: every Python 
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from tests import tiny
 from tests.serving import Row, Step
+from tests.test_composition import MAKERS, VIRTUAL
 from tests.test_mixture import made
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
@@ -26,6 +27,7 @@ from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 
 _Calls = Counter[str]
+DELTAS = tuple(name for name in MAKERS if name not in VIRTUAL)
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +156,12 @@ def test_calls_do_not_grow_with_token_ranges(base: loader.Base) -> None:
 
 
 def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
-    """Neither with rows, experts, top_k nor the number of mixtures; and one call per layer makes the gates."""
+    """Neither with rows, experts, top_k nor the number of mixtures; one call per layer makes the gates."""
     step = _step(base, select(base.device, base.dtype))
 
-    def mixed(num_mixtures: int, num_experts: int, num_tokens: int = 1) -> _Calls:
+    def mixed(num_mixtures: int, num_experts: int, num_tokens: int = 1, methods: Sequence[str] = DELTAS) -> _Calls:
         listed = [
-            made(base.shape, seed=9 * seed, num_experts=num_experts, top_k=1 + seed % num_experts)
+            made(base.shape, seed=9 * seed, num_experts=num_experts, methods=methods, top_k=1 + seed % num_experts)
             for seed in range(num_mixtures)
         ]
         plain = [Row([5], adapter) for adapter in _mixed(base, 10)]  # these keep all paths open
@@ -171,6 +173,7 @@ def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
     assert mixed(8, 2) == few
     assert mixed(2, 12) == few
     assert mixed(2, 2, num_tokens=40) == few
+    assert mixed(8, 4, 3, VIRTUAL) == mixed(1, 1, 1, VIRTUAL), "whose experts bring virtual positions"
     assert few["routing.py:route"] == base.shape.num_layers
     assert _calls(step, _mixed(base, 10))["inject.py:AdapterContext._enter"] == 0, "who has no mixture pays nothing"
 

@@ -15,7 +15,7 @@ from weft.cli.output import console, label, moment, print_facts, print_json, pri
 from weft.settings import DEFAULT_SERVER
 
 if TYPE_CHECKING:
-    from weft.v1.adapter_pb2 import Adapter
+    from weft.v1.adapter_pb2 import Adapter, Expert
 
 app = typer.Typer(
     help="Register, list, move and remove the adapters of a server.", no_args_is_help=True, rich_markup_mode=None
@@ -227,7 +227,13 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
         "last used": moment(adapter.last_used_time) if adapter.HasField("last_used_time") else "",
         "trained on": adapter.base_model_name,
         "draining": "\n".join(draining),
+        "experts": "\n".join(map(_expert, adapter.experts)),
     }
+
+
+def _expert(expert: "Expert") -> str:
+    unavailable = "" if expert.available else " (not available)"
+    return f"{expert.adapter_id or '?'}@{expert.generation}{unavailable}"
 
 
 def _state(adapter: "Adapter") -> str:

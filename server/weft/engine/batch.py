@@ -11,7 +11,7 @@ from torch import Tensor
 from weft.adapters.slots import AdapterSlot
 from weft.engine import token_ranges
 from weft.engine.gatings import Gatings, RoutedRun, Routing
-from weft.engine.request import GateSight, Request
+from weft.engine.request import GateSight, MixtureUse, Request
 from weft.engine.scheduler import Scheduled
 
 
@@ -90,7 +90,18 @@ def build(
                 runs.append((first_row + first, first_row + last, run_slots, run_gates))
                 slots += [plane for plane, _ in entries] * (last - first)
                 gates += [gate for _, gate in entries] * (last - first)
-                routed.add(request, slots_of[request], [len(planes.get(slot, (slot,))) for slot in run_slots], runs[-1])
+            if request.mixture is None:
+                routed.pass_over(len(entries) * (last - first))
+        if request.mixture is not None:
+            counts = [len(planes.get(slot, (slot,))) for slot, _ in uses]
+            routed.add(
+                request,
+                request.mixture,
+                slots_of[request],
+                counts,
+                rows=(starts[-2], starts[-1]),
+                index=len(tables) - 1,
+            )
 
     query_start = torch.tensor(starts, dtype=torch.int32)
     num_spans = max(map(len, spans))
@@ -107,13 +118,17 @@ def build(
     logical = token_index + padded.sum(1)[request_of_row]
     kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size
 
-    log_gates = None
-    if any(use.gate != 1.0 for uses in spans for use in uses):
+    log_gates, span_experts = None, None
+    if routed.has_spans or any(use.gate != 1.0 for uses in spans for use in uses):
         by_request = [[math.log(use.gate) for use in uses] for uses in spans]
         log_gates = _table(by_request, num_spans, torch.float32)[request_of_row]
+    if routed.has_spans:
+        following = [[expert + 1 for expert in routed.spans.get(index, ())] for index in range(len(step))]
+        span_experts = _table(following, num_spans, torch.int32)[request_of_row] - 1
 
     adapter_rows = None
-    if slots:
+    routing = routed.routing(span_experts, log_gates)
+    if slots or routing is not None:
         run_of_row = torch.searchsorted(torch.tensor(run_ends), rows, right=True)
         offsets = torch.zeros(starts[-1] + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(entries_per_run)[run_of_row].cumsum(0)
@@ -122,7 +137,7 @@ def build(
             torch.tensor(slots, dtype=torch.int32),
             torch.tensor(gates, dtype=torch.float32),
             tuple(runs),
-            routed.routing(),
+            routing,
         )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
@@ -145,48 +160,77 @@ def _table(lines: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> 
 
 
 class _Routed:
-    """Gathers the rows of mixtures while a batch is built; work is per request, and none where nobody has one."""
+    """Gathers the rows of mixtures while a batch is built; work is per request, and next to none where nobody has one.
+
+    spans: by the request's place in the step, which experts bring its virtual positions.
+    """
 
     def __init__(self, gatings: Gatings | None) -> None:
         self._gatings = gatings
         self._runs: list[RoutedRun] = []
-        self._constant = 0  # entries of other requests since the last run
         self._experts: list[int] = []
+        self._constant = 0  # entries of other requests since the last run
         self._traced = 0
+        self.spans: dict[int, list[int]] = {}
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether a router gates virtual positions."""
+        return any(self.spans.values())
+
+    def pass_over(self, num_entries: int) -> None:
+        """So many entries have gates of their own."""
+        self._constant += num_entries
 
     def add(
         self,
         request: Request,
+        mixture: MixtureUse,
         slots: tuple[AdapterSlot, ...],
         num_planes: list[int],
-        run: tuple[int, int, tuple[AdapterSlot, ...], tuple[float, ...]],
+        *,
+        rows: tuple[int, int],
+        index: int,
     ) -> None:
-        """A request's run was added; each of its uses takes so many entries in a row."""
-        first, last, used, _ = run
-        if request.mixture is None:
-            self._constant += sum(num_planes) * (last - first)
-            return
+        """A request of a mixture was added; each of its uses with deltas takes so many entries of every row."""
         assert self._gatings is not None
         generations = sorted(use.generation for use in request.adapters)
-        experts = [generations.index(use.generation) for use in request.adapters if not use.num_virtual_tokens]
-        per_row = [expert for expert, count in zip(experts, num_planes, strict=True) for _ in range(count)]
-        self._experts += [-1] * self._constant + per_row * (last - first)
+        taken = list(zip(slots, request.adapters, strict=False))  # the router's slot comes after those of the uses
+        deltas = [(slot, generations.index(use.generation)) for slot, use in taken if not use.num_virtual_tokens]
+        per_row = [expert for (_, expert), count in zip(deltas, num_planes, strict=True) for _ in range(count)]
+        self._experts += [-1] * self._constant + per_row * (rows[1] - rows[0])
         self._constant = 0
+        self.spans[index] = [generations.index(use.generation) for use in request.spans]
         traced_at = -1
-        if request.mixture.sight is not GateSight.NONE:
+        if mixture.sight is not GateSight.NONE:
             traced_at = self._traced
-            self._traced += (last - first) * len(generations)
-        pooled, steering = self._gatings.pooled(request), self._gatings.steering(request)
-        self._runs.append(RoutedRun(first, last, slots[-1], used, tuple(experts), pooled, steering, traced_at))
+            self._traced += (rows[1] - rows[0]) * len(generations)
+        self._runs.append(
+            RoutedRun(
+                first=rows[0],
+                last=rows[1],
+                slot=slots[-1],
+                slots=tuple(slot for slot, _ in deltas),
+                experts=tuple(expert for _, expert in deltas),
+                spans=tuple(self.spans[index]),
+                pooled=self._gatings.pooled(request),
+                steering=self._gatings.steering(request),
+                traced_at=traced_at,
+            )
+        )
 
-    def routing(self) -> Routing | None:
+    def routing(self, span_experts: Tensor | None, log_gates: Tensor | None) -> Routing | None:
         """What was gathered."""
         if not self._runs or self._gatings is None:
             return None
-        experts = torch.tensor(self._experts + [-1] * self._constant, dtype=torch.int32)
-        trace = torch.zeros(self._gatings.num_layers, self._traced) if self._traced else None
-        table = torch.tensor([run.row() for run in self._runs], dtype=torch.int64)
-        return Routing(tuple(self._runs), table, experts, trace)
+        return Routing(
+            runs=tuple(self._runs),
+            table=torch.tensor([run.row() for run in self._runs], dtype=torch.int64),
+            experts=torch.tensor(self._experts + [-1] * self._constant, dtype=torch.int32),
+            trace=torch.zeros(self._gatings.num_layers, self._traced) if self._traced else None,
+            span_experts=span_experts,
+            log_gates=None if span_experts is None else log_gates,
+        )
 
 
 def entries_at(adapter_rows: AdapterRows, rows: Tensor) -> tuple[Tensor, Tensor]:

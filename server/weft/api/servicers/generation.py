@@ -182,10 +182,14 @@ def _sight(options: generation_pb2.ResponseOptions) -> GateSight:
 
 
 def _steering(steering: generation_pb2.Steering) -> Steering:
-    def given(bound: generation_pb2.GateBound, name: str) -> float | None:
-        return getattr(bound, name) if bound.HasField(name) else None
-
-    bounds = [GateBound(bound.expert, given(bound, "floor"), given(bound, "ceiling")) for bound in steering.bounds]
+    bounds = [
+        GateBound(
+            bound.expert,
+            bound.floor if bound.HasField("floor") else None,
+            bound.ceiling if bound.HasField("ceiling") else None,
+        )
+        for bound in steering.bounds
+    ]
     return Steering(list(steering.restrict), list(steering.mask), bounds)
 
 
