@@ -1,8 +1,9 @@
 """What mixing costs: the step time of compositions and mixtures beside plain LoRAs, `python -m benchmarks.mixing`.
 
-Sixteen requests decode in lockstep over gRPC on `bench-80m` with default settings. The step time is the median time
-between two tokens of a stream. The kinds of rows take turns (A, B, C, A, B, C …), so that a ratio holds although the
-machine's speed drifts.
+Requests decode in lockstep over gRPC on `bench-80m` with default settings; the step time is the median time between two
+tokens of a stream. The kinds of batches take turns (A, B, C, A, B, C …), so that a ratio holds although the machine's
+speed drifts. What eight rows without adapters cost beside eight with them is the difference to those eight alone; what
+they cost by themselves is the difference between sixteen and eight rows of the base.
 """
 
 import argparse
@@ -17,14 +18,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import grpc.aio
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import report
 from benchmarks.model import VOCAB_SIZE, save_bench_80m, save_loras
+from weft.adapters.identifiers import AdapterId, Generation
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
+from weft.methods.checkpoint import mixture as mixture_files
+from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams
+from weft.methods.protocol import BaseShape
 from weft.v1 import (
+    adapter_pb2,
     adapter_service_pb2,
     adapter_service_pb2_grpc,
     generation_pb2,
@@ -40,44 +47,70 @@ Adapters = Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A batch, and the kind it is measured against; "" for none."""
+
+    name: str
+    rows: Sequence[Adapters]
+    beside: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One kind of batch. Milliseconds; `ratio` is the median over the turns of its time ÷ that of `beside`."""
 
-    rows: str
+    batch: str
     step_ms: float
     beside: str
     ratio: float | None
     turns_ms: list[float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
-    name: str
-    rows: Sequence[Adapters]
-    beside: str = ""
+BASE, LARGE, SMALL = "16 base", "16 LoRAs, rank 32", "16 LoRAs, rank 8"
+COMPOSED, MIXED = "16 compositions of 4 LoRAs, rank 8", "16 mixtures of 4 LoRAs, rank 8, top 2"
+HALF_BASE, HALF_MIXED, BOTH = "8 base", "4 compositions, 4 mixtures", "4 compositions, 4 mixtures, 8 base"
 
 
-def _kinds(small: Adapters, large: Adapters, mixtures: Adapters) -> list[_Kind]:
-    """small: 4 × 16 LoRAs of rank 8; large: 16 of rank 32; mixtures: 16 of 4 of the small ones."""
-    plain = [(name,) for name in small[:_BATCH]]
+def _kinds(small: Adapters, large: Adapters, mixtures: Adapters) -> list[Kind]:
+    """small: 4 × 16 LoRAs of rank 8; large: 16 of rank 32; mixtures: 16, each of 4 of the small ones."""
+    plain, alone = [(name,) for name in small[:_BATCH]], [(name,) for name in mixtures]
     composed = [tuple(small[_PARTS * row : _PARTS * (row + 1)]) for row in range(_BATCH)]
-    mixed = [(name,) for name in mixtures]
-    half = _BATCH // 2
-    nobody: list[Adapters] = [()] * half
+    half = [*composed[:4], *alone[4:8]]
+    nobody: list[Adapters] = [()] * _BATCH
     return [
-        _Kind(name="base", rows=[()] * _BATCH),
-        _Kind(name="LoRA, rank 32", rows=[(name,) for name in large], beside="base"),
-        _Kind(name="composition of 4 LoRAs, rank 8", rows=composed, beside="LoRA, rank 32"),
-        _Kind(name="LoRA, rank 8", rows=plain, beside="base"),
-        _Kind(name="mixture of 4 LoRAs, rank 8, top 2", rows=mixed, beside="LoRA, rank 8"),
+        Kind(name=BASE, rows=nobody),
+        Kind(name=LARGE, rows=[(name,) for name in large], beside=BASE),
+        Kind(name=COMPOSED, rows=composed, beside=LARGE),
+        Kind(name=SMALL, rows=plain, beside=BASE),
+        Kind(name=MIXED, rows=alone, beside=SMALL),
+        Kind(name=HALF_BASE, rows=nobody[:8]),
+        Kind(name=HALF_MIXED, rows=half),
+        Kind(name=BOTH, rows=[row for pair in zip(half, nobody[:8], strict=True) for row in pair]),
     ]
+
+
+def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[adapter_pb2.Adapter]) -> list[Path]:
+    """Sixteen mixtures of four experts each, with random routers."""
+    config = MixtureConfig(num_experts=_PARTS, top_k=2)
+    paths = []
+    for row in range(_BATCH):
+        weight = torch.randn(base.num_layers, _PARTS, 768, generator=torch.Generator().manual_seed(row))
+        named = experts[_PARTS * row : _PARTS * (row + 1)]
+        mixture = Mixture(
+            config,
+            MixtureParams(weight),
+            tuple(Expert(Generation(one.generation), AdapterId(one.adapter_id)) for one in named),
+        )
+        paths.append(path / f"mixture-{row:02d}")
+        mixture_files.write(mixture, paths[-1], base)
+    return paths
 
 
 async def _step_ms(channel: grpc.aio.Channel, rows: Sequence[Adapters], num_new: int, salt: str) -> float:
     stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
     dice = random.Random(0)
     gaps: list[float] = []
-    started = asyncio.Barrier(len(rows))
+    start = asyncio.Barrier(len(rows))
 
     async def one(adapters: Adapters, prompt: list[int]) -> None:
         request = generation_pb2.GenerateRequest(
@@ -91,7 +124,7 @@ async def _step_ms(channel: grpc.aio.Channel, rows: Sequence[Adapters], num_new:
         elif adapters:
             parts = [generation_pb2.WeightedAdapter(adapter_id=name, weight=1 / len(adapters)) for name in adapters]
             request.composition.adapters.extend(parts)
-        await started.wait()
+        await start.wait()
         last = None
         async for message in stub.StreamGenerate(request):
             if message.HasField("finish"):
@@ -123,40 +156,48 @@ async def _measure(directory: Path, num_new: int, repeats: int, tick: Callable[[
     ):
         register = adapter_service_pb2_grpc.AdapterServiceStub(channel).RegisterAdapter
 
-        async def registered(paths: Sequence[Path]) -> list[str]:
+        async def registered(paths: Sequence[Path]) -> list[adapter_pb2.Adapter]:
+            answers = []
             for path in paths:
-                await register(
-                    adapter_service_pb2.RegisterAdapterRequest(
-                        adapter_id=path.parent.name + path.name, source=str(path.relative_to(config.store))
-                    )
-                )
-            return [path.parent.name + path.name for path in paths]
+                relative = path.relative_to(config.store)
+                name = "-".join(relative.parts[1:])
+                wanted = adapter_service_pb2.RegisterAdapterRequest(adapter_id=name, source=str(relative))
+                answers.append((await register(wanted)).adapter)
+            return answers
 
         small = await registered(save_loras(source / "r8", model.shape, count=_PARTS * _BATCH, rank=8))
         large = await registered(save_loras(source / "r32", model.shape, count=_BATCH, rank=32))
-        kinds = _kinds(small, large, [])
+        mixtures = await registered(_save_mixtures(source / "of", model.shape, small))
+        kinds = _kinds(*([one.adapter_id for one in listed] for listed in (small, large, mixtures)))
         turns: dict[str, list[float]] = {kind.name: [] for kind in kinds}
-        for turn in range(-1, repeats):
+        for kind in kinds:
+            await _step_ms(channel, kind.rows, 4, "warm")
+        for turn in range(repeats):
             for kind in kinds:
-                if not kind.rows:
-                    continue
                 tick(f"{kind.name}, turn {turn + 1} of {repeats}")
-                took = await _step_ms(channel, kind.rows, num_new if turn >= 0 else 4, f"{turn}")
-                if turn >= 0:
-                    turns[kind.name].append(took)
+                turns[kind.name].append(await _step_ms(channel, kind.rows, num_new, str(turn)))
     return [
         Measured(
-            rows=kind.name,
+            batch=kind.name,
             step_ms=statistics.median(turns[kind.name]),
             beside=kind.beside,
-            ratio=None
-            if not kind.beside
-            else statistics.median(a / b for a, b in zip(turns[kind.name], turns[kind.beside], strict=True)),
+            ratio=_ratio(turns[kind.name], turns[kind.beside]) if kind.beside else None,
             turns_ms=turns[kind.name],
         )
         for kind in kinds
-        if turns[kind.name]
     ]
+
+
+def _ratio(times: Sequence[float], beside: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, beside, strict=True))
+
+
+def _extra(results: Sequence[Measured]) -> float:
+    """What eight base rows cost beside mixed ones, more than beside base ones: in shares of a step of sixteen."""
+    both, mixed, base, half = (
+        next(one.turns_ms for one in results if one.batch == name) for name in (BOTH, HALF_MIXED, BASE, HALF_BASE)
+    )
+    return statistics.median(((a - b) - (c - d)) / a for a, b, c, d in zip(both, mixed, base, half, strict=True))
 
 
 def main() -> None:
@@ -174,12 +215,16 @@ def main() -> None:
             progress.update(task, description=text)
 
         results = asyncio.run(_measure(Path(directory), arguments.new_tokens, arguments.repeats, tick))
-    cells = [["16 rows of", "step, ms", "beside", "ratio"]]
-    cells += [[r.rows, f"{r.step_ms:.1f}", r.beside, "" if r.ratio is None else f"{r.ratio:.2f} ×"] for r in results]
-    console.print(report.table("what mixing costs, bench-80m (81M Llama, bfloat16), batch 16", cells, num_names=1))
-    console.print(f"{report.line(report.conditions())}, median of {arguments.repeats} turns", highlight=False)
+    cells = [["batch", "step, ms", "beside", "ratio"]]
+    cells += [[r.batch, f"{r.step_ms:.1f}", r.beside, "" if r.ratio is None else f"{r.ratio:.2f} ×"] for r in results]
+    extra = _extra(results)
+    console.print(report.table("what mixing costs, bench-80m (81M Llama, bfloat16)", cells, num_names=1))
+    console.print(f"8 base rows beside mixed ones: {100 * extra:+.1f} % of the step", highlight=False)
+    under = report.conditions()
+    console.print(f"{report.line(under)}, median of {arguments.repeats} turns", highlight=False)
     if arguments.json is not None:
-        record = {"command": "python -m benchmarks.mixing", **report.conditions(), "rows": [asdict(r) for r in results]}
+        rows = [asdict(r) for r in results]
+        record = {"command": "python -m benchmarks.mixing", **under, "rows": rows, "base_rows_extra": extra}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
