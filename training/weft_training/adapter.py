@@ -182,6 +182,26 @@ class AdaptedModel(nn.Module):
             return self._adapter
         return replace(self._adapter, prefix=self.reparameterized())
 
+    @property
+    def made(self) -> Adapter:
+        """What is written at the end: the adapter."""
+        return self.adapter
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self._adapter.method.name
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters of what is made. (`num_parameters` would be what transformers calls on its own models.)"""
+        return self.adapter.num_parameters
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Digests of what the run reads beside its data and its base: nothing."""
+        return ()
+
     def forward(
         self,
         input_ids: Tensor,

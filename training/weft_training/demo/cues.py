@@ -1,0 +1,31 @@
+"""Prompts that say in words what is wanted: `backwards: loom = `.
+
+The base knows tags (`[reverse] loom = `) and lists of examples; no row of its pre-training has a word of these cues, so
+it does not obey them. They are what a router has to go by where no request names an adapter.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
+
+CUES = MappingProxyType(
+    {
+        "reverse": ("please turn around", "backwards", "from the last to the first"),
+        "upper": ("please shout", "in capitals", "as loud as you can"),
+        "caesar": ("please encode", "one further", "as the spies write"),
+        "zigzag": ("please go up and down", "every other one big", "like the teeth of a saw"),
+        "double": ("please stutter", "twice each", "with an echo"),
+    }
+)
+
+
+def cued(example: Example, cue: str) -> str:
+    """The text up to the answer."""
+    return f"{cue}: {prompt(example)}"
+
+
+def cued_examples(task: str, count: int, seed: int, split: Split) -> Sequence[tuple[str, Example]]:
+    """`count` prompts with what they ask for; the task's cues take turns, inputs are distinct and of one split."""
+    drawn = examples(TASKS[task], count, seed, split)
+    return [(cued(one, CUES[task][index % len(CUES[task])]), one) for index, one in enumerate(drawn)]
