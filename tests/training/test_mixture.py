@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weft.adapters.identifiers import check_adapter_id
 from weft.adapters.store import AdapterStore
+from weft.adapters.versions import generation_at
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.methods import mixture as gating
 from weft.methods.checkpoint import directory
@@ -22,7 +23,7 @@ from weft.model.loader import Base
 from weft_training import base as bases
 from weft_training import output, recipe
 from weft_training.data import Example, Row, collate
-from weft_training.expert import TrainedExpert, generation_at
+from weft_training.expert import TrainedExpert
 from weft_training.mixture import MixtureModel, MixtureTrainConfig, TrainedMixture
 from weft_training.recipe import Option
 from weft_training.trained import CONFIGS

@@ -1,6 +1,5 @@
 """One adapter as a trainable module on a frozen base, through the mathematics of `weft.methods`."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -138,10 +136,7 @@ def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "Adap
 
 def read(path: Path, shape: BaseShape) -> Adapter:
     """The adapter in a PEFT directory. Raises what `directory.read` raises."""
-    config = json.loads((path / directory.CONFIG_FILE).read_text())
-    with safe_open(path / directory.WEIGHTS_FILE, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-        return directory.read(config, tensors, file.metadata() or {}, shape, AdapterLimits())
+    return directory.load(path, shape, AdapterLimits())
 
 
 def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapter:

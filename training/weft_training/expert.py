@@ -1,15 +1,13 @@
 """The experts of a mixture, as directories: which generation each is, and what it holds."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from weft.adapters.file_pairs import PEFT_FILES
 from weft.adapters.identifiers import Generation
-from weft.adapters.versions import FileDigest, generation_of
+from weft.adapters.versions import generation_at
 from weft.methods.protocol import Adapter, BaseShape
 from weft_training import adapter as adapters
 
@@ -24,15 +22,6 @@ class TrainedExpert(NamedTuple):
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "TrainedExpert":
         """The same expert with `function` of every parameter tensor."""
         return self._replace(adapter=adapters.map_tensors(self.adapter, function))
-
-
-def generation_at(path: Path) -> Generation:
-    """What registering the directory makes of it. Raises FileNotFoundError where it holds no adapter."""
-    found = []
-    for name in PEFT_FILES:
-        data = (path / name).read_bytes()
-        found.append(FileDigest(name, len(data), hashlib.sha256(data).hexdigest()))
-    return generation_of(found)
 
 
 def read(paths: Sequence[Path], shape: BaseShape) -> list[TrainedExpert]:

@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from weft.adapters.versions import generation_at
 from weft.config import AdapterLimits
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixtures
 from weft.methods.mixture import Expert, Mixture, MixtureParams
 from weft.methods.protocol import Adapter, BaseShape
 from weft_training import adapter as adapters
-from weft_training import card, checkpoint, expert
+from weft_training import card, checkpoint
 from weft_training.mixture import TrainedMixture
 
 EXPERTS = "experts"  # directory of the experts that were trained with their router
@@ -85,7 +86,7 @@ def _write_mixture(made: TrainedMixture, path: Path, shape: BaseShape) -> None:
         for index, one in enumerate(made.experts):
             own = path / EXPERTS / _directory(index, made)
             write(one.adapter, own, shape)
-            named.append(Expert(expert.generation_at(own), own.name))
+            named.append(Expert(generation_at(own), own.name))
     mixtures.write(Mixture(made.config, made.params, tuple(named)), path, shape)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
 from torch import Tensor
 
 from weft.config import AdapterLimits
@@ -74,6 +75,14 @@ def read(
             metadata={"limit": base.digest, "given": digest},
         )
     return form.read(config, tensors, base, limits)
+
+
+def load(path: Path, base: BaseShape, limits: AdapterLimits) -> Adapter:
+    """`read` of a directory on this machine that its user trusts. Raises OSError too, and ValueError for no JSON."""
+    config = json.loads((path / CONFIG_FILE).read_text())
+    with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        return read(config, tensors, file.metadata() or {}, base, limits)
 
 
 def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
