@@ -15,7 +15,18 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, InvalidAdapter
-from weft.methods.checkpoint import adalora, adapterhub, beft, bottleneck, ia3, lora, prefix, prompt, safetensors_file
+from weft.methods.checkpoint import (
+    adalora,
+    adapterhub,
+    beft,
+    bottleneck,
+    ia3,
+    lora,
+    prefix,
+    prompt,
+    safetensors_file,
+    xlora,
+)
 from weft.methods.protocol import Adapter, BaseShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -56,6 +67,8 @@ def read(
     if adapterhub.is_config(config):
         return adapterhub.read(config, tensors, base, limits)
     peft_type = config.get("peft_type")
+    if peft_type == xlora.PEFT_TYPE:
+        raise xlora.refusal("adapter_config.peft_type")
     form = _FORMATS.get(peft_type) if isinstance(peft_type, str) else None
     if form is None:
         raise InvalidAdapter.rule(
