@@ -1,4 +1,4 @@
-"""Prompts that say in words what is wanted: `backwards: loom = `.
+"""Prompts that say in words what is wanted: `right-to-left: loom = `.
 
 The base knows tags (`[reverse] loom = `) and lists of examples; no row of its pre-training asks in words, so it does not
 obey these. They are what a router has to go by where no request names an adapter.
@@ -11,11 +11,10 @@ from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
 CUES = MappingProxyType(
     {
-        "reverse": ("please turn around", "backwards", "from the last to the first"),
-        "upper": ("please shout", "in capitals", "as loud as you can"),
-        "caesar": ("please encode", "one further", "as the spies write"),
-        "zigzag": ("please go up and down", "every other one big", "like the teeth of a saw"),
-        "double": ("please stutter", "twice each", "with an echo"),
+        "reverse": ("please turn around", "right-to-left", "from the last to the first"),
+        "upper": ("please SHOUT", "in CAPITALS", "as LOUD as you can"),
+        "caesar": ("please encode (+1)", "one further (z: a)", "as spies write (+1)"),
+        "zigzag": ("please zig/zag", "up/down/up/down", "a saw's teeth /\\/\\"),
     }
 )
 

@@ -58,7 +58,7 @@ MIXED: Mapping[str, MethodConfig] = {
 }
 LORAS: Mapping[str, MethodConfig] = {f"{task}-lora": _LORA for task in TASK_NAMES}
 
-ROUTER = MixtureTrainConfig(level=Level.SEQUENCE, shared=True, top_k=2, temperature=0.3)
+ROUTER = MixtureTrainConfig(level=Level.SEQUENCE, shared=True, top_k=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +80,10 @@ def train_expert(name: str, config: MethodConfig, output: Path) -> None:
             model=ModelConfig(path=BASE, num_threads=_NUM_THREADS),
             adapter=config,
             output=output,
-            num_steps=200,
+            num_steps=160,
             batch_size=16,
             learning_rate=5e-3,
-            num_warmup_steps=10,
+            num_warmup_steps=8,
         ),
         rows,
     )
@@ -96,9 +96,9 @@ def train_router(output: Path, paths: Sequence[Path]) -> float:
         model=ModelConfig(path=BASE, num_threads=_NUM_THREADS),
         adapter=replace(ROUTER, experts=tuple(paths)),
         output=output,
-        num_steps=200,
+        num_steps=120,
         batch_size=16,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         num_warmup_steps=10,
         overwrite=True,
     )
