@@ -16,6 +16,7 @@ import torch
 
 from tests import tiny
 from tests.serving import Row, Step
+from tests.test_mixture import made
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import REFERENCE, Kernels, select
@@ -121,6 +122,28 @@ def test_calls_do_not_grow_with_parts(base: loader.Base) -> None:
         return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
 
     assert composed(1) == composed(2) == composed(8)
+
+
+def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
+    """Neither with rows, experts, top_k nor the number of mixtures; one call per layer makes the gates."""
+    step = _step(base, select(base.device, base.dtype))
+
+    def mixed(num_mixtures: int, num_experts: int, num_tokens: int = 1) -> _Calls:
+        listed = [
+            made(base.shape, seed=9 * seed, num_experts=num_experts, top_k=1 + seed % num_experts)
+            for seed in range(num_mixtures)
+        ]
+        plain = [Row([5], adapter) for adapter in _mixed(base, 10)]  # these keep all paths open
+        step.logits([*plain, *(one._replace(tokens=[5] * num_tokens).row for one in listed)])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    mixed(2, 2)  # hooks are put in once
+    few = mixed(1, 2)
+    assert mixed(8, 2) == few
+    assert mixed(2, 12) == few
+    assert mixed(2, 2, num_tokens=40) == few
+    assert few["routing.py:route"] == base.shape.num_layers
+    assert _calls(step, _mixed(base, 10))["inject.py:AdapterContext._enter"] == 0, "who has no mixture pays nothing"
 
 
 def test_calls_do_not_grow_with_tokens(base: loader.Base) -> None:

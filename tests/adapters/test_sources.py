@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from weft.adapters import durable
-from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.file_pairs import PEFT_FILES as ADAPTER_FILES
+from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import FileDigest, generation_of
 from weft.config import AdapterLimits

@@ -26,6 +26,10 @@ from weft.v1.generation_service_pb2_grpc import GenerationServiceServicer, add_G
 
 PAGE_SIZE = 2
 SEED = 2**60 + 1
+GATES = (
+    generation_pb2.AdapterGate(adapter_id="a\x1b[2Jb", generation="ab" * 32, mean=0.75, layer_means=[0.0, 0.5, 1.0]),
+    generation_pb2.AdapterGate(generation="cd" * 32, mean=0.25, layer_means=[1e-3, 0.5, 0.0]),
+)
 
 
 class FakeService(GenerationServiceServicer, AdapterServiceServicer):
@@ -213,6 +217,7 @@ class FakeService(GenerationServiceServicer, AdapterServiceServicer):
             usage=generation_pb2.Usage(prompt_tokens=5, completion_tokens=2),
             seed=request.sampling.seed if request.sampling.HasField("seed") else SEED,
             effective_adapters=effective,
+            gates=GATES if request.options.gates else (),
         )
 
 

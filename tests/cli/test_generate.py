@@ -83,6 +83,19 @@ def test_logprobs_are_a_table_after_the_text(fake: FakeService, weft: Weft) -> N
     ]
 
 
+def test_gates_are_drawn_after_the_text(fake: FakeService, weft: Weft) -> None:
+    """Names cannot steer the terminal; what is not 0 is seen."""
+    text, header, first, second = weft("generate", "hi", "--show-gates").stdout.splitlines()
+    assert (text, header.split()) == ("HI", ["expert", "layers", "mean"])
+    assert "\x1b" not in first
+    assert first.split()[1:] == ["▒█", "0.750", "━" * 15]
+    assert second.split() == ["cdcdcdcdcdcd", "░▒", "0.250", "━" * 5]
+    assert fake.last(GenerateRequest).options.gates
+    # Negative control: not asked for, nothing is drawn.
+    assert weft("generate", "hi").stdout == "HI\n"
+    assert not fake.last(GenerateRequest).options.gates
+
+
 def test_a_failure_ends_with_code_1(fake: FakeService, weft: Weft) -> None:
     fake.failures.append(InvalidRequest("PROMPT_INVALID", "text: must not be empty"))
     result = weft("generate", "")

@@ -24,9 +24,21 @@ from weft.config import EngineConfig
 from weft.engine import block_manager, sampler
 from weft.engine.batch import Batch
 from weft.engine.engine import Engine, EngineCallbacks
-from weft.engine.request import AdapterUse, Finish, FinishReason, Request, RequestId, SamplingParams, TokenEvent
+from weft.engine.request import (
+    AdapterUse,
+    ExpertBound,
+    Finish,
+    FinishReason,
+    GateSight,
+    MixtureUse,
+    Request,
+    RequestId,
+    SamplingParams,
+    TokenEvent,
+    canonical,
+)
 from weft.errors import WeftError
-from weft.methods import ia3, prefix, prompt
+from weft.methods import ia3, mixture, prefix, prompt
 from weft.methods.protocol import Adapter, BaseShape, Site, SoftRows, Virtual
 from weft.metrics import Metrics
 
@@ -73,6 +85,26 @@ class FakeAdapter(NamedTuple):
             params = ia3.Ia3Params(torch.full((16 * self.units,), float(self.watermark)), False)
             adapter = Adapter(method=ia3.METHOD, config=ia3.Ia3Config(), sites={f"site{self.units}": params})
         return slab.build(adapter, SHAPE, dtype=torch.float32)
+
+
+class FakeMixture(NamedTuple):
+    """Content of a mixture: a router over some adapters, `units` · 64 bytes of it."""
+
+    watermark: int
+    experts: tuple[FakeAdapter, ...]
+    units: int = 1
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(f"{self.watermark:064x}")
+
+    def slab(self) -> Slab:
+        count = len(self.experts)
+        hidden = 16 * self.units // count
+        config = mixture.MixtureConfig(num_experts=count, top_k=1, shared=True)
+        params = mixture.MixtureParams(torch.full((1, count, hidden), float(self.watermark)))
+        named = tuple(mixture.Expert(expert.generation) for expert in self.experts)
+        return slab.build_router(mixture.Mixture(config, params, named))
 
 
 class Weights(NamedTuple):
@@ -157,6 +189,7 @@ class FakeRunner:
         self.fail: Callable[[Batch], None] = lambda batch: None
         self.fail_virtual: Callable[[], None] = lambda: None
         self.poison: Container[int] = ()
+        self.num_layers = 2
         self._block_size = block_size
 
     def write_virtual(self, blocks: list[int], virtual: Virtual) -> None:
@@ -168,6 +201,9 @@ class FakeRunner:
             if is_soft:
                 self.fail_virtual()
 
+    def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
+        return torch.tensor(token_ids, dtype=torch.float32).mean()[None]
+
     def forward(self, batch: Batch) -> Tensor:
         self.batches.append(batch)
         self.fail(batch)
@@ -176,6 +212,7 @@ class FakeRunner:
         except AssertionError as error:
             self.violations.append(str(error))
             raise
+        self._gates(batch)
         logits = torch.stack([logits_after(last[row]) for row in batch.sample_rows.tolist()] or [torch.empty(0)])
         for index, row in enumerate(batch.sample_rows.tolist()):
             if int(batch.input_ids[row]) in self.poison:
@@ -184,6 +221,18 @@ class FakeRunner:
                 for slot in batch.kv_slots[batch.query_start[b] : row + 1].tolist():
                     del self.cells[slot]
         return logits
+
+    def _gates(self, batch: Batch) -> None:
+        """Every gate tells whose it is: 1000 · layer + 10 · position + expert."""
+        routing = None if batch.adapter_rows is None else batch.adapter_rows.routing
+        if routing is None or routing.trace is None:
+            return
+        for run in routing.runs:
+            config, _ = self.slots.router(run.slot)
+            gates = 10.0 * batch.positions[run.first : run.last, None] + torch.arange(config.num_experts)
+            for layer, trace in enumerate(routing.trace):
+                if run.traced_at >= 0:
+                    trace[run.traced_at : run.traced_at + gates.numel()] = (1000 * layer + gates).flatten()
 
     def _digests(self, batch: Batch) -> list[bytes]:
         """The digest at every row, with the row's KV cell written."""
@@ -268,7 +317,7 @@ class Harness:
         self.events: dict[RequestId, list[TokenEvent]] = {}
         self.requests: dict[RequestId, Request] = {}
         self.on_finish: Callable[[RequestId, Finish], None] = lambda request_id, finish: None
-        self._contents: dict[Generation, FakeAdapter] = {}
+        self._contents: dict[Generation, FakeAdapter | FakeMixture] = {}
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -310,16 +359,26 @@ class Harness:
         gates: Sequence[float] = (),
         salt: str = "",
         deadline_s: float = float("inf"),
+        mixture: FakeMixture | None = None,
+        wanted: tuple[ExpertBound, ...] = (),
+        reads_prompt: bool = False,
+        sight: GateSight = GateSight.NONE,
     ) -> Request:
-        """Send a request in; it takes effect in the next turn."""
+        """Send a request in; it takes effect in the next turn. A mixture brings its experts."""
+        adapters = adapters if mixture is None else mixture.experts
         gates = gates or [1.0] * len(adapters)
         uses = tuple(adapter.use(gate) for adapter, gate in zip(adapters, gates, strict=True))
+        mixed = None if mixture is None else MixtureUse(mixture.generation, reads_prompt, wanted, sight)
+        if mixture is not None:
+            uses = canonical(uses)
+            self._contents[mixture.generation] = mixture
         request = Request(
             request_id=RequestId(str(len(self.requests))),
             prompt_token_ids=tuple(prompt),
             params=params,
             adapters=uses,
-            cache_root=block_manager.cache_root(salt, SHAPE.digest, uses),
+            mixture=mixed,
+            cache_root=block_manager.cache_root(salt, SHAPE.digest, uses, mixed, prompt),
             deadline_s=deadline_s,
             arrival_s=self.now,
         )
@@ -398,11 +457,13 @@ class Harness:
         assert len(set(alive)) == len(alive)
         assert {request.request_id for request in alive} == engine._requests.keys()
         assert not any(request.blocks for request in scheduler.waiting)
+        mixed = [request for request in alive if request.mixture is not None]
+        assert len(engine._gatings) <= len(mixed), "gates of requests that are gone"
         residents = residency._resident
         held = Counter(block for request in alive for block in [*request.blocks, *request.virtual_blocks])
         held.update(block for resident in residents.values() for block in resident.blocks)
         assert held == +Counter(dict(enumerate(blocks._references)))
-        holders = Counter(use.generation for request in residency.slots_of for use in request.adapters)
+        holders = Counter(g for request in residency.slots_of for g in request.generations)
         assert holders == +Counter({generation: resident.holders for generation, resident in residents.items()})
         assert residency.slots_of.keys() >= set(scheduler.running)
         assert residency.slots_of.keys() | residency._seekers.keys() <= set(alive)

@@ -407,7 +407,7 @@ def test_nothing_leaks_and_every_token_is_from_the_pinned_weights() -> None:
 
 def _key_without_generations(patch: pytest.MonkeyPatch) -> None:
     real = block_manager.cache_root
-    patch.setattr(block_manager, "cache_root", lambda salt, digest, adapters: real(salt, digest, ()))
+    patch.setattr(block_manager, "cache_root", lambda salt, digest, adapters, *more: real(salt, digest, (), *more))
 
 
 def _key_without_gates(patch: pytest.MonkeyPatch) -> None:
@@ -415,7 +415,7 @@ def _key_without_gates(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         block_manager,
         "cache_root",
-        lambda salt, digest, adapters: real(salt, digest, [use._replace(gate=1.0) for use in adapters]),
+        lambda salt, digest, adapters, *more: real(salt, digest, [use._replace(gate=1.0) for use in adapters], *more),
     )
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli.connection import JsonOption, ServerOption, connected
-from weft.cli.output import label, note, print_json, print_table, write
+from weft.cli.gates import heat
+from weft.cli.output import console, label, note, print_json, print_table, write
 from weft.settings import DEFAULT_SERVER
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def command(
     logprobs: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Log-probabilities, with the N likeliest alternatives.")
     ] = None,
+    show_gates: Annotated[
+        bool, typer.Option("--show-gates", help="Draw how much of each adapter, or of a mixture's experts, was taken.")
+    ] = False,
     deadline: Annotated[float | None, typer.Option(metavar="S", help="Seconds that the call may take.")] = None,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Write the answer as it comes. Default, without --json.")
@@ -79,6 +83,7 @@ def command(
         "include_stop": include_stop,
         "ignore_eos": ignore_eos,
         "logprobs": logprobs,
+        "gates": show_gates or None,
         "timeout_s": deadline,
     }
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
@@ -101,6 +106,8 @@ def command(
     write("\n")
     if likely:
         print_table(("token", "logprob", "likeliest"), map(_logprob_row, likely))
+    if finish.gates:
+        console().print(heat(finish.gates))
     note(told(finish))
 
 

@@ -153,7 +153,7 @@ class AdapterServiceServicer:
 
     def LoadAdapter(self, request, context):
         """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-        need this; it spares the first of them the wait.
+        need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
 
         Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
         RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT

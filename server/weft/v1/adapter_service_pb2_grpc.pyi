@@ -80,7 +80,7 @@ class AdapterServiceStub:
     """
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.LoadAdapterRequest, _adapter_service_pb2.LoadAdapterResponse]
     """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-    need this; it spares the first of them the wait.
+    need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
     RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT
@@ -148,7 +148,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.LoadAdapterRequest, _adapter_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-    need this; it spares the first of them the wait.
+    need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
     RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT
@@ -249,7 +249,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.LoadAdapterResponse, _abc.Awaitable[_adapter_service_pb2.LoadAdapterResponse]]:
         """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-        need this; it spares the first of them the wait.
+        need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
 
         Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
         RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT

@@ -93,7 +93,8 @@ def _config(config: Mapping[str, Any], num_experts: int) -> MixtureConfig:
         raise _invalid("router.level", "must be token or sequence", level)
     if type(top_k) is not int:
         raise _invalid("top_k", "must be a whole number", top_k)
-    if type(temperature) not in (int, float) or not _TEMPERATURE_MIN <= temperature <= _TEMPERATURE_MAX:
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not _TEMPERATURE_MIN <= temperature <= _TEMPERATURE_MAX:
         bounds = [_TEMPERATURE_MIN, _TEMPERATURE_MAX]
         raise _invalid("temperature", "must be a number within bounds", temperature, limit=bounds)
     null_expert = _flag(config, "null_expert")

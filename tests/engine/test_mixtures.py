@@ -1,0 +1,172 @@
+"""Requests of mixtures in the engine: held together, seen once per token, and gone with nothing left of them."""
+
+import math
+
+import pytest
+import torch
+
+from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeMixture, Harness
+from weft.engine.request import ExpertBound, Gates, GateSight, Request, SamplingParams
+from weft.errors import DataLoss
+
+EXPERTS = (FakeAdapter(7), FakeAdapter(3), FakeAdapter(5))
+MIXTURE = FakeMixture(90, EXPERTS)
+LONG = SamplingParams(temperature=0.0, max_new_tokens=12)
+
+
+def gates_of(h: Harness, request: Request) -> Gates:
+    finish = h.finish(request)
+    assert finish is not None
+    assert finish.gates is not None
+    return finish.gates
+
+
+def expected(first: int, last: int) -> list[list[list[float]]]:
+    """What the fake's router makes of tokens first : last."""
+    return [[[1000.0 * layer + 10 * t + e for e in range(3)] for layer in range(2)] for t in range(first, last)]
+
+
+def test_a_request_of_a_mixture_answers_and_leaves_nothing() -> None:
+    h = Harness()
+    request = h.submit([1, 2, 3], mixture=MIXTURE)
+    h.run()
+    h.assert_answers(request)
+    finish = h.finish(request)
+    assert finish is not None
+    assert finish.gates is None, "nobody asked"
+    assert len(h.engine._gatings) == 0
+    (batch, *_) = h.runner.batches
+    assert batch.adapter_rows is not None
+    assert batch.adapter_rows.routing is not None
+    # Experts stand in the order of their digests, three for each of three rows.
+    assert batch.adapter_rows.routing.experts.tolist() == [0, 1, 2] * 3
+    assert batch.adapter_rows.routing.trace is None
+
+
+def test_only_the_rows_of_mixtures_are_routed() -> None:
+    h = Harness()
+    h.submit([1, 2], FakeAdapter(7), FakeAdapter(5), gates=[0.5, 0.25])
+    h.submit([3, 4], mixture=MIXTURE)
+    h.submit([5])
+    h.submit([6], FakeAdapter(3))
+    h.run()
+    h.assert_answers()
+    rows = next(b.adapter_rows for b in h.runner.batches if len(b.context_lens) == 4)
+    assert rows is not None
+    assert rows.routing is not None
+    assert rows.routing.experts.tolist() == [-1] * 4 + [0, 1, 2] * 2 + [-1]
+    assert [(run.first, run.last) for run in rows.routing.runs] == [(3, 5)], (
+        "whose adapters were not waited for came first"
+    )
+
+
+@pytest.mark.parametrize("sight", list(GateSight))
+def test_each_computed_token_is_seen_once(sight: GateSight) -> None:
+    """In chunks, and with a preemption whose tokens are computed twice."""
+    h = Harness(num_blocks=12, max_num_seqs=4, max_num_batched_tokens=5, caching=False)
+    seen = h.submit(list(range(1, 10)), mixture=MIXTURE, params=LONG, sight=sight)
+    others = [h.submit(list(range(11, 20)), params=LONG) for _ in range(2)]
+    late = h.submit(list(range(1, 10)), mixture=MIXTURE, params=LONG, sight=sight)
+    h.run()
+    h.assert_answers(seen, *others, late)
+    computed = sum(len(batch.input_ids) for batch in h.runner.batches)
+    assert computed > 4 * (9 + 12 - 1), "negative control: nothing was computed twice"
+    for request in (seen, late):
+        if sight is GateSight.NONE:
+            finish = h.finish(request)
+            assert finish is not None
+            assert finish.gates is None
+            continue
+        wanted = expected(0, 9 + 12 - 1)
+        assert gates_of(h, request).tokens == (wanted if sight is GateSight.TOKENS else [])
+        means = torch.tensor(wanted, dtype=torch.float64).mean(0)
+        torch.testing.assert_close(torch.tensor(gates_of(h, request).mean, dtype=torch.float64), means)
+
+
+def test_cached_tokens_have_no_gates() -> None:
+    h = Harness()
+    h.submit(list(range(1, 10)), mixture=MIXTURE)
+    h.run()
+    again = h.submit(list(range(1, 10)), mixture=MIXTURE, sight=GateSight.TOKENS)
+    h.run()
+    assert again.num_cached_tokens == 8
+    assert gates_of(h, again).tokens == expected(8, 9 + 4 - 1)
+
+
+def test_blocks_are_shared_only_where_everything_that_makes_gates_is_the_same() -> None:
+    prompt = list(range(1, 10))
+    bounds = (ExpertBound(), ExpertBound(False), ExpertBound(True, 0.0, 0.5))
+    asks = {
+        "plain": {"mixture": MIXTURE},
+        "bounded": {"mixture": MIXTURE, "wanted": bounds},
+        "bounded otherwise": {"mixture": MIXTURE, "wanted": (*bounds[:2], ExpertBound(True, 0.0, math.inf))},
+        "another router": {"mixture": FakeMixture(91, EXPERTS)},
+        "of the prompt": {"mixture": MIXTURE, "reads_prompt": True},
+    }
+    h = Harness(num_blocks=128)
+    for name, ask in asks.items():
+        first = h.submit(prompt, **ask)
+        h.run()
+        again, longer = h.submit(prompt, **ask), h.submit([*prompt, 1], **ask)
+        h.run()
+        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 8), name
+        assert longer.num_cached_tokens == (0 if ask.get("reads_prompt") else 8), name
+    composed = h.submit(prompt, *sorted(EXPERTS))
+    h.run()
+    assert composed.num_cached_tokens == 0, "the same experts at weight 1 are another thing"
+
+
+def test_what_the_router_reads_and_the_wishes_are_made_once() -> None:
+    h = Harness()
+    bounds = (ExpertBound(), ExpertBound(False), ExpertBound(True, 0.25, 0.5))
+    h.submit([2, 4], mixture=MIXTURE, wanted=bounds, reads_prompt=True)
+    h.run()
+    runs = [b.adapter_rows.routing.runs[0] for b in h.runner.batches if b.adapter_rows and b.adapter_rows.routing]
+    assert len(runs) == 4
+    assert len({(run.pooled.data_ptr(), run.steering.data_ptr()) for run in runs}) == 1
+    assert runs[0].pooled.tolist() == [3.0]
+    assert runs[0].steering.tolist() == [[1, 0, 1], [0, 0, 0.25], [math.inf, math.inf, 0.5]]
+
+
+def test_all_of_a_mixture_comes_or_nothing_of_it() -> None:
+    """Room for four units: the mixture and its experts are exactly that, and wait until all of it is free."""
+    h = Harness(capacity_bytes=4 * UNIT_BYTES)
+    holder = h.submit([1], FakeAdapter(40), params=LONG)
+    h.turn()
+    h.answer_load(FakeAdapter(40).generation)
+    h.turn()
+    mixed = h.submit([2], mixture=MIXTURE)
+    h.turn()
+    while h.loads:
+        h.answer_load(h.loads[0])
+    h.turn()
+    assert h.engine.residency.resident() == {FakeAdapter(40).generation}
+    assert h.finish(holder) is None
+    h.run()
+    h.assert_answers(holder, mixed)
+    assert h.engine.residency.resident() == {MIXTURE.generation, *(expert.generation for expert in EXPERTS)}
+
+
+@pytest.mark.parametrize("failing", [MIXTURE, *EXPERTS], ids=str)
+def test_a_part_that_cannot_be_loaded_ends_the_request(failing: FakeAdapter | FakeMixture) -> None:
+    h = Harness()
+    request = h.submit([1], mixture=MIXTURE)
+    h.turn()
+    assert sorted(h.loads) == sorted([MIXTURE.generation, *(expert.generation for expert in EXPERTS)])
+    h.answer_load(failing.generation, DataLoss("BLOB_CORRUPT", "gone"))
+    h.turn()
+    assert h.reason(request) == "BLOB_CORRUPT"
+    assert len(h.engine._gatings) == 0
+
+
+def test_taking_a_mixture_out_forgets_what_it_made() -> None:
+    h = Harness()
+    h.submit(list(range(1, 10)), mixture=MIXTURE)
+    h.run()
+    assert h.engine.blocks.num_cached_blocks == 3
+    freed = h.engine.evict(MIXTURE.generation)
+    h.turn()
+    told = freed.result()
+    assert told is not None
+    assert (told.device_bytes, told.kv_blocks) == (UNIT_BYTES, 3)
+    assert h.engine.blocks.num_cached_blocks == 0
