@@ -1,7 +1,7 @@
 """Prompts that say in words what is wanted: `right-to-left: loom = `.
 
-The base knows tags (`[reverse] loom = `) and lists of examples; no row of its pre-training asks in words, so it does not
-obey these. They are what a router has to go by where no request names an adapter.
+The base knows tags (`[reverse] loom = `) and lists of examples; no row of its pre-training asks in words, so it does
+not obey these. They are what a router has to go by where no request names an adapter.
 """
 
 from collections.abc import Sequence

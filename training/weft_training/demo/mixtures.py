@@ -96,9 +96,9 @@ def train_router(output: Path, paths: Sequence[Path]) -> float:
         model=ModelConfig(path=BASE, num_threads=_NUM_THREADS),
         adapter=replace(ROUTER, experts=tuple(paths)),
         output=output,
-        num_steps=120,
+        num_steps=400,
         batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         num_warmup_steps=10,
         overwrite=True,
     )
