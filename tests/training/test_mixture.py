@@ -21,10 +21,11 @@ from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import base as bases
-from weft_training import output, recipe
+from weft_training import output, publish, recipe
 from weft_training.data import Example, Row, collate
 from weft_training.expert import TrainedExpert
 from weft_training.mixture import MixtureModel, MixtureTrainConfig, TrainedMixture
+from weft_training.publish import PublishConfig
 from weft_training.recipe import Option
 from weft_training.trained import CONFIGS
 from weft_training.trainer import TrainConfig, train
@@ -226,6 +227,14 @@ def test_experts_train_with_their_router(nf4: ModelConfig, paths: tuple[Path, ..
     new = {path.name: generation_at(path) for path in (tmp_path / "made" / output.EXPERTS).iterdir()}
     assert {one.adapter_id: one.generation for one in made.experts} == new
     assert not set(new.values()) & {generation_at(path) for path in paths}
+
+
+def test_a_mixture_is_published_into_a_store(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:
+    config = config_of(nf4, tmp_path / "made", MixtureTrainConfig(experts=paths))
+    train(config, examples=EXAMPLES)
+    published = publish.publish(PublishConfig(publish=str(tmp_path / "store")), config.output, nf4)
+    assert published.generation == generation_at(tmp_path / "made")
+    assert AdapterStore(tmp_path / "store", AdapterLimits()).read_manifest(check_adapter_id("made")).method == "mixture"
 
 
 def test_an_experts_generation_is_what_registering_it_gives(paths: tuple[Path, ...], tmp_path: Path) -> None:

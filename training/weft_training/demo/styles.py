@@ -70,7 +70,7 @@ class Composition:
 
 COMPOSITIONS: Sequence[Composition] = (
     Composition(task="reverse", weights={"reverse-lora": 1.0}),
-    Composition(task="reverse", weights={"reverse-lora": 1.0, "capitals-lora": 1.2}),
+    Composition(task="reverse", weights={"reverse-lora": 1.0, "capitals-lora": 1.0}),
     Composition(task="reverse", weights={"reverse-lora": 1.0, "exclaim-lora": 0.8}),
     Composition(task="caesar", weights={"caesar-lora": 1.0, "exclaim-lora": 1.0}),
     Composition(task="reverse", weights={"reverse-lora": 1.0, "capitals-lora": 1.0, "exclaim-lora": 0.8}),
