@@ -1,6 +1,5 @@
 """One adapter as a trainable module on a frozen base, through the mathematics of `weft.methods`."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -139,10 +137,7 @@ def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "Adap
 
 def read(path: Path, shape: BaseShape) -> Adapter:
     """The adapter in a PEFT directory. Raises what `directory.read` raises."""
-    config = json.loads((path / directory.CONFIG_FILE).read_text())
-    with safe_open(path / directory.WEIGHTS_FILE, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-        return directory.read(config, tensors, file.metadata() or {}, shape, AdapterLimits())
+    return directory.load(path, shape, AdapterLimits())
 
 
 def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapter:
@@ -184,6 +179,26 @@ class AdaptedModel(nn.Module):
             return self._adapter
         return replace(self._adapter, prefix=self.reparameterized())
 
+    @property
+    def made(self) -> Adapter:
+        """What is written at the end: the adapter."""
+        return self.adapter
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self._adapter.method.name
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters of what is made. (`num_parameters` would be what transformers calls on its own models.)"""
+        return self.adapter.num_parameters
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Digests of what the run reads beside its data and its base: nothing."""
+        return ()
+
     def forward(
         self,
         input_ids: Tensor,
@@ -212,6 +227,10 @@ class AdaptedModel(nn.Module):
     @property
     def num_virtual_tokens(self) -> int:
         return self._adapter.num_virtual_tokens
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        return self._adapter.invocation_tokens
 
     @property
     def device(self) -> torch.device:

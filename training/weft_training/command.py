@@ -31,7 +31,7 @@ of another method.
 
 \b
   --base DIR, --quantization nf4|int8|none, --device   the base (model.path …)
-  --method NAME                                        lora, ia3, prefix …, and its own: --rank, --alpha …
+  --method NAME                                        lora, ia3, mixture …, and its own: --rank, --alpha …
   --data FILES                                         JSON Lines, with commas (data.train)
   --evaluation FILES, --evaluation-share 0.1           what is evaluated; the best step's adapter is kept
   --steps, --batch-size, --lr, --warmup-steps, --seed  the optimization
@@ -77,12 +77,12 @@ def train(
 
 def _train(console: "Console", loaded: "Recipe") -> None:
     from weft_training import publish
-    from weft_training.adapter import method_of
     from weft_training.progress import ProgressBar
+    from weft_training.trained import name_of
     from weft_training.trainer import train as run
 
     config = loaded.train
-    method = method_of(config.adapter).name
+    method = name_of(config.adapter)
     if loaded.publish is not None:
         publish.check(loaded.publish, config.output)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -152,12 +152,12 @@ def _print_keys(options: "Sequence[Option]") -> None:
     from dataclasses import MISSING
 
     from weft_training import recipe
-    from weft_training.adapter import USUAL
     from weft_training.schema import plain, type_name
+    from weft_training.trained import CONFIGS
 
     method = next((o.value for o in options if o.spelling in ("--method", "--adapter.method")), None) or "lora"
-    if method not in USUAL:
-        raise ValueError(f"method: must be one of {', '.join(USUAL)}, given {method!r}")
+    if method not in CONFIGS:
+        raise ValueError(f"method: must be one of {', '.join(CONFIGS)}, given {method!r}")
     for section, keys in recipe.keys(method).items():
         for key in keys.values():
             default = "must be given" if key.default is MISSING else f"default {plain(key.default)}"

@@ -5,8 +5,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from weft.config import ModelConfig
-from weft_training.adapter import MethodConfig
 from weft_training.distillation import DistillationConfig
+from weft_training.trained import TrainedConfig
 
 
 class Optimizer(StrEnum):
@@ -28,7 +28,7 @@ class Schedule(StrEnum):
 class TrainConfig:
     """One training run.
 
-    adapter: the method's config; its type says which method.
+    adapter: the method's config, or a mixture's; its type says which.
     data: JSON Lines files; not needed where the examples are given to `train`.
     output: the PEFT directory to make; with `overwrite` it may be there already.
     num_steps: optimizer steps; the examples are shuffled anew each time they are used up.
@@ -57,7 +57,7 @@ class TrainConfig:
     """
 
     model: ModelConfig
-    adapter: MethodConfig
+    adapter: TrainedConfig
     output: Path
     data: Path | tuple[Path, ...] | None = None
     num_steps: int = 200

@@ -27,6 +27,7 @@ from weft_training import adapter as adapters
 from weft_training import base as bases
 from weft_training.adapter import AdaptedModel
 from weft_training.data import IGNORED
+from weft_training.trained import TrainedModel
 
 
 class Direction(StrEnum):
@@ -70,7 +71,7 @@ def divergence(student: Tensor, teacher: Tensor, *, temperature: float, directio
 class DistilledModel(nn.Module):
     """A student whose loss has the teacher's part. `parameters()` is the student's adapter and nothing else."""
 
-    def __init__(self, student: AdaptedModel, teacher: nn.Module, config: DistillationConfig) -> None:
+    def __init__(self, student: TrainedModel, teacher: nn.Module, config: DistillationConfig) -> None:
         super().__init__()
         self.student = student
         self._teacher = (teacher,)  # in a tuple, so that it is no submodule and nothing trains or saves it

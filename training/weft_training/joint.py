@@ -27,9 +27,11 @@ from transformers import Trainer
 from weft.model.loader import Base
 from weft_training import base as bases
 from weft_training import card, joint_model, output, trainer
+from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.history import Diverged
 from weft_training.joint_model import Share
+from weft_training.mixture import MixtureTrainConfig
 from weft_training.progress import Step
 from weft_training.trainer import Examples, Prepared, TrainResult
 
@@ -110,6 +112,12 @@ class _Run(NamedTuple):
     scratch: Path
     losses: list[float]
 
+    @property
+    def model(self) -> AdaptedModel:
+        """The base with this run's adapter: `_check` lets nothing else come so far."""
+        assert isinstance(self.prepared.model, AdaptedModel)
+        return self.prepared.model
+
 
 def _check(configs: Sequence[TrainConfig], examples: Sequence[Examples] | None) -> None:
     if not configs:
@@ -126,6 +134,8 @@ def _check(configs: Sequence[TrainConfig], examples: Sequence[Examples] | None) 
             if config.output.resolve() in outputs:
                 raise ValueError(f"output: must be another for each adapter, given {config.output} twice")
             outputs.add(config.output.resolve())
+            if isinstance(config.adapter, MixtureTrainConfig):
+                raise ValueError("method must be an adapter's where adapters train together, given mixture")
             for knob, value in _ALONE.items():
                 if getattr(config, knob) != value:
                     raise ValueError(
@@ -156,7 +166,7 @@ def _start(stack: ExitStack, base: Base, place: int, config: TrainConfig, exampl
         config.output.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{config.output.name}."
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=config.output.parent)))
-        output.rehearse(prepared.model.adapter, scratch / "try", base.shape)
+        output.rehearse(prepared.model.made, scratch / "try", base.shape)
         loop = trainer.make_loop(config, prepared.model, prepared.rows, scratch / "trainer")
         loader = loop.get_train_dataloader()  # now: it takes its seed from the one that the loop has just set
         optimizer = loop.create_optimizer()
@@ -178,14 +188,14 @@ def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], A
 
 def _step(base: Base, runs: Sequence[_Run], pass_tokens_max: int) -> list[float]:
     """One optimizer step of every run; the losses before it."""
-    shares = [Share(run.prepared.model, *next(run.batches)) for run in runs]
+    shares = [Share(run.model, *next(run.batches)) for run in runs]
     found: dict[int, float] = {}
     for members in buckets(shares, pass_tokens_max):
         own = joint_model.losses(base, [shares[member] for member in members])
         torch.stack(own).sum().backward()
         found.update(zip(members, (loss.item() for loss in own), strict=True))
     for run in runs:
-        torch.nn.utils.clip_grad_norm_(run.prepared.model.parameters(), run.config.gradient_norm_max)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_norm_max)
         run.optimizer.step()
         run.schedule.step()
         run.optimizer.zero_grad()
@@ -218,7 +228,7 @@ def _require_finite(run: _Run, loss: float) -> None:
 
 
 def _finish(run: _Run, base: Base, seconds: float) -> TrainResult:
-    adapter = run.prepared.model.adapter
+    adapter = run.model.adapter
     result = TrainResult(
         output=run.config.output,
         losses=tuple(run.losses),

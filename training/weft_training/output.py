@@ -1,15 +1,35 @@
 """The directory that a run makes: written beside its place, read back as a server would, and renamed into it."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from weft.adapters.versions import generation_at
+from weft.config import AdapterLimits
 from weft.methods.checkpoint import directory
+from weft.methods.checkpoint import mixture as mixtures
+from weft.methods.mixture import Expert, Mixture, MixtureParams
 from weft.methods.protocol import Adapter, BaseShape
 from weft_training import adapter as adapters
 from weft_training import card, checkpoint
+from weft_training.mixture import TrainedMixture
 
-_OUR_FILES = frozenset({directory.CONFIG_FILE, directory.WEIGHTS_FILE, card.CARD_FILE, card.CURVE_FILE})
+EXPERTS = "experts"  # directory of the experts that were trained with their router
+
+_OUR_FILES = frozenset(
+    {
+        directory.CONFIG_FILE,
+        directory.WEIGHTS_FILE,
+        mixtures.CONFIG_FILE,
+        mixtures.WEIGHTS_FILE,
+        EXPERTS,
+        card.CARD_FILE,
+        card.CURVE_FILE,
+    }
+)
 
 
 def require_free(output: Path, *, overwrite: bool) -> None:
@@ -19,23 +39,62 @@ def require_free(output: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"output: {output} exists; give another directory, or overwrite it")
     if not output.is_dir() or {file.name for file in output.iterdir()} - _OUR_FILES:
-        raise FileExistsError(f"output: {output} holds other files than a PEFT adapter's and is not overwritten")
+        raise FileExistsError(f"output: {output} holds other files than an adapter's and is not overwritten")
 
 
-def rehearse(adapter: Adapter, path: Path, shape: BaseShape) -> None:
+def rehearse(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:
     """Write as after training: hours of it must not end in a directory that cannot be made, or that no server takes."""
-    write(adapters.map_tensors(adapter, lambda t: torch.full_like(t, 0.5)), path, shape)
+    if isinstance(made, Adapter):
+        write(adapters.map_tensors(made, _half), path, shape)
+    else:
+        # The experts stay: filled alike, two of one method would be one adapter.
+        params = MixtureParams(_half(made.params.weight))
+        write(made._replace(params=params), path, shape)
 
 
-def write(adapter: Adapter, path: Path, shape: BaseShape) -> None:
-    """Write a PEFT directory, durably, and read it back as a server would."""
+def _half(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, 0.5)
+
+
+def write(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:
+    """Write an adapter's or a mixture's directory, durably, and read it back as a server would."""
     try:
-        directory.write(adapter, path, shape)
+        if isinstance(made, Adapter):
+            directory.write(made, path, shape)
+        else:
+            _write_mixture(made, path, shape)
     except OSError as error:  # a full disk is told without a word of what was written
         raise OSError(f"output: {path} could not be written: {error}") from error
-    adapters.read(path, shape)
+    if isinstance(made, Adapter):
+        adapters.read(path, shape)
+    else:
+        read_mixture(path, shape)
     for file in path.iterdir():
         checkpoint.sync(file)
+
+
+def read_mixture(path: Path, shape: BaseShape) -> Mixture:
+    """The mixture in a directory. Raises what `weft.methods.checkpoint.mixture.read` raises."""
+    config = json.loads((path / mixtures.CONFIG_FILE).read_text())
+    return mixtures.read(config, load_file(path / mixtures.WEIGHTS_FILE), shape, AdapterLimits())
+
+
+def _write_mixture(made: TrainedMixture, path: Path, shape: BaseShape) -> None:
+    named = [Expert(one.generation, one.name) for one in made.experts]
+    if made.writes_experts:
+        named = []
+        for index, one in enumerate(made.experts):
+            own = path / EXPERTS / _directory(index, made)
+            write(one.adapter, own, shape)
+            named.append(Expert(generation_at(own), own.name))
+    mixtures.write(Mixture(made.config, made.params, tuple(named)), path, shape)
+
+
+def _directory(index: int, made: TrainedMixture) -> str:
+    """The expert's name, numbered where another has it too."""
+    name = made.experts[index].name
+    earlier = sum(one.name == name for one in made.experts[:index])
+    return f"{name}-{earlier + 1}" if earlier else name
 
 
 def replace_output(output: Path, result: Path) -> None:

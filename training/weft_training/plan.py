@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from weft_training import data
-from weft_training.adapter import AdaptedModel
 from weft_training.config import Optimizer, TrainConfig, optimizer_on
 from weft_training.data import Row
 from weft_training.recompute import recomputing
+from weft_training.trained import TrainedModel
 from weft_training.trainer import Prepared
 
 _FLOAT32 = 4
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 def make(config: TrainConfig, prepared: Prepared) -> Plan:
     """The plan of a run that `prepare` made ready. AdamW keeps two moments per parameter, in float32 or in 8 bits."""
     model = prepared.model
-    num_trainable = model.adapter.num_parameters
+    num_trainable = model.num_trained
     stored = _storages([*model.base.model.parameters(), *model.base.model.buffers(), *_quantization(model)])
     per_pass = max(1, config.batch_size // config.accumulation_steps)
     longest = sorted(prepared.rows, key=lambda row: -len(row.input_ids))[:per_pass]
@@ -65,7 +65,7 @@ def make(config: TrainConfig, prepared: Prepared) -> Plan:
     )
 
 
-def _count(model: AdaptedModel) -> int:
+def _count(model: TrainedModel) -> int:
     """Parameters of the base as it was trained: a quantized weight counts as many as the matrix it stands for."""
     total = 0
     for parameter in model.base.model.parameters():
@@ -74,13 +74,13 @@ def _count(model: AdaptedModel) -> int:
     return total
 
 
-def _quantization(model: AdaptedModel) -> list[Tensor]:
+def _quantization(model: TrainedModel) -> list[Tensor]:
     """The scales of bitsandbytes' 4-bit weights, which are no parameters."""
     states = (getattr(parameter, "quant_state", None) for parameter in model.base.model.parameters())
     return [state.absmax for state in states if state is not None]
 
 
-def _activation_bytes(config: TrainConfig, model: AdaptedModel, rows: list[Row], stored: dict[int, int]) -> int:
+def _activation_bytes(config: TrainConfig, model: TrainedModel, rows: list[Row], stored: dict[int, int]) -> int:
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.file_pairs import pair_of
 from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
-from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.adapters.store import AdapterStore
 from weft.client import Client
 from weft.config import AdapterLimits, ModelConfig
@@ -49,7 +48,7 @@ def check(config: PublishConfig, output: Path) -> AdapterId:
 
 
 def publish(config: PublishConfig, output: Path, model: ModelConfig) -> Published:
-    """Publish the PEFT directory `output`.
+    """Publish the directory `output`. A mixture's experts are published by themselves, before it is asked for.
 
     Raises weft.client.RpcFailure for what a server refuses, WeftError for what the store does.
     """
@@ -73,9 +72,11 @@ def _register(root: Path, adapter_id: AdapterId, output: Path, model: ModelConfi
     store.recover()
     with store.stage_copy(str(parent / output.name)) as staging:
         staged = staging.seal()
-        with staged.open(CONFIG_FILE) as config_file, staged.open(WEIGHTS_FILE) as weights_file:
+        files = pair_of(file.name for file in staged.files)
+        assert files is not None, "what is copied is a pair"
+        with staged.open(files.config) as config_file, staged.open(files.weights) as weights_file:
             ingested = Ingest(base.shape, limits, base.dtype).read(
-                config_file, weights_file, size_bytes=staged.size_bytes
+                config_file, weights_file, size_bytes=staged.size_bytes, files=files
             )
         manifest = store.commit(staged, adapter_id=adapter_id, method=ingested.info.method, replace=replace)
     return manifest.generation

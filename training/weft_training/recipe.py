@@ -22,11 +22,11 @@ import yaml
 
 from weft.config import ModelConfig
 from weft_training import sections
-from weft_training.adapter import USUAL
 from weft_training.config import TrainConfig
 from weft_training.distillation import DistillationConfig
 from weft_training.publish import PublishConfig
 from weft_training.schema import InvalidRecipe, Key, Node, keys_of, nearest, value
+from weft_training.trained import CONFIGS
 
 # The names that options had before there were recipes, and the shortest ones.
 _ALIASES: Mapping[str, str] = MappingProxyType(
@@ -90,9 +90,9 @@ def keys(method: str) -> dict[str, dict[str, Key]]:
         section: {name: fields[field]._replace(name=name) for name, field in placed.items()}
         for section, placed in sections.places(fields).items()
     }
-    usual = USUAL[method]
+    usual = CONFIGS[method]
     adapter = {name: key._replace(default=getattr(usual, name)) for name, key in keys_of(type(usual)).items()}
-    named = Key("method", str, method, "one of " + ", ".join(USUAL))
+    named = Key("method", str, method, "one of " + ", ".join(CONFIGS))
     return {
         "model": keys_of(ModelConfig),
         "adapter": {"method": named, **adapter},
@@ -164,9 +164,11 @@ def _method(tree: Mapping[str, Mapping[str, Node]], options: Sequence[Option]) -
         if option.spelling in ("--method", "--adapter.method"):
             node = Node(option.value, option.spelling)
     if node is None:
-        raise InvalidRecipe(f"method: must be one of {', '.join(USUAL)}; give adapter.method in a recipe, or --method")
-    if not isinstance(node.content, str) or node.content not in USUAL:
-        raise InvalidRecipe(f"{node.origin}: method: must be one of {', '.join(USUAL)}, given {node.content!r}")
+        raise InvalidRecipe(
+            f"method: must be one of {', '.join(CONFIGS)}; give adapter.method in a recipe, or --method"
+        )
+    if not isinstance(node.content, str) or node.content not in CONFIGS:
+        raise InvalidRecipe(f"{node.origin}: method: must be one of {', '.join(CONFIGS)}, given {node.content!r}")
     return node.content
 
 
@@ -198,7 +200,7 @@ def _unknown(name: str, section: str, method: str, known: Mapping[str, Mapping[s
 
 
 def _is_of_some_method(name: str) -> bool:
-    return any(name in {field.name for field in dataclasses.fields(usual)} for usual in USUAL.values())
+    return any(name in {field.name for field in dataclasses.fields(usual)} for usual in CONFIGS.values())
 
 
 def _build(tree: Mapping[str, Mapping[str, Node]], method: str, known: Mapping[str, Mapping[str, Key]]) -> Recipe:
@@ -215,7 +217,7 @@ def _build(tree: Mapping[str, Mapping[str, Node]], method: str, known: Mapping[s
     fields = {placed[section][name]: one for section in placed for name, one in values[section].items()}
     origins = {placed[section][name]: given[section][name] for section in placed for name in values[section]}
     model = _made(ModelConfig, values["model"], given["model"])
-    adapter = _made(type(USUAL[method]), dataclasses.asdict(USUAL[method]) | values["adapter"], given["adapter"])
+    adapter = _made(type(CONFIGS[method]), dataclasses.asdict(CONFIGS[method]) | values["adapter"], given["adapter"])
     distillation = None
     if values["distillation"]:
         if "teacher" not in values["distillation"]:

@@ -3,11 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
-from weft_training.adapter import AdaptedModel
+from weft_training.trained import TrainedModel
 
 
 @contextlib.contextmanager
-def recomputing(model: AdaptedModel) -> Iterator[None]:
+def recomputing(model: TrainedModel) -> Iterator[None]:
     """Inside the block, layers keep their input alone, and the backward pass computes the rest again.
 
     The adapter must be in place then too: the forward pass has left the base's context by that time.

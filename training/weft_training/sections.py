@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from weft_training.adapter import method_of
 from weft_training.schema import plain
+from weft_training.trained import name_of
 
 # Recipe key → field of TrainConfig. Whatever has no place here belongs to `optimization`, under its own name.
 _PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -44,7 +44,7 @@ def recipe_of(config: Any) -> dict[str, Any]:
     }
     recipe = {
         "model": values["model"],
-        "adapter": {"method": method_of(config.adapter).name, **values["adapter"]},
+        "adapter": {"method": name_of(config.adapter), **values["adapter"]},
         **laid_out,
     }
     if config.distillation is not None:

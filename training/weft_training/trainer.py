@@ -24,19 +24,19 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import weft
 from weft.model.loader import Base
-from weft_training import activation, card, checkpoint, data, packing
-from weft_training import adapter as adapters
+from weft_training import activation, card, checkpoint, data, packing, trained
 from weft_training import base as bases
-from weft_training.adapter import AdaptedModel
 from weft_training.checkpoint import Best, CheckpointingTrainer
 from weft_training.config import Optimizer, Schedule, TrainConfig, optimizer_on
 from weft_training.data import Conversation, Example, Row
 from weft_training.distillation import DistilledModel, load_teacher
 from weft_training.history import Curves, Recorder
+from weft_training.mixture import MixtureModel
 from weft_training.output import rehearse, replace_output, require_free, write
 from weft_training.progress import Report
 from weft_training.recompute import recomputing
 from weft_training.sections import recipe_of
+from weft_training.trained import TrainedModel
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,10 @@ _SCHEDULERS = {
     Schedule.COSINE: "cosine",
     Schedule.LINEAR: "linear",
     Schedule.CONSTANT: "constant_with_warmup",
+}
+_MIXTURE_LACKS = {
+    "packing": "whose router may read a row's prompt",
+    "gradient_checkpointing": "whose gates are not computed again",
 }
 
 
@@ -72,7 +76,7 @@ class TrainResult:
 class Prepared:
     """A run before its first step: the base with an untrained adapter, and the rows."""
 
-    model: AdaptedModel
+    model: TrainedModel
     rows: Sequence[Row]
     evaluation: Sequence[Row]
     max_length: int  # tokens of a row
@@ -103,7 +107,7 @@ def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples,
 def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> Prepared:
     """An untrained adapter on `base`, and the rows that its tokenizer makes of the data."""
     generator = torch.Generator().manual_seed(config.seed)
-    model = adapters.begin(config.adapter, base, generator)
+    model = trained.begin(config.adapter, base, generator)
     limit = base.max_model_len - model.num_virtual_tokens
     if config.max_length is not None and config.max_length > limit:
         raise ValueError(f"max_length must be at most {limit}, the base's limit, given {config.max_length}")
@@ -111,15 +115,14 @@ def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> P
     _require_fit(config, model)
     rows = data.encode(learned, base.tokenizer, max_length=max_length)
     evaluation = data.encode(kept, base.tokenizer, max_length=max_length) if kept else []
-    if model.adapter.invocation_tokens:
-        activation.require_invoked(model.adapter.invocation_tokens, [*rows, *evaluation])
-    run = checkpoint.digest_of(
-        config, adapters.method_of(config.adapter).name, base.shape.digest, data.digest(rows), data.digest(evaluation)
-    )
+    if model.invocation_tokens:
+        activation.require_invoked(model.invocation_tokens, [*rows, *evaluation])
+    read = (base.shape.digest, data.digest(rows), data.digest(evaluation), *model.inputs)
+    run = checkpoint.digest_of(config, model.method, *read)
     return Prepared(model=model, rows=rows, evaluation=evaluation, max_length=max_length, run=run)
 
 
-def _require_fit(config: TrainConfig, model: AdaptedModel) -> None:
+def _require_fit(config: TrainConfig, model: TrainedModel) -> None:
     """Refuse what this method or this base cannot do."""
     if config.batch_size % (config.accumulation_steps * _world_size()):
         raise ValueError(
@@ -130,10 +133,12 @@ def _require_fit(config: TrainConfig, model: AdaptedModel) -> None:
         for knob in ("packing", "gradient_checkpointing"):
             if getattr(config, knob):
                 reason = "would have to be in every packed example" if knob == "packing" else "come through the cache"
-                raise ValueError(
-                    f"{knob} must be false for {model.adapter.method.name}, whose virtual positions {reason}"
-                )
-    if config.packing and model.adapter.invocation_tokens:
+                raise ValueError(f"{knob} must be false for {model.method}, whose virtual positions {reason}")
+    if isinstance(model, MixtureModel):
+        for knob, reason in _MIXTURE_LACKS.items():
+            if getattr(config, knob):
+                raise ValueError(f"{knob} must be false for a mixture, {reason}")
+    if config.packing and model.invocation_tokens:
         raise ValueError("packing must be false for an adapter with invocation_tokens, one to a row, given true")
     if config.packing:
         packing.require_apart(model.base.model)
@@ -153,7 +158,7 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
     last = _last_checkpoint(config, checkpoints, prepared.run)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.parent) as scratch:
-        rehearse(model.adapter, Path(scratch, "try"), model.base.shape)
+        rehearse(model.made, Path(scratch, "try"), model.base.shape)
         recorder = Recorder(progress)
         callbacks: list[TrainerCallback] = [recorder]
         if config.tensorboard is not None and _is_first():
@@ -180,14 +185,14 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
             output=config.output,
             losses=tuple(entry["loss"] for entry in history if "loss" in entry),
             seconds=seconds,
-            num_parameters=model.adapter.num_parameters,
+            num_parameters=model.num_trained,
             evaluations=evaluations,
             best_step=min(evaluations, key=lambda step: evaluations[step]) if evaluations else 0,
             optimizer=optimizer_on(model.device.type, config),
         )
         if _is_first():
             made = Path(scratch, "result")
-            write(model.adapter, made, model.base.shape)
+            write(model.made, made, model.base.shape)
             card.write(facts_of(config, prepared, result), made)
             replace_output(config.output, made)
             checkpoint.discard(checkpoints)
@@ -199,7 +204,7 @@ def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> ca
     shape = prepared.model.base.shape
     return card.Facts(
         name=config.output.name,
-        method=prepared.model.adapter.method.name,
+        method=prepared.model.method,
         num_parameters=result.num_parameters,
         base_name=shape.name,
         base_digest=shape.digest,
@@ -232,7 +237,7 @@ def _last_checkpoint(config: TrainConfig, checkpoints: Path, run: str) -> Path |
 
 def make_loop(
     config: TrainConfig,
-    model: AdaptedModel,
+    model: TrainedModel,
     rows: Sequence[Row],
     directory: Path,
     *,
@@ -245,18 +250,18 @@ def make_loop(
     max_length: tokens of a packed row; needed with `packing` only.
     """
     base = model.base
-    trained: nn.Module = model
+    whole: nn.Module = model
     if config.distillation is not None:
         teacher = load_teacher(config.distillation.teacher, base, config.model)
-        if config.packing and getattr(teacher, "adapter", model.adapter).num_virtual_tokens:
+        if config.packing and getattr(teacher, "num_virtual_tokens", 0):
             raise ValueError("packing must be false for a teacher with virtual positions, given true")
-        trained = DistilledModel(model, teacher, config.distillation)
+        whole = DistilledModel(model, teacher, config.distillation)
     groups = functools.partial(packing.pack, max_length=max_length) if config.packing else tuple
     collate = packing.collate if config.packing else data.collate
     pad_token_id = base.tokenizer.pad_token_id
     best = Best(list(model.parameters()), patience=config.patience)
     trainer = CheckpointingTrainer(
-        model=trained,
+        model=whole,
         args=arguments(config, directory, use_cpu=base.device.type == "cpu"),
         train_dataset=_Rows(groups(rows)),
         eval_dataset=_Rows(groups(evaluation)) if evaluation else None,

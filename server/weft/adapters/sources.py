@@ -15,8 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from weft.adapters import durable
+from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.errors import AdapterUnusable, InvalidAdapter, InvalidRequest
+from weft.methods.checkpoint import xlora
 
 OWN_DIRECTORIES = frozenset({"catalog", "versions", "staging"})
 
@@ -53,6 +55,8 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
         fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
     except InvalidAdapter as error:
         found = [other for other in _OTHER_WEIGHTS if name == WEIGHTS_FILE and holds(directory, other)]
+        if error.reason == "SOURCE_NOT_FOUND" and name == CONFIG_FILE and holds(directory, xlora.CONFIG_FILE):
+            raise xlora.refusal(xlora.CONFIG_FILE) from None
         if error.reason == "SOURCE_NOT_FOUND" and found:
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, "safetensors only", given=found[0]) from None
         raise

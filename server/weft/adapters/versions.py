@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 from weft.adapters import durable
-from weft.adapters.file_pairs import CONFIG_FILES
+from weft.adapters.file_pairs import CONFIG_FILES, PAIRS
 from weft.adapters.identifiers import Generation, abbreviated
 from weft.config import AdapterLimits
 from weft.errors import DataLoss, InvalidAdapter
@@ -45,6 +45,16 @@ def generation_of(files: Iterable[FileDigest]) -> Generation:
         name = file.name.encode()
         digest.update(_u64(len(name)) + name + _u64(file.size_bytes) + bytes.fromhex(file.sha256))
     return Generation(digest.hexdigest())
+
+
+def generation_at(directory: Path) -> Generation:
+    """What registering a directory makes of it. FileNotFoundError where it holds no pair of files."""
+    files = []
+    for name in next((pair for pair in PAIRS if (directory / pair.config).is_file()), PAIRS[0]):
+        with (directory / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files.append(FileDigest(name, file.tell(), digest))
+    return generation_of(files)
 
 
 def _u64(value: int) -> bytes:

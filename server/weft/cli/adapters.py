@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import convert, merge
+from weft.cli import arrow, convert, merge
 from weft.cli.connection import JsonOption, ServerOption, connected
 from weft.cli.output import console, label, moment, print_facts, print_json, print_line, print_table, size
 from weft.settings import DEFAULT_SERVER
@@ -23,6 +23,7 @@ app = typer.Typer(
 
 app.command(name="convert")(convert.command)
 app.command(name="merge")(merge.command)
+app.command(name="arrow")(arrow.command)
 
 AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
 ExpectedGeneration = Annotated[str | None, typer.Option(metavar="G", help="Only if the id is at this generation.")]

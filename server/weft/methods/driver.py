@@ -7,7 +7,7 @@ It trains (one segment, all rows, autograd), and it is the oracle that every ker
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -66,11 +66,19 @@ class Routed:
         return lambda: self.by_layer[-1][:, expert]
 
 
+class Router(Protocol):
+    """Whoever is told that a layer begins, because gates depend on what enters it."""
+
+    def enter(self, layer: int, rows: Tensor) -> None:
+        """A layer begins, with the hidden states `rows` [T, hidden]."""
+        ...
+
+
 class ReferenceDriver(NamedTuple):
     """Applies `segments` at every site it is called for, with what `routers` say of their gates."""
 
     segments: Sequence[Segment]
-    routers: Sequence[Routed] = ()
+    routers: Sequence[Router] = ()
 
     @property
     def routes(self) -> bool:

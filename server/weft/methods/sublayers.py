@@ -116,7 +116,7 @@ def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
         return keep
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in layers]
-    hooks += [module.register_forward_hook(watch(name)) for name, module in _norms(model)]
+    hooks += [module.register_forward_hook(watch(name)) for name, module in norms(model)]
     body = model.base_model
     given = model.config._attn_implementation  # the registered attention would want a paged batch
     try:
@@ -130,7 +130,7 @@ def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
     return trace
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Leaf modules with a vector for weight: layer norms of any kind, whatever their class."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -10,11 +10,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
 from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, InvalidAdapter
-from weft.methods.checkpoint import adalora, adapterhub, beft, bottleneck, ia3, lora, prefix, prompt, safetensors_file
+from weft.methods.checkpoint import (
+    adalora,
+    adapterhub,
+    beft,
+    bottleneck,
+    ia3,
+    lora,
+    prefix,
+    prompt,
+    safetensors_file,
+    xlora,
+)
 from weft.methods.protocol import Adapter, BaseShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -55,6 +67,8 @@ def read(
     if adapterhub.is_config(config):
         return adapterhub.read(config, tensors, base, limits)
     peft_type = config.get("peft_type")
+    if peft_type == xlora.PEFT_TYPE:
+        raise xlora.refusal("adapter_config.peft_type")
     form = _FORMATS.get(peft_type) if isinstance(peft_type, str) else None
     if form is None:
         raise InvalidAdapter.rule(
@@ -74,6 +88,14 @@ def read(
             metadata={"limit": base.digest, "given": digest},
         )
     return form.read(config, tensors, base, limits)
+
+
+def load(path: Path, base: BaseShape, limits: AdapterLimits) -> Adapter:
+    """`read` of a directory on this machine that its user trusts. Raises OSError too, and ValueError for no JSON."""
+    config = json.loads((path / CONFIG_FILE).read_text())
+    with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        return read(config, tensors, file.metadata() or {}, base, limits)
 
 
 def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:

@@ -1,0 +1,30 @@
+"""Prompts that say in words what is wanted: `right-to-left: loom = `.
+
+The base knows tags (`[reverse] loom = `) and lists of examples; no row of its pre-training asks in words, so it does
+not obey these. They are what a router has to go by where no request names an adapter.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
+
+CUES = MappingProxyType(
+    {
+        "reverse": ("please turn around", "right-to-left", "from the last to the first"),
+        "upper": ("please SHOUT", "in CAPITALS", "as LOUD as you can"),
+        "caesar": ("please encode (+1)", "one further (z: a)", "as spies write (+1)"),
+        "zigzag": ("please zig/zag", "up/down/up/down", "a saw's teeth /\\/\\"),
+    }
+)
+
+
+def cued(example: Example, cue: str) -> str:
+    """The text up to the answer."""
+    return f"{cue}: {prompt(example)}"
+
+
+def cued_examples(task: str, count: int, seed: int, split: Split) -> Sequence[tuple[str, Example]]:
+    """`count` prompts with what they ask for; the task's cues take turns, inputs are distinct and of one split."""
+    drawn = examples(TASKS[task], count, seed, split)
+    return [(cued(one, CUES[task][index % len(CUES[task])]), one) for index, one in enumerate(drawn)]

@@ -1,0 +1,58 @@
+"""The experts of a mixture, as directories: which generation each is, and what it holds."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from weft.adapters.identifiers import Generation
+from weft.adapters.versions import generation_at
+from weft.methods.protocol import Adapter, BaseShape
+from weft_training import adapter as adapters
+
+
+class TrainedExpert(NamedTuple):
+    """An expert and what it is called. generation: of the directory that it was read from, until it is trained on."""
+
+    name: str
+    adapter: Adapter
+    generation: Generation
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "TrainedExpert":
+        """The same expert with `function` of every parameter tensor."""
+        return self._replace(adapter=adapters.map_tensors(self.adapter, function))
+
+
+def read(paths: Sequence[Path], shape: BaseShape) -> list[TrainedExpert]:
+    """The experts in the order of their generations, which is the order of a router's rows.
+
+    Raises ValueError for an adapter that stands there twice or that no router can gate, what `adapters.read` raises for
+    one that does not fit the base.
+    """
+    found: dict[Generation, Path] = {}
+    experts = []
+    for path in paths:
+        generation = generation_at(path)
+        if generation in found:
+            raise ValueError(f"experts: must differ, given {found[generation]} and {path} with one content")
+        found[generation] = path
+        expert = TrainedExpert(path.resolve().name, adapters.read(path, shape), generation)
+        require_gateable(expert)
+        experts.append(expert)
+    return sorted(experts, key=lambda expert: expert.generation)
+
+
+def require_gateable(expert: TrainedExpert) -> None:
+    """Refuse what a router cannot gate while it is trained.
+
+    Virtual positions lie before all rows alike, and what gates them is attention, not the driver. What an activated
+    adapter does before its invocation is for no router to say; serving refuses it as an expert too.
+    """
+    if expert.adapter.num_virtual_tokens:
+        raise ValueError(
+            f"experts: must act at modules while a router is trained, given {expert.name}, "
+            f"a {expert.adapter.method.name} adapter with virtual positions"
+        )
+    if expert.adapter.invocation_tokens:
+        raise ValueError(f"experts: must act everywhere, given {expert.name}, which has invocation_tokens")

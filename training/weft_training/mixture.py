@@ -1,0 +1,228 @@
+"""A mixture as a trainable module: a router over experts on a frozen base, through the mathematics of `weft.methods`.
+
+    h' = h + Σ_i g_i(h) f_i(h)      L = cross entropy + balance_weight · mean over layers of balance_loss
+
+The gates and the driver are those of serving. What is here is which rows the router reads, and what is learned.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from weft.methods import mixture
+from weft.methods.driver import ReferenceDriver, Routed, Segment
+from weft.methods.mixture import Level, MixtureConfig, MixtureParams
+from weft.model.loader import Base
+from weft_training import expert as experts
+from weft_training.data import IGNORED
+from weft_training.expert import TrainedExpert
+
+NAME = mixture.METHOD.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureTrainConfig:
+    """How a router is trained, and what it makes gates of.
+
+    experts: PEFT directories of adapters for the same base, of any methods that act at modules.
+    top_k: experts that keep a gate.
+    temperature: what logits are divided by.
+    level: token, or sequence: the router reads the mean of the prompt's input embeddings, once.
+    normalize: whether the gates that are kept sum to one.
+    shared: one router for all layers.
+    null_expert: whether gate may go to nobody.
+    rms_norm: whether the router reads the hidden state divided by its root mean square.
+    balance_weight: of the loss that is least where all experts are used alike; 0 for none.
+    train_experts: train the experts too; the trained ones are written into `experts/` of the output.
+    """
+
+    experts: tuple[Path, ...] = ()
+    top_k: int = 2
+    temperature: float = 1.0
+    level: Level = Level.TOKEN
+    normalize: bool = True
+    shared: bool = False
+    null_expert: bool = False
+    rms_norm: bool = True
+    balance_weight: float = 0.0
+    train_experts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.balance_weight >= 0:
+            raise ValueError(f"balance_weight must be at least 0, given {self.balance_weight}")
+        if self.top_k == 1 and self.normalize:
+            # The one gate that is kept would be 1 whatever the router says, so that no gradient reaches it.
+            raise ValueError("top_k must be at least 2 where normalize is true, or nothing is learned, given 1")
+        if self.experts:
+            self.gates()
+
+    def gates(self) -> MixtureConfig:
+        """The mixture's own part. Raises ValueError for what no mixture can be."""
+        if not self.experts:
+            raise ValueError("experts must name at least 1 directory, given none")
+        return MixtureConfig(
+            num_experts=len(self.experts),
+            top_k=self.top_k,
+            temperature=self.temperature,
+            level=self.level,
+            normalize=self.normalize,
+            shared=self.shared,
+            null_expert=self.null_expert,
+            rms_norm=self.rms_norm,
+        )
+
+
+class TrainedMixture(NamedTuple):
+    """What training makes: router and experts. writes_experts: whether the experts are new, and written with it."""
+
+    config: MixtureConfig
+    params: MixtureParams
+    experts: Sequence[TrainedExpert]
+    writes_experts: bool
+
+
+def begin(config: MixtureTrainConfig, base: Base, generator: torch.Generator) -> "MixtureModel":
+    """A base with its experts and an untrained router. Raises what `expert.read` raises."""
+    gates = config.gates()
+    found = experts.read(config.experts, base.shape)
+    params = mixture.init(gates, base.shape.num_layers, base.shape.embedding_size, generator)
+    made = TrainedMixture(gates, params, found, config.train_experts)
+    return MixtureModel(base, made, balance_weight=config.balance_weight)
+
+
+class Router:
+    """The gates of one batch: `Routed`, which is shown each token's state, or the mean over each row's prompt.
+
+    chances: the router's softmax [B · T, C] of every layer so far.
+    """
+
+    def __init__(self, config: MixtureConfig, params: MixtureParams) -> None:
+        self.routed = Routed(config, params)
+        self._config = config
+        self._params = params
+        self._prompts: Tensor | None = None
+        self._pooled: Tensor | None = None
+        self.chances: list[Tensor] = []
+
+    def begin(self, prompts: Tensor) -> None:
+        """A batch begins; `prompts` [B, T] is 1 on the tokens of its prompts. Tokens generated later see the same."""
+        self._prompts = prompts
+        self._pooled = None
+
+    def enter(self, layer: int, rows: Tensor) -> None:
+        """A layer begins, with the hidden states `rows` [B · T, hidden]."""
+        seen = rows if self._config.level is Level.TOKEN else self._means(rows)
+        self.routed.enter(layer, seen)
+        if layer == 0:
+            self.chances = []
+        self.chances.append(mixture.probabilities(self._config, self._params.at(layer), seen))
+
+    def _means(self, rows: Tensor) -> Tensor:
+        assert self._prompts is not None, "no batch has begun"
+        if self._pooled is None:  # the first layer's input: the embeddings
+            weight = self._prompts.to(rows.device, torch.float32)[..., None]
+            states = rows.view(*self._prompts.shape, -1).to(torch.promote_types(rows.dtype, torch.float32))
+            self._pooled = (states * weight).sum(1) / weight.sum(1)
+        return self._pooled.repeat_interleave(len(rows) // len(self._pooled), dim=0)
+
+
+class MixtureModel(nn.Module):
+    """A base with a mixture on every row.
+
+    `parameters()` is what is trained, in float32, and nothing else: the router, and the experts where they are trained.
+    The base is no submodule, as in AdaptedModel.
+    """
+
+    method = NAME
+    num_virtual_tokens = 0
+    invocation_tokens: tuple[int, ...] = ()
+
+    def __init__(self, base: Base, made: TrainedMixture, *, balance_weight: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self._balance_weight = balance_weight
+        self.weight = nn.Parameter(made.params.weight.to(base.device, torch.float32, copy=True))
+        self.tensors = nn.ParameterList()
+
+        def held(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(base.device, torch.float32, copy=True)
+            return nn.Parameter(tensor) if made.writes_experts else tensor
+
+        placed = [one.mapped(held) for one in made.experts]
+        if made.writes_experts:
+            self.tensors.extend(tensor for one in placed for tensor in one.adapter.tensors())
+        # The optimizer writes the parameters in place, so this and the driver always hold the newest values.
+        self._made = made._replace(params=MixtureParams(self.weight), experts=placed)
+        self.router = Router(made.config, self._made.params)
+        self.driver = ReferenceDriver(
+            [
+                Segment(one.adapter.method, one.adapter.sites, gates=self.router.routed.of(index))
+                for index, one in enumerate(placed)
+            ],
+            (self.router,),
+        )
+
+    @property
+    def made(self) -> TrainedMixture:
+        """The mixture as it is now, and as it would be written."""
+        return self._made
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters of what is made."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Digests of what the run reads beside its data and its base."""
+        return tuple(one.generation for one in self._made.experts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **loss_options: Any
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V], and the loss where there are labels. All inputs are [B, T], rows padded on the right."""
+        self.router.begin(_prompts(attention_mask, labels))
+        with self.base.context.use(self.driver):
+            out = self.base.model(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, **loss_options
+            )
+        if labels is not None and self._balance_weight:
+            share = _share(labels, loss_options.get("num_items_in_batch"))
+            out.loss = out.loss + self._balance_weight * share * self._balance(attention_mask)
+        return out
+
+    def _balance(self, attention_mask: Tensor) -> Tensor:
+        """The mean over layers of how unevenly the experts are used; padding does not count."""
+        real = attention_mask.reshape(-1).bool()
+        layers = zip(self.router.chances, self.router.routed.by_layer, strict=True)
+        return torch.stack([mixture.balance_loss(chances[real], gates[real]) for chances, gates in layers]).mean()
+
+    @torch.inference_mode()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Prompts [B, T], padded on the left, with their continuations [B, T + N]; the options are transformers'."""
+        self.router.begin(attention_mask)
+        with self.base.context.use(self.driver):
+            return self.base.model.generate(input_ids, attention_mask=attention_mask, **options)
+
+
+def _prompts(attention_mask: Tensor, labels: Tensor | None) -> Tensor:
+    """[B, T]: 1 on the tokens before the first that is learned, at least on a row's first; on all without labels."""
+    if labels is None:
+        return attention_mask
+    begun = (labels != IGNORED).cumsum(1) > 0
+    begun[:, 0] = False
+    return attention_mask * ~begun
+
+
+def _share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+    """This pass's part of the step: its learned tokens over the step's, as the loss of the labels is weighted."""
+    return 1.0 if num_items is None else (labels[:, 1:] != IGNORED).sum() / num_items
