@@ -19,7 +19,7 @@ from tests import textbook_composition as textbook
 from tests import tiny
 from tests.serving import Row, Step
 from tests.test_composition import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, ExactSlots, Mix, error, mixes, selected
-from tests.textbook_composition import Composition
+from tests.textbook_composition import Composition, Weighted
 from weft.config import ModelConfig, Quantization
 from weft.engine import token_ranges
 from weft.engine.token_ranges import OPEN, Ranges, TokenRange
@@ -38,7 +38,7 @@ class Ranged(NamedTuple):
         return Row(self.mix.tokens, adapters=self.mix.parts, ranges=self.ranges)
 
     @property
-    def by_token(self) -> Composition:
+    def by_token(self) -> Weighted:
         """The composition with a weight for each token, as the oracle takes it."""
         places = torch.arange(len(self.mix.tokens))
         return [
@@ -48,7 +48,7 @@ class Ranged(NamedTuple):
 
 
 def _within(places: Tensor, ranges: Ranges) -> Tensor:
-    return sum((places >= begin) & (places < end) for begin, end in ranges).double()[:, None]
+    return torch.stack([(places >= begin) & (places < end) for begin, end in ranges]).any(dim=0).double()[:, None]
 
 
 def _some_ranges(dice: random.Random, num_tokens: int) -> Ranges:

@@ -25,8 +25,9 @@ from weft.methods.prefix import PrefixParams
 from weft.methods.prompt import PromptParams
 from weft.methods.protocol import Adapter
 
+Composition = Sequence[tuple[Adapter, float]]
 Weight = float | Tensor  # of a delta: one for all tokens, or [N, 1], one for each
-Composition = Sequence[tuple[Adapter, Weight]]
+Weighted = Sequence[tuple[Adapter, Weight]]
 _NORMS = {
     "self_attn": "input_layernorm",
     "mlp": "post_attention_layernorm",
@@ -35,7 +36,7 @@ _NORMS = {
 }
 
 
-def logits(model: Any, tokens: Sequence[int], parts: Composition) -> Tensor:
+def logits(model: Any, tokens: Sequence[int], parts: Weighted) -> Tensor:
     """[N, V] in the model's dtype; the model is left as it was."""
     dtype = model.get_input_embeddings().weight.dtype
     virtual = [(adapter, weight) for adapter, weight in parts if adapter.prefix is not None and weight != 0]
@@ -78,7 +79,7 @@ def _keys_and_values(model: Any, adapter: Adapter, dtype: torch.dtype) -> tuple[
     return torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])
 
 
-def _wrap(model: Any, name: str, parts: Composition) -> Callable[[], None]:
+def _wrap(model: Any, name: str, parts: Weighted) -> Callable[[], None]:
     """Give one module the deltas that are made there; returns what takes them away again."""
     module = model.get_submodule(name)
     here = [(adapter.sites[name], weight) for adapter, weight in parts if _is_there(weight) and name in adapter.sites]

@@ -7,6 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -93,6 +95,30 @@ def test_the_last_invocation_is_found() -> None:
     assert activation.begin([1], []) is None
     assert activation.begin([1, 2], [2, 1]) is None
     assert activation.begin([1, 1], [1, 1, 1]) == 1
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.lists(st.integers(0, 1), max_size=40))
+def test_the_search_finds_what_a_loop_over_places_finds(invocation: list[int], tokens: list[int]) -> None:
+    count = len(invocation)
+    places = [i for i in range(len(tokens) - count + 1) if tokens[i : i + count] == invocation]
+    assert activation.begin(invocation, tokens) == max(places, default=None)
+
+
+def test_the_search_is_linear() -> None:
+    """An invocation that nearly matches everywhere: each token is looked at a few times, not once for each of its."""
+    looked = 0
+
+    class Token(int):
+        def __eq__(self, other: object) -> bool:
+            nonlocal looked
+            looked += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    tokens = [Token(1)] * 1000
+    assert activation.begin([2, *[1] * 200], tokens) is None
+    assert looked <= 4 * len(tokens)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "selected"])

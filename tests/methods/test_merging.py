@@ -1,6 +1,7 @@
 """Merged LoRAs: `exact` is the sum, `svd` the nearest to it of a rank, the others what PEFT makes of the same parts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,13 @@ def test_only_loras_merge(base: loader.Base) -> None:
     for other in (tiny.random_dora(base.shape, rank=2, seed=1), tiny.random_ia3(base.shape, seed=1)):
         with pytest.raises(ValueError, match=f"part 1: only LoRAs can be merged, given {other.method.name}"):
             merging.merge([(one, 1.0), (other, 1.0)], merging.exact)
+
+
+def test_activated_loras_do_not_merge(base: loader.Base) -> None:
+    one = tiny.random_lora(base.shape, rank=2, seed=1)
+    other = replace(one, config=replace(one.config, invocation_tokens=(7,)))
+    with pytest.raises(ValueError, match="part 1: activated LoRAs cannot be merged"):
+        merging.merge([(one, 1.0), (other, 1.0)], merging.exact)
 
 
 def test_what_cancels_is_refused(base: loader.Base) -> None:

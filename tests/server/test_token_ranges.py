@@ -1,13 +1,18 @@
-"""Activated adapters and token ranges through the API: what answers, what the cache shares, what is refused."""
+"""Activated adapters and token ranges through the API: what answers, what the cache shares, what is refused.
+
+In float32, so that answers can be compared token for token whatever was cached, and in chunks of a few tokens.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.server.conftest import Sources
-from tests.server.live import LiveServer, refused
+from tests.server.live import LiveServer, Loop, refused
+from weft.config import EngineConfig, Quantization, WeftConfig
 from weft.v1 import generation_pb2
 
 BLOCK = 16
@@ -39,27 +44,46 @@ def of(*parts: generation_pb2.WeightedAdapter) -> dict[str, Any]:
     return {"composition": generation_pb2.Composition(adapters=parts)}
 
 
+@pytest.fixture(scope="module")
+def server(loop: Loop, config: WeftConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Holds lora-1, ia3-1 and prefix-1."""
+    exact = replace(
+        config,
+        model=replace(config.model, quantization=Quantization.NONE, dtype="float32"),
+        store=tmp_path_factory.mktemp("exact"),
+        engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=24, num_kv_blocks=512, max_model_len=256),
+    )
+    live = LiveServer(loop, exact)
+    for name in ("lora-1", "ia3-1", "prefix-1"):
+        live.client.register(name, _sources(live)(name))
+    yield live
+    live.stop()
+
+
+def _sources(live: LiveServer) -> Sources:
+    """Made for its base, which is not the one of the other tests."""
+    return Sources(live.config.allowed_sources[0] / "exact", live.model.shape)
+
+
 Register = Callable[[str, str, Sequence[int] | None], None]
 
 
 @pytest.fixture
-def register(server: LiveServer, sources: Sources) -> Iterator[Register]:
+def register(server: LiveServer) -> Iterator[Register]:
     """Registers the weights of a source as an adapter with these invocation tokens, until the test ends."""
     registered: list[str] = []
 
     def register(adapter_id: str, name: str, invocation: Sequence[int] | None) -> None:
+        sources = _sources(server)
         parts = sources.parts(name)
         config = {**parts.config, "alora_invocation_tokens": None if invocation is None else list(invocation)}
-        server.client.register(adapter_id, parts._replace(config=config).files().write(_path(sources, adapter_id)))
+        path = sources.root / f"activated-{adapter_id}"
+        server.client.register(adapter_id, parts._replace(config=config).files().write(path))
         registered.append(adapter_id)
 
     yield register
     for adapter_id in registered:
         server.client.unregister(adapter_id, allow_missing=True)
-
-
-def _path(sources: Sources, name: str) -> Path:
-    return sources.root / f"activated-{name}"
 
 
 def _cached(answer: Any) -> int:
@@ -143,6 +167,38 @@ def test_without_an_invocation_the_base_answers_and_says_so(server: LiveServer, 
     both = client.generate(None, LONG, text=text, **of(part("go"), part("ia3-1", weight=0.5)))
     assert both.tokens == client.tokens(None, LONG, text=text, **of(part("ia3-1", weight=0.5)))
     assert [(a.adapter_id, a.weight) for a in both.finish.effective_adapters] == [("go", 0.0), ("ia3-1", 0.5)]
+
+
+def test_requests_of_every_kind_at_once_answer_as_alone(server: LiveServer, register: Register) -> None:
+    """Base, plain, activated and ranged requests, in one batch and over one cache."""
+    client = server.client
+    register("go", "lora-1", ids(GO))
+    register("stop", "lora-5", ids(STOP))
+    register("always", "lora-5", None)
+    kinds: list[tuple[str | None, dict[str, Any]]] = [
+        (None, {}),
+        ("go", {}),
+        ("stop", {}),
+        ("always", {}),
+        ("prefix-1", {}),
+        (None, of(part("lora-1", (40,)), part("ia3-1", (0, 30), weight=-0.5), part("prefix-1"))),
+        (None, of(part("go"), part("stop", weight=0.5), part("ia3-1", (9, 99)))),
+    ]
+    texts = [CONTEXT[:count] + GO + CONTEXT[:count] + STOP + "!" for count in (3, 30, 60)] + [CONTEXT + GO + GO]
+    asked = [(name, {"text": text, **fields}) for text in texts for name, fields in kinds]
+    alone = [client.tokens(n, LONG, cache_salt=f"alone-{i}", **fields) for i, (n, fields) in enumerate(asked)]
+    with ThreadPoolExecutor(8) as pool:
+        for salt in ("at once", "at once", "and backwards"):
+            order = sorted(range(len(asked)), reverse=salt != "at once")
+            calls = {i: pool.submit(client.generate, asked[i][0], LONG, cache_salt=salt, **asked[i][1]) for i in order}
+            answers = {i: call.result() for i, call in calls.items()}
+            assert [answers[i].tokens for i in range(len(asked))] == alone
+    assert sum(_cached(answer) for answer in answers.values()) > 0
+    for start in range(0, len(asked), len(kinds)):
+        of_text = [tuple(tokens) for tokens in alone[start : start + len(kinds)]]
+        assert len(set(of_text)) >= len(kinds) - 1, (
+            "negative control: the kinds differ, but that one text stops nothing"
+        )
 
 
 def test_an_adapter_tells_its_invocation(server: LiveServer, register: Register) -> None:

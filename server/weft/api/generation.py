@@ -285,9 +285,8 @@ class Generation:
 
         def on_finish(finish: Finish) -> None:
             if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
-                taken = {use.generation for use in request.adapters}
-                for version in held.all:
-                    if version.generation in taken:
+                for part, version in zip(checked.parts, held.versions, strict=True):
+                    if _takes_part(part, version, request):
                         self._registry.fault(version, finish.error.reason)
             self._leave(held.all, request_id)
 
@@ -338,14 +337,15 @@ class Generation:
         arrival_s: float,
         deadline_s: float,
     ) -> Request:
-        uses, mixture = self._uses(checked, held, tokens)
-        num_virtual, longest = sum(use.num_virtual_tokens for use in uses), self._model.max_model_len
+        longest = self._model.max_model_len
         if not tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
         if len(tokens) >= longest:
             raise InvalidRequest.rule(
                 "PROMPT_TOO_LONG", "input", "has too many tokens", limit=longest - 1, given=len(tokens)
             )
+        uses, mixture = self._uses(checked, held, tokens)
+        num_virtual = sum(use.num_virtual_tokens for use in uses)
         room = longest - num_virtual - len(tokens)
         if room < 1 or (checked.max_new_tokens is not None and checked.max_new_tokens > room):
             raise InvalidRequest(
@@ -436,12 +436,19 @@ def _end(
     )
 
 
+def _takes_part(part: Part, version: Version, request: Request) -> bool:
+    """Whether the answer may hold anything of it: not at weight 0, nor without the invocation that it acts from."""
+    if version.info.invocation_tokens:
+        return any(use.generation == version.generation for use in request.adapters)
+    return part.gate != 0
+
+
 def _effective(part: Part, version: Version, request: Request, num_tokens: int) -> EffectiveAdapter:
     """What the answer of `num_tokens` tokens says of one adapter; the last of them was never computed with."""
     use = next((use for use in request.adapters if use.generation == version.generation), None)
     weight = mean = part.weight
-    if part.gate and use is None:
-        weight = mean = 0.0  # activated, and not invoked
+    if part.gate and not _takes_part(part, version, request):
+        weight = mean = 0.0
     elif use is not None and use.ranges:
         begin, end = request.num_cached_tokens, request.num_prompt_tokens + num_tokens - 1
         within = sum(one.end - one.begin for one in token_ranges.clip(use.ranges, begin, end))

@@ -217,6 +217,7 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
         "residency": _residency(adapter),
         "rank": str(adapter.rank or ""),
         "virtual tokens": str(adapter.num_virtual_tokens or ""),
+        "invoked by tokens": " ".join(map(str, adapter.invocation_tokens)),
         "parameters": f"{adapter.num_parameters:,}",
         "modules": ", ".join(adapter.modules),
         "size": size(adapter.size_bytes),

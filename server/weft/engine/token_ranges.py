@@ -34,8 +34,9 @@ def normal(ranges: Iterable[TokenRange]) -> Ranges:
 
 def clip(ranges: Iterable[TokenRange], begin: int, end: int = OPEN) -> list[TokenRange]:
     """What of some ranges lies in begin : end; here no ranges are no tokens."""
-    cut = (TokenRange(max(one.begin, begin), min(one.end, end)) for one in ranges)
-    return [one for one in cut if one.begin < one.end]
+    return [
+        TokenRange(max(one.begin, begin), min(one.end, end)) for one in ranges if one.begin < end and begin < one.end
+    ]
 
 
 def runs(of: Sequence[Ranges], begin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -43,7 +44,10 @@ def runs(of: Sequence[Ranges], begin: int, end: int) -> Iterator[tuple[int, int,
 
     The work is per range, not per token.
     """
-    inner = {edge for ranges in of for one in ranges for edge in one if begin < edge < end}
-    edges = [begin, *sorted(inner), end]
-    for first, last in itertools.pairwise(edges):
-        yield first, last, [k for k, ranges in enumerate(of) if not ranges or clip(ranges, first, last)]
+    edges = {begin, end, *(edge for ranges in of for one in ranges for edge in one if begin < edge < end)}
+    for first, last in itertools.pairwise(sorted(edges)):
+        yield first, last, [k for k, ranges in enumerate(of) if not ranges or _holds(ranges, first)]
+
+
+def _holds(ranges: Ranges, index: int) -> bool:
+    return any(begin <= index < end for begin, end in ranges)

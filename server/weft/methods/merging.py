@@ -50,11 +50,13 @@ Rule = Callable[[Sequence[Part]], Merged]
 def merge(adapters: Sequence[tuple[Adapter, float]], rule: Rule) -> tuple[Adapter, float]:
     """One LoRA of scaling 1, in float32, and the least share that any module kept; modules are merged one by one.
 
-    Raises ValueError where an adapter is no LoRA, or nothing is left.
+    Raises ValueError where an adapter is no LoRA, or an activated one, or nothing is left.
     """
     for index, (adapter, _) in enumerate(adapters):
         if adapter.method is not lora.METHOD:
             raise ValueError(f"part {index}: only LoRAs can be merged, given {adapter.method.name}")
+        if adapter.invocation_tokens:  # a sum acts everywhere
+            raise ValueError(f"part {index}: activated LoRAs cannot be merged, given one with invocation tokens")
     names = list(dict.fromkeys(name for adapter, _ in adapters for name in adapter.sites))
     merged = {name: rule([Part(a.sites[name], weight) for a, weight in adapters if name in a.sites]) for name in names}
     sites = {name: one.params for name, one in merged.items()}

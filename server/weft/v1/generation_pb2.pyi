@@ -297,7 +297,7 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 @_typing.final
 class Composition(_message.Message):
     """Several adapters at once: base + the sum of weight * delta, each delta computed from the base's own activations.
-    Rules that are broken answer COMPOSITION_INVALID, in `ErrorInfo.metadata` with the `index` of the part; one part that
+    Rules that are broken answer COMPOSITION_INVALID, whose metadata hold the `index` of the part; one part that
     is unknown or unusable fails the whole request, with the reason that it has alone and the part in `field`.
     """
 
