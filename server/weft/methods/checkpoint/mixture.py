@@ -121,11 +121,10 @@ def _config(config: Mapping[str, Any], num_experts: int) -> MixtureConfig:
 
 
 def _temperature(given: object) -> float:
-    is_number = isinstance(given, int | float) and not isinstance(given, bool)
-    if not (is_number and _TEMPERATURE_MIN <= given <= _TEMPERATURE_MAX):
-        bounds = [_TEMPERATURE_MIN, _TEMPERATURE_MAX]
-        raise _invalid("temperature", "must be a number within bounds", given, limit=bounds)
-    return float(given)
+    if isinstance(given, int | float) and not isinstance(given, bool) and _TEMPERATURE_MIN <= given <= _TEMPERATURE_MAX:
+        return float(given)
+    bounds = [_TEMPERATURE_MIN, _TEMPERATURE_MAX]
+    raise _invalid("temperature", "must be a number within bounds", given, limit=bounds)
 
 
 def _experts(given: object, limits: AdapterLimits) -> tuple[Expert, ...]:
