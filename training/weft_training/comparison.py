@@ -156,7 +156,7 @@ def _served(base: Base, adapter: Adapter, inputs: Mapping[str, Tensor]) -> Calla
         driver = (
             ReferenceDriver((Segment(adapter.method, slots.params(slot)),))
             if make_driver is None
-            else make_driver(slots, offsets, planes.repeat(num_rows), gates)
+            else make_driver(slots, offsets, planes.repeat(num_rows), gates, None)
         )
         with base.context.use(driver):
             base.model(**inputs, use_cache=False)
