@@ -132,7 +132,7 @@ def attend(
     batch = attention.Batch(
         query_start=torch.arange(num_requests + 1, dtype=torch.int32) * num_queries,
         context_lens=torch.full((num_requests,), context, dtype=torch.int32),
-        virtual_lens=torch.zeros(num_requests, dtype=torch.int32),
+        virtual_lens=torch.zeros(num_requests, 0, dtype=torch.int32),
         block_tables=torch.randperm(num_requests * blocks).view(num_requests, blocks).to(torch.int32),
     )
     query = torch.randn(num_requests * num_queries, query_heads, head_size).to(dtype)

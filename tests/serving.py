@@ -25,6 +25,7 @@ from weft.engine.request import (
 )
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
+from weft.engine.token_ranges import Ranges
 from weft.kernels.selection import Kernels
 from weft.methods.mixture import Level, Mixture
 from weft.methods.protocol import Adapter
@@ -36,12 +37,14 @@ BLOCK_SIZE = 16
 class Row(NamedTuple):
     """One request of a step: its tokens and its adapter (None: the base), or its adapters with their gates.
 
+    ranges: where each of the adapters acts; () is everywhere.
     Of a mixture the adapters are the experts, in its order, and `bounds` what the request wants of their gates.
     """
 
     tokens: Sequence[int]
     adapter: Adapter | None = None
     adapters: Sequence[tuple[Adapter, float]] = ()
+    ranges: Sequence[Ranges] = ()
     mixture: Mixture | None = None
     bounds: tuple[ExpertBound, ...] = ()
 
@@ -83,7 +86,9 @@ class Step:
                 slot = self.runner.slots.put(laid_out)
                 assert slot is not None
                 request_slots.append(slot)
-                uses.append(AdapterUse(Generation(f"{index}-{part:03}"), gate, laid_out.num_virtual_tokens))
+                ranges = row.ranges[part] if row.ranges else ()
+                named = Generation(f"{index}-{part:03}")
+                uses.append(AdapterUse(named, gate, laid_out.num_virtual_tokens, ranges))
                 if laid_out.virtual is not None:
                     taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
                     assert taken is not None

@@ -134,6 +134,15 @@ def test_several_adapters_are_a_composition(client: Client) -> None:
     assert [(part.adapter_id, part.weight) for part in finish.effective_adapters] == [("reverse", 0.25), ("upper", -1)]
 
 
+def test_a_part_can_say_where_it_acts(service: FakeService, client: Client) -> None:
+    whole = generation_pb2.WeightedAdapter(adapter_id="upper", weight=1.0)
+    part = generation_pb2.WeightedAdapter(
+        adapter_id="reverse", weight=0.5, token_ranges=[generation_pb2.TokenRange(begin=3, end=9)]
+    )
+    client.generate("a", adapter=[part, whole])
+    assert list(service.last(generation_pb2.GenerateRequest).composition.adapters) == [part, whole]
+
+
 def test_no_adapter_is_the_base(service: FakeService, client: Client) -> None:
     client.generate("a")
     assert service.last(generation_pb2.GenerateRequest).WhichOneof("target") is None

@@ -74,18 +74,26 @@ def weight_of(dice: random.Random) -> float:
     return torch.tensor(dice.uniform(-1.5, 1.5), dtype=torch.float32).item()
 
 
+def virtual_weight_of(dice: random.Random, index: int) -> float:
+    """Above 0; 1 in every fifth mix, so that a batch has both."""
+    return abs(weight_of(dice)) if index % 5 else 1.0
+
+
 def mixes(base: BaseShape, *, seed: int, count: int = _NUM_MIXES) -> list[Mix]:
-    """Random compositions of 1 to 8 parts; one of virtual positions at most, and at weight 1."""
+    """Random compositions of 1 to 8 parts; up to three of them of virtual positions."""
     dice = random.Random(seed)
     deltas = [name for name in MAKERS if name not in VIRTUAL]
     made = []
     for index in range(count):
         num_parts = 1 + index % _PARTS_MAX
         names = [dice.choice(deltas) for _ in range(num_parts)]
-        if index % 3 == 2:
+        for _ in range(index % 4):
             names[dice.randrange(num_parts)] = dice.choice(VIRTUAL)
         parts = [
-            (MAKERS[name](base, dice, dice.randrange(10**6)), 1.0 if name in VIRTUAL else weight_of(dice))
+            (
+                MAKERS[name](base, dice, dice.randrange(10**6)),
+                virtual_weight_of(dice, index) if name in VIRTUAL else weight_of(dice),
+            )
             for name in names
         ]
         made.append(Mix([dice.randrange(1, tiny.VOCAB_SIZE) for _ in range(dice.randrange(1, 40))], parts))
@@ -169,6 +177,9 @@ def test_the_mixes_are_what_they_should_be(base: loader.Base) -> None:
     names = {adapter.method.name for adapter, _ in parts}
     assert names >= {"lora", "dora", "bitfit", "ia3", "bottleneck"}
     assert names & set(VIRTUAL)
+    counts = [sum(a.prefix is not None for a, _ in mix.parts) for mix in mixes(base.shape, seed=1)]
+    assert {0, 1, 2} < set(counts)
+    assert {weight == 1 for adapter, weight in parts if adapter.prefix is not None} == {True, False}
     assert min(a.rank for a, _ in parts if a.method.name == "lora") <= 3
     assert max(a.rank for a, _ in parts) == 64
     assert min(weight for _, weight in parts) < -1
@@ -195,9 +206,8 @@ def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, st
         assert error(mine, textbook.logits(stock, mix.tokens, mix.parts)) < FLOAT32_TOLERANCE
 
 
-def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
-    """The oracle has the weights that the quantized ones stand for."""
-    path = tiny.save_base(tmp_path)
+def nf4_and_stock(path: Path) -> tuple[loader.Base, Any]:
+    """A base in NF4, and transformers' own model in float64 of the weights that the quantized ones stand for."""
     paged_attention.register()
     nf4 = loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").double()
@@ -207,14 +217,18 @@ def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
             assert isinstance(module.base, bnb.nn.Linear4bit)
             dequantized = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
             stock.get_submodule(name).weight.data.copy_(dequantized.double())
+    return nf4, stock.eval().requires_grad_(False)
+
+
+def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
+    nf4, stock = nf4_and_stock(tiny.save_base(tmp_path))
     made = mixes(nf4.shape, seed=4, count=8)
     got = Step(nf4, selected(nf4)).logits(rows(made))
     plain = Step(nf4, selected(nf4)).logits([Row(mix.tokens) for mix in made])
-    with torch.no_grad():
-        for mix, mine, without in zip(made, got, plain, strict=True):
-            wanted = textbook.logits(stock, mix.tokens, mix.parts)
-            assert error(mine, wanted) < NF4_TOLERANCE
-            assert error(without, wanted) > 5 * NF4_TOLERANCE, "negative control"
+    for mix, mine, without in zip(made, got, plain, strict=True):
+        wanted = textbook.logits(stock, mix.tokens, mix.parts)
+        assert error(mine, wanted) < NF4_TOLERANCE
+        assert error(without, wanted) > 5 * NF4_TOLERANCE, "negative control"
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3, 1.0), (-1.5, 2.0, 0.25), (1.0, 1.0, 1.0)])

@@ -6,6 +6,7 @@ would be made anew by each rounding.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,6 @@ from tests.test_composition import (
     FLOAT64_TOLERANCE,
     MAKERS,
     NF4_TOLERANCE,
-    VIRTUAL,
     ExactSlots,
     error,
     selected,
@@ -38,8 +38,6 @@ from weft.methods.inject import AdaptedLinear
 from weft.methods.mixture import Expert, Level, Mixture, MixtureConfig, MixtureParams
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 from weft.model import loader, paged_attention
-
-_METHODS = [name for name in MAKERS if name not in VIRTUAL]
 
 
 class Mixed(NamedTuple):
@@ -61,13 +59,20 @@ class Mixed(NamedTuple):
 
 
 def made(
-    base: BaseShape, *, seed: int, num_experts: int, scale: float = 0.5, bounded: bool = False, **config: Any
+    base: BaseShape,
+    *,
+    seed: int,
+    num_experts: int,
+    scale: float = 0.5,
+    bounded: bool = False,
+    methods: Sequence[str] = tuple(MAKERS),
+    **config: Any,
 ) -> Mixed:
     """A random prompt, router and experts, one of each method first."""
     dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     read = MixtureConfig(num_experts=num_experts, **config)
     shape = (1 if read.shared else base.num_layers, read.num_choices, base.embedding_size)
-    experts = [MAKERS[_METHODS[(seed + i) % len(_METHODS)]](base, dice, 100 * seed + i) for i in range(num_experts)]
+    experts = [MAKERS[methods[(seed + i) % len(methods)]](base, dice, 100 * seed + i) for i in range(num_experts)]
     mixture = Mixture(
         read,
         MixtureParams(torch.randn(shape, generator=generator) * scale),
@@ -163,6 +168,8 @@ def test_the_mixtures_are_what_they_should_be(base: loader.Base) -> None:
         assert {getattr(mixed.mixture.config, flag) for mixed in listed} == {True, False}, flag
     assert {mixed.mixture.config.level for mixed in listed} == set(Level)
     assert len({expert.method.name for mixed in listed for expert in mixed.experts}) >= 5
+    with_virtual = [sum(bool(e.num_virtual_tokens) for e in mixed.experts) for mixed in listed]
+    assert {0, 1, 2} <= set(with_virtual)
     assert any(mixed.bounds for mixed in listed)
 
 
@@ -173,8 +180,9 @@ def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stoc
     for index, (mixed, mine) in enumerate(zip(listed, got, strict=True)):
         wanted, gates = mixed.wanted(stock)
         assert mine.dtype == torch.float64
-        # Sight, pooled embeddings and bounds are kept in float32, so those rows carry its rounding.
-        is_rounded = mixed.bounds or mixed.mixture.config.level is Level.SEQUENCE
+        # Sight, pooled embeddings, bounds and log-gates are kept in float32, so those rows carry its rounding.
+        has_virtual = any(expert.num_virtual_tokens for expert in mixed.experts)
+        is_rounded = mixed.bounds or has_virtual or mixed.mixture.config.level is Level.SEQUENCE
         assert error(mine, wanted) < (1e-5 if is_rounded else FLOAT64_TOLERANCE), index
         told = step.gates[index]
         assert told is not None

@@ -6,7 +6,7 @@ Counted with the interpreter's own profiler around one model call: every Python 
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,15 +16,18 @@ import torch
 
 from tests import tiny
 from tests.serving import Row, Step
+from tests.test_composition import MAKERS, VIRTUAL
 from tests.test_mixture import made
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
+from weft.engine.token_ranges import TokenRange
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 
 _Calls = Counter[str]
+DELTAS = tuple(name for name in MAKERS if name not in VIRTUAL)
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +127,41 @@ def test_calls_do_not_grow_with_parts(base: loader.Base) -> None:
     assert composed(1) == composed(2) == composed(8)
 
 
+def test_calls_do_not_grow_with_spans(base: loader.Base) -> None:
+    """Requests of one adapter with virtual positions and of three, each at its weight."""
+    step = _step(base, select(base.device, base.dtype))
+    prefixes = [tiny.random_prefix(base.shape, length=3 + seed, seed=seed) for seed in range(4)]
+
+    def composed(num_parts: int, gate: float) -> _Calls:
+        rows = [Row([5], adapters=[(one, gate) for one in prefixes[:num_parts]]) for _ in range(4)]
+        step.logits([*rows, Row([5])])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    assert composed(1, 0.5) == composed(3, 0.5)
+    assert composed(1, 1.0) == composed(3, 1.0) == composed(0, 1.0)
+    weighted = composed(3, 0.5) - composed(3, 1.0)
+    assert 0 < weighted.total() < 10, "their weights are packed once for all layers"
+
+
+def test_calls_do_not_grow_with_token_ranges(base: loader.Base) -> None:
+    step = _step(base, select(base.device, base.dtype))
+    loras = [(tiny.random_lora(base.shape, rank=2, seed=seed), 1.0) for seed in range(4)]
+
+    def ranged(num_ranges: int) -> _Calls:
+        ranges = [tuple(TokenRange(5 * k + j, 5 * k + j + 1) for k in range(num_ranges)) for j in range(4)]
+        step.logits([Row([5] * 80, adapters=loras, ranges=ranges), Row([5])])
+        return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
+
+    assert ranged(1) == ranged(16) == _calls(step, [loras[0][0], None])
+
+
 def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
     """Neither with rows, experts, top_k nor the number of mixtures; one call per layer makes the gates."""
     step = _step(base, select(base.device, base.dtype))
 
-    def mixed(num_mixtures: int, num_experts: int, num_tokens: int = 1) -> _Calls:
+    def mixed(num_mixtures: int, num_experts: int, num_tokens: int = 1, methods: Sequence[str] = DELTAS) -> _Calls:
         listed = [
-            made(base.shape, seed=9 * seed, num_experts=num_experts, top_k=1 + seed % num_experts)
+            made(base.shape, seed=9 * seed, num_experts=num_experts, methods=methods, top_k=1 + seed % num_experts)
             for seed in range(num_mixtures)
         ]
         plain = [Row([5], adapter) for adapter in _mixed(base, 10)]  # these keep all paths open
@@ -142,6 +173,7 @@ def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
     assert mixed(8, 2) == few
     assert mixed(2, 12) == few
     assert mixed(2, 2, num_tokens=40) == few
+    assert mixed(8, 4, 3, VIRTUAL) == mixed(1, 1, 1, VIRTUAL), "whose experts bring virtual positions"
     assert few["routing.py:route"] == base.shape.num_layers
     assert _calls(step, _mixed(base, 10))["inject.py:AdapterContext._enter"] == 0, "who has no mixture pays nothing"
 

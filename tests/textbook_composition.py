@@ -26,6 +26,8 @@ from weft.methods.prompt import PromptParams
 from weft.methods.protocol import Adapter
 
 Composition = Sequence[tuple[Adapter, float]]
+Weight = float | Tensor  # of a delta: one for all tokens, or [N, 1], one for each
+Weighted = Sequence[tuple[Adapter, Weight]]
 _NORMS = {
     "self_attn": "input_layernorm",
     "mlp": "post_attention_layernorm",
@@ -34,7 +36,7 @@ _NORMS = {
 }
 
 
-def logits(model: Any, tokens: Sequence[int], parts: Composition) -> Tensor:
+def logits(model: Any, tokens: Sequence[int], parts: Weighted) -> Tensor:
     """[N, V] in the model's dtype; the model is left as it was."""
     dtype = model.get_input_embeddings().weight.dtype
     virtual = [(adapter, weight) for adapter, weight in parts if adapter.prefix is not None and weight != 0]
@@ -77,10 +79,10 @@ def _keys_and_values(model: Any, adapter: Adapter, dtype: torch.dtype) -> tuple[
     return torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])
 
 
-def _wrap(model: Any, name: str, parts: Composition) -> Callable[[], None]:
+def _wrap(model: Any, name: str, parts: Weighted) -> Callable[[], None]:
     """Give one module the deltas that are made there; returns what takes them away again."""
     module = model.get_submodule(name)
-    here = [(adapter.sites[name], weight) for adapter, weight in parts if weight != 0 and name in adapter.sites]
+    here = [(adapter.sites[name], weight) for adapter, weight in parts if _is_there(weight) and name in adapter.sites]
     original, residual = module.forward, {}
     hook = None
     if any(isinstance(params, BottleneckParams) for params, _ in here):
@@ -105,6 +107,10 @@ def _wrap(model: Any, name: str, parts: Composition) -> Callable[[], None]:
 
     module.forward = forward
     return restore
+
+
+def _is_there(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
 
 
 def _acts_before(params: Any) -> bool:

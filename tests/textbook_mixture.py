@@ -97,9 +97,35 @@ def logits(
         )
         for index, layer in enumerate(layers)
     ]
+    hooks += _gate_spans(layers, experts, now)
     try:
-        parts: Any = [(adapter, Gate(now, index)) for index, adapter in enumerate(experts)]
-        return composition.logits(model, tokens, parts), torch.stack(now)
+        parts: Any = [
+            (adapter, Gate(now, index) if adapter.prefix is None else 1.0) for index, adapter in enumerate(experts)
+        ]
+        return composition.logits(model, tokens, parts), torch.stack(now[-len(layers) :])
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _gate_spans(layers: Any, experts: Sequence[Adapter], now: list[Tensor]) -> list[Any]:
+    """Hooks that put log g of each expert's virtual positions into the mask, which is added to the scores."""
+    columns: list[tuple[int, slice]] = []
+    start = 0
+    for index, adapter in enumerate(experts):
+        if adapter.num_virtual_tokens:
+            columns.append((index, slice(start, start + adapter.num_virtual_tokens)))
+            start += adapter.num_virtual_tokens
+
+    def gate(module: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if named["attention_mask"] is None:  # soft rows on their way through the base, alone
+            return inputs, named
+        mask = named["attention_mask"].clone()
+        for index, place in columns:
+            mask[0, 0, :, place] = now[-1][:, index, None].log().to(mask)
+        return inputs, {**named, "attention_mask": mask}
+
+    if not columns:
+        return []
+    attentions = [getattr(layer, "self_attn", None) or layer.attn for layer in layers]
+    return [attention.register_forward_pre_hook(gate, with_kwargs=True) for attention in attentions]

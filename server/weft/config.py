@@ -105,6 +105,7 @@ class AdapterLimits:
     scaling_max: float = 64.0
     weight_abs_max: float = 1e3
     num_virtual_tokens_max: int = 256
+    num_invocation_tokens_max: int = 256
     num_experts_max: int = 64
 
 
@@ -132,6 +133,7 @@ class RequestLimits:
     logprobs_max: int = 5
     composition_parts_max: int = 8
     composition_weight_abs_max: float = 4.0
+    token_ranges_max: int = 16
     request_id_bytes_max: int = 128
     cache_salt_bytes_max: int = 128
     deadline_default_s: float = 60.0

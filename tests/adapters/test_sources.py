@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from weft.adapters import durable
-from weft.adapters.file_pairs import PEFT_FILES as ADAPTER_FILES
+from weft.adapters.file_pairs import PEFT_FILES
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import FileDigest, generation_of
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, Code, InvalidRequest, WeftError
 
-CONFIG, WEIGHTS = ADAPTER_FILES
+CONFIG, WEIGHTS = PEFT_FILES
 LIMITS = AdapterLimits(file_bytes_max=100_000, config_bytes_max=1000)
 CONTENT = {CONFIG: b'{"peft_type": "LORA"}', WEIGHTS: b"weights " * 20}
 GENERATION = generation_of(FileDigest(n, len(data), hashlib.sha256(data).hexdigest()) for n, data in CONTENT.items())
@@ -158,7 +158,7 @@ def replaced_by(path: Path, kind: str, elsewhere: Path) -> None:
                 file.truncate(1 << 40)
 
 
-@pytest.mark.parametrize("name", ADAPTER_FILES)
+@pytest.mark.parametrize("name", PEFT_FILES)
 @pytest.mark.parametrize(
     "kind",
     ["symlink", "dangling symlink", "hard link", "directory", "fifo", "socket", "device", "huge sparse file"],

@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft.adapters import durable
 from weft.adapters.catalog import MANIFEST_BYTES_MAX, Manifest, ManifestFault, decode
+from weft.adapters.file_pairs import PEFT_FILES
 from weft.adapters.identifiers import AdapterId, Generation
-from weft.adapters.store import ADAPTER_FILES, AdapterStore
+from weft.adapters.store import AdapterStore
 from weft.adapters.versions import FileDigest, StagedVersion, generation_of
 from weft.config import AdapterLimits
 from weft.errors import (
@@ -34,7 +35,7 @@ from weft.errors import (
     Unavailable,
 )
 
-CONFIG, WEIGHTS = ADAPTER_FILES
+CONFIG, WEIGHTS = PEFT_FILES
 LIMITS = AdapterLimits(file_bytes_max=100_000, config_bytes_max=1000)
 ID, OTHER = AdapterId("alpha"), AdapterId("beta")
 ABSENT = Generation("0" * 64)

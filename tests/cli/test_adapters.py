@@ -107,7 +107,12 @@ def test_ls_refuses_an_unknown_state(fake: FakeService, weft: Weft) -> None:
 def test_show_tells_everything(fake: FakeService, weft: Weft) -> None:
     adapter = fake.put("reverse", rank=8, modules=["self_attn.q_proj"], base_model_name="evil\x1b[2Jbase")
     adapter.draining_generations.add(generation="ef" * 32, in_flight_requests=2)
+    adapter.experts.add(generation="0a" * 32, adapter_id="one", available=True)
+    adapter.experts.add(generation="0b" * 32)
     shown = weft("adapters", "show", "reverse").stdout
+    assert f"one@{'0a' * 32}" in shown
+    assert f"one@{'0a' * 32} (not available)" not in shown
+    assert f"?@{'0b' * 32} (not available)" in shown
     assert adapter.generation in shown
     assert f"{'ef' * 32}: 2 in flight" in shown
     assert "evil\\x1b[2Jbase" in shown

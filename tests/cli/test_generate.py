@@ -59,7 +59,7 @@ def test_adapters_with_weights_are_a_composition(fake: FakeService, weft: Weft) 
     assert f"reverse@{'cd' * 6} × 0.25" in result.stderr
 
 
-@pytest.mark.parametrize("adapters", [("reverse=much",), ("reverse", "reverse=1")])
+@pytest.mark.parametrize("adapters", [("reverse=much",), ("reverse=",), ("reverse", "reverse=1")])
 def test_wrong_weights_are_refused(fake: FakeService, weft: Weft, adapters: tuple[str, ...]) -> None:
     result = weft("generate", "hi", *(part for adapter in adapters for part in ("--adapter", adapter)))
     assert result.exit_code == 2

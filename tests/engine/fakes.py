@@ -2,11 +2,13 @@
 
 Each adapter is a *watermark*: a number that fills its weights or its virtual keys. The fake reads it back from the slot
 memory and from its KV cells, so that what counts is what was really placed, never a name. The next token is drawn from
-a digest of (watermarks and gates, every token so far); the digest of the tokens already computed is read from the KV
-cells. A wrong adapter, a stale block or a lost row therefore gives other tokens than `expected_tokens`, and is noticed
-in `forward` at once where a cell does not continue the one before it.
+a digest of (virtual positions, every token so far with the watermarks and gates that acted on it); the digest of the
+tokens already computed is read from the KV cells. A wrong adapter, a stale block or a lost row therefore gives other
+tokens than `expected_tokens`, and is noticed in `forward` at once where a cell does not continue the one before it.
 """
 
+import math
+import struct
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cache
@@ -37,6 +39,7 @@ from weft.engine.request import (
     TokenEvent,
     canonical,
 )
+from weft.engine.token_ranges import Ranges
 from weft.errors import WeftError
 from weft.methods import ia3, mixture, prefix, prompt
 from weft.methods.protocol import Adapter, BaseShape, Site, SoftRows, Virtual
@@ -71,8 +74,8 @@ class FakeAdapter(NamedTuple):
     def generation(self) -> Generation:
         return Generation(f"{self.watermark:064x}")
 
-    def use(self, gate: float = 1.0) -> AdapterUse:
-        return AdapterUse(self.generation, gate, self.num_virtual)
+    def use(self, gate: float = 1.0, ranges: Ranges = ()) -> AdapterUse:
+        return AdapterUse(self.generation, gate, self.num_virtual, () if self.num_virtual else ranges)
 
     def slab(self) -> Slab:
         if self.is_soft:
@@ -107,29 +110,39 @@ class FakeMixture(NamedTuple):
         return slab.build_router(mixture.Mixture(config, params, named))
 
 
-class Weights(NamedTuple):
-    """What takes part in a request's tokens: the watermark of its virtual positions, (watermark, gate) of deltas."""
+Spans = tuple[tuple[int, float], ...]  # (watermark, log-gate) of each span of a request
+Deltas = tuple[tuple[int, float], ...]  # (watermark, gate) of what acts on a token
 
-    virtual: int | None
-    deltas: tuple[tuple[int, float], ...]
 
-    @classmethod
-    def of(cls, uses: Iterable[AdapterUse]) -> "Weights":
-        numbers = [(int(use.generation, 16), use) for use in uses]
-        virtual = next((number for number, use in numbers if use.num_virtual_tokens), None)
-        return cls(virtual, tuple((number, use.gate) for number, use in numbers if not use.num_virtual_tokens))
+def spans_of(uses: Iterable[AdapterUse]) -> Spans:
+    """A request's virtual positions."""
+    return tuple((int(use.generation, 16), float32(math.log(use.gate))) for use in uses if use.num_virtual_tokens)
+
+
+def deltas_at(uses: Iterable[AdapterUse], index: int) -> Deltas:
+    """What acts on the real token `index`."""
+    return tuple(
+        (int(use.generation, 16), use.gate)
+        for use in uses
+        if not use.num_virtual_tokens and (not use.ranges or any(begin <= index < end for begin, end in use.ranges))
+    )
+
+
+def float32(number: float) -> float:
+    """As the batch holds it."""
+    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 @cache
-def start(weights: Weights) -> bytes:
+def start(spans: Spans) -> bytes:
     """The digest before the first token."""
-    return blake2b(repr(weights).encode(), digest_size=8).digest()
+    return blake2b(repr(spans).encode(), digest_size=8).digest()
 
 
 @cache
-def advance(digest: bytes, token: int) -> bytes:
+def advance(digest: bytes, token: int, deltas: Deltas) -> bytes:
     """The digest after one more token."""
-    return blake2b(digest + token.to_bytes(8, "little"), digest_size=8).digest()
+    return blake2b(digest + token.to_bytes(8, "little") + repr(deltas).encode(), digest_size=8).digest()
 
 
 @cache
@@ -142,9 +155,9 @@ def logits_after(digest: bytes) -> Tensor:
 def expected_tokens(request: Request) -> list[int]:
     """What `request` must answer, computed alone and without an engine."""
     shadow = Request(request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, params=request.params)
-    params, digest = request.params, start(Weights.of(request.adapters))
-    for token in request.prompt_token_ids:
-        digest = advance(digest, token)
+    params, digest = request.params, start(spans_of(request.adapters))
+    for index, token in enumerate(request.prompt_token_ids):
+        digest = advance(digest, token, deltas_at(request.adapters, index))
     while len(shadow.output) < params.max_new_tokens:
         if params.temperature == 0 and not params.min_new_tokens and params.repetition_penalty == 1:
             token = int(logits_after(digest).argmax())
@@ -155,14 +168,15 @@ def expected_tokens(request: Request) -> list[int]:
         shadow.output.append(token)
         if token in params.stop_token_ids and len(shadow.output) >= params.min_new_tokens:
             break
-        digest = advance(digest, token)
+        digest = advance(digest, token, deltas_at(request.adapters, shadow.num_tokens - 1))
     return shadow.output
 
 
 class TokenCell(NamedTuple):
-    """A real token in a KV slot: which one, and the digest of everything up to it."""
+    """A real token in a KV slot: which one, what acted on it, and the digest of everything up to it."""
 
     token: int
+    deltas: Deltas
     digest: bytes
 
 
@@ -241,46 +255,54 @@ class FakeRunner:
         for b, num_real in enumerate(batch.context_lens.tolist()):
             rows = range(starts[b], starts[b + 1])
             slots = self._slots(batch, b, num_real)
-            digest, num_computed = start(self._weights(batch, b, rows)), num_real - len(rows)
+            digest, num_computed = start(self._spans(batch, b, rows)), num_real - len(rows)
             for slot in slots[:num_computed]:
                 cell = self.cells.get(slot)
                 assert isinstance(cell, TokenCell), f"request {b} reads KV slot {slot}, which holds {cell}"
-                digest = advance(digest, cell.token)
+                digest = advance(digest, cell.token, cell.deltas)
                 assert cell.digest == digest, f"request {b} reads KV slot {slot} of another beginning"
                 read_by.setdefault(slot, b)
             for row, index in zip(rows, range(num_computed, num_real), strict=True):
                 slot, token = slots[index], int(batch.input_ids[row])
                 assert slot == batch.kv_slots[row], f"row {row} is stored at {batch.kv_slots[row]}, read at {slot}"
-                position = int(batch.virtual_lens[b]) + index
+                position = int(batch.virtual_lens[b].sum()) + index
                 assert batch.positions[row] == position, f"row {row} has position {batch.positions[row]}"
                 assert slot not in written_by, f"rows of requests {written_by.get(slot)} and {b} share KV slot {slot}"
                 written_by[slot] = b
-                digest = advance(digest, token)
+                deltas = self._deltas(batch, row)
+                digest = advance(digest, token, deltas)
                 digests.append(digest)
-                self.cells[slot] = TokenCell(token, digest)
+                self.cells[slot] = TokenCell(token, deltas, digest)
         torn = read_by.keys() & written_by.keys()
         assert not torn, f"KV slots {torn} are read and written in one step"
         return digests
 
     def _slots(self, batch: Batch, b: int, num_real: int) -> list[int]:
         size = self._block_size
-        blocks = batch.block_tables[b].tolist()[-(-int(batch.virtual_lens[b]) // size) :]
+        num_virtual_blocks = sum(-(-length // size) for length in batch.virtual_lens[b].tolist())
+        blocks = batch.block_tables[b].tolist()[num_virtual_blocks:]
         return [blocks[index // size] * size + index % size for index in range(num_real)]
 
-    def _weights(self, batch: Batch, b: int, rows: range) -> Weights:
-        virtual = None
-        for index in range(int(batch.virtual_lens[b])):
-            block = int(batch.block_tables[b, index // self._block_size])
-            cell = self.cells.get(block * self._block_size + index % self._block_size)
-            assert isinstance(cell, VirtualCell), f"request {b}: virtual position {index} holds {cell}"
-            assert cell.position == index, f"request {b}: virtual position {index} holds {cell}"
-            assert virtual in (None, cell.watermark), f"request {b}: virtual positions of two adapters"
-            virtual = cell.watermark
-        per_row = {self._deltas(batch, row) for row in rows}
-        assert len(per_row) == 1, f"request {b}: its rows have different adapters"
-        return Weights(virtual, per_row.pop())
+    def _spans(self, batch: Batch, b: int, rows: range) -> Spans:
+        watermarks, blocks = [], batch.block_tables[b].tolist()
+        for length in filter(None, batch.virtual_lens[b].tolist()):
+            found = set()
+            for index in range(length):
+                cell = self.cells.get(blocks[index // self._block_size] * self._block_size + index % self._block_size)
+                assert isinstance(cell, VirtualCell), f"request {b}: virtual position {index} holds {cell}"
+                assert cell.position == index, f"request {b}: virtual position {index} holds {cell}"
+                found.add(cell.watermark)
+            assert len(found) == 1, f"request {b}: virtual positions of several adapters in one span"
+            watermarks.append(found.pop())
+            blocks = blocks[-(-length // self._block_size) :]
+        per_row = {self._log_gates(batch, row, len(watermarks)) for row in rows}
+        assert len(per_row) == 1, f"request {b}: its rows see its spans with different gates"
+        return tuple(zip(watermarks, per_row.pop(), strict=True))
 
-    def _deltas(self, batch: Batch, row: int) -> tuple[tuple[int, float], ...]:
+    def _log_gates(self, batch: Batch, row: int, num_spans: int) -> tuple[float, ...]:
+        return (0.0,) * num_spans if batch.log_gates is None else tuple(batch.log_gates[row, :num_spans].tolist())
+
+    def _deltas(self, batch: Batch, row: int) -> Deltas:
         if batch.adapter_rows is None:
             return ()
         begin, end = batch.adapter_rows.offsets[row : row + 2].tolist()
@@ -357,6 +379,7 @@ class Harness:
         *adapters: FakeAdapter,
         params: SamplingParams = GREEDY,
         gates: Sequence[float] = (),
+        ranges: Ranges = (),
         salt: str = "",
         deadline_s: float = float("inf"),
         mixture: FakeMixture | None = None,
@@ -364,10 +387,13 @@ class Harness:
         reads_prompt: bool = False,
         sight: GateSight = GateSight.NONE,
     ) -> Request:
-        """Send a request in; it takes effect in the next turn. A mixture brings its experts."""
+        """Send a request in; it takes effect in the next turn. ranges: where its deltas act.
+
+        A mixture brings its experts.
+        """
         adapters = adapters if mixture is None else mixture.experts
         gates = gates or [1.0] * len(adapters)
-        uses = tuple(adapter.use(gate) for adapter, gate in zip(adapters, gates, strict=True))
+        uses = tuple(adapter.use(gate, ranges) for adapter, gate in zip(adapters, gates, strict=True))
         mixed = None if mixture is None else MixtureUse(mixture.generation, reads_prompt, wanted, sight)
         if mixture is not None:
             uses = canonical(uses)

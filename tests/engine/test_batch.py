@@ -1,6 +1,7 @@
 """A step as flat tensors, against a loop over its tokens."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from weft.adapters.identifiers import Generation
 from weft.adapters.slots import AdapterSlot
 from weft.engine import batch as batches
+from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.scheduler import Scheduled
+from weft.engine.token_ranges import OPEN, Ranges, TokenRange
 
 
 def request(
@@ -26,7 +29,6 @@ def request(
     first_block: int,
 ) -> Request:
     """A request with its own blocks, in falling order so that no order is right by accident."""
-    num_virtual = sum(use.num_virtual_tokens for use in uses)
     made = Request(
         request_id=RequestId(str(name)),
         prompt_token_ids=tuple(100 * name + index for index in range(num_prompt)),
@@ -35,11 +37,19 @@ def request(
     )
     made.output += [100 * name + num_prompt + index for index in range(num_output)]
     made.num_computed_tokens = num_computed
-    count = -(-num_virtual // block_size)
+    count = sum(-(-use.num_virtual_tokens // block_size) for use in uses)
     made.virtual_blocks = [first_block + count - 1 - index for index in range(count)]
     count_real = -(-made.num_tokens // block_size)
     made.blocks = [first_block + count + count_real - 1 - index for index in range(count_real)]
     return made
+
+
+@st.composite
+def ranges(draw: Any) -> Ranges:
+    """None, which is everywhere, or some that may begin, end and lie where no token is."""
+    edges = sorted(draw(st.sets(st.integers(0, 20), min_size=0, max_size=6)))
+    edges += [OPEN] * (len(edges) % 2)
+    return token_ranges.normal(map(TokenRange, edges[::2], edges[1::2]))
 
 
 @st.composite
@@ -48,11 +58,13 @@ def steps(draw: Any) -> tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, 
     step, slots_of, first_block, next_slot = [], {}, 0, 0
     for name in range(draw(st.integers(1, 5))):
         uses = [
-            AdapterUse(Generation(f"d{k}"), draw(st.sampled_from([1.0, 0.5, -2.0, 0.0])), 0)
+            AdapterUse(Generation(f"d{k}"), draw(st.sampled_from([1.0, 0.5, -2.0, 0.0])), 0, draw(ranges()))
             for k in range(draw(st.integers(0, 3)))
         ]
-        if draw(st.booleans()):
-            uses.insert(draw(st.integers(0, len(uses))), AdapterUse(Generation("v"), 1.0, draw(st.integers(1, 9))))
+        for k in range(draw(st.integers(0, 3))):
+            gate = draw(st.sampled_from([1.0, 1.0, 0.3, 2.5]))
+            virtual = AdapterUse(Generation(f"v{k}"), gate, draw(st.integers(1, 9)))
+            uses.insert(draw(st.integers(0, len(uses))), virtual)
         num_prompt, num_output = draw(st.integers(1, 12)), draw(st.integers(0, 6))
         num_computed = draw(st.integers(0, num_prompt + num_output - 1))
         made = request(
@@ -72,13 +84,18 @@ def steps(draw: Any) -> tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, 
     return step, slots_of, block_size
 
 
-@settings(max_examples=200, deadline=None)
+def _acts(use: AdapterUse, index: int) -> bool:
+    return not use.num_virtual_tokens and (not use.ranges or any(begin <= index < end for begin, end in use.ranges))
+
+
+@settings(max_examples=400, deadline=None)
 @given(steps())
 def test_every_row_is_what_a_loop_over_tokens_says(
     drawn: tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int],
 ) -> None:
     step, slots_of, size = drawn
-    input_ids, positions, kv_slots, entries, sample_rows = [], [], [], [], []
+    input_ids, positions, kv_slots, entries, log_gates, sample_rows = [], [], [], [], [], []
+    most = max(len(one.spans) for one, _ in step)
     for scheduled in step:
         one, num_tokens = scheduled
         all_tokens = [*one.prompt_token_ids, *one.output]
@@ -87,7 +104,8 @@ def test_every_row_is_what_a_loop_over_tokens_says(
             positions.append(one.num_virtual_tokens + index)
             kv_slots.append(one.blocks[index // size] * size + index % size)
             slots = zip(slots_of.get(one, ()), one.adapters, strict=True)
-            entries.append([(slot, use.gate) for slot, use in slots if use.num_virtual_tokens == 0])
+            entries.append([(slot, use.gate) for slot, use in slots if _acts(use, index)])
+            log_gates.append([math.log(use.gate) for use in one.spans] + [0.0] * (most - len(one.spans)))
             if index == one.num_tokens - 1:
                 sample_rows.append(len(input_ids) - 1)
 
@@ -100,7 +118,13 @@ def test_every_row_is_what_a_loop_over_tokens_says(
     starts = batch.query_start.tolist()
     assert [end - begin for begin, end in itertools.pairwise(starts)] == [n for _, n in step]
     assert batch.context_lens.tolist() == [one.num_computed_tokens + n for one, n in step]
-    assert batch.virtual_lens.tolist() == [one.num_virtual_tokens for one, _ in step]
+    lengths = [[use.num_virtual_tokens for use in one.spans] for one, _ in step]
+    assert batch.virtual_lens.tolist() == [own + [0] * (most - len(own)) for own in lengths]
+    if all(use.gate == 1.0 for one, _ in step for use in one.spans):
+        assert batch.log_gates is None
+    else:
+        assert batch.log_gates is not None
+        assert batch.log_gates.equal(torch.tensor(log_gates, dtype=torch.float32))
     for table, (one, _) in zip(batch.block_tables.tolist(), step, strict=True):
         blocks = one.virtual_blocks + one.blocks
         assert table[: len(blocks)] == blocks
@@ -154,7 +178,9 @@ def test_types_are_those_the_kernels_read(
     batch = batches.build(*drawn)
     wide = {"input_ids", "positions", "kv_slots", "sample_rows"}
     for name, tensor in batch._asdict().items():
-        if name != "adapter_rows":
+        if name == "log_gates":
+            assert tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())
+        elif name != "adapter_rows":
             assert tensor.dtype == (torch.int64 if name in wide else torch.int32), name
     if batch.adapter_rows is not None:
         assert [t.dtype for t in batch.adapter_rows[:3]] == [torch.int32, torch.int32, torch.float32]
@@ -174,20 +200,29 @@ def test_an_adapter_that_is_not_on_the_device_is_a_bug_not_a_base_answer() -> No
         batches.build([Scheduled(one, 3)], {}, 4)
 
 
-@pytest.mark.parametrize("counts", [(3, 4), (1, 0, 2)])
-def test_virtual_positions_of_two_adapters_are_refused(counts: tuple[int, ...]) -> None:
-    """The second adapter's would lie where the first real token is written."""
-    uses = tuple(AdapterUse(Generation(str(index)), 1.0, count) for index, count in enumerate(counts))
-    with pytest.raises(AssertionError):
-        Request(request_id=RequestId("r"), prompt_token_ids=(1,), params=SamplingParams(), adapters=uses)
+def test_each_adapters_virtual_positions_begin_a_block() -> None:
+    """Spans of 3 and 5 in blocks of 4: three blocks with two holes, then the tokens, whose positions count no hole."""
+    uses = (AdapterUse(Generation("v"), 0.5, 3), AdapterUse(Generation("d"), 2.0, 0), AdapterUse(Generation("w"), 1, 5))
+    one = request(1, num_prompt=2, num_output=0, num_computed=0, uses=uses, block_size=4, first_block=10)
+    plain = request(2, num_prompt=1, num_output=0, num_computed=0, block_size=4, first_block=20)
+    slots = tuple(map(AdapterSlot, range(3)))
+    batch = batches.build([Scheduled(one, 2), Scheduled(plain, 1)], {one: slots}, 4)
+    assert batch.block_tables.tolist() == [[12, 11, 10, 13], [20, 0, 0, 0]]
+    assert batch.virtual_lens.tolist() == [[3, 5], [0, 0]]
+    assert batch.positions.tolist() == [8, 9, 0]
+    assert batch.kv_slots.tolist() == [52, 53, 80]
+    assert batch.log_gates is not None
+    half = math.log(0.5)
+    assert batch.log_gates.tolist() == [pytest.approx([half, 0.0]), pytest.approx([half, 0.0]), [0.0, 0.0]]
 
 
-def test_a_gate_of_virtual_positions_is_refused() -> None:
-    """Nothing would apply it: the request would get the whole prefix."""
+@pytest.mark.parametrize("gate", [0.0, -0.5, float("nan")])
+def test_a_gate_without_a_logarithm_is_refused(gate: float) -> None:
+    """A part of weight 0 is no part of a request."""
     with pytest.raises(AssertionError):
         Request(
             request_id=RequestId("r"),
             prompt_token_ids=(1,),
             params=SamplingParams(),
-            adapters=(AdapterUse(Generation("g"), 0.5, 3),),
+            adapters=(AdapterUse(Generation("g"), gate, 3),),
         )

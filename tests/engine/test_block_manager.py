@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from weft.adapters.identifiers import Generation
 from weft.engine.block_manager import BlockManager, block_key, cache_root
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
+from weft.engine.token_ranges import OPEN, TokenRange
 
 SIZE = 4
 _ids = itertools.count()
@@ -42,6 +43,7 @@ _uses = st.lists(
         st.sampled_from(["", "a", "b", "ab", "aa", "a" * 64, "b" * 64]).map(Generation),
         st.sampled_from([0.0, 0.5, 1.0, -1.0, 1.0000000000000002]),
         st.just(0),
+        st.just(()),
     ),
     max_size=3,
 )
@@ -89,7 +91,76 @@ def test_different_blocks_have_different_keys(one: tuple, other: tuple) -> None:
     assert (block_key(*one) == block_key(*other)) == (one == other)
 
 
+def test_a_key_tells_what_acts_on_its_tokens() -> None:
+    """Who, how much and where within the block: each of them alone makes another key."""
+    parent, tokens, a = b"p" * 32, [1, 2, 3, 4], AdapterUse(Generation("a"), 1.0, 0, (TokenRange(1, 3),))
+    acting = [
+        (),
+        (a,),
+        (a._replace(generation=Generation("b")),),
+        (a._replace(gate=0.5),),
+        (a._replace(ranges=(TokenRange(1, 4),)),),
+        (a._replace(ranges=(TokenRange(1, 2), TokenRange(3, 4))),),
+        (a, a._replace(generation=Generation("b"))),
+        (a, a),
+    ]
+    keys = [block_key(parent, tokens, uses) for uses in acting]
+    assert len(set(keys)) == len(keys)
+
+
 # -- sharing ---------------------------------------------------------------------------------------------------------
+
+
+def _ranged(prompt: Sequence[int], *uses: tuple[str, Sequence[tuple[int, int]]]) -> Request:
+    """The adapters by generation, each with where it acts."""
+    adapters = tuple(
+        AdapterUse(Generation(generation), 1.0, 0, tuple(TokenRange(*one) for one in ranges))
+        for generation, ranges in uses
+    )
+    return Request(
+        request_id=RequestId(str(next(_ids))),
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(),
+        adapters=adapters,
+        cache_root=cache_root("", "base", adapters),
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "num_shared"),
+    [
+        ([], [("a", [(9, OPEN)])], 8),  # the base's blocks before the first token that is another
+        ([], [("a", [(8, OPEN)])], 8),
+        ([], [("a", [(7, OPEN)])], 4),
+        ([("a", [(9, OPEN)])], [], 8),  # and the other way round
+        ([("a", [(9, OPEN)])], [("b", [(13, OPEN)])], 8),
+        ([("a", [(9, OPEN)])], [("a", [(9, OPEN)])], 20),
+        ([("a", [(9, OPEN)])], [("a", [(10, OPEN)])], 8),
+        ([("a", [(0, OPEN)])], [("b", [(0, OPEN)])], 0),
+        ([("a", [(2, 6)])], [("a", [(2, 6), (17, 18)])], 16),
+        ([("a", [(2, 6)])], [], 0),
+        ([("a", [(5, 6)])], [], 4),  # what follows a range depends on it, though nothing acts there
+        ([("a", ()), ("b", [(9, OPEN)])], [("a", ())], 8),  # without b it is a's own request
+        ([("a", ()), ("b", [(9, OPEN)])], [], 0),
+        ([("a", [(9, OPEN)])], [("a", ())], 0),
+        ([("a", [(4, 6)]), ("b", [(14, OPEN)])], [("a", [(4, 6)])], 12),
+    ],
+)
+def test_blocks_are_shared_up_to_the_first_token_that_is_made_otherwise(
+    first: list[tuple], second: list[tuple], num_shared: int
+) -> None:
+    blocks = BlockManager(16, SIZE)
+    compute(blocks, _ranged(range(21), *first))
+    assert compute(blocks, _ranged(range(21), *second)) == num_shared
+
+
+def test_a_purge_takes_what_an_adapter_s_tokens_made_and_what_follows() -> None:
+    blocks = BlockManager(16, SIZE)
+    compute(blocks, one := _ranged(range(21), ("a", [(5, 6)])))
+    blocks.release(one)
+    assert blocks.purge(Generation("a")) == 4, "the block with token 5, and the three after it"
+    blocks.check()
+    assert compute(blocks, _ranged(range(21))) == 4, "the first block is the base's, and stays"
 
 
 def test_a_second_request_shares_the_full_blocks_of_its_beginning() -> None:
@@ -268,6 +339,26 @@ def test_virtual_blocks_live_until_owner_and_users_are_gone() -> None:
         blocks.unshare_virtual(user)
         assert user.virtual_blocks == []
     assert blocks.num_free_blocks == 4
+    blocks.check()
+
+
+def test_virtual_blocks_of_several_adapters_stand_in_order_and_end_each_by_itself() -> None:
+    blocks = BlockManager(8, SIZE)
+    owned = [blocks.take_virtual(count) for count in (SIZE + 1, 1, SIZE)]
+    both, last = request([1]), request([2])
+    for taken in owned:
+        blocks.share_virtual(both, taken or [])
+    blocks.share_virtual(last, owned[1] or [])
+    assert both.virtual_blocks == [block for taken in owned for block in taken or []]
+    assert len(both.virtual_blocks) == 4, "each begins a block"
+    for taken in owned:
+        blocks.drop_virtual(taken or [])  # the owners leave
+    assert blocks.num_used_blocks == 4
+    blocks.unshare_virtual(both)
+    blocks.check()
+    assert blocks.num_used_blocks == 1, "the other request's"
+    blocks.unshare_virtual(last)
+    assert blocks.num_free_blocks == 8
     blocks.check()
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import GREEDY, UNIT_BYTES, FakeAdapter, Harness, expected_tokens
+from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, advance, expected_tokens
 from weft.engine.batch import Batch
 from weft.engine.engine import ENGINE_DOWN
 from weft.engine.request import FinishReason, Request, RequestId, SamplingParams
@@ -21,7 +21,7 @@ from weft.metrics import Metrics
 
 METRICS = Metrics()
 ONE, TWO, BIG = FakeAdapter(1), FakeAdapter(2), FakeAdapter(3, units=2)
-PREFIX = FakeAdapter(4, num_virtual=6)
+PREFIX, SHORT = FakeAdapter(4, num_virtual=6), FakeAdapter(5, num_virtual=3)
 CANCELLED = Cancelled("CANCELLED", "the caller went away")
 
 
@@ -65,6 +65,32 @@ def test_requests_of_every_kind_answer_in_one_batch_as_they_would_alone() -> Non
     h.assert_answers()
     assert len({tuple(h.tokens(request)) for request in h.requests.values()}) == 7
     assert max(len(batch.query_start) - 1 for batch in h.runner.batches) == 7
+
+
+def test_two_prefixes_at_their_weights_answer_beside_others_as_they_would_alone() -> None:
+    h = harness(num_blocks=100)
+    prompt = list(range(11))
+    composed = [
+        h.submit(prompt, PREFIX, ONE, SHORT, gates=gates, params=long(6))
+        for gates in ([1.0, 1.0, 1.0], [1.0, 1.0, 0.5], [0.5, 1.0, 1.0], [2.0, -1.0, 0.25])
+    ]
+    composed.append(h.submit(prompt, SHORT, ONE, PREFIX, params=long(6)))
+    h.submit(prompt, PREFIX, params=long(6))
+    h.submit(prompt, params=long(6))
+    h.run()
+    h.assert_answers()
+    assert max(len(batch.query_start) - 1 for batch in h.runner.batches) >= 5
+    assert len({tuple(h.tokens(request)) for request in composed}) == len(composed), "order and weights mean something"
+    assert h.engine.blocks.num_used_blocks == 2 + 1, "the residents'"
+
+
+def test_virtual_positions_of_two_adapters_that_leave_no_room_for_a_token_end_their_request_only() -> None:
+    h = harness(num_blocks=3)
+    neither = h.submit([1], PREFIX, SHORT)
+    one = h.submit([1, 2], PREFIX, params=long(2))
+    h.run()
+    assert (h.reason(neither), h.reason(one)) == ("POOL_EXHAUSTED", "length")
+    h.assert_answers()
 
 
 def test_a_prompt_in_chunks_answers_like_one_in_a_piece() -> None:
@@ -230,7 +256,7 @@ def test_a_cancel_after_the_end_and_of_an_unknown_request_is_nothing() -> None:
 
 def test_a_queued_request_whose_time_has_come_never_runs() -> None:
     h = harness(max_num_seqs=1)
-    running, queued = h.submit([1], params=long(8)), h.submit([2], deadline_s=5.0)
+    running, queued = h.submit([1], params=long(8)), h.submit([VOCAB_SIZE], deadline_s=5.0)
     loading = h.submit([3], ONE, deadline_s=5.0)
     h.turn(2)
     h.now = 5.0
@@ -238,7 +264,7 @@ def test_a_queued_request_whose_time_has_come_never_runs() -> None:
     assert h.reason(queued) == h.reason(loading) == "DEADLINE_EXCEEDED"
     h.run()
     assert h.reason(running) == "length"
-    assert not any(2 in batch.input_ids for batch in h.runner.batches)
+    assert not any(VOCAB_SIZE in batch.input_ids for batch in h.runner.batches), "a token that is never drawn"
 
 
 def test_a_deadline_frees_a_running_request_within_one_step() -> None:
@@ -724,10 +750,16 @@ def test_the_fake_sees_what_it_should_see() -> None:
         with pytest.raises(AssertionError):
             h.runner.forward(batch)
     h.runner.cells[row] = cell
-    h.runner.forward(batch)
+    right = h.runner.forward(batch)
     with pytest.raises(AssertionError):
         h.runner.forward(batch._replace(positions=batch.positions + 1))
-    with pytest.raises(AssertionError):
-        h.runner.forward(batch._replace(adapter_rows=None))
-    assert len(h.runner.violations) == 4
+    assert len(h.runner.violations) == 3
+    # What acts on a row, and what acted on a cell, are seen in the answer: the batch does not say what should have.
+    assert not right.equal(h.runner.forward(batch._replace(adapter_rows=None)))
+    last = request.blocks[1] * 4 + 1
+    h.runner.cells[last] = h.runner.cells[last]._replace(  # type: ignore[union-attr]
+        deltas=(),
+        digest=advance(h.runner.cells[last - 1].digest, request.prompt_token_ids[5], ()),  # type: ignore[union-attr]
+    )
+    assert not right.equal(h.runner.forward(batch))
     assert expected_tokens(request) != expected_tokens(h.submit(range(6), TWO, params=GREEDY))

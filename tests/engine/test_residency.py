@@ -238,6 +238,40 @@ def test_virtual_positions_are_written_once_shared_and_given_back(adapter: FakeA
     assert device.blocks.num_used_blocks == 0
 
 
+def test_virtual_positions_of_several_adapters_are_placed_together_in_the_order_of_the_request() -> None:
+    device = Device(num_blocks=5)
+    both, one = device.bring(Q, A, P), device.bring(P)
+    assert device.blocks.num_used_blocks == 3
+    assert both.virtual_blocks[1:] == one.virtual_blocks
+    cells = [[device.runner.cells.get(block * 4 + offset) for offset in range(4)] for block in both.virtual_blocks]
+    of_q, of_p = ([VirtualCell(a.watermark, index) for index in range(a.num_virtual)] for a in (Q, P))
+    assert cells == [[*of_q, None], of_p[:4], [of_p[4], None, None, None]]
+    third = device.request(SOFT, Q)
+    assert not device.residency.admit(third)
+    device.answer()
+    assert device.residency.admit(third), "two more blocks are all there is"
+    device.residency.release(one)
+    assert device.residency.evict(P.generation) is None, "the other request still holds it"
+    device.residency.release(both)
+    assert both.virtual_blocks == []
+    assert device.residency.evict(P.generation) is not None
+    assert device.residency.evict(Q.generation) is None
+    assert device.blocks.num_used_blocks == 3
+    device.blocks.check()
+
+
+def test_adapters_whose_virtual_positions_do_not_fit_together_are_not_placed_one_by_one() -> None:
+    device = Device(num_blocks=3)
+    device.leave_idle(P)
+    request = device.request(P, SOFT)
+    assert not device.residency.admit(request)
+    device.answer()
+    assert not device.residency.admit(request)
+    assert device.resident == {P.watermark}, "it was not driven out for half a request"
+    assert not device.residency.can_fit(request)
+    assert device.residency.can_fit(device.request(P, Q))
+
+
 def test_soft_rows_that_cannot_be_computed_leave_nothing_and_are_told_of_once() -> None:
     device = Device()
     waits, call = device.request(SOFT), device.preload(SOFT)
@@ -388,7 +422,7 @@ def test_budget_and_holds_under_any_sequence(
         generation = adapters[0].generation
         held = {use.generation for request in residency.slots_of for use in request.adapters}
         before = residency.resident()
-        if operation == "admit" and sum(adapter.num_virtual > 0 for adapter in adapters) < 2:
+        if operation == "admit":
             requests.append(device.request(*adapters))
             residency.admit(requests[-1])
         elif operation == "end" and requests:

@@ -6,7 +6,7 @@ holds now, and which adapters each request was given.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -27,13 +27,14 @@ from weft.adapters.registry import AdapterInfo, AdapterState, Registry, Version
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine import batch as batches
-from weft.engine import block_manager
+from weft.engine import block_manager, token_ranges
 from weft.engine.block_manager import BlockManager
 from weft.engine.engine import Engine
 from weft.engine.request import Finish, FinishReason, Request, RequestId, SamplingParams
 from weft.engine.residency import Residency
 from weft.engine.scheduler import Scheduled, Scheduler
-from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss, WeftError
+from weft.engine.token_ranges import OPEN, Ranges, TokenRange
+from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss, Unavailable, WeftError
 from weft.methods.protocol import Virtual
 from weft.metrics import Metrics
 
@@ -53,6 +54,12 @@ prompts = st.builds(
     st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
 )
 names = st.one_of(st.lists(ids, min_size=1, max_size=1), st.lists(ids, max_size=2, unique=True))
+gates = st.sampled_from([1.0, 0.5])
+ranges = st.one_of(
+    st.just(()),
+    st.builds(lambda begin: (TokenRange(begin, OPEN),), st.integers(1, 14)),
+    st.builds(lambda begin, count: (TokenRange(begin, begin + count),), st.integers(0, 10), st.integers(1, 6)),
+)
 params = st.builds(
     lambda seed, length, stops: SamplingParams(
         temperature=1.0 if seed else 0.0, seed=seed, max_new_tokens=length, stop_token_ids=stops
@@ -67,7 +74,7 @@ class EngineMachine(RuleBasedStateMachine):
     """The in-memory layer under any sequence of calls and faults."""
 
     @initialize(
-        num_blocks=st.integers(9, 11), budget=st.integers(4, 24), num_seqs=st.integers(1, 5), caching=st.booleans()
+        num_blocks=st.integers(11, 13), budget=st.integers(4, 24), num_seqs=st.integers(1, 5), caching=st.booleans()
     )
     def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool) -> None:
         self.harness = Harness(
@@ -173,7 +180,7 @@ class EngineMachine(RuleBasedStateMachine):
     # -- the requests --------------------------------------------------------------------------------------------
 
     @rule(
-        asked=st.lists(st.tuples(names, prompts, params, st.sampled_from([1.0, 0.5])), min_size=1, max_size=4),
+        asked=st.lists(st.tuples(names, prompts, params, gates), min_size=1, max_size=4),
         pinned_to=st.one_of(st.none(), st.none(), st.none(), st.integers(0, 3)),
         patience=st.sampled_from([float("inf"), float("inf"), 3.0]),
         salt=st.sampled_from(["", "", "tenant"]),
@@ -192,6 +199,20 @@ class EngineMachine(RuleBasedStateMachine):
         if now:
             self.turn()
 
+    @rule(
+        adapter_id=ids,
+        prompt=prompts,
+        uses=st.lists(st.tuples(gates, ranges), min_size=1, max_size=3, unique=True),
+        turns=st.integers(0, 4),
+    )
+    def generate_alike(
+        self, adapter_id: AdapterId, prompt: list[int], uses: list[tuple[float, Ranges]], turns: int
+    ) -> None:
+        """The same prompt, with more or less of the same adapter, in more or fewer of the tokens."""
+        for gate, ranges in uses:
+            self.generate_one([adapter_id], None, prompt, GREEDY, gate, float("inf"), "", ranges)
+            self.step(turns, loads=True)
+
     def generate_one(
         self,
         names: list[AdapterId],
@@ -201,6 +222,7 @@ class EngineMachine(RuleBasedStateMachine):
         gate: float,
         patience: float,
         salt: str,
+        ranges: Ranges = (),
     ) -> None:
         request_id = RequestId(str(len(self.harness.requests)))
         versions: list[Version] = []
@@ -217,20 +239,20 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             assert adapter is not None
             assert version.generation == adapter.generation, "acquire gave other content than the id's"
-            num_virtual = sum(other.info.num_virtual_tokens > 0 for other in [*versions, version])
-            if version in versions or num_virtual > 1:
+            if version in versions:
                 self.registry.release(version, request_id)
                 continue
             versions.append(version)
         taken = [
             adapter for version in versions for adapter in self.adapters if adapter.generation == version.generation
         ]
-        gates = [1.0 if adapter.num_virtual else gate for adapter in taken]
+        gates = [gate + 0.25 * index for index, _ in enumerate(taken)]  # no two alike
         self.leases[request_id] = versions
         self.harness.submit(
             prompt,
             *taken,
             gates=gates,
+            ranges=ranges,
             params=params,
             salt=salt,
             deadline_s=self.harness.now + patience,
@@ -419,6 +441,49 @@ def _key_without_gates(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _key_without_ranged_adapters(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(block_manager, "_acting", lambda uses, begin, end: ())
+
+
+def _key_without_ranges(patch: pytest.MonkeyPatch) -> None:
+    real = block_manager._acting
+    patch.setattr(
+        block_manager,
+        "_acting",
+        lambda uses, begin, end: [use._replace(ranges=()) for use in real(uses, begin, end)],
+    )
+
+
+def _purge_keeps_blocks_behind_a_range(patch: pytest.MonkeyPatch) -> None:
+    """As if a block were made by those alone that act in it."""
+    real = BlockManager.commit
+
+    def commit(self: BlockManager, request: Request) -> None:
+        uses, before = request.adapters, self._generations_of.keys() - set()
+        real(self, request)
+        for block in self._generations_of.keys() - before:
+            index = request.blocks.index(block)
+            begin, end = index * self.block_size, (index + 1) * self.block_size
+            acting = [u.generation for u in uses if not u.ranges or token_ranges.clip(u.ranges, begin, end)]
+            for generation in set(self._generations_of[block]) - set(acting):
+                self._blocks_of_generation[generation].discard(block)
+                if not self._blocks_of_generation[generation]:
+                    del self._blocks_of_generation[generation]
+
+    patch.setattr(BlockManager, "commit", commit)
+
+
+def _ranges_are_not_cut(patch: pytest.MonkeyPatch) -> None:
+    """A run is the whole of a request's rows: what acts on its first row acts on all of them."""
+    real = token_ranges.runs
+
+    def runs(of: Sequence[Ranges], begin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
+        _, _, acting = next(real(of, begin, end))
+        yield begin, end, acting
+
+    patch.setattr(token_ranges, "runs", runs)
+
+
 def _release_forgets_a_block(patch: pytest.MonkeyPatch) -> None:
     real = BlockManager.release
 
@@ -431,6 +496,32 @@ def _release_forgets_a_block(patch: pytest.MonkeyPatch) -> None:
 
 def _virtual_blocks_stay_shared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockManager, "unshare_virtual", lambda self, request: request.virtual_blocks.clear())
+
+
+def _virtual_blocks_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    real = BlockManager.share_virtual
+
+    def share(self: BlockManager, request: Request, blocks: list[int]) -> None:
+        before, request.virtual_blocks = request.virtual_blocks, []
+        real(self, request, blocks)
+        request.virtual_blocks += before
+
+    patch.setattr(BlockManager, "share_virtual", share)
+
+
+def _gates_of_spans_are_lost(patch: pytest.MonkeyPatch) -> None:
+    real = batches.build
+    patch.setattr(batches, "build", lambda *given: real(*given)._replace(log_gates=None))
+
+
+def _gates_of_spans_are_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    real = batches.build
+
+    def build(*given: Any) -> batches.Batch:
+        batch = real(*given)
+        return batch if batch.log_gates is None else batch._replace(log_gates=batch.log_gates.flip(0))
+
+    patch.setattr(batches, "build", build)
 
 
 def _non_finite_kv_stays_cached(patch: pytest.MonkeyPatch) -> None:
@@ -532,8 +623,15 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
     [
         _key_without_generations,
         _key_without_gates,
+        _key_without_ranged_adapters,
+        _key_without_ranges,
+        _purge_keeps_blocks_behind_a_range,
+        _ranges_are_not_cut,
         _release_forgets_a_block,
         _virtual_blocks_stay_shared,
+        _virtual_blocks_in_another_order,
+        _gates_of_spans_are_lost,
+        _gates_of_spans_are_mixed_up,
         _non_finite_kv_stays_cached,
         _purge_forgets_the_cache,
         _holds_never_end,
@@ -549,5 +647,5 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
 )
 def test_the_machine_catches(seed_bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     seed_bug(monkeypatch)
-    with pytest.raises((AssertionError, KeyError, ValueError)):
-        run_state_machine_as_test(EngineMachine, settings=settings(MACHINE, phases=[Phase.generate]))
+    with pytest.raises((AssertionError, KeyError, ValueError, Unavailable)):
+        run_state_machine_as_test(EngineMachine, settings=settings(MACHINE, max_examples=1000, phases=[Phase.generate]))

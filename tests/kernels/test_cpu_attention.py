@@ -17,18 +17,19 @@ NAN = float("nan")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A whole sequence: virtual and real keys and values [positions, Hkv, D], and queries [real, Hq, D]."""
+    """A whole sequence: keys and values [positions, Hkv, D], virtual ones by span, and queries [real, Hq, D]."""
 
-    virtual_keys: Tensor
-    virtual_values: Tensor
+    virtual_keys: list[Tensor]
+    virtual_values: list[Tensor]
+    log_gates: Tensor  # [real, spans]
     keys: Tensor
     values: Tensor
     queries: Tensor
     num_queries: int  # in this step: the last ones
 
     @property
-    def num_virtual(self) -> int:
-        return len(self.virtual_keys)
+    def spans(self) -> list[int]:
+        return [len(keys) for keys in self.virtual_keys]
 
     @property
     def num_real(self) -> int:
@@ -47,13 +48,16 @@ class Shape:
     softcap: float = 0.0
     scale: float = 0.2
 
-    def request(self, num_real: int, num_queries: int, num_virtual: int = 0) -> Request:
+    def request(self, num_real: int, num_queries: int, *spans: int, gated: bool = False) -> Request:
+        """gated: a log-gate for each query and span, every fifth -inf; otherwise all are 0."""
+
         def made(length: int, heads: int) -> Tensor:
             return torch.randn(length, heads, self.head_size).to(self.dtype)
 
         return Request(
-            virtual_keys=made(num_virtual, self.kv_heads),
-            virtual_values=made(num_virtual, self.kv_heads),
+            virtual_keys=[made(length, self.kv_heads) for length in spans],
+            virtual_values=[made(length, self.kv_heads) for length in spans],
+            log_gates=random_gates(num_real, len(spans)) if gated else torch.zeros(num_real, len(spans)),
             keys=made(num_real, self.kv_heads),
             values=made(num_real, self.kv_heads),
             queries=made(num_real, self.query_heads),
@@ -61,11 +65,34 @@ class Shape:
         )
 
 
-def run(shape: Shape, requests: Sequence[Request], *, block_size: int = 16, spare_columns: int = 0) -> Tensor:
-    """One step over a cache that holds NaN everywhere else, blocks in random order, garbage past each table's end."""
+def random_gates(num_rows: int, num_spans: int) -> Tensor:
+    gates = torch.randn(num_rows, num_spans) * 2
+    gates.flatten()[3::5] = -torch.inf
+    return gates
+
+
+def run(
+    shape: Shape,
+    requests: Sequence[Request],
+    *,
+    block_size: int = 16,
+    spare_columns: int = 0,
+    spare_spans: int = 0,
+    says_gates: bool | None = None,
+) -> Tensor:
+    """One step over a cache that holds NaN everywhere else, blocks in random order, garbage past each table's end.
+
+    says_gates: whether log-gates are given; None gives them where they are not all 0. Those of spans that a request
+    does not have are NaN.
+    """
+    num_spans = max((len(r.spans) for r in requests), default=0) + spare_spans
+    virtual_lens = torch.zeros(len(requests), num_spans, dtype=torch.int32)
+    log_gates = torch.full((sum(r.num_queries for r in requests), num_spans), NAN)
     tables, blocks_before = [], 0
-    for r in requests:
-        count = -(-r.num_virtual // block_size) + -(-r.num_real // block_size)
+    for b, (r, gates) in enumerate(zip(requests, log_gates.split([r.num_queries for r in requests]), strict=True)):
+        virtual_lens[b, : len(r.spans)] = torch.tensor(r.spans)
+        gates[:, : len(r.spans)] = r.log_gates[r.num_real - r.num_queries :]
+        count = sum(-(-length // block_size) for length in [*r.spans, r.num_real])
         tables.append(torch.arange(blocks_before, blocks_before + count))
         blocks_before += count
     num_blocks = blocks_before + 3
@@ -77,9 +104,12 @@ def run(shape: Shape, requests: Sequence[Request], *, block_size: int = 16, spar
         table = place[table]
         block_tables[b, : len(table)] = table
         slots = (table[:, None] * block_size + torch.arange(block_size)).flatten()
-        real_at = -(-r.num_virtual // block_size) * block_size
-        attention.store(r.virtual_keys, r.virtual_values, cache, slots[: r.num_virtual].contiguous())
-        attention.store(r.keys, r.values, cache, slots[real_at : real_at + r.num_real].contiguous())
+        begin = 0
+        for keys, values in zip([*r.virtual_keys, r.keys], [*r.virtual_values, r.values], strict=True):
+            attention.store(keys, values, cache, slots[begin : begin + len(keys)].contiguous())
+            begin += -(-len(keys) // block_size) * block_size
+    if says_gates is None:
+        says_gates = any(r.log_gates.any() for r in requests)
     query = torch.cat([r.queries[r.num_real - r.num_queries :] for r in requests])
     out = torch.full_like(query, NAN)
     attention.attend(
@@ -88,8 +118,9 @@ def run(shape: Shape, requests: Sequence[Request], *, block_size: int = 16, spar
         attention.Batch(
             query_start=torch.tensor([0, *(r.num_queries for r in requests)]).cumsum(0).int(),
             context_lens=torch.tensor([r.num_real for r in requests], dtype=torch.int32),
-            virtual_lens=torch.tensor([r.num_virtual for r in requests], dtype=torch.int32),
+            virtual_lens=virtual_lens,
             block_tables=block_tables,
+            log_gates=log_gates if says_gates else None,
         ),
         out,
         scale=shape.scale,
@@ -104,13 +135,15 @@ def reference(shape: Shape, requests: Sequence[Request]) -> Tensor:
     outs = []
     for r in requests:
         group = shape.query_heads // shape.kv_heads
-        keys = torch.cat([r.virtual_keys, r.keys]).double().repeat_interleave(group, 1)
-        values = torch.cat([r.virtual_values, r.values]).double().repeat_interleave(group, 1)
+        keys = torch.cat([*r.virtual_keys, r.keys]).double().repeat_interleave(group, 1)
+        values = torch.cat([*r.virtual_values, r.values]).double().repeat_interleave(group, 1)
+        gates = r.log_gates[r.num_real - r.num_queries :].double().repeat_interleave(torch.tensor(r.spans).long(), 1)
         queries = r.queries[r.num_real - r.num_queries :].double()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * shape.scale
         if shape.softcap:
             scores = shape.softcap * torch.tanh(scores / shape.softcap)
-        key_at = torch.arange(r.num_virtual + r.num_real)
+        scores[:, :, : gates.shape[1]] += gates
+        key_at = torch.arange(len(keys))
         query_at = key_at[len(key_at) - r.num_queries :]
         distance = query_at[:, None] - key_at
         hidden = (distance < 0) | (distance >= shape.window if shape.window else torch.tensor(False))
@@ -145,6 +178,12 @@ def mixed(shape: Shape) -> list[Request]:
     return [shape.request(*length) for length in lengths]
 
 
+def gated(shape: Shape) -> list[Request]:
+    """The same with up to four spans of any length, each with a log-gate per query."""
+    lengths = [(1, 1, 3, 5), (16, 1), (17, 17, 1, 16, 2), (64, 64, 65, 17), (65, 1, 0, 30, 16, 7), (130, 66, 4)]
+    return [shape.request(*length, gated=True) for length in [*lengths, (200, 3, 70, 130), (63, 0, 9, 9)]]
+
+
 @pytest.mark.parametrize(
     "heads", [(12, 4, 64), (6, 2, 32), (1, 1, 16), (5, 1, 80), (4, 4, 8), (9, 1, 128), (2, 1, 256)]
 )
@@ -174,6 +213,113 @@ def test_block_sizes(block_size: int) -> None:
     assert equal_bits(out, run(shape, requests))
 
 
+def test_spans_keep_to_their_blocks() -> None:
+    shape = Shape()
+    requests = gated(shape)
+    out = run(shape, requests)
+    for block_size in (1, 5, 64, 256):
+        assert equal_bits(out, run(shape, requests, block_size=block_size))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 3, 40, 100])
+@pytest.mark.parametrize("heads", [(12, 4, 64), (5, 1, 80), (4, 4, 8)])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_spans_and_their_gates(dtype: torch.dtype, heads: tuple[int, int, int], window: int, softcap: float) -> None:
+    query_heads, kv_heads, head_size = heads
+    shape = Shape(
+        dtype=dtype,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        scale=head_size**-0.5,
+        window=window,
+        softcap=softcap,
+    )
+    requests = gated(shape)
+    out = run(shape, requests)
+    assert_near(out, reference(shape, requests))
+    # Negative controls: the gates of two spans swapped, and none at all.
+    for request in requests:
+        request.log_gates[:] = request.log_gates.flip(1)
+    assert (out - reference(shape, requests)).abs().max() > 0.1
+    for request in requests:
+        request.log_gates.zero_()
+    assert (out - reference(shape, requests)).abs().max() > 0.1
+
+
+def test_a_gate_of_one_has_the_bits_of_no_gate() -> None:
+    for shape in (Shape(), Shape(dtype=BFLOAT16, window=37, softcap=5.0)):
+        requests = [*mixed(shape), shape.request(40, 40, 9, 70)]
+        assert equal_bits(run(shape, requests), run(shape, requests, says_gates=True))
+        # Nor does a neighbour's gate, which makes the step say them all.
+        beside = run(shape, [*requests, shape.request(1, 1, 5, gated=True)])
+        assert equal_bits(run(shape, requests), beside[:-1])
+
+
+def test_the_less_a_span_weighs_the_less_it_is_there() -> None:
+    shape = Shape(scale=2.0)
+    request = shape.request(90, 90, 8)
+    without = run(shape, [replace(request, virtual_keys=[], virtual_values=[], log_gates=torch.zeros(90, 0))])
+    far = [
+        (run(shape, [replace(request, log_gates=torch.full((90, 1), gate))]) - without).abs().max().item()
+        for gate in (0.0, -4.0, -8.0, -16.0, -60.0)
+    ]
+    assert far == sorted(far, reverse=True)
+    assert far[0] > 0.5
+    assert far[-1] < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("closed", [torch.arange(90), torch.arange(0, 90, 2), torch.tensor([7])])
+def test_a_row_does_not_see_a_span_at_minus_infinity_even_if_it_holds_nan(dtype: torch.dtype, closed: Tensor) -> None:
+    """Rows beside it in the same registers do, and have their own bits."""
+    shape = Shape(dtype=dtype)
+    request = shape.request(90, 90, 70, 5)
+    request.log_gates[:] = torch.tensor([0.5, -0.5])
+    opened = run(shape, [request])
+    request.log_gates[closed, 0] = -torch.inf
+    before = run(shape, [request])
+    alone = replace(
+        request,
+        virtual_keys=request.virtual_keys[1:],
+        virtual_values=request.virtual_values[1:],
+        log_gates=request.log_gates[:, 1:],
+    )
+    assert equal_bits(before[closed], run(shape, [alone])[closed])  # there is no window: positions do not matter
+    others = torch.ones(90, dtype=torch.bool)
+    others[closed] = False
+    assert equal_bits(before[others], opened[others])
+    request.virtual_keys[0][:], request.virtual_values[0][:] = NAN, NAN
+    after = run(shape, [request])
+    assert equal_bits(after[closed], before[closed])
+    assert after[others].isnan().all()  # and what a row does see is not hidden
+
+
+def test_gates_are_read_by_each_call() -> None:
+    """A mixture rewrites them between two layers."""
+    shape = Shape()
+    cache = empty_cache(3, 16, 2, 32)
+    for tensor in (cache.keys, cache.values):
+        tensor.normal_()
+    query, gates = torch.randn(20, 6, 32), torch.zeros(20, 1)
+    batch = replace(
+        one_request(20),
+        virtual_lens=torch.tensor([[7]], dtype=torch.int32),
+        block_tables=torch.tensor([[2, 0, 1]], dtype=torch.int32),
+        log_gates=gates,
+    )
+    first, second, again = torch.empty(3, 20, 6, 32)
+    attention.attend(query, cache, batch, first, scale=shape.scale)
+    gates[10:] = -3.0
+    attention.attend(query, cache, batch, second, scale=shape.scale)
+    assert equal_bits(first[:10], second[:10])
+    assert (first[10:] - second[10:]).abs().amax((1, 2)).min() > 1e-3
+    gates.zero_()
+    attention.attend(query, cache, batch, again, scale=shape.scale)
+    assert equal_bits(first, again)
+
+
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     shape = Shape(scale=40.0)
     requests = mixed(shape)
@@ -190,10 +336,11 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     ],
 )
 def test_a_rows_bits_are_its_own(shape: Shape, num_threads: Callable[[int], None]) -> None:
-    requests = mixed(shape)
+    requests = [*mixed(shape), *gated(shape)]
     num_threads(2)
     together = run(shape, requests).split([r.num_queries for r in requests])
-    reordered = run(shape, requests[::-1], spare_columns=7).split([r.num_queries for r in requests[::-1]])[::-1]
+    backwards = run(shape, requests[::-1], spare_columns=7, spare_spans=2)
+    reordered = backwards.split([r.num_queries for r in requests[::-1]])[::-1]
     num_threads(1)
     single = run(shape, requests).split([r.num_queries for r in requests])
     for request, *others in zip(requests, together, reordered, single, strict=True):
@@ -210,6 +357,7 @@ def shortened(request: Request, num_real: int, num_queries: int) -> Request:
         keys=request.keys[:num_real],
         values=request.values[:num_real],
         queries=request.queries[:num_real],
+        log_gates=request.log_gates[:num_real],
         num_queries=num_queries,
     )
 
@@ -218,7 +366,7 @@ def shortened(request: Request, num_real: int, num_queries: int) -> Request:
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_chunks_of_a_prompt_have_the_bits_of_the_whole(dtype: torch.dtype, chunk: int) -> None:
     shape = Shape(dtype=dtype)
-    request = shape.request(150, 150, 9)
+    request = shape.request(150, 150, 9, 70, gated=True)
     whole = run(shape, [request])
     ends = [*range(chunk, 150, chunk), 150]
     chunks = [run(shape, [shortened(request, end, end - start)]) for start, end in zip([0, *ends], ends, strict=False)]
@@ -246,7 +394,7 @@ def test_keys_that_a_row_does_not_see_may_hold_anything() -> None:
     after = run(shape, [request])
     assert equal_bits(before[:60], after[:60])
     assert after[60:].isnan().all()  # and what a row does see is not hidden
-    for tensor in (request.virtual_keys, request.virtual_values, request.keys, request.values):
+    for tensor in (*request.virtual_keys, *request.virtual_values, request.keys, request.values):
         tensor[:] = NAN
     request.keys[81:], request.values[81:] = torch.randn(2, 19, 2, 32)
     assert run(shape, [replace(request, num_queries=1)]).isnan().all()  # sees real 80 .. 99
@@ -277,7 +425,7 @@ def one_request(num_tokens: int) -> attention.Batch:
     return attention.Batch(
         query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
         context_lens=torch.tensor([num_tokens], dtype=torch.int32),
-        virtual_lens=torch.zeros(1, dtype=torch.int32),
+        virtual_lens=torch.zeros(1, 1, dtype=torch.int32),
         block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
     )
 
@@ -325,8 +473,16 @@ def test_misuse_is_named() -> None:
         ("need to rise from 0", lambda: attend(batch=changed(query_start=[0, 19]))),
         ("need to rise from 0", lambda: attend(batch=changed(context_lens=[19]))),
         ("need to rise from 0", lambda: attend(batch=changed(context_lens=[33]))),
-        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[1]))),
-        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[-1]))),
+        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[[1]]))),
+        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[[-1]]))),
+        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[[16, -16]]))),
+        ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[[0, 1]]))),
+        ("virtual_lens: needs contiguous .1, 0", lambda: changed(virtual_lens=[])),
+        ("virtual_lens: needs contiguous .1, 1", lambda: changed(virtual_lens=[[0], [0]])),
+        ("log_gates: needs contiguous .20, 1. float32", lambda: replace(batch, log_gates=torch.zeros(20, 2))),
+        ("log_gates: needs contiguous .20, 1. float32", lambda: replace(batch, log_gates=torch.zeros(20, 1).double())),
+        ("log_gates: needs contiguous .0, 1. float32", lambda: replace(batch, log_gates=torch.tensor(0.0))),
+        ("log_gates: need one row", lambda: attend(batch=replace(batch, log_gates=torch.zeros(19, 1)))),
         ("block_tables: a block", lambda: attend(batch=changed(block_tables=[[0, 2]]))),
         ("block_tables: a block", lambda: attend(batch=changed(block_tables=[[-1, 1]]))),
     ]  # fmt: skip
@@ -337,6 +493,11 @@ def test_misuse_is_named() -> None:
     assert not cache.keys.any()
     unread = -(10**6)  # lies before the window: a number that would not survive being read
     attend(query[-1:], changed(query_start=[0, 1], block_tables=[[unread, 1]]), out[:1], window=4)
+    # Spans of 3 and 16 at 0 .. 2 and 3 .. 18, then 20 tokens, the last at 38: with a window of 23 the second is seen.
+    spans = changed(query_start=[0, 1], virtual_lens=[[3, 16]], block_tables=[[unread, 0, 0, 1]])
+    attend(query[-1:], spans, out[:1], window=23)
+    with pytest.raises(ValueError, match="block_tables: a block"):
+        attend(query[-1:], spans, out[:1], window=37)
 
 
 def test_one_call_may_be_larger_than_a_chunk_and_serial_or_parallel() -> None:

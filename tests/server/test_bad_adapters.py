@@ -247,9 +247,22 @@ CONFIGS = [
             "target_parameters": ["a.weight"],
             "init_lora_weights": "pissa",
             "task_type": "SEQ_CLS",
-            "alora_invocation_tokens": [1],
         }.items()
     ),
+    *(
+        _bad(f"50-invocation-{name}", "CONFIG_INVALID", _config(alora_invocation_tokens=value), says)
+        for name, value, says in [
+            ("empty", [], "alora_invocation_tokens"),
+            ("text", "<go>", "alora_invocation_tokens"),
+            ("many", [1] * 257, "limit 256"),
+            ("negative", [1, -1], "[1]"),
+            ("beyond", [128], "limit 127"),
+            ("float", [1.0], "[0]"),
+            ("bool", [True], "[0]"),
+        ]
+    ),
+    _bad("53-invocation-bias", "FEATURE_UNSUPPORTED", _config(alora_invocation_tokens=[1], bias="all"), "bias"),
+    _bad("53-invocation-dora", "FEATURE_UNSUPPORTED", _config(alora_invocation_tokens=[1], use_dora=True), "use_dora"),
 ]
 
 TENSORS = [

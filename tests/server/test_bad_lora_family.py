@@ -135,6 +135,12 @@ CASES = [
     _Case("51-adalora", "RANK_MISMATCH", _config("adalora", init_r=12), ("lora_A",)),
     _Case("51-adalora-pruned", "RANK_MISMATCH", _config("adalora", init_r=4, rank_pattern={"a": [True]}), ("limit 4",)),
     _Case("52-adalora", "SCALE_INVALID", _config("adalora", lora_alpha=1e38), ("lora_alpha",)),
+    _Case(
+        "53-adalora-alora",
+        "FEATURE_UNSUPPORTED",
+        _config("adalora", alora_invocation_tokens=[1]),
+        ("alora_invocation_tokens",),
+    ),
     _Case("53-adalora-dora", "FEATURE_UNSUPPORTED", _config("adalora", use_dora=True), ("use_dora",)),
     _Case("54-adalora", "PAIR_INCOMPLETE", _without("adalora", "lora_E"), ("lora_E",)),
     _Case("54-dora", "PAIR_INCOMPLETE", _without("dora", "lora_magnitude_vector"), ("lora_magnitude_vector",)),

@@ -376,10 +376,16 @@ def test_row_19_register_and_unregister_race_on_one_id(server: LiveServer, sourc
 def test_row_88_deadlines(server: LiveServer) -> None:
     server.wait_idle()
     steps = len(server.gate.steps)
-    with pytest.raises(grpc.RpcError) as past:
-        server.client.generate(timeout=1e-6)
-    assert past.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert len(server.gate.steps) == steps, "an expired request ran"
+    with server.gate.held(), ThreadPoolExecutor() as threads:  # a step goes on while the expired request arrives
+        running = threads.submit(server.client.generate, num_tokens=2)
+        server.gate.let(0)
+        with pytest.raises(grpc.RpcError) as past:
+            server.client.generate(timeout=1e-6)
+        assert past.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        wait_until(lambda: server.application.generation.num_requests == 1)
+        server.gate.open()
+        running.result(WAIT_S)
+    assert [step.num_requests for step in server.gate.steps[steps:]] == [1, 1], "an expired request ran"
     for timeout in (None, 10 * 365 * 86_400.0):
         assert len(server.client.generate(num_tokens=4, timeout=timeout).tokens) == 4
     with server.gate.held():

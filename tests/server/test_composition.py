@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from typer.testing import CliRunner
 
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, LiveServer, refused, wait_until
@@ -17,6 +17,7 @@ from weft.adapters.registry import AdapterInfo, Version
 from weft.adapters.slots import AdapterSlot
 from weft.api import composition
 from weft.api.composition import Part
+from weft.cli import app
 from weft.errors import InvalidRequest
 from weft.v1 import adapter_pb2, generation_pb2
 
@@ -56,18 +57,14 @@ def _scaled(sources: Sources, name: str, factor: float) -> Path:
     return parts.with_tensors(tensors).write(sources.root / f"{name}-times-{factor}")
 
 
-def _sum(sources: Sources, first: str, second: str, weights: tuple[float, float]) -> Path:
-    """Two LoRAs in one of twice the rank: A below A, the weighted B beside B."""
-    one, other = sources.parts(first), sources.parts(second)
-    tensors = {}
-    for key, tensor in one.tensors.items():
-        if "lora_A" in key:
-            tensors[key] = torch.cat([tensor, other.tensors[key]])
-        else:
-            tensors[key] = torch.cat([tensor * weights[0], other.tensors[key] * weights[1]], dim=1)
-    rank, alpha = one.config["r"], one.config["lora_alpha"]
-    config = {**one.config, "r": 2 * rank, "lora_alpha": 2 * alpha}
-    return one._replace(config=config).with_tensors(tensors).write(sources.root / f"{first}+{second}")
+def _merged(server: LiveServer, *parts: str) -> Path:
+    """What `weft adapters merge` makes of DIR=WEIGHT parts: one LoRA of the sum of their ranks."""
+    output = server.config.allowed_sources[0] / "merged"
+    result = CliRunner().invoke(
+        app, ["adapters", "merge", *parts, str(output), "--base", str(server.config.model.path)]
+    )
+    assert result.exit_code == 0, result.stderr
+    return output
 
 
 def test_a_composition_is_the_weighted_sum(
@@ -78,7 +75,7 @@ def test_a_composition_is_the_weighted_sum(
     registered("b", sources("lora-5"))
     registered("a-half", _scaled(sources, "lora-1", 0.5))
     registered("b-double", _scaled(sources, "lora-5", -2.0))
-    registered("both", _sum(sources, "lora-1", "lora-5", (0.5, -2.0)))
+    registered("both", _merged(server, f"{sources('lora-1')}=0.5", f"{sources('lora-5')}=-2"))
     answer = client.generate(None, LONG, text=TEXT, **of(lora_1=0.5, b=-2.0))
     for same in (
         client.tokens("both", LONG, text=TEXT),

@@ -219,8 +219,25 @@ def test_registering_needs_every_expert(
 
     refuse({**experts, "f" * 64: "nobody"}, "EXPERT_UNAVAILABLE", "nobody@ffff", "not registered")
     refuse({**experts, server.client.get(mixed).generation: ""}, "FEATURE_UNSUPPORTED", "is a mixture itself")
-    refuse({**experts, server.client.get("prefix-1").generation: ""}, "FEATURE_UNSUPPORTED", "adds virtual tokens")
     refused(lambda: server.client.get("wrong"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
+
+
+def test_experts_bring_virtual_tokens(
+    server: LiveServer, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
+) -> None:
+    """Steered to the prefix alone, the mixture is the prefix; steered away from it, it has no part in the answer."""
+    prefix = server.client.get("prefix-1").generation
+    path = write_mixture(sources.root / tmp_path.name, sources, {**experts, prefix: "prefix-1"}, scale=0.05, top_k=4)
+    registered("with-prefix", path)
+    tokens = lambda **steering: server.client.tokens(  # noqa: E731
+        "with-prefix", LONG, text=TEXT, steering=generation_pb2.Steering(**steering)
+    )
+    assert tokens(restrict=["prefix-1"]) == server.client.tokens("prefix-1", LONG, text=TEXT)
+    finish = server.client.generate("with-prefix", LONG, text=TEXT, options=GATES).finish
+    (gate,) = [gate for gate in finish.gates if gate.adapter_id == "prefix-1"]
+    assert 0.05 < gate.mean < 0.6
+    answers = [tokens(), tokens(mask=["prefix-1"]), tokens(restrict=["prefix-1"])]
+    assert len({tuple(answer) for answer in answers}) == 3, "negative control"
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
@@ -335,11 +352,15 @@ def test_steering_that_cannot_be_is_refused(server: LiveServer, mixed: str, expe
     refuse("steering.bounds[1].expert: must not be bounded twice", bounds=twice)
 
 
-def test_bounds_are_seen_in_the_gates(server: LiveServer, mixed: str, experts: dict[str, str]) -> None:
+def test_bounds_are_seen_in_the_gates(
+    server: LiveServer, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
+) -> None:
+    """A router without strong opinions: a gate that float32 cannot tell from 0 would take no share."""
+    registered("mild", write_mixture(sources.root / tmp_path.name, sources, experts, scale=0.05))
     steering = generation_pb2.Steering(
         mask=["third"], bounds=[generation_pb2.GateBound(expert="first", floor=0.25, ceiling=0.25)]
     )
-    finish = server.client.generate(mixed, LONG, text=TEXT, options=GATES, steering=steering).finish
+    finish = server.client.generate("mild", LONG, text=TEXT, options=GATES, steering=steering).finish
     means = {gate.adapter_id: list(gate.layer_means) for gate in finish.gates}
     layers = server.model.shape.num_layers
     assert means["third"] == [0.0] * layers

@@ -39,6 +39,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "lora, two ranks": LoraConfig(rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}),
     "rslora": LoraConfig(rank=4, alpha=2.0, use_rslora=True, target_modules=("k_proj", "up_proj")),
     "lora, bias": LoraConfig(rank=2, alpha=3.0, lora_bias=True),
+    "alora": LoraConfig(rank=4, alpha=8.0, invocation_tokens=tuple(b" = ")),
     "dora": DoraConfig(rank=4, alpha=8.0),
     "dora, two ranks, rslora": DoraConfig(
         rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}, use_rslora=True

@@ -1,6 +1,6 @@
 """One adapter as a trainable module on a frozen base, through the mathematics of `weft.methods`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +16,10 @@ from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, pt
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint.bottleneck import require_places
 from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.inject import Driver
 from weft.methods.protocol import Adapter, BaseShape, Method, SiteKind, SoftRows, VirtualKV
 from weft.model.loader import Base
-from weft_training import prompt_init, reparameterization
+from weft_training import activation, prompt_init, reparameterization
 from weft_training.reparameterization import Reparameterization
 
 SiteConfig = lora.LoraConfig | dora.DoraConfig | ia3.Ia3Config | bitfit.BitfitConfig
@@ -168,7 +169,8 @@ class AdaptedModel(nn.Module):
         # The optimizer writes the parameters in place, so this and the driver always hold the newest values.
         self._adapter = adapter
         self.tensors = nn.ParameterList([] if reparameterized is not None else adapter.tensors())
-        self.driver = ReferenceDriver((Segment(adapter.method, adapter.sites),))
+        self._segment = Segment(adapter.method, adapter.sites)
+        self.driver: Driver = ReferenceDriver((self._segment,))  # of the newest batch
 
     @property
     def adapter(self) -> Adapter:
@@ -186,6 +188,11 @@ class AdaptedModel(nn.Module):
     def method(self) -> str:
         """The method's name."""
         return self._adapter.method.name
+
+    @property
+    def invocation_tokens(self) -> Sequence[int]:
+        """What the adapter waits for in a prompt; empty where it acts everywhere."""
+        return self._adapter.invocation_tokens
 
     @property
     def num_trained(self) -> int:
@@ -210,6 +217,7 @@ class AdaptedModel(nn.Module):
         Packed rows come with positions instead of a mask (weft_training/packing.py).
         """
         past = self.past(len(input_ids))
+        self._activate(input_ids, attention_mask, labels)
         with self.base.context.use(self.driver):
             return self.base.model(
                 input_ids=input_ids,
@@ -235,6 +243,7 @@ class AdaptedModel(nn.Module):
         # transformers drops as many ids as the cache already holds: the virtual positions' are never looked at.
         ids = torch.cat([input_ids.new_zeros(len(input_ids), self.num_virtual_tokens), input_ids], dim=1)
         past = self.past(len(ids))
+        self._activate(input_ids, attention_mask)
         with self.base.context.use(self.driver):
             whole = self.base.model.generate(
                 ids,
@@ -243,6 +252,13 @@ class AdaptedModel(nn.Module):
                 **options,
             )
         return whole[:, self.num_virtual_tokens :]
+
+    def _activate(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Let an activated adapter act on these rows from their invocations on; any other acts everywhere."""
+        invocation = self._adapter.invocation_tokens
+        if invocation:
+            counts = activation.counts(invocation, input_ids, attention_mask, labels)
+            self.driver = activation.ActivatedDriver(self._segment, counts)
 
     def past(self, batch_size: int) -> DynamicCache | None:
         """The cache that holds the virtual positions of every row; None for a method without any."""

@@ -44,7 +44,9 @@ def read(paths: Sequence[Path], shape: BaseShape) -> list[TrainedExpert]:
 
 
 def require_gateable(expert: TrainedExpert) -> None:
-    """Refuse virtual positions: they lie before all rows alike, and what gates them is attention, not the driver."""
+    """Refuse activated LoRAs, as servers do, and virtual positions: attention gates them, and not the driver."""
+    if expert.adapter.invocation_tokens:
+        raise ValueError(f"experts: must act on all tokens, given {expert.name}, an activated LoRA")
     if expert.adapter.num_virtual_tokens:
         raise ValueError(
             f"experts: must act at modules while a router is trained, given {expert.name}, "

@@ -140,6 +140,7 @@ class MixtureModel(nn.Module):
 
     method = NAME
     num_virtual_tokens = 0
+    invocation_tokens: Sequence[int] = ()
 
     def __init__(self, base: Base, made: TrainedMixture, *, balance_weight: float = 0.0) -> None:
         super().__init__()

@@ -24,8 +24,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import weft
 from weft.model.loader import Base
+from weft_training import activation, card, checkpoint, data, packing, trained
 from weft_training import base as bases
-from weft_training import card, checkpoint, data, packing, trained
 from weft_training.checkpoint import Best, CheckpointingTrainer
 from weft_training.config import Optimizer, Schedule, TrainConfig, optimizer_on
 from weft_training.data import Conversation, Example, Row
@@ -115,6 +115,8 @@ def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> P
     _require_fit(config, model)
     rows = data.encode(learned, base.tokenizer, max_length=max_length)
     evaluation = data.encode(kept, base.tokenizer, max_length=max_length) if kept else []
+    if model.invocation_tokens:
+        activation.require_invoked(model.invocation_tokens, [*rows, *evaluation])
     read = (base.shape.digest, data.digest(rows), data.digest(evaluation), *model.inputs)
     run = checkpoint.digest_of(config, model.method, *read)
     return Prepared(model=model, rows=rows, evaluation=evaluation, max_length=max_length, run=run)
@@ -136,6 +138,8 @@ def _require_fit(config: TrainConfig, model: TrainedModel) -> None:
         for knob, reason in _MIXTURE_LACKS.items():
             if getattr(config, knob):
                 raise ValueError(f"{knob} must be false for a mixture, {reason}")
+    if config.packing and model.invocation_tokens:
+        raise ValueError("packing must be false for an adapter with invocation_tokens, one to a row, given true")
     if config.packing:
         packing.require_apart(model.base.model)
 

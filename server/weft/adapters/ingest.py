@@ -65,6 +65,7 @@ class Ingest(NamedTuple):
             num_parameters=adapter.num_parameters,
             modules=tuple(sorted({self.base.sites[name].suffix for name in adapter.sites})),
             base_model_name=base_model[:256] if isinstance(base_model, str) else "",
+            invocation_tokens=adapter.invocation_tokens,
         )
         return Ingested(info, laid_out)
 

@@ -40,6 +40,7 @@ class Change(StrEnum):
 class AdapterInfo:
     """What is known of a version's content. `slab_bytes` is what it takes in memory.
 
+    invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
     experts: of a mixture, in the order of their generations; an id is what the expert was called, or "".
     is_sequence_level: whether a mixture's gates depend on the whole prompt.
     """
@@ -52,6 +53,7 @@ class AdapterInfo:
     num_parameters: int = 0
     modules: tuple[str, ...] = ()
     base_model_name: str = ""
+    invocation_tokens: tuple[int, ...] = ()
     experts: tuple[AdapterReference, ...] = ()
     is_sequence_level: bool = False
 

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from weft.engine.runner import Runner
 from weft.errors import Unavailable, WeftError
 from weft.methods.protocol import BaseShape
 from weft.metrics import Metrics
+from weft.model import threads
 
 _LAG_PERIOD_S = 0.5
 
@@ -41,6 +43,7 @@ class ServedModel:
     device: str
     kernels: str
     num_kv_blocks: int
+    num_threads: int  # that compute a step
 
 
 class Application:
@@ -105,6 +108,7 @@ class Application:
     ) -> None:
         """Start the engine, restore the store's adapters and register those named at the start."""
         self._engine.start()
+        await asyncio.wrap_future(self._engine.call(partial(threads.compute_with, self.model.num_threads)))
         await self.lifecycle.restore(progress)
         for adapter_id, path in adapters:
             await self.lifecycle.register_from(adapter_id, str(path), RegisterOptions(replace=True))

@@ -3,6 +3,7 @@
     out = y + Σ weight · delta,    each delta computed from the base's own activations
 
 Virtual positions stand beside each other in the order of the request, with log(weight) on their attention scores.
+A delta may act on some tokens only: in the token ranges of its part, and from its invocation on if it has one.
 """
 
 import math
@@ -13,18 +14,22 @@ from typing import NamedTuple
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation, parse_reference
 from weft.adapters.registry import Version
 from weft.config import RequestLimits
+from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, canonical
+from weft.engine.token_ranges import OPEN, Ranges, TokenRange
 from weft.errors import InvalidRequest
+from weft.methods import activation
 
 _FIELD = "composition.adapters"
 _MIXTURE = "mixture"  # `AdapterInfo.method` of one
 
 
 class WeightedReference(NamedTuple):
-    """One part of a composition, as the caller wrote it."""
+    """One part of a composition, as the caller wrote it. `ranges`: the tokens on which it acts; () is all."""
 
     adapter_id: str
     weight: float
+    ranges: Ranges = ()
 
 
 class Part(NamedTuple):
@@ -33,6 +38,7 @@ class Part(NamedTuple):
     reference: AdapterReference
     weight: float
     field: str
+    ranges: Ranges = ()
 
     @property
     def gate(self) -> float:
@@ -46,18 +52,20 @@ def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_mod
         raise InvalidRequest.rule(
             "COMPOSITION_INVALID",
             _FIELD,
-            "must have at least 1 part",
+            "must have at least 1 part and at most the limit",
             limit=limits.composition_parts_max,
             given=len(given),
         )
     parts: list[Part] = []
     seen: dict[AdapterId, int] = {}
     most = limits.composition_weight_abs_max
-    for index, (adapter_id, weight) in enumerate(given):
+    for index, (adapter_id, weight, ranges) in enumerate(given):
         if not math.isfinite(weight) or abs(weight) > most:
             raise _refused(index, "weight", f"must be from -{most:g} to {most:g}", weight)
         field = f"{_FIELD}[{index}].adapter_id"
-        part = Part(parse_reference(adapter_id, base_model=base_model, field=field), weight, field)
+        _check_ranges(index, ranges, limits)
+        reference = parse_reference(adapter_id, base_model=base_model, field=field)
+        part = Part(reference, weight, field, token_ranges.normal(ranges))
         first = seen.setdefault(part.reference.adapter_id, index)
         if first != index:
             raise _refused(index, "adapter_id", f"is part {first} already", adapter_id)
@@ -80,18 +88,42 @@ def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
         if version.info.num_virtual_tokens and part.weight < 0:
             rule = f"must not be negative for {name}, whose method {version.info.method} adds virtual tokens"
             raise _refused(index, "weight", rule, part.weight)
+        if version.info.num_virtual_tokens and part.ranges:
+            rule = f"must be empty for {name}, whose method {version.info.method} adds virtual tokens"
+            raise _refused(index, "token_ranges", rule, f"{len(part.ranges)} ranges")
 
 
-def uses(parts: Sequence[Part], versions: Sequence[Version]) -> tuple[AdapterUse, ...]:
-    """What takes part, in the order that computes and is cached."""
-    return canonical(
-        AdapterUse(version.generation, part.gate, version.info.num_virtual_tokens)
-        for part, version in zip(parts, versions, strict=True)
-        if part.gate
-    )
+def uses(parts: Sequence[Part], versions: Sequence[Version], tokens: Sequence[int]) -> tuple[AdapterUse, ...]:
+    """What takes part in answering the prompt `tokens`, in the order that computes and is cached.
+
+    An activated adapter acts from its invocation on; without one in the prompt it takes no part.
+    """
+    taken: list[AdapterUse] = []
+    for part, version in zip(parts, versions, strict=True):
+        ranges, invocation = part.ranges, version.info.invocation_tokens
+        if invocation:
+            begin = activation.begin(invocation, tokens)
+            within = [] if begin is None else token_ranges.clip(ranges or (TokenRange(0, OPEN),), begin)
+            if not within:
+                continue
+            ranges = token_ranges.normal(within)
+        if part.gate:
+            taken.append(AdapterUse(version.generation, part.gate, version.info.num_virtual_tokens, ranges))
+    return canonical(taken)
 
 
-def _refused(index: int, name: str, rule: str, given: object) -> InvalidRequest:
-    error = InvalidRequest.rule("COMPOSITION_INVALID", f"{_FIELD}[{index}].{name}", rule, given=given)
+def _check_ranges(index: int, ranges: Sequence[TokenRange], limits: RequestLimits) -> None:
+    if len(ranges) > limits.token_ranges_max:
+        raise _refused(index, "token_ranges", "has too many entries", len(ranges), limit=limits.token_ranges_max)
+    least = 0
+    for place, (begin, end) in enumerate(ranges):
+        if not least <= begin < end <= OPEN:
+            rule = f"must end above its begin, by {OPEN}, and begin where the one before it ends or later, from {least}"
+            raise _refused(index, f"token_ranges[{place}]", rule, f"{begin} to {end}")
+        least = end
+
+
+def _refused(index: int, name: str, rule: str, given: object, *, limit: object = None) -> InvalidRequest:
+    error = InvalidRequest.rule("COMPOSITION_INVALID", f"{_FIELD}[{index}].{name}", rule, limit=limit, given=given)
     error.metadata["index"] = str(index)
     return error

@@ -8,14 +8,16 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from weft.adapters.registry import Registry, Version
 from weft.api import composition, mixtures
+from weft.api.composition import Part
 from weft.api.validation import ChatTurn, CheckedSpec, GenerationSpec, check, check_prompt_bytes
 from weft.config import RequestLimits
+from weft.engine import token_ranges
 from weft.engine.block_manager import cache_root
 from weft.engine.detokenizer import Detokenizer
 from weft.engine.engine import Engine
@@ -54,12 +56,13 @@ class ModelFacts:
 
 
 class EffectiveAdapter(NamedTuple):
-    """An adapter of a request, as the answer names it."""
+    """An adapter of a request, as the answer names it. mean_gate: over the tokens that the request computed."""
 
     adapter_id: str
     generation: str
     method: str
     weight: float
+    mean_gate: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +286,7 @@ class Generation:
         def on_finish(finish: Finish) -> None:
             if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
                 for part, version in zip(checked.parts, held.versions, strict=True):
-                    if part.gate:
+                    if _takes_part(part, version, request):
                         self._registry.fault(version, finish.error.reason)
             self._leave(held.all, request_id)
 
@@ -334,14 +337,15 @@ class Generation:
         arrival_s: float,
         deadline_s: float,
     ) -> Request:
-        uses, mixture = self._uses(checked, held)
-        num_virtual, longest = sum(use.num_virtual_tokens for use in uses), self._model.max_model_len
+        longest = self._model.max_model_len
         if not tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
         if len(tokens) >= longest:
             raise InvalidRequest.rule(
                 "PROMPT_TOO_LONG", "input", "has too many tokens", limit=longest - 1, given=len(tokens)
             )
+        uses, mixture = self._uses(checked, held, tokens)
+        num_virtual = sum(use.num_virtual_tokens for use in uses)
         room = longest - num_virtual - len(tokens)
         if room < 1 or (checked.max_new_tokens is not None and checked.max_new_tokens > room):
             raise InvalidRequest(
@@ -363,9 +367,11 @@ class Generation:
             arrival_s=arrival_s,
         )
 
-    def _uses(self, checked: CheckedSpec, held: _Held) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
+    def _uses(
+        self, checked: CheckedSpec, held: _Held, tokens: Sequence[int]
+    ) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
         if not held.experts:
-            return composition.uses(checked.parts, held.versions), None
+            return composition.uses(checked.parts, held.versions, tokens), None
         spec = checked.spec
         mixture = mixtures.use_of(held.versions[0], held.experts, self._registry, spec.steering, spec.sight)
         return mixtures.expert_uses(held.experts), mixture
@@ -422,12 +428,32 @@ def _end(
         num_cached_tokens=request.num_cached_tokens,
         seed=checked.seed,
         adapters=tuple(
-            EffectiveAdapter(version.adapter_id, version.generation, version.info.method, part.weight)
+            _effective(part, version, request, num_tokens)
             for part, version in zip(checked.parts, held.versions, strict=True)
         ),
         experts=tuple(held.experts),
         gates=None if finish is None else finish.gates,
     )
+
+
+def _takes_part(part: Part, version: Version, request: Request) -> bool:
+    """Whether the answer may hold anything of it: not at weight 0, nor without the invocation that it acts from."""
+    if version.info.invocation_tokens:
+        return any(use.generation == version.generation for use in request.adapters)
+    return part.gate != 0
+
+
+def _effective(part: Part, version: Version, request: Request, num_tokens: int) -> EffectiveAdapter:
+    """What the answer of `num_tokens` tokens says of one adapter; the last of them was never computed with."""
+    use = next((use for use in request.adapters if use.generation == version.generation), None)
+    weight = mean = part.weight
+    if part.gate and not _takes_part(part, version, request):
+        weight = mean = 0.0
+    elif use is not None and use.ranges:
+        begin, end = request.num_cached_tokens, request.num_prompt_tokens + num_tokens - 1
+        within = sum(one.end - one.begin for one in token_ranges.clip(use.ranges, begin, end))
+        mean = part.weight * within / (end - begin)
+    return EffectiveAdapter(version.adapter_id, version.generation, version.info.method, weight, mean)
 
 
 def _pieces(rendered: str, contents: list[str]) -> Iterator[tuple[str, bool]]:

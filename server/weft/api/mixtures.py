@@ -48,8 +48,8 @@ def require_experts(registry: Registry, info: AdapterInfo, *, field: str) -> lis
     for version in versions:
         if is_mixture(version):
             raise _unsupported(version, field, "is a mixture itself")
-        if version.info.num_virtual_tokens:
-            raise _unsupported(version, field, "adds virtual tokens, whose gates are not served")
+        if version.info.invocation_tokens:
+            raise _unsupported(version, field, "acts from its invocation on, where a router says how much")
     return versions
 
 

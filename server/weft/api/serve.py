@@ -14,6 +14,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
@@ -38,7 +39,7 @@ from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
 from weft.metrics import Metrics
-from weft.model import loader, packed, paged_attention
+from weft.model import loader, packed, paged_attention, threads
 from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_service_pb2, generation_service_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -78,9 +79,12 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
 
 def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:
     """Load the base and make its runner."""
+    num_threads = config.model.num_threads or torch.get_num_threads()
+    return threads.on_a_thread_that_ends(partial(_build_model, config, num_threads), num_threads=num_threads)
+
+
+def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, ModelRunner]:
     paged_attention.register()
-    if config.model.num_threads:
-        torch.set_num_threads(config.model.num_threads)
     base = loader.load(config.model, attention=paged_attention.ATTENTION)
     packed.pack(base.model)
     kernels = select(base.device, base.dtype)
@@ -113,6 +117,7 @@ def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:
         device=base.device.type,
         kernels=kernels.name,
         num_kv_blocks=num_kv_blocks,
+        num_threads=num_threads,
     )
     return model, runner
 

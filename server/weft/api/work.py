@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 from weft.adapters.identifiers import AdapterId
 from weft.engine.engine import draining
 from weft.errors import Unavailable
+from weft.model import threads
 
 T = TypeVar("T")
 
@@ -17,7 +18,9 @@ class Work:
     """What of a server goes on outside the call that began it."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="weft-adapters")
+        self._threads = ThreadPoolExecutor(
+            max_workers=2, thread_name_prefix="weft-adapters", initializer=threads.compute_alone
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._locks: WeakValueDictionary[AdapterId, asyncio.Lock] = WeakValueDictionary()
         self._refusal: Unavailable | None = None

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import arrow, convert
+from weft.cli import arrow, convert, merge
 from weft.cli.connection import JsonOption, ServerOption, connected
 from weft.cli.output import console, label, moment, print_facts, print_json, print_line, print_table, size
 from weft.settings import DEFAULT_SERVER
 
 if TYPE_CHECKING:
-    from weft.v1.adapter_pb2 import Adapter
+    from weft.v1.adapter_pb2 import Adapter, Expert
 
 app = typer.Typer(
     help="Register, list, move and remove the adapters of a server.", no_args_is_help=True, rich_markup_mode=None
 )
 
 app.command(name="convert")(convert.command)
+app.command(name="merge")(merge.command)
 app.command(name="arrow")(arrow.command)
 
 AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
@@ -217,6 +218,7 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
         "residency": _residency(adapter),
         "rank": str(adapter.rank or ""),
         "virtual tokens": str(adapter.num_virtual_tokens or ""),
+        "invoked by tokens": " ".join(map(str, adapter.invocation_tokens)),
         "parameters": f"{adapter.num_parameters:,}",
         "modules": ", ".join(adapter.modules),
         "size": size(adapter.size_bytes),
@@ -226,7 +228,13 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
         "last used": moment(adapter.last_used_time) if adapter.HasField("last_used_time") else "",
         "trained on": adapter.base_model_name,
         "draining": "\n".join(draining),
+        "experts": "\n".join(map(_expert, adapter.experts)),
     }
+
+
+def _expert(expert: "Expert") -> str:
+    unavailable = "" if expert.available else " (not available)"
+    return f"{expert.adapter_id or '?'}@{expert.generation}{unavailable}"
 
 
 def _state(adapter: "Adapter") -> str:

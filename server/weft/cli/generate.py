@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--adapter", metavar="ID[=WEIGHT]", help="Adapter to answer, or ID@GENERATION. Several are added, weighted."
+        "--adapter",
+        metavar="ID[=WEIGHT]",
+        help="Adapter to answer, or ID@GENERATION. May be repeated: several are added, each times its weight, or 1.",
     ),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")]
@@ -67,6 +69,8 @@ def command(
 
     One adapter answers, several weighted ones, or the base alone. The answer goes to standard output; how it ended, to
     standard error.
+
+    Example: weft generate "…" --adapter polite=0.7 --adapter brief=0.3
     """
     if stream and json:
         raise typer.BadParameter("--json writes one whole answer; leave --stream out")
@@ -119,11 +123,11 @@ def target_of(adapters: list[str] | None) -> str | Mapping[str, float] | None:
         return adapters[0]
     weights: dict[str, float] = {}
     for text in adapters:
-        adapter_id, _, weight = text.partition("=")
+        adapter_id, separator, weight = text.partition("=")
         if adapter_id in weights:
             raise typer.BadParameter(f"--adapter {adapter_id} is given twice")
         try:
-            weights[adapter_id] = float(weight or 1)
+            weights[adapter_id] = float(weight) if separator else 1.0
         except ValueError:
             raise typer.BadParameter(f"--adapter must be ID or ID=WEIGHT, given {text!r}") from None
     return weights

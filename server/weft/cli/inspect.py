@@ -3,18 +3,15 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from weft.cli import adapter_directory
+from weft.cli.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from weft.cli.handover import imported
 from weft.cli.output import fail, print_facts, print_line, print_table, size
 from weft.config import ModelConfig, Quantization
-
-if TYPE_CHECKING:
-    from weft.methods.protocol import Adapter, BaseShape
-
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def command(
@@ -34,13 +31,13 @@ def command(
     from weft.errors import WeftError
 
     try:
-        if (path / _CONFIG_FILE).is_file():
+        if (path / CONFIG_FILE).is_file():
             if base is None:
                 raise fail(f"--base: must name the model directory that {path} is for", code=2)
             _tell_adapter(path, ModelConfig(path=base, quantization=quantization, device=device), as_json)
         else:
             if base is not None:
-                raise fail(f"--base: is for adapters, and {path} holds no {_CONFIG_FILE}", code=2)
+                raise fail(f"--base: is for adapters, and {path} holds no {CONFIG_FILE}", code=2)
             config = ModelConfig(path=path, quantization=quantization, device=device)
             _tell_base(config, method or [], repeats, as_json)
     except (ValueError, OSError, WeftError) as error:
@@ -123,7 +120,7 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
     from weft.model import loader
 
     base = loader.load(config, attention="sdpa")
-    adapter, digest = _read(path, base.shape)
+    adapter, digest = adapter_directory.read(path, base.shape)
     matches = None if digest is None else digest == base.shape.digest
     places = {**adapter.sites, **({} if adapter.prefix is None else {"": adapter.prefix})}
     norms = [
@@ -140,7 +137,7 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
             "num_virtual_tokens": adapter.num_virtual_tokens,
             "modules": modules,
             "num_parameters": adapter.num_parameters,
-            "file_bytes": (path / _WEIGHTS_FILE).stat().st_size,
+            "file_bytes": (path / WEIGHTS_FILE).stat().st_size,
             "slot_bytes": slot_bytes,
             "base_digest": base.shape.digest,
             "trained_for_digest": digest,
@@ -156,7 +153,7 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
             "virtual tokens": str(adapter.num_virtual_tokens or ""),
             "modules": ", ".join(modules),
             "parameters": f"{adapter.num_parameters:,}",
-            "file": size((path / _WEIGHTS_FILE).stat().st_size),
+            "file": size((path / WEIGHTS_FILE).stat().st_size),
             "slot": size(slot_bytes),
             "base": {
                 None: f"{base.shape.name}: the shapes fit; the file names no base",
@@ -169,25 +166,3 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
     )
     print_line("")
     print_table(("site", "measure", "norm"), ((name, measure, f"{norm:.4g}") for name, measure, norm in norms))
-
-
-def _read(path: Path, shape: "BaseShape") -> "tuple[Adapter, str | None]":
-    """The adapter fitted to `shape`, and the digest of the base that its file names, which may be another's."""
-    from dataclasses import replace
-
-    from safetensors import safe_open
-
-    from weft.adapters.config_file import read_config
-    from weft.adapters.safetensors_header import read_header
-    from weft.config import AdapterLimits
-    from weft.methods.checkpoint import directory
-
-    limits = AdapterLimits()
-    keys = read_config((path / _CONFIG_FILE).read_bytes(), limits)
-    with (path / _WEIGHTS_FILE).open("rb") as file:
-        metadata = read_header(file, limits).metadata
-    with safe_open(path / _WEIGHTS_FILE, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
-    digest = metadata.get(directory.BASE_DIGEST)
-    fitted = shape if digest is None else replace(shape, digest=digest)
-    return directory.read(keys, tensors, metadata, fitted, limits), digest

@@ -56,7 +56,8 @@ Filled = TypeVar("Filled", bound=Message)
 Completion: TypeAlias = GenerateResponse
 Conversation: TypeAlias = Sequence[Mapping[str, str]] | Sequence[ChatMessage]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | Sequence[int] | Conversation
-Target: TypeAlias = str | Mapping[str, float] | None  # an adapter, several with their weights, or the base
+# An adapter, several with their weights (or as parts, which say where they act, too), or the base.
+Target: TypeAlias = str | Mapping[str, float] | Sequence[WeightedAdapter] | None
 
 _PAGE_SIZE = 1000
 _DRAIN_TIMEOUT_S = 30.0  # the server's own, when a call does not say
@@ -136,9 +137,11 @@ def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpac
             pass
         case str():
             request.adapter_id = adapter
-        case _:
+        case Mapping():
             parts = [WeightedAdapter(adapter_id=name, weight=weight) for name, weight in adapter.items()]
             request.composition.CopyFrom(Composition(adapters=parts))
+        case _:
+            request.composition.CopyFrom(Composition(adapters=adapter))
     return request
 
 

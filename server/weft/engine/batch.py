@@ -1,5 +1,6 @@
 """One step as flat tensors."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -8,17 +9,19 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot
+from weft.engine import token_ranges
 from weft.engine.gatings import Gatings, RoutedRun, Routing
-from weft.engine.request import GateSight, Request
+from weft.engine.request import GateSight, MixtureUse, Request
 from weft.engine.scheduler import Scheduled
 
 
 class AdapterRows(NamedTuple):
     """Which rows take how much of which adapter: row t takes entries offsets[t] : offsets[t + 1].
 
-    `runs` says the same per request, (first row, one past the last, slots, gates), for the reference driver; there a
-    slot stands for all its planes. Of a mixture's rows `gates` holds what the layer that is being computed has, from
-    its beginning on, and `routing` says how they are made.
+    `runs` says the same for rows with the same entries, (first row, one past the last, slots, gates), for the reference
+    driver; there a slot stands for all its planes. A request is one run, or several where adapters act in some of its
+    tokens only. Of a mixture's rows `gates` holds what the layer that is being computed has, from its beginning on, and
+    `routing` says how they are made.
     """
 
     offsets: Tensor  # int32 [T + 1]
@@ -36,8 +39,9 @@ class Batch(NamedTuple):
     kv_slots: Tensor  # int64 [T]
     query_start: Tensor  # int32 [B + 1]
     context_lens: Tensor  # int32 [B]
-    virtual_lens: Tensor  # int32 [B]
+    virtual_lens: Tensor  # int32 [B, S]: of each span of virtual positions; S is the most that a request has
     block_tables: Tensor  # int32 [B, max blocks]
+    log_gates: Tensor | None  # float32 [T, S]: added to a row's attention scores of a span; None where all are 0
     sample_rows: Tensor  # int64 [number of requests that sample]
     adapter_rows: AdapterRows | None  # None where no row has an adapter
 
@@ -49,16 +53,16 @@ def build(
     planes: Mapping[AdapterSlot, tuple[int, ...]] = MappingProxyType({}),
     gatings: Gatings | None = None,
 ) -> Batch:
-    """Flatten a step. Work here is per request; the per-token parts are vectorized.
+    """Flatten a step. Work here is per request and token range; the per-token parts are vectorized.
 
     planes: those of every slot that has more than one (adapters/slots.py).
     gatings: of the requests with a mixture, whose router's slot is the last of theirs.
     """
     input_ids: list[int] = []
     starts = [0]
-    computed, contexts, virtuals, sample_rows = [], [], [], []
+    computed, contexts, spans, sample_rows = [], [], [], []
     tables: list[list[int]] = []
-    entries_per_run, slots, gates, runs = [], [], [], []
+    run_ends, entries_per_run, slots, gates, runs = [], [], [], [], []
     routed = _Routed(gatings)
     for request, num_tokens in step:
         begin = request.num_computed_tokens
@@ -66,25 +70,42 @@ def build(
         starts.append(starts[-1] + num_tokens)
         computed.append(begin)
         contexts.append(begin + num_tokens)
-        virtuals.append(request.num_virtual_tokens)
+        spans.append(request.spans)
         tables.append(request.virtual_blocks + request.blocks)
         if begin + num_tokens == request.num_tokens:
             sample_rows.append(starts[-1] - 1)
         uses = [
-            (slot, use.gate)
+            (slot, use)
             for slot, use in zip(slots_of.get(request, ())[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        entries = [(plane, gate) for slot, gate in uses for plane in planes.get(slot, (slot,))]
-        entries_per_run.append(len(entries))
-        if uses:
-            runs.append((starts[-2], starts[-1], tuple(slot for slot, _ in uses), tuple(gate for _, gate in uses)))
-            slots += [plane for plane, _ in entries] * num_tokens
-            gates += [gate for _, gate in entries] * num_tokens
-            routed.add(request, slots_of[request], [len(planes.get(slot, (slot,))) for slot, _ in uses], runs[-1])
+        first_row = starts[-2] - begin
+        for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, begin + num_tokens):
+            here = [(slot, use.gate) for slot, use in map(uses.__getitem__, acting)]
+            entries = [(plane, gate) for slot, gate in here for plane in planes.get(slot, (slot,))]
+            run_ends.append(first_row + last)
+            entries_per_run.append(len(entries))
+            if here:
+                run_slots, run_gates = zip(*here, strict=True)
+                runs.append((first_row + first, first_row + last, run_slots, run_gates))
+                slots += [plane for plane, _ in entries] * (last - first)
+                gates += [gate for _, gate in entries] * (last - first)
+            if request.mixture is None:
+                routed.pass_over(len(entries) * (last - first))
+        if request.mixture is not None:
+            counts = [len(planes.get(slot, (slot,))) for slot, _ in uses]
+            routed.add(
+                request,
+                request.mixture,
+                slots_of[request],
+                counts,
+                rows=(starts[-2], starts[-1]),
+                index=len(tables) - 1,
+            )
 
     query_start = torch.tensor(starts, dtype=torch.int32)
-    virtual_lens = torch.tensor(virtuals, dtype=torch.int64)
+    num_spans = max(map(len, spans))
+    virtual_lens = _table([[use.num_virtual_tokens for use in uses] for uses in spans], num_spans, torch.int64)
     rows = torch.arange(starts[-1])
     # By search: repeat_interleave wakes every thread, however little there is to do.
     request_of_row = torch.searchsorted(query_start[1:].long(), rows, right=True)
@@ -94,76 +115,122 @@ def build(
     for row, table in enumerate(tables):
         block_tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
     padded = -(-virtual_lens // block_size) * block_size
-    logical = token_index + padded[request_of_row]
+    logical = token_index + padded.sum(1)[request_of_row]
     kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size
 
+    log_gates, span_experts = None, None
+    if routed.has_spans or any(use.gate != 1.0 for uses in spans for use in uses):
+        by_request = [[math.log(use.gate) for use in uses] for uses in spans]
+        log_gates = _table(by_request, num_spans, torch.float32)[request_of_row]
+    if routed.has_spans:
+        following = [[expert + 1 for expert in routed.spans.get(index, ())] for index in range(len(step))]
+        span_experts = _table(following, num_spans, torch.int32)[request_of_row] - 1
+
     adapter_rows = None
-    if slots:
+    routing = routed.routing(span_experts, log_gates)
+    if slots or routing is not None:
+        run_of_row = torch.searchsorted(torch.tensor(run_ends), rows, right=True)
         offsets = torch.zeros(starts[-1] + 1, dtype=torch.int32)
-        offsets[1:] = torch.tensor(entries_per_run)[request_of_row].cumsum(0)
+        offsets[1:] = torch.tensor(entries_per_run)[run_of_row].cumsum(0)
         adapter_rows = AdapterRows(
             offsets,
             torch.tensor(slots, dtype=torch.int32),
             torch.tensor(gates, dtype=torch.float32),
             tuple(runs),
-            routed.routing(),
+            routing,
         )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
-        positions=token_index + virtual_lens[request_of_row],
+        positions=token_index + virtual_lens.sum(1)[request_of_row],
         kv_slots=kv_slots,
         query_start=query_start,
         context_lens=torch.tensor(contexts, dtype=torch.int32),
         virtual_lens=virtual_lens.int(),
         block_tables=block_tables,
+        log_gates=log_gates,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         adapter_rows=adapter_rows,
     )
 
 
+def _table(lines: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:
+    """The lines, each filled up with zeros: [len(lines), width]."""
+    filled = [[*line, *[0] * (width - len(line))] for line in lines]
+    return torch.tensor(filled, dtype=dtype).view(len(lines), width)
+
+
 class _Routed:
-    """Gathers the rows of mixtures while a batch is built; work is per request, and none where nobody has one."""
+    """Gathers the rows of mixtures while a batch is built; work is per request, and next to none where nobody has one.
+
+    spans: by the request's place in the step, which experts bring its virtual positions.
+    """
 
     def __init__(self, gatings: Gatings | None) -> None:
         self._gatings = gatings
         self._runs: list[RoutedRun] = []
-        self._constant = 0  # entries of other requests since the last run
         self._experts: list[int] = []
+        self._constant = 0  # entries of other requests since the last run
         self._traced = 0
+        self.spans: dict[int, list[int]] = {}
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether a router gates virtual positions."""
+        return any(self.spans.values())
+
+    def pass_over(self, num_entries: int) -> None:
+        """So many entries have gates of their own."""
+        self._constant += num_entries
 
     def add(
         self,
         request: Request,
+        mixture: MixtureUse,
         slots: tuple[AdapterSlot, ...],
         num_planes: list[int],
-        run: tuple[int, int, tuple[AdapterSlot, ...], tuple[float, ...]],
+        *,
+        rows: tuple[int, int],
+        index: int,
     ) -> None:
-        """A request's run was added; each of its uses takes so many entries in a row."""
-        first, last, used, _ = run
-        if request.mixture is None:
-            self._constant += sum(num_planes) * (last - first)
-            return
+        """A request of a mixture was added; each of its uses with deltas takes so many entries of every row."""
         assert self._gatings is not None
         generations = sorted(use.generation for use in request.adapters)
-        experts = [generations.index(use.generation) for use in request.adapters if not use.num_virtual_tokens]
-        per_row = [expert for expert, count in zip(experts, num_planes, strict=True) for _ in range(count)]
-        self._experts += [-1] * self._constant + per_row * (last - first)
+        taken = list(zip(slots, request.adapters, strict=False))  # the router's slot comes after those of the uses
+        deltas = [(slot, generations.index(use.generation)) for slot, use in taken if not use.num_virtual_tokens]
+        per_row = [expert for (_, expert), count in zip(deltas, num_planes, strict=True) for _ in range(count)]
+        self._experts += [-1] * self._constant + per_row * (rows[1] - rows[0])
         self._constant = 0
+        self.spans[index] = [generations.index(use.generation) for use in request.spans]
         traced_at = -1
-        if request.mixture.sight is not GateSight.NONE:
+        if mixture.sight is not GateSight.NONE:
             traced_at = self._traced
-            self._traced += (last - first) * len(generations)
-        pooled, steering = self._gatings.pooled(request), self._gatings.steering(request)
-        self._runs.append(RoutedRun(first, last, slots[-1], used, tuple(experts), pooled, steering, traced_at))
+            self._traced += (rows[1] - rows[0]) * len(generations)
+        self._runs.append(
+            RoutedRun(
+                first=rows[0],
+                last=rows[1],
+                slot=slots[-1],
+                slots=tuple(slot for slot, _ in deltas),
+                experts=tuple(expert for _, expert in deltas),
+                spans=tuple(self.spans[index]),
+                pooled=self._gatings.pooled(request),
+                steering=self._gatings.steering(request),
+                traced_at=traced_at,
+            )
+        )
 
-    def routing(self) -> Routing | None:
+    def routing(self, span_experts: Tensor | None, log_gates: Tensor | None) -> Routing | None:
         """What was gathered."""
         if not self._runs or self._gatings is None:
             return None
-        experts = torch.tensor(self._experts + [-1] * self._constant, dtype=torch.int32)
-        trace = torch.zeros(self._gatings.num_layers, self._traced) if self._traced else None
-        table = torch.tensor([run.row() for run in self._runs], dtype=torch.int64)
-        return Routing(tuple(self._runs), table, experts, trace)
+        return Routing(
+            runs=tuple(self._runs),
+            table=torch.tensor([run.row() for run in self._runs], dtype=torch.int64),
+            experts=torch.tensor(self._experts + [-1] * self._constant, dtype=torch.int32),
+            trace=torch.zeros(self._gatings.num_layers, self._traced) if self._traced else None,
+            span_experts=span_experts,
+            log_gates=None if span_experts is None else log_gates,
+        )
 
 
 def entries_at(adapter_rows: AdapterRows, rows: Tensor) -> tuple[Tensor, Tensor]:

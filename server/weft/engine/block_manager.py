@@ -2,8 +2,13 @@
 
 A full block of real tokens is keyed by what made it, never by a name or a slot:
 
-    root  = H(tenant salt, base digest, every adapter's generation and gate, the mixture)      (`cache_root`)
-    key_i = H(key_{i-1}, tokens of block i),   key_{-1} = root
+    root  = H(tenant salt, base digest, generation and gate of every adapter that acts everywhere, the mixture)
+                                                                                                    (`cache_root`)
+    key_i = H(key_{i-1}, tokens of block i, what acts in parts of it),   key_{-1} = root
+
+An adapter with token ranges enters the keys of the blocks that hold such tokens, with its generation, gate and the
+places within the block. So what comes before is keyed as without it, and shared with requests that never name it; what
+comes after is told apart by the chain.
 
 A block with references is never reused. A keyed block without references stays in the cache until its place is needed,
 oldest first. Virtual positions (prefix adapters) live in blocks of their own, which their owner and its requests hold.
@@ -12,10 +17,12 @@ oldest first. Virtual positions (prefix adapters) live in blocks of their own, w
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from weft.adapters.identifiers import Generation
+from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, MixtureUse, Request
+from weft.engine.token_ranges import TokenRange
 
 
 def cache_root(
@@ -27,13 +34,15 @@ def cache_root(
 ) -> bytes:
     """The root of a request's block keys. Every part is length-framed, so no two different inputs run together.
 
+    Adapters with token ranges are left out: they enter block by block (`block_key`).
     prompt: counts only where a mixture's gates come of all of it: then prompts share blocks only where they are equal.
     """
     digest = hashlib.sha256(b"weft-kv-1")
     for part in (salt, base_digest):
         digest.update(struct.pack("<Q", len(part.encode())) + part.encode())
     for use in adapters:
-        digest.update(struct.pack("<Q", len(use.generation)) + use.generation.encode() + struct.pack("<d", use.gate))
+        if not use.ranges:
+            digest.update(_identity(use))
     if mixture is not None:  # behind a mark that begins no generation's length
         digest.update(b"mixture " + mixture.generation.encode() + struct.pack("<Q", len(mixture.bounds)))
         for bound in mixture.bounds:
@@ -43,9 +52,28 @@ def cache_root(
     return digest.digest()
 
 
-def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a full block that follows the block keyed `parent`."""
-    return hashlib.sha256(parent + struct.pack(f"<{len(tokens)}q", *tokens)).digest()
+def block_key(parent: bytes, tokens: Sequence[int], acting: Iterable[AdapterUse] = ()) -> bytes:
+    """The key of a full block that follows the block keyed `parent`.
+
+    acting: the adapters that act in some of its tokens, with ranges that count from the block's first token.
+    """
+    digest = hashlib.sha256(parent + struct.pack(f"<{len(tokens)}q", *tokens))
+    for use in acting:
+        places = [edge for one in use.ranges for edge in one]
+        digest.update(_identity(use) + struct.pack(f"<Q{len(places)}Q", len(places), *places))
+    return digest.digest()
+
+
+def _identity(use: AdapterUse) -> bytes:
+    return struct.pack("<Q", len(use.generation)) + use.generation.encode() + struct.pack("<d", use.gate)
+
+
+def _acting(uses: Iterable[AdapterUse], begin: int, end: int) -> Iterator[AdapterUse]:
+    """Those of the adapters with token ranges that act in begin : end, with ranges that count from `begin`."""
+    for use in uses:
+        here = token_ranges.clip(use.ranges, begin, end)
+        if here:
+            yield use._replace(ranges=tuple(TokenRange(one.begin - begin, one.end - begin) for one in here))
 
 
 class BlockManager:
@@ -93,7 +121,7 @@ class BlockManager:
             return 0
         parent, size = request.cache_root, self.block_size
         for start in range(0, (request.num_tokens - 1) // size * size, size):
-            key = block_key(parent, request.token_ids(start, start + size))
+            key = self._key(request, start, parent)
             block = self._block_of.get(key)
             if block is None:
                 break
@@ -118,13 +146,15 @@ class BlockManager:
         size = self.block_size
         for index in range(len(request.block_hashes), request.num_computed_tokens // size):
             parent = request.block_hashes[-1] if request.block_hashes else request.cache_root
-            key = block_key(parent, request.token_ids(index * size, (index + 1) * size))
+            key = self._key(request, index * size, parent)
             request.block_hashes.append(key)
             if key not in self._block_of:  # another request may have computed the same block in the same step
                 block = request.blocks[index]
                 self._block_of[key] = block
                 self._key_of[block] = key
-                generations = request.generations
+                end = (index + 1) * size
+                later = {use.generation for use in request.adapters if use.ranges and use.ranges[0].begin >= end}
+                generations = tuple(generation for generation in request.generations if generation not in later)
                 self._generations_of[block] = generations
                 for generation in generations:
                     self._blocks_of_generation.setdefault(generation, set()).add(block)
@@ -176,6 +206,11 @@ class BlockManager:
                 self._idle.pop(block)
                 self._free.append(block)
         return len(blocks)
+
+    def _key(self, request: Request, start: int, parent: bytes) -> bytes:
+        """The key of the request's full block that begins with token `start`."""
+        end = start + self.block_size
+        return block_key(parent, request.token_ids(start, end), _acting(request.adapters, start, end))
 
     def _take(self) -> int:
         if self._free:

@@ -19,8 +19,9 @@ class RoutedRun(NamedTuple):
     """The rows of one request whose gates a router makes.
 
     first, last: rows of the batch, half-open. slot: of the router. slots, experts: what the rows take, and which expert
-    each is. pooled: what the router reads instead of the rows, or None. steering: float32 [3, N]: whether allowed (1 or
-    0), floor, ceiling; or None. traced_at: where in a layer of the trace the rows' gates lie; -1 for nowhere.
+    each is. spans: which experts bring its virtual positions, span by span. pooled: what the router reads instead of
+    the rows, or None. steering: float32 [3, N]: whether allowed (1 or 0), floor, ceiling; or None. traced_at: where in
+    a layer of the trace the rows' gates lie; -1 for nowhere.
     """
 
     first: int
@@ -28,6 +29,7 @@ class RoutedRun(NamedTuple):
     slot: AdapterSlot
     slots: tuple[AdapterSlot, ...]
     experts: tuple[int, ...]
+    spans: tuple[int, ...]
     pooled: Tensor | None
     steering: Tensor | None
     traced_at: int
@@ -49,6 +51,8 @@ class Routing(NamedTuple):
     table: int64 [R, 6], `runs` as kernels read them: first, last, slot, address of the steering, address of what is
     pooled (0 for none), traced_at.
     experts: int32 [entries]: which expert an entry of the batch's adapter rows is; -1 where its gate stays.
+    span_experts: int32 [T, S], the same for the batch's spans of virtual positions; None where no expert brings any.
+    log_gates: float32 [T, S], the batch's own, with the logarithms of experts' gates; None with span_experts.
     trace: float32 [L, G], written by the drivers: per traced run its rows' gates, [rows, N]; None where nobody looks.
     """
 
@@ -56,6 +60,8 @@ class Routing(NamedTuple):
     table: Tensor
     experts: Tensor
     trace: Tensor | None
+    span_experts: Tensor | None = None
+    log_gates: Tensor | None = None
 
 
 class Source(Protocol):

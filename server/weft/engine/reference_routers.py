@@ -13,26 +13,36 @@ _Run = tuple[int, int, tuple[AdapterSlot, ...], tuple[float, ...]]
 
 
 class _Traced(Routed):
-    """Also writes a run's gates into the step's trace."""
+    """Also writes a run's gates into the step's trace, and their logarithms where attention reads them."""
 
-    def __init__(self, slots: SlotTable, run: RoutedRun, trace: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, slots: SlotTable, run: RoutedRun, trace: Tensor | None, log_gates: Tensor | None, device: torch.device
+    ) -> None:
         config, params = slots.router(run.slot)
         steering = type(run.wishes)(*(None if wish is None else wish.to(device) for wish in run.wishes))
         super().__init__(config, params, torch.arange(run.first, run.last, device=device), steering, run.pooled)
+        self._log_gates = None if log_gates is None else log_gates[run.first : run.last]
+        self._spans = run.spans
         self._trace = trace
         self._at = run.traced_at
 
     def enter(self, layer: int, rows: Tensor) -> None:
         super().enter(layer, rows)
+        for span, expert in enumerate(self._spans):
+            assert self._log_gates is not None
+            self._log_gates[:, span] = self.by_layer[-1][:, expert].log()
         if self._trace is not None and self._at >= 0:
             made = self.by_layer[-1].reshape(-1)
             self._trace[layer, self._at : self._at + len(made)] = made.to(self._trace)
 
 
 class ReferenceRouters:
-    """The routers of a step. routed: one for each request of a mixture."""
+    """The routers of a step. routed: one for each request of a mixture. log_gates: the batch's, on the device."""
 
-    def __init__(self, slots: SlotTable, routing: Routing | None, device: torch.device) -> None:
+    def __init__(
+        self, slots: SlotTable, routing: Routing | None, log_gates: Tensor | None, device: torch.device
+    ) -> None:
+        self._log_gates = log_gates
         self._slots = slots
         self._device = device
         self._runs = () if routing is None else routing.runs
@@ -47,7 +57,7 @@ class ReferenceRouters:
         if not self._runs:
             return tuple(runs), []
         if sample_rows is None:
-            self.routed = [_Traced(self._slots, run, self._trace, self._device) for run in self._runs]
+            self.routed = [_Traced(self._slots, run, self._trace, self._log_gates, self._device) for run in self._runs]
         segments: list[Segment] = []
         first_rows: set[int] = set()
         for run, router in zip(self._runs, self.routed, strict=True):

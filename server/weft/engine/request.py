@@ -7,6 +7,7 @@ from random import Random
 from typing import NamedTuple, NewType
 
 from weft.adapters.identifiers import Generation
+from weft.engine.token_ranges import Ranges
 from weft.errors import WeftError
 
 RequestId = NewType("RequestId", str)
@@ -52,11 +53,15 @@ class SamplingParams:
 
 
 class AdapterUse(NamedTuple):
-    """One adapter of a request: which content, how much of it, and how many virtual positions it brings."""
+    """One adapter of a request: which content, how much of it, and how many virtual positions it brings.
+
+    ranges: the real tokens in which it acts; () is all of them, which is where virtual positions always act.
+    """
 
     generation: Generation
     gate: float
     num_virtual_tokens: int
+    ranges: Ranges = ()
 
 
 class ExpertBound(NamedTuple):
@@ -181,9 +186,8 @@ class Request:
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        virtual = [use for use in self.adapters if use.num_virtual_tokens]
-        assert all(use.gate == 1.0 for use in virtual), "attention knows no gate of virtual positions"
-        assert len(virtual) <= 1, "a block table begins with the virtual positions of one adapter"
+        assert all(use.gate > 0 for use in self.spans), "attention takes the logarithm of a virtual use's gate"
+        assert not any(use.ranges for use in self.spans), "virtual positions act on every token"
         self.random.seed(self.params.seed)
 
     @property
@@ -199,6 +203,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output)
+
+    @property
+    def spans(self) -> list[AdapterUse]:
+        """The uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other."""
+        return [use for use in self.adapters if use.num_virtual_tokens]
 
     @property
     def num_virtual_tokens(self) -> int:

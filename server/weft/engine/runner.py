@@ -130,8 +130,9 @@ class ModelRunner:
             context_lens=batch.context_lens.to(device),
             virtual_lens=batch.virtual_lens.to(device),
             block_tables=batch.block_tables.to(device),
+            log_gates=None if batch.log_gates is None else batch.log_gates.to(device),
         )
-        with self._base.context.use(self._driver(batch)):
+        with self._base.context.use(self._driver(batch, paged.log_gates)):
             out = self._base.model(
                 input_ids=batch.input_ids[None].to(device),
                 position_ids=batch.positions[None].to(device),
@@ -158,7 +159,7 @@ class ModelRunner:
             kv_slots=slots,
             query_start=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
             context_lens=torch.tensor([num_rows], dtype=torch.int32, device=device),
-            virtual_lens=torch.zeros(1, dtype=torch.int32, device=device),
+            virtual_lens=torch.zeros(1, 0, dtype=torch.int32, device=device),
             block_tables=torch.tensor([blocks], dtype=torch.int32, device=device),
         )
         self._base.model(
@@ -173,11 +174,11 @@ class ModelRunner:
                 "ADAPTER_NON_FINITE", "the adapter's virtual positions make numbers that are not finite on this base"
             )
 
-    def _driver(self, batch: Batch) -> Driver | None:
+    def _driver(self, batch: Batch, log_gates: Tensor | None) -> Driver | None:
         rows = batch.adapter_rows
         if rows is None:
             return None
-        routers = ReferenceRouters(self.slots, rows.routing, self._base.device)
+        routers = ReferenceRouters(self.slots, rows.routing, log_gates, self._base.device)
         driver = self._driver_of(rows, routers)
         if not any(self.slots.num_entries[index] for index in self._heads):
             return driver

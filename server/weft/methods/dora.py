@@ -33,6 +33,8 @@ class DoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.lora_bias:
             raise ValueError("lora_bias: DoRA has none, given True")
+        if self.invocation_tokens:
+            raise ValueError(f"invocation_tokens: DoRA acts everywhere, given {self.invocation_tokens}")
 
 
 class DoraParams(NamedTuple):

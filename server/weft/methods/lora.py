@@ -4,6 +4,7 @@
 
 Deviations: with `use_rslora` the divisor is sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); with `lora_bias` the
 update is scaling · (B A x + bias), as PEFT has it.
+Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) is this delta in a part of the tokens: the gates differ.
 QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here.
 """
 
@@ -24,6 +25,7 @@ class LoraConfig:
     """Ranks and alphas; the patterns map a module-path suffix to its own value (PEFT's rank_pattern, alpha_pattern).
 
     lora_bias: B has a bias, inside the scaled branch.
+    invocation_tokens: token ids from whose last occurrence in the prompt on it acts (methods/activation.py); () always.
     """
 
     rank: int = 8
@@ -33,6 +35,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
 
 
 class LoraParams(NamedTuple):

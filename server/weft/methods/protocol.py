@@ -232,6 +232,11 @@ class Adapter:
         return 0 if self.method.virtual is None else self.method.virtual(self.prefix).num_positions
 
     @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """The tokens from which on it acts (methods/activation.py); () is everywhere."""
+        return getattr(self.config, "invocation_tokens", ())
+
+    @property
     def rank(self) -> int:
         """The largest rank at any site; 0 for methods without one."""
         return max(map(self.method.rank, self.sites.values()), default=0)

@@ -3,18 +3,23 @@
 One step is one flattened sequence [1, T]; which rows belong to which request travels as one argument, `paged`, that
 transformers hands through to the attention function. No mask is ever built.
 
-A request's *block table* lists its blocks in order. The first ceil(P / block_size) blocks hold its P virtual positions
-(prefix, prompt), shared by every request of it, the rest its real tokens. In the logical cache, index j < P is
-a virtual position, P ≤ j < Ppad (the next multiple of block_size) is a hole that is never read, and real token n sits
-at Ppad + n. Positions count without the hole: p(virtual j) = j, p(real n) = P + n.
+A request's *block table* lists its blocks in order. First come its *spans*: the virtual positions (prefix, prompt) of
+one adapter each, in blocks that every request of the adapter shares. Span s has P_s positions in ceil(P_s / block_size)
+blocks; what is left of the last is a hole that is never read. The real tokens begin at the block after all spans.
+Positions count without the holes: p(span s, index j) = P_0 + … + P_{s-1} + j, p(real n) = ΣP + n.
+
+A span of weight w counts w times in the softmax: the *log-gate* log w is added to its scores. Each row has its own; at
+-inf it does not see the span, whatever the span holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 
 ATTENTION = "weft_paged"
@@ -75,8 +80,11 @@ class PagedBatch:
     kv_slots: Tensor  # int64 [T]: block · block_size + offset that each row's key and value are stored at
     query_start: Tensor  # int32 [B + 1]: rows query_start[b] : query_start[b + 1] are request b's
     context_lens: Tensor  # int32 [B]: real tokens of the request in the cache after this step
-    virtual_lens: Tensor  # int32 [B]: P
+    virtual_lens: Tensor  # int32 [B, S]: P_s of each span, and 0 past the request's last
     block_tables: Tensor  # int32 [B, max blocks]
+    log_gates: Tensor | None = (
+        None  # float32 [T, S]; None: all 0. Each layer reads it anew: it may be rewritten between
+    )
 
 
 # Stores the step's keys and values in one layer and attends.
@@ -94,30 +102,31 @@ def attend_reference(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """The textbook, one request at a time: softmax(scale · Q Kᵀ) V over what each query may see, in float32 at least."""
-    block_size = batch.cache.block_size
+    """The textbook, in float32 at least: softmax(scale · Q Kᵀ + log-gates) V over what each query may see."""
+    block_size, device = batch.cache.block_size, query.device
     keys, values = batch.cache.keys[layer].flatten(0, 1), batch.cache.values[layer].flatten(0, 1)  # [slots, H, D]
     keys[batch.kv_slots] = key
     values[batch.kv_slots] = value
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    starts, contexts, virtuals = (t.tolist() for t in (batch.query_start, batch.context_lens, batch.virtual_lens))
-    for b, (num_real, num_virtual) in enumerate(zip(contexts, virtuals, strict=True)):
-        rows = slice(starts[b], starts[b + 1])
-        num_rows = rows.stop - rows.start
-        padded = -(-num_virtual // block_size) * block_size
-        device = query.device
-        logical = torch.cat([torch.arange(num_virtual), padded + torch.arange(num_real)]).to(device)  # [K]
+    out = torch.empty(query.shape, dtype=query.dtype, device=device)
+    wide, groups = torch.promote_types(query.dtype, torch.float32), query.shape[1] // keys.shape[1]
+    starts = batch.query_start.tolist()
+    for b, rows, seen in _sights(batch):
+        lengths = torch.cat([batch.virtual_lens[b], batch.context_lens[b, None]]).long()  # the real tokens come last
+        holes = -lengths % block_size
+        span = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # of each key
+        key_position = seen[span].nonzero()[:, 0]  # [K]
+        span = span[key_position]
+        logical = key_position + (holes.cumsum(0) - holes)[span]  # counts the holes before
         slots = batch.block_tables[b].long()[logical // block_size] * block_size + logical % block_size
         q = query[rows].to(wide).transpose(0, 1)  # [Hq, N, D]
-        groups = query.shape[1] // keys.shape[1]
         k = keys[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)  # [Hq, K, D]
         v = values[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)
         scores = q @ k.mT * scale  # [Hq, N, K]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        key_position = torch.arange(num_virtual + num_real, device=device)
-        query_position = num_virtual + num_real - num_rows + torch.arange(num_rows, device=device)
+        if batch.log_gates is not None:
+            scores = scores + F.pad(batch.log_gates[rows].to(wide), (0, 1))[:, span]
+        query_position = lengths.sum() + rows - starts[b + 1]
         distance = query_position[:, None] - key_position[None, :]  # [N, K]
         hidden = distance < 0
         if window:
@@ -125,6 +134,20 @@ def attend_reference(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[rows] = (weights @ v).transpose(0, 1).to(out.dtype)
     return out
+
+
+def _sights(batch: PagedBatch) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Rows of a request that see the same: (request, rows int64 [N], bool [S + 1]: each span, and the real tokens)."""
+    num_spans, device = batch.virtual_lens.shape[1], batch.kv_slots.device
+    for b, (first, end) in enumerate(pairwise(batch.query_start.tolist())):
+        rows = torch.arange(first, end, device=device)
+        if batch.log_gates is None:
+            yield b, rows, torch.ones(num_spans + 1, dtype=torch.bool, device=device)
+        elif first < end:
+            is_seen = F.pad(batch.log_gates[rows] != float("-inf"), (0, 1), value=True)
+            sights, sight_of_row = is_seen.unique(dim=0, return_inverse=True)
+            for number, seen in enumerate(sights):
+                yield b, rows[sight_of_row == number], seen
 
 
 @dataclass(frozen=True, slots=True)

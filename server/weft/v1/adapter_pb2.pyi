@@ -116,6 +116,7 @@ class Adapter(_message.Message):
     IN_FLIGHT_REQUESTS_FIELD_NUMBER: _builtins.int
     BASE_MODEL_NAME_FIELD_NUMBER: _builtins.int
     DRAINING_GENERATIONS_FIELD_NUMBER: _builtins.int
+    INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Public name: 1 to 63 characters, lower-case letters, digits, "-" and "_", beginning and ending with a letter or
@@ -170,6 +171,13 @@ class Adapter(_message.Message):
         """Replaced generations of this id that still have requests, newest first."""
 
     @_builtins.property
+    def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that invoke it (activated LoRA): it acts from the first token of their last occurrence in the prompt on, and
+        not at all if the prompt does not hold them, so what comes before is cached as the base's. Empty: it acts
+        everywhere.
+        """
+
+    @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Expert]:
         """Of a mixture: its experts, in the order of their generations, which is the order of its gates."""
 
@@ -194,11 +202,12 @@ class Adapter(_message.Message):
         in_flight_requests: _builtins.int = ...,
         base_model_name: _builtins.str = ...,
         draining_generations: _abc.Iterable[Global___DrainingGeneration] | None = ...,
+        invocation_tokens: _abc.Iterable[_builtins.int] | None = ...,
         experts: _abc.Iterable[Global___Expert] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_used_time", b"last_used_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "draining_generations", b"draining_generations", "experts", b"experts", "generation", b"generation", "in_flight_requests", b"in_flight_requests", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "draining_generations", b"draining_generations", "experts", b"experts", "generation", b"generation", "in_flight_requests", b"in_flight_requests", "invocation_tokens", b"invocation_tokens", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

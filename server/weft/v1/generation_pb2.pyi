@@ -297,7 +297,7 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 @_typing.final
 class Composition(_message.Message):
     """Several adapters at once: base + the sum of weight * delta, each delta computed from the base's own activations.
-    Rules that are broken answer COMPOSITION_INVALID, in `ErrorInfo.metadata` with the `index` of the part; one part that
+    Rules that are broken answer COMPOSITION_INVALID, whose metadata hold the `index` of the part; one part that
     is unknown or unusable fails the whole request, with the reason that it has alone and the part in `field`.
     """
 
@@ -331,6 +331,7 @@ class WeightedAdapter(_message.Message):
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    TOKEN_RANGES_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """As `GenerateRequest.adapter_id`, with the same errors. A mixture is no part: COMPOSITION_INVALID."""
     weight: _builtins.float
@@ -339,21 +340,60 @@ class WeightedAdapter(_message.Message):
     prompt) its logarithm is added to their attention scores, so it must not be negative, and 1 is the method itself.
     Default: 1. A part of weight 0 is looked up and takes no part; at least one must be other than 0.
     """
+    @_builtins.property
+    def token_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenRange]:
+        """The tokens on which this adapter acts; none: all of them. Elsewhere its gate is 0, and a token is computed as if it
+        were no part: so an adapter for one modality acts on the tokens of that modality alone. In rising order without
+        overlaps, at most `RequestLimits.token_ranges_max`. Methods that add virtual tokens act everywhere and take none.
+        An activated adapter (`Adapter.invocation_tokens`) acts where both it and these let it.
+        """
+
     def __init__(
         self,
         *,
         adapter_id: _builtins.str = ...,
         weight: _builtins.float | None = ...,
+        token_ranges: _abc.Iterable[Global___TokenRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter_id", b"adapter_id", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter_id", b"adapter_id", "token_ranges", b"token_ranges", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
 
 Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
+
+@_typing.final
+class TokenRange(_message.Message):
+    """Tokens begin to end - 1 of a request, counted from 0 at the first token of the prompt as it was tokenized; generated
+    tokens follow the prompt's. Virtual tokens of adapters are not counted.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    begin: _builtins.int
+    """The first token. Below 2^31 - 1."""
+    end: _builtins.int
+    """One past the last token: above `begin`, below 2^31. It may lie beyond the answer. Default: no end."""
+    def __init__(
+        self,
+        *,
+        begin: _builtins.int = ...,
+        end: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "begin", b"begin", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+
+Global___TokenRange: _TypeAlias = TokenRange  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
@@ -814,7 +854,9 @@ class EffectiveAdapter(_message.Message):
     method: _builtins.str
     """What kind of adapter it is, as `Adapter.method`."""
     weight: _builtins.float
-    """Its weight: 1, or `WeightedAdapter.weight`."""
+    """Its weight: 1, or `WeightedAdapter.weight`; 0 where an activated adapter (`Adapter.invocation_tokens`) found no
+    invocation in the prompt and took no part.
+    """
     def __init__(
         self,
         *,

@@ -159,6 +159,7 @@ class AdapterLimits(_message.Message):
     WEIGHT_ABS_MAX_FIELD_NUMBER: _builtins.int
     NUM_VIRTUAL_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     BOTTLENECK_SIZE_MAX_FIELD_NUMBER: _builtins.int
+    NUM_INVOCATION_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     NUM_EXPERTS_MAX_FIELD_NUMBER: _builtins.int
     file_bytes_max: _builtins.int
     """Bytes of `adapter_model.safetensors`: ADAPTER_TOO_LARGE."""
@@ -180,6 +181,8 @@ class AdapterLimits(_message.Message):
     """Virtual tokens of a prefix or soft prompt: PREFIX_INVALID."""
     bottleneck_size_max: _builtins.int
     """Width of a bottleneck adapter: RANK_TOO_LARGE."""
+    num_invocation_tokens_max: _builtins.int
+    """Tokens that invoke an activated LoRA: CONFIG_INVALID."""
     num_experts_max: _builtins.int
     """Experts of a mixture: MIXTURE_INVALID."""
     def __init__(
@@ -195,11 +198,12 @@ class AdapterLimits(_message.Message):
         weight_abs_max: _builtins.float = ...,
         num_virtual_tokens_max: _builtins.int = ...,
         bottleneck_size_max: _builtins.int = ...,
+        num_invocation_tokens_max: _builtins.int = ...,
         num_experts_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck_size_max", b"bottleneck_size_max", "config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "metadata_bytes_max", b"metadata_bytes_max", "num_experts_max", b"num_experts_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck_size_max", b"bottleneck_size_max", "config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "metadata_bytes_max", b"metadata_bytes_max", "num_experts_max", b"num_experts_max", "num_invocation_tokens_max", b"num_invocation_tokens_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -224,6 +228,7 @@ class RequestLimits(_message.Message):
     STREAM_EVENTS_MAX_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
     CACHE_SALT_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TOKEN_RANGES_MAX_FIELD_NUMBER: _builtins.int
     prompt_bytes_max: _builtins.int
     """UTF-8 bytes of a prompt, over all turns of a conversation."""
     max_new_tokens_max: _builtins.int
@@ -246,6 +251,8 @@ class RequestLimits(_message.Message):
     """Bytes of a request id: REQUEST_ID_INVALID."""
     cache_salt_bytes_max: _builtins.int
     """Bytes of a cache salt: CACHE_SALT_INVALID."""
+    token_ranges_max: _builtins.int
+    """Token ranges of one part of a composition."""
     @_builtins.property
     def deadline_default(self) -> _duration_pb2.Duration:
         """Time that a call without a deadline gets."""
@@ -270,10 +277,11 @@ class RequestLimits(_message.Message):
         stream_events_max: _builtins.int = ...,
         request_id_bytes_max: _builtins.int = ...,
         cache_salt_bytes_max: _builtins.int = ...,
+        token_ranges_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_default", b"deadline_default", "deadline_max", b"deadline_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt_bytes_max", b"cache_salt_bytes_max", "composition_parts_max", b"composition_parts_max", "composition_weight_abs_max", b"composition_weight_abs_max", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "logprobs_max", b"logprobs_max", "max_new_tokens_default", b"max_new_tokens_default", "max_new_tokens_max", b"max_new_tokens_max", "prompt_bytes_max", b"prompt_bytes_max", "request_id_bytes_max", b"request_id_bytes_max", "stop_bytes_max", b"stop_bytes_max", "stop_count_max", b"stop_count_max", "stream_events_max", b"stream_events_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt_bytes_max", b"cache_salt_bytes_max", "composition_parts_max", b"composition_parts_max", "composition_weight_abs_max", b"composition_weight_abs_max", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "logprobs_max", b"logprobs_max", "max_new_tokens_default", b"max_new_tokens_default", "max_new_tokens_max", b"max_new_tokens_max", "prompt_bytes_max", b"prompt_bytes_max", "request_id_bytes_max", b"request_id_bytes_max", "stop_bytes_max", b"stop_bytes_max", "stop_count_max", b"stop_count_max", "stream_events_max", b"stream_events_max", "token_ranges_max", b"token_ranges_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -226,6 +226,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             resident_bytes=0 if place is Residence.DISK else info.slab_bytes,
             rank=info.rank,
             num_virtual_tokens=info.num_virtual_tokens,
+            invocation_tokens=info.invocation_tokens,
             modules=info.modules,
             num_parameters=info.num_parameters,
             in_flight_requests=len(version.leases),

@@ -17,6 +17,7 @@ from weft.api.mixtures import GateBound, Steering
 from weft.api.validation import ChatTurn, GenerationSpec
 from weft.config import AdapterLimits, RequestLimits
 from weft.engine.request import FinishReason, Gates, GateSight, SampledToken, TokenLogprob
+from weft.engine.token_ranges import OPEN, TokenRange
 from weft.methods.catalog import KINDS
 from weft.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc, model_pb2
 
@@ -146,7 +147,11 @@ def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
         messages=_turns(request.messages) if kind == "messages" else None,
         adapter_id=request.adapter_id if target == "adapter_id" else None,
         composition=[
-            WeightedReference(part.adapter_id, part.weight if part.HasField("weight") else 1.0)
+            WeightedReference(
+                part.adapter_id,
+                part.weight if part.HasField("weight") else 1.0,
+                tuple(TokenRange(one.begin, one.end if one.HasField("end") else OPEN) for one in part.token_ranges),
+            )
             for part in request.composition.adapters
         ]
         if target == "composition"
@@ -177,10 +182,14 @@ def _sight(options: generation_pb2.ResponseOptions) -> GateSight:
 
 
 def _steering(steering: generation_pb2.Steering) -> Steering:
-    def given(bound: generation_pb2.GateBound, name: str) -> float | None:
-        return getattr(bound, name) if bound.HasField(name) else None
-
-    bounds = [GateBound(bound.expert, given(bound, "floor"), given(bound, "ceiling")) for bound in steering.bounds]
+    bounds = [
+        GateBound(
+            bound.expert,
+            bound.floor if bound.HasField("floor") else None,
+            bound.ceiling if bound.HasField("ceiling") else None,
+        )
+        for bound in steering.bounds
+    ]
     return Steering(list(steering.restrict), list(steering.mask), bounds)
 
 
@@ -197,7 +206,12 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
             cached_prompt_tokens=end.num_cached_tokens,
         ),
         seed=end.seed,
-        effective_adapters=[generation_pb2.EffectiveAdapter(**adapter._asdict()) for adapter in end.adapters],
+        effective_adapters=[
+            generation_pb2.EffectiveAdapter(
+                adapter_id=a.adapter_id, generation=a.generation, method=a.method, weight=a.weight
+            )
+            for a in end.adapters
+        ],
     )
     if end.stop_string is not None:
         finish.stop_string = end.stop_string
@@ -207,7 +221,7 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         finish.gates.extend(_gates(index, expert, end.gates) for index, expert in enumerate(end.experts))
     elif _sight(options) is not GateSight.NONE and not end.experts:
         finish.gates.extend(
-            generation_pb2.AdapterGate(adapter_id=a.adapter_id, generation=a.generation, mean=a.weight)
+            generation_pb2.AdapterGate(adapter_id=a.adapter_id, generation=a.generation, mean=a.mean_gate)
             for a in end.adapters
         )
     return finish

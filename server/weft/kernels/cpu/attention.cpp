@@ -1,10 +1,12 @@
 // Attention over a paged KV cache: decode and chunked prefill alike, float32 sums, grouped-query heads.
 //
 // A work item is some query rows of one request with one or more KV heads. It walks the request's keys in tiles of 64,
-// counted from the request's first virtual and first real token, never from the chunk or the block, and keeps for each
-// row a running peak, sum and weighted values (the online softmax of Milakov and Gimelshein 2018, arXiv:1805.02867).
-// What a row computes is a function of its query and its own visible keys, in their order:
-//   score = the chain over the head's elements; sum = one chain per lane over the tiles; out = the chain over the keys.
+// counted from the first key of each span of virtual positions and from the first real token, never from the chunk or
+// the block, and keeps for each row a running peak, sum and weighted values (the online softmax of Milakov and
+// Gimelshein 2018, arXiv:1805.02867). What a row computes is a function of its query, its own visible keys, in their
+// order, and the log-gates of their spans:
+//   score = the chain over the head's elements, capped, plus the log-gate;
+//   sum = one chain per lane over the tiles; out = the chain over the keys.
 // Rows computed together only share loads. A key that a row does not see has no part in its sums, not even a 0.
 #include "lanes.h"
 
@@ -13,6 +15,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include <omp.h>
@@ -34,7 +37,8 @@ struct Cache {
 
 struct Batch {
     const int32_t *query_start, *context_lens, *virtual_lens, *block_tables;
-    int64_t num_requests, table_stride;  // the stride is the number of columns of the block table
+    const float *log_gates;     // by query row and span; null where all are 0
+    int64_t num_requests, table_stride, num_spans, num_gate_rows;  // the stride: columns of the block table
 };
 
 struct Call {
@@ -46,6 +50,8 @@ struct Call {
     Cache cache;
     Batch batch;
 };
+
+static inline int64_t blocks_of(int64_t tokens, int64_t block_size) { return (tokens + block_size - 1) / block_size; }
 
 // e^x for x <= 0, to 2 units in the last place; exactly 1 at 0 and exactly 0 below the smallest normal number.
 static inline f32x16 exp_of(f32x16 x) {
@@ -265,11 +271,17 @@ struct Worker {
             for (int64_t d = 0; d < head; d++) q[r * padded + d] = as_float(from[d]) * float(call.scale);
         }
 
-        const int32_t *table = b.block_tables + item.request * b.table_stride;
-        const int64_t virtuals = b.virtual_lens[item.request], block_size = call.cache.block_size;
+        const int32_t *blocks = b.block_tables + item.request * b.table_stride;
+        const int32_t *lengths = b.virtual_lens + item.request * b.num_spans;
         const int64_t first_real = b.context_lens[item.request] - queries + item.first;  // index of the first query
-        walk(item, table, virtuals, first_real + virtuals, false);
-        walk(item, table + (virtuals + block_size - 1) / block_size, first_real + item.count, first_real, true);
+        int64_t position = first_real + std::accumulate(lengths, lengths + b.num_spans, int64_t(0));
+        for (int64_t s = 0; s < b.num_spans; s++) {
+            const float *gates = b.log_gates ? b.log_gates + (start + item.first) * b.num_spans + s : nullptr;
+            walk(item, blocks, lengths[s], position, false, gates);
+            blocks += blocks_of(lengths[s], call.cache.block_size);
+            position -= lengths[s];
+        }
+        walk(item, blocks, first_real + item.count, first_real, true, nullptr);
 
         for (int64_t r = 0; r < all_rows; r++) {
             const f32x16 share = splat(1.0f / sum(read<f32x16>(&sums[r * 16])));
@@ -283,11 +295,17 @@ struct Worker {
         }
     }
 
-    // The keys 0 .. keys_end - 1 of one kind, virtual or real. Counted like them, the item's first query is at
-    // `position`; a query sees the keys less than a window before it and, where `is_causal`, none after it.
-    void walk(const Item &item, const int32_t *blocks, int64_t keys_end, int64_t position, bool is_causal) {
+    // The keys 0 .. keys_end - 1 of one span, or the real ones. Counted like them, the item's first query is at
+    // `position`; a query sees the keys less than a window before it and, where `is_causal`, none after it. `gates`
+    // has the log-gate of the item's first query, and a row of spans further the next one's; null means 0 for all.
+    void walk(const Item &item, const int32_t *blocks, int64_t keys_end, int64_t position, bool is_causal,
+              const float *gates) {
         const int64_t window = call.window ? call.window : std::numeric_limits<int64_t>::max() / 2;
         const int64_t begin = std::max<int64_t>(0, position - window + 1), rows = item.count * group;
+        auto gate_of = [&](int64_t query) { return gates ? gates[query * call.batch.num_spans] : 0.0f; };
+        bool is_seen = false;
+        for (int64_t query = 0; query < item.count; query++) is_seen |= gate_of(query) != NEVER;
+        if (!is_seen) return;
         for (int64_t start = begin / TILE * TILE; start < keys_end; start += TILE) {
             const Tile tile = {blocks, start, std::max(begin, start), std::min(start + TILE, keys_end), keys_end};
             for (int64_t h = item.head_begin; h < item.head_end; h++) {
@@ -296,12 +314,14 @@ struct Worker {
                 for (int64_t r = 0; r < rows; r += ROWS) {
                     const int here = int(std::min<int64_t>(ROWS, rows - r));
                     int begins[ROWS], ends[ROWS];
+                    float shifts[ROWS];
                     for (int i = 0; i < here; i++) {
                         const int64_t p = position + (r + i) / group, end = is_causal ? p + 1 : keys_end;
+                        shifts[i] = gate_of((r + i) / group);
                         begins[i] = int(std::clamp<int64_t>(p - window + 1 - start, 0, TILE));
-                        ends[i] = int(std::clamp<int64_t>(end - start, 0, tile.to - start));
+                        ends[i] = shifts[i] == NEVER ? 0 : int(std::clamp<int64_t>(end - start, 0, tile.to - start));
                     }
-                    step((h - item.head_begin) * rows + r, here, begins, ends);
+                    step((h - item.head_begin) * rows + r, here, begins, ends, shifts);
                 }
             }
         }
@@ -362,8 +382,9 @@ struct Worker {
         if (head != padded || rows > 2 * ROWS) copy(values);  // many rows read them many times: keep them in L1
     }
 
-    // One tile for the rows r .. r + here - 1, of which row r + i sees the keys begins[i] .. ends[i] - 1 of the tile.
-    void step(int64_t r, int here, const int *begins, const int *ends) {
+    // One tile for the rows r .. r + here - 1, of which row r + i sees the keys begins[i] .. ends[i] - 1 of the tile,
+    // with shifts[i] added to their scores.
+    void step(int64_t r, int here, const int *begins, const int *ends, const float *shifts) {
         float scores[ROWS * TILE];
         int common_begin = 0, common_end = TILE, last = 0;
         for (int i = 0; i < here; i++) {
@@ -382,7 +403,7 @@ struct Worker {
 
         bool is_together = true;
         for (int i = 0; i < here; i++) {
-            if (begins[i] < ends[i]) weights_of(r + i, scores + i * TILE, begins[i], ends[i], groups);
+            if (begins[i] < ends[i]) weights_of(r + i, scores + i * TILE, begins[i], ends[i], groups, shifts[i]);
             else is_together = false;
         }
         float *sums_of = &acc[r * padded];
@@ -402,13 +423,14 @@ struct Worker {
     }
 
     // Scores become weights relative to the row's running peak; what it has summed so far is brought to that peak.
-    void weights_of(int64_t row, float *scores, int begin, int end, int groups) {
+    void weights_of(int64_t row, float *scores, int begin, int end, int groups, float shift) {
         constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const float cap = float(call.softcap);
         f32x16 s[GROUPS], top = splat(NEVER);
         for (int g = begin / 16; g < groups; g++) {
             s[g] = read<f32x16>(scores + g * 16);
             if (cap != 0.0f) s[g] = cap * tanh_of(s[g] / cap);
+            s[g] += shift;
             const i32x16 key = LANE + g * 16;
             s[g] = (key >= begin) & (key < end) ? s[g] : splat(NEVER);
             top = s[g] > top ? s[g] : top;
@@ -437,27 +459,35 @@ Status check(const Call &call) {
     const Cache &c = call.cache;
     const Batch &b = call.batch;
     if (b.query_start[0] != 0 || b.query_start[b.num_requests] != call.num_tokens) return BAD_LENGTHS;
+    if (b.log_gates && b.num_gate_rows != call.num_tokens) return BAD_LOG_GATES;
     for (int64_t i = 0; i < b.num_requests; i++) {
         const int64_t queries = int64_t(b.query_start[i + 1]) - b.query_start[i];
-        const int64_t context = b.context_lens[i], virtuals = b.virtual_lens[i];
-        const int64_t virtual_blocks = (virtuals + c.block_size - 1) / c.block_size;
-        const int64_t blocks = (context + c.block_size - 1) / c.block_size;
-        if (queries < 0 || virtuals < 0 || context < queries) return BAD_LENGTHS;
-        if (virtual_blocks + blocks > b.table_stride) return BAD_LENGTHS;
-        if (queries == 0) continue;
-        int64_t skipped = 0, skipped_virtuals = 0;  // keys that no query of this step sees any more
-        if (call.window) {
-            skipped = std::max<int64_t>(0, context - queries - call.window + 1);
-            skipped_virtuals = std::min(virtuals, std::max<int64_t>(0, context - queries + virtuals - call.window + 1));
+        const int64_t context = b.context_lens[i], blocks = blocks_of(context, c.block_size);
+        const int32_t *lengths = b.virtual_lens + i * b.num_spans;
+        int64_t virtuals = 0, virtual_blocks = 0;
+        for (int64_t s = 0; s < b.num_spans; s++) {
+            if (lengths[s] < 0) return BAD_LENGTHS;
+            virtuals += lengths[s];
+            virtual_blocks += blocks_of(lengths[s], c.block_size);
         }
+        if (queries < 0 || context < queries || virtual_blocks + blocks > b.table_stride) return BAD_LENGTHS;
+        if (queries == 0) continue;
         const int32_t *table = b.block_tables + i * b.table_stride;
-        auto is_bad = [&](int64_t from, int64_t to) {
-            for (int64_t n = from; n < to; n++)
+        // Of `length` keys, those that some query of this step still sees; the first query is at `position`.
+        auto is_bad = [&](int64_t length, int64_t position) {
+            const int64_t skipped = call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
+            const int64_t end = blocks_of(length, c.block_size);
+            for (int64_t n = skipped < length ? skipped / c.block_size : end; n < end; n++)
                 if (table[n] < 0 || table[n] >= c.num_blocks) return true;
+            table += end;
             return false;
         };
-        if (skipped_virtuals < virtuals && is_bad(skipped_virtuals / c.block_size, virtual_blocks)) return BAD_BLOCK;
-        if (is_bad(virtual_blocks + skipped / c.block_size, virtual_blocks + blocks)) return BAD_BLOCK;
+        int64_t position = context - queries + virtuals;
+        for (int64_t s = 0; s < b.num_spans; s++) {
+            if (is_bad(lengths[s], position)) return BAD_BLOCK;
+            position -= lengths[s];
+        }
+        if (is_bad(context, position)) return BAD_BLOCK;
     }
     return OK;
 }
@@ -472,9 +502,11 @@ std::vector<Item> items_of(const Call &call, int64_t *rows_max, int64_t *work) {
     int64_t cost = 0;
     for (int64_t i = 0; i < b.num_requests; i++) {
         const int64_t queries = b.query_start[i + 1] - b.query_start[i];
+        const int32_t *lengths = b.virtual_lens + i * b.num_spans;
+        const int64_t virtuals = std::accumulate(lengths, lengths + b.num_spans, int64_t(0));
         for (int64_t first = 0; first < queries; first += count_max) {
             const int64_t count = std::min(count_max, queries - first);
-            int64_t keys = b.context_lens[i] - queries + first + count + b.virtual_lens[i];
+            int64_t keys = b.context_lens[i] - queries + first + count + virtuals;
             if (call.window) keys = std::min(keys, call.window + count);
             items.push_back({i, first, count, 0, kv_heads, keys * (2 + count * group) * kv_heads});
             cost += items.back().cost;

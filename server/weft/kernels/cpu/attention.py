@@ -1,8 +1,9 @@
 """Attention over a paged KV cache on the CPU: decode and chunked prefill in one call.
 
 Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size,
-P virtual positions of a request. A query row's bits depend on its own query and keys alone: not on the other requests,
-T, B, the width of the block table, the block size, the number of threads, or how its prompt was cut into chunks.
+S spans of virtual positions at most, P positions in all spans of a request. A query row's bits depend on its own query,
+keys and log-gates alone: not on the other requests, T, B, S, the width of the block table, the block size, the number
+of threads, or how its prompt was cut into chunks.
 """
 
 import struct
@@ -16,7 +17,7 @@ from weft.kernels.cpu import library
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE_MAX = 256
 _pack_store = struct.Struct("=16q").pack  # StoreCall in attention.cpp
-_pack_attend = struct.Struct("=9q2d12q").pack  # Call in attention.cpp
+_pack_attend = struct.Struct("=9q2d15q").pack  # Call in attention.cpp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,28 +56,38 @@ class Batch:
     query_start: [B + 1] int32, from 0 up to T; request b has the rows query_start[b]:query_start[b + 1], and these are
       its last real tokens.
     context_lens: [B] int32, real tokens of the request in the cache once this step's are stored.
-    virtual_lens: [B] int32, P of the request, 0 without virtual positions. They fill the first ceil(P / block_size)
-      blocks of the table; the rest of the last of those is a hole; real token 0 begins the next block.
+    virtual_lens: [B, S] int32, positions in each span of virtual ones, 0 for none; S may be 0. Each span fills the
+      next ceil(length / block_size) blocks of the table; the rest of its last is a hole; real token 0 begins the block
+      after them all.
     block_tables: [B, any] int32, contiguous; the blocks of each request in order. Columns past its last are never
       read, nor are holes and what lies before every query's sliding window, whatever stands there.
+    log_gates: [T, S] float32, contiguous, read anew by each call; what is added to a row's scores of a span, where
+      -inf means that the row does not see the span, whatever it holds. None: 0 everywhere.
     """
 
     query_start: Tensor
     context_lens: Tensor
     virtual_lens: Tensor
     block_tables: Tensor
+    log_gates: Tensor | None = None
     packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # Batch in attention.cpp
 
     def __post_init__(self) -> None:
         num_requests = self.context_lens.shape[0] if self.context_lens.dim() else 0
         _check_metadata("query_start", self.query_start, (num_requests + 1,))
         _check_metadata("context_lens", self.context_lens, (num_requests,))
-        _check_metadata("virtual_lens", self.virtual_lens, (num_requests,))
+        num_spans = self.virtual_lens.shape[-1] if self.virtual_lens.dim() else 0
+        _check_metadata("virtual_lens", self.virtual_lens, (num_requests, num_spans))
         width = self.block_tables.shape[-1] if self.block_tables.dim() else 0
         _check_metadata("block_tables", self.block_tables, (num_requests, width))
         tensors = self.query_start, self.context_lens, self.virtual_lens, self.block_tables
-        pointers = (tensor.data_ptr() for tensor in tensors)
-        object.__setattr__(self, "packed", (*pointers, num_requests, width))
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        num_gate_rows = gates_at = 0
+        if self.log_gates is not None and num_spans:
+            num_gate_rows = self.log_gates.shape[0] if self.log_gates.dim() else 0
+            _check_metadata("log_gates", self.log_gates, (num_gate_rows, num_spans), torch.float32)
+            gates_at = self.log_gates.data_ptr()
+        object.__setattr__(self, "packed", (*pointers, gates_at, num_requests, width, num_spans, num_gate_rows))
 
 
 def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
@@ -109,10 +120,11 @@ def attend(
     """Write the attention of each query row over its request's stored keys to `out`, in place.
 
     Semantics: with s(q, k) = scale * (q . k), or softcap * tanh(scale * (q . k) / softcap) where softcap is not 0,
+      plus log_gates[t, i] where k is in span i,
       out[t, h] = sum over visible k of softmax(s(query[t, h], .))[k] * value[k], in float32, rounded once;
       query head h reads KV head h // (Hq / Hkv). The query at real index n sees every virtual position and the real
       tokens 0 .. n; with a window, of those only the ones less than `window` positions back, where virtual position j
-      is at j and real token n at P + n.
+      of a span is at j + the lengths of the spans before it, and real token n at P + n.
     This step's keys must be stored before.
 
     query: [T, Hq, D] of the cache's dtype, any token and head strides, D contiguous.
@@ -139,9 +151,10 @@ def attend(
         raise library.error_of(status)
 
 
-def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
-    if given.shape != shape or given.dtype is not torch.int32 or not given.is_cpu or not given.is_contiguous():
-        raise ValueError(f"{name}: needs contiguous {list(shape)} int32 on the CPU, given {_shown(given)}")
+def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> None:
+    if given.shape != shape or given.dtype is not dtype or not given.is_cpu or not given.is_contiguous():
+        needed = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: needs contiguous {list(shape)} {needed} on the CPU, given {_shown(given)}")
 
 
 def _check_heads(name: str, given: Tensor, shape: tuple[int, int, int], cache: Cache) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ class DriverFactory:
 class CpuDriver:
     """The gated deltas of one step: one kernel call per site, whatever the number of rows and adapters."""
 
-    __slots__ = ("_factory", "_routed", "_rows", "_slots", "_target")
+    __slots__ = ("_factory", "_log_target", "_routed", "_rows", "_slots", "_target")
 
     def __init__(
         self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routed: routing.Runs | None = None
@@ -63,6 +63,7 @@ class CpuDriver:
         self._routed = routed
         if routed is not None:
             self._target = routing.Target(offsets=rows.offsets, experts=routed.experts, values=rows.gates)
+            self._log_target = _span_target(routed)
 
     @property
     def needs_residual(self) -> bool:
@@ -77,7 +78,7 @@ class CpuDriver:
     def enter(self, layer: int, hidden: Tensor) -> None:
         """A layer begins: the gates of all mixtures' rows are made anew, in one call."""
         if self._routed is not None:
-            routing.route(hidden, layer, self._slots.routers, self._routed, self._target)
+            routing.route(hidden, layer, self._slots.routers, self._routed, self._target, self._log_target)
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
@@ -94,6 +95,15 @@ class CpuDriver:
         if num_entries > num_input_scales:
             deltas.post(x, y, self._rows, here, residual)
         return y
+
+
+def _span_target(routed: routing.Runs) -> routing.Target | None:
+    """Where the logarithms of gates go: a row has an entry for every span."""
+    if routed.span_experts is None or routed.log_gates is None:
+        return None
+    num_rows, num_spans = routed.span_experts.shape
+    offsets = torch.arange(0, (num_rows + 1) * num_spans, num_spans, dtype=torch.int32)
+    return routing.Target(offsets=offsets, experts=routed.span_experts.view(-1), values=routed.log_gates.view(-1))
 
 
 class Attend:
@@ -123,6 +133,7 @@ class Attend:
                 context_lens=paged.context_lens,
                 virtual_lens=paged.virtual_lens,
                 block_tables=paged.block_tables,
+                log_gates=paged.log_gates,
             )
         assert self._batch is not None
         cache = self._caches[layer]

@@ -162,6 +162,7 @@ enum Status : int {
     BAD_BLOCK = 7,
     NO_RESIDUAL = 8,
     BAD_ROUTER = 9,
+    BAD_LOG_GATES = 10,
 };
 
 }  // namespace weft

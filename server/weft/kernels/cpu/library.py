@@ -45,6 +45,7 @@ _STATUSES = {  # lanes.h
     7: "block_tables: a block that would be read is outside the cache",
     8: "residual: a slot of these rows reads it, and none is given",
     9: "routers: a run's slot needs a router of the rows' width, experts below its number, and room in the trace",
+    10: "log_gates: need one row for each query row",
 }
 
 

@@ -32,6 +32,16 @@ class Runs(Protocol):
         ...
 
     @property
+    def span_experts(self) -> Tensor | None:
+        """int32 [T, S]: which expert a row's span of virtual positions is of, or -1."""
+        ...
+
+    @property
+    def log_gates(self) -> Tensor | None:
+        """float32 [T, S]: where the logarithms of those experts' gates go."""
+        ...
+
+    @property
     def trace(self) -> Tensor | None:
         """float32 [L, G]."""
         ...

@@ -1,5 +1,6 @@
 """LoRA and DoRA in PEFT's form: `P.lora_A.weight` (r, in), `P.lora_B.weight` (out, r); r, lora_alpha, their patterns.
 
+`alora_invocation_tokens` make an activated LoRA, whose delta begins in the prompt (methods/activation.py).
 With lora_bias there is `P.lora_B.bias` (out,), with use_dora `P.lora_magnitude_vector` (out,). Beside a head's matrices
 PEFT saves the head itself, `P.base_layer.weight`: it is checked against the base's and not kept.
 """
@@ -20,6 +21,7 @@ from weft.methods.protocol import Adapter, BaseShape, BaseWeight, ReadBase, Site
 
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _HEAD = "base_layer.weight"
+_INVOCATION = "alora_invocation_tokens"
 _PATTERN_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.")
 V = TypeVar("V")
 
@@ -39,6 +41,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
             "FEATURE_UNSUPPORTED", "adapter_config.lora_bias", "must be false beside use_dora", given=True
         )
     method = "DoRA" if use_dora else "LoRA"
+    invocation = _read_invocation(config, base, limits, use_dora=use_dora)
 
     replaced, tensors = base_bias.split(config, tensors, use_dora=use_dora)
     endings = (_A, _B, *((_BIAS,) if lora_bias else ()), *((_MAGNITUDE,) if use_dora else ()))
@@ -75,6 +78,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         target_modules=tuple(sorted({site.suffix for site in sites.values()})),
         rank_pattern=ranks,
         alpha_pattern=alphas,
+        invocation_tokens=invocation,
     )
     if not use_dora:
         if changes_nothing:
@@ -104,6 +108,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "bias": "none",
         "use_dora": isinstance(config, dora.DoraConfig),
     }
+    if config.invocation_tokens:
+        keys[_INVOCATION] = list(config.invocation_tokens)
     tensors = {}
     for module, params in adapter.sites.items():
         tensors[scan.full_key(module, _A)] = params.a
@@ -249,6 +255,36 @@ def read_alpha(value: Any, key: str) -> float:
             "SCALE_INVALID", f"adapter_config.{key}", "must be a finite number of at least 0", given=value
         )
     return float(value)
+
+
+def _read_invocation(
+    config: Mapping[str, Any], base: BaseShape, limits: AdapterLimits, *, use_dora: bool
+) -> tuple[int, ...]:
+    """Token ids of the base's vocabulary, at least one; () where the key is absent or null."""
+    given = config.get(_INVOCATION)
+    if given is None:
+        return ()
+    key = f"adapter_config.{_INVOCATION}"
+    # PEFT gives the two together no meaning, and lets replaced biases act before the invocation too.
+    for other, is_there in (("use_dora", use_dora), ("bias", config.get("bias") not in (None, "none"))):
+        if is_there:
+            raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, f"must be unset beside {other}", given=given)
+    if not isinstance(given, list) or not 1 <= len(given) <= limits.num_invocation_tokens_max:
+        count = len(given) if isinstance(given, list) else given
+        raise InvalidAdapter.rule(
+            "CONFIG_INVALID",
+            key,
+            "must be a list of at least 1 token",
+            limit=limits.num_invocation_tokens_max,
+            given=count,
+        )
+    vocabulary = max((site.out_features for site in base.of_kind(SiteKind.HEAD)), default=2**31)
+    for index, token in enumerate(given):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise InvalidAdapter.rule(
+                "CONFIG_INVALID", f"{key}[{index}]", "must be a token of the base", limit=vocabulary - 1, given=token
+            )
+    return tuple(given)
 
 
 def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -51,8 +51,13 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         )
     experts = _experts(config.get("experts"), limits)
     mixture = Mixture(_config(config, len(experts)), MixtureParams(_weight(tensors)), experts)
-    num_routers = 1 if mixture.config.shared else base.num_layers
-    scan.require_shape(WEIGHT, mixture.params.weight, (num_routers, mixture.config.num_choices, base.embedding_size))
+    num_routers, width = 1 if mixture.config.shared else base.num_layers, _width(base)
+    scan.require_shape(WEIGHT, mixture.params.weight, (num_routers, mixture.config.num_choices, width))
+    if mixture.config.level is Level.SEQUENCE and width != base.embedding_size:
+        rule = "must be token: this base's embeddings are of another width than its hidden states"
+        raise InvalidAdapter.rule(
+            "FEATURE_UNSUPPORTED", "mixture_config.router.level", rule, limit=width, given=base.embedding_size
+        )
     scan.check_values(tensors, limits)
     return mixture.in_order()
 
@@ -83,26 +88,27 @@ def write(mixture: Mixture, directory: Path, base: BaseShape) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _width(base: BaseShape) -> int:
+    """Of the residual stream, which is what ends every sublayer; most bases embed in the same width."""
+    return next((site.out_features for site in base.sites.values() if site.sublayer), base.embedding_size)
+
+
 def _config(config: Mapping[str, Any], num_experts: int) -> MixtureConfig:
     router = config.get("router")
     if not isinstance(router, dict):
         raise _invalid("router", "must be an object", router)
     _closed(router, _ROUTER_KEYS, "router.")
-    level, top_k, temperature = router.get("level"), config.get("top_k"), config.get("temperature")
+    level, top_k = router.get("level"), config.get("top_k")
     if level not in [known.value for known in Level]:
         raise _invalid("router.level", "must be token or sequence", level)
     if type(top_k) is not int:
         raise _invalid("top_k", "must be a whole number", top_k)
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not _TEMPERATURE_MIN <= temperature <= _TEMPERATURE_MAX:
-        bounds = [_TEMPERATURE_MIN, _TEMPERATURE_MAX]
-        raise _invalid("temperature", "must be a number within bounds", temperature, limit=bounds)
     null_expert = _flag(config, "null_expert")
     try:
         return MixtureConfig(
             num_experts=num_experts,
             top_k=top_k,
-            temperature=float(temperature),
+            temperature=_temperature(config.get("temperature")),
             level=Level(level),
             normalize=_flag(config, "normalize"),
             shared=_flag(router, "shared", "router."),
@@ -112,6 +118,13 @@ def _config(config: Mapping[str, Any], num_experts: int) -> MixtureConfig:
         )
     except ValueError as error:
         raise InvalidAdapter("MIXTURE_INVALID", f"{CONFIG_FILE}: {error}", field=CONFIG_FILE) from None
+
+
+def _temperature(given: object) -> float:
+    if isinstance(given, int | float) and not isinstance(given, bool) and _TEMPERATURE_MIN <= given <= _TEMPERATURE_MAX:
+        return float(given)
+    bounds = [_TEMPERATURE_MIN, _TEMPERATURE_MAX]
+    raise _invalid("temperature", "must be a number within bounds", given, limit=bounds)
 
 
 def _experts(given: object, limits: AdapterLimits) -> tuple[Expert, ...]:

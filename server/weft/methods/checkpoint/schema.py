@@ -39,7 +39,19 @@ _COMMON_USED = frozenset({"peft_type", "task_type"})
 _COMMON_INERT = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode"})
 
 LORA = Schema(
-    used=frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "bias", "rank_pattern", "alpha_pattern"}),
+    used=frozenset(
+        {
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "use_dora",
+            "lora_bias",
+            "bias",
+            "rank_pattern",
+            "alpha_pattern",
+            "alora_invocation_tokens",
+        }
+    ),
     inert=frozenset(
         {
             "target_modules",
@@ -60,7 +72,6 @@ LORA = Schema(
         "modules_to_save": (None, []),
         "trainable_token_indices": (None,),
         "velora_config": (None,),
-        "alora_invocation_tokens": (None,),
         "use_qalora": (None, False),
         "monteclora_config": (None,),
         "layer_replication": (None,),
@@ -90,6 +101,7 @@ ADALORA = Schema(
     },
     fixed={
         **LORA.fixed,
+        "alora_invocation_tokens": (None,),
         "bias": (None, "none"),
         "use_dora": (None, False),
         "use_rslora": (None, False),

@@ -1,0 +1,38 @@
+"""A local adapter directory, as commands that ask no server read it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from weft.config import AdapterLimits
+
+if TYPE_CHECKING:
+    from weft.methods.protocol import Adapter, BaseShape
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+class AdapterDirectory(NamedTuple):
+    """What one holds. base_digest: of the base that it names, None where it names none."""
+
+    adapter: "Adapter"
+    base_digest: str | None
+
+
+def read(path: Path, shape: "BaseShape") -> AdapterDirectory:
+    """The adapter fitted to `shape`, whichever base its file names. Raises OSError or what servers refuse it with."""
+    from safetensors import safe_open
+
+    from weft.adapters.config_file import read_config
+    from weft.adapters.safetensors_header import read_header
+    from weft.methods.checkpoint import directory
+
+    limits = AdapterLimits()
+    keys = read_config((path / CONFIG_FILE).read_bytes(), limits)
+    with (path / WEIGHTS_FILE).open("rb") as file:
+        metadata = read_header(file, limits).metadata
+    with safe_open(path / WEIGHTS_FILE, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+    digest = metadata.get(directory.BASE_DIGEST)
+    fitted = shape if digest is None else replace(shape, digest=digest)
+    return AdapterDirectory(directory.read(keys, tensors, metadata, fitted, limits), digest)

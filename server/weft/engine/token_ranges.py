@@ -1,0 +1,53 @@
+"""Where in a request an adapter acts: half-open ranges of real token indices, in order, none touching the next.
+
+    gate[t, k] = weight of k where t is in the ranges of k, 0 elsewhere
+
+Prompt and generated tokens count alike; virtual positions do not count. No ranges at all mean every token.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+OPEN = 2**31 - 1  # an end beyond every token
+
+
+class TokenRange(NamedTuple):
+    """Tokens `begin` to `end` - 1."""
+
+    begin: int
+    end: int
+
+
+Ranges = tuple[TokenRange, ...]
+
+
+def normal(ranges: Iterable[TokenRange]) -> Ranges:
+    """The one spelling of ordered, disjoint ranges: those that touch are one, and all tokens are ()."""
+    merged: list[TokenRange] = []
+    for one in ranges:
+        if merged and merged[-1].end == one.begin:
+            one = TokenRange(merged.pop().begin, one.end)
+        merged.append(one)
+    return () if merged == [TokenRange(0, OPEN)] else tuple(merged)
+
+
+def clip(ranges: Iterable[TokenRange], begin: int, end: int = OPEN) -> list[TokenRange]:
+    """What of some ranges lies in begin : end; here no ranges are no tokens."""
+    return [
+        TokenRange(max(one.begin, begin), min(one.end, end)) for one in ranges if one.begin < end and begin < one.end
+    ]
+
+
+def runs(of: Sequence[Ranges], begin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
+    """begin : end cut wherever one of the ranges begins or ends: (first, one past the last, which of `of` act there).
+
+    The work is per range, not per token.
+    """
+    edges = {begin, end, *(edge for ranges in of for one in ranges for edge in one if begin < edge < end)}
+    for first, last in itertools.pairwise(sorted(edges)):
+        yield first, last, [k for k, ranges in enumerate(of) if not ranges or _holds(ranges, first)]
+
+
+def _holds(ranges: Ranges, index: int) -> bool:
+    return any(begin <= index < end for begin, end in ranges)

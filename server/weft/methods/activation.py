@@ -1,0 +1,40 @@
+"""Activated adapters: those that act from an invocation on (Greenewald et al. 2025, arXiv:2504.12397, section 3).
+
+    gate[t] = 1  from the first token of the last occurrence of the invocation tokens in the prompt on
+              0  before it, and everywhere if the prompt does not hold them
+
+So the keys and values before the invocation are the base's own, and any number of such adapters share them. PEFT has
+the same rule (`alora_invocation_tokens`). Deviation: generated tokens never move the beginning, here and there alike,
+since the prompt alone is searched.
+"""
+
+from collections.abc import Sequence
+
+
+def begin(invocation: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Where the last occurrence of `invocation`, not empty, begins in `tokens`; None where there is none.
+
+    Knuth, Morris and Pratt's search, from the end: its time is linear in the tokens whatever an invocation repeats.
+    """
+    wanted = tuple(reversed(invocation))
+    borders = _borders(wanted)
+    matched = 0
+    for first in range(len(tokens) - 1, -1, -1):
+        while matched and tokens[first] != wanted[matched]:
+            matched = borders[matched - 1]
+        if tokens[first] == wanted[matched]:
+            matched += 1
+        if matched == len(wanted):
+            return first
+    return None
+
+
+def _borders(wanted: Sequence[int]) -> list[int]:
+    """For each beginning of `wanted`, how long its longest shorter beginning is that it ends with, too."""
+    borders = [0]
+    for token in wanted[1:]:
+        length = borders[-1]
+        while length and token != wanted[length]:
+            length = borders[length - 1]
+        borders.append(length + (token == wanted[length]))
+    return borders

@@ -1,0 +1,187 @@
+"""Adapters that act on some tokens only: the formula with a gate for each token, and rows that do not see each other.
+
+    out[t] = y[t] + Σ w · 1[t in ranges] · delta(x[t], y[t])
+
+The oracle, the mixes of methods and the tolerances are those of tests/test_composition.py.
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests import textbook_composition as textbook
+from tests import tiny
+from tests.serving import Row, Step
+from tests.test_composition import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, ExactSlots, Mix, error, mixes, selected
+from tests.textbook_composition import Composition, Weighted
+from weft.config import ModelConfig, Quantization
+from weft.engine import token_ranges
+from weft.engine.token_ranges import OPEN, Ranges, TokenRange
+from weft.kernels.selection import REFERENCE
+from weft.model import loader, paged_attention
+
+
+class Ranged(NamedTuple):
+    """A prompt, a composition, and where each of its parts acts."""
+
+    mix: Mix
+    ranges: list[Ranges]
+
+    @property
+    def row(self) -> Row:
+        return Row(self.mix.tokens, adapters=self.mix.parts, ranges=self.ranges)
+
+    @property
+    def by_token(self) -> Weighted:
+        """The composition with a weight for each token, as the oracle takes it."""
+        places = torch.arange(len(self.mix.tokens))
+        return [
+            (adapter, weight if not ranges else weight * _within(places, ranges))
+            for (adapter, weight), ranges in zip(self.mix.parts, self.ranges, strict=True)
+        ]
+
+
+def _within(places: Tensor, ranges: Ranges) -> Tensor:
+    return torch.stack([(places >= begin) & (places < end) for begin, end in ranges]).any(dim=0).double()[:, None]
+
+
+def _some_ranges(dice: random.Random, num_tokens: int) -> Ranges:
+    """From one token to several ranges with gaps, and half of the time to the end."""
+    edges = sorted(dice.sample(range(num_tokens + 1), min(num_tokens + 1, dice.choice([2, 2, 4, 6])) // 2 * 2))
+    ranges = [TokenRange(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+    if dice.random() < 0.5:
+        ranges[-1] = TokenRange(ranges[-1].begin, OPEN)
+    return token_ranges.normal(ranges)
+
+
+def _ranged(base: loader.Base, *, seed: int, count: int = 12) -> list[Ranged]:
+    dice = random.Random(seed)
+    made = []
+    for mix in mixes(base.shape, seed=seed, count=count):
+        ranges = [
+            () if adapter.prefix is not None or dice.random() < 0.2 else _some_ranges(dice, len(mix.tokens))
+            for adapter, _ in mix.parts
+        ]
+        made.append(Ranged(mix, ranges))
+    return made
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    paged_attention.register()
+    return tiny.save_base(tmp_path_factory.mktemp("ranged") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def stock(path: Path) -> Any:
+    """transformers' own model in float64."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    return model.double().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def base(path: Path) -> loader.Base:
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
+    return loader.load(config, attention=paged_attention.ATTENTION)
+
+
+def _exact_logits(path: Path, made: list[Ranged]) -> list[Tensor]:
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
+    held = loader.load(config, attention=paged_attention.ATTENTION)
+    step = Step(replace(held, model=held.model.double(), dtype=torch.float64), REFERENCE)
+    slots: Any = step.runner.slots
+    slots.__class__ = ExactSlots
+    slots.coming, slots.exact = [adapter for one in made for adapter, _ in one.mix.parts], {}
+    return step.logits([one.row for one in made])
+
+
+def test_the_ranges_are_what_they_should_be(base: loader.Base) -> None:
+    ranges = [one for ranged in _ranged(base, seed=5) for one in ranged.ranges]
+    assert () in ranges
+    assert {len(one) for one in ranges} >= {1, 2, 3}
+    assert {one[-1].end == OPEN for one in ranges if one} == {True, False}
+
+
+def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stock: Any) -> None:
+    made, num_controls = _ranged(base, seed=5), 0
+    for one, mine in zip(made, _exact_logits(path, made), strict=True):
+        assert error(mine, textbook.logits(stock, one.mix.tokens, one.by_token)) < FLOAT64_TOLERANCE
+        # Negative control: it is another where one part acts everywhere.
+        partial = [k for k, (_, w) in enumerate(one.by_token) if isinstance(w, Tensor) and (w == 0).any()]
+        for k in partial[:1]:
+            everywhere = one._replace(ranges=[() if i == k else ranges for i, ranges in enumerate(one.ranges)])
+            wanted = textbook.logits(stock, one.mix.tokens, everywhere.by_token)
+            assert error(mine, wanted) > 10 * FLOAT64_TOLERANCE
+            num_controls += 1
+    assert num_controls > 6
+
+
+@pytest.mark.parametrize("kernels", ["reference", "selected"])
+def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, stock: Any) -> None:
+    made = _ranged(base, seed=6)
+    got = Step(base, REFERENCE if kernels == "reference" else selected(base)).logits([one.row for one in made])
+    for one, mine in zip(made, got, strict=True):
+        assert error(mine, textbook.logits(stock, one.mix.tokens, one.by_token)) < FLOAT32_TOLERANCE
+
+
+# -- neighbours -------------------------------------------------------------------------------------------------------
+
+_TOLERANCES = {(Quantization.NONE, "float32"): 1e-5, (Quantization.NF4, "bfloat16"): 0.03}
+
+
+@pytest.fixture(scope="module", params=list(_TOLERANCES), ids=lambda key: f"{key[0].value}-{key[1]}")
+def step_and_tolerance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Step, float]:
+    quantization, dtype = request.param
+    paged_attention.register()
+    held = tiny.save_base(tmp_path_factory.mktemp("beside") / "base")
+    config = ModelConfig(path=held, quantization=quantization, device="cpu", dtype=dtype)
+    loaded = loader.load(config, attention=paged_attention.ATTENTION)
+    return Step(loaded, selected(loaded), num_kv_blocks=512), _TOLERANCES[request.param]
+
+
+def test_ranged_rows_beside_plain_and_base_rows_answer_as_alone(step_and_tolerance: tuple[Step, float]) -> None:
+    step, tolerance = step_and_tolerance
+    rows = [one.row for one in _ranged(step.base, seed=7, count=24)]
+    rows[::4] = [Row(row.tokens) for row in rows[::4]]
+    rows[1::4] = [row._replace(ranges=()) for row in rows[1::4]]
+    for index, (row, mine) in enumerate(zip(rows, step.logits(rows), strict=True)):
+        (alone,) = step.logits([row])
+        assert error(mine, alone.double()) < tolerance, index
+
+
+def test_the_tokens_before_a_range_are_the_base_s(step_and_tolerance: tuple[Step, float]) -> None:
+    """Bit for bit in a batch of one shape: that is why their keys and values can be shared."""
+    step, _ = step_and_tolerance
+    tokens = list(range(10, 50))
+    parts = [(tiny.random_lora(step.base.shape, rank=8, seed=1), 1.0)]
+    for begin in (1, 17, 39):
+        (mine,) = step.logits([Row(tokens, adapters=parts, ranges=[(TokenRange(begin, OPEN),)])])
+        (base,) = step.logits([Row(tokens)])
+        assert mine[:begin].equal(base[:begin])
+        assert not mine[begin].equal(base[begin]), "negative control"
+
+
+def test_neighbours_ranges_leave_a_row_bit_equal(step_and_tolerance: tuple[Step, float]) -> None:
+    step, _ = step_and_tolerance
+    dice = random.Random(8)
+    prompts = [[dice.randrange(1, tiny.VOCAB_SIZE) for _ in range(9)] for _ in range(12)]
+    parts = [one.mix.parts for one in _ranged(step.base, seed=9, count=24)]
+
+    def row(prompt: list[int], composed: Composition) -> Row:
+        ranges = [() if a.prefix is not None else _some_ranges(dice, len(prompt)) for a, _ in composed]
+        return Row(prompt, adapters=composed, ranges=ranges)
+
+    for mine in (row(prompts[0], parts[0]), row(prompts[0], parts[3]), Row(prompts[0])):
+        wanted = None
+        for _ in range(4):
+            got = step.logits([mine, *(row(prompt, dice.choice(parts)) for prompt in prompts[1:])])[0]
+            wanted = got if wanted is None else wanted
+            assert got.equal(wanted)
+    moved = mine._replace(adapters=parts[0][:1], ranges=[(TokenRange(8, 9),)])
+    assert not step.logits([moved, *(Row(prompt) for prompt in prompts[1:])])[0].equal(wanted), "negative control"

@@ -1,0 +1,79 @@
+"""Training what acts from an invocation on (weft/methods/activation.py): the gates that serving has, for whole rows.
+
+    gate[b, t] = 1 on the last `counts[b]` tokens of row b, 0 before
+
+The invocation is looked for in what is not learned, as serving looks for it in the prompt alone. Counting from the end
+holds for a step of generation too, whose one token a row is its last.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from weft.methods import activation
+from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.protocol import Site
+from weft_training.data import IGNORED, InvalidData, Row
+
+_NO_TOKEN = -1
+
+
+class ActivatedDriver:
+    """The reference driver for one adapter on the ends of the rows of a batch [B, T]."""
+
+    def __init__(self, segment: Segment, counts: Tensor) -> None:
+        self._segment = segment
+        self._counts = counts  # int64 [B]
+        self._drivers: dict[int, ReferenceDriver] = {}  # by T
+
+    @property
+    def needs_residual(self) -> bool:
+        """Whether the adapter reads the residual stream anywhere."""
+        return ReferenceDriver((self._segment,)).needs_residual
+
+    @property
+    def routes(self) -> bool:
+        """The gates do not depend on the hidden states."""
+        return False
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """Nothing is routed."""
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The site's output for `x` [B, T, I]."""
+        width = x.numel() // x.shape[-1] // len(self._counts)
+        if width not in self._drivers:
+            acts = torch.arange(width, device=x.device) >= width - self._counts.to(x.device)[:, None]  # [B, T]
+            rows = acts.flatten().nonzero()[:, 0]
+            self._drivers[width] = ReferenceDriver((self._segment._replace(rows=rows),))
+        return self._drivers[width].apply(site, base, x, residual)
+
+
+def counts(
+    invocation: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+) -> Tensor:
+    """How many tokens of every row the adapter acts on, int64 [B], from tensors that are all [B, T].
+
+    0 for a row without the invocation. A token that is learned, or hidden by the mask, is no part of one.
+    """
+    ids = input_ids
+    if attention_mask is not None:
+        ids = ids.masked_fill(attention_mask == 0, _NO_TOKEN)
+    if labels is not None:
+        ids = ids.masked_fill(labels != IGNORED, _NO_TOKEN)
+    begins = [activation.begin(invocation, row) for row in ids.tolist()]
+    return torch.tensor([0 if begin is None else ids.shape[1] - begin for begin in begins])
+
+
+def require_invoked(invocation: Sequence[int], rows: Sequence[Row]) -> None:
+    """InvalidData where a row does not hold the invocation in what is not learned: it would teach nothing."""
+    for index, row in enumerate(rows):
+        given = [
+            token if label == IGNORED else _NO_TOKEN for token, label in zip(row.input_ids, row.labels, strict=True)
+        ]
+        if activation.begin(invocation, given) is None:
+            raise InvalidData(
+                f"examples[{index}]: its prompt must hold the adapter's invocation_tokens {list(invocation)}, given "
+                f"{row.input_ids[: row.num_prompt_tokens]}"
+            )
