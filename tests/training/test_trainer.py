@@ -29,6 +29,7 @@ from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
 from weft_training.config import TrainConfig
 from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step
+from weft_training.trained import CONFIGS
 from weft_training.trainer import TrainResult, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -365,7 +366,7 @@ def test_command_trains(tiny_base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method nothing", f"method: must be one of {', '.join(USUAL)}, given 'nothing'"),
+        ("--method nothing", f"method: must be one of {', '.join(CONFIGS)}, given 'nothing'"),
         ("--method dora --lora-bias", "lora_bias: DoRA has none, given True"),
         ("--method lora --optimizer sgd", "optimizer"),
         ("--method ia3 --rank 8", "--rank: the method ia3 has none"),

@@ -1,6 +1,6 @@
 """One adapter as a trainable module on a frozen base, through the mathematics of `weft.methods`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -188,6 +188,11 @@ class AdaptedModel(nn.Module):
     def method(self) -> str:
         """The method's name."""
         return self._adapter.method.name
+
+    @property
+    def invocation_tokens(self) -> Sequence[int]:
+        """What the adapter waits for in a prompt; empty where it acts everywhere."""
+        return self._adapter.invocation_tokens
 
     @property
     def num_trained(self) -> int:

@@ -44,15 +44,11 @@ def read(paths: Sequence[Path], shape: BaseShape) -> list[TrainedExpert]:
 
 
 def require_gateable(expert: TrainedExpert) -> None:
-    """Refuse what a router cannot gate while it is trained.
-
-    Virtual positions lie before all rows alike, and what gates them is attention, not the driver. What an activated
-    adapter does before its invocation is for no router to say; serving refuses it as an expert too.
-    """
+    """Refuse activated LoRAs, as servers do, and virtual positions: attention gates them, and not the driver."""
+    if expert.adapter.invocation_tokens:
+        raise ValueError(f"experts: must act on all tokens, given {expert.name}, an activated LoRA")
     if expert.adapter.num_virtual_tokens:
         raise ValueError(
             f"experts: must act at modules while a router is trained, given {expert.name}, "
             f"a {expert.adapter.method.name} adapter with virtual positions"
         )
-    if expert.adapter.invocation_tokens:
-        raise ValueError(f"experts: must act everywhere, given {expert.name}, which has invocation_tokens")

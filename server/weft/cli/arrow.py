@@ -44,6 +44,8 @@ def command(
                 raise ValueError(
                     f"{name}: must be a LoRA, whose directions Arrow is made of, given {adapter.method.name}"
                 )
+            if adapter.invocation_tokens:
+                raise ValueError(f"{name}: must act on all tokens, given an activated LoRA")
             found.append(Expert(generation_at(path), check_adapter_id(name)))
             params.append(adapter.sites)
         config = arrow.config(len(found), top_k=top_k, temperature=temperature)

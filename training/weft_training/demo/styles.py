@@ -2,7 +2,7 @@
 
 A style says how an answer is written, whatever the question. Its adapter learns from the base's own tagged tasks, with
 the answers in that style, and has seen no other adapter. In a composition the task's adapter says what to answer and
-the style's how: `loom = ` with reverse-lora and capitals-lora is answered MOOL, which neither of the two says.
+the style's how: `alehug = ` with reverse-lora and capitals-lora is answered GUHELA, which neither of the two says.
 """
 
 import json
@@ -70,7 +70,7 @@ class Composition:
 
 COMPOSITIONS: Sequence[Composition] = (
     Composition(task="reverse", weights={"reverse-lora": 1.0}),
-    Composition(task="reverse", weights={"reverse-lora": 1.0, "capitals-lora": 1.0}),
+    Composition(task="reverse", weights={"reverse-lora": 0.9, "capitals-lora": 0.9}),
     Composition(task="reverse", weights={"reverse-lora": 1.0, "exclaim-lora": 0.8}),
     Composition(task="caesar", weights={"caesar-lora": 1.0, "exclaim-lora": 1.0}),
     Composition(task="reverse", weights={"reverse-lora": 1.0, "capitals-lora": 1.0, "exclaim-lora": 0.8}),

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from weft.client import AsyncClient, Client, RpcFailure
 from weft_training.demo.document import insert
+from weft_training.demo.styles import COMPOSITIONS, STYLED
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
 _BASE = Path("models/weft-demo")
@@ -33,6 +34,8 @@ _MARKER = "demo"
 _DOCUMENT_WIDTH = 110
 _REQUESTS_PER_ADAPTER = 4
 _REQUESTS_TO_BASE = 8
+_REQUESTS_PER_COMPOSITION = 20
+_COMPOSED_RIGHT_SHARE_MIN = 0.6  # benchmarks/results/compositions.json has what a hundred say
 _RIGHT_SHARE_MIN = 0.8  # of a few prompts; the README has what two hundred say
 _READY_TIMEOUT_S = 120.0
 _METRICS_SHOWN = (
@@ -108,10 +111,14 @@ def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
                 f"{info.num_layers} layers, base digest {info.base_digest[:12]}…"
             )
             names = _register(console, client, adapters)
+            styles = [
+                client.register(path.name, str(path.resolve())).adapter.adapter_id for path in sorted(STYLED.iterdir())
+            ]
         asyncio.run(_mixed_batch(console, server, names))
+        asyncio.run(_compose(console, server))
         asyncio.run(_hot_swap(console, server, adapters, names))
         _train_live(console, server, base, scratch)
-        _unregister(console, server, names)
+        _unregister(console, server, (*names, *styles))
         _scrape(console, server)
 
 
@@ -161,6 +168,24 @@ async def _mixed_batch(console: Console, server: _Server, methods: dict[str, str
     _require(len(asked) >= 24, "at least 24 concurrent requests")
     _require(num_right >= _RIGHT_SHARE_MIN * len(by_adapter), "adapters answer their tasks")
     _require(base_right <= 0.25 * (len(asked) - len(by_adapter)), "the base alone does not")
+
+
+async def _compose(console: Console, server: _Server) -> None:
+    """A task's adapter with a style's, in one request: an answer that neither of the two gives."""
+    _step(console, "Compose adapters: a task and a style, weighted, in one request")
+    compositions = [composition for composition in COMPOSITIONS if len(composition.weights) == 2][:2]
+    async with AsyncClient(server.address) as client:
+        for composition in compositions:
+            asked = examples(TASKS[composition.task], _REQUESTS_PER_COMPOSITION, 41, Split.TEST)
+            answers = await asyncio.gather(
+                *(client.generate(prompt(one), composition.weights, temperature=0, max_new_tokens=24) for one in asked)
+            )
+            right = sum(a.text == composition.wanted(one.input) for a, one in zip(answers, asked, strict=True))
+            named = " + ".join(f"{weight:g} · {name}" for name, weight in composition.weights.items())
+            console.print(
+                f"  {named}: {prompt(asked[0])!r} → {answers[0].text!r}, {right} of {len(asked)} right", highlight=False
+            )
+            _require(right >= _COMPOSED_RIGHT_SHARE_MIN * len(asked), f"{named} answers in its style")
 
 
 def _answers_table(asked: Sequence[_Asked]) -> Table:
@@ -248,10 +273,10 @@ def _train_live(console: Console, server: _Server, base: Path, scratch: Path) ->
     _require(right[1] >= _RIGHT_SHARE_MIN * len(held_back), "the new adapter can")
 
 
-def _unregister(console: Console, server: _Server, methods: dict[str, str]) -> None:
+def _unregister(console: Console, server: _Server, names: Sequence[str]) -> None:
     _step(console, "Unregister")
     with Client(server.address) as client:
-        freed = [client.unregister(name) for name in (*methods, "live")]
+        freed = [client.unregister(name) for name in (*names, "live")]
         _require(not client.adapters(), "nothing is registered any more")
         try:
             client.generate("abc = ", "live")
@@ -286,7 +311,8 @@ def _serving(console: Console, base: Path, adapters: Path, scratch: Path) -> Ite
     """The server as a process of its own; after the block it has shut down cleanly."""
     port, metrics_port = _free_ports(2)
     command = [sys.executable, "-m", "weft", "serve", str(base), "--quant", "nf4", "--store", str(scratch / "store")]
-    command += ["--port", str(port), "--metrics-port", str(metrics_port), "--allowed-source", str(adapters)]
+    command += ["--port", str(port), "--metrics-port", str(metrics_port)]
+    command += ["--allowed-source", str(adapters), "--allowed-source", str(STYLED.resolve())]
     log = scratch / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)  # noqa: S603
