@@ -93,7 +93,7 @@ def _write_mixture(made: TrainedMixture, path: Path, shape: BaseShape) -> None:
 
 
 def _hint(name: str) -> str:
-    """A directory's name where an adapter may be called so, else none: servers check what a mixture calls its experts."""
+    """The name of a directory where an adapter may have it, else none: servers check what experts are called."""
     try:
         return check_adapter_id(name)
     except InvalidRequest:
