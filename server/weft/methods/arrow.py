@@ -13,7 +13,7 @@ it, gate each module by its own input. Here a layer has one gate for all that an
 An expert without such a module in a layer gets a row of zeros, the least logit there is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,25 +52,25 @@ def norm_readers(model: Any, shape: BaseShape) -> list[NormReader]:
     normed: list[tuple[nn.Module, Tensor]] = []
     found: list[NormReader] = []
 
-    def enter(site: str, layer: int, x: Tensor) -> None:
-        for norm, output in normed:
-            if x.shape == output.shape and torch.equal(x, output):
-                found.append(NormReader(site, layer, *_gain(norm, x)))
-                return
+    def keep(norm: nn.Module, inputs: Any, output: Tensor) -> None:
+        normed.append((norm, output))
 
-    hooks = [
-        norm.register_forward_hook(lambda module, _, output: normed.append((module, output)))
-        for _, norm in sublayers.norms(model)
-    ]
+    def enter(site: str, layer: int) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            for norm, output in normed:
+                if x.shape == output.shape and torch.equal(x, output):
+                    found.append(NormReader(site, layer, *_gain(norm, x)))
+                    return
+
+        return look
+
+    hooks = [norm.register_forward_hook(keep) for _, norm in sublayers.norms(model)]
     for layer, path in enumerate(layers):
         for site in shape.sites.values():
             module = model.get_submodule(site.name)
             if site.name.startswith(path + ".") and isinstance(module, AdaptedLinear):
-                hooks.append(
-                    module.register_forward_pre_hook(
-                        lambda _, inputs, name=site.name, layer=layer: enter(name, layer, inputs[0])
-                    )
-                )
+                hooks.append(module.register_forward_pre_hook(enter(site.name, layer)))
     try:
         with torch.inference_mode():
             model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
