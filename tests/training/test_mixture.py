@@ -237,6 +237,16 @@ def test_a_mixture_is_published_into_a_store(nf4: ModelConfig, paths: tuple[Path
     assert AdapterStore(tmp_path / "store", AdapterLimits()).read_manifest(check_adapter_id("made")).method == "mixture"
 
 
+def test_a_name_that_no_adapter_can_have_is_no_hint(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:
+    odd = paths[0].rename(tmp_path / "No.Id")
+    train(config_of(nf4, tmp_path / "made", MixtureTrainConfig(experts=(odd, paths[1]))), examples=EXAMPLES)
+    made = output.read_mixture(tmp_path / "made", bases.load(nf4).shape)
+    assert {one.adapter_id: one.generation for one in made.experts} == {
+        "": generation_at(odd),
+        "e1": generation_at(paths[1]),
+    }
+
+
 def test_an_experts_generation_is_what_registering_it_gives(paths: tuple[Path, ...], tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store", AdapterLimits(), allowed_sources=(tmp_path,))
     store.recover()

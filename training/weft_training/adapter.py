@@ -234,10 +234,6 @@ class AdaptedModel(nn.Module):
         return self._adapter.num_virtual_tokens
 
     @property
-    def invocation_tokens(self) -> tuple[int, ...]:
-        return self._adapter.invocation_tokens
-
-    @property
     def device(self) -> torch.device:
         return self.base.device
 

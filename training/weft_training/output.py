@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from weft.adapters.identifiers import check_adapter_id
 from weft.adapters.versions import generation_at
 from weft.config import AdapterLimits
+from weft.errors import InvalidRequest
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixtures
 from weft.methods.mixture import Expert, Mixture, MixtureParams
@@ -80,14 +82,22 @@ def read_mixture(path: Path, shape: BaseShape) -> Mixture:
 
 
 def _write_mixture(made: TrainedMixture, path: Path, shape: BaseShape) -> None:
-    named = [Expert(one.generation, one.name) for one in made.experts]
+    named = [Expert(one.generation, _hint(one.name)) for one in made.experts]
     if made.writes_experts:
         named = []
         for index, one in enumerate(made.experts):
             own = path / EXPERTS / _directory(index, made)
             write(one.adapter, own, shape)
-            named.append(Expert(generation_at(own), own.name))
+            named.append(Expert(generation_at(own), _hint(own.name)))
     mixtures.write(Mixture(made.config, made.params, tuple(named)), path, shape)
+
+
+def _hint(name: str) -> str:
+    """The name of a directory where an adapter may have it, else none: servers check what experts are called."""
+    try:
+        return check_adapter_id(name)
+    except InvalidRequest:
+        return ""
 
 
 def _directory(index: int, made: TrainedMixture) -> str:
