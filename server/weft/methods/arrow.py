@@ -13,12 +13,7 @@ it, gate each module by its own input. Here a layer has one gate for all that an
 An expert without such a module in a layer gets a row of zeros, the least logit there is.
 """
 
-<<<<<<< HEAD
-from collections.abc import Mapping, Sequence
-from functools import partial
-=======
 from collections.abc import Callable, Mapping, Sequence
->>>>>>> routers
 from typing import Any, NamedTuple
 
 import torch
@@ -57,17 +52,6 @@ def norm_readers(model: Any, shape: BaseShape) -> list[NormReader]:
     normed: list[tuple[nn.Module, Tensor]] = []
     found: list[NormReader] = []
 
-<<<<<<< HEAD
-    def reads(site: str, layer: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        for norm, output in normed:
-            if x.shape == output.shape and torch.equal(x, output):
-                found.append(NormReader(site, layer, *_gain(norm, x)))
-                return
-
-    def keep(module: nn.Module, _: object, output: Tensor) -> None:
-        normed.append((module, output))
-=======
     def keep(norm: nn.Module, inputs: Any, output: Tensor) -> None:
         normed.append((norm, output))
 
@@ -80,18 +64,13 @@ def norm_readers(model: Any, shape: BaseShape) -> list[NormReader]:
                     return
 
         return look
->>>>>>> routers
 
     hooks = [norm.register_forward_hook(keep) for _, norm in sublayers.norms(model)]
     for layer, path in enumerate(layers):
         for site in shape.sites.values():
             module = model.get_submodule(site.name)
             if site.name.startswith(path + ".") and isinstance(module, AdaptedLinear):
-<<<<<<< HEAD
-                hooks.append(module.register_forward_pre_hook(partial(reads, site.name, layer)))
-=======
                 hooks.append(module.register_forward_pre_hook(enter(site.name, layer)))
->>>>>>> routers
     try:
         with torch.inference_mode():
             model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)

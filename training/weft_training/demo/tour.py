@@ -111,9 +111,9 @@ def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
                 f"{info.num_layers} layers, base digest {info.base_digest[:12]}…"
             )
             names = _register(console, client, adapters)
-            styles = [
-                client.register(path.name, str(path.resolve())).adapter.adapter_id for path in sorted(STYLED.iterdir())
-            ]
+            styles = [path.name for path in sorted(STYLED.iterdir())]
+            for name in styles:
+                client.register(name, str((STYLED / name).resolve()))
         asyncio.run(_mixed_batch(console, server, names))
         asyncio.run(_compose(console, server))
         asyncio.run(_hot_swap(console, server, adapters, names))
