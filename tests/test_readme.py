@@ -74,7 +74,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_the_commands(served: Served) -> None:
     _, *lines = block("Serve your own", holds="weft serve").splitlines()
     outputs = [served.run(*typed(line)) for line in lines]
-    assert len(outputs) == 3
+    assert len(outputs) == 4
     assert "support" in outputs[-1]
     assert "billing" in outputs[-1]
 

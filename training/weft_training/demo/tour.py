@@ -41,8 +41,6 @@ _READY_TIMEOUT_S = 120.0
 _METRICS_SHOWN = (
     "weft_requests_total",
     "weft_generation_tokens_total",
-    "weft_time_to_first_token_seconds_count",
-    "weft_adapter_loads_total",
     "weft_adapters_registered",
     "weft_batch_distinct_adapters_sum",
     "weft_kv_cache_usage_ratio",
