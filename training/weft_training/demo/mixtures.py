@@ -42,7 +42,7 @@ from weft_training.trainer import train
 EXPERTS = Path("build/mixtures")
 RESULTS = Path("benchmarks/results/mixtures.json")
 NUM_EXAMPLES = 100
-EVALUATION_SEED = 3
+EVALUATION_SEED = 5  # cues, steps and learning rate were chosen on other draws
 TASK_NAMES: Sequence[str] = ("reverse", "upper", "caesar", "zigzag")
 _MARKER = "mixtures"
 _NUM_THREADS = 1

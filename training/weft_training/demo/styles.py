@@ -34,7 +34,7 @@ from weft_training.trainer import train
 STYLED = Path("adapters_store/styles")
 RESULTS = Path("benchmarks/results/compositions.json")
 NUM_EXAMPLES = 100
-EVALUATION_SEED = 1
+EVALUATION_SEED = 5  # the weights were chosen on another draw
 _MARKER = "compositions"
 _NUM_THREADS = 1
 _NUM_EXAMPLES_PER_TASK = 1500
