@@ -178,12 +178,14 @@ async def _compose(console: Console, server: _Server) -> None:
             answers = await asyncio.gather(
                 *(client.generate(prompt(one), composition.weights, temperature=0, max_new_tokens=24) for one in asked)
             )
-            right = sum(a.text == composition.wanted(one.input) for a, one in zip(answers, asked, strict=True))
+            given = [(one, answer.text) for one, answer in zip(asked, answers, strict=True)]
+            right = [(one, answer) for one, answer in given if answer == composition.wanted(one.input)]
+            example, answer = (right or given)[0]
             named = " + ".join(f"{weight:g} · {name}" for name, weight in composition.weights.items())
             console.print(
-                f"  {named}: {prompt(asked[0])!r} → {answers[0].text!r}, {right} of {len(asked)} right", highlight=False
+                f"  {named}: {prompt(example)!r} → {answer!r}, {len(right)} of {len(asked)} right", highlight=False
             )
-            _require(right >= _COMPOSED_RIGHT_SHARE_MIN * len(asked), f"{named} answers in its style")
+            _require(len(right) >= _COMPOSED_RIGHT_SHARE_MIN * len(asked), f"{named} answers in its style")
 
 
 def _answers_table(asked: Sequence[_Asked]) -> Table:
