@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.mixing.test_composition import MAKERS, VIRTUAL
+from tests.mixing.test_mixture import made
 from tests.serving import Row, Step
-from tests.test_composition import MAKERS, VIRTUAL
-from tests.test_mixture import made
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
 from weft.engine.token_ranges import TokenRange

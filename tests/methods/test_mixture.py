@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests import textbook_mixture as textbook
+from tests.mixing import textbook_mixture as textbook
 from weft.methods import mixture
 from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams, Steering
 

@@ -1,6 +1,6 @@
 """Compositions with virtual positions: each part's stand in a span of their own, with log(weight) on their scores.
 
-The oracle is that of tests/test_composition.py: the spans' keys and values as a cache, the logarithms in a mask.
+The oracle is that of tests/mixing/test_composition.py: the spans' keys and values as a cache, the logarithms in a mask.
 """
 
 import random
@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from tests import textbook_composition as textbook
 from tests import tiny
-from tests.serving import Row, Step
-from tests.test_composition import (
+from tests.mixing import textbook_composition as textbook
+from tests.mixing.test_composition import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
     MAKERS,
@@ -29,33 +27,18 @@ from tests.test_composition import (
     selected,
     weight_of,
 )
-from tests.textbook_composition import Composition
+from tests.mixing.textbook_composition import Composition
+from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE
 from weft.methods.protocol import BaseShape
 from weft.model import loader, paged_attention
 
 _WEIGHTS = (0.01, 0.3, 1.0, 1.0, 2.5, 4.0)  # of virtual positions
-_QUANTIZED_TOLERANCES = {Quantization.NF4: 0.03, Quantization.INT8: 0.03}  # as tests/test_composition_isolation.py
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paged_attention.register()
-    return tiny.save_base(tmp_path_factory.mktemp("spans") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> Any:
-    """transformers' own model in float64."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return model.double().eval().requires_grad_(False)
+_QUANTIZED_TOLERANCES = {
+    Quantization.NF4: 0.03,
+    Quantization.INT8: 0.03,
+}  # as in test_composition_isolation.py
 
 
 @pytest.fixture(scope="module", params=list(_QUANTIZED_TOLERANCES), ids=lambda quantization: quantization.value)

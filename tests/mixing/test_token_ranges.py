@@ -2,7 +2,7 @@
 
     out[t] = y[t] + Σ w · 1[t in ranges] · delta(x[t], y[t])
 
-The oracle, the mixes of methods and the tolerances are those of tests/test_composition.py.
+The oracle, the mixes of methods and the tolerances are those of tests/mixing/test_composition.py.
 """
 
 import random
@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from tests import textbook_composition as textbook
 from tests import tiny
+from tests.mixing import textbook_composition as textbook
+from tests.mixing.test_composition import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, ExactSlots, Mix, error, mixes, selected
+from tests.mixing.textbook_composition import Composition, Weighted
 from tests.serving import Row, Step
-from tests.test_composition import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, ExactSlots, Mix, error, mixes, selected
-from tests.textbook_composition import Composition, Weighted
 from weft.config import ModelConfig, Quantization
 from weft.engine import token_ranges
 from weft.engine.token_ranges import OPEN, Ranges, TokenRange
@@ -70,25 +69,6 @@ def _ranged(base: loader.Base, *, seed: int, count: int = 12) -> list[Ranged]:
         ]
         made.append(Ranged(mix, ranges))
     return made
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paged_attention.register()
-    return tiny.save_base(tmp_path_factory.mktemp("ranged") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> Any:
-    """transformers' own model in float64."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return model.double().eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 def _exact_logits(path: Path, made: list[Ranged]) -> list[Tensor]:

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from tests import textbook_composition as textbook
 from tests import tiny
+from tests.mixing import textbook_composition as textbook
 from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.cpu.driver import Attend
@@ -171,26 +170,9 @@ def test_a_layer_reads_the_gates_that_stand_there_when_it_begins() -> None:
 # -- through a model -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paged_attention.register()
-    return tiny.save_base(tmp_path_factory.mktemp("spans") / request.param, request.param)
-
-
 def _base(path: Path) -> loader.Base:
     config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
     return loader.load(config, attention=paged_attention.ATTENTION)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    return _base(path)
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return model.double().eval().requires_grad_(False)
 
 
 def _virtuals(base: loader.Base) -> list[Adapter]:

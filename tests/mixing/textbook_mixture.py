@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import textbook_composition as composition
+from tests.mixing import textbook_composition as composition
 from weft.methods.mixture import Level, Mixture, MixtureConfig
 from weft.methods.protocol import Adapter
 

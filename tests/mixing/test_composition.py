@@ -1,6 +1,6 @@
 """Composition logits equal the formula, whatever is mixed: out = y + Σ w · delta(x, y), per request, in one batch.
 
-The oracle (tests/textbook_composition.py) hooks a stock transformers model. Errors are relative: ‖got - wanted‖ over
+The oracle (textbook_composition.py) hooks a stock transformers model. Errors are relative: ‖got - wanted‖ over
 ‖wanted‖, over all logits of a prompt.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests import textbook_composition as textbook
 from tests import tiny
+from tests.mixing import textbook_composition as textbook
+from tests.mixing.textbook_composition import Composition
 from tests.serving import Row, Step
-from tests.textbook_composition import Composition
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import ModelConfig, Quantization
@@ -125,25 +125,6 @@ def _doubled(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_doubled, value))
     return value
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paged_attention.register()
-    return tiny.save_base(tmp_path_factory.mktemp("composed") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> Any:
-    """transformers' own model in float64."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return model.double().eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 def exact_logits(path: Path, made: list[Mix]) -> list[Tensor]:

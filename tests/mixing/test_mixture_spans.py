@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import textbook_mixture as textbook
 from tests import tiny
+from tests.mixing import textbook_mixture as textbook
+from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, selected
 from tests.serving import Row, Step
-from tests.test_composition import FLOAT32_TOLERANCE, error, selected
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE
 from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams

@@ -1,6 +1,6 @@
 """Mixture logits equal the formula: a router's gates per token and layer, over experts of many methods, in one batch.
 
-The oracle is tests/textbook_mixture.py. Errors are relative: ‖got - wanted‖ over ‖wanted‖, over all logits of a prompt.
+The oracle is textbook_mixture.py. Errors are relative: ‖got - wanted‖ over ‖wanted‖, over all logits of a prompt.
 Where activations are rounded (NF4, bfloat16) every expert keeps a gate: a choice between two that are nearly equal
 would be made anew by each rounding.
 """
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests import textbook_mixture as textbook
 from tests import tiny
-from tests.serving import Row, Step
-from tests.test_composition import (
+from tests.mixing import textbook_mixture as textbook
+from tests.mixing.test_composition import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
     MAKERS,
@@ -29,6 +28,7 @@ from tests.test_composition import (
     error,
     selected,
 )
+from tests.serving import Row, Step
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import ModelConfig, Quantization
@@ -128,25 +128,6 @@ class ExactRouters(ExactSlots):
             return super().router(slot)
         mixture = self.exact_routers[slot]
         return mixture.config, MixtureParams(mixture.params.weight.double())
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paged_attention.register()
-    return tiny.save_base(tmp_path_factory.mktemp("mixed") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> Any:
-    """transformers' own model in float64."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return model.double().eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 def exact_step(path: Path, listed: list[Mixed]) -> Step:

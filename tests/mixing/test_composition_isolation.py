@@ -5,13 +5,13 @@ import random
 import pytest
 
 from tests import tiny
+from tests.mixing.test_composition import Mix, error, mixes, rows, selected
 from tests.serving import Row, Step
-from tests.test_composition import Mix, error, mixes, rows, selected
 from weft.config import ModelConfig, Quantization
 from weft.model import loader, paged_attention
 
 _BATCH = 32
-_TOLERANCES = {  # of the same row in two batch shapes, relative as in tests/test_composition.py
+_TOLERANCES = {  # of the same row in two batch shapes, relative as in tests/mixing/test_composition.py
     (Quantization.NONE, "float32"): 1e-5,
     (Quantization.NF4, "bfloat16"): 0.03,
     (Quantization.INT8, "bfloat16"): 0.03,

@@ -5,15 +5,15 @@ import random
 import pytest
 
 from tests import tiny
+from tests.mixing.test_composition import error, mixes, selected
+from tests.mixing.test_mixture import Mixed, made
 from tests.serving import Row, Step
-from tests.test_composition import error, mixes, selected
-from tests.test_mixture import Mixed, made
 from weft.config import ModelConfig, Quantization
 from weft.methods.mixture import Level, Mixture
 from weft.model import loader, paged_attention
 
 _BATCH = 32
-_TOLERANCES = {  # of the same row in two batch shapes, relative as in tests/test_mixture.py
+_TOLERANCES = {  # of the same row in two batch shapes, relative as in tests/mixing/test_mixture.py
     (Quantization.NONE, "float32"): 1e-5,
     (Quantization.NF4, "bfloat16"): 0.03,
 }
