@@ -22,6 +22,7 @@ from weft.methods.prefix import PrefixConfig
 from weft_training.adapter import USUAL, MethodConfig
 from weft_training.config import TrainConfig
 from weft_training.data import Example
+from weft_training.demo.document import table
 from weft_training.demo.evaluate import BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.joint import train_many
@@ -52,7 +53,7 @@ def main(
             cells.append([name, str(size), f"{one:.0f}", f"{other:.0f}", f"{one / other:.2f} ×"])
             print(*cells[-1], sep="  ", file=sys.stderr, flush=True)
     console = Console()
-    console.print(report.table("eight adapters, apart and together", cells, num_names=1))
+    console.print(table("eight adapters, apart and together", cells))
     told = report.conditions("transformers", "bitsandbytes")
     console.print(report.line(told) + f", median of {repeats} turns", highlight=False, soft_wrap=True)
 

@@ -9,7 +9,6 @@ they cost by themselves is the difference between sixteen and eight rows of the 
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import report
-from benchmarks.model import VOCAB_SIZE, save_bench_80m, save_loras
+from benchmarks.model import prompts, save_bench_80m, save_loras
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
@@ -37,6 +36,7 @@ from weft.v1 import (
     generation_pb2,
     generation_service_pb2_grpc,
 )
+from weft_training.demo.document import table
 
 _BATCH = 16
 _NUM_PROMPT = 64
@@ -108,7 +108,6 @@ def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[adapter_pb2.Ad
 
 async def _step_ms(channel: grpc.aio.Channel, rows: Sequence[Adapters], num_new: int, salt: str) -> float:
     stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
-    dice = random.Random(0)
     gaps: list[float] = []
     start = asyncio.Barrier(len(rows))
 
@@ -135,8 +134,8 @@ async def _step_ms(channel: grpc.aio.Channel, rows: Sequence[Adapters], num_new:
                     gaps.append(now - last)
                 last = now
 
-    prompts = [[dice.randrange(1, VOCAB_SIZE) for _ in range(_NUM_PROMPT)] for _ in rows]
-    await asyncio.gather(*(one(adapters, prompt) for adapters, prompt in zip(rows, prompts, strict=True)))
+    asked = zip(rows, prompts(len(rows), _NUM_PROMPT), strict=True)
+    await asyncio.gather(*(one(adapters, prompt) for adapters, prompt in asked))
     return 1e3 * statistics.median(gaps)
 
 
@@ -218,7 +217,7 @@ def main() -> None:
     cells = [["batch", "step, ms", "beside", "ratio"]]
     cells += [[r.batch, f"{r.step_ms:.1f}", r.beside, "" if r.ratio is None else f"{r.ratio:.2f} ×"] for r in results]
     extra = _extra(results)
-    console.print(report.table("what mixing costs, bench-80m (81M Llama, bfloat16)", cells, num_names=1))
+    console.print(table("what mixing costs, bench-80m (81M Llama, bfloat16)", cells))
     console.print(f"8 base rows beside mixed ones: {100 * extra:+.1f} % of the step", highlight=False)
     under = report.conditions()
     console.print(f"{report.line(under)}, median of {arguments.repeats} turns", highlight=False)

@@ -1,5 +1,6 @@
 """The bench model and its adapters: seeded, random, made on the spot, the same files for every backend."""
 
+import random
 from pathlib import Path
 
 import tokenizers
@@ -51,3 +52,9 @@ def save_loras(path: Path, base: BaseShape, *, count: int, rank: int) -> list[Pa
         paths.append(path / f"lora-{seed:02d}")
         directory.write(Adapter(method=lora.METHOD, config=config, sites=sites), paths[-1], base)
     return paths
+
+
+def prompts(count: int, num_tokens: int) -> list[list[int]]:
+    """Token ids of as many prompts, the same in every run."""
+    dice = random.Random(0)
+    return [[dice.randrange(1, VOCAB_SIZE) for _ in range(num_tokens)] for _ in range(count)]

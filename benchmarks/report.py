@@ -1,35 +1,12 @@
-"""What every benchmark prints: its table, and the conditions it was measured under."""
+"""What every benchmark prints beside its table: the conditions that it was measured under."""
 
 import platform
 import subprocess
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.table import Table as Shown
-
-Cells = Sequence[Sequence[str]]
-"""A table's cells, its head first; the first `num_names` columns are no numbers."""
-
-
-def table(title: str, cells: Cells, *, num_names: int) -> Shown:
-    """For a terminal."""
-    shown = Shown(title=title)
-    head, *body = cells
-    for i, name in enumerate(head):
-        shown.add_column(name, justify="left" if i < num_names else "right")
-    for row in body:
-        shown.add_row(*row)
-    return shown
-
-
-def markdown(cells: Cells, *, num_names: int) -> str:
-    """For a document."""
-    head, *body = (f"| {' | '.join(row)} |" for row in cells)
-    rule = "|".join(["", *["---"] * num_names, *["---:"] * (len(cells[0]) - num_names), ""])
-    return "\n".join([head, rule, *body])
 
 
 def conditions(*packages: str) -> dict[str, str]:

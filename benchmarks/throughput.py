@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import logging
-import random
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers import logging as transformers_logging
 
 from benchmarks import report
-from benchmarks.model import VOCAB_SIZE, save_bench_80m, save_loras
+from benchmarks.model import prompts, save_bench_80m, save_loras
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
 from weft.v1 import (
@@ -37,7 +36,7 @@ from weft.v1 import (
     generation_pb2,
     generation_service_pb2_grpc,
 )
-from weft_training.demo.document import insert
+from weft_training.demo.document import insert, markdown, table
 
 _BATCH = 16
 _NUM_PROMPT = 64
@@ -60,11 +59,6 @@ class Measured:
     peft_runs: list[float]
 
 
-def _prompts() -> list[list[int]]:
-    dice = random.Random(0)
-    return [[dice.randrange(1, VOCAB_SIZE) for _ in range(_NUM_PROMPT)] for _ in range(_BATCH)]
-
-
 async def _weft_run(channel: grpc.aio.Channel, adapters: list[str], num_new: int, salt: str) -> float:
     stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
 
@@ -84,7 +78,7 @@ async def _weft_run(channel: grpc.aio.Channel, adapters: list[str], num_new: int
         return num_tokens
 
     started = time.perf_counter()
-    counts = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(_prompts())))
+    counts = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts(_BATCH, _NUM_PROMPT))))
     seconds = time.perf_counter() - started
     assert counts == [num_new] * _BATCH, counts
     return sum(counts) / seconds
@@ -105,12 +99,12 @@ def _peft_model(path: Path, quantization: Quantization, loras: list[Path]) -> pe
 
 @torch.inference_mode()
 def _peft_run(model: peft.PeftModel, adapters: list[str], num_new: int) -> float:
-    prompts = torch.tensor(_prompts())
+    ids = torch.tensor(prompts(_BATCH, _NUM_PROMPT))
     names = adapters or ["__base__"] * _BATCH
     started = time.perf_counter()
     out = model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         adapter_names=names,
         do_sample=False,
         max_new_tokens=num_new,
@@ -204,10 +198,10 @@ def main() -> None:
             results += asyncio.run(compare(quantization))
     cells, under = _cells(results), report.conditions("peft")
     turns = f"{report.line(under)}, median of {arguments.repeats} turns"
-    console.print(report.table(_TITLE, cells, num_names=2))
+    console.print(table(_TITLE, cells, num_names=2))
     console.print(turns, highlight=False)
     if document is not None:
-        text = f"{report.markdown(cells, num_names=2)}\n\n{turns}"
+        text = f"{markdown(cells, num_names=2)}\n\n{turns}"
         arguments.markdown.write_text(insert(text, document, _MARKER))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from weft.methods.lora import LoraConfig
 from weft_training import data
 from weft_training.config import TrainConfig
 from weft_training.data import Example
+from weft_training.demo.document import table
 from weft_training.demo.evaluate import BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.trainer import arguments, train
@@ -125,7 +126,7 @@ def main() -> None:
     for one in found:
         speeds = (statistics.median(one.weft), statistics.median(one.peft))
         cells.append([one.name, *(f"{speed:.1f}" for speed in speeds), f"{one.ratio:.2f}"])
-    console.print(report.table(f"demo base, batch {_BATCH}, rank {_RANK} on all linears", cells, num_names=1))
+    console.print(table(f"demo base, batch {_BATCH}, rank {_RANK} on all linears", cells))
     under = report.conditions("peft", "transformers")
     console.print(report.line(under) + f", median of {given.repeats} turns", highlight=False)
     if given.json is not None:

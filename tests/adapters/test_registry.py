@@ -39,7 +39,9 @@ class Told:
         return version
 
     def acquire(self, request_id: str, generation: Generation | None = None) -> Version:
-        return self.registry.acquire(AdapterReference(NAME, generation), request_id)
+        version = self.registry.require_active(AdapterReference(NAME, generation))
+        self.registry.hold(version, request_id)
+        return version
 
     def refusal(self, generation: Generation | None = None) -> WeftError:
         before = [set(version.leases) for version in self.registry.versions(NAME)]
@@ -358,12 +360,13 @@ class RegistryMachine(RuleBasedStateMachine):
         current = self.current.get(name)
         usable = current is not None and name not in self.drained and generation in (None, current.generation)
         try:
-            version = self.registry.acquire(AdapterReference(name, generation), str(self.number))
+            version = self.registry.require_active(AdapterReference(name, generation))
         except (AdapterNotFound, AdapterUnusable):
             assert not usable
             return
         assert usable
         assert version is current
+        self.registry.hold(version, str(self.number))
         self.held[str(self.number)] = version
 
     @precondition(lambda self: self.held)

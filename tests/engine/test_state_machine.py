@@ -232,16 +232,16 @@ class EngineMachine(RuleBasedStateMachine):
             if pinned_to is not None and pinned_to < len(self.adapters):
                 generation = self.adapters[pinned_to].generation
             try:
-                version = self.registry.acquire(AdapterReference(name, generation), request_id)
+                version = self.registry.require_active(AdapterReference(name, generation))
             except (AdapterNotFound, AdapterUnusable):
                 is_current = adapter is not None and generation in (None, adapter.generation)
                 assert not is_current or name in self.removing
                 continue
             assert adapter is not None
-            assert version.generation == adapter.generation, "acquire gave other content than the id's"
+            assert version.generation == adapter.generation, "the registry gave other content than the id's"
             if version in versions:
-                self.registry.release(version, request_id)
                 continue
+            self.registry.hold(version, request_id)
             versions.append(version)
         taken = [
             adapter for version in versions for adapter in self.adapters if adapter.generation == version.generation

@@ -127,15 +127,15 @@ def _doubled(value: Any) -> Any:
     return value
 
 
-def exact_logits(path: Path, made: list[Mix]) -> list[Tensor]:
+def exact_logits(path: Path, listed: list[Row]) -> list[Tensor]:
     """The serving path in float64, with the reference driver and reference attention."""
     config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
     held = loader.load(config, attention=paged_attention.ATTENTION)
     step = Step(replace(held, model=held.model.double(), dtype=torch.float64), REFERENCE)
     slots: Any = step.runner.slots
     slots.__class__ = ExactSlots
-    slots.coming, slots.exact = [adapter for mix in made for adapter, _ in mix.parts], {}
-    return step.logits(rows(made))
+    slots.coming, slots.exact = [adapter for row in listed for adapter, _ in row.parts], {}
+    return step.logits(listed)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -168,7 +168,7 @@ def test_the_mixes_are_what_they_should_be(base: loader.Base) -> None:
 
 def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stock: Any) -> None:
     made = mixes(base.shape, seed=1)
-    got = exact_logits(path, made)
+    got = exact_logits(path, rows(made))
     for mix, mine in zip(made, got, strict=True):
         assert mine.dtype == torch.float64
         assert error(mine, textbook.logits(stock, mix.tokens, mix.parts)) < FLOAT64_TOLERANCE

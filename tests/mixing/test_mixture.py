@@ -11,11 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.mixing import textbook_mixture as textbook
@@ -26,6 +24,7 @@ from tests.mixing.test_composition import (
     NF4_TOLERANCE,
     ExactSlots,
     error,
+    nf4_and_stock,
     selected,
 )
 from tests.serving import Row, Step
@@ -34,9 +33,8 @@ from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.engine.request import ExpertBound
 from weft.kernels.selection import REFERENCE
-from weft.methods.inject import AdaptedLinear
 from weft.methods.mixture import Expert, Level, Mixture, MixtureConfig, MixtureParams
-from weft.methods.protocol import Adapter, BaseShape, SiteKind
+from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader, paged_attention
 
 
@@ -191,16 +189,7 @@ def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, st
 
 def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
     """The oracle has the weights that the quantized ones stand for."""
-    path = tiny.save_base(tmp_path)
-    paged_attention.register()
-    nf4 = loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
-    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").double()
-    for name, module in nf4.model.named_modules():
-        if isinstance(module, AdaptedLinear) and module.site.kind is SiteKind.LINEAR:
-            weight = module.base.weight
-            assert isinstance(module.base, bnb.nn.Linear4bit)
-            dequantized = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-            stock.get_submodule(name).weight.data.copy_(dequantized.double())
+    nf4, stock = nf4_and_stock(tiny.save_base(tmp_path))
     listed = mixtures(nf4.shape, seed=51, all_kept=True)
     got = Step(nf4, selected(nf4)).logits([mixed.row for mixed in listed])
     plain = Step(nf4, selected(nf4)).logits([Row(mixed.tokens) for mixed in listed])

@@ -6,7 +6,6 @@ The oracle, the mixes of methods and the tolerances are those of tests/mixing/te
 """
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,15 @@ from torch import Tensor
 
 from tests import tiny
 from tests.mixing import textbook_composition as textbook
-from tests.mixing.test_composition import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, ExactSlots, Mix, error, mixes, selected
+from tests.mixing.test_composition import (
+    FLOAT32_TOLERANCE,
+    FLOAT64_TOLERANCE,
+    Mix,
+    error,
+    exact_logits,
+    mixes,
+    selected,
+)
 from tests.mixing.textbook_composition import Composition, Weighted
 from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
@@ -71,16 +78,6 @@ def _ranged(base: loader.Base, *, seed: int, count: int = 12) -> list[Ranged]:
     return made
 
 
-def _exact_logits(path: Path, made: list[Ranged]) -> list[Tensor]:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    held = loader.load(config, attention=paged_attention.ATTENTION)
-    step = Step(replace(held, model=held.model.double(), dtype=torch.float64), REFERENCE)
-    slots: Any = step.runner.slots
-    slots.__class__ = ExactSlots
-    slots.coming, slots.exact = [adapter for one in made for adapter, _ in one.mix.parts], {}
-    return step.logits([one.row for one in made])
-
-
 def test_the_ranges_are_what_they_should_be(base: loader.Base) -> None:
     ranges = [one for ranged in _ranged(base, seed=5) for one in ranged.ranges]
     assert () in ranges
@@ -90,7 +87,7 @@ def test_the_ranges_are_what_they_should_be(base: loader.Base) -> None:
 
 def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stock: Any) -> None:
     made, num_controls = _ranged(base, seed=5), 0
-    for one, mine in zip(made, _exact_logits(path, made), strict=True):
+    for one, mine in zip(made, exact_logits(path, [one.row for one in made]), strict=True):
         assert error(mine, textbook.logits(stock, one.mix.tokens, one.by_token)) < FLOAT64_TOLERANCE
         # Negative control: it is another where one part acts everywhere.
         partial = [k for k, (_, w) in enumerate(one.by_token) if isinstance(w, Tensor) and (w == 0).any()]

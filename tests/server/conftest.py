@@ -1,7 +1,7 @@
 """Two real servers for the whole session, one with the defaults and one with small limits, and their adapters."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny
 from tests.server.files import Good, Parts
 from tests.server.live import LiveServer, Loop, wait_until
+from weft.adapters.identifiers import Generation
 from weft.adapters.store import AdapterStore
 from weft.config import (
     AdapterLimits,
@@ -174,3 +175,18 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
     generations = {manifest.generation for manifest in store.read_catalog().manifests.values()}
     assert {path.name for path in (live.config.store / "versions").iterdir()} == generations
     live.check_well()
+
+
+@pytest.fixture
+def registered(server: LiveServer) -> Iterator[Callable[[str, Path], Generation]]:
+    """Registers a source until the test ends, a mixture after its experts; gives its generation."""
+    ids: list[str] = []
+
+    def register(adapter_id: str, source: Path) -> Generation:
+        generation = server.client.register(adapter_id, source).adapter.generation
+        ids.append(adapter_id)
+        return Generation(generation)
+
+    yield register
+    for adapter_id in reversed(ids):
+        server.client.unregister(adapter_id, allow_missing=True)

@@ -1,6 +1,6 @@
 """Compositions through the API: what answers, what is shared, what fails as a whole, what is counted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,21 +33,6 @@ def of(**weights: float | None) -> dict[str, Any]:
         for name, weight in weights.items()
     ]
     return {"composition": generation_pb2.Composition(adapters=parts)}
-
-
-@pytest.fixture
-def registered(server: LiveServer, sources: Sources) -> Iterator[Callable[[str, Path], str]]:
-    """Registers a source until the test ends; gives its generation."""
-    ids: list[str] = []
-
-    def register(adapter_id: str, source: Path) -> str:
-        generation = server.client.register(adapter_id, source).adapter.generation
-        ids.append(adapter_id)
-        return generation
-
-    yield register
-    for adapter_id in ids:
-        server.client.unregister(adapter_id, allow_missing=True)
 
 
 def _scaled(sources: Sources, name: str, factor: float) -> Path:
@@ -194,14 +179,15 @@ def test_row_84_tells_the_index(server: LiveServer) -> None:
 
 
 def test_row_84_a_mixture_is_no_part() -> None:
-    def version(name: str, method: str) -> Version:
-        digest = Generation(name * 64)
-        return Version(adapter_id=AdapterId(name), generation=digest, info=AdapterInfo(method=method), create_time_s=0)
+    def version(name: str, method: str, experts: tuple[AdapterReference, ...] = ()) -> Version:
+        info = AdapterInfo(method=method, experts=experts)
+        return Version(adapter_id=AdapterId(name), generation=Generation(name * 64), info=info, create_time_s=0)
 
     parts = [Part(AdapterReference(AdapterId(name), None), 1.0, "") for name in "ab"]
+    expert = AdapterReference(AdapterId("a"), Generation("a" * 64))
     composition.check_versions(parts, [version("a", "lora"), version("b", "ia3")])
     with pytest.raises(InvalidRequest, match=r"adapters\[1\].adapter_id: is a mixture.*given b") as caught:
-        composition.check_versions(parts, [version("a", "lora"), version("b", "mixture")])
+        composition.check_versions(parts, [version("a", "lora"), version("b", "mixture", (expert,))])
     assert caught.value.metadata["index"] == "1"
 
 

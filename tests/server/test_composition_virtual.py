@@ -1,6 +1,6 @@
 """Compositions with virtual tokens through the API: their order and weights count, their pages are shared."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,6 @@ def of(*parts: tuple[str, float]) -> dict[str, Any]:
     """The field of a request."""
     weighted = [generation_pb2.WeightedAdapter(adapter_id=name, weight=weight) for name, weight in parts]
     return {"composition": generation_pb2.Composition(adapters=weighted)}
-
-
-@pytest.fixture
-def registered(server: LiveServer, sources: Sources) -> Iterator[Callable[[str, Path], Generation]]:
-    """Registers a source until the test ends; gives its generation."""
-    ids: list[str] = []
-
-    def register(adapter_id: str, source: Path) -> Generation:
-        generation = server.client.register(adapter_id, source).adapter.generation
-        ids.append(adapter_id)
-        return Generation(generation)
-
-    yield register
-    for adapter_id in ids:
-        server.client.unregister(adapter_id, allow_missing=True)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -40,21 +40,6 @@ def write_mixture(
     named = tuple(Expert(generation, adapter_id) for generation, adapter_id in experts.items())
     mixture_files.write(Mixture(made, MixtureParams(weight), named), path, sources.base)
     return path
-
-
-@pytest.fixture
-def registered(server: LiveServer) -> Iterator[Register]:
-    """Registers a source until the test ends; gives its generation."""
-    ids: list[str] = []
-
-    def register(adapter_id: str, source: Path) -> str:
-        generation = server.client.register(adapter_id, source).adapter.generation
-        ids.append(adapter_id)
-        return generation
-
-    yield register
-    for adapter_id in reversed(ids):
-        server.client.unregister(adapter_id, allow_missing=True)
 
 
 @pytest.fixture

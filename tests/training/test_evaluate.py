@@ -10,8 +10,8 @@ from weft_training import adapter
 from weft_training.adapter import AdaptedModel
 from weft_training.demo import evaluate
 from weft_training.demo.adapters import LIVE, RECIPES
-from weft_training.demo.document import insert
-from weft_training.demo.evaluate import exact_match, markdown
+from weft_training.demo.document import insert, markdown
+from weft_training.demo.evaluate import exact_match, rows
 from weft_training.demo.tasks import TASKS, Split, examples
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ TABLE = """\
 
 
 def test_markdown_goes_between_the_markers() -> None:
-    assert markdown(SCORES) == TABLE
+    assert markdown(rows(SCORES)) == TABLE
     document = "before\n<!-- evaluation -->\nold\n<!-- /evaluation -->\nafter\n"
     changed = insert(TABLE, document, "evaluation")
     assert changed == f"before\n<!-- evaluation -->\n{TABLE}\n<!-- /evaluation -->\nafter\n"

@@ -170,12 +170,6 @@ class Registry:
             metadata={"expert": expert.adapter_id, "generation": expert.generation, "state": state},
         )
 
-    def acquire(self, reference: AdapterReference, request_id: str) -> Version:
-        """Look up and hold in one step; raises as `require_active`."""
-        version = self.require_active(reference)
-        self.hold(version, request_id)
-        return version
-
     def hold(self, version: Version, request_id: str) -> None:
         """Lease a version that `require_active` has just given: nothing may come between the two."""
         version.leases.add(request_id)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation, parse_reference
 from weft.adapters.registry import Version
+from weft.api.mixtures import is_mixture
 from weft.config import RequestLimits
 from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, canonical
@@ -21,7 +22,6 @@ from weft.errors import InvalidRequest
 from weft.methods import activation
 
 _FIELD = "composition.adapters"
-_MIXTURE = "mixture"  # `AdapterInfo.method` of one
 
 
 class WeightedReference(NamedTuple):
@@ -80,7 +80,7 @@ def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
     seen: dict[Generation, int] = {}
     for index, (part, version) in enumerate(zip(parts, versions, strict=True)):
         name = version.adapter_id
-        if version.info.method == _MIXTURE:
+        if is_mixture(version):
             raise _refused(index, "adapter_id", "is a mixture, which answers alone", name)
         first = seen.setdefault(version.generation, index)
         if first != index:

@@ -82,9 +82,7 @@ class PagedBatch:
     context_lens: Tensor  # int32 [B]: real tokens of the request in the cache after this step
     virtual_lens: Tensor  # int32 [B, S]: P_s of each span, and 0 past the request's last
     block_tables: Tensor  # int32 [B, max blocks]
-    log_gates: Tensor | None = (
-        None  # float32 [T, S]; None: all 0. Each layer reads it anew: it may be rewritten between
-    )
+    log_gates: Tensor | None = None  # float32 [T, S], read anew in each layer; None: all 0
 
 
 # Stores the step's keys and values in one layer and attends.

@@ -4,14 +4,13 @@
 pre-training nor any adapter has seen.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from weft.methods.catalog import METHODS
 from weft.model import loader
 from weft_training import adapter
 from weft_training.adapter import AdaptedModel
-from weft_training.demo.document import insert
+from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
 BASE = Path("models/weft-demo")
@@ -79,21 +78,14 @@ def measure(
     return {task: scores[task] for task in TASKS if task in scores}
 
 
-def rows(scores: Mapping[str, Mapping[str, float]]) -> Iterable[list[str]]:
+def rows(scores: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """The table's cells, its head first; a method that no adapter has been measured of has no column."""
     columns = [UNTAGGED, TAGGED, *(method for method in METHODS if any(method in cells for cells in scores.values()))]
-    yield ["task", *columns]
-    for task, cells in scores.items():
+    cells = [["task", *columns]]
+    for task, found in scores.items():
         name = f"{task} (held out)" if TASKS[task].held_out else task
-        yield [name, *(f"{cells[column]:.0%}" if column in cells else "" for column in columns)]
-
-
-def markdown(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """The table as Markdown."""
-    head, *body = rows(scores)
-    rule = "|".join(["", "---", *["---:"] * (len(head) - 1), ""])
-    written, *below = (f"| {' | '.join(cells)} |" for cells in (head, *body))
-    return "\n".join([written, rule, *below])
+        cells.append([name, *(f"{found[column]:.0%}" if column in found else "" for column in columns)])
+    return cells
 
 
 def main(
@@ -108,15 +100,10 @@ def main(
     """Measure the demo's adapters: exact match in per cent on held-back inputs."""
     document = None if markdown_file is None else insert("", markdown_file.read_text(), _MARKER)
     scores = measure(base, adapters, num_examples=num_examples)
-    head, *body = rows(scores)
-    table = Table(title=f"exact match, NF4 base, {num_examples} held-back inputs a task")
-    for i, column in enumerate(head):
-        table.add_column(column, justify="right" if i else "left")
-    for cells in body:
-        table.add_row(*cells)
-    Console().print(table)
+    cells = rows(scores)
+    Console().print(table(f"exact match, NF4 base, {num_examples} held-back inputs a task", cells))
     if markdown_file is not None and document is not None:
-        markdown_file.write_text(insert(markdown(scores), document, _MARKER))
+        markdown_file.write_text(insert(markdown(cells), document, _MARKER))
 
 
 if __name__ == "__main__":

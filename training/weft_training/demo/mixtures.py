@@ -15,22 +15,21 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from weft.config import AdapterLimits, ModelConfig
+from weft.config import ModelConfig
 from weft.methods import arrow, lora
 from weft.methods.bottleneck import BottleneckConfig
-from weft.methods.checkpoint import directory
 from weft.methods.lora import LoraConfig
 from weft.methods.mixture import Level
 from weft.model import loader
 from weft.model.loader import Base
+from weft_training import adapter as adapters
 from weft_training import expert as experts
 from weft_training.adapter import MethodConfig
 from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.cues import cued_examples
-from weft_training.demo.document import insert
+from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.evaluate import BASE, Generator, answers
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.demo.weighted import WeightedModel
@@ -123,7 +122,7 @@ def scores(name: str, model: Generator, base: Base, tasks: Sequence[str] = TASK_
 
 def measure(base: Base, root: Path, router: Path, train_s: float) -> list[Scores]:
     """All rows of the table."""
-    held = {name: directory.load(root / name, base.shape, AdapterLimits()) for name in {**MIXED, **LORAS}}
+    held = {name: adapters.read(root / name, base.shape) for name in {**MIXED, **LORAS}}
     singles = [
         scores(name, WeightedModel(base, [(adapter, 1.0)]), base, [name.partition("-")[0]])
         for name, adapter in held.items()
@@ -178,17 +177,10 @@ def main(
     base = loader.load(ModelConfig(path=BASE, num_threads=_NUM_THREADS), attention="eager")
     found = measure(base, root, root / "mixture", train_s)
     results.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
-    head, *body = cells(found)
-    table = Table(title=f"exact match on {NUM_EXAMPLES} held-back prompts with cues, NF4 base")
-    for i, column in enumerate(head):
-        table.add_column(column, justify="right" if i else "left")
-    for row in body:
-        table.add_row(*row)
-    Console().print(table)
+    title = f"exact match on {NUM_EXAMPLES} held-back prompts with cues, NF4 base"
+    Console().print(table(title, cells(found)))
     if markdown_file is not None:
-        rule = ["---", *["---:"] * len(TASK_NAMES)]
-        lines = [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
-        markdown_file.write_text(insert("\n".join(lines), markdown_file.read_text(), _MARKER))
+        markdown_file.write_text(insert(markdown(cells(found)), markdown_file.read_text(), _MARKER))
 
 
 if __name__ == "__main__":

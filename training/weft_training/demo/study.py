@@ -14,7 +14,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from weft.config import ModelConfig, Quantization
 from weft.methods.bitfit import BitfitConfig
@@ -28,7 +27,7 @@ from weft.model import loader
 from weft_training import adapter as adapters
 from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
 from weft_training.demo.adapters import Recipe, train_recipe
-from weft_training.demo.document import insert
+from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.evaluate import BASE, exact_match
 from weft_training.demo.tasks import TASKS, Split, examples
 
@@ -128,25 +127,20 @@ def _num_parameters() -> int:
     return sum(parameter.numel() for parameter in stored.model.parameters())
 
 
-def cells(found: Study) -> Iterable[list[str]]:
+def cells(found: Study) -> list[list[str]]:
     """The table's cells, its head first: a row a method, a column a task."""
     tasks = list(found.untagged)
     names = [f"{task}*" if TASKS[task].held_out else task for task in tasks]
-    yield ["method", "parameters", "ratio", "seconds", *names]
-    yield [UNTAGGED, "", "", "", *(f"{found.untagged[task]:.0%}" for task in tasks)]
+    untagged = [UNTAGGED, "", "", "", *(f"{found.untagged[task]:.0%}" for task in tasks)]
+    rows = [["method", "parameters", "ratio", "seconds", *names], untagged]
     for method in dict.fromkeys(one.method for one in found.measured):
         by_task = found.of(method)
         count = max(one.num_parameters for one in by_task.values())
         seconds = sorted(one.train_s for one in by_task.values())[len(by_task) // 2]
         scores = (f"{by_task[task].exact_match:.0%}" if task in by_task else "" for task in tasks)
-        yield [method, f"{count:,}", f"{found.num_base_parameters / count:.0f}x", f"{seconds:.0f}", *scores]
-
-
-def markdown(found: Study) -> str:
-    """The table as Markdown."""
-    head, *body = (f"| {' | '.join(row)} |" for row in cells(found))
-    rule = "|".join(["", "---", *["---:"] * (head.count("|") - 2), ""])
-    return "\n".join([head, rule, *body])
+        ratio = f"{found.num_base_parameters / count:.0f}x"
+        rows.append([method, f"{count:,}", ratio, f"{seconds:.0f}", *scores])
+    return rows
 
 
 def plot(found: Study, path: Path) -> None:
@@ -203,17 +197,12 @@ def main(
         results.write_text(json.dumps(asdict(found), indent=1) + "\n")
 
     found = study(methods or _RECIPES, tasks.split(","), known, console, keep)
-    table = Table(title=f"exact match on {NUM_EXAMPLES} held-back inputs, NF4 base (* in no pre-training row)")
-    head, *body = cells(found)
-    for i, column in enumerate(head):
-        table.add_column(column, justify="right" if i else "left")
-    for row in body:
-        table.add_row(*row)
-    console.print(table)
+    title = f"exact match on {NUM_EXAMPLES} held-back inputs, NF4 base (* in no pre-training row)"
+    console.print(table(title, cells(found)))
     if plot_file is not None:
         plot(found, plot_file)
     if markdown_file is not None:
-        markdown_file.write_text(insert(markdown(found), markdown_file.read_text(), _MARKER))
+        markdown_file.write_text(insert(markdown(cells(found)), markdown_file.read_text(), _MARKER))
 
 
 def _read(path: Path) -> Study:

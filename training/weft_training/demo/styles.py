@@ -15,7 +15,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from weft.config import ModelConfig
 from weft.methods.lora import LoraConfig
@@ -24,7 +23,7 @@ from weft.model.loader import Base
 from weft_training import adapter as adapters
 from weft_training.config import TrainConfig
 from weft_training.data import Example
-from weft_training.demo.document import insert
+from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.evaluate import ADAPTERS, BASE, answers
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.demo.weighted import WeightedModel
@@ -139,14 +138,11 @@ def main(
     base = loader.load(ModelConfig(path=BASE, num_threads=_NUM_THREADS), attention="sdpa")
     found = [measure(base, composition) for composition in COMPOSITIONS]
     results.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
-    head, *body = rows(found)
-    table = Table(*head)
-    for cells in body:
-        table.add_row(*cells)
-    Console().print(table)
+    cells = rows(found)
+    Console().print(table("exact match of compositions on held-back inputs, NF4 base", cells, num_names=len(cells[0])))
     if markdown_file is not None:
-        lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
-        markdown_file.write_text(insert("\n".join(lines), markdown_file.read_text(), _MARKER))
+        text = markdown(cells, num_names=len(cells[0]))
+        markdown_file.write_text(insert(text, markdown_file.read_text(), _MARKER))
 
 
 if __name__ == "__main__":
