@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.kernels.cpu import library
+from weft.kernels.cpu import elementwise, library
 from weft.kernels.cpu.driver import Attend, DriverFactory
 from weft.methods.inject import Driver
 
@@ -21,18 +21,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """An implementation of the two hot operations.
+    """An implementation of the hot operations.
 
     name: for logs and build info.
     driver: makes a step's driver from (slot table, offsets, slots, gates, the mixtures' rows or None); None for the
         reference driver.
     attend: makes paged attention (model/paged_attention.py, Attend) for a KV pool's (keys, values); None for the
         reference.
+    rms_norm, gate: what model/elementwise.py puts into the model; None leaves it as it is.
     """
 
     name: str
     driver: Callable[[Any, Tensor, Tensor, Tensor, Any], Driver] | None = None
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    gate: Callable[[Tensor, Tensor, str], Tensor] | None = None
 
 
 REFERENCE = Kernels(name="reference")
@@ -46,4 +49,6 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     if loaded.functions is None:
         _log.warning("%s; the slower reference path runs instead", loaded.reason)
         return REFERENCE
-    return Kernels(name="cpu", driver=DriverFactory(dtype), attend=Attend)
+    return Kernels(
+        name="cpu", driver=DriverFactory(dtype), attend=Attend, rms_norm=elementwise.rms_norm, gate=elementwise.gate
+    )

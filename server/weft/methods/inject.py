@@ -139,13 +139,14 @@ class LinearGroup(nn.Module):
     def output(self, place: int, x: Tensor) -> Tensor:
         """What the module at `place` makes of `x` [..., I]."""
         if x is not self._x:
-            self._outputs, self._x = self._compute(x), x
+            self._outputs, self._x = self.outputs(x), x
         output = self._outputs[place]
         if place == len(self.sizes) - 1:
             self._outputs, self._x = (), None
         return output
 
-    def _compute(self, x: Tensor) -> Sequence[Tensor]:
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """What all of them make of `x`."""
         driver = self.context.driver
         return self.whole(x).split(self.sizes, -1) if driver is None else driver.apply_group(self.sites, self.whole, x)
 
