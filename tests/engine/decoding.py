@@ -88,7 +88,7 @@ class Decoding:
                 self.runner.slots.drop(slot)
         self.requests = []
 
-    def keys(self) -> Sequence[Tensor]:
+    def pool_keys(self) -> Sequence[Tensor]:
         """The keys of the pool, layer by layer."""
         return self.runner._cache.keys
 

@@ -169,6 +169,21 @@ def test_steps_with_prompts_or_more_rows_than_are_recorded_stay_plain(base: load
     assert recorder.num_recorded == 1
 
 
+def test_what_is_recorded_ahead_is_not_recorded_again(base: loader.Base) -> None:
+    recorder = Recorder()
+    plain, recorded = _decodings(base, recorder)
+    recorded.runner.warm_up()
+    ahead = recorder.num_recorded
+    assert ahead == 2 * len(padding.step_sizes(32))
+    for count in (1, 6, 30):
+        for decoding in (plain, recorded):
+            decoding.start([[] for _ in range(count)])
+        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+        for decoding in (plain, recorded):
+            decoding.end()
+    assert recorder.num_recorded == ahead
+
+
 # -- padding -----------------------------------------------------------------------------------------------------------
 
 
@@ -178,24 +193,16 @@ def test_the_sizes_of_steps() -> None:
     assert all(padding.step_size(n) < 2 * n for n in range(1, 600))
 
 
-@pytest.mark.parametrize("num_rows_max", [1, 3, 17, 64, 65])
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_scratch_blocks_hold_the_padding_rows_of_any_step(num_rows_max: int, block_size: int) -> None:
-    places = padding.num_scratch_blocks(num_rows_max, block_size) * block_size
-    missing = [padding.step_size(n) - n for n in range(1, num_rows_max + 1)]
-    assert max(missing) <= places < max(missing) + block_size
-
-
 def test_padding_touches_no_block_of_a_request(base: loader.Base) -> None:
     """Three padding rows write three scratch places; everything else is as a plain step leaves it."""
     plain, recorded = _decodings(base, Recorder())
-    num_blocks = len(plain.keys()[0])
-    for keys in recorded.keys():
-        keys[num_blocks:] = 7.0
+    num_blocks = len(plain.pool_keys()[0])
+    for mine in recorded.pool_keys():
+        mine[num_blocks:] = 7.0
     for decoding in (plain, recorded):
         decoding.start([[] for _ in range(5)])
         decoding.step()
-    for mine, theirs in zip(recorded.keys(), plain.keys(), strict=True):
+    for mine, theirs in zip(recorded.pool_keys(), plain.pool_keys(), strict=True):
         torch.testing.assert_close(mine[:num_blocks], theirs, rtol=1e-4, atol=1e-5)
         written = (mine[num_blocks:].flatten(0, 1) != 7.0).flatten(1).all(-1)
         assert written.tolist() == [True] * 3 + [False] * (len(written) - 3)

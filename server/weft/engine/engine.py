@@ -361,6 +361,7 @@ class Engine:
     def _add(self, request: Request) -> None:
         self._requests[request.request_id] = request
         self.scheduler.add(request)
+        self.residency.foresee(request)
 
     def _end_by_id(self, request_id: RequestId, reason: FinishReason, error: WeftError | None) -> None:
         request = self._requests.get(request_id)

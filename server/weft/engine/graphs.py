@@ -5,7 +5,6 @@ tensors there, in one copy, and to say go. What is recorded is whatever the devi
 so a recording serves only steps of its `StepShape`, whose outline also says where the slot table is.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -18,8 +17,6 @@ from weft.engine.batch import Batch
 from weft.engine.padding import StepShape
 from weft.engine.transfer import Frame, Transfer
 from weft.kernels.recording import Record, Replay
-
-_log = logging.getLogger(__name__)
 
 _RECORDINGS_MAX = 256
 

@@ -6,6 +6,7 @@ looks at their logits. Padding entries are the last row's, with gate 0, which ad
 a block table is wider than its request it holds what is never read.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from weft.adapters.slots import Outline
 from weft.engine.batch import AdapterRows, Batch
 
-_TABLE_WIDTH_MIN = 16
+_TABLE_WIDTHS = (16, 64)  # of steps that are common: up to 1,024 tokens in blocks of 16
 _SPACED = 16  # from here on there is a size between two powers of two
 
 
@@ -43,11 +44,37 @@ def shape_of(batch: Batch, outline: Outline) -> StepShape | None:
     num_spans = batch.virtual_lens.shape[1]
     return StepShape(
         rows=size,
-        table_width=max(_TABLE_WIDTH_MIN, _power_of_two(batch.block_tables.shape[1])),
+        table_width=_table_width(batch.block_tables.shape[1]),
         spans=_power_of_two(num_spans) if num_spans else 0,
         has_log_gates=batch.log_gates is not None,
         entries=0 if rows is None else max(size, step_size(len(rows.slots))),
         outline=None if rows is None else outline,
+    )
+
+
+def common_shapes(num_rows_max: int) -> list[StepShape]:
+    """Steps that will come without doubt, the largest first: of the base alone, with contexts that are not long."""
+    return [
+        StepShape(rows=rows, table_width=width, spans=0, has_log_gates=False, entries=0, outline=None)
+        for rows in reversed(step_sizes(num_rows_max))
+        for width in reversed(_TABLE_WIDTHS)
+    ]
+
+
+def empty() -> Batch:
+    """A step without rows, which is nothing but padding once it is padded."""
+    whole, narrow = (partial(torch.zeros, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    return Batch(
+        input_ids=whole(0),
+        positions=whole(0),
+        kv_slots=whole(0),
+        query_start=narrow(1),
+        context_lens=narrow(0),
+        virtual_lens=narrow(0, 0),
+        block_tables=narrow(0, 1),
+        log_gates=None,
+        sample_rows=whole(0),
+        adapter_rows=None,
     )
 
 
@@ -64,9 +91,8 @@ def step_sizes(num_rows_max: int) -> list[int]:
 
 
 def num_scratch_blocks(num_rows_max: int, block_size: int) -> int:
-    """Blocks that the padding rows of steps of up to `num_rows_max` rows write to, each row in a place of its own."""
-    most = max((step_size(num_rows) - num_rows for num_rows in range(1, num_rows_max + 1)), default=0)
-    return -(-most // block_size)
+    """Blocks that steps of nothing but padding rows, of up to `num_rows_max`, write to, each row in its own place."""
+    return -(-step_size(num_rows_max) // block_size) if num_rows_max else 0
 
 
 def pad(batch: Batch, shape: StepShape, *, first_scratch_block: int, block_size: int) -> Batch:
@@ -96,6 +122,14 @@ def _pad_entries(rows: AdapterRows, shape: StepShape, missing: int) -> AdapterRo
     offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(missing)])
     offsets[-1] = shape.entries
     return AdapterRows(offsets, F.pad(rows.slots, (0, unused)), F.pad(rows.gates, (0, unused)), rows.runs)
+
+
+def _table_width(num_blocks: int) -> int:
+    """By fours: kernels are done at once with columns that hold nothing, and every width is recorded by itself."""
+    width = _TABLE_WIDTHS[0]
+    while width < num_blocks:
+        width *= 4
+    return width
 
 
 def _power_of_two(number: int) -> int:

@@ -3,6 +3,7 @@
 Everything above (scheduler, sampler, streams) meets the model only through `Runner`; tests put a scripted one here.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -14,7 +15,7 @@ from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine import batch as batches
 from weft.engine.batch import AdapterRows, Batch, at_rows, entries_at
 from weft.engine.graphs import Graphs
-from weft.engine.padding import num_scratch_blocks, shape_of
+from weft.engine.padding import common_shapes, empty, num_scratch_blocks, shape_of
 from weft.engine.reference_routers import ReferenceRouters
 from weft.engine.transfer import Transfer, transfer_to
 from weft.errors import AdapterUnusable
@@ -24,6 +25,8 @@ from weft.methods.inject import Driver
 from weft.methods.protocol import Site, SiteKind, SoftRows, Virtual, VirtualKV
 from weft.model.loader import Base
 from weft.model.paged_attention import KVCache, Paged, PagedBatch, attend_reference
+
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -147,6 +150,16 @@ class ModelRunner:
     @property
     def num_layers(self) -> int:
         return self._base.shape.num_layers
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Record the decode steps that will come without doubt, where steps are recorded at all."""
+        if self._graphs is None:
+            return
+        shapes = common_shapes(self._num_recorded_rows)
+        for done, shape in enumerate(shapes, start=1):
+            self._graphs.run(empty(), shape)
+            _log.info("runner: recorded %d of %d decode steps, of %d rows", done, len(shapes), shape.rows)
 
     @torch.inference_mode()
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
