@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weft.kernels.cpu import library
 from weft.kernels.cpu.driver import Attend, DriverFactory
+from weft.kernels.recording import Record
 from weft.methods.inject import Driver
 
 _log = logging.getLogger(__name__)
@@ -28,11 +29,14 @@ class Kernels:
         reference driver.
     attend: makes paged attention (model/paged_attention.py, Attend) for a KV pool's (keys, values); None for the
         reference.
+    recorder: makes what records steps of decode rows (kernels/recording.py), where driver and attention read nothing
+        but tensors that stay where they are; None where steps are told anew each time.
     """
 
     name: str
     driver: Callable[[Any, Tensor, Tensor, Tensor, Any], Driver] | None = None
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
+    recorder: Callable[[], Record] | None = None
 
 
 REFERENCE = Kernels(name="reference")
