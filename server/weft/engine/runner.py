@@ -243,6 +243,8 @@ class ModelRunner:
         host_rows, rows = batch.adapter_rows, there.adapter_rows
         if host_rows is None or rows is None:
             return None
+        if rows.routing is not None and rows.routing.log_gates is not None:
+            rows = rows._replace(routing=rows.routing._replace(log_gates=there.log_gates))
         routers = ReferenceRouters(self.slots, rows.routing, there.log_gates, self._base.device)
         driver = self._driver_of(rows, routers)
         if batch.samples_all or not any(self.slots.num_entries[index] for index in self._heads):

@@ -7,6 +7,7 @@ device, the reference itself runs.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ REFERENCE = Kernels(name="reference")
 
 def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest implementation for a device and the base's dtype."""
+    if device.type == "cuda":
+        return _for_cuda(dtype)
     if device.type != "cpu":
         return REFERENCE
     loaded = library.load()
@@ -51,3 +54,15 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernels:
         _log.warning("%s; the slower reference path runs instead", loaded.reason)
         return REFERENCE
     return Kernels(name="cpu", driver=DriverFactory(dtype), attend=Attend)
+
+
+def _for_cuda(dtype: torch.dtype) -> Kernels:
+    if find_spec("triton") is None:
+        _log.warning("Triton is not installed; the slower reference path runs instead")
+        return REFERENCE
+    from weft.kernels.cuda import driver  # not before Triton is known to be there
+
+    if dtype not in driver.DTYPES:
+        _log.warning("the kernels need float32 or bfloat16, given %s; the slower reference path runs instead", dtype)
+        return REFERENCE
+    return Kernels(name="cuda", driver=driver.DriverFactory(dtype))

@@ -1,0 +1,144 @@
+"""The CUDA driver in whole steps of a tiny model: logits equal the reference driver's, and what a step launches.
+
+Models run where the kernels do (tests/kernels/interpreted.py), in float32.
+"""
+
+import pytest
+import torch
+from tests import tiny
+from tests.kernels.interpreted import DEVICE
+from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
+from tests.mixing.test_mixture import mixtures
+from tests.serving import Row, Step
+
+from weft.adapters import slab
+from weft.adapters.slots import SlotTable
+from weft.config import ModelConfig, Quantization
+from weft.kernels.cuda import deltas
+from weft.kernels.cuda.driver import DriverFactory
+from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.protocol import DeltaKind
+from weft.model import loader, paged_attention
+
+CUDA = Kernels(name="cuda", driver=DriverFactory(torch.float32))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
+    paged_attention.register()
+    path = tiny.save_base(tmp_path_factory.mktemp("cuda") / "base")
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device=DEVICE.type, dtype="float32")
+    return loader.load(config, attention=paged_attention.ATTENTION)
+
+
+def assert_same(base: loader.Base, listed: list[Row], *, last_only: bool = False) -> None:
+    """The logits with the reference driver and with the kernels; without adapters they would be others."""
+    got = Step(base, CUDA).logits(listed, last_only=last_only)
+    wanted = Step(base, REFERENCE).logits(listed, last_only=last_only)
+    plain = Step(base, REFERENCE).logits([Row(row.tokens) for row in listed], last_only=last_only)
+    assert max(error(mine, theirs) for mine, theirs in zip(got, wanted, strict=True)) < FLOAT32_TOLERANCE
+    assert max(error(mine, theirs) for mine, theirs in zip(got, plain, strict=True)) > 100 * FLOAT32_TOLERANCE
+
+
+def test_compositions_are_those_of_the_reference(base: loader.Base) -> None:
+    assert_same(base, [Row(row.tokens[:9], adapters=row.adapters) for row in rows(mixes(base.shape, seed=3, count=6))])
+
+
+def test_tiles_are_the_reference_too(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deltas, "LONE_ROWS_MAX", 0)
+    assert_same(base, [Row(row.tokens[:9], adapters=row.adapters) for row in rows(mixes(base.shape, seed=5, count=4))])
+
+
+def test_the_head_takes_its_sample_rows(base: loader.Base) -> None:
+    at_head = tiny.random_lora(base.shape, rank=3, seed=4, targets=("lm_head",))
+    assert_same(base, [Row([5, 6, 7], at_head), Row([8]), Row([9, 3], at_head)], last_only=True)
+
+
+def test_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
+    """Their traces too; of both levels, with bounds, with experts of virtual positions."""
+    listed = [mixed.row._replace(tokens=mixed.tokens[:7]) for mixed in mixtures(base.shape, seed=2)[:4]]
+    step, reference = Step(base, CUDA), Step(base, REFERENCE)
+    for mine, theirs in zip(step.logits(listed), reference.logits(listed), strict=True):
+        assert error(mine, theirs) < FLOAT32_TOLERANCE
+    assert step.gates.keys() == reference.gates.keys()
+    assert step.gates
+    for index, gates in step.gates.items():
+        theirs = reference.gates[index]
+        assert gates is not None
+        assert theirs is not None
+        torch.testing.assert_close(torch.tensor(gates.tokens), torch.tensor(theirs.tokens), rtol=0, atol=1e-5)
+
+
+def test_a_step_waits_for_nothing_on_the_device(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number of a tensor is read while a driver is made and its kernels are launched."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 24, device=DEVICE)
+    for adapter in (tiny.random_lora(base.shape, rank=2, seed=1), tiny.random_ia3(base.shape, seed=2)):
+        assert table.put(slab.build(adapter, base.shape, dtype=torch.float32)) is not None
+    offsets = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
+    gates = torch.ones(3, device=DEVICE)
+    sites = list(base.shape.sites.values())
+    inputs = [torch.randn(1, 3, site.in_features, device=DEVICE) for site in sites]
+    launched = []
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+            patch.setattr(torch.Tensor, name, refuse)
+        patch.setattr(deltas.lone_rows, "shrink", lambda *_, **__: launched.append("shrink"))
+        patch.setattr(deltas.lone_rows, "expand", lambda *_: launched.append("expand"))
+        patch.setattr(deltas.lone_rows, "scale_inputs", lambda *_: launched.append("scale_inputs"))
+        driver = DriverFactory(torch.float32)(table, offsets, slots, gates)
+        for site, x in zip(sites, inputs, strict=True):
+            driver.apply(site, lambda x, site=site: x.new_zeros(1, 3, site.out_features), x)
+        with pytest.raises(AssertionError, match="a tensor was read"):
+            assert gates[0]
+    assert {"shrink", "expand", "scale_inputs"} == set(launched)
+    num_linear = sum(bool(num) for num in table.num_entries)
+    assert launched.count("shrink") == launched.count("expand") == num_linear
+
+
+def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
+    """After every put and drop, at one address until it grows; and the outline says what is there."""
+    table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 28, device=DEVICE)
+    outlines, held = {table.outline}, []
+    for seed in range(10):
+        network = BottleneckConfig(form=Form.PARALLEL, size=2)
+        adapter = (
+            tiny.random_bottleneck(base.shape, network, seed=seed)
+            if seed % 2
+            else tiny.random_lora(base.shape, rank=1 + seed, seed=seed, lora_bias=True)
+        )
+        at, size = table.device_table.data_ptr(), table.table.shape[1]
+        held.append(table.put(slab.build(adapter, base.shape, dtype=torch.float32)))
+        assert torch.equal(table.device_table.cpu(), table.table)
+        assert table.device_table.data_ptr() != table.table.data_ptr()
+        assert (table.device_table.data_ptr() == at) is (table.table.shape[1] == size)
+        assert table.outline.table_at == table.device_table.data_ptr()
+        assert table.outline.rank == max(1 + other for other in range(0, seed + 1, 2))
+        outlines.add(table.outline)
+    assert table.table.shape[1] > 8
+    kinds = memoryview(table.outline.kinds).cast("H")
+    found = {index: {int(kind) for kind in table.table[index, :, 0]} - {0} for index in range(len(kinds))}
+    assert {index: {kind for kind in DeltaKind if kinds[index] >> kind & 1} for index in found} == found
+    for slot in held:
+        assert slot is not None
+        table.drop(slot)
+        assert torch.equal(table.device_table.cpu(), table.table)
+    assert not table.device_table.any()
+    assert not any(memoryview(table.outline.kinds).cast("H"))
+
+
+def test_cuda_gets_its_kernels_where_they_know_the_dtype(caplog: pytest.LogCaptureFixture) -> None:
+    assert select(torch.device("cuda"), torch.bfloat16).name == "cuda"
+    assert select(torch.device("cuda"), torch.float16) is REFERENCE
+    assert "needs float32 or bfloat16" in caplog.text or "need float32 or bfloat16" in caplog.text
+
+
+def test_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("weft.kernels.selection.find_spec", lambda name: None)
+    assert select(torch.device("cuda"), torch.bfloat16) is REFERENCE
+    assert "Triton is not installed" in caplog.text
