@@ -80,12 +80,12 @@ def _shrink(
     first_entry, counts = _entries_of(offsets, rows, num_rows)
     for place in range(tl.max(counts, 0)):
         n = first_entry + place
-        _, slot, kind = _taken(slots, gates, table, n, place < counts)
+        gate, slot, kind = _taken(slots, gates, table, n, place < counts)
         pending = kind >= BOTTLENECK if NETWORKS else kind == LORA
         while tl.max(pending.to(tl.int32), 0) > 0:
             this = tl.min(tl.where(pending, slot, _NO_SLOT), 0)
             mine = pending & (slot == this)
-            _, rank, a, _ = line_of(table, this)
+            kind_of_this, rank, a, b = line_of(table, this)
             if first_rank < rank:
                 from_x = x + (n if NETWORKS else rows).to(tl.int64)[:, None] * x_stride
                 from_a = matrix_at(a, WEIGHT) + k[None, :] * size
