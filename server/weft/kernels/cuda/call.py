@@ -10,7 +10,7 @@ class Call(NamedTuple):
 
     rows_of: int32 [N]. offsets: int32 [T + 1]. slots: int32 [N]. gates: float32 [N]. table: int64 [S, 4].
     hidden: float32 [parts, N, R]: of every entry with a rank, the products A x over each part of the inputs; R is the
-        largest rank, rounded up to whole blocks of `RANKS`.
+        largest rank, rounded up to whole blocks of `RANKS`, and the last block of a rank is filled up with zeros.
     z: float32 [N, O], each entry's whole row (kernels/cuda/networks.py); without elements where there are no networks.
     weight: Triton's dtype of every A and B.
     """

@@ -80,7 +80,7 @@ def _shrink(
                 weights = tl.load(from_a + i[None, :], mask=(k < rank)[:, None] & (i < size)[None, :], other=0.0)
                 total += values[None, :] * weights.to(tl.float32)
             at = hidden + (part * num_entries + n).to(tl.int64) * hidden_stride
-            tl.store(at + k, tl.sum(total, 1), mask=k < rank)
+            tl.store(at + k, tl.sum(total, 1))  # 0 from the rank on, so that expand reads whole blocks
 
 
 @triton.jit(do_not_specialize=BY_STEP)
@@ -108,12 +108,12 @@ def _expand(
                 total += gate * tl.load(z + n.to(tl.int64) * size + o, mask=inside, other=0.0)
                 is_live = 1
             elif (kind == LORA) | (kind >= BOTTLENECK):
-                from_b = tl.multiple_of(expansion_of(kind, rank, a, b, size, WEIGHT), 16)
+                from_b = expansion_of(kind, rank, a, b, size, WEIGHT)
                 delta = tl.zeros([BLOCK], tl.float32)
                 for first_rank in range(0, rank, RANKS):
                     k = first_rank + ranks
                     from_hidden = hidden + (parts * num_entries + n).to(tl.int64)[:, None] * hidden_stride + k[None, :]
-                    h = tl.sum(tl.load(from_hidden, mask=(k < rank)[None, :], other=0.0), 0)
+                    h = tl.sum(tl.load(from_hidden), 0)
                     if kind != LORA:
                         down_bias = tl.load(down_bias_of(b) + k, mask=k < rank, other=0.0)
                         h = tl.where(k < rank, activate(b, h + down_bias), 0.0)

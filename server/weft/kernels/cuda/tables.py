@@ -43,7 +43,7 @@ def matrix_at(address, DTYPE: tl.constexpr):
 def expansion_of(kind, rank, a, b, size_out, WEIGHT: tl.constexpr):
     """Where B [rank, O] of a LoRA begins, or W_up [rank, O] of a network, which follows its W_down."""
     up = a + rank.to(tl.int64) * size_out * (WEIGHT.primitive_bitwidth // 8)
-    return tl.where(kind == LORA, b, up).to(tl.pointer_type(WEIGHT))
+    return matrix_at(tl.where(kind == LORA, b, up), WEIGHT)
 
 
 @triton.jit

@@ -80,12 +80,12 @@ def _shrink(
     first_entry, counts = _entries_of(offsets, rows, num_rows)
     for place in range(tl.max(counts, 0)):
         n = first_entry + place
-        gate, slot, kind = _taken(slots, gates, table, n, place < counts)
+        _gate, slot, kind = _taken(slots, gates, table, n, place < counts)
         pending = kind >= BOTTLENECK if NETWORKS else kind == LORA
         while tl.max(pending.to(tl.int32), 0) > 0:
             this = tl.min(tl.where(pending, slot, _NO_SLOT), 0)
             mine = pending & (slot == this)
-            kind_of_this, rank, a, b = line_of(table, this)
+            _kind, rank, a, _b = line_of(table, this)
             if first_rank < rank:
                 from_x = x + (n if NETWORKS else rows).to(tl.int64)[:, None] * x_stride
                 from_a = matrix_at(a, WEIGHT) + k[None, :] * size
@@ -101,7 +101,7 @@ def _shrink(
                     else:
                         total = tl.dot(values.to(tl.float32), weights, total, input_precision="ieee")
                 at = hidden + (part * num_entries + n).to(tl.int64)[:, None] * hidden_stride + k[None, :]
-                tl.store(at, total, mask=mine[:, None] & (k < rank)[None, :])
+                tl.store(at, total, mask=mine[:, None])  # 0 from the rank on, so that expand reads whole blocks
             pending = pending & (slot != this)
 
 
@@ -134,17 +134,16 @@ def _expand(
             if kind == BOTTLENECK_NORMED:
                 delta = tl.load(z + n.to(tl.int64)[:, None] * size + o[None, :], mask=mask, other=0.0)
             elif (kind == LORA) | (kind >= BOTTLENECK):
-                from_b = tl.multiple_of(expansion_of(kind, rank, a, b, size, WEIGHT), 16)
+                from_b = expansion_of(kind, rank, a, b, size, WEIGHT)
                 for first_rank in range(0, rank, RANKS):
                     k = first_rank + ranks
-                    is_there = mine[:, None] & (k < rank)[None, :]
                     h = tl.zeros([ROWS, RANKS], tl.float32)
                     for part in tl.static_range(PARTS):
                         from_hidden = hidden + (part * num_entries + n).to(tl.int64)[:, None] * hidden_stride
-                        h += tl.load(from_hidden + k[None, :], mask=is_there, other=0.0)
+                        h += tl.load(from_hidden + k[None, :], mask=mine[:, None], other=0.0)
                     if kind != LORA:
                         down_bias = tl.load(down_bias_of(b) + k, mask=k < rank, other=0.0)
-                        h = tl.where(is_there, activate(b, h + down_bias[None, :]), 0.0)
+                        h = tl.where(mine[:, None] & (k < rank)[None, :], activate(b, h + down_bias[None, :]), 0.0)
                     weight_mask = (k < rank)[:, None] & inside[None, :]
                     weights = tl.load(from_b + k[:, None] * size + o[None, :], mask=weight_mask, other=0.0)
                     delta = add_product(delta, h, weights)
