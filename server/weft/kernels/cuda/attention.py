@@ -3,13 +3,14 @@
 Shapes as in kernels/cpu/attention.py: T query rows, B requests, Hq query heads, Hkv KV heads, D head size, S spans. The
 softmax is float32; products take the pool's dtype and are added up in float32.
 
-A *tile* (kernels/cuda/steps.py) is what a program computes: consecutive query rows of one request, times the query heads
-of one KV head, since these read the same keys. Keys come in runs, span after span and then the real tokens, so that a
-row has one log-gate for a run. The *logical* index of a key is its place in the block table's order, holes counted.
+A *tile* (kernels/cuda/steps.py) is what a program computes: consecutive query rows of one request, times the query
+heads of one KV head, since these read the same keys. Keys come in runs, span after span and then the real tokens, so
+that a row has one log-gate for a run. The *logical* index of a key is its place in the block table's order, holes
+counted.
 
-A request's only row is computed by many programs, each for its share of the logical keys, and `_join` adds their sums up
-in order. A row's bits depend on its own query, keys and gates, on its place among its request's rows, and on shapes: not
-on what neighbours hold.
+A request's only row is computed by many programs, each for its share of the logical keys, and `_join` adds their sums
+up in order. A row's bits depend on its own query, keys and gates, on its place among its request's rows, and on shapes:
+not on what neighbours hold.
 """
 
 from collections.abc import Sequence
@@ -306,10 +307,11 @@ def _visit(
     acc *= shrink[:, None]
     if gate is not None:
         # A weight of 0 does not hide what is not finite, and rows beside may see it: those get it, and no others.
-        is_bad = (v - v) != 0.0
-        num_bad = tl.dot(sees.to(v.dtype), is_bad.to(v.dtype), input_precision="tf32x3")
+        wide = v.to(tl.float32)
+        is_bad = (wide - wide) != 0.0
+        num_bad = tl.dot(sees.to(tl.float32).to(v.dtype), is_bad.to(tl.float32).to(v.dtype))
         acc = tl.where(num_bad > 0.0, float("nan"), acc)
-        v = tl.where(is_bad, 0.0, v)
+        v = tl.where(is_bad, 0.0, wide).to(v.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="tf32x3")
     return acc, higher, total
 

@@ -68,8 +68,8 @@ def plan(
 ) -> Step:
     """Share out a step of `num_rows` query rows, of which those from query_start[B] on belong to nobody.
 
-    With no more rows than requests each row is a tile of its own, whosever it is. Otherwise a request's only row is, and
-    requests with several share tiles of 128 rows and heads of a group.
+    With no more rows than requests each row is a tile of its own, whosever it is. Otherwise a request's only row is,
+    and requests with several have tiles of 128 lanes, rows times heads of a group.
 
     head_bytes: of one head's query.
     """
