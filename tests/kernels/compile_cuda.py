@@ -1,7 +1,8 @@
 """Compiles Triton kernels for an H100 or H200 on a machine that has none; what would be launched is compiled instead.
 
-`python -m tests.kernels.compile_cuda` prints a line of JSON for each kernel: its name and the shared memory it takes.
-Run it with TRITON_INTERPRET=0. The interpreter runs Python; whether a kernel is also Triton is seen only here.
+`python -m tests.kernels.compile_cuda` prints a line of JSON for each kernel: its name, the shared memory it takes, and
+how many of its loads are of two bytes. Run it with TRITON_INTERPRET=0. The interpreter runs Python; whether a kernel is
+also Triton is seen only here.
 """
 
 import json
@@ -13,7 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
+from weft.kernels.cuda import deltas
 from weft.kernels.cuda.attention import Attend
+from weft.methods.protocol import DeltaKind
 from weft.model.paged_attention import KVCache, PagedBatch
 
 
@@ -64,15 +67,40 @@ def attention(dtype: torch.dtype, *, lone: int, rows: int, head_size: int, spans
     return compiled(lambda: Attend([pool], [pool])(batch, 0, query, key, key, 0.1, 0, softcap))
 
 
+def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
+    """Of every kind at once."""
+    site = deltas.Site(
+        table=torch.zeros(4, 4, dtype=torch.int64),
+        size_in=size,
+        size_out=size,
+        weight_dtype=dtype,
+        kinds=sum(1 << kind for kind in DeltaKind),
+        rank=16,
+    )
+    slots, gates = torch.zeros(num_rows, dtype=torch.int32), torch.ones(num_rows)
+    rows = deltas.Rows(offsets=torch.arange(num_rows + 1, dtype=torch.int32), slots=slots, gates=gates)
+    x, y = torch.zeros(num_rows, size, dtype=dtype), torch.zeros(num_rows, size, dtype=dtype)
+
+    def call() -> None:
+        deltas.pre(x, torch.empty_like(x), rows, site)
+        deltas.post(x, y, rows, site, y)
+
+    return compiled(call)
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Absent())
     kernels = [
         *attention(torch.bfloat16, lone=3, rows=0, head_size=128, spans=0, softcap=0.0),
         *attention(torch.bfloat16, lone=2, rows=9, head_size=80, spans=2, softcap=30.0),
         *attention(torch.float32, lone=2, rows=9, head_size=256, spans=0, softcap=0.0),
+        *site_deltas(torch.bfloat16, num_rows=7, size=4096),
+        *site_deltas(torch.bfloat16, num_rows=deltas.LONE_ROWS_MAX + 1, size=4096),
+        *site_deltas(torch.float32, num_rows=deltas.LONE_ROWS_MAX + 1, size=14336),
     ]
     for kernel in kernels:
-        print(json.dumps({"name": kernel.metadata.name, "shared": kernel.metadata.shared}))
+        narrow = kernel.asm["ptx"].count("ld.global.b16")
+        print(json.dumps({"name": kernel.metadata.name, "shared": kernel.metadata.shared, "narrow": narrow}))
 
 
 if __name__ == "__main__":
