@@ -96,6 +96,10 @@ class ByRows(NamedTuple):
             self.renew()
         return self.head.apply(site, base, x, residual)
 
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """The body's: the head reads nothing that others read."""
+        return self.body.apply_group(sites, base, x)
+
 
 def is_fatal(error: Exception) -> bool:
     """Device memory is not to be trusted after a CUDA error."""

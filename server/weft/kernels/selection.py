@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.kernels.cpu import library
+from weft.kernels.cpu import elementwise, library
 from weft.kernels.cpu.driver import Attend, DriverFactory
 from weft.kernels.recording import Record
 from weft.methods.inject import Driver
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """An implementation of the two hot operations.
+    """An implementation of the hot operations.
 
     name: for logs and build info.
     driver: makes a step's driver from (slot table, offsets, slots, gates, the mixtures' rows or None); None for the
@@ -32,12 +32,15 @@ class Kernels:
         reference.
     recorder: makes what records steps of decode rows (kernels/recording.py), where driver and attention read nothing
         but tensors that stay where they are; None where steps are told anew each time.
+    rms_norm, gate: what model/elementwise.py puts into the model; None leaves it as it is.
     """
 
     name: str
     driver: Callable[[Any, Tensor, Tensor, Tensor, Any], Driver] | None = None
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
     recorder: Callable[[], Record] | None = None
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    gate: Callable[[Tensor, Tensor, str], Tensor] | None = None
 
 
 REFERENCE = Kernels(name="reference")
@@ -53,7 +56,9 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     if loaded.functions is None:
         _log.warning("%s; the slower reference path runs instead", loaded.reason)
         return REFERENCE
-    return Kernels(name="cpu", driver=DriverFactory(dtype), attend=Attend)
+    return Kernels(
+        name="cpu", driver=DriverFactory(dtype), attend=Attend, rms_norm=elementwise.rms_norm, gate=elementwise.gate
+    )
 
 
 def _for_cuda(dtype: torch.dtype) -> Kernels:
