@@ -7,6 +7,7 @@ also Triton is seen only here.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,15 +69,18 @@ def attention(dtype: torch.dtype, *, lone: int, rows: int, head_size: int, spans
 
 
 def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
-    """Of every kind at once."""
+    """Of every kind at once, and of a group of three sites."""
     site = deltas.Site(
-        table=torch.zeros(4, 4, dtype=torch.int64),
+        table=torch.zeros(1, 4, 4, dtype=torch.int64),
         size_in=size,
-        size_out=size,
+        sizes_out=(size,),
         weight_dtype=dtype,
         kinds=sum(1 << kind for kind in DeltaKind),
         rank=16,
     )
+    kinds = 1 << DeltaKind.LORA | 1 << DeltaKind.SCALE_OUTPUT
+    group = replace(site, table=site.table.repeat(3, 1, 1), sizes_out=(size, 1024, 1024), kinds=kinds)
+    wide = torch.zeros(num_rows, group.size_out, dtype=dtype)
     slots, gates = torch.zeros(num_rows, dtype=torch.int32), torch.ones(num_rows)
     rows = deltas.Rows(offsets=torch.arange(num_rows + 1, dtype=torch.int32), slots=slots, gates=gates)
     x, y = torch.zeros(num_rows, size, dtype=dtype), torch.zeros(num_rows, size, dtype=dtype)
@@ -84,6 +88,7 @@ def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
     def call() -> None:
         deltas.pre(x, torch.empty_like(x), rows, site)
         deltas.post(x, y, rows, site, y)
+        deltas.post(x, wide, rows, group)
 
     return compiled(call)
 

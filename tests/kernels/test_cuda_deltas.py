@@ -42,9 +42,9 @@ def slots_of(adapters: Sequence[Adapter], weight_dtype: torch.dtype) -> Slots:
     held = [Adapter(kind, there(a), there(b)) for kind, a, b in adapters]
     table = [(int(kind), rank(kind, a), address(a), address(b)) for kind, a, b in held]
     site = deltas.Site(
-        table=torch.tensor(table, dtype=torch.int64, device=DEVICE),
+        table=torch.tensor([table], dtype=torch.int64, device=DEVICE),
         size_in=SIZE_IN,
-        size_out=SIZE_OUT,
+        sizes_out=(SIZE_OUT,),
         weight_dtype=weight_dtype,
         kinds=sum(1 << kind for kind in {adapter.kind for adapter in adapters}),
         rank=max(line[1] for line in table),
@@ -202,7 +202,7 @@ def test_a_zero_gate_contributes_nothing(dtype: torch.dtype, weight_dtype: torch
     shut = [t for t in range(len(x)) if t not in open_rows or t == 1]
     assert torch.equal(bits(got[shut]), bits(expected[shut]))
     assert all(got[t].isnan().all() for t in open_rows if t != 1)
-    untouched = [t for t in range(len(x)) if not any(slot not in (8, 9) for slot, _ in without[t])]
+    untouched = [t for t in range(len(x)) if not any(slot not in (7, 8) for slot, _ in without[t])]
     assert untouched == [1, 16, 17, 18]
     assert torch.equal(bits(got[untouched]), bits(y[untouched]))
 
@@ -221,6 +221,36 @@ def test_rows_may_be_strided_and_entries_may_belong_to_nobody() -> None:
     assert torch.equal(out[..., SIZE_OUT:].cpu(), wide_y[..., SIZE_OUT:])
 
 
+@pytest.mark.parametrize("sizes_out", [(300, 140), (130, 257, 5)])
+@pytest.mark.usefixtures("program")
+def test_a_group_has_the_bits_of_its_sites(sizes_out: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as many launches as one of them takes; some adapters are at some of the sites only."""
+    adapters = [
+        [Adapter(Kind.LORA, torch.randn(rank, SIZE_IN) / 14, torch.randn(rank, size) / 4) for size in sizes_out]
+        for rank in (3, 16, 33)
+    ]
+    adapters += [[Adapter(Kind.OUTPUT_SCALE, torch.randn(size)) for size in sizes_out]]
+    adapters += [[Adapter(Kind.BIAS, torch.randn(size)) for size in sizes_out]]
+    adapters[1][0] = adapters[3][1] = Adapter(Kind.NOTHING)
+    one_by_one = [slots_of(column, FLOAT32) for column in zip(*adapters, strict=True)]
+    group = replace(
+        one_by_one[0].site,
+        table=torch.cat([slots.site.table for slots in one_by_one]),
+        sizes_out=sizes_out,
+        kinds=1 << Kind.LORA | 1 << Kind.OUTPUT_SCALE | 1 << Kind.BIAS,
+        rank=33,
+    )
+    entries = [[(t % 5, 1.0), ((t + 1) % 5, -0.5)] for t in range(9)]
+    x, y, rows = torch.randn(9, SIZE_IN, device=DEVICE), torch.randn(9, sum(sizes_out), device=DEVICE), rows_of(entries)
+    together, apart = y.clone(), y.clone()
+    launched = launches_of(lambda: deltas.post(x, together, rows, group), monkeypatch)
+    for part, slots, size in zip(apart.split(sizes_out, -1), one_by_one, sizes_out, strict=True):
+        deltas.post(x, part, rows, replace(slots.site, sizes_out=(size,)))
+    assert launched == ["shrink", "expand"]
+    assert torch.equal(bits(together.cpu()), bits(apart.cpu()))
+    assert not torch.equal(together, y)
+
+
 def test_empty_batches_are_nothing() -> None:
     slots = slots_of([textbook.lora(3, FLOAT32)], FLOAT32)
     for num_rows in (0, 3):
@@ -232,8 +262,8 @@ def test_long_inputs_are_summed_in_parts() -> None:
     """Of a rank that is no whole block, into few outputs."""
     a, b = torch.randn(5, 2100) / 50, torch.randn(5, 7)
     a_there, b_there = a.to(DEVICE), b.to(DEVICE)
-    table = torch.tensor([[Kind.LORA, 5, a_there.data_ptr(), b_there.data_ptr()]], device=DEVICE)
-    site = deltas.Site(table=table, size_in=2100, size_out=7, weight_dtype=FLOAT32, kinds=1 << Kind.LORA, rank=5)
+    table = torch.tensor([[[Kind.LORA, 5, a_there.data_ptr(), b_there.data_ptr()]]], device=DEVICE)
+    site = deltas.Site(table=table, size_in=2100, sizes_out=(7,), weight_dtype=FLOAT32, kinds=1 << Kind.LORA, rank=5)
     x, y = torch.randn(2, 2100), torch.randn(2, 7)
     out = y.to(DEVICE, copy=True)
     deltas.post(x.to(DEVICE), out, rows_of([[(0, 1.0)], [(0, -0.5)]]), site)
@@ -297,9 +327,12 @@ def test_what_does_not_fit_is_refused() -> None:
         ("offsets: needs a contiguous vector", lambda: replace(rows, offsets=torch.zeros(3))),
         ("offsets: needs T", lambda: replace(rows, offsets=torch.empty(0, dtype=torch.int32, device=DEVICE))),
         ("gates: needs one for each of 1", lambda: replace(rows, gates=torch.zeros(3, device=DEVICE))),
-        ("table: needs contiguous", lambda: replace(site, table=site.table.T)),
+        ("table: needs contiguous", lambda: replace(site, table=site.table.mT)),
         ("weight_dtype", lambda: replace(site, weight_dtype=torch.half)),
         ("size_in", lambda: replace(site, size_in=0)),
+        ("sizes_out: needs one for each of 1", lambda: replace(site, sizes_out=(1, 2))),
+        ("sizes_out: needs .* up to 3", lambda: replace(site, table=site.table.expand(4, -1, -1).contiguous())),
+        ("kinds: .* of their own", lambda: replace(site, table=site.table.repeat(2, 1, 1), sizes_out=(3, 4))),
         ("rank: needs at least 1", lambda: replace(site, rank=0)),
     ]
     for text, call in bad_calls:

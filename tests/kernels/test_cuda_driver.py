@@ -10,6 +10,7 @@ from tests.kernels.interpreted import DEVICE
 from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
 from tests.mixing.test_mixture import mixtures
 from tests.serving import Row, Step
+from torch import Tensor
 
 from weft.adapters import slab
 from weft.adapters.slots import SlotTable
@@ -101,6 +102,41 @@ def test_a_step_waits_for_nothing_on_the_device(base: loader.Base, monkeypatch: 
     assert launched.count("shrink") == launched.count("expand") == num_linear
 
 
+def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless slots have a kind there that needs a site of its own: then they go one by one."""
+    table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 24, device=DEVICE)
+    sites = [site for site in base.shape.sites.values() if site.suffix in ("q_proj", "k_proj", "v_proj")][:3]
+    offsets = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    slots, gates = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.ones(2, device=DEVICE)
+    x = torch.randn(1, 2, sites[0].in_features, device=DEVICE)
+    weight = torch.randn(sum(site.out_features for site in sites), sites[0].in_features, device=DEVICE)
+
+    def calls() -> tuple[list[Tensor], list[Tensor], list[int]]:
+        driver = DriverFactory(torch.float32)(table, offsets, slots, gates)
+        seen: list[int] = []
+        with monkeypatch.context() as patch:
+            post = deltas.post
+            patch.setattr(deltas, "post", lambda *given: (seen.append(len(given[3].sizes_out)), post(*given))[1])
+            together = list(driver.apply_group(sites, lambda x: x @ weight.T, x))
+        parts = weight.split([site.out_features for site in sites])
+        apart = [driver.apply(site, lambda x, w=w: x @ w.T, x) for site, w in zip(sites, parts, strict=True)]
+        return together, apart, seen
+
+    def same(together: list[Tensor], apart: list[Tensor]) -> bool:
+        return all(torch.allclose(mine, theirs, atol=1e-4) for mine, theirs in zip(together, apart, strict=True))
+
+    assert calls()[2] == []
+    slot = table.put(slab.build(tiny.random_lora(base.shape, rank=2, seed=1), base.shape, dtype=torch.float32))
+    assert slot == 0
+    together, apart, seen = calls()
+    assert seen == [3]
+    assert same(together, apart)
+    monkeypatch.setattr("weft.kernels.cuda.driver._ALONE", 1 << DeltaKind.LORA)
+    together, apart, seen = calls()
+    assert seen == [1, 1, 1]
+    assert same(together, apart)
+
+
 def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
     """After every put and drop, at one address until it grows; and the outline says what is there."""
     table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 28, device=DEVICE)
@@ -118,7 +154,7 @@ def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
         assert table.device_table.data_ptr() != table.table.data_ptr()
         assert (table.device_table.data_ptr() == at) is (table.table.shape[1] == size)
         assert table.outline.table_at == table.device_table.data_ptr()
-        assert table.outline.rank == max(1 + other for other in range(0, seed + 1, 2))
+        assert table.outline.rank == max(network.size * bool(seed), 1 + seed // 2 * 2)
         outlines.add(table.outline)
     assert table.table.shape[1] > 8
     kinds = memoryview(table.outline.kinds).cast("H")

@@ -2,12 +2,13 @@
 
     out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t], r[t])
 
-Shapes: T rows in the batch, N entries, S slots, I in, O out. Nothing here reads the device: launches depend on shapes
+Shapes: T rows in the batch, N entries, S slots, I in, O out; G sites of a group that read one input, whose outputs lie
+side by side in a row of y. Nothing here reads the device: launches depend on shapes
 and on what the site says of its slots, so a step can be captured in a CUDA graph. For that reason no number that is on
 the device is checked, and who makes the rows answers for them.
 
-Two launches serve a site with LoRAs, of any ranks and however many (shrink, expand); one serves scales and biases alone
-(expand). Bottleneck adapters take two more (fill, and a shrink of their own), the normed kind a third (finish).
+Two launches serve a group with LoRAs, of any ranks and however many (shrink, expand); one serves scales and biases
+alone (expand). Bottleneck adapters take two more (fill, and a shrink of their own), the normed kind a third (finish).
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.cuda import lone_rows, networks, tiles
-from weft.kernels.cuda.call import RANKS, Call, num_parts_of
+from weft.kernels.cuda.call import GROUP_MAX, RANKS, Call, num_parts_of
 from weft.methods.protocol import DeltaKind
 
 ROW_DTYPES = (torch.float32, torch.bfloat16)
@@ -28,6 +29,7 @@ _WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 LONE_ROWS_MAX = 256
 
 _NETWORKS = tuple(kind for kind in DeltaKind if kind >= DeltaKind.BOTTLENECK)
+ALONE = (DeltaKind.SCALE_INPUT, *_NETWORKS)
 _WITH_HIDDEN = (DeltaKind.LORA, *_NETWORKS)
 
 
@@ -77,32 +79,45 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One wrapped module and what each adapter slot does there.
+    """A wrapped module, or a group of up to three that read one input, and what each adapter slot does there.
 
-    table: [S, 4] int64 on the device, contiguous; its columns are those of kernels/cpu/deltas.py. It may be rewritten
-        between calls, within `kinds` and `rank`. The owner of the table keeps the weights alive, aligned to 16 bytes.
+    table: [G, S, 4] int64 on the device, contiguous; its columns are those of kernels/cpu/deltas.py. It may be
+        rewritten between calls, within `kinds` and `rank`. Its owner keeps the weights alive, aligned to 16 bytes.
+    sizes_out: of each module; O is their sum.
     weight_dtype: float32 or bfloat16; of every A and B of the table.
-    kinds: all that the table has, and perhaps more; they decide which kernels run. Bit k is for kind k.
+    kinds: all that the table has, and perhaps more; they decide which kernels run. Bit k is for kind k. Networks, and
+        scales of inputs, are for a module that is alone.
     rank: no slot has a larger one.
     """
 
     table: Tensor
     size_in: int
-    size_out: int
+    sizes_out: tuple[int, ...]
     weight_dtype: torch.dtype
     kinds: int
     rank: int
 
     def __post_init__(self) -> None:
         table = self.table
-        if table.dtype is not torch.int64 or table.dim() != 2 or table.shape[1] != 4 or not table.is_contiguous():
-            raise ValueError(f"table: needs contiguous [S, 4] int64, given {_shown(table)}")
+        if table.dtype is not torch.int64 or table.dim() != 3 or table.shape[2] != 4 or not table.is_contiguous():
+            raise ValueError(f"table: needs contiguous [G, S, 4] int64, given {_shown(table)}")
+        if not len(self.sizes_out) == len(table) <= GROUP_MAX:
+            raise ValueError(
+                f"sizes_out: needs one for each of {len(table)} sites, up to {GROUP_MAX}, given {self.sizes_out}"
+            )
         if self.weight_dtype not in _WEIGHTS:
             raise ValueError(f"weight_dtype: needs float32 or bfloat16, given {self.weight_dtype}")
-        if self.size_in < 1 or self.size_out < 1:
-            raise ValueError(f"size_in, size_out: need at least 1, given {self.size_in}, {self.size_out}")
+        if self.size_in < 1 or min(self.sizes_out) < 1:
+            raise ValueError(f"size_in, sizes_out: need at least 1, given {self.size_in}, {self.sizes_out}")
+        if len(table) > 1 and self.has(*ALONE):
+            raise ValueError(f"kinds: networks and scales of inputs need a site of their own, given {self.kinds:b}")
         if self.rank < 1 and self.has(*_WITH_HIDDEN):
             raise ValueError(f"rank: needs at least 1 where LoRAs or networks are, given {self.rank}")
+
+    @property
+    def size_out(self) -> int:
+        """O."""
+        return sum(self.sizes_out)
 
     def has(self, *kinds: DeltaKind) -> bool:
         """Whether a slot may have one of these kinds."""
@@ -159,8 +174,8 @@ def _call(rows: Rows, site: Site) -> Call:
     """With new scratch memory; PyTorch's allocator keeps it in order with what runs on the stream."""
     device, num_entries = rows.offsets.device, rows.num_entries
     width = -(-site.rank // RANKS) * RANKS if site.has(*_WITH_HIDDEN) else RANKS
-    num_parts = num_parts_of(max(site.size_in, site.size_out))
-    hidden = num_parts, num_entries, width
+    num_parts = num_parts_of(max(site.size_in, site.size_out) if site.has(*_NETWORKS) else site.size_in)
+    hidden = num_parts, len(site.table), num_entries, width
     z = (num_entries, site.size_out) if site.has(*_NETWORKS) else (0, site.size_out)
     return Call(
         rows_of=rows.rows_of,
@@ -170,7 +185,7 @@ def _call(rows: Rows, site: Site) -> Call:
         table=site.table,
         hidden=torch.empty(hidden, dtype=torch.float32, device=device),
         z=torch.empty(z, dtype=torch.float32, device=device),
-        size_out=site.size_out,
+        sizes_out=site.sizes_out,
         weight=_WEIGHTS[site.weight_dtype],
     )
 

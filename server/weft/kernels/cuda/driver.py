@@ -1,17 +1,22 @@
 """The CUDA kernels in the engine's terms: a driver of adapter rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weft.kernels.cuda import deltas
+from weft.kernels.cuda.call import GROUP_MAX
 from weft.kernels.cuda.routing import Routers, Runs, Sources
+from weft.methods.inject import apply_each
 from weft.methods.protocol import DeltaKind, Site
 
 DTYPES = deltas.ROW_DTYPES
 _ONLY_INPUTS = 1 << DeltaKind.SCALE_INPUT
+_ALONE = sum(1 << kind for kind in deltas.ALONE)
 
 
 class Outline(Protocol):
@@ -48,7 +53,7 @@ class DriverFactory:
         self._outline: Outline | None = None
         self._table = torch.empty(0)
         self._kinds = memoryview(b"").cast("H")
-        self._sites: dict[int, deltas.Site] = {}
+        self._sites: dict[tuple[int, int], deltas.Site] = {}
 
     def __call__(
         self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: Runs | None = None
@@ -62,17 +67,23 @@ class DriverFactory:
         rows = deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates)
         return CudaDriver(self, slots, rows, None if routed is None else Routers(slots, routed, rows))
 
-    def site(self, site: Site) -> deltas.Site:
-        """The kernels' view of a site."""
-        found = self._sites.get(site.index)
+    def kinds(self, sites: Sequence[Site]) -> int:
+        """What slots have at any of these, a bit for each kind."""
+        return reduce(or_, (self._kinds[site.index] for site in sites))
+
+    def site(self, *sites: Site) -> deltas.Site:
+        """The kernels' view of a site, or of a group whose sites follow each other in the table."""
+        first = sites[0]
+        key = first.index, len(sites)
+        found = self._sites.get(key)
         if found is None:
             assert self._outline is not None
-            found = self._sites[site.index] = deltas.Site(
-                table=self._table[site.index],
-                size_in=site.in_features,
-                size_out=site.out_features,
+            found = self._sites[key] = deltas.Site(
+                table=self._table[first.index : first.index + len(sites)],
+                size_in=first.in_features,
+                sizes_out=tuple(site.out_features for site in sites),
                 weight_dtype=self._dtype,
-                kinds=self._kinds[site.index],
+                kinds=self.kinds(sites),
                 rank=self._outline.rank,
             )
         return found
@@ -117,3 +128,14 @@ class CudaDriver:
         if here.kinds != _ONLY_INPUTS:
             deltas.post(x, y, self._rows, here, residual)
         return y
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of sites that read one input: one product and the launches of one site, where kernels can."""
+        kinds = self._factory.kinds(sites)
+        follow = [site.index for site in sites] == [sites[0].index + place for place in range(len(sites))]
+        if len(sites) > GROUP_MAX or not follow or kinds & _ALONE:
+            return apply_each(self, sites, base, x)
+        y = base(x)
+        if kinds:
+            deltas.post(x, y, self._rows, self._factory.site(*sites))
+        return y.split([site.out_features for site in sites], -1)

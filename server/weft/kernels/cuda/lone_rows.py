@@ -5,6 +5,10 @@ adds the parts up in order and then the row's entries in theirs. Nothing is adde
 size whatever the batch: a row has the same bits in any company.
 """
 
+# Kernels are Triton, which only looks like Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +27,8 @@ from weft.kernels.cuda.tables import (
     expansion_of,
     line_of,
     matrix_at,
+    output_block,
+    products_at,
 )
 
 _BLOCK = 256  # inputs of one turn of shrink's loop; outputs of expand's program
@@ -31,19 +37,19 @@ _BLOCK = 256  # inputs of one turn of shrink's loop; outputs of expand's program
 def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
     """Fill `call.hidden` from `x`: of LoRAs, from rows [T, I]; of networks, from their own, [N, O]."""
     size = x.shape[1]
-    _shrink[(call.num_entries, call.width // RANKS, call.num_parts)](
-        x, x.stride(0), call.rows_of, call.slots, call.gates, call.table, call.hidden, call.num_rows, call.num_entries,
-        call.width, size, part_size_of(size, call.num_parts, _BLOCK),
-        NETWORKS=of_networks, WEIGHT=call.weight, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
+    _shrink[(call.num_entries, call.group * call.width // RANKS, call.num_parts)](
+        x, x.stride(0), call.rows_of, call.slots, call.gates, call.table, call.table.stride(0), call.hidden,
+        call.num_rows, call.num_entries, call.width, size, part_size_of(size, call.num_parts, _BLOCK),
+        GROUP=call.group, NETWORKS=of_networks, WEIGHT=call.weight, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
 def expand(call: Call, y: Tensor) -> None:
     """Add all deltas to `y` [T, O], in place."""
-    _expand[(call.num_rows, triton.cdiv(call.size_out, _BLOCK))](
-        y, y.stride(0), call.offsets, call.slots, call.gates, call.table, call.hidden, call.z, call.num_entries,
-        call.width, call.size_out,
-        WEIGHT=call.weight, PARTS=call.num_parts, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
+    _expand[(call.num_rows, call.num_output_blocks(_BLOCK))](
+        y, y.stride(0), call.offsets, call.slots, call.gates, call.table, call.table.stride(0), call.hidden, call.z,
+        call.num_entries, call.width, *call.three_sizes,
+        GROUP=call.group, WEIGHT=call.weight, PARTS=call.num_parts, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -57,12 +63,15 @@ def scale_inputs(x: Tensor, out: Tensor, offsets: Tensor, slots: Tensor, gates: 
 
 @triton.jit(do_not_specialize=BY_STEP)
 def _shrink(
-    x, x_stride, rows_of, slots, gates, table, hidden, num_rows, num_entries, hidden_stride, size, part_size,
-    NETWORKS: tl.constexpr, WEIGHT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, rows_of, slots, gates, table, table_stride, hidden, num_rows, num_entries, width, size, part_size,
+    GROUP: tl.constexpr, NETWORKS: tl.constexpr, WEIGHT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, n, k] = A[k] · x over a part of the inputs; of networks, where `x` has a row for every entry."""
+    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; of networks `x` has a row for every entry."""
     n = tl.program_id(0)
-    first_rank = tl.program_id(1) * RANKS
+    num_blocks = width // RANKS
+    site = tl.program_id(1) // num_blocks
+    first_rank = tl.program_id(1) % num_blocks * RANKS
+    table += site * table_stride
     part = tl.program_id(2)
     row = tl.load(rows_of + n)
     if (row < num_rows) & (tl.load(gates + n) != 0.0):
@@ -79,20 +88,22 @@ def _shrink(
                 values = tl.load(from_x + i, mask=i < size, other=0.0).to(tl.float32)
                 weights = tl.load(from_a + i[None, :], mask=(k < rank)[:, None] & (i < size)[None, :], other=0.0)
                 total += values[None, :] * weights.to(tl.float32)
-            at = hidden + (part * num_entries + n).to(tl.int64) * hidden_stride
+            at = products_at(hidden, part, site, n, num_entries, width, GROUP)
             tl.store(at + k, tl.sum(total, 1))  # 0 from the rank on, so that expand reads whole blocks
 
 
 @triton.jit(do_not_specialize=BY_STEP)
 def _expand(
-    y, y_stride, offsets, slots, gates, table, hidden, z, num_entries, hidden_stride, size,
-    WEIGHT: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    y, y_stride, offsets, slots, gates, table, table_stride, hidden, z, num_entries, width, size_0, size_1, size_2,
+    GROUP: tl.constexpr, WEIGHT: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y[t] += Σ gate · delta, for a block of outputs; a row without effect is not written."""
     row = tl.program_id(0)
-    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    site, begin, size, before = output_block(tl.program_id(1), size_0, size_1, size_2, GROUP, BLOCK)
+    table += site * table_stride
+    o = before + tl.arange(0, BLOCK)
     inside = o < size
-    at = y + row.to(tl.int64) * y_stride + o
+    at = y + row.to(tl.int64) * y_stride + begin + o
     base = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     total = base
     parts = tl.arange(0, PARTS)
@@ -112,7 +123,7 @@ def _expand(
                 delta = tl.zeros([BLOCK], tl.float32)
                 for first_rank in range(0, rank, RANKS):
                     k = first_rank + ranks
-                    from_hidden = hidden + (parts * num_entries + n).to(tl.int64)[:, None] * hidden_stride + k[None, :]
+                    from_hidden = products_at(hidden, parts, site, n, num_entries, width, GROUP)[:, None] + k[None, :]
                     h = tl.sum(tl.load(from_hidden), 0)
                     if kind != LORA:
                         down_bias = tl.load(down_bias_of(b) + k, mask=k < rank, other=0.0)

@@ -3,6 +3,10 @@
 z, float32 [N, O], has a row for every entry: first what f reads, then, of the normed kind alone, its delta.
 """
 
+# Kernels are Triton, which only looks like Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +23,7 @@ from weft.kernels.cuda.tables import (
     expansion_of,
     line_of,
     norm_of,
+    products_at,
 )
 
 
@@ -81,7 +86,7 @@ def _fill(y, y_stride, r, r_stride, rows_of, slots, gates, table, z, num_rows, s
 
 @triton.jit(do_not_specialize=BY_STEP)
 def _finish(
-    y, y_stride, rows_of, slots, gates, table, hidden, z, num_rows, num_entries, hidden_stride, size,
+    y, y_stride, rows_of, slots, gates, table, hidden, z, num_rows, num_entries, width, size,
     WEIGHT: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """z[n] = LN(y + f(y)) - y, because a norm needs all of a row before expand may take it in blocks."""
@@ -94,7 +99,7 @@ def _finish(
             inside = o < size
             base = tl.load(y + row * y_stride + o, mask=inside, other=0.0).to(tl.float32)
             from_b = expansion_of(kind, rank, a, b, size, WEIGHT)
-            from_hidden = hidden + (tl.arange(0, PARTS) * num_entries + n).to(tl.int64) * hidden_stride
+            from_hidden = products_at(hidden, tl.arange(0, PARTS), 0, n, num_entries, width, 1)
             added = tl.load(down_bias_of(b) + rank + o, mask=inside, other=0.0)
             for k in range(rank):
                 h = activate(b, tl.sum(tl.load(from_hidden + k), 0) + tl.load(down_bias_of(b) + k))

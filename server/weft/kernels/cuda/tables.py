@@ -4,6 +4,10 @@ Addresses come from the table, so a compiler knows nothing of them; slabs align 
 (adapters/slab.py), and kernels say so to get wide loads.
 """
 
+# Kernels are Triton, which only looks like Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -31,6 +35,32 @@ def line_of(table, slot):
     """A slot's kind, rank and the two addresses."""
     at = table + slot.to(tl.int64) * 4
     return tl.load(at), tl.load(at + 1).to(tl.int32), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def output_block(block, size_0, size_1, size_2, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a group's block of outputs: which site it is of, where that one's outputs begin and how many it has, and how
+    many of them come before the block. No block has outputs of two sites."""
+    site, begin, size, before = 0, 0, size_0, block * BLOCK
+    if GROUP > 1:
+        is_later = block >= tl.cdiv(size_0, BLOCK)
+        site = tl.where(is_later, 1, 0)
+        begin = tl.where(is_later, size_0, 0)
+        size = tl.where(is_later, size_1, size_0)
+        before -= tl.where(is_later, tl.cdiv(size_0, BLOCK) * BLOCK, 0)
+    if GROUP > 2:
+        is_last = block >= tl.cdiv(size_0, BLOCK) + tl.cdiv(size_1, BLOCK)
+        site = tl.where(is_last, 2, site)
+        begin = tl.where(is_last, size_0 + size_1, begin)
+        size = tl.where(is_last, size_2, size)
+        before -= tl.where(is_last, tl.cdiv(size_1, BLOCK) * BLOCK, 0)
+    return site, begin, size, before
+
+
+@triton.jit
+def products_at(hidden, part, site, n, num_entries, width, GROUP: tl.constexpr):
+    """Where the products A x of entries `n` begin, of one site and one part of the inputs."""
+    return hidden + ((part * GROUP + site) * num_entries + n).to(tl.int64) * width
 
 
 @triton.jit

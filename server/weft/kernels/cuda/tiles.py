@@ -5,6 +5,10 @@ there and reads its weights once, on tensor cores. Which rows share a slot is fo
 of kernels/cuda/lone_rows.py, in tensor cores' blocks; nothing a row's neighbours hold changes its bits.
 """
 
+# Kernels are Triton, which only looks like Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +27,8 @@ from weft.kernels.cuda.tables import (
     expansion_of,
     line_of,
     matrix_at,
+    output_block,
+    products_at,
 )
 
 _ROWS = 32  # of a tile
@@ -34,19 +40,20 @@ _NO_SLOT = tl.constexpr(2**31 - 1)
 def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
     """As kernels/cuda/lone_rows.py has it."""
     size = x.shape[1]
-    _shrink[(triton.cdiv(call.num_rows, _ROWS), call.width // RANKS, call.num_parts)](
-        x, x.stride(0), call.offsets, call.slots, call.gates, call.table, call.hidden, call.num_rows, call.num_entries,
-        call.width, size, part_size_of(size, call.num_parts, _INPUTS),
-        NETWORKS=of_networks, WEIGHT=call.weight, ROWS=_ROWS, RANKS=RANKS, BLOCK=_INPUTS, num_warps=4,
+    _shrink[(triton.cdiv(call.num_rows, _ROWS), call.group * call.width // RANKS, call.num_parts)](
+        x, x.stride(0), call.offsets, call.slots, call.gates, call.table, call.table.stride(0), call.hidden,
+        call.num_rows, call.num_entries, call.width, size, part_size_of(size, call.num_parts, _INPUTS),
+        GROUP=call.group, NETWORKS=of_networks, WEIGHT=call.weight, ROWS=_ROWS, RANKS=RANKS, BLOCK=_INPUTS, num_warps=4,
     )  # fmt: skip
 
 
 def expand(call: Call, y: Tensor) -> None:
     """As kernels/cuda/lone_rows.py has it."""
-    _expand[(triton.cdiv(call.num_rows, _ROWS), triton.cdiv(call.size_out, _OUTPUTS))](
-        y, y.stride(0), call.offsets, call.slots, call.gates, call.table, call.hidden, call.z, call.num_rows,
-        call.num_entries, call.width, call.size_out,
-        WEIGHT=call.weight, PARTS=call.num_parts, ROWS=_ROWS, RANKS=RANKS, BLOCK=_OUTPUTS, num_warps=4,
+    _expand[(triton.cdiv(call.num_rows, _ROWS), call.num_output_blocks(_OUTPUTS))](
+        y, y.stride(0), call.offsets, call.slots, call.gates, call.table, call.table.stride(0), call.hidden, call.z,
+        call.num_rows, call.num_entries, call.width, *call.three_sizes,
+        GROUP=call.group, WEIGHT=call.weight, PARTS=call.num_parts,
+        ROWS=_ROWS, RANKS=RANKS, BLOCK=_OUTPUTS, num_warps=4,
     )  # fmt: skip
 
 
@@ -68,12 +75,16 @@ def _taken(slots, gates, table, n, has_entry):
 
 @triton.jit(do_not_specialize=BY_STEP)
 def _shrink(
-    x, x_stride, offsets, slots, gates, table, hidden, num_rows, num_entries, hidden_stride, size, part_size,
-    NETWORKS: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, offsets, slots, gates, table, table_stride, hidden, num_rows, num_entries, width, size, part_size,
+    GROUP: tl.constexpr, NETWORKS: tl.constexpr, WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, n, k] = A[k] · x over a part of the inputs; of networks, where `x` has a row for every entry."""
+    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; of networks `x` has a row for every entry."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first_rank = tl.program_id(1) * RANKS
+    num_blocks = width // RANKS
+    site = tl.program_id(1) // num_blocks
+    first_rank = tl.program_id(1) % num_blocks * RANKS
+    table += site * table_stride
     part = tl.program_id(2)
     k = first_rank + tl.arange(0, RANKS)
     lanes = tl.arange(0, BLOCK)
@@ -100,22 +111,25 @@ def _shrink(
                         total = add_product(total, values, weights)
                     else:
                         total = tl.dot(values.to(tl.float32), weights, total, input_precision="ieee")
-                at = hidden + (part * num_entries + n).to(tl.int64)[:, None] * hidden_stride + k[None, :]
+                at = products_at(hidden, part, site, n, num_entries, width, GROUP)[:, None] + k[None, :]
                 tl.store(at, total, mask=mine[:, None])  # 0 from the rank on, so that expand reads whole blocks
             pending = pending & (slot != this)
 
 
 @triton.jit(do_not_specialize=BY_STEP)
 def _expand(
-    y, y_stride, offsets, slots, gates, table, hidden, z, num_rows, num_entries, hidden_stride, size,
-    WEIGHT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    y, y_stride, offsets, slots, gates, table, table_stride, hidden, z, num_rows, num_entries, width,
+    size_0, size_1, size_2, GROUP: tl.constexpr, WEIGHT: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y[t] += Σ gate · delta, for a block of outputs of a tile's rows; a row without effect is not written."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    site, begin, size, before = output_block(tl.program_id(1), size_0, size_1, size_2, GROUP, BLOCK)
+    table += site * table_stride
+    o = before + tl.arange(0, BLOCK)
     inside = o < size
     ranks = tl.arange(0, RANKS)
-    at = y + rows.to(tl.int64)[:, None] * y_stride + o[None, :]
+    at = y + rows.to(tl.int64)[:, None] * y_stride + begin + o[None, :]
     base = tl.load(at, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
     total = base
     is_live = tl.zeros([ROWS], tl.int32)
@@ -139,8 +153,8 @@ def _expand(
                     k = first_rank + ranks
                     h = tl.zeros([ROWS, RANKS], tl.float32)
                     for part in tl.static_range(PARTS):
-                        from_hidden = hidden + (part * num_entries + n).to(tl.int64)[:, None] * hidden_stride
-                        h += tl.load(from_hidden + k[None, :], mask=mine[:, None], other=0.0)
+                        from_hidden = products_at(hidden, part, site, n, num_entries, width, GROUP)
+                        h += tl.load(from_hidden[:, None] + k[None, :], mask=mine[:, None], other=0.0)
                     if kind != LORA:
                         down_bias = tl.load(down_bias_of(b) + k, mask=k < rank, other=0.0)
                         h = tl.where(mine[:, None] & (k < rank)[None, :], activate(b, h + down_bias[None, :]), 0.0)
