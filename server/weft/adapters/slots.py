@@ -24,14 +24,15 @@ AdapterSlot = NewType("AdapterSlot", int)
 
 _COLUMNS = 4  # kind, rank, address of the first tensor, address of the second
 _ROUTER_COLUMNS = 8  # as in SlotTable.routers
+_RANKS = 16
 _NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
 
 
 class Outline(NamedTuple):
     """All that a driver may decide from without looking at a row: while it is the same, so are a step's launches.
 
-    table_at: where kernels find `SlotTable.device_table`. rank: the largest of any plane. kinds: by site, the set of
-    kinds of its planes, uint16 with bit `kind`.
+    table_at: where kernels find `SlotTable.device_table`. rank: no plane has a larger one; a multiple of 16, so that a
+    resident less or more seldom changes it. kinds: by site, the set of kinds of its planes, uint16 with bit `kind`.
     """
 
     table_at: int
@@ -93,7 +94,8 @@ class SlotTable:
     def outline(self) -> Outline:
         """What launches depend on."""
         if self._outline is None:
-            self._outline = Outline(self.device_table.data_ptr(), max(self._ranks, default=0), self._kinds.tobytes())
+            rank = -(-max(self._ranks, default=0) // _RANKS) * _RANKS
+            self._outline = Outline(self.device_table.data_ptr(), rank, self._kinds.tobytes())
         return self._outline
 
     def join(self) -> None:
