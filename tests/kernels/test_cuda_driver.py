@@ -3,6 +3,8 @@
 Models run where the kernels do (tests/kernels/interpreted.py), in float32.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests import tiny
