@@ -3,9 +3,9 @@
     out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t], r[t])
 
 Shapes: T rows in the batch, N entries, S slots, I in, O out; G sites of a group that read one input, whose outputs lie
-side by side in a row of y. Nothing here reads the device: launches depend on shapes
-and on what the site says of its slots, so a step can be captured in a CUDA graph. For that reason no number that is on
-the device is checked, and who makes the rows answers for them.
+side by side in a row of y. Nothing here reads the device: launches depend on shapes and on what the site says of its
+slots, so a step can be captured in a CUDA graph. For that reason no number that is on the device is checked, and who
+makes the rows answers for them.
 
 Two launches serve a group with LoRAs, of any ranks and however many (shrink, expand); one serves scales and biases
 alone (expand). Bottleneck adapters take two more (fill, and a shrink of their own), the normed kind a third (finish).

@@ -89,7 +89,7 @@ def _shrink(
                 weights = tl.load(from_a + i[None, :], mask=(k < rank)[:, None] & (i < size)[None, :], other=0.0)
                 total += values[None, :] * weights.to(tl.float32)
             at = products_at(hidden, part, site, n, num_entries, width, GROUP)
-            tl.store(at + k, tl.sum(total, 1))  # 0 from the rank on, so that expand reads whole blocks
+            tl.store(at + k, tl.where(k < rank, tl.sum(total, 1), 0.0))  # expand reads whole blocks
 
 
 @triton.jit(do_not_specialize=BY_STEP)

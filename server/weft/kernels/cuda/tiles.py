@@ -112,7 +112,8 @@ def _shrink(
                     else:
                         total = tl.dot(values.to(tl.float32), weights, total, input_precision="ieee")
                 at = products_at(hidden, part, site, n, num_entries, width, GROUP)[:, None] + k[None, :]
-                tl.store(at, total, mask=mine[:, None])  # 0 from the rank on, so that expand reads whole blocks
+                total = tl.where((k < rank)[None, :], total, 0.0)  # expand reads whole blocks
+                tl.store(at, total, mask=mine[:, None])
             pending = pending & (slot != this)
 
 
