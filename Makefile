@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo serve test check format protos bench adapters base clean
+.PHONY: help setup demo serve test check format protos bench bench-gpu adapters base clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("weft needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -36,6 +36,9 @@ protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 
 bench: .venv/.installed ## Throughput beside PEFT on the same weights (about 3 minutes)
 	$(BIN)/python -m benchmarks.throughput
+
+bench-gpu: .venv/.installed ## Rows G1 to G10 on an NVIDIA GPU, beside its roofline (under 10 minutes)
+	$(BIN)/python -m benchmarks.gpu
 
 base: .venv/.installed ## Train the demo base again (about 15 minutes)
 	$(BIN)/python -m weft_training.demo.pretrain --output models/weft-demo

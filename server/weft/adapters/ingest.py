@@ -33,11 +33,16 @@ class Ingested(NamedTuple):
 
 
 class Ingest(NamedTuple):
-    """What adapters are fitted to. dtype: of the matrices in slots and of virtual keys and values."""
+    """What adapters are fitted to.
+
+    dtype: of the matrices in slots and of virtual keys and values. pinned: whether slabs lie in pinned memory, for a
+    CUDA device to copy from while it computes.
+    """
 
     base: BaseShape
     limits: AdapterLimits
     dtype: torch.dtype
+    pinned: bool = False
 
     def read(
         self, config_file: BinaryIO, weights_file: BinaryIO, *, size_bytes: int, files: FilePair = PEFT_FILES
@@ -54,7 +59,7 @@ class Ingest(NamedTuple):
         if files == MIXTURE_FILES:
             return self._mixture(config, tensors, size_bytes)
         adapter = directory.read(config, tensors, header.metadata, self.base, self.limits)
-        laid_out = slab.build(adapter, self.base, dtype=self.dtype)
+        laid_out = slab.build(adapter, self.base, dtype=self.dtype, pinned=self.pinned)
         base_model = config.get("base_model_name_or_path")
         info = AdapterInfo(
             method=adapter.method.name,
@@ -75,7 +80,7 @@ class Ingest(NamedTuple):
         for index, expert in enumerate(mixture.experts):
             if expert.adapter_id:
                 check_adapter_id(expert.adapter_id, field=f"mixture_config.experts[{index}].adapter_id")
-        laid_out = slab.build_router(mixture)
+        laid_out = slab.build_router(mixture, pinned=self.pinned)
         info = AdapterInfo(
             method=mixture_method.METHOD.name,
             size_bytes=size_bytes,

@@ -81,8 +81,8 @@ class Slab:
         return self.buffer.nbytes + virtual
 
 
-def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype) -> Slab:
-    """Lay `adapter` out for slots of `dtype`."""
+def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool = False) -> Slab:
+    """Lay `adapter` out for slots of `dtype`; pinned: in memory that a CUDA device copies from by itself."""
     placed: list[tuple[Part, Tensor]] = []
     entries: list[SlabEntry] = []
     offset = 0
@@ -100,7 +100,7 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype) -> Slab:
             first = place(packed.first)
             second = None if packed.second is None else place(packed.second)
             entries.append(SlabEntry(base.sites[name].index, name, plane, packed.kind, packed.rank, first, second))
-    buffer = torch.zeros(offset, dtype=torch.uint8)
+    buffer = torch.zeros(offset, dtype=torch.uint8, pin_memory=pinned)
     for part, tensor in placed:
         part.view(buffer).copy_(tensor)
     virtual, kv_bytes = None, 0
@@ -112,11 +112,11 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype) -> Slab:
     return Slab(method=adapter.method, buffer=buffer, entries=tuple(entries), virtual=virtual, kv_bytes=kv_bytes)
 
 
-def build_router(given: Mixture) -> Slab:
-    """Lay a mixture's router out: it stays float32, whatever the slots' dtype."""
+def build_router(given: Mixture, *, pinned: bool = False) -> Slab:
+    """Lay a mixture's router out: it stays float32, whatever the slots' dtype; pinned: as in `build`."""
     weight = given.params.weight.float().contiguous()
     part = Part(0, tuple(weight.shape), weight.dtype)
-    buffer = torch.zeros(-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)
+    buffer = torch.zeros(-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
     part.view(buffer).copy_(weight)
     router = RouterEntry(given.config, part)
     return Slab(method=mixture.METHOD, buffer=buffer, entries=(), virtual=None, kv_bytes=0, router=router)

@@ -7,13 +7,16 @@ is called by its first plane. Only the engine thread calls this.
 """
 
 import struct
-from collections.abc import Mapping
-from typing import Any, NewType
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NewType
 
 import torch
 from torch import Tensor
 
 from weft.adapters.slab import Slab
+from weft.adapters.upload import upload_to
 from weft.methods.mixture import MixtureConfig, MixtureParams
 from weft.methods.protocol import DeltaKind, Method, Packed
 
@@ -21,7 +24,20 @@ AdapterSlot = NewType("AdapterSlot", int)
 
 _COLUMNS = 4  # kind, rank, address of the first tensor, address of the second
 _ROUTER_COLUMNS = 8  # as in SlotTable.routers
+_RANKS = 16
 _NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
+
+
+class Outline(NamedTuple):
+    """All that a driver may decide from without looking at a row: while it is the same, so are a step's launches.
+
+    table_at: where kernels find `SlotTable.device_table`. rank: no plane has a larger one; a multiple of 16, so that a
+    resident less or more seldom changes it. kinds: by site, the set of kinds of its planes, uint16 with bit `kind`.
+    """
+
+    table_at: int
+    rank: int
+    kinds: bytes
 
 
 class _Held:
@@ -38,6 +54,7 @@ class SlotTable:
     """Slots of one base.
 
     table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every plane at every site.
+    device_table: the same, in the device's memory; it stays where it is until S grows.
     routers: int64 [S, 8], the kernels' view of mixtures: address of W float32 [M, C, hidden], elements from one layer's
         W to the next (0 where all share one), hidden, experts, choices C, top_k, flags (1 normalize, 2 absolute,
         4 rms_norm), and τ as the bits of a float32; zeros in a slot that holds none.
@@ -49,16 +66,21 @@ class SlotTable:
 
     def __init__(self, *, num_sites: int, capacity_bytes: int, device: torch.device) -> None:
         self.table = torch.zeros(num_sites, 8, _COLUMNS, dtype=torch.int64)
+        self.device_table = self.table.to(device, copy=True)
         self.routers = torch.zeros(8, _ROUTER_COLUMNS, dtype=torch.int64)
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
-        self._device = device
+        self._upload = upload_to(device)
         self.planes: dict[AdapterSlot, tuple[int, ...]] = {}
         self._held: dict[AdapterSlot, _Held] = {}
         self._free = list(reversed(range(8)))
         self.num_entries = [0] * num_sites
         self.num_input_scales = [0] * num_sites
         self.num_residual_readers = 0
+        self._num_of_kind = [[0] * len(DeltaKind) for _ in range(num_sites)]
+        self._kinds = array("H", bytes(2 * num_sites))
+        self._ranks: Counter[int] = Counter()
+        self._outline: Outline | None = None
 
     def __len__(self) -> int:
         return len(self._held)
@@ -68,8 +90,20 @@ class SlotTable:
         """What the budget has left."""
         return self.capacity_bytes - self.used_bytes
 
+    @property
+    def outline(self) -> Outline:
+        """What launches depend on."""
+        if self._outline is None:
+            rank = -(-max(self._ranks, default=0) // _RANKS) * _RANKS
+            self._outline = Outline(self.device_table.data_ptr(), rank, self._kinds.tobytes())
+        return self._outline
+
+    def join(self) -> None:
+        """What is computed from now on finds the weights of every slot that was filled before."""
+        self._upload.join()
+
     def put(self, slab: Slab) -> AdapterSlot | None:
-        """Copy an adapter into a slot; None where the budget has no room for it now."""
+        """Copy an adapter into a slot, to be read after `join`; None where the budget has no room for it now."""
         if slab.buffer.nbytes > self.free_bytes:
             return None
         while len(self._free) < slab.num_planes:
@@ -78,7 +112,7 @@ class SlotTable:
         slot = AdapterSlot(planes[0])
         if len(planes) > 1:
             self.planes[slot] = planes
-        buffer = slab.buffer.to(self._device, non_blocking=True)  # on a CPU host and device share the bytes
+        buffer = self._upload.start(slab.buffer)
         self._held[slot] = _Held(slab, buffer)
         self.used_bytes += slab.buffer.nbytes
         start = buffer.data_ptr()
@@ -87,6 +121,7 @@ class SlotTable:
             self.table[entry.site_index, planes[entry.plane]] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
             )
+        self._mirror(planes)
         if slab.router is not None:
             self.routers[slot] = torch.tensor(_router_row(slab.router.config, self.router(slot)[1]))
         self._count(slab, 1)
@@ -95,10 +130,12 @@ class SlotTable:
     def drop(self, slot: AdapterSlot) -> int:
         """Free a slot; returns its bytes. The caller knows that no running request uses it."""
         held = self._held.pop(slot)
-        for plane in self.planes.pop(slot, (slot,)):
+        planes = self.planes.pop(slot, (slot,))
+        for plane in planes:
             self.table[:, plane] = DeltaKind.NONE
             self.routers[plane] = 0
             self._free.append(plane)
+        self._mirror(planes)
         self.used_bytes -= held.slab.buffer.nbytes
         self._count(held.slab, -1)
         return held.slab.buffer.nbytes
@@ -125,18 +162,32 @@ class SlotTable:
         return held.params
 
     def _count(self, slab: Slab, step: int) -> None:
+        self._outline = None
+        self._ranks[max((entry.rank for entry in slab.entries), default=0)] += step
+        self._ranks = +self._ranks
         for entry in slab.entries:
+            counts = self._num_of_kind[entry.site_index]
+            counts[entry.kind] += step
+            if counts[entry.kind] == max(step, 0):  # the first has come, or the last has gone
+                self._kinds[entry.site_index] ^= 1 << entry.kind
             self.num_entries[entry.site_index] += step
             if entry.kind is DeltaKind.SCALE_INPUT:
                 self.num_input_scales[entry.site_index] += step
             if entry.kind.reads_residual:
                 self.num_residual_readers += step
 
+    def _mirror(self, planes: Sequence[int]) -> None:
+        """Bring the device's table up to date, in order with the steps that read it."""
+        for plane in planes:
+            self.device_table[:, plane] = self.table[:, plane].to(self.device_table.device)
+
     def _grow(self) -> None:
         num_sites, capacity, _ = self.table.shape
         grown = torch.zeros(num_sites, 2 * capacity, _COLUMNS, dtype=torch.int64)
         grown[:, :capacity] = self.table
         self.table = grown
+        self.device_table = grown.to(self.device_table.device, copy=True)
+        self._outline = None
         routers = torch.zeros(2 * capacity, _ROUTER_COLUMNS, dtype=torch.int64)
         routers[:capacity] = self.routers
         self.routers = routers

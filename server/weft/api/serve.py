@@ -96,7 +96,9 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
         block_size=config.engine.block_size,
         adapter_bytes=config.residency.device_bytes,
         kernels=kernels,
+        num_recorded_rows=config.engine.max_num_seqs,
     )
+    runner.warm_up()
     # Beside its virtual positions an adapter needs one token to read and one to write.
     num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, max_model_len - 2)
     limits = replace(config.adapters, num_virtual_tokens_max=num_virtual_tokens_max)
@@ -111,7 +113,7 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     model = ServedModel(
         facts=facts,
         shape=base.shape,
-        ingest=Ingest(base.shape, limits, base.dtype),
+        ingest=Ingest(base.shape, limits, base.dtype, pinned=base.device.type == "cuda"),
         quantization=base.quantization.value,
         dtype=str(base.dtype).removeprefix("torch."),
         device=base.device.type,

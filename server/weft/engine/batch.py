@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ class Batch(NamedTuple):
     log_gates: Tensor | None  # float32 [T, S]: added to a row's attention scores of a span; None where all are 0
     sample_rows: Tensor  # int64 [number of requests that sample]
     adapter_rows: AdapterRows | None  # None where no row has an adapter
+
+    @property
+    def samples_all(self) -> bool:
+        """Whether every row samples, as in a step of decode rows alone."""
+        return len(self.sample_rows) == len(self.input_ids)
 
 
 def build(
@@ -150,6 +156,43 @@ def build(
         log_gates=log_gates,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         adapter_rows=adapter_rows,
+    )
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """Every tensor that kernels read of a batch without a mixture, in a fixed order."""
+    rows = batch.adapter_rows
+    found = [
+        batch.input_ids,
+        batch.positions,
+        batch.kv_slots,
+        batch.query_start,
+        batch.context_lens,
+        batch.virtual_lens,
+        batch.block_tables,
+        batch.sample_rows,
+    ]
+    found += [] if batch.log_gates is None else [batch.log_gates]
+    return found + ([] if rows is None else [rows.offsets, rows.slots, rows.gates])
+
+
+def with_tensors(batch: Batch, moved: Sequence[Tensor]) -> Batch:
+    """The batch with other tensors, in the order of `tensors`."""
+    rest = iter(moved)
+    ids, positions, kv_slots, query_start, context_lens, virtual_lens, block_tables, sample_rows = islice(rest, 8)
+    return Batch(
+        input_ids=ids,
+        positions=positions,
+        kv_slots=kv_slots,
+        query_start=query_start,
+        context_lens=context_lens,
+        virtual_lens=virtual_lens,
+        block_tables=block_tables,
+        log_gates=None if batch.log_gates is None else next(rest),
+        sample_rows=sample_rows,
+        adapter_rows=None
+        if batch.adapter_rows is None
+        else batch.adapter_rows._replace(offsets=next(rest), slots=next(rest), gates=next(rest)),
     )
 
 

@@ -256,7 +256,9 @@ class Engine:
         if batch.adapter_rows is not None and batch.adapter_rows.routing is not None:
             self._gatings.note(step, batch.adapter_rows.routing)
         requests = [scheduled.request for scheduled in step if scheduled.samples]
-        return list(zip(requests, sampler.sample(logits, requests), strict=True)) if requests else []
+        if not requests:
+            return []
+        return list(zip(requests, sampler.sample(logits, requests, self._runner.transfer), strict=True))
 
     def _append(self, request: Request, token: SampledToken | None, now: float) -> None:
         if token is None:
@@ -364,6 +366,7 @@ class Engine:
     def _add(self, request: Request) -> None:
         self._requests[request.request_id] = request
         self.scheduler.add(request)
+        self.residency.foresee(request)
 
     def _end_by_id(self, request_id: RequestId, reason: FinishReason, error: WeftError | None) -> None:
         request = self._requests.get(request_id)

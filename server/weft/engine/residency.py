@@ -74,6 +74,15 @@ class Residency:
         """Whether a load that the request needs is on its way."""
         return any(generation in self._pending for generation in request.generations)
 
+    def foresee(self, request: Request) -> None:
+        """A request was queued: have what it needs brought to the host while it waits for its turn.
+
+        Nothing is kept here for it; the host's memory decides what stays.
+        """
+        for generation in request.generations:
+            if generation not in self._resident and generation not in self._arrived:
+                self._ask_for(generation)
+
     def admit(self, request: Request) -> bool:
         """Hold every adapter of a request; False where one is not resident: it is on its way, or there is no room."""
         if request in self.slots_of:
@@ -195,13 +204,17 @@ class Residency:
             return False
         missing = {g: self._arrived.get(g) for g in generations if g not in self._resident}
         for generation, slab in missing.items():
-            if slab is None and generation not in self._pending:
-                self._pending.add(generation)
-                self._request_load(generation)
+            if slab is None:
+                self._ask_for(generation)
         slabs = {generation: slab for generation, slab in missing.items() if slab is not None}
         if len(slabs) < len(missing) or not self._make_room(slabs.values(), keep=generations):
             return False
         return all(self._place(generation, slab) for generation, slab in slabs.items())
+
+    def _ask_for(self, generation: Generation) -> None:
+        if generation not in self._pending:
+            self._pending.add(generation)
+            self._request_load(generation)
 
     def _answer(self, generation: Generation) -> None:
         """Tell those who wait for an adapter by itself, once it is known what becomes of it."""

@@ -3,6 +3,7 @@
 Everything above (scheduler, sampler, streams) meets the model only through `Runner`; tests put a scripted one here.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -11,8 +12,12 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot, SlotTable
+from weft.engine import batch as batches
 from weft.engine.batch import AdapterRows, Batch, at_rows, entries_at
+from weft.engine.graphs import Graphs
+from weft.engine.padding import common_shapes, empty, num_scratch_blocks, shape_of
 from weft.engine.reference_routers import ReferenceRouters
+from weft.engine.transfer import Transfer, transfer_to
 from weft.errors import AdapterUnusable
 from weft.kernels.selection import Kernels
 from weft.methods.driver import ReferenceDriver, Segment
@@ -20,6 +25,8 @@ from weft.methods.inject import Driver
 from weft.methods.protocol import Site, SiteKind, SoftRows, Virtual, VirtualKV
 from weft.model.loader import Base
 from weft.model.paged_attention import KVCache, Paged, PagedBatch, attend_reference
+
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -31,12 +38,18 @@ class Runner(Protocol):
         ...
 
     @property
+    def transfer(self) -> Transfer:
+        """The way to the device that logits are on, and back."""
+        ...
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers of the base."""
         ...
 
     def forward(self, batch: Batch) -> Tensor:
-        """Compute a step; logits [number of sample rows, V]. A mixture's gates and their trace are written."""
+        """Compute a step; logits [number of sample rows, V], until the next step. A mixture's gates and their trace
+        are written."""
         ...
 
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
@@ -94,18 +107,31 @@ def is_fatal(error: Exception) -> bool:
 
 
 class ModelRunner:
-    """The real one: a loaded base, its KV pool and its adapter slots."""
+    """The real one: a loaded base, its KV pool and its adapter slots.
+
+    num_recorded_rows: decode steps of up to so many rows are recorded and replayed, where the kernels can be recorded.
+    """
 
     def __init__(
-        self, base: Base, *, num_kv_blocks: int, block_size: int, adapter_bytes: int, kernels: Kernels
+        self,
+        base: Base,
+        *,
+        num_kv_blocks: int,
+        block_size: int,
+        adapter_bytes: int,
+        kernels: Kernels,
+        num_recorded_rows: int = 0,
     ) -> None:
+        self.transfer = transfer_to(base.device)
         self.slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=adapter_bytes, device=base.device)
         self._base = base
         self._heads = [site.index for site in base.shape.of_kind(SiteKind.HEAD)]
         self._kernels = kernels
+        self._num_recorded_rows = num_recorded_rows if kernels.recorder is not None else 0
+        num_scratch = num_scratch_blocks(self._num_recorded_rows, block_size)
         self._cache = KVCache.allocate(
             num_layers=base.shape.num_layers,
-            num_blocks=num_kv_blocks,
+            num_blocks=num_kv_blocks + num_scratch,
             block_size=block_size,
             num_kv_heads=base.shape.num_kv_heads,
             head_dim=base.shape.head_dim,
@@ -114,10 +140,30 @@ class ModelRunner:
         )
         make_attend = kernels.attend
         self._attend = attend_reference if make_attend is None else make_attend(self._cache.keys, self._cache.values)
+        self._graphs: Graphs | None = None
+        if kernels.recorder is not None and num_recorded_rows:
+            self._graphs = Graphs(
+                lambda there: self._compute(there, there),
+                kernels.recorder(),
+                self.transfer,
+                device=base.device,
+                first_scratch_block=num_kv_blocks,
+                block_size=block_size,
+            )
 
     @property
     def num_layers(self) -> int:
         return self._base.shape.num_layers
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Record the decode steps that will come without doubt, where steps are recorded at all."""
+        if self._graphs is None:
+            return
+        shapes = common_shapes(self._num_recorded_rows)
+        for done, shape in enumerate(shapes, start=1):
+            self._graphs.run(empty(), shape)
+            _log.info("runner: recorded %d of %d decode steps, of %d rows", done, len(shapes), shape.rows)
 
     @torch.inference_mode()
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
@@ -126,22 +172,41 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        device = self._base.device
+        self.slots.join()
+        if self._graphs is not None and len(batch.input_ids) <= self._num_recorded_rows:
+            shape = shape_of(batch, self.slots.outline)
+            if shape is not None:
+                return self._graphs.run(batch, shape)
+        there = batches.with_tensors(batch, self.transfer.up(batches.tensors(batch)))
+        trace = _trace(batch)
+        if trace is None:
+            return self._compute(batch, there)
+        made = trace if trace.device == self._base.device else torch.zeros_like(trace, device=self._base.device)
+        logits = self._compute(batch, _with_trace(there, made))
+        if made is not trace:
+            trace.copy_(self.transfer.down(made))
+        return logits
+
+    def _compute(self, batch: Batch, there: Batch) -> Tensor:
+        """Logits of a batch that is on the host as `batch` and on the device as `there`.
+
+        Of a decode step only tensors of `there` are looked at, and none of them on the host.
+        """
         paged = PagedBatch(
             cache=self._cache,
-            kv_slots=batch.kv_slots.to(device),
-            query_start=batch.query_start.to(device),
-            context_lens=batch.context_lens.to(device),
-            virtual_lens=batch.virtual_lens.to(device),
-            block_tables=batch.block_tables.to(device),
-            log_gates=None if batch.log_gates is None else batch.log_gates.to(device),
+            kv_slots=there.kv_slots,
+            query_start=there.query_start,
+            context_lens=there.context_lens,
+            virtual_lens=there.virtual_lens,
+            block_tables=there.block_tables,
+            log_gates=there.log_gates,
         )
-        with self._base.context.use(self._driver(batch, paged.log_gates)):
+        with self._base.context.use(self._driver(batch, there)):
             out = self._base.model(
-                input_ids=batch.input_ids[None].to(device),
-                position_ids=batch.positions[None].to(device),
+                input_ids=there.input_ids[None],
+                position_ids=there.positions[None],
                 use_cache=False,
-                logits_to_keep=batch.sample_rows.to(device),
+                logits_to_keep=0 if batch.samples_all else there.sample_rows,  # 0 keeps all
                 paged=Paged(paged, self._attend),
             )
         return out.logits[0]
@@ -178,20 +243,24 @@ class ModelRunner:
                 "ADAPTER_NON_FINITE", "the adapter's virtual positions make numbers that are not finite on this base"
             )
 
-    def _driver(self, batch: Batch, log_gates: Tensor | None) -> Driver | None:
-        rows = batch.adapter_rows
-        if rows is None:
+    def _driver(self, batch: Batch, there: Batch) -> Driver | None:
+        host_rows, rows = batch.adapter_rows, there.adapter_rows
+        if host_rows is None or rows is None:
             return None
-        routers = ReferenceRouters(self.slots, rows.routing, log_gates, self._base.device)
+        if rows.routing is not None and rows.routing.log_gates is not None:
+            rows = rows._replace(routing=rows.routing._replace(log_gates=there.log_gates))
+        routers = ReferenceRouters(self.slots, rows.routing, there.log_gates, self._base.device)
         driver = self._driver_of(rows, routers)
-        if not any(self.slots.num_entries[index] for index in self._heads):
+        if batch.samples_all or not any(self.slots.num_entries[index] for index in self._heads):
             return driver
-        at_head = at_rows(rows, batch.sample_rows)
+        at_head = at_rows(host_rows, batch.sample_rows)
         if not len(at_head.slots):
             return ByRows(driver, ReferenceDriver(()))
+        _, host_entries = entries_at(host_rows, batch.sample_rows)
+        offsets, slots, gates, entries = self.transfer.up([at_head.offsets, at_head.slots, at_head.gates, host_entries])
+        at_head = at_head._replace(offsets=offsets, slots=slots, gates=gates)
         if rows.routing is None:
             return ByRows(driver, self._driver_of(at_head, routers))
-        _, entries = entries_at(rows, batch.sample_rows)
         renew = partial(torch.index_select, rows.gates, 0, entries, out=at_head.gates)
         return ByRows(driver, self._driver_of(at_head, routers, batch.sample_rows), renew)
 
@@ -202,6 +271,19 @@ class ModelRunner:
         plain, routed = routers.split(rows.runs, sample_rows)
         of_plain = segments(self.slots, rows._replace(runs=plain), self._base.device)
         return ReferenceDriver([*of_plain, *routed], routers.routed if sample_rows is None else ())
+
+
+def _trace(batch: Batch) -> Tensor | None:
+    """Where a step's mixtures write what they made; None where nobody looks."""
+    rows = batch.adapter_rows
+    return None if rows is None or rows.routing is None else rows.routing.trace
+
+
+def _with_trace(batch: Batch, trace: Tensor) -> Batch:
+    rows = batch.adapter_rows
+    assert rows is not None
+    assert rows.routing is not None
+    return batch._replace(adapter_rows=rows._replace(routing=rows.routing._replace(trace=trace)))
 
 
 def segments(slots: SlotTable, rows: AdapterRows, device: torch.device) -> Sequence[Segment]:

@@ -3,102 +3,152 @@
 Order of the filters, as Hugging Face applies them: repetition penalty, temperature, top-k, top-p (of what top-k left),
 min-p; then one draw by inverting the cumulative distribution at the request's next uniform number. One draw per token
 and no shared generator: a seed gives the same tokens whatever else is in the batch, also after a preemption.
+
+What the requests want is written down on the host and goes to the logits' device in one piece; what was chosen comes
+back in one piece. In between nobody waits for the device.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weft.engine.request import Request, SampledToken, TokenLogprob
+from weft.engine.transfer import HERE, Transfer
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
-    """The next token of each request; None where its row of `logits` [B, V] is not finite."""
-    logits = logits.float()
-    finite = torch.isfinite(logits).all(-1)
-    raw = logits
-    logits = _penalize_repetition(logits, requests)
-    logits = _hold_back_stops(logits, requests)
+class _Wishes(NamedTuple):
+    """What a step's requests want of their rows. Cells count along the flattened logits [B · V]."""
+
+    seen: Tensor  # int64 [N]: cells of tokens that a penalty is for
+    penalties: Tensor  # float32 [N]
+    held: Tensor  # int64 [N]: cells of stop tokens that are not to be drawn yet
+    drawing: Tensor  # int64 [D]: rows that are drawn, in order; the others take the largest
+    filters: Tensor  # float32 [4, D]: temperature, top-k (V for none), top-p, min-p
+    uniform: Tensor  # float64 [D]: each drawn row's random number in [0, 1)
+    asked: Tensor  # int64 [A]: rows whose log-probabilities are told
+
+
+def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HERE) -> list[SampledToken | None]:
+    """The next token of each request; None where its row of `logits` [B, V] is not finite.
+
+    transfer: the way to the logits' device.
+    """
+    host = _wishes(requests, logits.shape[-1])
+    num_top = max((request.params.logprobs or 0 for request in requests), default=0)
+    wishes = _Wishes(*transfer.up(host))
+    raw = logits = logits.float()
+    if len(wishes.seen):
+        logits = _penalize_repetition(logits, wishes.seen, wishes.penalties)
+    if len(wishes.held):
+        logits = _contiguous_copy(logits)
+        logits.view(-1).index_fill_(0, wishes.held, float("-inf"))
     chosen = logits.argmax(-1)  # [B]
-    drawing = [row for row, request in enumerate(requests) if request.params.temperature > 0]
-    if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        chosen[rows] = _draw(logits[rows], [requests[row] for row in drawing])
-    tokens = chosen.tolist()
-    logprobs = _logprobs(raw, chosen, requests)
+    if len(wishes.drawing):
+        drawn = logits if len(wishes.drawing) == len(logits) else logits[wishes.drawing]
+        chosen = chosen.index_copy(0, wishes.drawing, _draw(drawn, wishes.filters, wishes.uniform))
+    made = [chosen.int(), raw.isfinite().all(-1).int()]
+    if len(wishes.asked):
+        made += _logprobs(raw[wishes.asked], chosen[wishes.asked], num_top)
+    told = iter(transfer.down(torch.cat(made)).split([len(part) for part in made]))
+    tokens, finite = next(told).tolist(), next(told).tolist()
+    logprobs = _read_logprobs([*told], host.asked.tolist(), requests)
     return [
         SampledToken(token, *logprobs.get(row, (None, ()))) if ok else None
-        for row, (token, ok) in enumerate(zip(tokens, finite.tolist(), strict=True))
+        for row, (token, ok) in enumerate(zip(tokens, finite, strict=True))
     ]
 
 
-def _penalize_repetition(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def _wishes(requests: Sequence[Request], vocab_size: int) -> _Wishes:
+    seen: list[int] = []
+    penalties: list[float] = []
+    held: list[int] = []
+    drawing: list[tuple[int, Request]] = []
+    asked: list[int] = []
+    for row, request in enumerate(requests):
+        params = request.params
+        if params.repetition_penalty != 1.0:
+            tokens = {*request.prompt_token_ids, *request.output}
+            seen += [row * vocab_size + token for token in tokens]
+            penalties += [params.repetition_penalty] * len(tokens)
+        if len(request.output) < params.min_new_tokens:
+            held += [row * vocab_size + token for token in params.stop_token_ids]
+        if params.temperature > 0:
+            drawing.append((row, request))
+        if params.logprobs is not None:
+            asked.append(row)
+    drawn = [request.params for _, request in drawing]
+    filters = [[p.temperature, float(p.top_k or vocab_size), p.top_p, p.min_p] for p in drawn]
+    return _Wishes(
+        seen=torch.tensor(seen, dtype=torch.int64),
+        penalties=torch.tensor(penalties, dtype=torch.float32),
+        held=torch.tensor(held, dtype=torch.int64),
+        drawing=torch.tensor([row for row, _ in drawing], dtype=torch.int64),
+        filters=torch.tensor(filters, dtype=torch.float32).view(len(drawn), 4).T.contiguous(),
+        uniform=torch.tensor([request.random.random() for _, request in drawing], dtype=torch.float64),
+        asked=torch.tensor(asked, dtype=torch.int64),
+    )
+
+
+def _contiguous_copy(logits: Tensor) -> Tensor:
+    return logits.clone(memory_format=torch.contiguous_format)
+
+
+def _penalize_repetition(logits: Tensor, seen: Tensor, penalties: Tensor) -> Tensor:
     """Divide positive and multiply negative logits of tokens seen in prompt or output (Keskar et al. 2019, CTRL)."""
-    penalized = [row for row, request in enumerate(requests) if request.params.repetition_penalty != 1.0]
-    if penalized:
-        logits = logits.clone()
-    for row in penalized:
-        request = requests[row]
-        penalty = request.params.repetition_penalty
-        seen = torch.tensor(sorted({*request.prompt_token_ids, *request.output}), device=logits.device)
-        values = logits[row, seen]
-        changed = torch.where(values > 0, values / penalty, values * penalty)
-        logits[row, seen] = changed.clamp(-_LARGEST, _LARGEST)
+    logits = _contiguous_copy(logits)
+    values = logits.view(-1)[seen]
+    changed = torch.where(values > 0, values / penalties, values * penalties)
+    logits.view(-1).index_copy_(0, seen, changed.clamp(-_LARGEST, _LARGEST))
     return logits
 
 
-def _hold_back_stops(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Keep stop tokens from being drawn while a request has fewer than min_new_tokens."""
-    held = [row for row, request in enumerate(requests) if len(request.output) < request.params.min_new_tokens]
-    if held:
-        logits = logits.clone()
-        for row in held:
-            logits[row, sorted(requests[row].params.stop_token_ids)] = float("-inf")
-    return logits
-
-
-def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """One token per row of `logits` [B, V]; the row's uniform number is taken from its request."""
-    device = logits.device
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-    params = [request.params for request in requests]
+def _draw(logits: Tensor, filters: Tensor, uniform: Tensor) -> Tensor:
+    """One token per row of `logits` [D, V]."""
+    temperature, top_k, top_p, min_p = filters[..., None]  # [D, 1] each
     # From the largest down: dividing by a small temperature must not overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params])
-    probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # [B, V]
-    vocab_size = logits.shape[-1]
-    keep = torch.arange(vocab_size, device=device) < column([p.top_k or vocab_size for p in params])
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # [D, V]
+    keep = torch.arange(logits.shape[-1], device=logits.device) < top_k
     left = probabilities * keep
     reached = left.cumsum(-1, dtype=torch.float64)  # float32 would cut the tail of a large vocabulary
-    keep &= reached - left < column([p.top_p for p in params]) * reached[:, -1:]
-    keep &= probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
+    keep &= reached - left < top_p * reached[:, -1:]
+    keep &= probabilities >= min_p * probabilities[:, :1]
     keep[:, 0] = True
     cumulative = (probabilities * keep).cumsum(-1, dtype=torch.float64)
-    uniform = torch.tensor([request.random.random() for request in requests], dtype=torch.float64, device=device)
     index = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
     last_kept = keep.sum(-1, keepdim=True) - 1  # kept tokens are a prefix of the sorted row
     return tokens.gather(-1, index.minimum(last_kept))[:, 0]
 
 
-def _logprobs(
-    logits: Tensor, chosen: Tensor, requests: Sequence[Request]
+def _logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> list[Tensor]:
+    """Of rows [A, V]: log-probabilities of the chosen tokens [A] and of the best [A · num_top], and those tokens.
+
+    All as int32; the bits of a log-probability are those of a float32.
+    """
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(-1, chosen[:, None])[:, 0]
+    values, tokens = logprobs.topk(num_top, -1) if num_top else (logprobs[:, :0], chosen[:, None][:, :0])
+    return [own.view(torch.int32), values.reshape(-1).view(torch.int32), tokens.reshape(-1).int()]
+
+
+def _read_logprobs(
+    told: Sequence[Tensor], asked: Sequence[int], requests: Sequence[Request]
 ) -> dict[int, tuple[float, tuple[TokenLogprob, ...]]]:
     """By row, for requests that ask: the chosen token's log-probability and the alternatives."""
-    rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-    if not rows:
+    if not asked:
         return {}
-    logprobs = logits[rows].log_softmax(-1)
-    count = max(requests[row].params.logprobs or 0 for row in rows)
-    values, tokens = logprobs.topk(count, -1) if count else (logprobs[:, :0], chosen[rows][:, None][:, :0])
-    own = logprobs.gather(-1, chosen[rows][:, None])[:, 0].tolist()
+    own, values, tokens = told
+    num_top = len(tokens) // len(asked)
+    value_rows = values.view(torch.float32).view(len(asked), num_top).tolist()
+    token_rows = tokens.view(len(asked), num_top).tolist()
     result = {}
-    for i, (row, value_row, token_row) in enumerate(zip(rows, values.tolist(), tokens.tolist(), strict=True)):
+    for row, logprob, value_row, token_row in zip(
+        asked, own.view(torch.float32).tolist(), value_rows, token_rows, strict=True
+    ):
         wanted = requests[row].params.logprobs or 0
-        top = tuple(map(TokenLogprob, token_row[:wanted], value_row[:wanted]))
-        result[row] = (own[i], top)
+        result[row] = (logprob, tuple(map(TokenLogprob, token_row[:wanted], value_row[:wanted])))
     return result

@@ -7,6 +7,7 @@ device, the reference itself runs.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from weft.kernels.cpu import elementwise, library
 from weft.kernels.cpu.driver import Attend, DriverFactory
+from weft.kernels.recording import Record
 from weft.methods.inject import Driver
 
 _log = logging.getLogger(__name__)
@@ -28,12 +30,15 @@ class Kernels:
         reference driver.
     attend: makes paged attention (model/paged_attention.py, Attend) for a KV pool's (keys, values); None for the
         reference.
+    recorder: makes what records steps of decode rows (kernels/recording.py), where driver and attention read nothing
+        but tensors that stay where they are; None where steps are told anew each time.
     rms_norm, gate: what model/elementwise.py puts into the model; None leaves it as it is.
     """
 
     name: str
     driver: Callable[[Any, Tensor, Tensor, Tensor, Any], Driver] | None = None
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
+    recorder: Callable[[], Record] | None = None
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
     gate: Callable[[Tensor, Tensor, str], Tensor] | None = None
 
@@ -43,6 +48,8 @@ REFERENCE = Kernels(name="reference")
 
 def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest implementation for a device and the base's dtype."""
+    if device.type == "cuda":
+        return _for_cuda(dtype)
     if device.type != "cpu":
         return REFERENCE
     loaded = library.load()
@@ -52,3 +59,15 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     return Kernels(
         name="cpu", driver=DriverFactory(dtype), attend=Attend, rms_norm=elementwise.rms_norm, gate=elementwise.gate
     )
+
+
+def _for_cuda(dtype: torch.dtype) -> Kernels:
+    if find_spec("triton") is None:
+        _log.warning("Triton is not installed; the slower reference path runs instead")
+        return REFERENCE
+    from weft.kernels.cuda import driver  # not before Triton is known to be there
+
+    if dtype not in driver.DTYPES:
+        _log.warning("the kernels need float32 or bfloat16, given %s; the slower reference path runs instead", dtype)
+        return REFERENCE
+    return Kernels(name="cuda", driver=driver.DriverFactory(dtype))

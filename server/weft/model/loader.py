@@ -65,8 +65,20 @@ def load(config: ModelConfig, *, attention: str) -> Base:
         trust_remote_code=False,
         use_safetensors=True,
     )
+    return wrap(
+        model,
+        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
+        name=path.name,
+        digest=fingerprint(path, config.quantization, double_quant=config.double_quant),
+        quantization=config.quantization,
+        dtype=dtype,
+    )
+
+
+def wrap(model: Any, tokenizer: Any, *, name: str, digest: str, quantization: Quantization, dtype: torch.dtype) -> Base:
+    """A transformers model as a base, changed in place: frozen, in evaluation mode, its sites wrapped."""
     model.eval().requires_grad_(False)
-    text_config = hf_config.get_text_config()
+    text_config = model.config.get_text_config()
     context = AdapterContext()
     sites = sublayers.mark(model, adapter_sites(model, head=model.get_output_embeddings()))
     inject(model, sites, context, sublayers.layers_of(model, sites))
@@ -78,17 +90,17 @@ def load(config: ModelConfig, *, attention: str) -> Base:
         num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
         embedding_size=embedding.weight.shape[1],
-        digest=fingerprint(path, config.quantization, double_quant=config.double_quant),
-        name=path.name,
+        digest=digest,
+        name=name,
     )
     return Base(
         model=model,
         context=context,
-        tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
+        tokenizer=tokenizer,
         shape=shape,
-        device=device,
+        device=model.device,
         dtype=dtype,
-        quantization=config.quantization,
+        quantization=quantization,
         vocab_size=text_config.vocab_size,
         max_model_len=text_config.max_position_embeddings,
         eos_token_ids=_eos_token_ids(model),

@@ -1,0 +1,76 @@
+"""What bounds a decode step: the bytes that it must read, at the rate that this device was seen to copy.
+
+step ≥ max(bytes / bandwidth, operations / rate) · bytes = weights as they are held + keys and values + adapters
+"""
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from weft.model.loader import Base
+
+
+class Device(NamedTuple):
+    """What a device was seen to do."""
+
+    name: str
+    bytes_per_s: float  # read and written, of a copy within its memory
+    flops_per_s: float  # of a bfloat16 product
+
+
+class Work(NamedTuple):
+    """What a decode step of one row more or less costs. Bytes and operations."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    flops_per_row: int
+
+
+def measure(device: torch.device, *, copy_bytes: int, product_size: int) -> Device:
+    """Copy and multiply, several times; the best of each."""
+    source = torch.ones(copy_bytes // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copied_s = _best_s(device, lambda: target.copy_(source))
+    left = torch.randn(product_size, product_size, device=device, dtype=torch.bfloat16)
+    product_s = _best_s(device, lambda: left @ left)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Device(name, 2 * source.nbytes / copied_s, 2 * product_size**3 / product_s)
+
+
+def _best_s(device: torch.device, run: Any) -> float:
+    best = float("inf")
+    for _ in range(8):
+        _finish(device)
+        begin = time.perf_counter()
+        run()
+        _finish(device)
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def work_of(base: Base) -> Work:
+    """What a step reads of a base: every weight once but the embedding, of which it reads a few rows."""
+    embedding = base.model.get_input_embeddings().weight
+    weight_bytes = 0
+    for module in base.model.modules():
+        for parameter in module.parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            weight_bytes += parameter.nbytes + (0 if state is None else state.absmax.nbytes)
+    sites = base.shape.sites.values()
+    flops = sum(2 * site.in_features * site.out_features for site in sites)
+    shape = base.shape
+    kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * base.dtype.itemsize
+    return Work(weight_bytes - embedding.nbytes, kv_bytes, flops)
+
+
+def bound(device: Device, work: Work, *, rows: int, context: int, adapter_bytes: int) -> float:
+    """Tokens a second that a step of `rows` cannot exceed. adapter_bytes: of all distinct adapters in the batch."""
+    num_bytes = work.weight_bytes + rows * context * work.kv_bytes_per_token + adapter_bytes
+    step_s = max(num_bytes / device.bytes_per_s, rows * work.flops_per_row / device.flops_per_s)
+    return rows / step_s

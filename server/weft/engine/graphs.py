@@ -1,0 +1,87 @@
+"""Decode steps that are recorded once for each shape and then replayed.
+
+A recorded step reads its inputs from a buffer on the device that stays where it is: to replay it is to copy the step's
+tensors there, in one copy, and to say go. What is recorded is whatever the device was told to do, addresses included,
+so a recording serves only steps of its `StepShape`, whose outline also says where the slot table is.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from weft.engine import batch as batches
+from weft.engine import padding
+from weft.engine.batch import Batch
+from weft.engine.padding import StepShape
+from weft.engine.transfer import Frame, Transfer
+from weft.kernels.recording import Record, Replay
+
+_RECORDINGS_MAX = 256
+
+
+class _Recording:
+    """A step on the device: its inputs, and how it is computed again."""
+
+    def __init__(self, inputs: Tensor, replay: Replay) -> None:
+        self.inputs = inputs
+        self.replay = replay
+
+
+class Graphs:
+    """The recordings of one runner, least recently used first.
+
+    compute: makes logits [rows, V] of a batch whose tensors are on the device, and reads nothing of it but tensors.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Batch], Tensor],
+        record: Record,
+        transfer: Transfer,
+        *,
+        device: torch.device,
+        first_scratch_block: int,
+        block_size: int,
+    ) -> None:
+        self._compute = compute
+        self._record = record
+        self._transfer = transfer
+        self._device = device
+        self._first_scratch_block = first_scratch_block
+        self._block_size = block_size
+        self._recordings: OrderedDict[StepShape, _Recording] = OrderedDict()
+        self._table_at: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def run(self, batch: Batch, shape: StepShape) -> Tensor:
+        """The logits [number of requests, V] of a decode step of `shape`; the next step overwrites them."""
+        padded = padding.pad(batch, shape, first_scratch_block=self._first_scratch_block, block_size=self._block_size)
+        tensors = batches.tensors(padded)
+        self._drop_stale(shape)
+        recording = self._recordings.get(shape)
+        if recording is None:
+            recording = self._recordings[shape] = self._make(padded, tensors)
+            if len(self._recordings) > _RECORDINGS_MAX:
+                self._recordings.popitem(last=False)
+        else:
+            self._recordings.move_to_end(shape)
+            self._transfer.up(tensors, recording.inputs)
+        return recording.replay()[: len(batch.input_ids)]
+
+    def _make(self, padded: Batch, tensors: Sequence[Tensor]) -> _Recording:
+        inputs = torch.empty(Frame.of(tensors).size_bytes, dtype=torch.uint8, device=self._device)
+        there = batches.with_tensors(padded, self._transfer.up(tensors, inputs))
+        return _Recording(inputs, self._record(lambda: self._compute(there)))
+
+    def _drop_stale(self, shape: StepShape) -> None:
+        """Forget what was recorded with a slot table that has moved."""
+        if shape.outline is None or shape.outline.table_at == self._table_at:
+            return
+        self._table_at = shape.outline.table_at
+        for known in [known for known in self._recordings if known.outline is not None]:
+            if known.outline is not None and known.outline.table_at != self._table_at:
+                del self._recordings[known]

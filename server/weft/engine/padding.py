@@ -1,0 +1,137 @@
+"""Decode steps of nearly the same size made exactly the same size, so that what is captured for one serves all.
+
+A *decode step* has one row for each request, and every row samples. Padding rows come after the real ones: they have
+no adapters, store their keys in scratch blocks that no request owns, see nothing but one position there, and nobody
+looks at their logits. Padding entries are the last row's, with gate 0, which adds nothing whatever a slot holds. Where
+a block table is wider than its request it holds what is never read.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from weft.adapters.slots import Outline
+from weft.engine.batch import AdapterRows, Batch
+
+_TABLE_WIDTHS = (16, 64)  # of steps that are common: up to 1,024 tokens in blocks of 16
+_SPACED = 16  # from here on there is a size between two powers of two
+
+
+class StepShape(NamedTuple):
+    """What a captured step was captured for; steps of the same shape differ in the contents of their tensors alone.
+
+    entries: room for entries of adapter rows; 0 where no row has an adapter. outline: of the slot table, where one has.
+    """
+
+    rows: int
+    table_width: int
+    spans: int
+    has_log_gates: bool
+    entries: int
+    outline: Outline | None
+
+
+def shape_of(batch: Batch, outline: Outline) -> StepShape | None:
+    """The shape that a batch is padded to. None where it is no decode step, or has a mixture: routers run eagerly."""
+    num_rows, rows = len(batch.input_ids), batch.adapter_rows
+    if not batch.samples_all or len(batch.context_lens) != num_rows:
+        return None
+    if rows is not None and rows.routing is not None:
+        return None
+    size = step_size(num_rows)
+    num_spans = batch.virtual_lens.shape[1]
+    return StepShape(
+        rows=size,
+        table_width=_table_width(batch.block_tables.shape[1]),
+        spans=_power_of_two(num_spans) if num_spans else 0,
+        has_log_gates=batch.log_gates is not None,
+        entries=0 if rows is None else max(size, step_size(len(rows.slots))),
+        outline=None if rows is None else outline,
+    )
+
+
+def common_shapes(num_rows_max: int) -> list[StepShape]:
+    """Steps that will come without doubt, the largest first: of the base alone, with contexts that are not long."""
+    return [
+        StepShape(rows=rows, table_width=width, spans=0, has_log_gates=False, entries=0, outline=None)
+        for rows in reversed(step_sizes(num_rows_max))
+        for width in reversed(_TABLE_WIDTHS)
+    ]
+
+
+def empty() -> Batch:
+    """A step without rows, which is nothing but padding once it is padded."""
+    whole, narrow = (partial(torch.zeros, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    return Batch(
+        input_ids=whole(0),
+        positions=whole(0),
+        kv_slots=whole(0),
+        query_start=narrow(1),
+        context_lens=narrow(0),
+        virtual_lens=narrow(0, 0),
+        block_tables=narrow(0, 1),
+        log_gates=None,
+        sample_rows=whole(0),
+        adapter_rows=None,
+    )
+
+
+def step_size(num_rows: int) -> int:
+    """How many rows a decode step of `num_rows` is padded to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, …"""
+    size = _power_of_two(num_rows)
+    between = size * 3 // 4
+    return between if between >= num_rows and between > _SPACED else size
+
+
+def step_sizes(num_rows_max: int) -> list[int]:
+    """Every size that steps of up to `num_rows_max` rows have, rising."""
+    return sorted({step_size(num_rows) for num_rows in range(1, num_rows_max + 1)})
+
+
+def num_scratch_blocks(num_rows_max: int, block_size: int) -> int:
+    """Blocks that steps of nothing but padding rows, of up to `num_rows_max`, write to, each row in its own place."""
+    return -(-step_size(num_rows_max) // block_size) if num_rows_max else 0
+
+
+def pad(batch: Batch, shape: StepShape, *, first_scratch_block: int, block_size: int) -> Batch:
+    """The batch with the rows, entries, spans and table columns of `shape` (see `shape_of`)."""
+    num_rows = len(batch.input_ids)
+    missing = shape.rows - num_rows
+    scratch = torch.arange(missing)
+    tables = F.pad(batch.block_tables, (0, shape.table_width - batch.block_tables.shape[1], 0, missing))
+    tables[num_rows:, 0] = first_scratch_block + scratch // block_size
+    new_spans = shape.spans - batch.virtual_lens.shape[1]
+    return Batch(
+        input_ids=F.pad(batch.input_ids, (0, missing)),
+        positions=F.pad(batch.positions, (0, missing)),
+        kv_slots=torch.cat([batch.kv_slots, first_scratch_block * block_size + scratch]),
+        query_start=torch.arange(shape.rows + 1, dtype=torch.int32),
+        context_lens=F.pad(batch.context_lens, (0, missing), value=1),
+        virtual_lens=F.pad(batch.virtual_lens, (0, new_spans, 0, missing)),
+        block_tables=tables,
+        log_gates=None if batch.log_gates is None else F.pad(batch.log_gates, (0, new_spans, 0, missing)),
+        sample_rows=torch.arange(shape.rows),
+        adapter_rows=None if batch.adapter_rows is None else _pad_entries(batch.adapter_rows, shape, missing),
+    )
+
+
+def _pad_entries(rows: AdapterRows, shape: StepShape, missing: int) -> AdapterRows:
+    unused = shape.entries - len(rows.slots)
+    offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(missing)])
+    offsets[-1] = shape.entries
+    return AdapterRows(offsets, F.pad(rows.slots, (0, unused)), F.pad(rows.gates, (0, unused)), rows.runs)
+
+
+def _table_width(num_blocks: int) -> int:
+    """By fours: kernels are done at once with columns that hold nothing, and every width is recorded by itself."""
+    width = _TABLE_WIDTHS[0]
+    while width < num_blocks:
+        width *= 4
+    return width
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not below `number`."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,107 @@
+"""Requests that decode step by step through a runner, without an engine: every token that is fed is the test's."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from weft.adapters import slab
+from weft.adapters.identifiers import Generation
+from weft.adapters.slots import AdapterSlot
+from weft.engine import batch as batches
+from weft.engine.batch import Batch
+from weft.engine.block_manager import BlockManager
+from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams, canonical
+from weft.engine.runner import ModelRunner
+from weft.engine.scheduler import Scheduled
+from weft.kernels.selection import Kernels
+from weft.methods.protocol import Adapter
+from weft.model.loader import Base
+
+BLOCK_SIZE = 16
+
+
+class Part(NamedTuple):
+    """An adapter of a request, and how much of it."""
+
+    adapter: Adapter
+    gate: float
+
+
+class Decoding:
+    """A runner and its requests."""
+
+    def __init__(self, base: Base, kernels: Kernels, *, num_recorded_rows: int = 0, num_kv_blocks: int = 256) -> None:
+        self.base = base
+        self.blocks = BlockManager(num_kv_blocks, BLOCK_SIZE, enable_prefix_caching=False)
+        self.runner = ModelRunner(
+            base,
+            num_kv_blocks=num_kv_blocks,
+            block_size=BLOCK_SIZE,
+            adapter_bytes=1 << 28,
+            kernels=kernels,
+            num_recorded_rows=num_recorded_rows,
+        )
+        self.requests: list[Request] = []
+        self._slots: dict[Request, tuple[AdapterSlot, ...]] = {}
+
+    def start(self, requests: Sequence[Sequence[Part]]) -> None:
+        """Place everybody's adapters and compute everybody's prompt, in one step; prompts have different lengths."""
+        for index, parts in enumerate(requests):
+            made, virtual_blocks = {}, []
+            for number, part in enumerate(parts):
+                laid_out = slab.build(part.adapter, self.base.shape, dtype=self.base.dtype)
+                slot = self.runner.slots.put(laid_out)
+                assert slot is not None
+                if laid_out.virtual is not None:
+                    taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
+                    assert taken is not None
+                    virtual_blocks += taken
+                    self.runner.write_virtual(taken, laid_out.virtual)
+                use = AdapterUse(Generation(f"{index}-{number:03}"), part.gate, laid_out.num_virtual_tokens)
+                made[use] = slot
+            uses = canonical(made)
+            request = Request(
+                request_id=RequestId(str(index)),
+                prompt_token_ids=tuple(2 + (7 * index + place) % 90 for place in range(1 + index % 23)),
+                params=SamplingParams(),
+                adapters=uses,
+                virtual_blocks=virtual_blocks,
+            )
+            self.requests.append(request)
+            self._slots[request] = tuple(made[use] for use in uses)
+        self._compute(self.requests)
+
+    def step(self, chosen: Sequence[int] | None = None) -> Tensor:
+        """Feed the next token to all requests, or to those `chosen`; their logits [B, V], which stay."""
+        requests = self.requests if chosen is None else [self.requests[index] for index in chosen]
+        for request in requests:
+            request.output.append(2 + (11 * request.num_tokens + int(request.request_id)) % 90)
+        return self._compute(requests)
+
+    def end(self) -> None:
+        """All requests leave, with their adapters."""
+        for request in self.requests:
+            self.blocks.release(request)
+            self.blocks.drop_virtual(request.virtual_blocks)
+            for slot in self._slots.pop(request):
+                self.runner.slots.drop(slot)
+        self.requests = []
+
+    def pool_keys(self) -> Sequence[Tensor]:
+        """The keys of the pool, layer by layer."""
+        return self.runner._cache.keys
+
+    def batch(self, requests: Sequence[Request]) -> Batch:
+        """The step that computes everything of the requests that is not computed yet."""
+        scheduled = []
+        for request in requests:
+            assert self.blocks.grow(request, request.num_tokens)
+            scheduled.append(Scheduled(request, request.num_tokens - request.num_computed_tokens))
+        return batches.build(scheduled, self._slots, BLOCK_SIZE, self.runner.slots.planes)
+
+    def _compute(self, requests: Sequence[Request]) -> Tensor:
+        logits = self.runner.forward(self.batch(requests))
+        for request in requests:
+            request.num_computed_tokens = request.num_tokens
+        return logits.clone()

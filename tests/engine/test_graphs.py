@@ -1,0 +1,241 @@
+"""Decode steps that are padded, put into buffers that stay and computed from there give what plain steps give."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.engine.decoding import Decoding, Part
+from weft.adapters.slots import SlotTable
+from weft.config import ModelConfig, Quantization
+from weft.engine import padding
+from weft.kernels.recording import Replay
+from weft.kernels.selection import select
+from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.protocol import Adapter, BaseShape
+from weft.model import loader, paged_attention
+
+
+class Recorder:
+    """Stands in for CUDA graphs where there are none: a replay calls the function again, into the same result."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+
+    def __call__(self, function: Callable[[], Tensor]) -> Replay:
+        self.num_recorded += 1
+        result = torch.empty_like(function())
+
+        def replay() -> Tensor:
+            return result.copy_(function())
+
+        return replay
+
+
+class Forgetful(Recorder):
+    """A replay that gives what was recorded, whatever the inputs are by now."""
+
+    def __call__(self, function: Callable[[], Tensor]) -> Replay:
+        result = function()
+        return lambda: result
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
+    paged_attention.register()
+    path = tiny.save_base(tmp_path_factory.mktemp("graphs") / "base")
+    config = ModelConfig(path=path, quantization=Quantization.NONE, dtype="float32", device="cpu")
+    return loader.load(config, attention=paged_attention.ATTENTION)
+
+
+def _adapters(base: BaseShape) -> list[Adapter]:
+    plain = [
+        tiny.random_lora(base, rank=3, seed=1),
+        tiny.random_lora(base, rank=2, seed=2, targets=("lm_head", "q_proj")),
+        tiny.random_lora(base, rank=4, seed=3, lora_bias=True),
+        tiny.random_ia3(base, seed=4),
+        tiny.random_prefix(base, length=21, seed=5),
+        tiny.random_prompt(base, length=3, seed=6),
+        tiny.random_dora(base, rank=4, seed=7),
+        tiny.random_bitfit(base, seed=8),
+    ]
+    forms = [tiny.random_bottleneck(base, BottleneckConfig(form=f, size=3), seed=9 + i) for i, f in enumerate(Form)]
+    return plain + forms
+
+
+def _mixed(base: BaseShape, count: int, seed: int) -> list[list[Part]]:
+    """The parts of `count` requests: none, one, or several of any method, and prefixes with a gate."""
+    dice, adapters = random.Random(seed), _adapters(base)
+    requests = [[], *([Part(adapter, 1.0)] for adapter in adapters), [Part(adapters[4], 0.5), Part(adapters[5], 1.0)]]
+    while len(requests) < count:
+        chosen = dice.sample(range(len(adapters)), dice.randrange(1, 4))
+        requests.append([Part(adapters[index], dice.choice([0.25, 1.0])) for index in chosen])
+    dice.shuffle(requests)
+    return requests[:count]
+
+
+def _decodings(base: loader.Base, recorder: Recorder) -> tuple[Decoding, Decoding]:
+    kernels = select(base.device, base.dtype)
+    assert kernels.driver is not None, "the reference driver reads more than tensors"
+    recorded = replace(kernels, recorder=lambda: recorder)
+    return Decoding(base, kernels), Decoding(base, recorded, num_recorded_rows=32)
+
+
+@pytest.mark.parametrize("count", [1, 3, 13, 21])
+def test_recorded_steps_give_the_logits_of_plain_ones(base: loader.Base, count: int) -> None:
+    recorder = Recorder()
+    plain, recorded = _decodings(base, recorder)
+    requests = _mixed(base.shape, count, seed=count)
+    for decoding in (plain, recorded):
+        decoding.start(requests)
+    for step in range(20):  # over the edge of a block
+        wanted, got = plain.step(), recorded.step()
+        assert got.shape == wanted.shape
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=f"step {step}")
+    assert recorder.num_recorded == 1
+
+
+def test_a_replay_that_forgets_its_inputs_is_noticed(base: loader.Base) -> None:
+    """Negative control."""
+    plain, forgetful = _decodings(base, Forgetful())
+    for decoding in (plain, forgetful):
+        decoding.start(_mixed(base.shape, 5, seed=1))
+    torch.testing.assert_close(forgetful.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(forgetful.step(), plain.step(), rtol=1e-2, atol=1e-2)
+
+
+def test_requests_that_come_and_go_share_the_recordings_of_their_sizes(base: loader.Base) -> None:
+    recorder = Recorder()
+    plain, recorded = _decodings(base, recorder)
+    requests = [[Part(tiny.random_lora(base.shape, rank=2, seed=seed), 1.0)] for seed in range(7)]
+    for decoding in (plain, recorded):
+        decoding.start(requests)
+    for kept in (range(7), range(5), [4, 2, 0], [0, 2, 4], range(6), [3], range(7)):
+        torch.testing.assert_close(recorded.step(list(kept)), plain.step(list(kept)), rtol=1e-4, atol=1e-5)
+    assert recorder.num_recorded == 3, "of 8, 4 and 1 rows"
+
+
+def test_adapters_that_change_what_is_launched_make_a_new_recording(base: loader.Base) -> None:
+    """And one that changes only what the slots hold does not."""
+    recorder = Recorder()
+    plain, recorded = _decodings(base, recorder)
+    for made, adapter in enumerate(
+        [
+            tiny.random_lora(base.shape, rank=4, seed=1, targets=("q_proj",)),
+            tiny.random_lora(base.shape, rank=4, seed=2),
+            tiny.random_ia3(base.shape, seed=3),
+            tiny.random_bottleneck(base.shape, BottleneckConfig(form=Form.SUM, size=3), seed=4),
+            tiny.random_lora(base.shape, rank=4, seed=5, targets=("lm_head",)),
+        ]
+    ):
+        for other in (adapter, tiny.random_lora(base.shape, rank=4, seed=6, targets=("q_proj",))):
+            for decoding in (plain, recorded):
+                decoding.start([[Part(other, 1.0)], []])
+            torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+            for decoding in (plain, recorded):
+                decoding.end()
+        assert recorder.num_recorded == 1 + made, "one for each outline; that of q_proj alone comes again"
+
+
+def test_a_table_that_has_moved_makes_recordings_worthless(base: loader.Base) -> None:
+    recorder = Recorder()
+    plain, recorded = _decodings(base, recorder)
+    loras = [tiny.random_lora(base.shape, rank=2, seed=seed) for seed in range(20)]
+    for number in (2, 20, 20):  # more slots than the table has at first
+        for decoding in (plain, recorded):
+            decoding.start([[Part(lora, 1.0)] for lora in loras[:number]])
+        torch.testing.assert_close(recorded.step([0, 1]), plain.step([0, 1]), rtol=1e-4, atol=1e-5)
+        for decoding in (plain, recorded):
+            decoding.end()
+    assert recorder.num_recorded == 2
+    graphs = recorded.runner._graphs
+    assert graphs is not None
+    assert len(graphs) == 1, "the one that was recorded with the small table is gone"
+
+
+def test_steps_with_prompts_or_more_rows_than_are_recorded_stay_plain(base: loader.Base) -> None:
+    recorder = Recorder()
+    plain, recorded = _decodings(base, recorder)
+    for decoding in (plain, recorded):
+        decoding.start([[] for _ in range(33)])  # the prompts are a step
+        decoding.step()
+    assert recorder.num_recorded == 0
+    torch.testing.assert_close(recorded.step(range(32)), plain.step(range(32)), rtol=1e-4, atol=1e-5)
+    assert recorder.num_recorded == 1
+
+
+def test_what_is_recorded_ahead_is_not_recorded_again(base: loader.Base) -> None:
+    recorder = Recorder()
+    plain, recorded = _decodings(base, recorder)
+    recorded.runner.warm_up()
+    ahead = recorder.num_recorded
+    assert ahead == 2 * len(padding.step_sizes(32))
+    for count in (1, 6, 30):
+        for decoding in (plain, recorded):
+            decoding.start([[] for _ in range(count)])
+        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+        for decoding in (plain, recorded):
+            decoding.end()
+    assert recorder.num_recorded == ahead
+
+
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sizes_of_steps() -> None:
+    assert padding.step_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
+    assert all(padding.step_size(n) >= n for n in range(1, 600))
+    assert all(padding.step_size(n) < 2 * n for n in range(1, 600))
+
+
+def test_padding_touches_no_block_of_a_request(base: loader.Base) -> None:
+    """Three padding rows write three scratch places; everything else is as a plain step leaves it."""
+    plain, recorded = _decodings(base, Recorder())
+    num_blocks = len(plain.pool_keys()[0])
+    for mine in recorded.pool_keys():
+        mine[num_blocks:] = 7.0
+    for decoding in (plain, recorded):
+        decoding.start([[] for _ in range(5)])
+        decoding.step()
+    for mine, theirs in zip(recorded.pool_keys(), plain.pool_keys(), strict=True):
+        torch.testing.assert_close(mine[:num_blocks], theirs, rtol=1e-4, atol=1e-5)
+        written = (mine[num_blocks:].flatten(0, 1) != 7.0).flatten(1).all(-1)
+        assert written.tolist() == [True] * 3 + [False] * (len(written) - 3)
+
+
+# -- outlines ----------------------------------------------------------------------------------------------------------
+
+
+def _decisions(slots: SlotTable) -> tuple[Sequence[object], ...]:
+    """What drivers branch on."""
+    does_anything = [n > 0 for n in slots.num_entries]
+    scales = [n > 0 for n in slots.num_input_scales]
+    only_scales = [n == m for n, m in zip(slots.num_entries, slots.num_input_scales, strict=True)]
+    return does_anything, scales, only_scales, [slots.num_residual_readers > 0]
+
+
+def test_equal_outlines_mean_equal_decisions(base: loader.Base) -> None:
+    decoding = Decoding(base, select(base.device, base.dtype))
+    dice, adapters = random.Random(0), _adapters(base.shape)
+    seen: dict[object, tuple[Sequence[object], ...]] = {}
+    for _ in range(60):
+        decoding.start([[Part(adapter, 1.0)] for adapter in dice.sample(adapters, dice.randrange(1, 4))])
+        slots = decoding.runner.slots
+        kinds = slots.outline._replace(table_at=0, rank=0)
+        assert seen.setdefault(kinds, _decisions(slots)) == _decisions(slots)
+        decoding.end()
+        assert not any(decoding.runner.slots.outline.kinds)
+        assert decoding.runner.slots.outline.rank == 0
+    assert len(seen) > 10
+    assert len(set(map(str, seen.values()))) > 5
+
+
+def test_the_outline_bounds_ranks_and_has_the_tables_place(base: loader.Base) -> None:
+    decoding = Decoding(base, select(base.device, base.dtype))
+    decoding.start([[Part(tiny.random_lora(base.shape, rank=rank, seed=rank), 1.0)] for rank in (3, 19, 2)])
+    assert decoding.runner.slots.outline.rank == 32
+    assert decoding.runner.slots.outline.table_at == decoding.runner.slots.table.data_ptr()

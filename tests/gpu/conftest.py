@@ -1,0 +1,38 @@
+"""A base on the GPU, and kernels whose steps can be recorded."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import tiny
+from weft.config import ModelConfig, Quantization
+from weft.kernels.selection import Kernels, select
+from weft.model import loader, paged_attention
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
+    paged_attention.register()
+    path = tiny.save_base(tmp_path_factory.mktemp("gpu") / "base")
+    config = ModelConfig(path=path, quantization=Quantization.NONE, dtype="float32", device="cuda")
+    return loader.load(config, attention=paged_attention.ATTENTION)
+
+
+@pytest.fixture(scope="session")
+def kernels(base: loader.Base) -> Kernels:
+    chosen = select(base.device, base.dtype)
+    if chosen.recorder is None:
+        pytest.skip(f"steps with the kernels {chosen.name} cannot be recorded")
+    return chosen
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Whoever waits for the device, or copies so that the host waits, gets an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
