@@ -118,6 +118,7 @@ class Bench:
 
     def measure(self, row: Row, turns: int) -> RowResult:
         """The row's sides in turn, `turns` times, after a shorter run of each that does not count."""
+        self._tick(f"{row.name}: making what it holds", 0)
         keys = [self._key(row, side) for side in row.sides]
         for key in set(self._remotes) - set(keys):
             self._close(key)

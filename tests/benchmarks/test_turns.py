@@ -75,6 +75,7 @@ def test_sides_take_turns(folder: Path) -> None:
     _, ticks = measure(row("is slow"), folder)
     begun = [text for text, runs in ticks if not runs]
     assert begun == [
+        "scripted: making what it holds",
         "scripted: ours, warm",
         "scripted: is slow, warm",
         "scripted: ours, turn 1 of 2",
