@@ -276,8 +276,11 @@ def _mixed(scale: Scale) -> Row:
 
 
 def _churn() -> Row:
-    """Fifteen streams of some seconds; on one side a cold adapter comes to the device every second."""
-    calm = batch(workload.distinct(LORAS.ids), WHOLE, count=15, new=workload.fixed(240))
+    """Fifteen streams of some seconds; on one side a cold adapter comes to the device every second.
+
+    Prompts are short, so that the percentile is not that of the streams' own beginnings.
+    """
+    calm = batch(workload.distinct(LORAS.ids), WHOLE, count=15, prompt=workload.fixed(8), new=workload.fixed(240))
     registrations = workload.churn(COLD.paths("bench-80m")[:5], every_s=1.0)
     busy = Side(
         backend="weft",
