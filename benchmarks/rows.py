@@ -121,11 +121,10 @@ EVERYTHING = (LORAS, LARGE, IA3S, PREFIXES, BOTTLENECKS)
 def short() -> list[Row]:
     """Weft and PEFT, in three minutes."""
     scale = SHORT
-    rows = [_loras(scale, "peft"), _ragged(scale), _base(scale, "peft"), _tax(scale, LORAS, at_most(1.20, 1.10))]
-    quantized = [_loras(scale, "peft"), _base(scale, "peft")]
-    return rows + [
-        replace(row, name=f"{row.name}-nf4", quantization="nf4", others=_untargeted(row)) for row in quantized
-    ]
+    loras = _loras(scale, "peft")
+    rows = [loras, _ragged(scale), _tax(scale, LORAS, at_most(1.20, 1.10)), _base(scale, "peft")]
+    rows.append(replace(loras, name="lora-nf4", quantization="nf4", others=_untargeted(loras)))
+    return [_holding(row, (LORAS,)) for row in rows]
 
 
 def whole() -> list[Row]:
@@ -321,6 +320,15 @@ def _grouped(scale: Scale) -> Row:
         ours=_weft(trace),
         others=(Other(Side(backend="peft-grouped", trace=trace, holds=(IA3S,)), (Goal(),)),),
     )
+
+
+def _holding(row: Row, holds: tuple[Hold, ...]) -> Row:
+    """The row with no more than this in its Wefts."""
+
+    def less(side: Side) -> Side:
+        return replace(side, holds=holds) if side.backend == "weft" else side
+
+    return replace(row, ours=less(row.ours), others=tuple(Other(less(side), goals) for side, goals in row.others))
 
 
 def _untargeted(row: Row) -> tuple[Other, ...]:
