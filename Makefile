@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo serve test check format protos bench bench-gpu adapters base clean
+.PHONY: help setup demo serve test check format protos bench bench-peers bench-gpu adapters base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,8 +34,11 @@ format: .venv/.installed ## Format Python and protos
 protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 	$(BIN)/python protos/generate.py
 
-bench: .venv/.installed ## Throughput beside PEFT on the same weights (about 3 minutes)
-	$(BIN)/python -m benchmarks.throughput
+bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
+	$(BIN)/python -m benchmarks.suite --short
+
+bench-peers: .venv/.installed ## Speed beside every rival, each in its own environment (hours; ROWS="churn grpc" picks)
+	$(BIN)/python -m benchmarks.suite $(ROWS:%=--only %) --json benchmarks/results/peers.json --table benchmarks/results/peers.md --plots benchmarks/results/plots
 
 bench-gpu: .venv/.installed ## Rows G1 to G10 on an NVIDIA GPU, beside its roofline (under 10 minutes)
 	$(BIN)/python -m benchmarks.gpu
