@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo serve test check format protos bench adapters base clean
+.PHONY: help setup demo serve test check format protos bench bench-peers adapters base clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("weft needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -34,8 +34,11 @@ format: .venv/.installed ## Format Python and protos
 protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 	$(BIN)/python protos/generate.py
 
-bench: .venv/.installed ## Throughput beside PEFT on the same weights (about 3 minutes)
-	$(BIN)/python -m benchmarks.throughput
+bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
+	$(BIN)/python -m benchmarks.suite --short
+
+bench-peers: .venv/.installed ## Speed beside every rival, each in its own environment (hours; ROWS="churn grpc" picks)
+	$(BIN)/python -m benchmarks.suite $(ROWS:%=--only %) --json benchmarks/results/peers.json --table benchmarks/results/peers.md --plots benchmarks/results/plots
 
 base: .venv/.installed ## Train the demo base again (about 15 minutes)
 	$(BIN)/python -m weft_training.demo.pretrain --output models/weft-demo

@@ -1,49 +1,48 @@
 """What mixing costs: the step time of compositions and mixtures beside plain LoRAs, `python -m benchmarks.mixing`.
 
-Requests decode in lockstep over gRPC on `bench-80m` with default settings; the step time is the median time between two
-tokens of a stream. The kinds of batches take turns (A, B, C, A, B, C …), so that a ratio holds although the machine's
-speed drifts. What eight rows without adapters cost beside eight with them is the difference to those eight alone; what
-they cost by themselves is the difference between sixteen and eight rows of the base.
+Requests decode in lockstep on `bench-80m`, the engine driven in process: over gRPC the differences below drown in what
+else the machine does. The step time is the median time between two tokens of a request. The kinds of batches take turns
+(A, B, C, A, B, C …), so that a ratio holds although the machine's speed drifts. What eight rows without adapters cost
+beside eight with them is the difference to those eight alone; what they cost by themselves is the difference between
+sixteen and eight rows of the base.
 """
 
 import argparse
-import asyncio
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import grpc.aio
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import report
-from benchmarks.model import prompts, save_bench_80m, save_loras
-from weft.adapters.identifiers import AdapterId, Generation
-from weft.api.serve import build_model, serving
-from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
+from benchmarks import models, report
+from benchmarks.engine_loop import EngineLoop, Held, generation_of
+from benchmarks.models import Hold, lora_of, prompts
+from weft.adapters.identifiers import AdapterId
+from weft.config import ModelConfig, Quantization, WeftConfig
+from weft.engine.request import AdapterUse, MixtureUse, canonical
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams
 from weft.methods.protocol import BaseShape
-from weft.v1 import (
-    adapter_pb2,
-    adapter_service_pb2,
-    adapter_service_pb2_grpc,
-    generation_pb2,
-    generation_service_pb2_grpc,
-)
 from weft_training.demo.document import table
 
+_MODEL = "bench-80m"
 _BATCH = 16
 _NUM_PROMPT = 64
 _PARTS = 4
 
-Adapters = Sequence[str]
-"""What a row names: none is the base, one an adapter, several a composition at weights 1/n."""
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What a row goes through: nothing is the base, several are a composition, or what a mixture mixes."""
+
+    uses: tuple[AdapterUse, ...] = ()
+    mixture: MixtureUse | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,26 +70,30 @@ COMPOSED, MIXED = "16 compositions of 4 LoRAs, rank 8", "16 mixtures of 4 LoRAs,
 HALF_BASE, HALF_MIXED, BOTH = "8 base", "4 compositions, 4 mixtures", "4 compositions, 4 mixtures, 8 base"
 
 
-def _kinds(small: Adapters, large: Adapters, mixtures: Adapters) -> list[Kind]:
+def _kinds(small: Sequence[Held], large: Sequence[Held], mixtures: Sequence[Adapters]) -> list[Kind]:
     """small: 4 × 16 LoRAs of rank 8; large: 16 of rank 32; mixtures: 16, each of 4 of the small ones."""
-    plain, alone = [(name,) for name in small[:_BATCH]], [(name,) for name in mixtures]
-    composed = [tuple(small[_PARTS * row : _PARTS * (row + 1)]) for row in range(_BATCH)]
-    half = [*composed[:4], *alone[4:8]]
-    nobody: list[Adapters] = [()] * _BATCH
+    plain = [Adapters((one.use(),)) for one in small[:_BATCH]]
+    composed = [Adapters(canonical(one.use(1 / _PARTS) for one in _parts(small, row))) for row in range(_BATCH)]
+    half = [*composed[:4], *mixtures[4:8]]
+    nobody = [Adapters()] * _BATCH
     return [
         Kind(name=BASE, rows=nobody),
-        Kind(name=LARGE, rows=[(name,) for name in large], beside=BASE),
+        Kind(name=LARGE, rows=[Adapters((one.use(),)) for one in large], beside=BASE),
         Kind(name=COMPOSED, rows=composed, beside=LARGE),
         Kind(name=SMALL, rows=plain, beside=BASE),
-        Kind(name=MIXED, rows=alone, beside=SMALL),
+        Kind(name=MIXED, rows=mixtures, beside=SMALL),
         Kind(name=HALF_BASE, rows=nobody[:8]),
         Kind(name=HALF_MIXED, rows=half),
         Kind(name=BOTH, rows=[row for pair in zip(half, nobody[:8], strict=True) for row in pair]),
     ]
 
 
-def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[adapter_pb2.Adapter]) -> list[Path]:
-    """Sixteen mixtures of four experts each, with random routers."""
+def _parts(small: Sequence[Held], row: int) -> Sequence[Held]:
+    return small[_PARTS * row : _PARTS * (row + 1)]
+
+
+def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[tuple[str, str]]) -> list[Path]:
+    """Sixteen mixtures of four experts each, (id, directory), with random routers."""
     config = MixtureConfig(num_experts=_PARTS, top_k=2)
     paths = []
     for row in range(_BATCH):
@@ -99,82 +102,46 @@ def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[adapter_pb2.Ad
         mixture = Mixture(
             config,
             MixtureParams(weight),
-            tuple(Expert(Generation(one.generation), AdapterId(one.adapter_id)) for one in named),
+            tuple(Expert(generation_of(Path(place)), AdapterId(adapter_id)) for adapter_id, place in named),
         )
         paths.append(path / f"mixture-{row:02d}")
         mixture_files.write(mixture, paths[-1], base)
     return paths
 
 
-async def _step_ms(channel: grpc.aio.Channel, rows: Sequence[Adapters], num_new: int, salt: str) -> float:
-    stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
-    gaps: list[float] = []
-    start = asyncio.Barrier(len(rows))
-
-    async def one(adapters: Adapters, prompt: list[int]) -> None:
-        request = generation_pb2.GenerateRequest(
-            token_ids=generation_pb2.TokenIds(ids=prompt),
-            sampling=generation_pb2.Sampling(temperature=0),
-            stopping=generation_pb2.Stopping(max_new_tokens=num_new, ignore_eos=True),
-            cache_salt=salt,
-        )
-        if len(adapters) == 1:
-            request.adapter_id = adapters[0]
-        elif adapters:
-            parts = [generation_pb2.WeightedAdapter(adapter_id=name, weight=1 / len(adapters)) for name in adapters]
-            request.composition.adapters.extend(parts)
-        await start.wait()
-        last = None
-        async for message in stub.StreamGenerate(request):
-            if message.HasField("finish"):
-                assert message.finish.usage.completion_tokens == num_new, message
-            else:
-                now = time.perf_counter()
-                if last is not None:
-                    gaps.append(now - last)
-                last = now
-
-    asked = zip(rows, prompts(len(rows), _NUM_PROMPT), strict=True)
-    await asyncio.gather(*(one(adapters, prompt) for adapters, prompt in asked))
-    return 1e3 * statistics.median(gaps)
+def _mixture(held: Held, experts: Sequence[Held]) -> Adapters:
+    return Adapters(canonical(expert.use() for expert in experts), MixtureUse(held.generation))
 
 
-async def _measure(directory: Path, num_new: int, repeats: int, tick: Callable[[str], None]) -> list[Measured]:
-    config = WeftConfig(
-        model=ModelConfig(path=directory / "bench-80m", quantization=Quantization.NONE, device="cpu", dtype="bfloat16"),
-        store=directory / "store",
-        engine=EngineConfig(),
-        server=ServerConfig(port=0, metrics_port=0),
-    )
+def _step_ms(loop: EngineLoop, rows: Sequence[Adapters], num_new: int, salt: str) -> float:
+    asked = [
+        (0.0, loop.request(prompt, num_new, row.uses, row.mixture, salt=salt))
+        for row, prompt in zip(rows, prompts(len(rows), _NUM_PROMPT), strict=True)
+    ]
+    times = np.array(loop.run(asked))  # [rows, num_new]
+    return 1e3 * float(np.median(np.diff(times)))
+
+
+def _measure(directory: Path, num_new: int, repeats: int, tick: Callable[[str], None]) -> list[Measured]:
+    tick("making the adapters")
+    path = models.base(_MODEL)
+    small, large = (Hold(lora_of(rank), count).make(_MODEL) for rank, count in ((8, _PARTS * _BATCH), (32, _BATCH)))
     tick("loading")
-    model, runner = build_model(config)
-    source = config.store / "src"
-    async with (
-        serving(config, model, runner, []) as served,
-        grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel,
-    ):
-        register = adapter_service_pb2_grpc.AdapterServiceStub(channel).RegisterAdapter
-
-        async def registered(paths: Sequence[Path]) -> list[adapter_pb2.Adapter]:
-            answers = []
-            for path in paths:
-                relative = path.relative_to(config.store)
-                name = "-".join(relative.parts[1:])
-                wanted = adapter_service_pb2.RegisterAdapterRequest(adapter_id=name, source=str(relative))
-                answers.append((await register(wanted)).adapter)
-            return answers
-
-        small = await registered(save_loras(source / "r8", model.shape, count=_PARTS * _BATCH, rank=8))
-        large = await registered(save_loras(source / "r32", model.shape, count=_BATCH, rank=32))
-        mixtures = await registered(_save_mixtures(source / "of", model.shape, small))
-        kinds = _kinds(*([one.adapter_id for one in listed] for listed in (small, large, mixtures)))
-        turns: dict[str, list[float]] = {kind.name: [] for kind in kinds}
+    model = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="bfloat16")
+    loop = EngineLoop(WeftConfig(model=model))
+    held = [loop.hold(Path(place)) for _, place in small]
+    mixtures = [
+        _mixture(loop.hold(place), _parts(held, row))
+        for row, place in enumerate(_save_mixtures(directory, loop.model.shape, small))
+    ]
+    kinds = _kinds(held, [loop.hold(Path(place)) for _, place in large], mixtures)
+    turns: dict[str, list[float]] = {kind.name: [] for kind in kinds}
+    for kind in kinds:
+        _step_ms(loop, kind.rows, 4, "warm")
+    for turn in range(repeats):
         for kind in kinds:
-            await _step_ms(channel, kind.rows, 4, "warm")
-        for turn in range(repeats):
-            for kind in kinds:
-                tick(f"{kind.name}, turn {turn + 1} of {repeats}")
-                turns[kind.name].append(await _step_ms(channel, kind.rows, num_new, str(turn)))
+            tick(f"{kind.name}, turn {turn + 1} of {repeats}")
+            turns[kind.name].append(_step_ms(loop, kind.rows, num_new, str(turn)))
     return [
         Measured(
             batch=kind.name,
@@ -207,13 +174,12 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as directory, Progress(console=console, transient=True) as progress:
-        task = progress.add_task("making bench-80m", total=None)
-        save_bench_80m(Path(directory) / "bench-80m")
+        task = progress.add_task(f"making {_MODEL}", total=None)
 
         def tick(text: str) -> None:
             progress.update(task, description=text)
 
-        results = asyncio.run(_measure(Path(directory), arguments.new_tokens, arguments.repeats, tick))
+        results = _measure(Path(directory), arguments.new_tokens, arguments.repeats, tick)
     cells = [["batch", "step, ms", "beside", "ratio"]]
     cells += [[r.batch, f"{r.step_ms:.1f}", r.beside, "" if r.ratio is None else f"{r.ratio:.2f} ×"] for r in results]
     extra = _extra(results)

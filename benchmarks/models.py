@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -67,9 +68,36 @@ def lora_of(rank: int) -> Kind:
 IA3, PREFIX, BOTTLENECK = Kind("ia3"), Kind("prefix"), Kind("bottleneck")
 
 
-def ids(kind: Kind, count: int) -> list[str]:
-    """The ids of the first `count` adapters of a kind."""
-    return [f"{kind}-{seed:04d}" for seed in range(count)]
+class Hold(NamedTuple):
+    """`count` adapters of a kind, from number `first` on."""
+
+    kind: Kind
+    count: int
+    first: int = 0
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"{self.kind}-{seed:04d}" for seed in self._seeds]
+
+    @property
+    def _seeds(self) -> range:
+        return range(self.first, self.first + self.count)
+
+    def paths(self, model: str, *, folder: Path = FOLDER) -> list[tuple[str, str]]:
+        """(id, directory) of each, whether it has been made or not."""
+        within = folder / "adapters" / model / str(self.kind)
+        return [(adapter_id, str(within / adapter_id)) for adapter_id in self.ids]
+
+    def make(self, model: str, *, folder: Path = FOLDER) -> list[tuple[str, str]]:
+        """`paths`, which are there afterwards."""
+        listed = self.paths(model, folder=folder)
+        places = zip(self._seeds, (Path(path) for _, path in listed), strict=True)
+        missing = [(seed, path) for seed, path in places if not (path / directory.CONFIG_FILE).exists()]
+        if missing:
+            shape = shape_of(base(model, folder=folder))
+            for seed, path in missing:
+                write(made(self.kind, shape, seed), path, shape)
+        return listed
 
 
 def base(name: str, *, folder: Path = FOLDER) -> Path:
@@ -78,17 +106,6 @@ def base(name: str, *, folder: Path = FOLDER) -> Path:
     if not (path / "tokenizer.json").exists():  # the last file that is written
         save(SIZES[name], path)
     return path
-
-
-def adapters(name: str, kind: Kind, count: int, *, folder: Path = FOLDER) -> list[tuple[str, str]]:
-    """(id, directory) of the first `count` adapters of a kind, fitted to the model `name`."""
-    listed = [(adapter_id, folder / "adapters" / name / str(kind) / adapter_id) for adapter_id in ids(kind, count)]
-    missing = [seed for seed, (_, path) in enumerate(listed) if not (path / directory.CONFIG_FILE).exists()]
-    if missing:
-        shape = shape_of(base(name, folder=folder))
-        for seed in missing:
-            write(made(kind, shape, seed), listed[seed][1], shape)
-    return [(adapter_id, str(path)) for adapter_id, path in listed]
 
 
 def save(size: Size, path: Path) -> Path:

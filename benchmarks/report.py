@@ -1,5 +1,6 @@
 """What every benchmark prints beside its table: the conditions that it was measured under."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -12,13 +13,16 @@ import torch
 def conditions(*packages: str) -> dict[str, str]:
     """Machine, versions, commit and day."""
     versions = {package: version(package) for package in ("torch", *packages)}
-    return {"cpu": _cpu_name(), "threads": str(torch.get_num_threads()), **versions, "commit": _commit(), "day": _day()}
+    machine = {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    return {**machine, **versions, "commit": _commit(), "day": _day()}
 
 
 def line(found: dict[str, str]) -> str:
     """The conditions in a line."""
-    return ", ".join(f"{value} threads" if key == "threads" else value if key in ("cpu", "day") else f"{key} {value}"
-                     for key, value in found.items())  # fmt: skip
+    return ", ".join(_LINE.get(key, key + " {}").format(value) for key, value in found.items())
+
+
+_LINE = {"cpu": "{}", "cores": "{} cores", "threads": "{} threads", "day": "{}"}
 
 
 def _cpu_name() -> str:
@@ -30,7 +34,9 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 

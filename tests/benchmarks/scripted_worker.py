@@ -1,4 +1,4 @@
-"""A backend that does as the salt of a run says, for the tests of the protocol. Standard library alone."""
+"""A backend that does as the first adapter of a trace says, for tests. Standard library alone."""
 
 import os
 import sys
@@ -19,7 +19,9 @@ class Scripted:
         return {"adapters": str(len(spec.adapters)), "threads": os.environ["OMP_NUM_THREADS"]}
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
-        match salt:
+        del salt
+        wish = trace.requests[0].adapters[0] if trace.requests[0].adapters else "serves"
+        match wish:
             case "dies":
                 print("the last words", file=sys.stderr, flush=True)
                 os._exit(7)
@@ -29,11 +31,14 @@ class Scripted:
                 raise RuntimeError("no such kernel")
             case "cannot":
                 raise Cannot("it has no such adapters")
-        short = salt == "is short"
+        step_s = 2.0 if wish == "is slow" else 1.0
+        surplus = 0 if wish == "is short" else 1
         records = [
             Record(
                 arrival_s=100 + request.arrival_s,
-                token_s=tuple(100 + request.arrival_s + step for step in range(1, request.num_new_tokens + 1 - short)),
+                token_s=tuple(
+                    100 + request.arrival_s + step_s * step for step in range(1, request.num_new_tokens + surplus)
+                ),
                 token_ids=tuple(range(request.num_new_tokens)),
             )
             for request in trace.requests

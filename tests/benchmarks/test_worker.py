@@ -3,21 +3,24 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from benchmarks import workload
 from benchmarks.backends.remote import Failed, Remote
-from benchmarks.backends.worker import Cannot, LoadSpec, Record
+from benchmarks.backends.worker import Cannot, LoadSpec, Outcome, Record
 
 SPEC = LoadSpec(model="/nowhere", adapters=(("one", "/nowhere/one"), ("two", "/nowhere/two")))
-TRACE = workload.Trace(
-    requests=(
-        workload.Request(arrival_s=0.0, adapters=("one",), prompt=(5, 6), num_new_tokens=2),
-        workload.Request(arrival_s=0.5, adapters=(), prompt=(7,), num_new_tokens=1),
+
+
+def asking(wish: str) -> workload.Trace:
+    return workload.Trace(
+        requests=(
+            workload.Request(arrival_s=0.0, adapters=(wish,), prompt=(5, 6), num_new_tokens=2),
+            workload.Request(arrival_s=0.5, adapters=(), prompt=(7,), num_new_tokens=1),
+        )
     )
-)
 
 
 @pytest.fixture
@@ -33,13 +36,17 @@ def remote(log: Path) -> Iterator[Remote]:
 
 
 @pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    return workload.write(TRACE, tmp_path / "trace.jsonl")
+def run(remote: Remote, tmp_path: Path) -> Callable[..., Outcome]:
+    def run(wish: str = "serves", *, limit_s: float = 30) -> Outcome:
+        trace = asking(wish)
+        return remote.run(trace, workload.write(trace, tmp_path / "trace.jsonl"), salt="salt", limit_s=limit_s)
+
+    return run
 
 
-def test_answers_come_through_whatever_a_library_prints(remote: Remote, trace: Path, log: Path) -> None:
+def test_answers_come_through_whatever_a_library_prints(remote: Remote, run: Callable[..., Outcome], log: Path) -> None:
     assert remote.load(SPEC, limit_s=30) == {"adapters": "2", "threads": "3"}
-    outcome = remote.run(TRACE, trace, salt="first", limit_s=30)
+    outcome = run()
     assert outcome.records == (
         Record(arrival_s=100.0, token_s=(101.0, 102.0), token_ids=(0, 1)),
         Record(arrival_s=100.5, token_s=(101.5,), token_ids=(0,)),
@@ -51,7 +58,7 @@ def test_answers_come_through_whatever_a_library_prints(remote: Remote, trace: P
 
 
 @pytest.mark.parametrize(
-    ("salt", "expected"),
+    ("wish", "expected"),
     [
         ("dies", "died with exit code 7\n    the last words"),
         ("is silent", "silent for 0.5 s"),
@@ -59,29 +66,29 @@ def test_answers_come_through_whatever_a_library_prints(remote: Remote, trace: P
         ("is short", r"answers of \[1, 0\] tokens where \[2, 1\] were asked"),
     ],
 )
-def test_a_broken_backend_says_how(remote: Remote, trace: Path, salt: str, expected: str) -> None:
-    remote.run(TRACE, trace, salt="first", limit_s=30)
+def test_a_broken_backend_says_how(run: Callable[..., Outcome], wish: str, expected: str) -> None:
+    run()
     with pytest.raises(Failed, match=expected):
-        remote.run(TRACE, trace, salt=salt, limit_s=0.5 if salt == "is silent" else 30)
+        run(wish, limit_s=0.5 if wish == "is silent" else 30)
 
 
-def test_a_backend_that_broke_answers_the_next_run(remote: Remote, trace: Path) -> None:
+def test_a_backend_that_broke_answers_the_next_run(run: Callable[..., Outcome]) -> None:
     with pytest.raises(Failed, match="no such kernel"):
-        remote.run(TRACE, trace, salt="breaks", limit_s=30)
-    assert remote.run(TRACE, trace, salt="again", limit_s=30).records
+        run("breaks")
+    assert run().records
 
 
-def test_a_backend_says_what_it_cannot(remote: Remote, trace: Path) -> None:
+def test_a_backend_says_what_it_cannot(remote: Remote, run: Callable[..., Outcome]) -> None:
     with pytest.raises(Cannot, match="it has no nf4"):
         remote.load(LoadSpec(model="/nowhere", quantization="nf4"), limit_s=30)
     with pytest.raises(Cannot, match="it has no such adapters"):
-        remote.run(TRACE, trace, salt="cannot", limit_s=30)
+        run("cannot")
 
 
-def test_a_dead_backend_stays_dead(remote: Remote, trace: Path) -> None:
-    for _ in range(2):
+def test_a_dead_backend_stays_dead(run: Callable[..., Outcome]) -> None:
+    for wish in ("dies", "serves"):
         with pytest.raises(Failed, match="died with exit code 7"):
-            remote.run(TRACE, trace, salt="dies", limit_s=30)
+            run(wish)
 
 
 def test_what_a_backend_started_ends_with_it(tmp_path: Path) -> None:

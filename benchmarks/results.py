@@ -1,0 +1,106 @@
+"""What the suite leaves behind: one JSON file of rows, each with the conditions it was measured under, and a table.
+
+A file that is there keeps the rows that were not measured anew, so the whole can be made in several calls.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.metrics import METRICS
+from benchmarks.turns import RowResult
+
+Entry = Mapping[str, Any]
+"""A row as the file has it."""
+
+DEFAULT_MODEL = "bench-80m"
+"""In bfloat16, it is not named in the table."""
+
+
+def entry(result: RowResult, conditions: Mapping[str, str], command: str) -> Entry:
+    """A row for the file."""
+    row, ours = result.row, result.row.ours
+    return {
+        "name": row.name,
+        "what": row.what,
+        "model": row.model,
+        "quantization": row.quantization,
+        "num_requests": len(ours.trace.requests),
+        "num_prompt_tokens": sum(len(request.prompt) for request in ours.trace.requests),
+        "num_new_tokens": ours.trace.num_new_tokens,
+        "turns": result.turns,
+        "point": None if row.point is None else row.point._asdict(),
+        "sides": [asdict(side) for side in result.sides],
+        "ratios": [
+            {
+                "beside": ratio.beside,
+                **asdict(ratio.goal),
+                "ratio": None if ratio.ratio is None else asdict(ratio.ratio),
+                "verdict": ratio.verdict,
+            }
+            for ratio in result.ratios
+        ],
+        "conditions": dict(conditions),
+        "command": command,
+    }
+
+
+def store(entries: Sequence[Entry], path: Path) -> list[Entry]:
+    """Put rows into a file in place of those of the same names; all that are there then."""
+    known = {one["name"]: one for one in read(path)} if path.exists() else {}
+    known |= {one["name"]: one for one in entries}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": list(known.values())}, indent=1) + "\n")
+    return list(known.values())
+
+
+def read(path: Path) -> list[Entry]:
+    """The rows of a file."""
+    return json.loads(path.read_text())["rows"]
+
+
+HEAD = ["what", "Weft ÷", "of", "Weft", "other", "ratio (quartiles)", "must", "reach", ""]
+NUM_NAMES = 3
+
+
+def cells(entries: Sequence[Entry]) -> list[list[str]]:
+    """The table: a line for each ratio. Points of plots are no lines."""
+    found = [HEAD]
+    for one in entries:
+        if one["point"] is not None:
+            continue
+        ours, others = one["sides"][0], {side["label"]: side for side in one["sides"][1:]}
+        for ratio in one["ratios"]:
+            found.append(_line(one, ours, others[ratio["beside"]], ratio))
+    return found
+
+
+def failures(entries: Sequence[Entry]) -> list[str]:
+    """Why what is not in the table is not: a line each."""
+    return [
+        f"{one['name']}, {side['label']}: {side['failure']}"
+        for one in entries
+        for side in one["sides"]
+        if side["failure"]
+    ]
+
+
+def _line(one: Entry, ours: Entry, other: Entry, ratio: Entry) -> list[str]:
+    other_than = [one["model"]] if one["model"] != DEFAULT_MODEL else []
+    other_than += [one["quantization"].upper()] if one["quantization"] != "none" else []
+    what = ", ".join([one["what"], *other_than])
+    sign = "≥" if ratio["at_least"] else "≤"
+    bounds = ["" if ratio[bound] is None else f"{sign} {ratio[bound]:g}" for bound in ("must", "reach")]
+    metric = METRICS[ratio["metric"]]
+    numbers = [_number(side, ratio["metric"], metric.digits) for side in (ours, other)]
+    shown = "–"
+    if ratio["ratio"] is not None:
+        spread = ratio["ratio"]
+        shown = f"{spread['median']:.2f} ({spread['q1']:.2f}–{spread['q3']:.2f})"
+    return [what, ratio["beside"], metric.label, *numbers, shown, *bounds, ratio["verdict"]]
+
+
+def _number(side: Entry, metric: str, digits: int) -> str:
+    return f"{side['numbers'][metric]['median']:.{digits}f}" if metric in side["numbers"] else "–"

