@@ -82,9 +82,10 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture(scope="session")
 def config(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> WeftConfig:
-    """The defaults, but for ports, and a source directory that the operator allows."""
+    """The defaults, but for ports, a source directory that the operator allows, and streams told of every step."""
     return WeftConfig(
         model=ModelConfig(path=base_path, device="cpu"),
+        engine=EngineConfig(stream_interval_s=0.0),
         store=tmp_path_factory.mktemp("store"),
         allowed_sources=(tmp_path_factory.mktemp("sources"),),
         server=ServerConfig(port=0, metrics_port=0),
@@ -126,7 +127,12 @@ def tight_config(config: WeftConfig, tmp_path_factory: pytest.TempPathFactory) -
         config,
         store=tmp_path_factory.mktemp("tight"),
         engine=EngineConfig(
-            max_num_seqs=2, max_queued_requests=2, max_num_batched_tokens=8, num_kv_blocks=40, max_model_len=240
+            max_num_seqs=2,
+            max_queued_requests=2,
+            max_num_batched_tokens=8,
+            num_kv_blocks=40,
+            max_model_len=240,
+            stream_interval_s=0.0,
         ),
         adapters=AdapterLimits(weight_abs_max=1e38),
         residency=ResidencyConfig(device_bytes=80 * 1024),
