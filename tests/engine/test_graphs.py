@@ -13,7 +13,7 @@ from tests.engine.decoding import Decoding, Part
 from weft.adapters.slots import SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.engine import padding
-from weft.kernels.recording import Replay
+from weft.kernels.recording import Replay, Unrecordable
 from weft.kernels.selection import select
 from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, BaseShape
@@ -165,6 +165,24 @@ def test_steps_with_prompts_or_more_rows_than_are_recorded_stay_plain(base: load
         decoding.step()
     assert recorder.num_recorded == 0
     torch.testing.assert_close(recorded.step(range(32)), plain.step(range(32)), rtol=1e-4, atol=1e-5)
+    assert recorder.num_recorded == 1
+
+
+def test_steps_that_cannot_be_recorded_run_as_others_do(base: loader.Base, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Recorder):
+        def __call__(self, function: Callable[[], Tensor]) -> Replay:
+            super().__call__(function)
+            raise Unrecordable("operation not permitted")
+
+    recorder = Broken()
+    plain, unrecorded = _decodings(base, recorder)
+    for decoding in (plain, unrecorded):
+        decoding.start(_mixed(base.shape, 5, seed=3))
+    for _ in range(2):
+        assert unrecorded.step().equal(plain.step())
+    assert recorder.num_recorded == 1, "it is not tried again"
+    assert "cannot be recorded" in caplog.text
+    unrecorded.runner.warm_up()
     assert recorder.num_recorded == 1
 
 

@@ -9,7 +9,11 @@ Replay = Callable[[], Tensor]
 """Computes what was recorded from what its inputs hold now; the result is the same tensor every time."""
 
 Record = Callable[[Callable[[], Tensor]], Replay]
-"""Records a function that reads nothing but tensors, which stay where they are, and makes one."""
+"""Records a function that reads nothing but tensors, which stay where they are, and makes one. Raises Unrecordable."""
+
+
+class Unrecordable(Exception):
+    """The function did something that cannot be recorded; the device is as it was."""
 
 
 class CudaGraphs:
@@ -25,9 +29,12 @@ class CudaGraphs:
             function()  # what is done in a first call only (compiling, libraries' workspaces) is not to be recorded
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: threads that load adapters go on pinning memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = function()
+        try:
+            # thread_local: threads that load adapters go on pinning memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = function()
+        except RuntimeError as error:
+            raise Unrecordable(str(error)) from error
 
         def replay() -> Tensor:
             graph.replay()
