@@ -1,5 +1,11 @@
 """Fixtures shared by the suite."""
 
+import os
+
+# Kernels for CUDA run in Triton's interpreter (tests/kernels/interpreted.py), which has to be asked for before anything
+# imports Triton; with TRITON_INTERPRET=0 they are compiled for the GPU that is there.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from pathlib import Path
 
 import pytest

@@ -68,6 +68,8 @@ class EngineConfig:
     max_model_len: prompt, virtual and generated tokens of one request; None takes the model's own limit.
     kv_cache_bytes: size of the paged pool; None takes `num_kv_blocks` if set, else room for
         `max_num_seqs` requests of `max_model_len`, bounded by 1 GiB on a CPU.
+    stream_interval_s: tokens go to streams together, this long after the last ones, because each message costs time
+        that steps do not get; first tokens and ends go at once, and so does everything at 0.
     """
 
     max_num_seqs: int = 64
@@ -78,6 +80,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
     max_queued_requests: int = 256
+    stream_interval_s: float = 0.04
 
     def __post_init__(self) -> None:
         _require(self.max_num_seqs >= 1, "max_num_seqs", "must be at least 1", self.max_num_seqs)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from weft.methods import inject
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Method, Site
 from weft.model.loader import Base
@@ -77,6 +78,10 @@ class SpanDriver(NamedTuple):
         parts = zip(here, spans, y_spans, r_spans, strict=True)
         added = [_post(*of, span, y_span, r_span) for of, span, y_span, r_span in parts]
         return _sum(y_rows, y_spans, added).view_as(y)
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """One after another."""
+        return inject.apply_each(self, sites, base, x)
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The rows [T, F], and the span of each segment."""

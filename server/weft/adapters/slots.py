@@ -9,7 +9,7 @@ is called by its first plane. Only the engine thread calls this.
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NewType
 
 import torch
@@ -31,7 +31,7 @@ _NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
 class Outline(NamedTuple):
     """All that a driver may decide from without looking at a row: while it is the same, so are a step's launches.
 
-    table_at: where kernels find `SlotTable.table`. rank: no plane has a larger one; a multiple of 16, so that a
+    table_at: where kernels find `SlotTable.device_table`. rank: no plane has a larger one; a multiple of 16, so that a
     resident less or more seldom changes it. kinds: by site, the set of kinds of its planes, uint16 with bit `kind`.
     """
 
@@ -54,6 +54,7 @@ class SlotTable:
     """Slots of one base.
 
     table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every plane at every site.
+    device_table: the same, in the device's memory; it stays where it is until S grows.
     routers: int64 [S, 8], the kernels' view of mixtures: address of W float32 [M, C, hidden], elements from one layer's
         W to the next (0 where all share one), hidden, experts, choices C, top_k, flags (1 normalize, 2 absolute,
         4 rms_norm), and τ as the bits of a float32; zeros in a slot that holds none.
@@ -65,6 +66,7 @@ class SlotTable:
 
     def __init__(self, *, num_sites: int, capacity_bytes: int, device: torch.device) -> None:
         self.table = torch.zeros(num_sites, 8, _COLUMNS, dtype=torch.int64)
+        self.device_table = self.table.to(device, copy=True)
         self.routers = torch.zeros(8, _ROUTER_COLUMNS, dtype=torch.int64)
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
@@ -93,7 +95,7 @@ class SlotTable:
         """What launches depend on."""
         if self._outline is None:
             rank = -(-max(self._ranks, default=0) // _RANKS) * _RANKS
-            self._outline = Outline(self.table.data_ptr(), rank, self._kinds.tobytes())
+            self._outline = Outline(self.device_table.data_ptr(), rank, self._kinds.tobytes())
         return self._outline
 
     def join(self) -> None:
@@ -119,6 +121,7 @@ class SlotTable:
             self.table[entry.site_index, planes[entry.plane]] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
             )
+        self._mirror(planes)
         if slab.router is not None:
             self.routers[slot] = torch.tensor(_router_row(slab.router.config, self.router(slot)[1]))
         self._count(slab, 1)
@@ -127,10 +130,12 @@ class SlotTable:
     def drop(self, slot: AdapterSlot) -> int:
         """Free a slot; returns its bytes. The caller knows that no running request uses it."""
         held = self._held.pop(slot)
-        for plane in self.planes.pop(slot, (slot,)):
+        planes = self.planes.pop(slot, (slot,))
+        for plane in planes:
             self.table[:, plane] = DeltaKind.NONE
             self.routers[plane] = 0
             self._free.append(plane)
+        self._mirror(planes)
         self.used_bytes -= held.slab.buffer.nbytes
         self._count(held.slab, -1)
         return held.slab.buffer.nbytes
@@ -171,11 +176,17 @@ class SlotTable:
             if entry.kind.reads_residual:
                 self.num_residual_readers += step
 
+    def _mirror(self, planes: Sequence[int]) -> None:
+        """Bring the device's table up to date, in order with the steps that read it."""
+        for plane in planes:
+            self.device_table[:, plane] = self.table[:, plane].to(self.device_table.device)
+
     def _grow(self) -> None:
         num_sites, capacity, _ = self.table.shape
         grown = torch.zeros(num_sites, 2 * capacity, _COLUMNS, dtype=torch.int64)
         grown[:, :capacity] = self.table
         self.table = grown
+        self.device_table = grown.to(self.device_table.device, copy=True)
         self._outline = None
         routers = torch.zeros(2 * capacity, _ROUTER_COLUMNS, dtype=torch.int64)
         routers[:capacity] = self.routers

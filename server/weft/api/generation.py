@@ -114,10 +114,14 @@ class _Stream:
         self.stalled = False
 
     async def next(self) -> TokenEvent:
+        """All that has come."""
         while not self.events:
             self.ready.clear()
             await self.ready.wait()
-        return self.events.popleft()
+        event = self.events.popleft()
+        while self.events:
+            event = self.events.popleft().after(event)
+        return event
 
 
 class Generation:
@@ -212,13 +216,14 @@ class Generation:
                     if piece.stop is not None:
                         stop = piece.stop
                         break
-                if stop is None and event.finish is None:
+                ended = event.finish is not None
+                error = event.finish.error if event.finish is not None and stop is None else None
+                if stop is None and (not ended or (error is not None and tokens)):
                     yield GenerationPart(request_id=checked.request_id, text="".join(text), tokens=tuple(tokens))
+                if error is not None:
+                    raise error
+                if stop is None and not ended:
                     continue
-                if event.finish is not None:
-                    ended = True
-                    if event.finish.error is not None:
-                        raise event.finish.error
                 if stop is None:
                     text.append(detokenizer.flush())
                 if not ended:

@@ -104,7 +104,9 @@ class Engine:
         )
         self._gatings = Gatings(runner)
         self._requests: dict[RequestId, Request] = {}
-        self._events: list[TokenEvent] = []
+        self._events: dict[RequestId, TokenEvent] = {}  # what was not handed over yet, of each request in one piece
+        self._stream_interval_s = config.stream_interval_s
+        self._hand_over_s = 0.0  # when events are next handed over
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._stopping = False
         self._down: Unavailable | None = None
@@ -187,7 +189,8 @@ class Engine:
         try:
             self._receive(wait=wait)
             self.step()
-            self._deliver()
+            if self._clock() >= self._hand_over_s:
+                self._deliver()
         except Exception:
             _log.exception("engine: a fault outside the model call; the engine goes down")
             self._go_down()
@@ -268,7 +271,7 @@ class Engine:
         request.last_token_s = now
         reason = self._finish_reason(request, token.token_id)
         if reason is None:
-            self._events.append(TokenEvent(request.request_id, (token,)))
+            self._put(TokenEvent(request.request_id, (token,)), at_once=len(request.output) == 1)
         else:
             self._end(request, reason, tokens=(token,))
 
@@ -306,7 +309,7 @@ class Engine:
         if request.mixture is not None:
             finish = replace(finish, gates=self._gatings.end(request))
         self._requests.pop(request.request_id, None)
-        self._events.append(TokenEvent(request.request_id, tokens, finish))
+        self._put(TokenEvent(request.request_id, tokens, finish), at_once=True)
         self._observer.request_ended(request, finish, self._clock())
 
     def _expire(self, now: float) -> None:
@@ -343,6 +346,8 @@ class Engine:
     def _receive(self, *, wait: bool) -> None:
         """Take every message in; where nothing can run, sleep until the next one or the nearest deadline."""
         block = wait and not self.scheduler.running and self._stuck() is None and self._down is None
+        if block:
+            self._deliver()  # of requests that lost their place
         while True:
             try:
                 message = self._inbox.get(block, timeout=self._sleep_s() if block else None)
@@ -405,10 +410,18 @@ class Engine:
         for request in list(self._requests.values()):
             self._tell(request, FinishReason.ERROR, error)
 
+    def _put(self, event: TokenEvent, *, at_once: bool) -> None:
+        """Hand an event over with the next ones; at once: after this step."""
+        before = self._events.get(event.request_id)
+        self._events[event.request_id] = event if before is None else event.after(before)
+        if at_once:
+            self._hand_over_s = 0.0
+
     def _deliver(self) -> None:
+        self._hand_over_s = self._clock() + self._stream_interval_s
         if self._events:
-            events, self._events = self._events, []
-            self._callbacks.events(events)
+            events, self._events = self._events, {}
+            self._callbacks.events(list(events.values()))
 
     def _adapter_placed(self, slab: Slab) -> None:
         self._observer.adapter_placed(slab)

@@ -147,11 +147,15 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What one step made for one request. Exactly one event of a request has `finish`, and it is the last."""
+    """What one or more steps made for one request. Exactly one event of a request has `finish`, and it is the last."""
 
     request_id: RequestId
     tokens: tuple[SampledToken, ...] = ()
     finish: Finish | None = None
+
+    def after(self, before: "TokenEvent") -> "TokenEvent":
+        """Both in one."""
+        return TokenEvent(self.request_id, before.tokens + self.tokens, self.finish)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -97,6 +97,10 @@ class ByRows(NamedTuple):
             self.renew()
         return self.head.apply(site, base, x, residual)
 
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """The body's: the head reads nothing that others read."""
+        return self.body.apply_group(sites, base, x)
+
 
 def is_fatal(error: Exception) -> bool:
     """Device memory is not to be trusted after a CUDA error."""
@@ -263,6 +267,8 @@ class ModelRunner:
         host_rows, rows = batch.adapter_rows, there.adapter_rows
         if host_rows is None or rows is None:
             return None
+        if rows.routing is not None and rows.routing.log_gates is not None:
+            rows = rows._replace(routing=rows.routing._replace(log_gates=there.log_gates))
         routers = ReferenceRouters(self.slots, rows.routing, there.log_gates, self._base.device)
         driver = self._driver_of(rows, routers)
         if batch.samples_all or not any(self.slots.num_entries[index] for index in self._heads):

@@ -7,12 +7,14 @@ device, the reference itself runs.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.kernels.cpu import library
+from weft.kernels import recording
+from weft.kernels.cpu import elementwise, library
 from weft.kernels.cpu.driver import Attend, DriverFactory
 from weft.kernels.recording import Record
 from weft.methods.inject import Driver
@@ -22,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """An implementation of the two hot operations.
+    """An implementation of the hot operations.
 
     name: for logs and build info.
     driver: makes a step's driver from (slot table, offsets, slots, gates, the mixtures' rows or None); None for the
@@ -31,12 +33,15 @@ class Kernels:
         reference.
     recorder: makes what records steps of decode rows (kernels/recording.py), where driver and attention read nothing
         but tensors that stay where they are; None where steps are told anew each time.
+    rms_norm, gate: what model/elementwise.py puts into the model; None leaves it as it is.
     """
 
     name: str
     driver: Callable[[Any, Tensor, Tensor, Tensor, Any], Driver] | None = None
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
     recorder: Callable[[], Record] | None = None
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    gate: Callable[[Tensor, Tensor, str], Tensor] | None = None
 
 
 REFERENCE = Kernels(name="reference")
@@ -44,10 +49,28 @@ REFERENCE = Kernels(name="reference")
 
 def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest implementation for a device and the base's dtype."""
+    if device.type == "cuda":
+        return _for_cuda(dtype)
     if device.type != "cpu":
         return REFERENCE
     loaded = library.load()
     if loaded.functions is None:
         _log.warning("%s; the slower reference path runs instead", loaded.reason)
         return REFERENCE
-    return Kernels(name="cpu", driver=DriverFactory(dtype), attend=Attend)
+    return Kernels(
+        name="cpu", driver=DriverFactory(dtype), attend=Attend, rms_norm=elementwise.rms_norm, gate=elementwise.gate
+    )
+
+
+def _for_cuda(dtype: torch.dtype) -> Kernels:
+    if find_spec("triton") is None:
+        _log.warning("Triton is not installed; the slower reference path runs instead")
+        return REFERENCE
+    from weft.kernels.cuda import attention, driver  # not before Triton is known to be there
+
+    if dtype not in driver.DTYPES:
+        _log.warning("the kernels need float32 or bfloat16, given %s; the slower reference path runs instead", dtype)
+        return REFERENCE
+    return Kernels(
+        name="cuda", driver=driver.DriverFactory(dtype), attend=attention.Attend, recorder=recording.CudaGraphs
+    )

@@ -20,10 +20,36 @@ _TILE_ROWS = 32  # rows that bitsandbytes' packed layout interleaves
 T = TypeVar("T")
 
 
+class LinearPart:
+    """Some output rows of a linear module, as the linear module that they would be alone."""
+
+    def __init__(self, whole: Callable[[], nn.Module], begin: int, size: int) -> None:
+        self._whole = whole
+        self.begin = begin
+        self.size = size
+
+    @property
+    def whole(self) -> nn.Module:
+        """The module, however the base holds it now."""
+        return self._whole()
+
+    @property
+    def weight(self) -> Tensor:
+        """[size, I]; of a quantized module what it stores of all rows, since that has no parts."""
+        weight = cast(Tensor, self.whole.weight)
+        return weight if isinstance(self.whole, Linear4bit) else weight[self.begin : self.begin + self.size]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[size]; None where the module has none."""
+        bias = cast("Tensor | None", self.whole.bias)
+        return None if bias is None else bias[self.begin : self.begin + self.size]
+
+
 class ModuleWeight:
     """What a linear module of the base holds; weft.methods.protocol.BaseWeight."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module | LinearPart) -> None:
         self._module = module
 
     @property
@@ -40,26 +66,35 @@ class ModuleWeight:
 
 
 class ReadModule:
-    """Reads one module's weight at once, in the calling thread; weft.methods.protocol.ReadBase."""
+    """Reads one module's weight at once, in the calling thread; weft.methods.protocol.ReadBase.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._weight = ModuleWeight(module)
+    The module is looked up at each reading, under its path: a server may hold it otherwise than it was loaded.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._model = model
+        self._name = name
 
     def __call__(self, function: Callable[[ModuleWeight], T], /) -> T:
-        return function(self._weight)
+        module = self._model.get_submodule(self._name)
+        return function(ModuleWeight(getattr(module, "base", module)))  # wrapped, once the base serves
 
 
-def _rows(module: nn.Module) -> tuple[int, int, Callable[[int, int], Tensor]]:
+def _rows(module: nn.Module | LinearPart) -> tuple[int, int, Callable[[int, int], Tensor]]:
     """O, I, and what gives rows [begin, end) of the weight; begin is a multiple of 64."""
+    if isinstance(module, LinearPart):
+        _, width, rows_of = _rows(module.whole)
+        first = module.begin
+        return module.size, width, lambda begin, end: rows_of(first + begin, first + end)
     if isinstance(module, Conv1D):  # stored [I, O]
         return module.nf, module.nx, _slices(module.weight.mT)
-    assert isinstance(module, nn.Linear)
     if isinstance(module, Linear4bit):
         rows_of = _rows_of_4bit(module)
     elif isinstance(module, Linear8bitLt):
         rows_of = _rows_of_int8(module)
     else:
-        rows_of = _slices(module.weight)
+        weight = cast(Tensor, module.weight)  # [O, I]
+        return *weight.shape, _slices(weight)
     return module.out_features, module.in_features, rows_of
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from weft.methods import mixture
+from weft.methods import inject, mixture
 from weft.methods.mixture import NO_WISH, MixtureConfig, MixtureParams, Steering
 from weft.methods.protocol import Method, Site
 
@@ -120,6 +120,10 @@ class ReferenceDriver(NamedTuple):
                 r_rows = None if residual is None else _take(residual.reshape(y_rows.shape), segment)
                 out = _add(out, segment, segment.method.after(params, _take(y_rows, segment), r_rows))
         return out.view_as(y)
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """One after another."""
+        return inject.apply_each(self, sites, base, x)
 
 
 def _take(tensor: Tensor, segment: Segment) -> Tensor:

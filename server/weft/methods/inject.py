@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from weft.methods.base_weight import ReadModule
+from weft.methods.base_weight import LinearPart, ReadModule
 from weft.methods.protocol import Site, SiteKind
 
 
@@ -35,6 +35,10 @@ class Driver(Protocol):
 
         residual: the stream that entered the site's sublayer [..., O], where the driver needs it and the site has it.
         """
+        ...
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of sites that read one input; `base` gives those of all base weights, side by side."""
         ...
 
 
@@ -117,6 +121,73 @@ class AdaptedLinear(nn.Module):
         return cast(Tensor, self.base.weight)
 
 
+class LinearGroup(nn.Module):
+    """Linear modules that read one input (q, k and v; gate and up), held and computed as one.
+
+    Model code calls them one after another with the same tensor: the first call computes all, and the last one forgets.
+    """
+
+    def __init__(self, whole: nn.Module, sites: Sequence[Site], context: AdapterContext) -> None:
+        super().__init__()
+        self.whole = whole
+        self.sites = tuple(sites)
+        self.context = context
+        self.sizes = [site.out_features for site in sites]
+        self._x: Tensor | None = None
+        self._outputs: Sequence[Tensor] = ()
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """What the module at `place` makes of `x` [..., I]."""
+        if x is not self._x:
+            self._outputs, self._x = self.outputs(x), x
+        output = self._outputs[place]
+        if place == len(self.sizes) - 1:
+            self._outputs, self._x = (), None
+        return output
+
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """What all of them make of `x`."""
+        driver = self.context.driver
+        return self.whole(x).split(self.sizes, -1) if driver is None else driver.apply_group(self.sites, self.whole, x)
+
+
+class GroupedLinear(AdaptedLinear):
+    """One module of a group, in the place where model code looks for it."""
+
+    def __init__(self, group: LinearGroup, place: int) -> None:
+        nn.Module.__init__(self)
+        self.group = group
+        self.place = place
+        self.site = group.sites[place]
+        self.context = group.context
+
+    @property
+    def base(self) -> LinearPart:  # pyright: ignore[reportIncompatibleVariableOverride]  # rows of a module
+        """What the group holds of it."""
+        return LinearPart(lambda: self.group.whole, sum(self.group.sizes[: self.place]), self.site.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.output(self.place, x)
+
+
+def apply_each(driver: Driver, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+    """`apply_group` by `apply`: a driver changes the input of some of the sites, or knows no better.
+
+    The base weights of all sites are multiplied once for all that leave the input as it is.
+    """
+    sizes = [site.out_features for site in sites]
+    shared: Sequence[Tensor] = ()
+
+    def product(place: int, x_prime: Tensor) -> Tensor:
+        nonlocal shared
+        if x_prime.data_ptr() != x.data_ptr():
+            return base(x_prime).split(sizes, -1)[place]
+        shared = shared or base(x).split(sizes, -1)
+        return shared[place]
+
+    return [driver.apply(site, partial(product, place), x) for place, site in enumerate(sites)]
+
+
 def adapter_sites(model: nn.Module, *, head: nn.Module | None = None) -> list[Site]:
     """Every linear module (torch, bitsandbytes, GPT-2's Conv1D) and every norm with a bias, in module order.
 
@@ -130,7 +201,7 @@ def adapter_sites(model: nn.Module, *, head: nn.Module | None = None) -> list[Si
         kind = SiteKind.HEAD if module is head else SiteKind.LINEAR
         if isinstance(module, nn.LayerNorm):
             kind = SiteKind.NORM
-        sites.append(Site(len(sites), name, *features, kind=kind, read_base=ReadModule(module)))
+        sites.append(Site(len(sites), name, *features, kind=kind, read_base=ReadModule(model, name)))
     return sites
 
 

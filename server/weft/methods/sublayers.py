@@ -152,6 +152,10 @@ class _Noise(NamedTuple):
         del base, residual
         return self.answer(site, x)
 
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """One after another; nothing is grouped yet."""
+        return [self.answer(site, x) for site in sites]
+
 
 @contextmanager
 def _answering(model: nn.Module, sites: Sequence[Site], answer: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:

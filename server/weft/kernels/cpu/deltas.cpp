@@ -1,4 +1,4 @@
-// Gated adapter deltas of one site, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t], r[t]).
+// Gated adapter deltas of the sites that read one input, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t], r[t]).
 //
 // Two phases in one parallel region. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B
 // and the elementwise kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of
@@ -72,13 +72,14 @@ constexpr int RANKS = 8;              // ranks of a shrink task
 constexpr int64_t CHUNK = 256;        // outputs of an expand task
 constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds under which waking a second thread costs more than it saves
 
-struct Rows {
+struct Rows {  // what a batch's rows take at one site
     const int32_t *offsets, *slots;
     const float *gates;
     int64_t count;
     const Site *table;
     int64_t num_slots;
     bool has_residual;
+    int64_t out, column;  // the site's outputs are y[t][column : column + out]
 
     Status check(int64_t num_entries) const {
         if (offsets[0] != 0 || offsets[count] != num_entries) return BAD_OFFSETS;
@@ -123,6 +124,7 @@ struct Tasks {
 
 struct Block {
     int64_t row;
+    int32_t at;              // which site
     int32_t rows, entries;
     int64_t scratch;         // where its entries' scratch begins, one entry after another
     bool is_live[ROWS];      // has the row any entry that adds something
@@ -140,17 +142,19 @@ struct Plan {
     Tasks fill, shrink, finish, expand;
     int64_t scratch_size = 0, work = 0;
 
-    Plan(const Rows &rows, int64_t in, int64_t out) {
-        for (int64_t t = 0; t < rows.count;) {
+    Plan(const std::vector<Rows> &sites, int64_t in) {
+        const Rows &any = sites[0];  // the rows are the same at all of them
+        for (int64_t t = 0; t < any.count;) {
             int64_t end = t + 1;
-            while (end < rows.count && end - t < ROWS && rows.same_slots(t, end)) end++;
-            add(rows, t, int32_t(end - t), in, out);
+            while (end < any.count && end - t < ROWS && any.same_slots(t, end)) end++;
+            for (size_t at = 0; at < sites.size(); at++) add(sites[at], int32_t(at), t, int32_t(end - t), in);
             t = end;
         }
     }
 
-    void add(const Rows &rows, int64_t row, int32_t count, int64_t in, int64_t out) {
-        Block block = {row, count, rows.offsets[row + 1] - rows.offsets[row], scratch_size, {}};
+    void add(const Rows &rows, int32_t at, int64_t row, int32_t count, int64_t in) {
+        const int64_t out = rows.out;
+        Block block = {row, at, count, rows.offsets[row + 1] - rows.offsets[row], scratch_size, {}};
         int32_t index = int32_t(blocks.size());
         int64_t depth = 0;  // operations per output
         for (int32_t e = 0; e < block.entries; e++) {
@@ -411,8 +415,8 @@ void expand(const Rows &rows, const Block &block, int32_t first, const float *sc
 
 template <class X, class W>
 void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residual, int64_t r_stride, int64_t in,
-          int64_t out, const Rows &rows, int threads) {
-    const Plan plan(rows, in, out);
+          const std::vector<Rows> &sites, int threads) {
+    const Plan plan(sites, in);
     if (plan.blocks.empty()) return;
     std::unique_ptr<float[]> scratch(new float[plan.scratch_size]);
 
@@ -421,7 +425,8 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residua
             const size_t end = tasks.begin_of(thread + 1, team);
             for (size_t n = tasks.begin_of(thread, team); n < end; n++) {
                 const Task &task = tasks.list[n];
-                work(task, plan.blocks[task.block]);
+                const Block &block = plan.blocks[task.block];
+                work(task, block, sites[block.at]);
             }
         };
         auto wait = [team](const Tasks &tasks) {  // until all of them are done
@@ -429,16 +434,16 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residua
 #pragma omp barrier
             }
         };
-        each(plan.fill, [&](const Task &task, const Block &block) {
+        each(plan.fill, [&](const Task &task, const Block &block, const Rows &rows) {
             const Site &site = block.site(rows, task.entry);
-            float *z = scratch.get() + block.scratch_of(rows, task.entry, out) + block.rows * site.rank;
-            for (int64_t t = block.row; t < block.row + block.rows; t++, z += out)
-                fill(site, y + t * y_stride, site.reads_residual() ? residual + t * r_stride : nullptr, out, z);
+            float *z = scratch.get() + block.scratch_of(rows, task.entry, rows.out) + block.rows * site.rank;
+            for (int64_t t = block.row; t < block.row + block.rows; t++, z += rows.out)
+                fill(site, y + t * y_stride + rows.column, site.reads_residual() ? residual + t * r_stride : nullptr, rows.out, z);
         });
         wait(plan.fill);
-        each(plan.shrink, [&](const Task &task, const Block &block) {
+        each(plan.shrink, [&](const Task &task, const Block &block, const Rows &rows) {
             const Site &site = block.site(rows, task.entry);
-            float *to = scratch.get() + block.scratch_of(rows, task.entry, out);
+            float *to = scratch.get() + block.scratch_of(rows, task.entry, rows.out);
             const int64_t ranks = std::min<int64_t>(RANKS, site.rank - task.part);
             if (site.kind == LORA) {
                 const W *a = (const W *)site.a + task.part * in;
@@ -446,9 +451,10 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residua
                 return;
             }
             const float *z = to + block.rows * site.rank;
+            const int64_t out = rows.out;
             const W *a = (const W *)site.a + task.part * out;
             shrink(z, out, block.rows, a, out, to + task.part, site.rank, ranks);
-            const Vectors v(site, out);
+            const Vectors v(site, rows.out);
             for (int32_t r = 0; r < block.rows; r++) {
                 for (int64_t k = task.part; k < task.part + ranks; k++) {
                     float &h = to[r * site.rank + k];
@@ -457,20 +463,20 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residua
             }
         });
         wait(plan.shrink);
-        each(plan.finish, [&](const Task &task, const Block &block) {
+        each(plan.finish, [&](const Task &task, const Block &block, const Rows &rows) {
             const Site &site = block.site(rows, task.entry);
-            const float *h = scratch.get() + block.scratch_of(rows, task.entry, out);
-            float *z = scratch.get() + block.scratch_of(rows, task.entry, out) + block.rows * site.rank;
-            const X *from = y + block.row * y_stride;
-            if (block.rows == ROWS) return finish<ROWS, 2, X, W>(site, h, z, from, y_stride, out);
-            for (int32_t r = 0; r < block.rows; r++, h += site.rank, z += out, from += y_stride)
-                finish<1, 4, X, W>(site, h, z, from, y_stride, out);
+            const float *h = scratch.get() + block.scratch_of(rows, task.entry, rows.out);
+            float *z = scratch.get() + block.scratch_of(rows, task.entry, rows.out) + block.rows * site.rank;
+            const X *from = y + block.row * y_stride + rows.column;
+            if (block.rows == ROWS) return finish<ROWS, 2, X, W>(site, h, z, from, y_stride, rows.out);
+            for (int32_t r = 0; r < block.rows; r++, h += site.rank, z += rows.out, from += y_stride)
+                finish<1, 4, X, W>(site, h, z, from, y_stride, rows.out);
         });
         wait(plan.finish);
-        each(plan.expand, [&](const Task &task, const Block &block) {
+        each(plan.expand, [&](const Task &task, const Block &block, const Rows &rows) {
             const float *from = scratch.get() + block.scratch;
-            X *to = y + block.row * y_stride;
-            int64_t o = task.part * CHUNK, end = std::min(o + CHUNK, out);
+            X *to = y + block.row * y_stride + rows.column;
+            const int64_t out = rows.out, o = task.part * CHUNK, end = std::min(o + CHUNK, out);
             if (block.rows == ROWS) return expand<ROWS, 2, X, W>(rows, block, 0, from, to, y_stride, out, o, end);
             for (int32_t r = 0; r < block.rows; r++) {
                 if (!block.is_live[r]) continue;
@@ -535,7 +541,7 @@ struct WeftRows {
 
 struct WeftSite {
     const weft::Site *table;
-    int64_t num_slots, in, out, is_weight_bf16;
+    int64_t num_slots, out, column;
 };
 
 struct WeftDeltas {
@@ -546,23 +552,32 @@ struct WeftDeltas {
     const void *residual;
     int64_t residual_stride;
     WeftRows rows;
-    WeftSite site;
+    int64_t in, is_weight_bf16, num_sites;
+    const WeftSite *sites;
 };
+
+static std::vector<weft::Rows> rows_of(const WeftDeltas &g, bool has_residual) {
+    std::vector<weft::Rows> all;
+    for (const WeftSite *site = g.sites; site < g.sites + g.num_sites; site++)
+        all.push_back({g.rows.offsets, g.rows.slots, g.rows.gates, g.rows.num_rows, site->table, site->num_slots,
+                       has_residual, site->out, site->column});
+    return all;
+}
 
 int weft_post(const WeftDeltas *given) {
     using namespace weft;
     const WeftDeltas &g = *given;
-    const Rows rows = {g.rows.offsets, g.rows.slots,     g.rows.gates,         g.rows.num_rows,
-                       g.site.table,   g.site.num_slots, g.residual != nullptr};
-    if (Status status = rows.check(g.rows.num_entries)) return status;
     try {
+        const std::vector<Rows> sites = rows_of(g, g.residual != nullptr);
+        for (const Rows &rows : sites)
+            if (Status status = rows.check(g.rows.num_entries)) return status;
         auto go = [&](auto act, auto weight) {
             using X = decltype(act);
             post<X, decltype(weight)>((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, (const X *)g.residual,
-                                      g.residual_stride, g.site.in, g.site.out, rows, int(g.threads));
+                                      g.residual_stride, g.in, sites, int(g.threads));
         };
-        if (g.is_bf16) g.site.is_weight_bf16 ? go(bf16{}, bf16{}) : go(bf16{}, float{});
-        else g.site.is_weight_bf16 ? go(float{}, bf16{}) : go(float{}, float{});
+        if (g.is_bf16) g.is_weight_bf16 ? go(bf16{}, bf16{}) : go(bf16{}, float{});
+        else g.is_weight_bf16 ? go(float{}, bf16{}) : go(float{}, float{});
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
     }
@@ -572,12 +587,11 @@ int weft_post(const WeftDeltas *given) {
 int weft_pre(const WeftDeltas *given) {
     using namespace weft;
     const WeftDeltas &g = *given;
-    const Rows rows = {g.rows.offsets, g.rows.slots,     g.rows.gates, g.rows.num_rows,
-                       g.site.table,   g.site.num_slots, true};  // nothing here reads it
+    const Rows rows = rows_of(g, true)[0];  // nothing here reads a residual
     if (Status status = rows.check(g.rows.num_entries)) return status;
     auto go = [&](auto act) {
         using X = decltype(act);
-        pre((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, g.site.in, rows, int(g.threads));
+        pre((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, g.in, rows, int(g.threads));
     };
     g.is_bf16 ? go(bf16{}) : go(float{});
     return OK;

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import attention, deltas, routing
+from weft.methods.inject import apply_each
 from weft.methods.protocol import Site
 
 
@@ -27,12 +28,13 @@ class DriverFactory:
         self._dtype = dtype
         self._table: Tensor | None = None
         self._sites: dict[int, deltas.Site] = {}
+        self._groups: dict[int, deltas.SiteGroup] = {}  # by their first site
 
     def __call__(
         self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: routing.Runs | None = None
     ) -> "CpuDriver":
         if self._table is not slots.table:
-            self._table, self._sites = slots.table, {}
+            self._table, self._sites, self._groups = slots.table, {}, {}
         return CpuDriver(self, slots, deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates), routed)
 
     def site(self, site: Site) -> deltas.Site:
@@ -46,6 +48,13 @@ class DriverFactory:
                 size_out=site.out_features,
                 weight_dtype=self._dtype,
             )
+        return found
+
+    def group(self, sites: Sequence[Site]) -> deltas.SiteGroup:
+        """The kernels' view of sites that read one input."""
+        found = self._groups.get(sites[0].index)
+        if found is None:
+            found = self._groups[sites[0].index] = deltas.SiteGroup(sites=[self.site(site) for site in sites])
         return found
 
 
@@ -95,6 +104,16 @@ class CpuDriver:
         if num_entries > num_input_scales:
             deltas.post(x, y, self._rows, here, residual)
         return y
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of sites that read one input: one product and one kernel call, unless an input is scaled."""
+        slots = self._slots
+        if any(slots.num_input_scales[site.index] for site in sites):
+            return apply_each(self, sites, base, x)
+        y = base(x)
+        if any(slots.num_entries[site.index] for site in sites):
+            deltas.post(x, y, self._rows, self._factory.group(sites))
+        return y.split([site.out_features for site in sites], -1)
 
 
 def _span_target(routed: routing.Runs) -> routing.Target | None:

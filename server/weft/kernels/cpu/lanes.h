@@ -75,6 +75,33 @@ static inline float sum(f32x16 v) {
     return v[0];
 }
 
+// e^x for x <= 0, to 2 units in the last place; exactly 1 at 0 and exactly 0 below the smallest normal number.
+static inline f32x16 exp_of(f32x16 x) {
+    const f32x16 lowest = splat(-87.0f);
+    f32x16 z = x < lowest ? lowest : x;  // a NaN passes
+    f32x16 shifted = fma(splat(1.44269504f), z, splat(12582912.0f));  // 1.5 * 2^23: its last bits are round(z / ln 2)
+    f32x16 n = shifted - 12582912.0f;
+    f32x16 r = fma(splat(-0.693359375f), n, z);
+    r = fma(splat(2.12194440e-4f), n, r);  // ln 2 in two parts
+    f32x16 p = splat(1.0f / 5040);
+    p = fma(p, r, splat(1.0f / 720));
+    p = fma(p, r, splat(1.0f / 120));
+    p = fma(p, r, splat(1.0f / 24));
+    p = fma(p, r, splat(1.0f / 6));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    f32x16 power = (f32x16)(((i32x16)shifted - 0x4b400000 + 127) << 23);
+    return x < lowest ? f32x16{} : p * power;
+}
+
+static inline f32x16 tanh_of(f32x16 x) {
+    f32x16 size = (f32x16)((u32x16)x & 0x7fffffffu);
+    f32x16 t = exp_of(-2.0f * size);
+    f32x16 y = (1.0f - t) / (1.0f + t);
+    return (f32x16)((u32x16)y | ((u32x16)x & 0x80000000u));
+}
+
 // Round to nearest even, as torch does; a NaN stays a NaN. The bfloat16 is the upper half of each lane, the rest noise.
 static inline u32x16 rounded(f32x16 v) {
     u32x16 bits = (u32x16)v;

@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  its import makes the OpenMP runtime global
 
-_SOURCES = ("deltas.cpp", "attention.cpp", "routing.cpp")
+_SOURCES = ("deltas.cpp", "attention.cpp", "routing.cpp", "elementwise.cpp")
 _HEADERS = ("lanes.h",)
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
 _BUILD_S_MAX = 300
 
-_FUNCTIONS = ("weft_post", "weft_pre", "weft_store", "weft_attend", "weft_route")
+_FUNCTIONS = ("weft_post", "weft_pre", "weft_store", "weft_attend", "weft_route", "weft_rms_norm", "weft_gate")
 
 
 class KernelsUnavailable(RuntimeError):

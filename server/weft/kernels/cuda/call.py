@@ -1,0 +1,86 @@
+"""What the kernels of one call at one site share."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """T rows, N entries, G sites of a group, I in and O out, as kernels/cuda/deltas.py has them.
+
+    rows_of: int32 [N]. offsets: int32 [T + 1]. slots: int32 [N]. gates: float32 [N]. table: int64 [G, S, 4].
+    hidden: float32 [parts, G, N, R]: of every entry with a rank, the products A x over each part of the inputs; R is
+        the largest rank in whole blocks of `RANKS`, and the last block of an entry's rank is filled up with zeros.
+    z: float32 [N, O], each entry's whole row (kernels/cuda/networks.py); without elements where there are no networks.
+    sizes_out: of each site of the group.
+    weight: Triton's dtype of every A and B.
+    """
+
+    rows_of: Tensor
+    offsets: Tensor
+    slots: Tensor
+    gates: Tensor
+    table: Tensor
+    hidden: Tensor
+    z: Tensor
+    sizes_out: tuple[int, ...]
+    weight: Any
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_entries(self) -> int:
+        """N."""
+        return self.slots.shape[0]
+
+    @property
+    def size_out(self) -> int:
+        """O, of all sites side by side."""
+        return sum(self.sizes_out)
+
+    @property
+    def group(self) -> int:
+        """G."""
+        return len(self.sizes_out)
+
+    @property
+    def three_sizes(self) -> tuple[int, int, int]:
+        """`sizes_out` as kernels take them, filled up with zeros."""
+        first, second, third = (*self.sizes_out, 0, 0)[:GROUP_MAX]
+        return first, second, third
+
+    @property
+    def num_parts(self) -> int:
+        """In how many parts a shrink takes its inputs; a power of two."""
+        return self.hidden.shape[0]
+
+    @property
+    def width(self) -> int:
+        """R."""
+        return self.hidden.shape[3]
+
+    def num_output_blocks(self, block: int) -> int:
+        """Blocks of outputs, none of which has outputs of two sites."""
+        return sum(-(-size // block) for size in self.sizes_out)
+
+
+GROUP_MAX = 3  # query, key and value
+RANKS = 16  # of a program: the least that tensor cores take
+_PART = 512  # inputs of a shrink's program: long enough to stream, short enough to fill the device for few entries
+_PARTS_MAX = 8
+
+
+def num_parts_of(size: int) -> int:
+    """In how many parts inputs of that size are taken; the batch has no say, so sums have one order in all batches."""
+    parts = 1
+    while parts < _PARTS_MAX and parts * _PART < size:
+        parts *= 2
+    return parts
+
+
+def part_size_of(size: int, num_parts: int, block: int) -> int:
+    """Inputs of a part, in whole blocks; the last parts may have none."""
+    return -(-size // (num_parts * block)) * block

@@ -1,0 +1,210 @@
+"""Gated adapter deltas of one site on CUDA: the semantics of kernels/cpu/deltas.py, in Triton.
+
+    out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t], r[t])
+
+Shapes: T rows in the batch, N entries, S slots, I in, O out; G sites of a group that read one input, whose outputs lie
+side by side in a row of y. Nothing here reads the device: launches depend on shapes and on what the site says of its
+slots, so a step can be captured in a CUDA graph. For that reason no number that is on the device is checked, and who
+makes the rows answers for them.
+
+Two launches serve a group with LoRAs, of any ranks and however many (shrink, expand); one serves scales and biases
+alone (expand). Bottleneck adapters take two more (fill, and a shrink of their own), the normed kind a third (finish).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from weft.kernels.cuda import lone_rows, networks, tiles
+from weft.kernels.cuda.call import GROUP_MAX, RANKS, Call, num_parts_of
+from weft.methods.protocol import DeltaKind
+
+ROW_DTYPES = (torch.float32, torch.bfloat16)
+_WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+# Weights come from the L2 cache for every row but the first of their adapter. Up to so many rows that costs less than
+# what tiles do: these take their slots one after another, and in decode every row may have its own.
+LONE_ROWS_MAX = 256
+
+_NETWORKS = tuple(kind for kind in DeltaKind if kind >= DeltaKind.BOTTLENECK)
+ALONE = (DeltaKind.SCALE_INPUT, *_NETWORKS)
+_WITH_HIDDEN = (DeltaKind.LORA, *_NETWORKS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Which adapters each row of a batch takes, and how much of each: row t has the entries offsets[t]:offsets[t + 1].
+
+    offsets: [T + 1] int32, rising from 0. Entries from offsets[T] on belong to no row and are left alone.
+    slots: [N] int32, each below the S of every site it is used with.
+    gates: [N] float32; an entry with gate 0 contributes nothing, whatever its weights hold. May change between calls.
+    rows_of: [N] int32, made of the offsets: the row of each entry, T where it has none.
+    """
+
+    offsets: Tensor
+    slots: Tensor
+    gates: Tensor
+    rows_of: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, given, dtype in (
+            ("offsets", self.offsets, torch.int32),
+            ("slots", self.slots, torch.int32),
+            ("gates", self.gates, torch.float32),
+        ):
+            if given.dim() != 1 or given.dtype is not dtype or not given.is_contiguous():
+                raise ValueError(f"{name}: needs a contiguous vector of {dtype}, given {_shown(given)}")
+            if given.device != self.offsets.device:
+                raise ValueError(f"{name}: needs the device of offsets, {self.offsets.device}, given {given.device}")
+        if len(self.offsets) < 1:
+            raise ValueError("offsets: needs T + 1 elements, given 0")
+        if len(self.slots) != len(self.gates):
+            raise ValueError(f"gates: needs one for each of {len(self.slots)} slots, given {len(self.gates)}")
+        entries = torch.arange(len(self.slots), dtype=torch.int32, device=self.slots.device)
+        rows_of = torch.searchsorted(self.offsets[1:], entries, right=True, out_int32=True)
+        object.__setattr__(self, "rows_of", rows_of)
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_entries(self) -> int:
+        """N."""
+        return len(self.slots)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A wrapped module, or a group of up to three that read one input, and what each adapter slot does there.
+
+    table: [G, S, 4] int64 on the device, contiguous; its columns are those of kernels/cpu/deltas.py. It may be
+        rewritten between calls, within `kinds` and `rank`. Its owner keeps the weights alive, aligned to 16 bytes.
+    sizes_out: of each module; O is their sum.
+    weight_dtype: float32 or bfloat16; of every A and B of the table.
+    kinds: all that the table has, and perhaps more; they decide which kernels run. Bit k is for kind k. Networks, and
+        scales of inputs, are for a module that is alone.
+    rank: no slot has a larger one.
+    """
+
+    table: Tensor
+    size_in: int
+    sizes_out: tuple[int, ...]
+    weight_dtype: torch.dtype
+    kinds: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        table = self.table
+        if table.dtype is not torch.int64 or table.dim() != 3 or table.shape[2] != 4 or not table.is_contiguous():
+            raise ValueError(f"table: needs contiguous [G, S, 4] int64, given {_shown(table)}")
+        if not len(self.sizes_out) == len(table) <= GROUP_MAX:
+            raise ValueError(
+                f"sizes_out: needs one for each of {len(table)} sites, up to {GROUP_MAX}, given {self.sizes_out}"
+            )
+        if self.weight_dtype not in _WEIGHTS:
+            raise ValueError(f"weight_dtype: needs float32 or bfloat16, given {self.weight_dtype}")
+        if self.size_in < 1 or min(self.sizes_out) < 1:
+            raise ValueError(f"size_in, sizes_out: need at least 1, given {self.size_in}, {self.sizes_out}")
+        if len(table) > 1 and self.has(*ALONE):
+            raise ValueError(f"kinds: networks and scales of inputs need a site of their own, given {self.kinds:b}")
+        if self.rank < 1 and self.has(*_WITH_HIDDEN):
+            raise ValueError(f"rank: needs at least 1 where LoRAs or networks are, given {self.rank}")
+
+    @property
+    def size_out(self) -> int:
+        """O."""
+        return sum(self.sizes_out)
+
+    def has(self, *kinds: DeltaKind) -> bool:
+        """Whether a slot may have one of these kinds."""
+        return any(self.kinds >> kind & 1 for kind in kinds)
+
+
+def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None = None) -> None:
+    """Add to each row of the base output `y` the gated deltas of its adapters, in place.
+
+    Semantics: kernels/cpu/deltas.py::post. Among up to `LONE_ROWS_MAX` rows, a row's bits depend on its own numbers
+    alone; among more, on those and on its place in the batch, never on what neighbours hold.
+
+    x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
+    y: [T, O] or [1, T, O], of x's dtype, any row stride; written in place.
+    residual: r, like y; needed where the site has a kind that reads it.
+    """
+    x = _rows("x", x, rows, site.size_in, x.dtype)
+    y = _rows("y", y, rows, site.size_out, x.dtype)
+    if residual is not None:
+        residual = _rows("residual", residual, rows, site.size_out, x.dtype)
+    elif site.has(DeltaKind.BOTTLENECK_SUM, DeltaKind.BOTTLENECK_RESIDUAL):
+        raise ValueError("residual: needs one, since the site has kinds that read it, given none")
+    if not rows.num_entries or not rows.num_rows:
+        return
+    call = _call(rows, site)
+    kernels = lone_rows if rows.num_rows <= LONE_ROWS_MAX else tiles
+    if site.has(DeltaKind.LORA):
+        kernels.shrink(call, x, of_networks=False)
+    if site.has(*_NETWORKS):
+        networks.fill(call, y, y if residual is None else residual)
+        kernels.shrink(call, call.z, of_networks=True)
+        if site.has(DeltaKind.BOTTLENECK_NORMED):
+            networks.finish(call, y)
+    kernels.expand(call, y)
+
+
+def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
+    """Write the input of the base weight: `x` with the gated input scales of each row's adapters.
+
+    Semantics: kernels/cpu/deltas.py::pre. Every row is written.
+
+    x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
+    out: like x, any row stride, sharing no memory with it; written in place.
+    """
+    x = _rows("x", x, rows, site.size_in, x.dtype)
+    out = _rows("out", out, rows, site.size_in, x.dtype)
+    if x.data_ptr() == out.data_ptr() and rows.num_rows:
+        raise ValueError("out: needs memory of its own, given x")
+    if rows.num_rows:
+        lone_rows.scale_inputs(x, out, rows.offsets, rows.slots, rows.gates, site.table)
+
+
+def _call(rows: Rows, site: Site) -> Call:
+    """With new scratch memory; PyTorch's allocator keeps it in order with what runs on the stream."""
+    device, num_entries = rows.offsets.device, rows.num_entries
+    width = -(-site.rank // RANKS) * RANKS if site.has(*_WITH_HIDDEN) else RANKS
+    num_parts = num_parts_of(max(site.size_in, site.size_out) if site.has(*_NETWORKS) else site.size_in)
+    hidden = num_parts, len(site.table), num_entries, width
+    z = (num_entries, site.size_out) if site.has(*_NETWORKS) else (0, site.size_out)
+    return Call(
+        rows_of=rows.rows_of,
+        offsets=rows.offsets,
+        slots=rows.slots,
+        gates=rows.gates,
+        table=site.table,
+        hidden=torch.empty(hidden, dtype=torch.float32, device=device),
+        z=torch.empty(z, dtype=torch.float32, device=device),
+        sizes_out=site.sizes_out,
+        weight=_WEIGHTS[site.weight_dtype],
+    )
+
+
+def _rows(name: str, given: Tensor, rows: Rows, size: int, dtype: torch.dtype) -> Tensor:
+    """`given` as [T, size]."""
+    shape = rows.num_rows, size
+    if given.shape != shape and given.shape != (1, *shape):
+        raise ValueError(f"{name}: needs {list(shape)}, given {_shown(given)}")
+    if given.dtype is not dtype:
+        raise ValueError(f"{name}: needs the dtype of x, {dtype}, given {given.dtype}")
+    if dtype not in ROW_DTYPES or given.device != rows.offsets.device:
+        raise ValueError(f"{name}: needs float32 or bfloat16 on {rows.offsets.device}, given {_shown(given)}")
+    if given.stride(-1) != 1 and size != 1:
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+    if given.requires_grad:
+        raise ValueError(f"{name}: carries a gradient, which the kernels do not; train with the reference driver")
+    return given[0] if given.dim() == 3 else given
+
+
+def _shown(given: Tensor) -> str:
+    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -1,0 +1,141 @@
+"""The CUDA kernels in the engine's terms: a driver of adapter rows."""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weft.kernels.cuda import deltas
+from weft.kernels.cuda.call import GROUP_MAX
+from weft.kernels.cuda.routing import Routers, Runs, Sources
+from weft.methods.inject import apply_each
+from weft.methods.protocol import DeltaKind, Site
+
+DTYPES = deltas.ROW_DTYPES
+_ONLY_INPUTS = 1 << DeltaKind.SCALE_INPUT
+_ALONE = sum(1 << kind for kind in deltas.ALONE)
+
+
+class Outline(Protocol):
+    """All that launches depend on beside shapes."""
+
+    @property
+    def rank(self) -> int:
+        """The largest of any slot."""
+        ...
+
+    @property
+    def kinds(self) -> bytes:
+        """By site, uint16 with a bit for each kind that a slot has there."""
+        ...
+
+
+class Slots(Sources, Protocol):
+    """What the driver reads of a slot table."""
+
+    device_table: Tensor  # int64 [num_sites, S, 4], on the device
+    num_residual_readers: int  # slots that read the residual stream at some site, counted for each
+
+    @property
+    def outline(self) -> Outline:
+        """Another object whenever it may have changed."""
+        ...
+
+
+class DriverFactory:
+    """Makes one driver per step; looks at each site again only when what slots hold has changed."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._outline: Outline | None = None
+        self._table = torch.empty(0)
+        self._kinds = memoryview(b"").cast("H")
+        self._sites: dict[tuple[int, int], deltas.Site] = {}
+
+    def __call__(
+        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: Runs | None = None
+    ) -> "CudaDriver":
+        """offsets, slot_of_entry and gates are on the device, and are read when kernels run, not before."""
+        if self._outline is not slots.outline:
+            self._outline = slots.outline
+            self._table = slots.device_table
+            self._kinds = memoryview(self._outline.kinds).cast("H")
+            self._sites = {}
+        rows = deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates)
+        return CudaDriver(self, slots, rows, None if routed is None else Routers(slots, routed, rows))
+
+    def kinds(self, sites: Sequence[Site]) -> int:
+        """What slots have at any of these, a bit for each kind."""
+        return reduce(or_, (self._kinds[site.index] for site in sites))
+
+    def site(self, *sites: Site) -> deltas.Site:
+        """The kernels' view of a site, or of a group whose sites follow each other in the table."""
+        first = sites[0]
+        key = first.index, len(sites)
+        found = self._sites.get(key)
+        if found is None:
+            assert self._outline is not None
+            found = self._sites[key] = deltas.Site(
+                table=self._table[first.index : first.index + len(sites)],
+                size_in=first.in_features,
+                sizes_out=tuple(site.out_features for site in sites),
+                weight_dtype=self._dtype,
+                kinds=self.kinds(sites),
+                rank=self._outline.rank,
+            )
+        return found
+
+
+class CudaDriver:
+    """The gated deltas of one step: a few kernels per site, whatever the number of rows and adapters."""
+
+    __slots__ = ("_factory", "_needs_residual", "_routers", "_rows")
+
+    def __init__(self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routers: Routers | None) -> None:
+        self._factory = factory
+        self._needs_residual = slots.num_residual_readers > 0
+        self._rows = rows
+        self._routers = routers
+
+    @property
+    def needs_residual(self) -> bool:
+        """Whether any resident adapter reads the residual stream."""
+        return self._needs_residual
+
+    @property
+    def routes(self) -> bool:
+        """Whether a row of the step belongs to a mixture."""
+        return self._routers is not None
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """A layer begins: the gates of all mixtures' rows are made anew."""
+        if self._routers is not None:
+            self._routers.enter(layer, hidden.reshape(-1, hidden.shape[-1]))
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
+        here = self._factory.site(site)
+        if not here.kinds:
+            return base(x)
+        x_prime = x
+        if here.has(DeltaKind.SCALE_INPUT):
+            x_prime = torch.empty_like(x)
+            deltas.pre(x, x_prime, self._rows, here)
+        y = base(x_prime)
+        if here.kinds != _ONLY_INPUTS:
+            deltas.post(x, y, self._rows, here, residual)
+        return y
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of sites that read one input: one product and the launches of one site, where kernels can."""
+        kinds = self._factory.kinds(sites)
+        follow = [site.index for site in sites] == [sites[0].index + place for place in range(len(sites))]
+        if len(sites) > GROUP_MAX or not follow or kinds & _ALONE:
+            return apply_each(self, sites, base, x)
+        y = base(x)
+        if kinds:
+            deltas.post(x, y, self._rows, self._factory.site(*sites))
+        return y.split([site.out_features for site in sites], -1)

@@ -1,0 +1,121 @@
+"""How the query rows of a step are shared out among programs, from shapes alone: nothing waits for the device.
+
+Everything here is made of device operations of fixed shape, once a step, so a CUDA graph captures it with the layers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_TILE_ROWS = 128  # query rows times heads of a group in a shared tile
+_TILE_BYTES = 32 << 10  # and at most so many bytes of queries, which stay on chip
+_SPLIT_MIN = 128  # keys
+_PROGRAMS_MAX = 8192  # several for each place on the device, so that the long ones are spread
+
+
+class Tiles(NamedTuple):
+    """Runs of at most `num_queries` query rows, each of one request; some of the tiles may have none.
+
+    split: logical keys that one program takes; `num_splits` of them cover the widest block table.
+    """
+
+    first_rows: Tensor  # int32 [N]
+    requests: Tensor  # int32 [N]; B where a tile has no rows
+    num_queries: int
+    split: int
+    num_splits: int
+
+
+class Step(NamedTuple):
+    """What the kernels read of a step; the tensors are those of weft.model.paged_attention.PagedBatch.
+
+    lone: tiles of one row, which are split by keys.
+    shared: tiles of the requests with several rows in this step, which are not; None where shapes rule them out.
+    """
+
+    query_start: Tensor  # int32 [B + 1]
+    context_lens: Tensor  # int32 [B]
+    virtual_lens: Tensor  # int32 [B, S], contiguous
+    block_tables: Tensor  # int32 [B, any]
+    log_gates: Tensor | None  # float32 [T, S], contiguous
+    lone: Tiles
+    shared: Tiles | None
+
+    @property
+    def num_requests(self) -> int:
+        """B."""
+        return self.context_lens.shape[0]
+
+    @property
+    def num_spans(self) -> int:
+        """S."""
+        return self.virtual_lens.shape[1]
+
+
+def plan(
+    query_start: Tensor,
+    context_lens: Tensor,
+    virtual_lens: Tensor,
+    block_tables: Tensor,
+    log_gates: Tensor | None,
+    *,
+    num_rows: int,
+    query_heads: int,
+    kv_heads: int,
+    head_bytes: int,
+    block_size: int,
+) -> Step:
+    """Share out a step of `num_rows` query rows, of which those from query_start[B] on belong to nobody.
+
+    With no more rows than requests each row is a tile of its own, whosever it is. Otherwise a request's only row is,
+    and requests with several have tiles of 128 lanes, rows times heads of a group.
+
+    head_bytes: of one head's query.
+    """
+    num_requests, width = context_lens.shape[0], block_tables.shape[1] * block_size
+    device = query_start.device
+    shared = None
+    if num_rows <= num_requests:
+        first_rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+        requests = torch.searchsorted(query_start[1:], first_rows, right=True, out_int32=True)
+    else:
+        first_rows = query_start[:-1]
+        counts = query_start[1:] - first_rows
+        everyone = torch.arange(num_requests, dtype=torch.int32, device=device)
+        requests = torch.where(counts == 1, everyone, num_requests)
+        group = query_heads // kv_heads
+        num_queries = max(1, min(_TILE_ROWS, _TILE_BYTES // head_bytes) // group)
+        shared = _shared(query_start, torch.where(counts > 1, counts, 0), num_rows, num_queries, width)
+    split = split_of(len(requests) * kv_heads, width)
+    return Step(
+        query_start=query_start,
+        context_lens=context_lens,
+        virtual_lens=virtual_lens.contiguous(),
+        block_tables=block_tables,
+        log_gates=None if log_gates is None else log_gates.contiguous(),
+        lone=Tiles(first_rows, requests, 1, split, max(1, -(-width // split))),
+        shared=shared,
+    )
+
+
+def split_of(num_programs: int, width: int) -> int:
+    """Keys of a split: the least power of two, from 128 on, that keeps programs over `width` keys below the bound."""
+    split = _SPLIT_MIN
+    while split < width and num_programs * -(-width // split) > _PROGRAMS_MAX:
+        split *= 2
+    return split
+
+
+def _shared(query_start: Tensor, counts: Tensor, num_rows: int, num_queries: int, width: int) -> Tiles:
+    """Tiles of `num_queries` rows for requests with so many rows; `counts` int32 [B] has 0, or 2 and more."""
+    num_requests = len(counts)
+    per_request = (counts + (num_queries - 1)) // num_queries
+    ends = per_request.cumsum(0, dtype=torch.int32)
+    # Each of them leaves at most one tile unfilled, and has two rows or more.
+    num_tiles = (num_rows + min(num_requests, num_rows // 2) * (num_queries - 1)) // num_queries
+    tiles = torch.arange(num_tiles, dtype=torch.int32, device=counts.device)
+    requests = torch.searchsorted(ends, tiles, right=True, out_int32=True)
+    own = requests.clamp(max=num_requests - 1)
+    first_rows = query_start[own] + (tiles - (ends - per_request)[own]) * num_queries
+    return Tiles(first_rows, requests, num_queries, max(width, 1), 1)

@@ -1,0 +1,136 @@
+"""Linear modules that read one input, held as one: a product and a call of the deltas for q, k and v, not three.
+
+Which modules these are is seen on the model itself: on a run over two tokens they are asked one after another with the
+same tensor. For serving only: what trains asks each site by itself.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from torch import Tensor, nn
+
+from weft.methods.inject import AdapterContext, GroupedLinear, LinearGroup
+from weft.methods.protocol import Site, SiteKind
+
+_ROWS_MULTIPLE = 64  # members begin where a quantization block and a tile of the packed layouts do
+
+
+def fuse(model: Any, context: AdapterContext) -> int:
+    """Hold the linear modules of a wrapped model that read one input as one, in place; how many groups there are."""
+    fused = 0
+    for sites in shared_inputs(model, context):
+        members = [model.get_submodule(site.name) for site in sites]
+        whole = _stacked([member.base for member in members])
+        if whole is None:
+            continue
+        group = LinearGroup(whole, sites, context)
+        for place, site in enumerate(sites):
+            parent_name, _, attribute = site.name.rpartition(".")
+            setattr(model.get_submodule(parent_name), attribute, GroupedLinear(group, place))
+        fused += 1
+    return fused
+
+
+def shared_inputs(model: Any, context: AdapterContext) -> list[tuple[Site, ...]]:
+    """Linear sites of one parent that are asked one after another with the same tensor; two of them at least."""
+    seen: list[tuple[Site, Tensor]] = []
+    given = model.config._attn_implementation  # the registered attention would want a paged batch
+    try:
+        model.set_attn_implementation("eager")
+        with torch.inference_mode(), context.use(_Watch(seen)):
+            model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    finally:
+        model.set_attn_implementation(given)
+    number, numbered = 0, []
+    for before, now in pairwise([(None, None), *seen]):
+        assert now[0] is not None
+        same = before[0] is not None and before[1] is now[1] and _parent(before[0]) == _parent(now[0])
+        number += not same
+        numbered.append((number, now[0]))
+    runs = [tuple(site for _, site in run) for _, run in groupby(numbered, key=lambda pair: pair[0])]
+    return [run for run in runs if len(run) > 1 and all(site.kind is SiteKind.LINEAR for site in run)]
+
+
+def _parent(site: Site) -> str:
+    return site.name.rpartition(".")[0]
+
+
+class _Watch(NamedTuple):
+    """A driver that notes what each site is asked, and answers zeros: no weight is read."""
+
+    seen: list[tuple[Site, Tensor]]
+    needs_residual: bool = False
+    routes: bool = False
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """Nothing is routed."""
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        del base, residual
+        self.seen.append((site, x))
+        return x.new_zeros(*x.shape[:-1], site.out_features)
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """One after another; nothing is grouped yet."""
+        return [self.apply(site, base, x) for site in sites]
+
+
+def _stacked(modules: Sequence[nn.Module]) -> nn.Module | None:
+    """One module with the outputs of all, side by side; None where they are not of a kind that can be stacked."""
+    if len({(type(module), module.bias is None) for module in modules}) > 1:
+        return None
+    if all(type(module) is nn.Linear for module in modules):
+        return _stacked_plain(modules)
+    if all(isinstance(module, Linear4bit) for module in modules):
+        return _stacked_4bit(modules)
+    return None
+
+
+def _stacked_plain(modules: Sequence[Any]) -> nn.Module | None:
+    if any(module.out_features % _ROWS_MULTIPLE for module in modules):
+        return None
+    return _with(nn.Linear, modules, torch.cat([module.weight for module in modules]))
+
+
+def _stacked_4bit(modules: Sequence[Any]) -> nn.Module | None:
+    """Rows of a 4-bit weight follow one another, each in whole blocks; scales that are quantized themselves do not."""
+    states: list[bnb.QuantState] = [module.weight.quant_state for module in modules]
+    first = states[0]
+    whole_blocks = all(module.in_features % first.blocksize == 0 for module in modules)
+    alike = len({(state.quant_type, state.blocksize, state.dtype) for state in states}) == 1
+    nested = any(state.nested or getattr(state, "packing_format_for_cpu", False) for state in states)
+    if not whole_blocks or not alike or nested or any(module.out_features % _ROWS_MULTIPLE for module in modules):
+        return None
+    state = copy.copy(first)
+    state.absmax = torch.cat([one.absmax for one in states])
+    state.shape = torch.Size((sum(module.out_features for module in modules), modules[0].in_features))
+    data = torch.cat([module.weight.data.reshape(-1, 1) for module in modules])
+    weight = Params4bit(
+        data,
+        quant_state=state,
+        blocksize=first.blocksize,
+        compress_statistics=False,
+        quant_type=first.quant_type,
+        quant_storage=data.dtype,
+        bnb_quantized=True,
+    )
+    return _with(Linear4bit, modules, weight, compute_dtype=modules[0].compute_dtype, quant_type=first.quant_type)
+
+
+def _with(made: Any, modules: Sequence[Any], weight: Tensor, **options: Any) -> nn.Module:
+    """A module of that class with this weight and all biases."""
+    biased = modules[0].bias is not None
+    size_out = sum(module.out_features for module in modules)
+    whole = made(modules[0].in_features, size_out, bias=biased, device="meta", **options)
+    whole.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    if isinstance(weight, Params4bit):
+        weight.module = whole
+        whole.quant_state = weight.quant_state
+    if biased:
+        whole.bias = nn.Parameter(torch.cat([module.bias for module in modules]), requires_grad=False)
+    return whole.eval()

@@ -1,0 +1,112 @@
+"""Compiles Triton kernels for an H100 or H200 on a machine that has none; what would be launched is compiled instead.
+
+`python -m tests.kernels.compile_cuda` prints a line of JSON for each kernel: its name, the shared memory it takes, and
+how many of its loads are of two bytes. Run it with TRITON_INTERPRET=0. The interpreter runs Python; whether a kernel is
+also Triton is seen only here.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+from weft.kernels.cuda import deltas
+from weft.kernels.cuda.attention import Attend
+from weft.methods.protocol import DeltaKind
+from weft.model.paged_attention import KVCache, PagedBatch
+
+
+class Absent:
+    """All that Triton's compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(call: Callable[[], object]) -> list[Any]:
+    """The kernels that `call` launches, none of which run."""
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def attention(dtype: torch.dtype, *, lone: int, rows: int, head_size: int, spans: int, softcap: float) -> list[Any]:
+    """Of a step with `lone` requests of one row, and one of `rows` where there are any."""
+    counts = [1] * lone + [rows] * bool(rows)
+    pool = torch.zeros(64, 16, 2, head_size, dtype=dtype)
+    num_rows = sum(counts)
+    batch = PagedBatch(
+        cache=KVCache(keys=(pool,), values=(pool,)),
+        kv_slots=torch.arange(num_rows),
+        query_start=torch.tensor([0, *counts]).cumsum(0).int(),
+        context_lens=torch.tensor(counts, dtype=torch.int32),
+        virtual_lens=torch.zeros(len(counts), spans, dtype=torch.int32),
+        block_tables=torch.zeros(len(counts), 64, dtype=torch.int32),
+        log_gates=torch.zeros(num_rows, spans) if spans else None,
+    )
+    query, key = torch.zeros(num_rows, 8, head_size, dtype=dtype), torch.zeros(num_rows, 2, head_size, dtype=dtype)
+    return compiled(lambda: Attend([pool], [pool])(batch, 0, query, key, key, 0.1, 0, softcap))
+
+
+def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
+    """Of every kind at once, and of a group of three sites."""
+    site = deltas.Site(
+        table=torch.zeros(1, 4, 4, dtype=torch.int64),
+        size_in=size,
+        sizes_out=(size,),
+        weight_dtype=dtype,
+        kinds=sum(1 << kind for kind in DeltaKind),
+        rank=16,
+    )
+    kinds = 1 << DeltaKind.LORA | 1 << DeltaKind.SCALE_OUTPUT
+    group = replace(site, table=site.table.repeat(3, 1, 1), sizes_out=(size, 1024, 1024), kinds=kinds)
+    wide = torch.zeros(num_rows, group.size_out, dtype=dtype)
+    slots, gates = torch.zeros(num_rows, dtype=torch.int32), torch.ones(num_rows)
+    rows = deltas.Rows(offsets=torch.arange(num_rows + 1, dtype=torch.int32), slots=slots, gates=gates)
+    x, y = torch.zeros(num_rows, size, dtype=dtype), torch.zeros(num_rows, size, dtype=dtype)
+
+    def call() -> None:
+        deltas.pre(x, torch.empty_like(x), rows, site)
+        deltas.post(x, y, rows, site, y)
+        deltas.post(x, wide, rows, group)
+
+    return compiled(call)
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Absent())
+    kernels = [
+        *attention(torch.bfloat16, lone=3, rows=0, head_size=128, spans=0, softcap=0.0),
+        *attention(torch.bfloat16, lone=2, rows=9, head_size=80, spans=2, softcap=30.0),
+        *attention(torch.float32, lone=2, rows=9, head_size=256, spans=0, softcap=0.0),
+        *site_deltas(torch.bfloat16, num_rows=7, size=4096),
+        *site_deltas(torch.bfloat16, num_rows=deltas.LONE_ROWS_MAX + 1, size=4096),
+        *site_deltas(torch.float32, num_rows=deltas.LONE_ROWS_MAX + 1, size=14336),
+    ]
+    for kernel in kernels:
+        narrow = kernel.asm["ptx"].count("ld.global.b16")
+        print(json.dumps({"name": kernel.metadata.name, "shared": kernel.metadata.shared, "narrow": narrow}))
+
+
+if __name__ == "__main__":
+    main()

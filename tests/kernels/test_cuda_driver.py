@@ -1,0 +1,216 @@
+"""The CUDA driver in whole steps of a tiny model: logits equal the reference driver's, and what a step launches.
+
+Models run where the kernels do (tests/kernels/interpreted.py), in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from tests import tiny
+from tests.engine.decoding import Decoding, Part
+from tests.engine.test_graphs import Recorder
+from tests.kernels.interpreted import DEVICE
+from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
+from tests.mixing.test_mixture import mixtures
+from tests.serving import Row, Step
+from torch import Tensor
+
+from weft.adapters import slab
+from weft.adapters.slots import SlotTable
+from weft.config import ModelConfig, Quantization
+from weft.kernels.cuda import deltas
+from weft.kernels.cuda.driver import DriverFactory
+from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.protocol import Adapter, DeltaKind, SiteKind
+from weft.model import loader, paged_attention
+
+CUDA = Kernels(name="cuda", driver=DriverFactory(torch.float32))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
+    paged_attention.register()
+    path = tiny.save_base(tmp_path_factory.mktemp("cuda") / "base")
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device=DEVICE.type, dtype="float32")
+    return loader.load(config, attention=paged_attention.ATTENTION)
+
+
+def assert_same(base: loader.Base, listed: list[Row], *, last_only: bool = False) -> None:
+    """The logits with the reference driver and with the kernels; without adapters they would be others."""
+    got = Step(base, CUDA).logits(listed, last_only=last_only)
+    wanted = Step(base, REFERENCE).logits(listed, last_only=last_only)
+    plain = Step(base, REFERENCE).logits([Row(row.tokens) for row in listed], last_only=last_only)
+    assert max(error(mine, theirs) for mine, theirs in zip(got, wanted, strict=True)) < FLOAT32_TOLERANCE
+    assert max(error(mine, theirs) for mine, theirs in zip(got, plain, strict=True)) > 100 * FLOAT32_TOLERANCE
+
+
+def test_compositions_are_those_of_the_reference(base: loader.Base) -> None:
+    assert_same(base, [Row(row.tokens[:4], adapters=row.adapters) for row in rows(mixes(base.shape, seed=3, count=4))])
+
+
+def test_tiles_are_the_reference_too(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deltas, "LONE_ROWS_MAX", 0)
+    assert_same(base, [Row(row.tokens[:6], adapters=row.adapters) for row in rows(mixes(base.shape, seed=5, count=3))])
+
+
+def test_the_head_takes_its_sample_rows(base: loader.Base) -> None:
+    at_head = tiny.random_lora(base.shape, rank=3, seed=4, targets=("lm_head",))
+    assert_same(base, [Row([5, 6, 7], at_head), Row([8]), Row([9, 3], at_head)], last_only=True)
+
+
+def test_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
+    """Their traces too; of both levels, with bounds, with experts of virtual positions."""
+    listed = [mixed.row._replace(tokens=mixed.tokens[:3]) for mixed in mixtures(base.shape, seed=2)[2:4]]
+    step, reference = Step(base, CUDA), Step(base, REFERENCE)
+    for mine, theirs in zip(step.logits(listed), reference.logits(listed), strict=True):
+        assert error(mine, theirs) < FLOAT32_TOLERANCE
+    assert step.gates.keys() == reference.gates.keys()
+    assert step.gates
+    for index, gates in step.gates.items():
+        theirs = reference.gates[index]
+        assert gates is not None
+        assert theirs is not None
+        torch.testing.assert_close(torch.tensor(gates.tokens), torch.tensor(theirs.tokens), rtol=0, atol=1e-5)
+
+
+def test_recorded_steps_are_those_of_the_reference(base: loader.Base) -> None:
+    """Padded with rows and entries that are nobody's."""
+    recorder = Recorder()
+    plain = Decoding(base, REFERENCE)
+    recorded = Decoding(base, replace(CUDA, recorder=lambda: recorder), num_recorded_rows=8)
+    network = tiny.random_bottleneck(base.shape, BottleneckConfig(form=Form.PARALLEL, size=3), seed=2)
+    for decoding in (plain, recorded):
+        decoding.start([[Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5), Part(network, 1.0)], [], []])
+    for _ in range(2):
+        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert recorder.num_recorded == 1
+
+
+def launches_of_a_step(table: SlotTable, base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a step with a row for each of the table's adapters would launch, once for every site.
+
+    Fails where a number of a tensor is read while the driver is made and its kernels are launched.
+    """
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    num_rows = len(table)
+    offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=DEVICE)
+    slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+    gates = torch.ones(num_rows, device=DEVICE)
+    sites = list(base.shape.sites.values())
+    inputs = [torch.randn(1, num_rows, site.in_features, device=DEVICE) for site in sites]
+    launched = []
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+            patch.setattr(torch.Tensor, name, refuse)
+        patch.setattr(deltas.lone_rows, "shrink", lambda *_, **__: launched.append("shrink"))
+        patch.setattr(deltas.lone_rows, "expand", lambda *_: launched.append("expand"))
+        patch.setattr(deltas.lone_rows, "scale_inputs", lambda *_: launched.append("scale_inputs"))
+        driver = DriverFactory(torch.float32)(table, offsets, slots, gates)
+        for site, x in zip(sites, inputs, strict=True):
+            driver.apply(site, lambda x, site=site: x.new_zeros(1, num_rows, site.out_features), x)
+        with pytest.raises(AssertionError, match="a tensor was read"):
+            assert gates[0]
+    return launched
+
+
+def table_of(base: loader.Base, adapters: Sequence[Adapter]) -> SlotTable:
+    table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 28, device=DEVICE)
+    for adapter in adapters:
+        assert table.put(slab.build(adapter, base.shape, dtype=torch.float32)) is not None
+    return table
+
+
+def test_a_step_launches_as_much_for_64_adapters_as_for_one(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its launches wait for nothing on the device."""
+    loras = [tiny.random_lora(base.shape, rank=1 + seed % 33, seed=seed) for seed in range(64)]
+    num_linear = len(base.shape.of_kind(SiteKind.LINEAR))
+    for count in (1, 16, 64):
+        launched = launches_of_a_step(table_of(base, loras[:count]), base, monkeypatch)
+        assert launched == ["shrink", "expand"] * num_linear
+    mixed = launches_of_a_step(table_of(base, [loras[0], tiny.random_ia3(base.shape, seed=2)]), base, monkeypatch)
+    assert mixed.count("shrink") == mixed.count("expand") == num_linear
+    assert 0 < mixed.count("scale_inputs") == len(mixed) - 2 * num_linear
+
+
+def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless slots have a kind there that needs a site of its own: then they go one by one."""
+    table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 24, device=DEVICE)
+    sites = [site for site in base.shape.sites.values() if site.suffix in ("q_proj", "k_proj", "v_proj")][:3]
+    offsets = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    slots, gates = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.ones(2, device=DEVICE)
+    x = torch.randn(1, 2, sites[0].in_features, device=DEVICE)
+    weight = torch.randn(sum(site.out_features for site in sites), sites[0].in_features, device=DEVICE)
+
+    def calls() -> tuple[list[Tensor], list[Tensor], list[int]]:
+        driver = DriverFactory(torch.float32)(table, offsets, slots, gates)
+        seen: list[int] = []
+        with monkeypatch.context() as patch:
+            post = deltas.post
+            patch.setattr(deltas, "post", lambda *given: (seen.append(len(given[3].sizes_out)), post(*given))[1])
+            together = list(driver.apply_group(sites, lambda x: x @ weight.T, x))
+        parts = weight.split([site.out_features for site in sites])
+        apart = [driver.apply(site, lambda x, w=w: x @ w.T, x) for site, w in zip(sites, parts, strict=True)]
+        return together, apart, seen
+
+    def same(together: list[Tensor], apart: list[Tensor]) -> bool:
+        return all(torch.allclose(mine, theirs, atol=1e-4) for mine, theirs in zip(together, apart, strict=True))
+
+    assert calls()[2] == []
+    slot = table.put(slab.build(tiny.random_lora(base.shape, rank=2, seed=1), base.shape, dtype=torch.float32))
+    assert slot == 0
+    together, apart, seen = calls()
+    assert seen == [3]
+    assert same(together, apart)
+    monkeypatch.setattr("weft.kernels.cuda.driver._ALONE", 1 << DeltaKind.LORA)
+    together, apart, seen = calls()
+    assert seen == [1, 1, 1]
+    assert same(together, apart)
+
+
+def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
+    """After every put and drop, at one address until it grows; and the outline says what is there."""
+    table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 28, device=DEVICE)
+    ranks, held = set(), []
+    for seed in range(10):
+        network = BottleneckConfig(form=Form.PARALLEL, size=2)
+        adapter = (
+            tiny.random_bottleneck(base.shape, network, seed=seed)
+            if seed % 2
+            else tiny.random_lora(base.shape, rank=1 + 4 * seed, seed=seed, lora_bias=True)
+        )
+        ranks.add(adapter.rank)
+        at, size = table.device_table.data_ptr(), table.table.shape[1]
+        held.append(table.put(slab.build(adapter, base.shape, dtype=torch.float32)))
+        assert torch.equal(table.device_table.cpu(), table.table)
+        assert table.device_table.data_ptr() != table.table.data_ptr()
+        assert (table.device_table.data_ptr() == at) is (table.table.shape[1] == size)
+        assert table.outline.table_at == table.device_table.data_ptr()
+        assert table.outline.rank == -(-max(ranks) // 16) * 16
+    assert table.table.shape[1] > 8
+    kinds = memoryview(table.outline.kinds).cast("H")
+    found = {index: {int(kind) for kind in table.table[index, :, 0]} - {0} for index in range(len(kinds))}
+    assert {index: {kind for kind in DeltaKind if kinds[index] >> kind & 1} for index in found} == found
+    for slot in held:
+        assert slot is not None
+        table.drop(slot)
+        assert torch.equal(table.device_table.cpu(), table.table)
+    assert not table.device_table.any()
+    assert not any(memoryview(table.outline.kinds).cast("H"))
+
+
+def test_cuda_gets_its_kernels_where_they_know_the_dtype(caplog: pytest.LogCaptureFixture) -> None:
+    assert select(torch.device("cuda"), torch.bfloat16).name == "cuda"
+    assert select(torch.device("cuda"), torch.float16) is REFERENCE
+    assert "needs float32 or bfloat16" in caplog.text or "need float32 or bfloat16" in caplog.text
+
+
+def test_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("weft.kernels.selection.find_spec", lambda name: None)
+    assert select(torch.device("cuda"), torch.bfloat16) is REFERENCE
+    assert "Triton is not installed" in caplog.text
