@@ -33,6 +33,7 @@ class _Wishes(NamedTuple):
     asked: Tensor  # int64 [A]: rows whose log-probabilities are told
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HERE) -> list[SampledToken | None]:
     """The next token of each request; None where its row of `logits` [B, V] is not finite.
 

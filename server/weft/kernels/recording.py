@@ -21,13 +21,13 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._aside = torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
             function()  # what is done in a first call only (compiling, libraries' workspaces) is not to be recorded
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: threads that load adapters go on pinning memory meanwhile.
