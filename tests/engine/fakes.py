@@ -332,6 +332,7 @@ class Harness:
         capacity_bytes: int = 1 << 20,
         caching: bool = True,
         metrics: Metrics | None = None,
+        stream_interval_s: float = 0.0,
     ) -> None:
         self.now = 0.0
         self.runner = FakeRunner(block_size=block_size, capacity_bytes=capacity_bytes)
@@ -347,6 +348,7 @@ class Harness:
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             enable_prefix_caching=caching,
+            stream_interval_s=stream_interval_s,
         )
         self.engine = Engine(
             self.runner,

@@ -777,3 +777,60 @@ def test_the_fake_sees_what_it_should_see() -> None:
     )
     assert not right.equal(h.runner.forward(batch))
     assert expected_tokens(request) != expected_tokens(h.submit(range(6), TWO, params=GREEDY))
+
+
+# -- pacing ----------------------------------------------------------------------------------------------------------
+
+
+def events_of(h: Harness, request: Request) -> list[int]:
+    """How many tokens each event of a request brought."""
+    return [len(event.tokens) for event in h.events.get(request.request_id, ())]
+
+
+def test_tokens_go_out_together_once_the_interval_has_passed_and_first_tokens_and_ends_at_once() -> None:
+    h = harness(stream_interval_s=1.0)
+    request = h.submit([1, 2], params=long(9))
+    for _ in range(6):
+        h.turn()
+        h.now += 0.4
+    assert events_of(h, request) == [1, 3], "at 0; then 0.4, 0.8 and 1.2 together, and 1.6 waits"
+    other = h.submit([3], params=long(2))
+    h.turn()
+    assert events_of(h, other) == [1], "a first token waits for nobody"
+    assert events_of(h, request) == [1, 3, 3], "and takes along what there is"
+    h.turn()
+    assert events_of(h, other) == [1, 1], "nor does an end"
+    h.run()
+    assert sum(events_of(h, request)) == 9
+    h.assert_answers()
+
+
+def test_everything_goes_out_in_every_step_where_the_interval_is_0() -> None:
+    """Negative control of the above."""
+    h = harness(stream_interval_s=0.0)
+    request = h.submit([1, 2], params=long(9))
+    h.run()
+    assert events_of(h, request) == [1] * 9
+
+
+def test_what_waits_to_go_out_comes_with_the_end_of_a_request_that_fails() -> None:
+    h = harness(stream_interval_s=1e6)
+    request = h.submit([1, 2], params=long(50))
+    h.turn(4)
+    assert events_of(h, request) == [1]
+    cancel(h, request)
+    h.turn()
+    assert events_of(h, request) == [1, 3]
+    assert h.reason(request) == "CANCELLED"
+
+
+def test_nothing_waits_while_the_engine_sleeps() -> None:
+    """A request that lost its place to others would not be told of its last tokens until it runs again."""
+    h = harness(stream_interval_s=1e6)
+    request = h.submit([1, 2], params=long(50))
+    h.turn(3)
+    assert events_of(h, request) == [1]
+    h.engine.scheduler.running.clear()  # as if preempted, with everything else gone
+    h.submit([4], params=long(1))
+    h.engine.turn(wait=True)
+    assert sum(events_of(h, request)) == 3

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weft.methods.inject import AdapterContext, GroupedLinear, LinearGroup
 from weft.methods.protocol import Site, SiteKind
 
-_ROWS_MULTIPLE = 64  # members begin where a quantization block and a tile of the packed layouts do
+_TILE_ROWS = 32  # of bitsandbytes' packed layout: members of a 4-bit weight begin with one
 
 
 def fuse(model: Any, context: AdapterContext) -> int:
@@ -80,21 +80,15 @@ class _Watch(NamedTuple):
         return [self.apply(site, base, x) for site in sites]
 
 
-def _stacked(modules: Sequence[nn.Module]) -> nn.Module | None:
+def _stacked(modules: Sequence[Any]) -> nn.Module | None:
     """One module with the outputs of all, side by side; None where they are not of a kind that can be stacked."""
     if len({(type(module), module.bias is None) for module in modules}) > 1:
         return None
     if all(type(module) is nn.Linear for module in modules):
-        return _stacked_plain(modules)
+        return _with(nn.Linear, modules, torch.cat([module.weight for module in modules]))
     if all(isinstance(module, Linear4bit) for module in modules):
         return _stacked_4bit(modules)
     return None
-
-
-def _stacked_plain(modules: Sequence[Any]) -> nn.Module | None:
-    if any(module.out_features % _ROWS_MULTIPLE for module in modules):
-        return None
-    return _with(nn.Linear, modules, torch.cat([module.weight for module in modules]))
 
 
 def _stacked_4bit(modules: Sequence[Any]) -> nn.Module | None:
@@ -104,7 +98,7 @@ def _stacked_4bit(modules: Sequence[Any]) -> nn.Module | None:
     whole_blocks = all(module.in_features % first.blocksize == 0 for module in modules)
     alike = len({(state.quant_type, state.blocksize, state.dtype) for state in states}) == 1
     nested = any(state.nested or getattr(state, "packing_format_for_cpu", False) for state in states)
-    if not whole_blocks or not alike or nested or any(module.out_features % _ROWS_MULTIPLE for module in modules):
+    if not whole_blocks or not alike or nested or any(module.out_features % _TILE_ROWS for module in modules):
         return None
     state = copy.copy(first)
     state.absmax = torch.cat([one.absmax for one in states])

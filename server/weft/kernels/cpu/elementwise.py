@@ -44,6 +44,8 @@ def gate(given: Tensor, up: Tensor, activation: str) -> Tensor:
     up_rows, up_stride = _rows("up", up)
     if given.shape != up.shape or given.dtype is not up.dtype:
         raise ValueError(f"up: needs {given.dtype} {list(given.shape)}, given {up.dtype} {list(up.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: needs one of {', '.join(ACTIVATIONS)}, given {activation}")
     out = torch.empty(given.shape, dtype=given.dtype)
     library.functions().weft_gate(
         _pack_gate(
