@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from weft.adapters import slab
 from weft.adapters.slab import Slab
 from weft.config import Quantization
+from weft.kernels.selection import select
 from weft.methods import lora
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
-from weft.model import loader, paged_attention
+from weft.model import loader, paged_attention, serving_form
 
 _STD = 0.02
 
@@ -110,7 +111,9 @@ def make_base(shape: Shape, device: torch.device, quantization: Quantization) ->
     """The same as a base that serves; it has no tokenizer."""
     paged_attention.register()
     model = make_model(shape, device, quantization, attention=paged_attention.ATTENTION)
-    return loader.wrap(model, None, name=shape.name, digest=shape.name, quantization=quantization, dtype=torch.bfloat16)
+    base = loader.wrap(model, None, name=shape.name, digest=shape.name, quantization=quantization, dtype=torch.bfloat16)
+    serving_form.take(base, select(base.device, base.dtype))
+    return base
 
 
 class Loras:

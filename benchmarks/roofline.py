@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from weft.config import Quantization
+from weft.methods.protocol import SiteKind
 from weft.model.loader import Base
+
+_NF4_BYTES = 0.5 + 4 / 64  # of a weight: four bits, and a float32 scale for each 64
 
 
 class Device(NamedTuple):
@@ -55,18 +59,15 @@ def _finish(device: torch.device) -> None:
 
 
 def work_of(base: Base) -> Work:
-    """What a step reads of a base: every weight once but the embedding, of which it reads a few rows."""
-    embedding = base.model.get_input_embeddings().weight
-    weight_bytes = 0
-    for module in base.model.modules():
-        for parameter in module.parameters(recurse=False):
-            state = getattr(parameter, "quant_state", None)
-            weight_bytes += parameter.nbytes + (0 if state is None else state.absmax.nbytes)
-    sites = base.shape.sites.values()
-    flops = sum(2 * site.in_features * site.out_features for site in sites)
-    shape = base.shape
-    kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * base.dtype.itemsize
-    return Work(weight_bytes - embedding.nbytes, kv_bytes, flops)
+    """What a step reads of a base: the weights of linear modules and head, once; the rest is next to nothing."""
+    shape, itemsize = base.shape, base.dtype.itemsize
+    linear, head = (
+        sum(site.in_features * site.out_features for site in shape.of_kind(kind))
+        for kind in (SiteKind.LINEAR, SiteKind.HEAD)
+    )
+    per_weight = _NF4_BYTES if base.quantization is Quantization.NF4 else itemsize
+    kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
+    return Work(round(per_weight * linear) + itemsize * head, kv_bytes, 2 * (linear + head))
 
 
 def bound(device: Device, work: Work, *, rows: int, context: int, adapter_bytes: int) -> float:

@@ -422,6 +422,20 @@ def test_a_request_whose_adapter_loads_slowly_waits_while_the_others_step() -> N
     h.assert_answers(slow, again)
 
 
+def test_what_a_queued_request_needs_is_brought_before_its_turn() -> None:
+    h = harness(max_num_seqs=1)
+    first = h.submit([3, 4], params=long(6))
+    h.turn()
+    second = h.submit([5, 6], ONE)
+    h.turn()
+    assert h.loads == [ONE.generation], "it is asked for while the only place is taken"
+    h.answer_load(ONE.generation)
+    h.turn()
+    assert not h.engine.residency.resident(), "and the device is not touched for it"
+    h.run()
+    h.assert_answers(first, second)
+
+
 def test_a_load_that_fails_ends_those_who_wait_for_it() -> None:
     h = harness()
     waiters = [h.submit([1], ONE), h.submit([2], ONE, TWO)]

@@ -13,7 +13,7 @@ from tests.engine.decoding import Decoding, Part
 from weft.adapters.slots import SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.engine import padding
-from weft.kernels.recording import Replay
+from weft.kernels.recording import Replay, Unrecordable
 from weft.kernels.selection import select
 from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, BaseShape
@@ -168,6 +168,24 @@ def test_steps_with_prompts_or_more_rows_than_are_recorded_stay_plain(base: load
     assert recorder.num_recorded == 1
 
 
+def test_steps_that_cannot_be_recorded_run_as_others_do(base: loader.Base, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Recorder):
+        def __call__(self, function: Callable[[], Tensor]) -> Replay:
+            super().__call__(function)
+            raise Unrecordable("operation not permitted")
+
+    recorder = Broken()
+    plain, unrecorded = _decodings(base, recorder)
+    for decoding in (plain, unrecorded):
+        decoding.start(_mixed(base.shape, 5, seed=3))
+    for _ in range(2):
+        assert unrecorded.step().equal(plain.step())
+    assert recorder.num_recorded == 1, "it is not tried again"
+    assert "cannot be recorded" in caplog.text
+    unrecorded.runner.warm_up()
+    assert recorder.num_recorded == 1
+
+
 def test_what_is_recorded_ahead_is_not_recorded_again(base: loader.Base) -> None:
     recorder = Recorder()
     plain, recorded = _decodings(base, recorder)
@@ -238,4 +256,4 @@ def test_the_outline_bounds_ranks_and_has_the_tables_place(base: loader.Base) ->
     decoding = Decoding(base, select(base.device, base.dtype))
     decoding.start([[Part(tiny.random_lora(base.shape, rank=rank, seed=rank), 1.0)] for rank in (3, 19, 2)])
     assert decoding.runner.slots.outline.rank == 32
-    assert decoding.runner.slots.outline.table_at == decoding.runner.slots.table.data_ptr()
+    assert decoding.runner.slots.outline.table_at == decoding.runner.slots.device_table.data_ptr()

@@ -230,6 +230,7 @@ def test_repetition_penalty_is_ctrls_formula(penalty: float) -> None:
     seen = {1, 2, 3, 9}
     one = request([1, 2, 2, 3], [9, 1], repetition_penalty=penalty)
     wishes = sampler._wishes([one], V)
+    assert wishes is not None
     got = sampler._penalize_repetition(logits, wishes.seen, wishes.penalties)[0].tolist()
     for token, (before, after) in enumerate(zip(logits[0].tolist(), got, strict=True)):
         wanted = before if token not in seen else before / penalty if before > 0 else before * penalty

@@ -15,10 +15,11 @@ from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine import batch as batches
 from weft.engine.batch import AdapterRows, Batch, at_rows, entries_at
 from weft.engine.graphs import Graphs
-from weft.engine.padding import common_shapes, empty, num_scratch_blocks, shape_of
+from weft.engine.padding import StepShape, common_shapes, empty, num_scratch_blocks, shape_of
 from weft.engine.reference_routers import ReferenceRouters
 from weft.engine.transfer import Transfer, transfer_to
 from weft.errors import AdapterUnusable
+from weft.kernels.recording import Unrecordable
 from weft.kernels.selection import Kernels
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.inject import Driver
@@ -162,7 +163,8 @@ class ModelRunner:
             return
         shapes = common_shapes(self._num_recorded_rows)
         for done, shape in enumerate(shapes, start=1):
-            self._graphs.run(empty(), shape)
+            if self._replay(empty(), shape) is None:
+                return
             _log.info("runner: recorded %d of %d decode steps, of %d rows", done, len(shapes), shape.rows)
 
     @torch.inference_mode()
@@ -173,10 +175,28 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         self.slots.join()
-        if self._graphs is not None and len(batch.input_ids) <= self._num_recorded_rows:
-            shape = shape_of(batch, self.slots.outline)
-            if shape is not None:
-                return self._graphs.run(batch, shape)
+        shape = self._recorded_shape(batch)
+        logits = None if shape is None else self._replay(batch, shape)
+        return self._run(batch) if logits is None else logits
+
+    def _recorded_shape(self, batch: Batch) -> StepShape | None:
+        """What a step is recorded as; None where it is not to be."""
+        if self._graphs is None or len(batch.input_ids) > self._num_recorded_rows:
+            return None
+        return shape_of(batch, self.slots.outline)
+
+    def _replay(self, batch: Batch, shape: StepShape) -> Tensor | None:
+        """The logits of a recorded step; None where steps turn out not to be recordable, now and from now on."""
+        if self._graphs is None:
+            return None
+        try:
+            return self._graphs.run(batch, shape)
+        except Unrecordable:
+            _log.exception("runner: decode steps cannot be recorded on this device; they run as others do, more slowly")
+            self._graphs = None
+            return None
+
+    def _run(self, batch: Batch) -> Tensor:
         there = batches.with_tensors(batch, self.transfer.up(batches.tensors(batch)))
         trace = _trace(batch)
         if trace is None:

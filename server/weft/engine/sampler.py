@@ -17,6 +17,7 @@ from torch import Tensor
 from weft.engine.request import Request, SampledToken, TokenLogprob
 from weft.engine.transfer import HERE, Transfer
 
+_NOT_FINITE = -1  # instead of a token
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -32,13 +33,17 @@ class _Wishes(NamedTuple):
     asked: Tensor  # int64 [A]: rows whose log-probabilities are told
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HERE) -> list[SampledToken | None]:
     """The next token of each request; None where its row of `logits` [B, V] is not finite.
 
     transfer: the way to the logits' device.
     """
+    finite = logits.isfinite().all(-1)  # [B]
     host = _wishes(requests, logits.shape[-1])
-    num_top = max((request.params.logprobs or 0 for request in requests), default=0)
+    if host is None:
+        told = transfer.down(torch.where(finite, logits.argmax(-1), _NOT_FINITE))
+        return [None if token == _NOT_FINITE else SampledToken(token) for token in told.tolist()]
     wishes = _Wishes(*transfer.up(host))
     raw = logits = logits.float()
     if len(wishes.seen):
@@ -50,19 +55,20 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HER
     if len(wishes.drawing):
         drawn = logits if len(wishes.drawing) == len(logits) else logits[wishes.drawing]
         chosen = chosen.index_copy(0, wishes.drawing, _draw(drawn, wishes.filters, wishes.uniform))
-    made = [chosen.int(), raw.isfinite().all(-1).int()]
+    made = [torch.where(finite, chosen, _NOT_FINITE).int()]
     if len(wishes.asked):
+        num_top = max(request.params.logprobs or 0 for request in requests)
         made += _logprobs(raw[wishes.asked], chosen[wishes.asked], num_top)
-    told = iter(transfer.down(torch.cat(made)).split([len(part) for part in made]))
-    tokens, finite = next(told).tolist(), next(told).tolist()
-    logprobs = _read_logprobs([*told], host.asked.tolist(), requests)
+    tokens, *told = transfer.down(torch.cat(made)).split([len(part) for part in made])
+    logprobs = _read_logprobs(told, host.asked.tolist(), requests)
     return [
-        SampledToken(token, *logprobs.get(row, (None, ()))) if ok else None
-        for row, (token, ok) in enumerate(zip(tokens, finite, strict=True))
+        None if token == _NOT_FINITE else SampledToken(token, *logprobs.get(row, (None, ())))
+        for row, token in enumerate(tokens.tolist())
     ]
 
 
-def _wishes(requests: Sequence[Request], vocab_size: int) -> _Wishes:
+def _wishes(requests: Sequence[Request], vocab_size: int) -> _Wishes | None:
+    """None where everybody takes the largest, and nothing else is asked."""
     seen: list[int] = []
     penalties: list[float] = []
     held: list[int] = []
@@ -80,6 +86,8 @@ def _wishes(requests: Sequence[Request], vocab_size: int) -> _Wishes:
             drawing.append((row, request))
         if params.logprobs is not None:
             asked.append(row)
+    if not (seen or held or drawing or asked):
+        return None
     drawn = [request.params for _, request in drawing]
     filters = [[p.temperature, float(p.top_k or vocab_size), p.top_p, p.min_p] for p in drawn]
     return _Wishes(

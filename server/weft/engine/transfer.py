@@ -90,6 +90,7 @@ class Pinned:
         self._device = device
         self._this, self._other = _Side(), _Side()
 
+    @torch.inference_mode()  # the host buffers may have been made in it, and then nobody else may write them
     def up(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> list[Tensor]:
         frame = Frame.of(tensors)
         self._this, self._other = self._other, self._this

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.kernels import recording
 from weft.kernels.cpu import elementwise, library
 from weft.kernels.cpu.driver import Attend, DriverFactory
 from weft.kernels.recording import Record
@@ -65,9 +66,11 @@ def _for_cuda(dtype: torch.dtype) -> Kernels:
     if find_spec("triton") is None:
         _log.warning("Triton is not installed; the slower reference path runs instead")
         return REFERENCE
-    from weft.kernels.cuda import driver  # not before Triton is known to be there
+    from weft.kernels.cuda import attention, driver  # not before Triton is known to be there
 
     if dtype not in driver.DTYPES:
         _log.warning("the kernels need float32 or bfloat16, given %s; the slower reference path runs instead", dtype)
         return REFERENCE
-    return Kernels(name="cuda", driver=driver.DriverFactory(dtype))
+    return Kernels(
+        name="cuda", driver=driver.DriverFactory(dtype), attend=attention.Attend, recorder=recording.CudaGraphs
+    )

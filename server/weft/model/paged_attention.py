@@ -62,7 +62,8 @@ class KVCache:
 
     def is_finite(self, slots: Tensor) -> bool:
         """Whether every layer's keys and values in `slots` are numbers."""
-        return all(bool(t.flatten(0, 1)[slots].isfinite().all()) for t in (*self.keys, *self.values))
+        found = [pool.flatten(0, 1)[slots].isfinite().all() for pool in (*self.keys, *self.values)]
+        return bool(torch.stack(found).all())  # asked for all at once: the host waits for the device here
 
     def write_virtual(self, blocks: list[int], keys: Tensor, values: Tensor) -> None:
         """Store virtual positions, keys and values [L, P, H, D], in `blocks`."""
