@@ -39,7 +39,7 @@ from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
 from weft.metrics import Metrics
-from weft.model import elementwise, groups, loader, packed, paged_attention, threads
+from weft.model import elementwise, groups, loader, nf4_linear, packed, paged_attention, threads
 from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_service_pb2, generation_service_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -87,8 +87,12 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     paged_attention.register()
     base = loader.load(config.model, attention=paged_attention.ATTENTION)
     kernels = select(base.device, base.dtype)
+    if kernels.nf4 is not None:
+        nf4_linear.expand_scales(base.model)
     groups.fuse(base.model, base.context)
     packed.pack(base.model)
+    if kernels.nf4 is not None:
+        nf4_linear.replace(base.model, kernels.nf4, shadow_bytes=config.model.shadow_bytes)
     elementwise.fuse(base.model, kernels)
     max_model_len = min(config.engine.max_model_len or base.max_model_len, base.max_model_len)
     num_kv_blocks = _num_kv_blocks(config, base, max_model_len)
