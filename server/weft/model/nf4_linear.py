@@ -9,7 +9,7 @@ All layers are read once a step, so which of them have one is not chosen: the fi
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from bitsandbytes import functional as bnb
@@ -38,8 +38,9 @@ class Nf4Linear(Linear4bit):
             quant_type=linear.weight.quant_type,
             device="meta",
         )
-        self.weight, self.bias = linear.weight, linear.bias
-        self.weight.module, self.quant_state = self, linear.weight.quant_state
+        held: Any = linear.weight
+        held.module = self
+        self.weight, self.bias, self.quant_state = held, linear.bias, held.quant_state
         self.shadow = shadow
         self._product = product
         self.eval()
@@ -48,7 +49,7 @@ class Nf4Linear(Linear4bit):
         """[..., O] for `x` [..., I]."""
         rows = x.numel() // self.in_features
         if rows <= _ROWS_MAX:
-            state = self.weight.quant_state
+            state = _state(self)
             flat = x.reshape(rows, self.in_features)
             out = self._product(flat, self.weight.data.view(-1), state.absmax, state.code, self.bias)
             return out.view(*x.shape[:-1], self.out_features)
@@ -64,8 +65,8 @@ def expand_scales(model: nn.Module) -> int:
     """
     expanded = 0
     for module in model.modules():
-        if isinstance(module, Linear4bit) and module.weight.quant_state.nested:
-            state = module.weight.quant_state
+        if isinstance(module, Linear4bit) and _state(module).nested:
+            state = _state(module)
             state.absmax = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
             state.nested, state.state2, state.offset = False, None, None
             expanded += 1
@@ -85,7 +86,7 @@ def replace(model: nn.Module, product: Product, *, shadow_bytes: int = 0) -> int
     ]
     left, num_shadows = shadow_bytes, 0
     for module, name, child in found:
-        state = child.weight.quant_state
+        state = _state(child)
         size_bytes = child.in_features * child.out_features * state.dtype.itemsize
         shadow = None
         if size_bytes <= left:
@@ -100,9 +101,14 @@ def replace(model: nn.Module, product: Product, *, shadow_bytes: int = 0) -> int
     return len(found)
 
 
+def _state(linear: Any) -> Any:
+    """How bitsandbytes holds the weight; bnb.QuantState, whose fields are typed as they may be before they are set."""
+    return linear.weight.quant_state
+
+
 def _is_known(linear: Any) -> bool:
     """Whether it holds NF4 in bytes, with blocks of 64 that end where rows do and scales in float32."""
-    state = cast(bnb.QuantState, linear.weight.quant_state)
+    state = _state(linear)
     return (
         state.quant_type == "nf4"
         and state.blocksize == _BLOCK_SIZE

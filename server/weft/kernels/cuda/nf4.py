@@ -14,6 +14,10 @@ since tensor cores want 64 rows there and take as few as 8 columns.
 Shapes: M rows, I inputs, O outputs.
 """
 
+# Triton's language is typed for its compiler, not for checkers.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
