@@ -41,7 +41,10 @@ class ModelConfig:
     device: "auto" takes CUDA when there is one.
     dtype: "auto" is bfloat16, or float32 for a float32 checkpoint without quantization.
     num_threads: CPU threads of a step; 0 leaves torch's default.
-    double_quant: [nf4] hold the scales in 8 bits too, as QLoRA did: 7 % less memory, 15 to 20 % slower.
+    double_quant: [nf4] hold the scales in 8 bits too, as QLoRA did: 7 % less memory, 15 to 20 % slower. On CUDA they
+        are held in 32 bits once they are loaded.
+    shadow_bytes: [nf4 on CUDA] memory to spend on 16-bit copies of weights, which make steps of more than 64 rows
+        faster; 0 has none.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class ModelConfig:
     dtype: str = "auto"
     num_threads: int = 0
     double_quant: bool = False
+    shadow_bytes: int = 0
 
     def __post_init__(self) -> None:
         _require(self.device in ("auto", "cpu", "cuda"), "device", "must be auto, cpu or cuda", self.device)

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from weft.kernels.cuda import deltas
+from weft.kernels.cuda import deltas, nf4
 from weft.kernels.cuda.attention import Attend
 from weft.methods.protocol import DeltaKind
 from weft.model.paged_attention import KVCache, PagedBatch
@@ -93,6 +93,12 @@ def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
     return compiled(call)
 
 
+def nf4_product(*, num_rows: int, size_in: int, size_out: int) -> list[Any]:
+    x, size = torch.zeros(num_rows, size_in, dtype=torch.bfloat16), size_in * size_out
+    packed, scales = torch.zeros(size // 2, dtype=torch.uint8), torch.zeros(size // 64)
+    return compiled(lambda: nf4.multiply(x, packed, scales, torch.zeros(16)))
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Absent())
     kernels = [
@@ -102,6 +108,8 @@ def main() -> None:
         *site_deltas(torch.bfloat16, num_rows=7, size=4096),
         *site_deltas(torch.bfloat16, num_rows=deltas.LONE_ROWS_MAX + 1, size=4096),
         *site_deltas(torch.float32, num_rows=deltas.LONE_ROWS_MAX + 1, size=14336),
+        *nf4_product(num_rows=1, size_in=4096, size_out=4096),
+        *nf4_product(num_rows=64, size_in=14336, size_out=4096),
     ]
     for kernel in kernels:
         narrow = kernel.asm["ptx"].count("ld.global.b16")

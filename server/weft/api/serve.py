@@ -87,7 +87,7 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     paged_attention.register()
     base = loader.load(config.model, attention=paged_attention.ATTENTION)
     kernels = select(base.device, base.dtype)
-    serving_form.take(base, kernels)
+    serving_form.take(base, kernels, shadow_bytes=config.model.shadow_bytes)
     max_model_len = min(config.engine.max_model_len or base.max_model_len, base.max_model_len)
     num_kv_blocks = _num_kv_blocks(config, base, max_model_len)
     runner = ModelRunner(

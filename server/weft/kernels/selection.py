@@ -34,6 +34,7 @@ class Kernels:
     recorder: makes what records steps of decode rows (kernels/recording.py), where driver and attention read nothing
         but tensors that stay where they are; None where steps are told anew each time.
     rms_norm, gate: what model/elementwise.py puts into the model; None leaves it as it is.
+    nf4: what model/nf4_linear.py puts into the model; None leaves it as it is.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Kernels:
     recorder: Callable[[], Record] | None = None
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
     gate: Callable[[Tensor, Tensor, str], Tensor] | None = None
+    nf4: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
 REFERENCE = Kernels(name="reference")
@@ -66,11 +68,15 @@ def _for_cuda(dtype: torch.dtype) -> Kernels:
     if find_spec("triton") is None:
         _log.warning("Triton is not installed; the slower reference path runs instead")
         return REFERENCE
-    from weft.kernels.cuda import attention, driver  # not before Triton is known to be there
+    from weft.kernels.cuda import attention, driver, nf4  # not before Triton is known to be there
 
     if dtype not in driver.DTYPES:
         _log.warning("the kernels need float32 or bfloat16, given %s; the slower reference path runs instead", dtype)
         return REFERENCE
     return Kernels(
-        name="cuda", driver=driver.DriverFactory(dtype), attend=attention.Attend, recorder=recording.CudaGraphs
+        name="cuda",
+        driver=driver.DriverFactory(dtype),
+        attend=attention.Attend,
+        nf4=nf4.multiply,
+        recorder=recording.CudaGraphs,
     )

@@ -13,6 +13,10 @@ up in order. A row's bits depend on its own query, keys and gates, on its place 
 not on what neighbours hold.
 """
 
+# Triton's language is typed for its compiler, not for checkers.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 from typing import Any
 
