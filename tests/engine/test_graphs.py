@@ -238,4 +238,4 @@ def test_the_outline_bounds_ranks_and_has_the_tables_place(base: loader.Base) ->
     decoding = Decoding(base, select(base.device, base.dtype))
     decoding.start([[Part(tiny.random_lora(base.shape, rank=rank, seed=rank), 1.0)] for rank in (3, 19, 2)])
     assert decoding.runner.slots.outline.rank == 32
-    assert decoding.runner.slots.outline.table_at == decoding.runner.slots.table.data_ptr()
+    assert decoding.runner.slots.outline.table_at == decoding.runner.slots.device_table.data_ptr()
