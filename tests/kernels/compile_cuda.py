@@ -111,9 +111,11 @@ def main() -> None:
         *nf4_product(num_rows=1, size_in=4096, size_out=4096),
         *nf4_product(num_rows=64, size_in=14336, size_out=4096),
     ]
-    for kernel in kernels:
-        narrow = kernel.asm["ptx"].count("ld.global.b16")
-        print(json.dumps({"name": kernel.metadata.name, "shared": kernel.metadata.shared, "narrow": narrow}))
+    odd = site_deltas(torch.bfloat16, num_rows=7, size=4095)  # whose rows begin anywhere
+    for prefix, listed in (("", kernels), ("odd", odd)):
+        for kernel in listed:
+            name, narrow = prefix + kernel.metadata.name, kernel.asm["ptx"].count("ld.global.b16")
+            print(json.dumps({"name": name, "shared": kernel.metadata.shared, "narrow": narrow}))
 
 
 if __name__ == "__main__":
