@@ -7,6 +7,7 @@ python -m benchmarks.suite --only churn --only grpc     some of them
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -40,8 +41,12 @@ def main() -> None:
         print("\n".join(row.name for row in chosen))
         return
     turns = options.turns or (rows.SHORT if options.short else rows.WHOLE).turns
-    found = measured(chosen, turns, Console(stderr=True))
-    entries = found if options.json is None else results.store(found, options.json)
+    found = []
+    for one in measured(chosen, turns, Console(stderr=True)):
+        found.append(one)
+        if options.json is not None:
+            results.store([one], options.json)  # who ends it early keeps the rows that were done
+    entries = found if options.json is None else results.read(options.json)
     console = Console()
     if len(results.cells(found)) > 1:
         console.print(table("Weft beside the others", results.cells(found), num_names=results.NUM_NAMES))
@@ -56,8 +61,8 @@ def main() -> None:
         plots.draw(entries, options.plots)
 
 
-def measured(chosen: list[rows.Row], turns: int, console: Console) -> list[Entry]:
-    """Every row, with a bar for the runs."""
+def measured(chosen: list[rows.Row], turns: int, console: Console) -> Iterator[Entry]:
+    """Every row as it is done, with a bar for the runs."""
     command = " ".join(["python -m benchmarks.suite", *sys.argv[1:]])
     conditions = report.conditions()
     total = sum((turns + 1) * len(row.sides) for row in chosen)
@@ -69,7 +74,8 @@ def measured(chosen: list[rows.Row], turns: int, console: Console) -> list[Entry
             progress.update(task, description=text, advance=runs)
 
         with Bench(tick) as bench:
-            return [results.entry(bench.measure(row, turns), conditions, command) for row in chosen]
+            for row in chosen:
+                yield results.entry(bench.measure(row, turns), conditions, command)
 
 
 def _block(entries: list[Entry]) -> str:

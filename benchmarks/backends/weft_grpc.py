@@ -44,7 +44,7 @@ class WeftGrpc:
         port = _free_port()
         command = [sys.executable, "-m", "weft", "serve", spec.model, "--quantization", spec.quantization]
         command += ["--store", str(self._store), "--port", str(port), "--metrics-port", "0"]
-        command += ["--allowed-source", "/"] if not sources else [f"--allowed-source={source}" for source in sources]
+        command += [f"--allowed-source={source}" for source in sorted(sources)]
         if spec.adapter_device_bytes is not None:
             command += ["--adapter-device-bytes", str(spec.adapter_device_bytes)]
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
@@ -77,7 +77,6 @@ class WeftGrpc:
             await asyncio.wait([ready], timeout=0.1)
 
     async def _register(self, spec: LoadSpec) -> None:
-        """All of them, and then to the device as many as have room there, as they would be in a server that has run."""
         for adapter_id, path in spec.adapters:
             await self._adapters.RegisterAdapter(
                 adapter_service_pb2.RegisterAdapterRequest(adapter_id=adapter_id, source=path),
