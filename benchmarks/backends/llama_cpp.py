@@ -4,7 +4,7 @@ Slots are as many as requests are in the batch; each request names its adapters 
 computes requests of different adapters together. Matrices are stored as `_WEIGHTS`. Adapters are read when it starts;
 there is no way to add one to a running server.
 
-The wheel is compiled for AVX2; a build for this machine's own instructions would be faster with bfloat16.
+The wheel is compiled for AVX2; a build for a machine's own instructions would be faster where it has AVX-512.
 """
 
 import asyncio
