@@ -23,7 +23,7 @@ from benchmarks.backends import gguf_files, worker
 from benchmarks.backends.worker import Cannot, LoadSpec, Outcome, Record
 
 _WEIGHTS = gguf.GGMLQuantizationType.BF16
-"""The bits of the model's own file; float16 is no faster (207 tokens/s for 213, base, `bench-80m`, batch 16, 2 cores)."""
+"""The bits of the model's own file. float16 is no faster: 207 tokens/s for 213, base, `bench-80m`, batch 16."""
 
 _OFF = 0.0
 """The scale of an adapter that a request does not name; a request that names none takes all as they were loaded."""
