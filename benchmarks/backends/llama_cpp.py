@@ -2,8 +2,8 @@
 
 Slots are as many as requests are in the batch; each request names its adapters with a scale, and the server never
 computes requests of different adapters together. It answers one adapter's requests to their end before the next one's,
-so that its gaps between tokens are short and its first tokens late. Adapters are read when it starts; there is no way to
-add one to a running server.
+so that its gaps between tokens are short and its first tokens late. Adapters are read when it starts; there is no way
+to add one to a running server.
 
 The wheel is compiled for AVX2; a build for a machine's own instructions would be faster where it has AVX-512.
 """
