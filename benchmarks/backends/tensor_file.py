@@ -1,4 +1,4 @@
-"""Safetensors files as numpy arrays, bfloat16 too, which numpy does not have and the safetensors package will not give."""
+"""Safetensors files as numpy arrays, bfloat16 too, which numpy has no type for."""
 
 import json
 from collections.abc import Iterator
