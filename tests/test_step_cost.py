@@ -23,7 +23,7 @@ from weft.engine.runner import ModelRunner
 from weft.engine.token_ranges import TokenRange
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck import BottleneckConfig, Form
-from weft.methods.protocol import Adapter, SiteKind
+from weft.methods.protocol import Adapter
 from weft.model import loader, paged_attention, serving_form
 
 _Calls = Counter[str]
@@ -78,7 +78,7 @@ def _calls(step: Step, adapters: list[Adapter | None], *, num_tokens: int = 1) -
     return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
 
 
-# What a step of the tiny Llama asks of kernels and products, whatever its rows have: a change here is a change of speed.
+# What a step of the tiny Llama asks of kernels and products, whatever its rows have. A change here is one of speed.
 PER_LAYER = {
     "deltas.py:post": 4,  # q, k and v in one; o; gate and up in one; down
     "deltas.py:pre": 0,
@@ -233,7 +233,7 @@ def test_a_base_only_step_asks_no_driver(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
     calls = _calls(step, [None] * 8)
     assert calls["driver.py:CpuDriver.apply"] == calls["driver.py:CpuDriver.apply_group"] == 0
-    without = {name: 0 for name in ("deltas.py:post", "deltas.py:pre")}
+    without = dict.fromkeys(("deltas.py:post", "deltas.py:pre"), 0)
     assert (
         launched(calls) == {name: base.shape.num_layers * count for name, count in PER_LAYER.items()} | ONCE | without
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from weft.methods import activation
+from weft.methods import activation, inject
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Site
 from weft_training.data import IGNORED, InvalidData, Row
@@ -48,6 +48,10 @@ class ActivatedDriver:
             rows = acts.flatten().nonzero()[:, 0]
             self._drivers[width] = ReferenceDriver((self._segment._replace(rows=rows),))
         return self._drivers[width].apply(site, base, x, residual)
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        """One after another."""
+        return inject.apply_each(self, sites, base, x)
 
 
 def counts(

@@ -94,7 +94,7 @@ def _rows(module: nn.Module | LinearPart) -> tuple[int, int, Callable[[int, int]
         rows_of = _rows_of_int8(module)
     else:
         weight = cast(Tensor, module.weight)  # [O, I]
-        return *weight.shape, _slices(weight)
+        return weight.shape[0], weight.shape[1], _slices(weight)
     return module.out_features, module.in_features, rows_of
 
 

@@ -154,6 +154,8 @@ class LinearGroup(nn.Module):
 class GroupedLinear(AdaptedLinear):
     """One module of a group, in the place where model code looks for it."""
 
+    group: LinearGroup
+
     def __init__(self, group: LinearGroup, place: int) -> None:
         nn.Module.__init__(self)
         self.group = group

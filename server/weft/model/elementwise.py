@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from weft.kernels.selection import Kernels
 from weft.methods import sublayers
-from weft.methods.inject import AdaptedLinear, LinearGroup
+from weft.methods.inject import AdaptedLinear, GroupedLinear, LinearGroup
 from weft.methods.protocol import SiteKind
 
 RmsNorm = Callable[[Tensor, Tensor, float], Tensor]
@@ -90,7 +90,7 @@ def _gated(model: nn.Module) -> Iterator[tuple[nn.Module, LinearGroup, nn.Module
     """Modules that hold a group of two and one linear site more, as wide as each of the two."""
     for parent in model.modules():
         children = dict(parent.named_children())
-        groups = {child.group for child in children.values() if isinstance(getattr(child, "group", None), LinearGroup)}
+        groups = {child.group for child in children.values() if isinstance(child, GroupedLinear)}
         sites = [child for child in children.values() if isinstance(child, AdaptedLinear)]
         if len(groups) != 1 or len(sites) != 3:
             continue

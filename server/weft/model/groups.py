@@ -104,7 +104,8 @@ def _stacked_4bit(modules: Sequence[Any]) -> nn.Module | None:
     state.absmax = torch.cat([one.absmax for one in states])
     state.shape = torch.Size((sum(module.out_features for module in modules), modules[0].in_features))
     data = torch.cat([module.weight.data.reshape(-1, 1) for module in modules])
-    weight = Params4bit(
+    made: Any = Params4bit  # typed as the Parameter that it is, which takes less
+    weight = made(
         data,
         quant_state=state,
         blocksize=first.blocksize,
