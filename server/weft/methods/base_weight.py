@@ -71,7 +71,7 @@ class ReadModule:
     The module is looked up at each reading, under its path: a server may hold it otherwise than it was loaded.
     """
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str = "") -> None:
         self._model = model
         self._name = name
 
