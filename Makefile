@@ -22,8 +22,8 @@ demo: .venv/.installed ## Serve the demo base, mix adapters in one batch, hot-sw
 serve: .venv/.installed ## Serve the demo base with its adapters
 	$(BIN)/weft serve models/weft-demo $(foreach d,$(wildcard adapters_store/demo/*),--adapter $(notdir $d)=$d)
 
-test: .venv/.installed ## Run every test
-	$(BIN)/python -m pytest tests
+test: .venv/.installed ## Run every test, in a process for each core
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests
 
 check: .venv/.installed ## Everything CI checks without running the product
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/buf lint protos && $(BIN)/buf format --diff --exit-code protos && $(BIN)/python protos/generate.py --check
