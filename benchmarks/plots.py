@@ -22,7 +22,7 @@ _LABELS: Mapping[str, str] = MappingProxyType(
     }
 )
 _SPEEDS = ("output_tokens_per_s", "step_ms")
-_LATENCIES = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms"), ("step_ms", "itl_p90_ms", "itl_p99_ms")
+_LATENCIES = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms"), ("itl_p50_ms", "itl_p90_ms", "itl_p99_ms")
 _STYLES = ("-", "--", ":")
 
 

@@ -23,9 +23,16 @@ def test_metrics_of_known_times() -> None:
     assert found["duration_s"] == pytest.approx(4)
     assert found["ttft_p50_ms"] == pytest.approx(300)
     assert found["ttft_p99_ms"] == pytest.approx(100 + 0.99 * 400)
-    assert found["step_ms"] == pytest.approx((100 + 1000) / 2)
+    assert found["step_ms"] == pytest.approx((100 + 1250) / 2)
+    assert found["itl_p50_ms"] == pytest.approx((100 + 1000) / 2)
     assert found["itl_p99_ms"] == pytest.approx(1000 + 500 * 0.97)
     assert set(found) == set(metrics.METRICS)
+
+
+def test_tokens_that_come_together_are_waited_for_once() -> None:
+    found = metrics.measure(outcome((0.0, [1.0, 1.3, 1.3, 1.3, 1.6, 1.6, 1.6])))
+    assert found["itl_p50_ms"] == found["itl_p99_ms"] == pytest.approx(300)
+    assert found["step_ms"] == pytest.approx(100)
 
 
 def test_no_gaps_no_step() -> None:
