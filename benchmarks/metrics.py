@@ -1,7 +1,7 @@
 """What a run is measured by.
 
-A reader waits from one arrival to the next, however many tokens come with it: these times are pooled over the requests of
-a run. The time of a step is that of a token after the first, on the average of a request: the median over the requests.
+A reader waits from one arrival to the next, however many tokens come with it: these times are pooled over the requests
+of a run. The time of a step is that of a token after the first, on the average of a request; median over the requests.
 """
 
 from collections.abc import Mapping, Sequence
