@@ -117,9 +117,7 @@ def build(
     request_of_row = torch.searchsorted(query_start[1:].long(), rows, right=True)
     # Row's token index within its request: a ramp from `computed` in every run.
     token_index = rows + (torch.tensor(computed) - query_start[:-1])[request_of_row]
-    block_tables = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
-    for row, table in enumerate(tables):
-        block_tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+    block_tables = _table(tables, max(map(len, tables)), torch.int32)
     padded = -(-virtual_lens // block_size) * block_size
     logical = token_index + padded.sum(1)[request_of_row]
     kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size

