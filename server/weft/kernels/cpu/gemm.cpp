@@ -1,0 +1,195 @@
+// y = x W^T + b for bfloat16 rows and weights, in float32, rounded once: the product of a base's linear modules.
+//
+// For the few rows of a decode step the time is that of bringing the weights from memory, for many rows that of the
+// multiplications. Both want the weights read in one direction, whole cache lines at a time, so they are laid out once
+// (gemm.py) in the order of use:
+//
+//     [group of 64 outputs][chunk of up to CHUNK pairs of inputs][block of 16 outputs][pair][16 outputs][2 inputs]
+//
+// A vector is 16 outputs of one pair, what one dot-product instruction takes. Rows are laid out likewise, per call, 16 of
+// them beside each other: [tile of 16 rows][pair][16 rows][2]; a chunk of them stays in the first-level cache.
+// Every output is one chain of additions in the order of its inputs, whatever tile computes it, so a row's bits depend on
+// its own numbers and on I alone. The instruction reads and makes no subnormal numbers: they are zeros.
+#include "lanes.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+namespace weft {
+namespace {
+
+#ifdef __AVX512BF16__
+
+constexpr int LANES = 16;               // outputs of a block, rows of a tile
+constexpr int BLOCKS = 4;               // of a group
+constexpr int64_t CHUNK = 384;          // pairs: a tile's chunk of rows is 24 KiB
+constexpr int64_t SUPER = 16;           // tiles that pass while a group's chunk of weights stays in the second-level cache
+constexpr int64_t AHEAD = 4096;         // bytes of weights between what is used and what is asked for
+constexpr int64_t SERIAL_BELOW = 256 << 10;  // products under which waking a second thread costs more than it saves
+
+struct Problem {
+    const bf16 *x;
+    int64_t x_stride;
+    const uint32_t *weight;
+    const bf16 *bias;  // or null
+    bf16 *y;
+    int64_t rows, in, out;
+
+    int64_t pairs() const { return (in + 1) / 2; }
+    int64_t groups() const { return (out + LANES * BLOCKS - 1) / (LANES * BLOCKS); }
+};
+
+static inline f32x16 dot(f32x16 acc, u32x16 w, u32x16 x) {
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+}
+
+// R rows times U blocks of 16 outputs over one chunk; `acc` [R][U][16] holds the sums between chunks.
+template <int R, int U>
+static void tile(const uint32_t *w, int64_t w_stride, const uint32_t *x, int64_t pairs, bool is_first, float *acc) {
+    f32x16 sums[R][U];
+    EACH(r, R)
+        EACH(u, U) sums[r][u] = is_first ? f32x16{} : read<f32x16>(acc + (r * U + u) * LANES);
+    for (int64_t k = 0; k < pairs; k++, w += LANES, x += LANES) {
+        u32x16 weights[U];
+        EACH(u, U) {
+            weights[u] = read<u32x16>(w + u * w_stride);
+            _mm_prefetch((const char *)(w + u * w_stride) + AHEAD, _MM_HINT_T0);
+        }
+        EACH(r, R) {
+            const u32x16 row = (u32x16)_mm512_set1_epi32(int(x[r]));
+            EACH(u, U) sums[r][u] = dot(sums[r][u], weights[u], row);
+        }
+    }
+    EACH(r, R)
+        EACH(u, U) write(acc + (r * U + u) * LANES, sums[r][u]);
+}
+
+// Rounds sums [R][U][16] into y, from output `o` on.
+static void put(const Problem &p, const float *acc, int64_t row, int64_t rows, int64_t o, int blocks) {
+    for (int64_t r = 0; r < rows; r++) {
+        for (int u = 0; u < blocks; u++, acc += LANES) {
+            const int64_t at = o + u * LANES, count = std::min<int64_t>(LANES, p.out - at);
+            if (count <= 0) continue;
+            f32x16 v = read<f32x16>(acc);
+            bf16 some[LANES] = {}, *to = p.y + (row + r) * p.out + at;
+            if (p.bias) {
+                memcpy(some, p.bias + at, count * sizeof(bf16));
+                v += widen(read<u16x16>(some));
+            }
+            const u16x16 result = __builtin_convertvector(rounded(v) >> 16, u16x16);
+            if (count == LANES) write(to, result);
+            else memcpy(to, &result, count * sizeof(bf16));
+        }
+    }
+}
+
+// How many blocks a tile of so many rows takes at once: as many sums as registers hold, of few rows' enough to hide the
+// latency of an addition.
+constexpr int blocks_of(int rows) { return rows > 14 ? 1 : rows > 7 ? 2 : 4; }
+
+template <int R>
+static void tile_of(const uint32_t *w, int64_t pairs, const uint32_t *x, bool is_first, float *acc) {
+    constexpr int U = blocks_of(R);
+    for (int b = 0; b < BLOCKS; b += U, acc += R * U * LANES)
+        tile<R, U>(w + b * pairs * LANES, pairs * LANES, x, pairs, is_first, acc);
+}
+
+typedef void (*Tile)(const uint32_t *, int64_t, const uint32_t *, bool, float *);
+constexpr Tile TILES[] = {tile_of<1>,  tile_of<2>,  tile_of<3>,  tile_of<4>, tile_of<5>,  tile_of<6>,
+                          tile_of<7>,  tile_of<8>,  tile_of<9>,  tile_of<10>, tile_of<11>, tile_of<12>,
+                          tile_of<13>, tile_of<14>, tile_of<15>, tile_of<16>};
+
+// Lays out the rows of one tile: [pair][16 rows][2]. What is past the last row is left as it is, and is not read.
+static void arrange(const Problem &p, int64_t row, int64_t rows, uint32_t *to) {
+    const int64_t whole = p.in / 2;
+    for (int64_t r = 0; r < rows; r++) {
+        const bf16 *from = p.x + (row + r) * p.x_stride;
+        for (int64_t k = 0; k < whole; k++) memcpy(to + k * LANES + r, from + 2 * k, 4);
+        if (p.in % 2) to[whole * LANES + r] = from[p.in - 1].bits;
+    }
+}
+
+static void linear(const Problem &p, int threads) {
+    const int64_t pairs = p.pairs(), groups = p.groups(), tiles = (p.rows + LANES - 1) / LANES;
+    const int64_t together = std::min(tiles, SUPER);
+    if (threads > 1 && p.rows * p.in * p.out < SERIAL_BELOW) threads = 1;
+    constexpr int64_t SUMS = LANES * LANES * BLOCKS;  // of a tile
+    const int64_t x_size = together * pairs * LANES, sums_size = together * SUMS;
+    std::unique_ptr<uint32_t[]> scratch(new uint32_t[x_size + threads * sums_size + LANES]);
+    uint32_t *x = (uint32_t *)(((uintptr_t)scratch.get() + 63) & ~uintptr_t(63));
+    auto rows_of = [&](int64_t t) { return std::min<int64_t>(LANES, p.rows - t * LANES); };
+
+    auto run = [&](int thread, int team) {
+        float *sums = (float *)(x + x_size) + thread * sums_size;
+        for (int64_t first = 0; first < tiles; first += together) {
+            const int64_t end = std::min(first + together, tiles);
+            for (int64_t t = first + thread; t < end; t += team)
+                arrange(p, t * LANES, rows_of(t), x + (t - first) * pairs * LANES);
+            if (team > 1) {
+#pragma omp barrier
+            }
+            for (int64_t g = groups * thread / team; g < groups * (thread + 1) / team; g++) {
+                const uint32_t *w = p.weight + g * pairs * LANES * BLOCKS;
+                for (int64_t k = 0; k < pairs; k += CHUNK) {
+                    const int64_t size = std::min(CHUNK, pairs - k);
+                    for (int64_t t = first; t < end; t++)
+                        TILES[rows_of(t) - 1](w + k * LANES * BLOCKS, size, x + ((t - first) * pairs + k) * LANES,
+                                              k == 0, sums + (t - first) * SUMS);
+                }
+                for (int64_t t = first; t < end; t++) {
+                    const int64_t rows = rows_of(t);
+                    const int blocks = blocks_of(int(rows));
+                    const float *from = sums + (t - first) * SUMS;
+                    for (int b = 0; b < BLOCKS; b += blocks, from += rows * blocks * LANES)
+                        put(p, from, t * LANES, rows, (g * BLOCKS + b) * LANES, blocks);
+                }
+            }
+            if (team > 1 && end < tiles) {
+#pragma omp barrier
+            }
+        }
+    };
+    // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
+    if (threads == 1) return run(0, 1);
+#pragma omp parallel num_threads(threads)
+    run(omp_get_thread_num(), omp_get_num_threads());
+}
+
+#endif
+
+}  // namespace
+}  // namespace weft
+
+extern "C" {
+
+// A record of 64-bit numbers (see gemm.py); `y` is contiguous.
+struct WeftLinear {
+    const weft::bf16 *x;
+    int64_t x_stride;
+    const uint32_t *weight;
+    const weft::bf16 *bias;
+    weft::bf16 *y;
+    int64_t rows, in, out, threads;
+};
+
+// Without a record: only whether this processor has the instruction.
+int weft_linear(const WeftLinear *given) {
+    using namespace weft;
+#ifdef __AVX512BF16__
+    if (!given) return OK;
+    const WeftLinear &g = *given;
+    try {
+        linear({g.x, g.x_stride, g.weight, g.bias, g.y, g.rows, g.in, g.out}, int(g.threads));
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
+    return OK;
+#else
+    return NO_BFLOAT16;
+#endif
+}
+
+}  // extern "C"
