@@ -6,10 +6,10 @@
 //
 //     [group of 64 outputs][chunk of up to CHUNK pairs of inputs][block of 16 outputs][pair][16 outputs][2 inputs]
 //
-// A vector is 16 outputs of one pair, what one dot-product instruction takes. Rows are laid out likewise, per call, 16 of
-// them beside each other: [tile of 16 rows][pair][16 rows][2]; a chunk of them stays in the first-level cache.
-// Every output is one chain of additions in the order of its inputs, whatever tile computes it, so a row's bits depend on
-// its own numbers and on I alone. The instruction reads and makes no subnormal numbers: they are zeros.
+// A vector is 16 outputs of one pair, what one dot-product instruction takes. Rows are laid out likewise, per call, 16
+// of them beside each other: [tile of 16 rows][pair][16 rows][2]; a chunk of them stays in the first-level cache.
+// Every output is one chain of additions in the order of its inputs, whatever tile computes it, so a row's bits depend
+// on its own numbers and on I alone. The instruction reads and makes no subnormal numbers: they are zeros.
 #include "lanes.h"
 
 #include <omp.h>
@@ -23,11 +23,11 @@ namespace {
 
 #ifdef __AVX512BF16__
 
-constexpr int LANES = 16;               // outputs of a block, rows of a tile
-constexpr int BLOCKS = 4;               // of a group
-constexpr int64_t CHUNK = 384;          // pairs: a tile's chunk of rows is 24 KiB
-constexpr int64_t SUPER = 16;           // tiles that pass while a group's chunk of weights stays in the second-level cache
-constexpr int64_t AHEAD = 4096;         // bytes of weights between what is used and what is asked for
+constexpr int LANES = 16;       // outputs of a block, rows of a tile
+constexpr int BLOCKS = 4;       // of a group
+constexpr int64_t CHUNK = 384;  // pairs: a tile's chunk of rows is 24 KiB
+constexpr int64_t SUPER = 16;   // tiles that pass while a group's chunk of weights stays in the second-level cache
+constexpr int64_t AHEAD = 4096;              // bytes of weights between what is used and what is asked for
 constexpr int64_t SERIAL_BELOW = 256 << 10;  // products under which waking a second thread costs more than it saves
 
 struct Problem {
@@ -102,13 +102,28 @@ constexpr Tile TILES[] = {tile_of<1>,  tile_of<2>,  tile_of<3>,  tile_of<4>, til
                           tile_of<7>,  tile_of<8>,  tile_of<9>,  tile_of<10>, tile_of<11>, tile_of<12>,
                           tile_of<13>, tile_of<14>, tile_of<15>, tile_of<16>};
 
-// Lays out the rows of one tile: [pair][16 rows][2]. What is past the last row is left as it is, and is not read.
+// Lays out up to 16 rows: [pair][16 rows][2], with zeros for the rows that are not there. Four times merging the first
+// eight vectors with the last eight, element by element, transposes sixteen of them.
 static void arrange(const Problem &p, int64_t row, int64_t rows, uint32_t *to) {
-    const int64_t whole = p.in / 2;
-    for (int64_t r = 0; r < rows; r++) {
-        const bf16 *from = p.x + (row + r) * p.x_stride;
-        for (int64_t k = 0; k < whole; k++) memcpy(to + k * LANES + r, from + 2 * k, 4);
-        if (p.in % 2) to[whole * LANES + r] = from[p.in - 1].bits;
+    const bf16 *from = p.x + row * p.x_stride;
+    for (int64_t i = 0; i < p.in; i += 2 * LANES, from += 2 * LANES) {
+        u32x16 a[LANES] = {}, b[LANES];
+        const int64_t left = p.in - i, pairs = std::min<int64_t>(LANES, (left + 1) / 2);
+        if (left >= 2 * LANES)
+            for (int64_t r = 0; r < rows; r++) a[r] = read<u32x16>(from + r * p.x_stride);
+        else
+            for (int64_t r = 0; r < rows; r++) memcpy(&a[r], from + r * p.x_stride, left * sizeof(bf16));
+        EACH(times, 2) {
+            EACH(r, 8) {
+                b[2 * r] = __builtin_shuffle(a[r], a[r + 8], FIRST);
+                b[2 * r + 1] = __builtin_shuffle(a[r], a[r + 8], SECOND);
+            }
+            EACH(r, 8) {
+                a[2 * r] = __builtin_shuffle(b[r], b[r + 8], FIRST);
+                a[2 * r + 1] = __builtin_shuffle(b[r], b[r + 8], SECOND);
+            }
+        }
+        for (int64_t k = 0; k < pairs; k++, to += LANES) write(to, a[k]);
     }
 }
 
@@ -118,17 +133,21 @@ static void linear(const Problem &p, int threads) {
     if (threads > 1 && p.rows * p.in * p.out < SERIAL_BELOW) threads = 1;
     constexpr int64_t SUMS = LANES * LANES * BLOCKS;  // of a tile
     const int64_t x_size = together * pairs * LANES, sums_size = together * SUMS;
-    std::unique_ptr<uint32_t[]> scratch(new uint32_t[x_size + threads * sums_size + LANES]);
-    uint32_t *x = (uint32_t *)(((uintptr_t)scratch.get() + 63) & ~uintptr_t(63));
+    // The few rows of a decode step are laid out by every thread for itself: that costs less than to wait for another.
+    const bool is_shared = tiles > 1;
+    const int64_t copies = is_shared ? 1 : threads;
+    std::unique_ptr<uint32_t[]> scratch(new uint32_t[copies * x_size + threads * sums_size + LANES]);
+    uint32_t *aligned = (uint32_t *)(((uintptr_t)scratch.get() + 63) & ~uintptr_t(63));
     auto rows_of = [&](int64_t t) { return std::min<int64_t>(LANES, p.rows - t * LANES); };
 
     auto run = [&](int thread, int team) {
-        float *sums = (float *)(x + x_size) + thread * sums_size;
+        uint32_t *x = aligned + (is_shared ? 0 : thread * x_size);
+        float *sums = (float *)(aligned + copies * x_size) + thread * sums_size;
         for (int64_t first = 0; first < tiles; first += together) {
             const int64_t end = std::min(first + together, tiles);
-            for (int64_t t = first + thread; t < end; t += team)
+            for (int64_t t = is_shared ? first + thread : first; t < end; t += team)
                 arrange(p, t * LANES, rows_of(t), x + (t - first) * pairs * LANES);
-            if (team > 1) {
+            if (is_shared && team > 1) {
 #pragma omp barrier
             }
             for (int64_t g = groups * thread / team; g < groups * (thread + 1) / team; g++) {

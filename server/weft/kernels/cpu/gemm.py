@@ -1,7 +1,7 @@
 """The product of a linear module on a CPU that multiplies bfloat16 pairs (AVX512-BF16), its weight laid out once.
 
-Shapes: T rows, I inputs, O outputs. A row's bits depend on its own numbers and on I alone: not on T, its place among the
-rows, or the number of threads. Subnormal inputs count as zeros, as the processor's instruction has it.
+Shapes: T rows, I inputs, O outputs. A row's bits depend on its own numbers and on I alone: not on T, its place among
+the rows, or the number of threads. Subnormal inputs count as zeros, as the processor's instruction has it.
 """
 
 import struct
@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def _chunks(packed: Weight, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Views of the same elements in the layout and in `whole` [O, I], padded: [group, block, pair, 16], chunk by chunk."""
+    """Views of the same elements in the layout and in `whole` [O, I], both padded: [group, block, pair, 16] a chunk."""
     pairs = whole.shape[1] // 2
     groups = packed.data.view(-1, pairs * _GROUP)
     views = []
