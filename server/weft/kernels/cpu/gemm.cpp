@@ -25,9 +25,8 @@ namespace {
 
 constexpr int LANES = 16;       // outputs of a block, rows of a tile
 constexpr int BLOCKS = 4;       // of a group
-constexpr int64_t CHUNK = 384;  // pairs: a tile's chunk of rows is 24 KiB
+constexpr int64_t CHUNK = 512;  // pairs: a tile's chunk of rows fills the first-level cache
 constexpr int64_t SUPER = 16;   // tiles that pass while a group's chunk of weights stays in the second-level cache
-constexpr int64_t AHEAD = 4096;              // bytes of weights between what is used and what is asked for
 constexpr int64_t SERIAL_BELOW = 256 << 10;  // products under which waking a second thread costs more than it saves
 
 struct Problem {
@@ -46,17 +45,20 @@ static inline f32x16 dot(f32x16 acc, u32x16 w, u32x16 x) {
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
 }
 
-// R rows times U blocks of 16 outputs over one chunk; `acc` [R][U][16] holds the sums between chunks.
+// R rows times U blocks of 16 outputs over one chunk; `acc` [R][U][16] holds the sums between chunks. Meanwhile the
+// blocks that follow come into the second-level cache, evenly: the processor's own guesses stop at every page and block.
 template <int R, int U>
 static void tile(const uint32_t *w, int64_t w_stride, const uint32_t *x, int64_t pairs, bool is_first, float *acc) {
     f32x16 sums[R][U];
     EACH(r, R)
         EACH(u, U) sums[r][u] = is_first ? f32x16{} : read<f32x16>(acc + (r * U + u) * LANES);
+    const uint32_t *next = w + U * w_stride;
     for (int64_t k = 0; k < pairs; k++, w += LANES, x += LANES) {
         u32x16 weights[U];
         EACH(u, U) {
             weights[u] = read<u32x16>(w + u * w_stride);
-            _mm_prefetch((const char *)(w + u * w_stride) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)next, _MM_HINT_T1);
+            next += LANES;
         }
         EACH(r, R) {
             const u32x16 row = (u32x16)_mm512_set1_epi32(int(x[r]));

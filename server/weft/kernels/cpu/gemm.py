@@ -13,7 +13,7 @@ from torch import Tensor
 from weft.kernels.cpu import library
 
 _pack = struct.Struct("=9q").pack  # WeftLinear in gemm.cpp
-_LANES, _BLOCKS, _CHUNK = 16, 4, 384  # gemm.cpp
+_LANES, _BLOCKS, _CHUNK = 16, 4, 512  # gemm.cpp
 _GROUP = _LANES * _BLOCKS
 
 
