@@ -23,11 +23,13 @@ namespace {
 
 #ifdef __AVX512BF16__
 
-constexpr int LANES = 16;       // outputs of a block, rows of a tile
-constexpr int BLOCKS = 4;       // of a group
-constexpr int64_t CHUNK = 512;  // pairs: a tile's chunk of rows fills the first-level cache
-constexpr int64_t SUPER = 16;   // tiles that pass while a group's chunk of weights stays in the second-level cache
-constexpr int64_t SERIAL_BELOW = 256 << 10;  // products under which waking a second thread costs more than it saves
+constexpr int LANES = 16;                         // outputs of a block, rows of a tile
+constexpr int BLOCKS = 4;                         // of a group
+constexpr int64_t SUMS = LANES * LANES * BLOCKS;  // of a tile and a group
+constexpr int64_t CHUNK = 512;                    // pairs: a tile's chunk of rows fills the first-level cache
+constexpr int64_t SUPER = 16;                     // tiles that pass while a group's chunk stays in the second-level one
+constexpr int64_t ROWS_EACH = 32;                 // for each thread, from which on they share out the rows
+constexpr int64_t SERIAL_BELOW = 256 << 10;       // products under which waking a second thread costs more than it saves
 
 struct Problem {
     const bf16 *x;
@@ -46,7 +48,7 @@ static inline f32x16 dot(f32x16 acc, u32x16 w, u32x16 x) {
 }
 
 // R rows times U blocks of 16 outputs over one chunk; `acc` [R][U][16] holds the sums between chunks. Meanwhile the
-// blocks that follow come into the second-level cache, evenly: the processor's own guesses stop at every page and block.
+// blocks that follow come into the second-level cache, evenly: the processor's own guesses stop at each page and block.
 template <int R, int U>
 static void tile(const uint32_t *w, int64_t w_stride, const uint32_t *x, int64_t pairs, bool is_first, float *acc) {
     f32x16 sums[R][U];
@@ -69,25 +71,6 @@ static void tile(const uint32_t *w, int64_t w_stride, const uint32_t *x, int64_t
         EACH(u, U) write(acc + (r * U + u) * LANES, sums[r][u]);
 }
 
-// Rounds sums [R][U][16] into y, from output `o` on.
-static void put(const Problem &p, const float *acc, int64_t row, int64_t rows, int64_t o, int blocks) {
-    for (int64_t r = 0; r < rows; r++) {
-        for (int u = 0; u < blocks; u++, acc += LANES) {
-            const int64_t at = o + u * LANES, count = std::min<int64_t>(LANES, p.out - at);
-            if (count <= 0) continue;
-            f32x16 v = read<f32x16>(acc);
-            bf16 some[LANES] = {}, *to = p.y + (row + r) * p.out + at;
-            if (p.bias) {
-                memcpy(some, p.bias + at, count * sizeof(bf16));
-                v += widen(read<u16x16>(some));
-            }
-            const u16x16 result = __builtin_convertvector(rounded(v) >> 16, u16x16);
-            if (count == LANES) write(to, result);
-            else memcpy(to, &result, count * sizeof(bf16));
-        }
-    }
-}
-
 // How many blocks a tile of so many rows takes at once: as many sums as registers hold, of few rows' enough to hide the
 // latency of an addition.
 constexpr int blocks_of(int rows) { return rows > 14 ? 1 : rows > 7 ? 2 : 4; }
@@ -103,6 +86,26 @@ typedef void (*Tile)(const uint32_t *, int64_t, const uint32_t *, bool, float *)
 constexpr Tile TILES[] = {tile_of<1>,  tile_of<2>,  tile_of<3>,  tile_of<4>, tile_of<5>,  tile_of<6>,
                           tile_of<7>,  tile_of<8>,  tile_of<9>,  tile_of<10>, tile_of<11>, tile_of<12>,
                           tile_of<13>, tile_of<14>, tile_of<15>, tile_of<16>};
+
+// Rounds the sums of a group for some rows into y, from output `o` on; they lie [block / U][row][block % U][16].
+static void put(const Problem &p, const float *sums, int64_t row, int64_t rows, int64_t o) {
+    const int together = blocks_of(int(rows));
+    for (int b = 0; b < BLOCKS; b++) {
+        const int64_t at = o + b * LANES, count = std::min<int64_t>(LANES, p.out - at);
+        if (count <= 0) return;
+        bf16 some[LANES] = {};
+        if (p.bias) memcpy(some, p.bias + at, count * sizeof(bf16));
+        const f32x16 bias = widen(read<u16x16>(some));
+        const float *from = sums + (b / together * together * rows + b % together) * LANES;
+        bf16 *to = p.y + row * p.out + at;
+        for (int64_t r = 0; r < rows; r++, from += together * LANES, to += p.out) {
+            const f32x16 v = read<f32x16>(from);
+            const u16x16 result = __builtin_convertvector(rounded(p.bias ? v + bias : v) >> 16, u16x16);
+            if (count == LANES) write(to, result);
+            else memcpy(to, &result, count * sizeof(bf16));
+        }
+    }
+}
 
 // Lays out up to 16 rows: [pair][16 rows][2], with zeros for the rows that are not there. Four times merging the first
 // eight vectors with the last eight, element by element, transposes sixteen of them.
@@ -129,49 +132,55 @@ static void arrange(const Problem &p, int64_t row, int64_t rows, uint32_t *to) {
     }
 }
 
-static void linear(const Problem &p, int threads) {
-    const int64_t pairs = p.pairs(), groups = p.groups(), tiles = (p.rows + LANES - 1) / LANES;
-    const int64_t together = std::min(tiles, SUPER);
-    if (threads > 1 && p.rows * p.in * p.out < SERIAL_BELOW) threads = 1;
-    constexpr int64_t SUMS = LANES * LANES * BLOCKS;  // of a tile
-    const int64_t x_size = together * pairs * LANES, sums_size = together * SUMS;
-    // The few rows of a decode step are laid out by every thread for itself: that costs less than to wait for another.
-    const bool is_shared = tiles > 1;
-    const int64_t copies = is_shared ? 1 : threads;
-    std::unique_ptr<uint32_t[]> scratch(new uint32_t[copies * x_size + threads * sums_size + LANES]);
-    uint32_t *aligned = (uint32_t *)(((uintptr_t)scratch.get() + 63) & ~uintptr_t(63));
-    auto rows_of = [&](int64_t t) { return std::min<int64_t>(LANES, p.rows - t * LANES); };
+struct Range {
+    int64_t begin, end;
 
-    auto run = [&](int thread, int team) {
-        uint32_t *x = aligned + (is_shared ? 0 : thread * x_size);
-        float *sums = (float *)(aligned + copies * x_size) + thread * sums_size;
-        for (int64_t first = 0; first < tiles; first += together) {
-            const int64_t end = std::min(first + together, tiles);
-            for (int64_t t = is_shared ? first + thread : first; t < end; t += team)
-                arrange(p, t * LANES, rows_of(t), x + (t - first) * pairs * LANES);
-            if (is_shared && team > 1) {
-#pragma omp barrier
-            }
-            for (int64_t g = groups * thread / team; g < groups * (thread + 1) / team; g++) {
-                const uint32_t *w = p.weight + g * pairs * LANES * BLOCKS;
-                for (int64_t k = 0; k < pairs; k += CHUNK) {
-                    const int64_t size = std::min(CHUNK, pairs - k);
-                    for (int64_t t = first; t < end; t++)
-                        TILES[rows_of(t) - 1](w + k * LANES * BLOCKS, size, x + ((t - first) * pairs + k) * LANES,
-                                              k == 0, sums + (t - first) * SUMS);
-                }
-                for (int64_t t = first; t < end; t++) {
-                    const int64_t rows = rows_of(t);
-                    const int blocks = blocks_of(int(rows));
-                    const float *from = sums + (t - first) * SUMS;
-                    for (int b = 0; b < BLOCKS; b += blocks, from += rows * blocks * LANES)
-                        put(p, from, t * LANES, rows, (g * BLOCKS + b) * LANES, blocks);
-                }
-            }
-            if (team > 1 && end < tiles) {
-#pragma omp barrier
-            }
+    static Range share(int64_t of, int thread, int team) { return {of * thread / team, of * (thread + 1) / team}; }
+};
+
+// Scratch of a thread that takes so many rows at a time: the rows laid out, and the sums of a group.
+struct Scratch {
+    int64_t tiles, x_size, size;
+
+    Scratch(const Problem &p, int64_t rows) {
+        tiles = std::min((rows + LANES - 1) / LANES, SUPER);
+        x_size = tiles * p.pairs() * LANES;
+        size = x_size + tiles * SUMS;
+    }
+};
+
+// Some groups of outputs for some rows.
+static void part(const Problem &p, Range rows, Range groups, const Scratch &scratch, uint32_t *x) {
+    const int64_t pairs = p.pairs();
+    float *sums = (float *)(x + scratch.x_size);
+    for (int64_t first = rows.begin; first < rows.end; first += scratch.tiles * LANES) {
+        const int64_t count = std::min(scratch.tiles * LANES, rows.end - first), tiles = (count + LANES - 1) / LANES;
+        auto rows_of = [&](int64_t t) { return std::min<int64_t>(LANES, count - t * LANES); };
+        for (int64_t t = 0; t < tiles; t++) arrange(p, first + t * LANES, rows_of(t), x + t * pairs * LANES);
+        for (int64_t g = groups.begin; g < groups.end; g++) {
+            const uint32_t *w = p.weight + g * pairs * LANES * BLOCKS;
+            for (int64_t k = 0; k < pairs; k += CHUNK)
+                for (int64_t t = 0; t < tiles; t++)
+                    TILES[rows_of(t) - 1](w + k * LANES * BLOCKS, std::min(CHUNK, pairs - k),
+                                          x + (t * pairs + k) * LANES, k == 0, sums + t * SUMS);
+            for (int64_t t = 0; t < tiles; t++)
+                put(p, sums + t * SUMS, first + t * LANES, rows_of(t), g * BLOCKS * LANES);
         }
+    }
+}
+
+// Threads share nothing that one of them writes. With few rows each lays out all of them and takes some of the outputs;
+// with many it takes some of the rows, and the weights pass through the cache that all have.
+static void linear(const Problem &p, int threads) {
+    if (p.rows * p.in * p.out < SERIAL_BELOW) threads = 1;
+    const bool by_rows = p.rows >= ROWS_EACH * threads;
+    const Scratch scratch(p, by_rows ? (p.rows + threads - 1) / threads : p.rows);
+    std::unique_ptr<uint32_t[]> memory(new uint32_t[threads * scratch.size + LANES]);
+    uint32_t *aligned = (uint32_t *)(((uintptr_t)memory.get() + 63) & ~uintptr_t(63));
+    auto run = [&](int thread, int team) {
+        const Range rows = by_rows ? Range::share(p.rows, thread, team) : Range{0, p.rows};
+        const Range groups = by_rows ? Range{0, p.groups()} : Range::share(p.groups(), thread, team);
+        part(p, rows, groups, scratch, aligned + thread * scratch.size);
     };
     // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
     if (threads == 1) return run(0, 1);

@@ -65,19 +65,25 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         bias.shape != (weight.size_out,) or bias.dtype is not torch.bfloat16 or not bias.is_contiguous()
     ):
         raise ValueError(f"bias: needs contiguous [{weight.size_out}] bfloat16, given {_shown(bias)}")
-    rows = x.reshape(-1, weight.size_in)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    y = torch.empty((*x.shape[:-1], weight.size_out), dtype=torch.bfloat16)
+    rows, stride = (x, weight.size_in) if x.is_contiguous() else _rows(x)
+    y = x.new_empty((*x.shape[:-1], weight.size_out))
     status = library.functions().weft_linear(
         _pack(
-            rows.data_ptr(), rows.stride(0), weight.data.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            y.data_ptr(), rows.shape[0], weight.size_in, weight.size_out, torch.get_num_threads(),
+            rows.data_ptr(), stride, weight.data.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            y.data_ptr(), x.numel() // weight.size_in, weight.size_in, weight.size_out, torch.get_num_threads(),
         )
     )  # fmt: skip
     if status:
         raise library.error_of(status)
     return y
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` as [T, I], a row's elements side by side, and the stride of rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def _chunks(packed: Weight, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
