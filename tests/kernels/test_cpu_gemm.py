@@ -122,6 +122,8 @@ def test_what_does_not_fit_is_refused() -> None:
         gemm.linear(x.float(), packed)
     with pytest.raises(ValueError, match=r"x: .* \[2, 7\]"):
         gemm.linear(x[:, :7], packed)
+    with pytest.raises(ValueError, match="x: carries a gradient"):
+        gemm.linear(x.clone().requires_grad_(), packed)
     with pytest.raises(ValueError, match=r"bias: needs contiguous \[16\] bfloat16, given torch.bfloat16 \[8\]"):
         gemm.linear(x, packed, x[0])
     with pytest.raises(ValueError, match=r"bias: .* torch.float32 \[16\]"):

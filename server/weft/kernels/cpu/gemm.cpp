@@ -29,7 +29,7 @@ constexpr int64_t SUMS = LANES * LANES * BLOCKS;  // of a tile and a group
 constexpr int64_t CHUNK = 512;                    // pairs: a tile's chunk of rows fills the first-level cache
 constexpr int64_t SUPER = 16;                     // tiles that pass while a group's chunk stays in the second-level one
 constexpr int64_t ROWS_EACH = 32;                 // for each thread, from which on they share out the rows
-constexpr int64_t SERIAL_BELOW = 256 << 10;       // products under which waking a second thread costs more than it saves
+constexpr int64_t SERIAL_BELOW = 256 << 10;       // products below which a second thread costs more than it saves
 
 struct Problem {
     const bf16 *x;

@@ -65,6 +65,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         bias.shape != (weight.size_out,) or bias.dtype is not torch.bfloat16 or not bias.is_contiguous()
     ):
         raise ValueError(f"bias: needs contiguous [{weight.size_out}] bfloat16, given {_shown(bias)}")
+    if x.requires_grad:
+        raise ValueError("x: carries a gradient, which the kernels do not; train with the base as it was loaded")
     rows, stride = (x, weight.size_in) if x.is_contiguous() else _rows(x)
     y = x.new_empty((*x.shape[:-1], weight.size_out))
     status = library.functions().weft_linear(
