@@ -4,6 +4,8 @@ Shapes: T rows, I inputs, O outputs. A row's bits depend on its own numbers and 
 the rows, or the number of threads. Subnormal inputs count as zeros, as the processor's instruction has it.
 """
 
+import contextlib
+import mmap
 import struct
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from weft.kernels.cpu import library
 _pack = struct.Struct("=9q").pack  # WeftLinear in gemm.cpp
 _LANES, _BLOCKS, _CHUNK = 16, 4, 512  # gemm.cpp
 _GROUP = _LANES * _BLOCKS
+_HUGE_PAGE = 2 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,11 @@ def pack(weight: Tensor) -> Weight:
         raise ValueError(f"weight: needs [O, I] bfloat16 on the CPU, given {_shown(weight)}")
     size_out, size_in = weight.shape
     groups, pairs = -(-size_out // _GROUP), -(-size_in // 2)
-    whole = torch.zeros(groups * _GROUP, 2 * pairs, dtype=torch.bfloat16)
-    whole[:size_out, :size_in] = weight.detach()
-    packed = Weight(torch.empty(groups * _GROUP * pairs, dtype=torch.int32), size_in, size_out)
+    whole = weight.detach().contiguous()
+    if whole.shape != (groups * _GROUP, 2 * pairs):
+        whole = torch.zeros(groups * _GROUP, 2 * pairs, dtype=torch.bfloat16)
+        whole[:size_out, :size_in] = weight.detach()
+    packed = Weight(_memory(groups * _GROUP * pairs), size_in, size_out)
     for here, there in _chunks(packed, whole):
         here.copy_(there)
     return packed
@@ -78,6 +83,19 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if status:
         raise library.error_of(status)
     return y
+
+
+def _memory(num_pairs: int) -> Tensor:
+    """An int32 vector on huge pages where they are to be had: a stream of weights leaves a small one every 64 lines."""
+    num_bytes = 4 * num_pairs
+    pages = mmap.mmap(-1, num_bytes + 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(pages, dtype=torch.int32)  # keeps the pages; what is never touched takes no memory
+    begin = -whole.data_ptr() % _HUGE_PAGE
+    num_huge = round(num_bytes / _HUGE_PAGE)  # the last one only if it is needed by half
+    if num_huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE, begin, num_huge * _HUGE_PAGE)
+    return whole[begin // 4 : begin // 4 + num_pairs]
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
