@@ -35,7 +35,10 @@ def test_the_product_is_as_near_to_the_formula_as_torchs(rows: int, kind: type[P
     assert kind is PackedLinear or torch.equal(kind(plain)(x), plain(x)), "oneDNN's has torch's bits"
 
 
-def test_only_plain_linear_modules_are_replaced() -> None:
+@pytest.mark.parametrize("kind", [OWN, ONEDNN])
+def test_only_plain_linear_modules_are_replaced(kind: type[PackedLinear], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "available", lambda: kind is PackedLinear)
+
     class Own(nn.Linear):
         """Such as a quantized one, which knows its weight better."""
 
@@ -46,7 +49,14 @@ def test_only_plain_linear_modules_are_replaced() -> None:
     model[2].weight = embedding.weight
     before = embedding.weight.clone()
     assert pack(model) == 2
-    kind = PackedLinear if gemm.available() else OneDnnLinear
     assert [type(model[0]), type(inner[0]), type(model[2])] == [kind, Own, kind]
     assert torch.equal(embedding.weight, before)
     assert pack(model) == 0, "once is enough"
+
+
+def test_without_either_product_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
+    assert pack(model) == 0
+    assert type(model[0]) is nn.Linear
