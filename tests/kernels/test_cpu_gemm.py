@@ -107,6 +107,8 @@ def test_a_weight_can_be_had_back(size_in: int, size_out: int) -> None:
     weight = torch.randn(size_out, size_in).to(BFLOAT16)
     packed = gemm.pack(weight)
     assert torch.equal(gemm.unpack(packed), weight)
+    for view in (torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view_as(weight), weight.T.contiguous().T):
+        assert torch.equal(gemm.unpack(gemm.pack(view)), weight)
     padded = -(-size_out // 64) * 64 * -(-size_in // 2) * 2
     assert packed.data.numel() * 2 == padded
 

@@ -41,7 +41,7 @@ def pack(weight: Tensor) -> Weight:
     size_out, size_in = weight.shape
     groups, pairs = -(-size_out // _GROUP), -(-size_in // 2)
     whole = weight.detach().contiguous()
-    if whole.shape != (groups * _GROUP, 2 * pairs):
+    if whole.shape != (groups * _GROUP, 2 * pairs) or whole.storage_offset() % 2:  # then not to be seen as pairs
         whole = torch.zeros(groups * _GROUP, 2 * pairs, dtype=torch.bfloat16)
         whole[:size_out, :size_in] = weight.detach()
     packed = Weight(_memory(groups * _GROUP * pairs), size_in, size_out)
