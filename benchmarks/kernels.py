@@ -7,6 +7,7 @@ query heads of a group as rows), which a server would first have to make.
 """
 
 import argparse
+import itertools
 import platform
 import statistics
 import time
@@ -16,17 +17,18 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from weft.kernels.cpu import attention, deltas, library
+from weft.kernels.cpu import attention, deltas, gemm, library
 from weft.methods import bottleneck
 from weft.methods.protocol import Site
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+_PAST_CACHES = 64 << 20  # bytes
 Calls = dict[str, Callable[[], object]]
 
 
 class Case(NamedTuple):
     name: str
-    calls: Calls  # the first is the kernel
+    calls: Calls  # the first is the kernel, where this machine has it
 
 
 def post(
@@ -175,6 +177,23 @@ def prefill_attention(num_queries: int, context: int, dtype: torch.dtype) -> Cas
     )
 
 
+def product(num_rows: int, size_in: int, size_out: int) -> Case:
+    """The product of a linear module, each call with another copy of the weight: as in a step, from memory."""
+    weight, x = torch.randn(size_out, size_in).bfloat16(), torch.randn(num_rows, size_in).bfloat16()
+    num_copies = 1 + _PAST_CACHES // (2 * weight.numel())
+    plain = itertools.cycle([weight.clone() for _ in range(num_copies)])
+    calls: Calls = {}
+    if gemm.available():
+        own = itertools.cycle([gemm.pack(weight) for _ in range(num_copies)])
+        calls["kernel"] = lambda: gemm.linear(x, next(own))
+    if torch.backends.mkldnn.is_available():
+        ops = torch.ops.mkldnn
+        reordered = itertools.cycle([ops._reorder_linear_weight(weight, 16) for _ in range(num_copies)])
+        calls["oneDNN, packed"] = lambda: ops._linear_pointwise(x, next(reordered), None, "none", [], "")
+    calls["F.linear"] = lambda: F.linear(x, next(plain))
+    return Case(f"product, {num_rows} rows, {size_in}→{size_out}", calls)
+
+
 def medians_us(calls: Calls, rounds: int) -> dict[str, float]:
     """Interleaved, so that what else the machine does falls on all alike; each call follows one of its own kind."""
     taken_s: dict[str, list[float]] = {name: [] for name in calls}
@@ -204,10 +223,14 @@ def main() -> None:
         *(prefill_attention(512, context, BFLOAT16) for context in (512, 2048)),
         *(prefill_attention(512, context, FLOAT32) for context in (512, 2048)),
     ]
+    products = [
+        *(product(num_rows, 768, 4096) for num_rows in (1, 4, 8, 16, 32, 64, 512)),
+        *(product(16, *sizes) for sizes in ((768, 768), (768, 1280), (2048, 768), (768, 8192), (8192, 2048))),
+    ]
     print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, medians of {options.rounds}\n")
     print("| case | implementation | µs | of the kernel |\n|---|---|---:|---:|")
     with torch.inference_mode():
-        for case in cases:
+        for case in (*cases, *products):
             took = medians_us(case.calls, options.rounds)
             kernel_us = next(iter(took.values()))
             for name, us in took.items():

@@ -190,6 +190,7 @@ enum Status : int {
     NO_RESIDUAL = 8,
     BAD_ROUTER = 9,
     BAD_LOG_GATES = 10,
+    NO_BFLOAT16 = 11,
 };
 
 }  // namespace weft

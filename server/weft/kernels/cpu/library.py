@@ -23,12 +23,21 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  its import makes the OpenMP runtime global
 
-_SOURCES = ("deltas.cpp", "attention.cpp", "routing.cpp", "elementwise.cpp")
+_SOURCES = ("deltas.cpp", "attention.cpp", "routing.cpp", "elementwise.cpp", "gemm.cpp")
 _HEADERS = ("lanes.h",)
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
 _BUILD_S_MAX = 300
 
-_FUNCTIONS = ("weft_post", "weft_pre", "weft_store", "weft_attend", "weft_route", "weft_rms_norm", "weft_gate")
+_FUNCTIONS = (
+    "weft_post",
+    "weft_pre",
+    "weft_store",
+    "weft_attend",
+    "weft_route",
+    "weft_rms_norm",
+    "weft_gate",
+    "weft_linear",
+)
 
 
 class KernelsUnavailable(RuntimeError):
@@ -46,6 +55,7 @@ _STATUSES = {  # lanes.h
     8: "residual: a slot of these rows reads it, and none is given",
     9: "routers: a run's slot needs a router of the rows' width, experts below its number, and room in the trace",
     10: "log_gates: need one row for each query row",
+    11: "weight: this processor has no product of bfloat16 pairs",
 }
 
 
