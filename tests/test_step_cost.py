@@ -18,6 +18,7 @@ from tests import tiny
 from tests.mixing.test_composition import MAKERS, VIRTUAL
 from tests.mixing.test_mixture import made
 from tests.serving import Row, Step
+from weft.adapters import slab
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
 from weft.engine.token_ranges import TokenRange
@@ -259,3 +260,15 @@ def test_a_step_allocates_no_copy_of_adapter_weights(base: loader.Base) -> None:
         return sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
 
     assert allocated(64) == allocated(1) > 0
+
+
+def test_rows_pay_for_what_they_have_not_for_what_is_resident(base: loader.Base) -> None:
+    """Adapters that nobody asks for stand at every site; a step of an IA³ asks kernels where that acts alone."""
+    step = _step(base, select(base.device, base.dtype))
+    for seed in range(3):
+        resident = slab.build(tiny.random_lora(base.shape, rank=2, seed=seed), base.shape, dtype=base.dtype)
+        assert step.runner.slots.put(resident) is not None
+    calls = _calls(step, [tiny.random_ia3(base.shape, seed=9), None])
+    assert calls["deltas.py:post"] == base.shape.num_layers, "k and v, in their group"
+    assert calls["deltas.py:pre"] == base.shape.num_layers, "down"
+    assert _calls(step, _loras(base, 2))["deltas.py:post"] == 4 * base.shape.num_layers

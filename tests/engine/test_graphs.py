@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 
 import pytest
 import torch
@@ -231,9 +233,8 @@ def test_padding_touches_no_block_of_a_request(base: loader.Base) -> None:
 def _decisions(slots: SlotTable) -> tuple[Sequence[object], ...]:
     """What drivers branch on."""
     does_anything = [n > 0 for n in slots.num_entries]
-    scales = [n > 0 for n in slots.num_input_scales]
-    only_scales = [n == m for n, m in zip(slots.num_entries, slots.num_input_scales, strict=True)]
-    return does_anything, scales, only_scales, [slots.num_residual_readers > 0]
+    adds, scales = (reduce(or_, of.values(), 0) for of in (slots.outputs_at, slots.inputs_at))
+    return does_anything, [adds, scales], [slots.num_residual_readers > 0]
 
 
 def test_equal_outlines_mean_equal_decisions(base: loader.Base) -> None:

@@ -58,7 +58,8 @@ class SlotTable:
     routers: int64 [S, 8], the kernels' view of mixtures: address of W float32 [M, C, hidden], elements from one layer's
         W to the next (0 where all share one), hidden, experts, choices C, top_k, flags (1 normalize, 2 absolute,
         4 rms_norm), and τ as the bits of a float32; zeros in a slot that holds none.
-    num_entries, num_input_scales: by site, how many planes do anything there, and how many of them to its input.
+    num_entries: by site, how many planes do anything there.
+    outputs_at, inputs_at: by plane, the sites where it adds to the output, or scales the input: bit `site.index`.
     num_residual_readers: how many planes, over all sites, read the residual stream.
     planes: the planes of every slot that has more than one, its own number first.
     capacity_bytes bounds the sum of the buffers; S grows as needed and costs 32 bytes a site.
@@ -75,7 +76,8 @@ class SlotTable:
         self._held: dict[AdapterSlot, _Held] = {}
         self._free = list(reversed(range(8)))
         self.num_entries = [0] * num_sites
-        self.num_input_scales = [0] * num_sites
+        self.outputs_at: dict[int, int] = {}
+        self.inputs_at: dict[int, int] = {}
         self.num_residual_readers = 0
         self._num_of_kind = [[0] * len(DeltaKind) for _ in range(num_sites)]
         self._kinds = array("H", bytes(2 * num_sites))
@@ -116,7 +118,11 @@ class SlotTable:
         self._held[slot] = _Held(slab, buffer)
         self.used_bytes += slab.buffer.nbytes
         start = buffer.data_ptr()
+        self.outputs_at |= dict.fromkeys(planes, 0)
+        self.inputs_at |= dict.fromkeys(planes, 0)
         for entry in slab.entries:
+            at = self.inputs_at if entry.kind is DeltaKind.SCALE_INPUT else self.outputs_at
+            at[planes[entry.plane]] |= 1 << entry.site_index
             second = 0 if entry.second is None else start + entry.second.offset
             self.table[entry.site_index, planes[entry.plane]] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
@@ -132,6 +138,7 @@ class SlotTable:
         held = self._held.pop(slot)
         planes = self.planes.pop(slot, (slot,))
         for plane in planes:
+            del self.outputs_at[plane], self.inputs_at[plane]
             self.table[:, plane] = DeltaKind.NONE
             self.routers[plane] = 0
             self._free.append(plane)
@@ -171,8 +178,6 @@ class SlotTable:
             if counts[entry.kind] == max(step, 0):  # the first has come, or the last has gone
                 self._kinds[entry.site_index] ^= 1 << entry.kind
             self.num_entries[entry.site_index] += step
-            if entry.kind is DeltaKind.SCALE_INPUT:
-                self.num_input_scales[entry.site_index] += step
             if entry.kind.reads_residual:
                 self.num_residual_readers += step
 

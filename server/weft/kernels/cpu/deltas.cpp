@@ -519,7 +519,7 @@ void pre(const X *x, int64_t x_stride, X *out, int64_t out_stride, int64_t in, c
         if (i < in)
             store_part<NATURAL>(to + i, in - i, scaled(i, [&](auto *p) { return load_part<NATURAL>(p, in - i); }));
     };
-    if (threads == 1 || rows.count * in < SERIAL_BELOW) {
+    if (threads == 1 || rows.count * in < SERIAL_BELOW / 8) {  // an element costs a few operations, and three streams
         for (int64_t t = 0; t < rows.count; t++) run(t);
         return;
     }

@@ -1,6 +1,8 @@
 """The CPU kernels in the engine's terms: a driver of adapter rows, and paged attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +17,8 @@ class Slots(Protocol):
     """What the driver reads of a slot table."""
 
     table: Tensor  # int64 [num_sites, S, 4]
-    num_entries: Sequence[int]  # by site: slots that do anything there
-    num_input_scales: Sequence[int]  # by site: slots that scale the input there
+    outputs_at: Mapping[int, int]  # by plane: the sites, as bits, where it adds to the output
+    inputs_at: Mapping[int, int]  # and where it scales the input
     routers: Tensor  # int64 [S, 8]
     num_residual_readers: int  # slots that read the residual stream at some site, counted for each
 
@@ -59,9 +61,9 @@ class DriverFactory:
 
 
 class CpuDriver:
-    """The gated deltas of one step: one kernel call per site, whatever the number of rows and adapters."""
+    """The gated deltas of one step: one kernel call per site where a row has any, whatever the number of adapters."""
 
-    __slots__ = ("_factory", "_log_target", "_routed", "_rows", "_slots", "_target")
+    __slots__ = ("_factory", "_inputs_at", "_log_target", "_outputs_at", "_routed", "_rows", "_slots", "_target")
 
     def __init__(
         self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routed: routing.Runs | None = None
@@ -70,6 +72,9 @@ class CpuDriver:
         self._slots = slots
         self._rows = rows
         self._routed = routed
+        planes = set(rows.slots.tolist())
+        self._outputs_at = reduce(or_, map(slots.outputs_at.__getitem__, planes), 0)
+        self._inputs_at = reduce(or_, map(slots.inputs_at.__getitem__, planes), 0)
         if routed is not None:
             self._target = routing.Target(offsets=rows.offsets, experts=routed.experts, values=rows.gates)
             self._log_target = _span_target(routed)
@@ -91,27 +96,21 @@ class CpuDriver:
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
-        num_entries = self._slots.num_entries[site.index]
-        if not num_entries:
-            return base(x)
-        here = self._factory.site(site)
-        num_input_scales = self._slots.num_input_scales[site.index]
         x_prime = x
-        if num_input_scales:
+        if self._inputs_at >> site.index & 1:
             x_prime = torch.empty_like(x)
-            deltas.pre(x, x_prime, self._rows, here)
+            deltas.pre(x, x_prime, self._rows, self._factory.site(site))
         y = base(x_prime)
-        if num_entries > num_input_scales:
-            deltas.post(x, y, self._rows, here, residual)
+        if self._outputs_at >> site.index & 1:
+            deltas.post(x, y, self._rows, self._factory.site(site), residual)
         return y
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
         """The outputs of sites that read one input: one product and one kernel call, unless an input is scaled."""
-        slots = self._slots
-        if any(slots.num_input_scales[site.index] for site in sites):
+        if any(self._inputs_at >> site.index & 1 for site in sites):
             return apply_each(self, sites, base, x)
         y = base(x)
-        if any(slots.num_entries[site.index] for site in sites):
+        if any(self._outputs_at >> site.index & 1 for site in sites):
             deltas.post(x, y, self._rows, self._factory.group(sites))
         return y.split([site.out_features for site in sites], -1)
 
