@@ -117,17 +117,24 @@ def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in layers]
     hooks += [module.register_forward_hook(watch(name)) for name, module in norms(model)]
-    body = model.base_model
-    given = model.config._attn_implementation  # the registered attention would want a paged batch
     try:
-        with _answering(model, sites, answer), torch.inference_mode():
-            model.set_attn_implementation("eager")
-            body(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+        with _answering(model, sites, answer):
+            run_on_two_tokens(model)
     finally:
-        model.set_attn_implementation(given)
         for hook in hooks:
             hook.remove()
     return trace
+
+
+def run_on_two_tokens(model: Any) -> None:
+    """Run the body of transformers' `model`, whatever attention it has: the registered one would want a paged batch."""
+    given = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    finally:
+        model.set_attn_implementation(given)
 
 
 def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -14,6 +14,7 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 
+from weft.methods import sublayers
 from weft.methods.inject import AdapterContext, GroupedLinear, LinearGroup
 from weft.methods.protocol import Site, SiteKind
 
@@ -39,13 +40,8 @@ def fuse(model: Any, context: AdapterContext) -> int:
 def shared_inputs(model: Any, context: AdapterContext) -> list[tuple[Site, ...]]:
     """Linear sites of one parent that are asked one after another with the same tensor; two of them at least."""
     seen: list[tuple[Site, Tensor]] = []
-    given = model.config._attn_implementation  # the registered attention would want a paged batch
-    try:
-        model.set_attn_implementation("eager")
-        with torch.inference_mode(), context.use(_Watch(seen)):
-            model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
-    finally:
-        model.set_attn_implementation(given)
+    with context.use(_Watch(seen)):
+        sublayers.run_on_two_tokens(model)
     number, numbered = 0, []
     for before, now in pairwise([(None, None), *seen]):
         assert now[0] is not None

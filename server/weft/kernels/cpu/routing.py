@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
+from weft.kernels.routed import RoutedRows
 
 _pack = struct.Struct("=21q").pack  # WeftRouting in routing.cpp
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Runs(Protocol):
+class Runs(RoutedRows, Protocol):
     """What the kernel reads of a step's mixtures."""
 
     @property
@@ -24,26 +25,6 @@ class Runs(Protocol):
         """int64 [R, 6], rising: first row, one past the last, slot, address of float32 [3, experts] (allowed, floor,
         ceiling) or 0, address of float32 [hidden] that is read instead of the rows or 0, where in a layer's trace the
         gates go or -1."""
-        ...
-
-    @property
-    def experts(self) -> Tensor:
-        """int32 [N]: which expert an entry is, or -1 where its gate stays."""
-        ...
-
-    @property
-    def span_experts(self) -> Tensor | None:
-        """int32 [T, S]: which expert a row's span of virtual positions is of, or -1."""
-        ...
-
-    @property
-    def log_gates(self) -> Tensor | None:
-        """float32 [T, S]: where the logarithms of those experts' gates go."""
-        ...
-
-    @property
-    def trace(self) -> Tensor | None:
-        """float32 [L, G]."""
         ...
 
 

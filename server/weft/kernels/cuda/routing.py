@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cuda.deltas import Rows
+from weft.kernels.routed import RoutedRows
 from weft.methods.driver import Routed
 from weft.methods.mixture import MixtureConfig, MixtureParams, Steering
 
@@ -46,31 +47,11 @@ class Run(Protocol):
         ...
 
 
-class Runs(Protocol):
+class Runs(RoutedRows, Protocol):
     """A step's mixtures; `trace` and `log_gates` are on the device."""
 
     @property
     def runs(self) -> Sequence[Run]: ...
-
-    @property
-    def experts(self) -> Tensor:
-        """int32 [N]: which expert an entry is, or -1 where its gate stays."""
-        ...
-
-    @property
-    def span_experts(self) -> Tensor | None:
-        """int32 [T, S]: which expert a row's span of virtual positions is of, or -1."""
-        ...
-
-    @property
-    def log_gates(self) -> Tensor | None:
-        """float32 [T, S]: where the logarithms of those experts' gates go."""
-        ...
-
-    @property
-    def trace(self) -> Tensor | None:
-        """float32 [L, G]."""
-        ...
 
 
 class Sources(Protocol):
