@@ -2,8 +2,8 @@
 
 A *decode step* has one row for each request, and every row samples. Padding rows come after the real ones: they have
 no adapters, store their keys in scratch blocks that no request owns, see nothing but one position there, and nobody
-looks at their logits. Padding entries are the last row's, with gate 0, which adds nothing whatever a slot holds. Where
-a block table is wider than its request it holds what is never read.
+looks at their logits. Padding entries are the last row's, of the last entry's slot with gate 0, which adds nothing.
+Where a block table is wider than its request it holds what is never read.
 """
 
 from functools import partial
@@ -78,6 +78,23 @@ def empty() -> Batch:
     )
 
 
+def probe(token_id: int, position: int, block: int, block_size: int) -> Batch:
+    """The step of a lone request in one block: its token at `position`, and those before it."""
+    whole, narrow = (partial(torch.tensor, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    return Batch(
+        input_ids=whole([token_id]),
+        positions=whole([position]),
+        kv_slots=whole([block * block_size + position]),
+        query_start=narrow([0, 1]),
+        context_lens=narrow([position + 1]),
+        virtual_lens=torch.zeros(1, 0, dtype=torch.int32),
+        block_tables=narrow([[block]]),
+        log_gates=None,
+        sample_rows=whole([0]),
+        adapter_rows=None,
+    )
+
+
 def step_size(num_rows: int) -> int:
     """How many rows a decode step of `num_rows` is padded to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, …"""
     size = _power_of_two(num_rows)
@@ -121,7 +138,8 @@ def _pad_entries(rows: AdapterRows, shape: StepShape, missing: int) -> AdapterRo
     unused = shape.entries - len(rows.slots)
     offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(missing)])
     offsets[-1] = shape.entries
-    return AdapterRows(offsets, F.pad(rows.slots, (0, unused)), F.pad(rows.gates, (0, unused)), rows.runs)
+    slots = torch.cat([rows.slots, rows.slots[-1:].expand(unused)])
+    return AdapterRows(offsets, slots, F.pad(rows.gates, (0, unused)), rows.runs)
 
 
 def _table_width(num_blocks: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine import batch as batches
+from weft.engine import padding
 from weft.engine.batch import AdapterRows, Batch, at_rows, entries_at
 from weft.engine.graphs import Graphs
 from weft.engine.padding import StepShape, common_shapes, empty, num_scratch_blocks, shape_of
@@ -28,6 +29,9 @@ from weft.model.loader import Base
 from weft.model.paged_attention import KVCache, Paged, PagedBatch, attend_reference
 
 _log = logging.getLogger(__name__)
+
+_PROBE_STEPS = 3  # the first is what is recorded; in the last, positions matter
+_RECORDING_ERROR_MAX = 0.01
 
 
 class Runner(Protocol):
@@ -158,14 +162,41 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Record the decode steps that will come without doubt, where steps are recorded at all."""
+        """See that recorded steps are right, where steps are recorded at all, and record those that will come."""
         if self._graphs is None:
             return
-        shapes = common_shapes(self._num_recorded_rows)
+        error = self._recording_error()
+        if error is None:
+            return
+        if not error < _RECORDING_ERROR_MAX:
+            _log.error("runner: recorded decode steps are off by %.3g; steps run unrecorded, more slowly", error)
+            self._graphs = None
+            return
+        if not self._kernels.records_ahead:
+            return
+        shapes = padding.common_shapes(self._num_recorded_rows)
         for done, shape in enumerate(shapes, start=1):
             if self._replay(empty(), shape) is None:
                 return
             _log.info("runner: recorded %d of %d decode steps, of %d rows", done, len(shapes), shape.rows)
+
+    def _recording_error(self) -> float | None:
+        """How far a recorded step is from a plain one, on tokens and positions that it was not recorded with; relative.
+
+        None where steps turn out not to be recordable.
+        """
+        block, block_size = self._cache.keys[0].shape[0] - 1, self._cache.block_size
+        steps = [padding.probe(1 + place, place, block, block_size) for place in range(min(_PROBE_STEPS, block_size))]
+        plain, recorded = torch.empty(0), None
+        for step in steps:
+            plain = self._run(step).float()
+        for step in steps:
+            shape = self._recorded_shape(step)
+            recorded = None if shape is None else self._replay(step, shape)
+            if recorded is None:
+                return None
+        assert recorded is not None
+        return float((recorded.float() - plain).norm() / plain.norm())
 
     @torch.inference_mode()
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
@@ -183,7 +214,10 @@ class ModelRunner:
         """What a step is recorded as; None where it is not to be."""
         if self._graphs is None or len(batch.input_ids) > self._num_recorded_rows:
             return None
-        return shape_of(batch, self.slots.outline)
+        outline, rows, decisions = self.slots.outline, batch.adapter_rows, self._kernels.decisions
+        if decisions is not None and rows is not None and rows.routing is None:
+            outline = outline._replace(rank=0, kinds=decisions(self.slots, rows.slots))
+        return shape_of(batch, outline)
 
     def _replay(self, batch: Batch, shape: StepShape) -> Tensor | None:
         """The logits of a recorded step; None where steps turn out not to be recordable, now and from now on."""

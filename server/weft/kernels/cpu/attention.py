@@ -104,14 +104,13 @@ def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
     value_strides = _check_heads("value", value, (num_tokens, kv_heads, head_size), cache)
     if kv_slots.dtype is not torch.int64 or kv_slots.shape != (num_tokens,) or not kv_slots.is_contiguous():
         raise ValueError(f"kv_slots: needs contiguous [{num_tokens}] int64, given {_shown(kv_slots)}")
-    status = library.functions().weft_store(
+    library.run(
+        "weft_store",
         _pack_store(
             key.data_ptr(), value.data_ptr(), key_strides[0], key_strides[1], value_strides[0], value_strides[1],
             num_tokens, key.dtype is torch.bfloat16, torch.get_num_threads(), kv_slots.data_ptr(), *cache.packed,
         )
     )  # fmt: skip
-    if status:
-        raise library.error_of(status)
 
 
 def attend(
@@ -140,15 +139,14 @@ def attend(
         raise ValueError(f"out: needs to be contiguous, given {_shown(out)}")
     if window < 0 or not softcap >= 0.0:
         raise ValueError(f"window, softcap: need 0 (none) or more, given {window}, {softcap}")
-    status = library.functions().weft_attend(
+    library.run(
+        "weft_attend",
         _pack_attend(
             query.data_ptr(), strides[0], strides[1], out.data_ptr(), num_tokens, query_heads,
             query.dtype is torch.bfloat16, window, torch.get_num_threads(), scale, softcap,
             *cache.packed, *batch.packed,
         )
     )  # fmt: skip
-    if status:
-        raise library.error_of(status)
 
 
 def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> None:

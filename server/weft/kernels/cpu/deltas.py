@@ -158,7 +158,7 @@ def post(x: Tensor, y: Tensor, rows: Rows, site: Site | SiteGroup, residual: Ten
         if is_bf16 is not is_r_bf16:
             raise ValueError(f"residual: needs the dtype of x, {x.dtype}, given {residual.dtype}")
         r = residual.data_ptr(), r_stride
-    _run(library.functions().weft_post, x.data_ptr(), x_stride, y.data_ptr(), y_stride, is_bf16, rows, site, r)
+    _run("weft_post", x.data_ptr(), x_stride, y.data_ptr(), y_stride, is_bf16, rows, site, r)
 
 
 def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
@@ -176,11 +176,11 @@ def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
         raise ValueError(f"out: needs the dtype of x, {x.dtype}, given {out.dtype}")
     if x.data_ptr() == out.data_ptr():
         raise ValueError("out: needs memory of its own, given x")
-    _run(library.functions().weft_pre, x.data_ptr(), x_stride, out.data_ptr(), out_stride, is_bf16, rows, site)
+    _run("weft_pre", x.data_ptr(), x_stride, out.data_ptr(), out_stride, is_bf16, rows, site)
 
 
 def _run(
-    function,
+    kernel: str,
     x: int,
     x_stride: int,
     y: int,
@@ -191,9 +191,7 @@ def _run(
     residual: tuple[int, int] = (0, 0),
 ) -> None:
     threads = torch.get_num_threads()
-    status = function(_pack(x, x_stride, y, y_stride, is_bf16, threads, *residual, *rows.packed, *site.packed))
-    if status:
-        raise library.error_of(status)
+    library.run(kernel, _pack(x, x_stride, y, y_stride, is_bf16, threads, *residual, *rows.packed, *site.packed))
 
 
 def _check_vector(name: str, given: Tensor, dtype: torch.dtype) -> None:

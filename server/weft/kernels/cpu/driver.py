@@ -60,6 +60,19 @@ class DriverFactory:
         return found
 
 
+def decisions(slots: Slots, slot_of_entry: Tensor) -> bytes:
+    """All that the driver of a step without mixtures decides from what its entries' slots hold, and where they lie."""
+    outputs_at, inputs_at = _acting(slots, slot_of_entry)
+    return b"%x %x %d %d" % (outputs_at, inputs_at, slots.num_residual_readers > 0, slots.table.shape[1])
+
+
+def _acting(slots: Slots, slot_of_entry: Tensor) -> tuple[int, int]:
+    """The sites, as bits, where some entry adds to the output, and where one scales the input."""
+    planes = set(slot_of_entry.tolist())
+    outputs_at = reduce(or_, map(slots.outputs_at.__getitem__, planes), 0)
+    return outputs_at, reduce(or_, map(slots.inputs_at.__getitem__, planes), 0)
+
+
 class CpuDriver:
     """The gated deltas of one step: one kernel call per site where a row has any, whatever the number of adapters."""
 
@@ -72,9 +85,7 @@ class CpuDriver:
         self._slots = slots
         self._rows = rows
         self._routed = routed
-        planes = set(rows.slots.tolist())
-        self._outputs_at = reduce(or_, map(slots.outputs_at.__getitem__, planes), 0)
-        self._inputs_at = reduce(or_, map(slots.inputs_at.__getitem__, planes), 0)
+        self._outputs_at, self._inputs_at = _acting(slots, rows.slots)
         if routed is not None:
             self._target = routing.Target(offsets=rows.offsets, experts=routed.experts, values=rows.gates)
             self._log_target = _span_target(routed)

@@ -26,7 +26,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     if gain.shape != (x.shape[-1],) or gain.dtype is not torch.float32 or not gain.is_contiguous():
         raise ValueError(f"gain: needs contiguous [{x.shape[-1]}] float32, given {gain.dtype} {list(gain.shape)}")
     out = torch.empty(x.shape, dtype=x.dtype)
-    library.functions().weft_rms_norm(
+    library.run(
+        "weft_rms_norm",
         _pack_norm(
             rows.data_ptr(), stride, out.data_ptr(), rows.shape[0], rows.shape[1], x.dtype is torch.bfloat16,
             torch.get_num_threads(), gain.data_ptr(), eps,
@@ -47,7 +48,8 @@ def gate(given: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: needs one of {', '.join(ACTIVATIONS)}, given {activation}")
     out = torch.empty(given.shape, dtype=given.dtype)
-    library.functions().weft_gate(
+    library.run(
+        "weft_gate",
         _pack_gate(
             rows.data_ptr(), stride, up_rows.data_ptr(), up_stride, out.data_ptr(), rows.shape[0], rows.shape[1],
             given.dtype is torch.bfloat16, torch.get_num_threads(), ACTIVATIONS.index(activation),

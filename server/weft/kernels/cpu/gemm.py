@@ -74,14 +74,13 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         raise ValueError("x: carries a gradient, which the kernels do not; train with the base as it was loaded")
     rows, stride = (x, weight.size_in) if x.is_contiguous() else _rows(x)
     y = x.new_empty((*x.shape[:-1], weight.size_out))
-    status = library.functions().weft_linear(
+    library.run(
+        "weft_linear",
         _pack(
             rows.data_ptr(), stride, weight.data.data_ptr(), 0 if bias is None else bias.data_ptr(),
             y.data_ptr(), x.numel() // weight.size_in, weight.size_in, weight.size_out, torch.get_num_threads(),
         )
     )  # fmt: skip
-    if status:
-        raise library.error_of(status)
     return y
 
 

@@ -14,16 +14,28 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
 import torch  # noqa: F401  its import makes the OpenMP runtime global
 
-_SOURCES = ("deltas.cpp", "attention.cpp", "routing.cpp", "elementwise.cpp", "gemm.cpp")
+_SOURCES = (
+    "deltas.cpp",
+    "attention.cpp",
+    "routing.cpp",
+    "elementwise.cpp",
+    "gemm.cpp",
+    "pointwise.cpp",
+    "replay.cpp",
+)
 _HEADERS = ("lanes.h",)
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
 _BUILD_S_MAX = 300
@@ -37,6 +49,8 @@ _FUNCTIONS = (
     "weft_rms_norm",
     "weft_gate",
     "weft_linear",
+    "weft_pointwise",
+    "weft_replay",
 )
 
 
@@ -57,6 +71,9 @@ _STATUSES = {  # lanes.h
     10: "log_gates: need one row for each query row",
     11: "weight: this processor has no product of bfloat16 pairs",
 }
+
+
+_note: ContextVar[Callable[[str, bytes], None] | None] = ContextVar("_note", default=None)
 
 
 class Library(NamedTuple):
@@ -93,6 +110,44 @@ def functions() -> ctypes.CDLL:
     if library.functions is None:
         raise KernelsUnavailable(library.reason)
     return library.functions
+
+
+def run(kernel: str, record: bytes) -> None:
+    """Call a kernel with its packed record; raises what its status means."""
+    _answer(getattr(functions(), kernel)(record))
+    note = _note.get()
+    if note is not None:
+        note(kernel, record)
+
+
+@contextmanager
+def noting(note: Callable[[str, bytes], None]) -> Iterator[None]:
+    """Tell `note` of every kernel that this thread calls and of its record, once it has run."""
+    before = _note.set(note)
+    try:
+        yield
+    finally:
+        _note.reset(before)
+
+
+def replay_of(calls: Sequence[tuple[str, bytes]]) -> Callable[[], None]:
+    """The kernel calls in one call, with the same records; what these point at has to be there whenever it is made."""
+    loaded = functions()
+    records = [ctypes.create_string_buffer(record, len(record)) for _, record in calls]
+    kernels = [ctypes.cast(getattr(loaded, kernel), ctypes.c_void_p).value or 0 for kernel, _ in calls]
+    pairs = zip(kernels, map(ctypes.addressof, records), strict=True)
+    table = array("q", [number for pair in pairs for number in pair])
+    record = struct.pack("=2q", table.buffer_info()[0], len(calls))  # WeftReplay in replay.cpp
+
+    def replay(held: tuple[object, ...] = (records, table)) -> None:
+        _answer(loaded.weft_replay(record))
+
+    return replay
+
+
+def _answer(status: int) -> None:
+    if status:
+        raise MemoryError(_STATUSES[status]) if status == 1 else ValueError(_STATUSES[status])
 
 
 def cache_directory() -> Path:
@@ -150,8 +205,3 @@ def _run(command: Sequence[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelsUnavailable(f"the C++ compiler does not run: {error}") from error
     return done.stdout
-
-
-def error_of(status: int) -> Exception:
-    """What a kernel's answer other than 0 means; it has written nothing then."""
-    return MemoryError(_STATUSES[status]) if status == 1 else ValueError(_STATUSES[status])

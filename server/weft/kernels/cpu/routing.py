@@ -77,13 +77,12 @@ def route(
     table, trace = runs.table, runs.trace
     traced = (0, 0) if trace is None else (trace.data_ptr() + layer * trace.stride(0) * 4, trace.shape[1])
     is_bf16 = hidden.dtype is torch.bfloat16
-    status = library.functions().weft_route(
+    library.run(
+        "weft_route",
         _pack(
             *(hidden.data_ptr(), hidden.stride(-2), is_bf16, hidden.shape[-1], rows, layer, torch.get_num_threads()),
             *(routers.data_ptr(), len(routers), table.data_ptr(), len(table), *traced),
             *gates.packed,
             *(NOWHERE if log_gates is None else log_gates.packed),
-        )
+        ),
     )
-    if status:
-        raise library.error_of(status)
