@@ -69,7 +69,7 @@ def _adapters(base: BaseShape) -> list[Adapter]:
     return plain + forms
 
 
-def _mixed(base: BaseShape, count: int, seed: int) -> list[list[Part]]:
+def mixed(base: BaseShape, count: int, seed: int) -> list[list[Part]]:
     """The parts of `count` requests: none, one, or several of any method, and prefixes with a gate."""
     dice, adapters = random.Random(seed), _adapters(base)
     requests = [[], *([Part(adapter, 1.0)] for adapter in adapters), [Part(adapters[4], 0.5), Part(adapters[5], 1.0)]]
@@ -83,7 +83,7 @@ def _mixed(base: BaseShape, count: int, seed: int) -> list[list[Part]]:
 def _decodings(base: loader.Base, recorder: Recorder) -> tuple[Decoding, Decoding]:
     kernels = select(base.device, base.dtype)
     assert kernels.driver is not None, "the reference driver reads more than tensors"
-    recorded = replace(kernels, recorder=lambda: recorder)
+    recorded = replace(kernels, recorder=lambda: recorder, records_ahead=True)
     return Decoding(base, kernels), Decoding(base, recorded, num_recorded_rows=32)
 
 
@@ -91,7 +91,7 @@ def _decodings(base: loader.Base, recorder: Recorder) -> tuple[Decoding, Decodin
 def test_recorded_steps_give_the_logits_of_plain_ones(base: loader.Base, count: int) -> None:
     recorder = Recorder()
     plain, recorded = _decodings(base, recorder)
-    requests = _mixed(base.shape, count, seed=count)
+    requests = mixed(base.shape, count, seed=count)
     for decoding in (plain, recorded):
         decoding.start(requests)
     for step in range(20):  # over the edge of a block
@@ -105,7 +105,7 @@ def test_a_replay_that_forgets_its_inputs_is_noticed(base: loader.Base) -> None:
     """Negative control."""
     plain, forgetful = _decodings(base, Forgetful())
     for decoding in (plain, forgetful):
-        decoding.start(_mixed(base.shape, 5, seed=1))
+        decoding.start(mixed(base.shape, 5, seed=1))
     torch.testing.assert_close(forgetful.step(), plain.step(), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(forgetful.step(), plain.step(), rtol=1e-2, atol=1e-2)
 
@@ -179,7 +179,7 @@ def test_steps_that_cannot_be_recorded_run_as_others_do(base: loader.Base, caplo
     recorder = Broken()
     plain, unrecorded = _decodings(base, recorder)
     for decoding in (plain, unrecorded):
-        decoding.start(_mixed(base.shape, 5, seed=3))
+        decoding.start(mixed(base.shape, 5, seed=3))
     for _ in range(2):
         assert unrecorded.step().equal(plain.step())
     assert recorder.num_recorded == 1, "it is not tried again"

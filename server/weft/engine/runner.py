@@ -16,7 +16,7 @@ from weft.engine import batch as batches
 from weft.engine import padding
 from weft.engine.batch import AdapterRows, Batch, at_rows, entries_at
 from weft.engine.graphs import Graphs
-from weft.engine.padding import StepShape, common_shapes, empty, num_scratch_blocks, shape_of
+from weft.engine.padding import StepShape, empty, num_scratch_blocks, shape_of
 from weft.engine.reference_routers import ReferenceRouters
 from weft.engine.transfer import Transfer, transfer_to
 from weft.errors import AdapterUnusable

@@ -109,7 +109,9 @@ def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
         _pack_store(
             key.data_ptr(), value.data_ptr(), key_strides[0], key_strides[1], value_strides[0], value_strides[1],
             num_tokens, key.dtype is torch.bfloat16, torch.get_num_threads(), kv_slots.data_ptr(), *cache.packed,
-        )
+        ),
+        cache,
+        kv_slots,
     )  # fmt: skip
 
 
@@ -145,7 +147,9 @@ def attend(
             query.data_ptr(), strides[0], strides[1], out.data_ptr(), num_tokens, query_heads,
             query.dtype is torch.bfloat16, window, torch.get_num_threads(), scale, softcap,
             *cache.packed, *batch.packed,
-        )
+        ),
+        cache,
+        batch,
     )  # fmt: skip
 
 

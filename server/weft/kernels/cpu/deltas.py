@@ -191,7 +191,7 @@ def _run(
     residual: tuple[int, int] = (0, 0),
 ) -> None:
     threads = torch.get_num_threads()
-    library.run(kernel, _pack(x, x_stride, y, y_stride, is_bf16, threads, *residual, *rows.packed, *site.packed))
+    library.run(kernel, _pack(x, x_stride, y, y_stride, is_bf16, threads, *residual, *rows.packed, *site.packed), site)
 
 
 def _check_vector(name: str, given: Tensor, dtype: torch.dtype) -> None:

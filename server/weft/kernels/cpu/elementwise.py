@@ -31,7 +31,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
         _pack_norm(
             rows.data_ptr(), stride, out.data_ptr(), rows.shape[0], rows.shape[1], x.dtype is torch.bfloat16,
             torch.get_num_threads(), gain.data_ptr(), eps,
-        )
+        ),
+        gain,
     )  # fmt: skip
     return out
 

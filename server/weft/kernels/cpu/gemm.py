@@ -79,7 +79,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         _pack(
             rows.data_ptr(), stride, weight.data.data_ptr(), 0 if bias is None else bias.data_ptr(),
             y.data_ptr(), x.numel() // weight.size_in, weight.size_in, weight.size_out, torch.get_num_threads(),
-        )
+        ),
+        weight,
+        bias,
     )  # fmt: skip
     return y
 

@@ -73,7 +73,10 @@ _STATUSES = {  # lanes.h
 }
 
 
-_note: ContextVar[Callable[[str, bytes], None] | None] = ContextVar("_note", default=None)
+Note = Callable[[str, bytes, tuple[object, ...]], None]
+"""Is told a kernel's name, its record, and what that points at and is to stay."""
+
+_note: ContextVar[Note | None] = ContextVar("_note", default=None)
 
 
 class Library(NamedTuple):
@@ -112,17 +115,20 @@ def functions() -> ctypes.CDLL:
     return library.functions
 
 
-def run(kernel: str, record: bytes) -> None:
-    """Call a kernel with its packed record; raises what its status means."""
+def run(kernel: str, record: bytes, *held: object) -> None:
+    """Call a kernel with its packed record; raises what its status means.
+
+    held: what the record points at and outlives the call, beside rows of a step.
+    """
     _answer(getattr(functions(), kernel)(record))
     note = _note.get()
     if note is not None:
-        note(kernel, record)
+        note(kernel, record, held)
 
 
 @contextmanager
-def noting(note: Callable[[str, bytes], None]) -> Iterator[None]:
-    """Tell `note` of every kernel that this thread calls and of its record, once it has run."""
+def noting(note: Note) -> Iterator[None]:
+    """Tell `note` of every kernel that this thread calls, once it has run."""
     before = _note.set(note)
     try:
         yield

@@ -21,7 +21,7 @@ _aten = torch.ops.aten
 
 
 def compute(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> bool:
-    """Compute an operation of torch into `out`, which has the shape and dtype of its result; False where no kernel does.
+    """Compute an operation of torch into `out`, of its result's shape and dtype; False where no kernel does.
 
     out shares no memory with the operands, unless it is the same elements.
     """
@@ -57,7 +57,7 @@ def _negate(out: Tensor, a: Tensor) -> _Calls:
     return [(_NEGATE, out, a, a)]
 
 
-def _copy(out: Tensor, a: Tensor, **_: Any) -> _Calls:
+def _copy(out: Tensor, a: Tensor, *_: Any, **__: Any) -> _Calls:
     return [(_COPY, out, a, a)]
 
 
@@ -79,7 +79,9 @@ _CALLS: Mapping[Any, Callable[..., _Calls | None]] = {
     _aten.neg.default: _negate,
     _aten.cat.default: _cat,
     _aten.clone.default: _copy,
+    _aten.contiguous.default: _copy,
     _aten._to_copy.default: _copy,
+    _aten.to.dtype: _copy,
     _aten.copy_.default: _copy_into,
 }
 

@@ -30,7 +30,6 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     }
 )
-_DECIDES_ON_NUMBERS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 
 class Arena:
@@ -98,7 +97,7 @@ class Tapes:
             result = function()
         steps = tape.steps()
 
-        def replay(kept: Sequence[Tensor] = tape.kept) -> Tensor:
+        def replay(kept: Sequence[object] = tape.kept) -> Tensor:
             for step in steps:
                 step()
             return result
@@ -113,11 +112,12 @@ class _Tape(TorchDispatchMode):
         super().__init__()
         self._arena = arena
         self._noted: list[Callable[[], object] | tuple[str, bytes]] = []
-        self.kept: list[Tensor] = []
+        self.kept: list[object] = []
 
-    def note(self, kernel: str, record: bytes) -> None:
+    def note(self, kernel: str, record: bytes, held: tuple[object, ...]) -> None:
         """A kernel was called."""
         self._noted.append((kernel, record))
+        self.kept += held
 
     def steps(self) -> list[Callable[[], object]]:
         """What to call, one after another, to do it all again."""
@@ -137,19 +137,31 @@ class _Tape(TorchDispatchMode):
         self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _DECIDES_ON_NUMBERS.intersection(operation.tags):
-            raise Unrecordable(f"{operation}: what follows depends on what tensors hold")
+        if _has_open_shape(operation, args):
+            raise Unrecordable(f"{operation}: the shape of what it makes depends on what tensors hold")
         if operation._schema.is_mutable:
             return self._change(operation, args, kwargs)
         result = operation(*args, **kwargs)
+        made = [result] if isinstance(result, Tensor) else result
+        if not isinstance(made, (tuple, list)) or not all(isinstance(one, Tensor) for one in made):
+            raise Unrecordable(f"{operation}: what follows may depend on the {type(result).__name__} that it gives")
         if operation in _ALLOCATIONS:
+            return self._held(result)
+        if all(_is_view(one, args, kwargs) for one in made):
+            return result
+        if isinstance(result, Tensor):
+            return self._one(operation, args, kwargs, result)
+        return self._several(operation, args, kwargs, made)
+
+    def _held(self, result: Tensor) -> Tensor:
+        """A place for what an operation makes."""
+        if result.numel():
             return self._arena.like(result)
-        if not isinstance(result, Tensor):
-            return self._several(operation, args, kwargs, result)
-        return result if _is_view(result, args, kwargs) else self._one(operation, args, kwargs, result)
+        self.kept.append(result)
+        return result
 
     def _one(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
-        held = self._arena.like(result)
+        held = self._held(result)
         if pointwise.compute(operation, args, kwargs, held):
             self._keep(args)
         else:
@@ -157,19 +169,17 @@ class _Tape(TorchDispatchMode):
             self._noted.append(lambda: held.copy_(operation(*args, **kwargs)))
         return held
 
-    def _several(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
-        if all(_is_view(one, args, kwargs) for one in tree_leaves(result) if isinstance(one, Tensor)):
-            return result
-        if not isinstance(result, (tuple, list)) or not all(isinstance(one, Tensor) for one in result):
-            raise Unrecordable(f"{operation}: makes what is no tensor, {type(result).__name__}")
-        held = [self._arena.like(one).copy_(one) for one in result]
+    def _several(
+        self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+    ) -> list[Tensor]:
+        held = [self._held(one).copy_(one) for one in results]
 
         def again() -> None:
             for here, there in zip(held, operation(*args, **kwargs), strict=True):
                 here.copy_(there)
 
         self._noted.append(again)
-        return type(result)(held) if type(result) in (tuple, list) else type(result)(*held)
+        return held
 
     def _change(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if operation is _aten.copy_.default and pointwise.compute(operation, args, kwargs, args[0]):
@@ -181,6 +191,13 @@ class _Tape(TorchDispatchMode):
     def _keep(self, args: Sequence[Any]) -> None:
         """A kernel's record has the addresses of its operands; those outside the arena are to stay."""
         self.kept += [one for one in tree_leaves(args) if isinstance(one, Tensor) and not self._arena.holds(one)]
+
+
+def _has_open_shape(operation: Any, args: Sequence[Any]) -> bool:
+    """Whether what a tensor holds decides on the shape of the result: an index does only where it is a mask."""
+    if operation is _aten.index.Tensor:
+        return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+    return torch.Tag.dynamic_output_shape in operation.tags
 
 
 def _is_view(result: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
