@@ -1,7 +1,7 @@
 """Weft as a user runs it: `weft serve` in a process of its own, default settings, one gRPC stream a request.
 
 The client is as light as it can be, since it shares the cores with what is measured: requests are serialized before the
-run, and messages are parsed after it.
+run, and what came is taken apart after it (http2.py).
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import grpc.aio
 
 from benchmarks import workload
 from benchmarks.backends import worker
+from benchmarks.backends.http2 import Connection
 from benchmarks.backends.worker import LoadSpec, Outcome, Record
 from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_pb2
 
@@ -65,7 +66,6 @@ class WeftGrpc:
     async def _connect(self, port: int) -> None:
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self._adapters = adapter_service_pb2_grpc.AdapterServiceStub(self._channel)
-        self._generate = self._channel.unary_stream(_STREAM)  # bytes in, bytes out
         assert self._server is not None
         until = time.monotonic() + _START_TIMEOUT_S
         ready = asyncio.ensure_future(self._channel.channel_ready())
@@ -75,6 +75,8 @@ class WeftGrpc:
             if time.monotonic() > until:
                 raise TimeoutError(f"weft serve did not listen within {_START_TIMEOUT_S:g} s")
             await asyncio.wait([ready], timeout=0.1)
+        self._authority = f"127.0.0.1:{port}"
+        _, self._streams = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", port)
 
     async def _register(self, spec: LoadSpec) -> None:
         for adapter_id, path in spec.adapters:
@@ -94,7 +96,8 @@ class WeftGrpc:
             )
         )
         churn = [asyncio.create_task(self._bring(one, started_s)) for one in trace.registrations]
-        messages = await answers
+        messages = await asyncio.wait_for(answers, _RPC_TIMEOUT_S)
+        self._streams.forget()
         notes = {"client_cpu_s": time.process_time() - cpu_s, "duration_s": time.monotonic() - started_s}
         for task, one in zip(churn, trace.registrations, strict=True):
             await task
@@ -106,11 +109,7 @@ class WeftGrpc:
 
     async def _stream(self, message: bytes, due_s: float) -> list[Message]:
         await asyncio.sleep(due_s - time.monotonic())
-        came = []
-        call = self._generate(message, timeout=_RPC_TIMEOUT_S)
-        async for answer in call:
-            came.append((time.monotonic(), answer))
-        return came
+        return await self._streams.stream(_STREAM, message, self._authority)
 
     async def _bring(self, one: workload.Registration, started_s: float) -> None:
         """Register an adapter and bring it to the device, so that a cold load happens at its time."""

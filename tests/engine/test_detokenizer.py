@@ -47,7 +47,8 @@ def pieces(detokenizer: Detokenizer, tokens: Sequence[int]) -> list[Piece]:
     """Pieces up to the one with a stop, or with what is flushed at the end."""
     given = []
     for token in tokens:
-        given.append(detokenizer.add(token))
+        given.append(detokenizer.add([token]))
+        assert given[-1].num_tokens == 1
         if given[-1].stop is not None:
             return given
     return [*given, Piece(detokenizer.flush())]
@@ -139,7 +140,7 @@ def test_the_text_before_the_first_stop(stops: list[str], answer: str, wanted: s
 
 def test_what_may_become_a_stop_is_held_and_let_go() -> None:
     detokenizer = Detokenizer(BYTES, ["abc"])
-    given = [detokenizer.add(token).text for token in ids("xababd")]
+    given = [detokenizer.add([token]).text for token in ids("xababd")]
     assert given == ["x", "", "", "ab", "", "abd"]
 
 
@@ -177,3 +178,46 @@ def test_stops_against_a_search_in_the_whole_text(
     assert (text(given), given[-1].stop) == (wanted, stop)
     for index in range(len(given)):
         assert wanted.startswith(text(given[:index])), "what was given is never taken back"
+
+
+# -- several tokens at once --------------------------------------------------------------------------------------------
+
+
+_cuts = st.lists(st.integers(1, 5), max_size=20)
+
+
+@settings(max_examples=400, deadline=None)
+@given(_stops | st.just([]), st.text("ab€", max_size=16), _cuts, st.integers(0, 6))
+def test_tokens_that_come_together_make_the_text_of_tokens_that_come_alone(
+    stops: list[str], answer: str, cuts: list[int], min_new_tokens: int
+) -> None:
+    """The same text by the end of every part, the same stop, and the same number of tokens till then."""
+    tokens = ids(answer)
+    alone = Detokenizer(BYTES, stops, min_new_tokens=min_new_tokens)
+    together = Detokenizer(BYTES, stops, min_new_tokens=min_new_tokens)
+    begin, wanted, got = 0, "", ""
+    for size in [*cuts, len(tokens)]:
+        part = tokens[begin : begin + size]
+        begin += size
+        piece = together.add(part)
+        got += piece.text
+        for number, token in enumerate(part, start=1):
+            one = alone.add([token])
+            wanted += one.text
+            if one.stop is not None:
+                assert (piece.stop, piece.num_tokens) == (one.stop, number)
+                assert got == wanted
+                return
+        assert got == wanted
+        assert (piece.stop, piece.num_tokens) == (None, len(part))
+    assert got + together.flush() == wanted + alone.flush()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, SPECIAL), max_size=24), _cuts)
+def test_so_do_bytes_that_are_no_text(tokens: list[int], cuts: list[int]) -> None:
+    detokenizer, begin, given = Detokenizer(BYTES, ()), 0, ""
+    for size in [*cuts, len(tokens)]:
+        given += detokenizer.add(tokens[begin : begin + size]).text
+        begin += size
+    assert given + detokenizer.flush() == BYTES.decode(tokens)

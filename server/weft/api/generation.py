@@ -207,25 +207,19 @@ class Generation:
             num_tokens = 0
             while True:
                 event = await stream.next()
-                text, stop, tokens = [], None, []
-                for token in event.tokens:
-                    num_tokens += 1
-                    tokens.append(token)
-                    piece = detokenizer.add(token.token_id)
-                    text.append(piece.text)
-                    if piece.stop is not None:
-                        stop = piece.stop
-                        break
+                text, stop, count = detokenizer.add([token.token_id for token in event.tokens])
+                tokens = event.tokens[:count]
+                num_tokens += count
                 ended = event.finish is not None
                 error = event.finish.error if event.finish is not None and stop is None else None
                 if stop is None and (not ended or (error is not None and tokens)):
-                    yield GenerationPart(request_id=checked.request_id, text="".join(text), tokens=tuple(tokens))
+                    yield GenerationPart(request_id=checked.request_id, text=text, tokens=tokens)
                 if error is not None:
                     raise error
                 if stop is None and not ended:
                     continue
                 if stop is None:
-                    text.append(detokenizer.flush())
+                    text += detokenizer.flush()
                 if not ended:
                     self._engine.end(request.request_id, FinishReason.STOP)
                     ended = True
@@ -233,8 +227,8 @@ class Generation:
                         event = await stream.next()
                 yield GenerationPart(
                     request_id=checked.request_id,
-                    text="".join(text),
-                    tokens=tuple(tokens),
+                    text=text,
+                    tokens=tokens,
                     end=_end(checked, request, held, event.finish, stop, num_tokens, tokens),
                 )
                 return
@@ -419,7 +413,7 @@ def _end(
     finish: Finish | None,
     stop: str | None,
     num_tokens: int,
-    tokens: list[SampledToken],
+    tokens: tuple[SampledToken, ...],
 ) -> GenerationEnd:
     last = tokens[-1].token_id if tokens else None
     reason = FinishReason.STOP if stop is not None or finish is None else finish.reason

@@ -13,10 +13,11 @@ _INCOMPLETE = "\ufffd"  # what decoders make of half a character
 
 
 class Piece(NamedTuple):
-    """Text that is certain now, and the stop string that ended it, if one did."""
+    """Text that is certain now, the stop string that ended it, if one did, and how many tokens it took till then."""
 
     text: str
     stop: str | None = None
+    num_tokens: int = 0
 
 
 class Detokenizer:
@@ -31,21 +32,32 @@ class Detokenizer:
         self._uncounted = min_new_tokens
         self._held = ""
 
-    def add(self, token_id: int) -> Piece:
-        """One more token; after a piece with `stop` the answer is over."""
-        new = self._decoder.add(token_id)
+    def add(self, token_ids: Sequence[int]) -> Piece:
+        """More tokens; after a piece with `stop` the answer is over, and tokens after its last count for nothing."""
+        if not self._stops:
+            return Piece(self._decoder.add(token_ids), None, len(token_ids))
+        text = ""
+        for number, token_id in enumerate(token_ids, start=1):
+            new, stop = self._match(self._decoder.add([token_id]))
+            text += new
+            if stop is not None:
+                return Piece(text, stop, number)
+        return Piece(text, None, len(token_ids))
+
+    def _match(self, new: str) -> tuple[str, str | None]:
+        """What is certain once the text of one more token has come, and the stop string that ends it."""
         self._uncounted -= 1
-        if self._uncounted >= 0 or not self._stops:
-            return Piece(new)
+        if self._uncounted >= 0:
+            return new, None
         text = self._held + new
         matches = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if matches:
             start, stop = min(matches, key=lambda match: (match[0], len(match[1])))
             self._held = ""
-            return Piece(text[: start + len(stop)] if self._include_stop else text[:start], stop)
+            return (text[: start + len(stop)] if self._include_stop else text[:start]), stop
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
-        return Piece(text[: len(text) - keep])
+        return text[: len(text) - keep], None
 
     def flush(self) -> str:
         """What was held back for a stop string or a character that did not come."""
@@ -62,9 +74,12 @@ class _Decoder:
         self._num_read = 0  # how many of them are in that text
         self._read = ""  # that text
 
-    def add(self, token_id: int) -> str:
-        self._tokens.append(token_id)
+    def add(self, token_ids: Sequence[int]) -> str:
+        self._tokens += token_ids
         text = self._decode(self._tokens)
+        if text.endswith(_INCOMPLETE) and len(token_ids) > 1:  # what is whole of it comes now
+            del self._tokens[len(self._tokens) - len(token_ids) :]
+            return "".join(self.add([token_id]) for token_id in token_ids)
         if text.endswith(_INCOMPLETE) or len(text) <= len(self._read):
             return ""
         new = text[len(self._read) :]
