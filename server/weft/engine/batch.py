@@ -66,26 +66,33 @@ def build(
     """
     input_ids: list[int] = []
     starts = [0]
-    computed, contexts, spans, sample_rows = [], [], [], []
+    contexts, spans, sample_rows = [], [], []
+    positions_from, places_from = [], []  # what a row's number is short of its position, and of its place in the blocks
     tables: list[list[int]] = []
     run_ends, entries_per_run, slots, gates, runs = [], [], [], [], []
     routed = _Routed(gatings)
     for request, num_tokens in step:
         begin = request.num_computed_tokens
         input_ids += request.token_ids(begin, begin + num_tokens)
+        first_row = starts[-1] - begin
         starts.append(starts[-1] + num_tokens)
-        computed.append(begin)
         contexts.append(begin + num_tokens)
-        spans.append(request.spans)
+        lengths = [use.num_virtual_tokens for use in request.spans]
+        spans.append(lengths)
+        positions_from.append(sum(lengths) - first_row)
+        places_from.append(sum(-(-length // block_size) * block_size for length in lengths) - first_row)
         tables.append(request.virtual_blocks + request.blocks)
         if begin + num_tokens == request.num_tokens:
             sample_rows.append(starts[-1] - 1)
+        if not request.adapters and request.mixture is None:
+            run_ends.append(starts[-1])
+            entries_per_run.append(0)
+            continue
         uses = [
             (slot, use)
             for slot, use in zip(slots_of.get(request, ())[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        first_row = starts[-2] - begin
         for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, begin + num_tokens):
             here = [(slot, use.gate) for slot, use in map(uses.__getitem__, acting)]
             entries = [(plane, gate) for slot, gate in here for plane in planes.get(slot, (slot,))]
@@ -111,20 +118,17 @@ def build(
 
     query_start = torch.tensor(starts, dtype=torch.int32)
     num_spans = max(map(len, spans))
-    virtual_lens = _table([[use.num_virtual_tokens for use in uses] for uses in spans], num_spans, torch.int64)
     rows = torch.arange(starts[-1])
     # By search: repeat_interleave wakes every thread, however little there is to do.
-    request_of_row = torch.searchsorted(query_start[1:].long(), rows, right=True)
-    # Row's token index within its request: a ramp from `computed` in every run.
-    token_index = rows + (torch.tensor(computed) - query_start[:-1])[request_of_row]
+    request_of_row = torch.searchsorted(query_start[1:], rows.int(), right=True)
+    positions, places = torch.tensor([positions_from, places_from])[:, request_of_row] + rows
     block_tables = _table(tables, max(map(len, tables)), torch.int32)
-    padded = -(-virtual_lens // block_size) * block_size
-    logical = token_index + padded.sum(1)[request_of_row]
-    kv_slots = block_tables[request_of_row, logical // block_size].long() * block_size + logical % block_size
+    block_of_row = places // block_size
+    kv_slots = places + (block_tables[request_of_row, block_of_row] - block_of_row) * block_size
 
     log_gates, span_experts = None, None
-    if routed.has_spans or any(use.gate != 1.0 for uses in spans for use in uses):
-        by_request = [[math.log(use.gate) for use in uses] for uses in spans]
+    if num_spans and (routed.has_spans or any(use.gate != 1.0 for request, _ in step for use in request.spans)):
+        by_request = [[math.log(use.gate) for use in request.spans] for request, _ in step]
         log_gates = _table(by_request, num_spans, torch.float32)[request_of_row]
     if routed.has_spans:
         following = [[expert + 1 for expert in routed.spans.get(index, ())] for index in range(len(step))]
@@ -145,11 +149,11 @@ def build(
         )
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
-        positions=token_index + virtual_lens.sum(1)[request_of_row],
+        positions=positions,
         kv_slots=kv_slots,
         query_start=query_start,
         context_lens=torch.tensor(contexts, dtype=torch.int32),
-        virtual_lens=virtual_lens.int(),
+        virtual_lens=_table(spans, num_spans, torch.int32),
         block_tables=block_tables,
         log_gates=log_gates,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
