@@ -87,6 +87,19 @@ def failures(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
+def misses(entries: Sequence[Entry]) -> list[str]:
+    """By how much each missed bound was missed, and what stands in the way: a line each."""
+    found = []
+    for one in entries:
+        for ratio in one["ratios"]:
+            if ratio["verdict"] == "missed":
+                share = abs(ratio["ratio"]["median"] / ratio["must"] - 1)
+                metric = METRICS[ratio["metric"]].label
+                text = f"{one['what']} ÷ {ratio['beside']}, {metric}: missed by {share:.1%}"
+                found.append(f"{text}; {ratio['limit']}" if ratio.get("limit") else text)
+    return found
+
+
 def _line(one: Entry, ours: Entry, other: Entry, ratio: Entry) -> list[str]:
     other_than = [one["model"]] if one["model"] != DEFAULT_MODEL else []
     other_than += [one["quantization"].upper()] if one["quantization"] != "none" else []

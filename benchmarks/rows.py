@@ -19,12 +19,16 @@ _MAX_MODEL_LEN = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only told."""
+    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only told.
+
+    limit: what stands in the way, by measurement; told where `must` is missed.
+    """
 
     metric: str = "output_tokens_per_s"
     must: float | None = None
     reach: float | None = None
     at_least: bool = True
+    limit: str = ""
 
     def verdict(self, ratio: float) -> str:
         """Whether the bounds hold."""

@@ -39,7 +39,7 @@ class Connection(asyncio.Protocol):
         self._open: dict[int, asyncio.Future[None]] = {}
         self._next_stream = 1
         self._window = _WINDOW_DEFAULT  # what may be sent
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[tuple[bytes, int]] = deque()  # frames, and how much of the window they take
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -71,10 +71,8 @@ class Connection(asyncio.Protocol):
         self._next_stream += 2
         done = self._open[stream] = asyncio.get_running_loop().create_future()
         body = struct.pack("!BI", 0, len(message)) + message
-        self._waiting.append(
-            _frame(_HEADERS, _END_HEADERS, stream, _header_block(path, authority))
-            + _frame(_DATA, _END_STREAM, stream, body)
-        )
+        headers = _frame(_HEADERS, _END_HEADERS, stream, _header_block(path, authority))
+        self._waiting.append((headers + _frame(_DATA, _END_STREAM, stream, body), len(body)))
         self._send()
         await done
         mine = [frame for frame in self._frames if frame.stream == stream]
@@ -85,9 +83,9 @@ class Connection(asyncio.Protocol):
         self._frames = []
 
     def _send(self) -> None:
-        while self._waiting and len(self._waiting[0]) <= self._window:
-            frames = self._waiting.popleft()
-            self._window -= len(frames)  # more than what counts, which is the body
+        while self._waiting and self._waiting[0][1] <= self._window:
+            frames, size = self._waiting.popleft()
+            self._window -= size
             self._transport.write(frames)
 
     def _came(self, came_s: float, kind: int, flags: int, stream: int, payload: bytes) -> None:

@@ -66,6 +66,18 @@ def test_verdicts(goal: Goal, ratio: float, verdict: str) -> None:
     assert goal.verdict(ratio) == verdict
 
 
+def test_what_is_missed_is_told_with_its_reason() -> None:
+    def one(ratio: float, limit: str) -> dict[str, Any]:
+        goal = at_most(1.2, 1.1)
+        told = {"beside": "it", "metric": goal.metric, "must": 1.2, "limit": limit, "verdict": goal.verdict(ratio)}
+        return {"what": "this", "ratios": [told | {"ratio": {"median": ratio}}]}
+
+    assert results.misses([one(1.2, "unseen"), one(1.26, "memory is slow"), one(1.5, "")]) == [
+        "this ÷ it, run, s: missed by 5.0%; memory is slow",
+        "this ÷ it, run, s: missed by 25.0%",
+    ]
+
+
 def entry(name: str, *, tokens_per_s: float = 100.0, point: tuple[str, float] | None = None) -> dict[str, Any]:
     """A row as a file has it, Weft twice as fast as another."""
 
