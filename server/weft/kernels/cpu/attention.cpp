@@ -214,6 +214,7 @@ struct Worker {
     std::vector<T> padded_rows;         // [TILE + 1, padded]: keys or values copied out of the cache, and zeros
     const T *keys[TILE], *values[TILE];
     Ahead ahead;
+    const Item *next = nullptr;
 
     Worker(const Call &call, int64_t rows)
         : call(call),
@@ -228,7 +229,9 @@ struct Worker {
           padded_rows((TILE + 1) * padded),
           ahead(2 * (TILE + call.cache.kv_heads) * (head * sizeof(T) / 64 + 1) + Ahead::STEP) {}
 
-    void run(const Item &item) {
+    // `following` is what this thread most likely computes next, or null.
+    void run(const Item &item, const Item *following) {
+        next = following;
         const Batch &b = call.batch;
         const int64_t start = b.query_start[item.request], queries = b.query_start[item.request + 1] - start;
         const int64_t rows = item.count * group, all_rows = (item.head_end - item.head_begin) * rows;
@@ -282,7 +285,7 @@ struct Worker {
         for (int64_t start = begin / TILE * TILE; start < keys_end; start += TILE) {
             const Tile tile = {blocks, start, std::max(begin, start), std::min(start + TILE, keys_end), keys_end};
             for (int64_t h = item.head_begin; h < item.head_end; h++) {
-                look_ahead(tile, item, h);
+                look_ahead(tile, item, h, is_causal);
                 gather(tile, h, rows);
                 for (int64_t r = 0; r < rows; r += ROWS) {
                     const int here = int(std::min<int64_t>(ROWS, rows - r));
@@ -316,16 +319,27 @@ struct Worker {
     }
 
     // List the next tile's lines: with each head an equal share of its tokens, each with all the item's heads, since
-    // these lie side by side.
-    void look_ahead(const Tile &tile, const Item &item, int64_t h) {
+    // these lie side by side. After an item's last tile comes the first one of the next item.
+    void look_ahead(const Tile &tile, const Item &item, int64_t h, bool is_last_walk) {
         const int64_t heads = item.head_end - item.head_begin, share = (TILE + heads - 1) / heads;
-        const int64_t from = tile.to + (h - item.head_begin) * share, to = std::min(from + share, tile.keys_end);
+        const int64_t begin = (h - item.head_begin) * share;
         const char **last = ahead.next = ahead.end = ahead.lines.data();
-        auto list = [&](int64_t, const T *row) {
-            for (int64_t d = 0; d < heads * head; d += 64 / sizeof(T)) *last++ = (const char *)(row + d);
+        auto list = [&](const int32_t *blocks, int64_t head_begin, int64_t from, int64_t to) {
+            auto take = [&](int64_t, const T *row) {
+                for (int64_t d = 0; d < heads * head; d += 64 / sizeof(T)) *last++ = (const char *)(row + d);
+            };
+            locate(call.cache.keys, blocks, head_begin, from, to, take);
+            locate(call.cache.values, blocks, head_begin, from, to, take);
         };
-        locate(call.cache.keys, tile.blocks, item.head_begin, from, to, list);
-        locate(call.cache.values, tile.blocks, item.head_begin, from, to, list);
+        if (tile.to < tile.keys_end) {
+            list(tile.blocks, item.head_begin, tile.to + begin, std::min(tile.to + begin + share, tile.keys_end));
+        } else if (is_last_walk && next && next->head_end - next->head_begin == heads && !call.window) {
+            const Batch &b = call.batch;
+            const int64_t real = b.context_lens[next->request];
+            const int64_t end = b.num_spans ? b.virtual_lens[next->request * b.num_spans] : 0;
+            list(b.block_tables + next->request * b.table_stride, next->head_begin, begin,
+                 std::min({begin + share, int64_t(TILE), end ? end : real}));
+        }
         for (; (last - ahead.next) % Ahead::STEP; last++) *last = last[-1];
         ahead.end = last;
     }
@@ -512,7 +526,7 @@ void attend(const Call &call) {
     // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
     if (call.threads == 1 || work < SERIAL_BELOW) {
         Worker<T> worker(call, rows_max);
-        for (const Item &item : items) worker.run(item);
+        for (size_t n = 0; n < items.size(); n++) worker.run(items[n], n + 1 < items.size() ? &items[n + 1] : nullptr);
         return;
     }
     std::vector<std::unique_ptr<Worker<T>>> workers;  // made here, where a failed allocation can still be answered
@@ -521,7 +535,10 @@ void attend(const Call &call) {
     {
         Worker<T> &worker = *workers[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
-        for (size_t n = 0; n < items.size(); n++) worker.run(items[n]);
+        for (size_t n = 0; n < items.size(); n++) {
+            const size_t next = n + call.threads;  // while all take their turn
+            worker.run(items[n], next < items.size() ? &items[next] : nullptr);
+        }
     }
 }
 
