@@ -65,7 +65,12 @@ def _calls(function: Callable[[], object]) -> Counter[str]:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize(
     ("quantization", "dtype"),
-    [(Quantization.NONE, "float32"), (Quantization.NONE, "bfloat16"), (Quantization.NF4, "bfloat16")],
+    [
+        (Quantization.NONE, "float32"),
+        (Quantization.NONE, "bfloat16"),
+        (Quantization.NF4, "bfloat16"),
+        (Quantization.INT8, "bfloat16"),
+    ],
 )
 def test_recorded_steps_give_the_logits_of_plain_ones(
     tmp_path: Path, architecture: str, quantization: Quantization, dtype: str
