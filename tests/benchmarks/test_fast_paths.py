@@ -19,7 +19,7 @@ from weft.kernels.selection import Kernels
 from weft.methods.driver import ReferenceDriver
 
 LAYERS = TINY.num_layers
-pytestmark = pytest.mark.skipif(library.load().functions is None, reason="no compiler for the kernels")
+pytestmark = pytest.mark.skipif(not library.available(), reason="no compiler for the kernels")
 
 
 @pytest.fixture(scope="module")
