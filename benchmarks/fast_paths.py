@@ -98,6 +98,7 @@ class Bench:
         paged_attention.register()
         self._path = models.base(model, folder=folder)
         self._bases: dict[tuple[tuple[str, Part], ...], Base] = {}
+        self._rows: dict[Callable[[Base], Rows], Rows] = {}
         self._steps: dict[tuple[Form, Callable[[Base], Rows]], FixedSteps] = {}
         self._open = ExitStack()
 
@@ -126,7 +127,9 @@ class Bench:
         """Steps that are computed in this form."""
         if (form, rows) not in self._steps:
             base, kernels = self.held(form)
-            self._steps[form, rows] = FixedSteps(base, kernels, rows(base))
+            if rows not in self._rows:
+                self._rows[rows] = rows(base)
+            self._steps[form, rows] = FixedSteps(base, kernels, self._rows[rows])
         return self._steps[form, rows]
 
     def server(self, *options: str) -> WeftGrpc:
@@ -166,7 +169,7 @@ class Quantity(NamedTuple):
     of: Callable[[Form], Form] = lambda form: form
 
 
-DECODE = Quantity(f"decode step, {NUM_ROWS} rows", 9, FixedSteps.decode)
+DECODE = Quantity(f"decode step, {NUM_ROWS} rows", 5, FixedSteps.decode)
 PLAIN = DECODE._replace(what=f"{DECODE.what}, not recorded", of=plain)
 PREFILL = Quantity(f"prefill, {NUM_PROMPT:,} tokens", 1, FixedSteps.prefill)
 
