@@ -61,8 +61,9 @@ class Differs(Exception):
 
 
 class Line(NamedTuple):
-    """A path and what of it is measured. num_calls: of each side in a turn."""
+    """A path, by its short name and in words, and what of it is measured. num_calls: of each side in a turn."""
 
+    name: str
     path: str
     what: str
     num_calls: int
@@ -175,6 +176,7 @@ PREFILL = Quantity(f"prefill, {NUM_PROMPT:,} tokens", 1, FixedSteps.prefill)
 
 
 def _of_steps(
+    name: str,
     path: str,
     removed: Form,
     beside: Form = WHOLE,
@@ -188,7 +190,7 @@ def _of_steps(
         return partial(quantity.compute, bench.steps(quantity.of(form), rows))
 
     return [
-        Line(path, one.what, one.num_calls, partial(computing, beside, one), partial(computing, removed, one))
+        Line(name, path, one.what, one.num_calls, partial(computing, beside, one), partial(computing, removed, one))
         for one in quantities
     ]
 
@@ -219,22 +221,34 @@ def _streams(bench: Bench, *, options: Sequence[str] = ()) -> Compute:
 
 _ALL = DECODE, PLAIN, PREFILL
 STEPS = [
-    *_of_steps("decode steps recorded", forms.UNRECORDED, quantities=[DECODE]),
-    *_of_steps("q, k and v, gate and up held as one", without("groups", "gates"), without("gates"), quantities=_ALL),
-    *_of_steps("own packed product, beside torch's", without("packing"), quantities=[DECODE, PREFILL]),
-    *_of_steps("own packed product, beside oneDNN's", forms.ONEDNN_PRODUCT, quantities=[DECODE, PREFILL]),
-    *_of_steps("a norm in one call", without("norms"), quantities=_ALL),
-    *_of_steps("a gate in one call", without("gates"), quantities=_ALL),
-    *_of_steps("kernels of deltas", forms.REFERENCE_DRIVER, forms.UNRECORDED, quantities=[PLAIN, PREFILL]),
-    *_of_steps("kernel of paged attention", forms.REFERENCE_ATTENTION, forms.UNRECORDED, quantities=[PLAIN, PREFILL]),
+    *_of_steps("recorded", "decode steps recorded", forms.UNRECORDED, quantities=[DECODE]),
     *_of_steps(
+        "groups", "q, k and v, gate and up held as one", without("groups", "gates"), without("gates"), quantities=_ALL
+    ),
+    *_of_steps("product", "own packed product, beside torch's", without("packing"), quantities=[DECODE, PREFILL]),
+    *_of_steps("onednn", "own packed product, beside oneDNN's", forms.ONEDNN_PRODUCT, quantities=[DECODE, PREFILL]),
+    *_of_steps("norms", "a norm in one call", without("norms"), quantities=_ALL),
+    *_of_steps("gates", "a gate in one call", without("gates"), quantities=_ALL),
+    *_of_steps("deltas", "kernels of deltas", forms.REFERENCE_DRIVER, forms.UNRECORDED, quantities=[PLAIN, PREFILL]),
+    *_of_steps(
+        "attention",
+        "kernel of paged attention",
+        forms.REFERENCE_ATTENTION,
+        forms.UNRECORDED,
+        quantities=[PLAIN, PREFILL],
+    ),
+    *_of_steps(
+        "asked",
         "kernels asked only where rows have something",
         forms.ASKED_EVERYWHERE,
         quantities=[DECODE, PLAIN],
         rows=loras_at_q,
     ),
-    *_of_steps("deltas of a group of sites in one call", forms.SITE_BY_SITE, quantities=[DECODE, PLAIN]),
+    *_of_steps(
+        "group-deltas", "deltas of a group of sites in one call", forms.SITE_BY_SITE, quantities=[DECODE, PLAIN]
+    ),
     Line(
+        "prefix",
         "prefix caching",
         f"first token of a known prompt, {NUM_PROMPT:,} tokens",
         1,
@@ -244,6 +258,7 @@ STEPS = [
 ]
 SERVED = [
     Line(
+        "streams",
         "streams told every 40 ms",
         f"{NUM_ROWS} streams of {_NUM_STREAMED} tokens over gRPC",
         1,
@@ -290,7 +305,7 @@ def _turn(sides: tuple[Compute, Compute], num_calls: int, turn: int) -> tuple[fl
 
 def entry(gain: Gain, turns: int, conditions: Mapping[str, str], command: str) -> Entry:
     """A line for the file."""
-    name = f"{gain.path}: {gain.what}"
+    name = f"{gain.path}, {gain.what}"
     found = {"name": name, **asdict(gain), "verdict": gain.verdict, "turns": turns}
     return {**found, "conditions": conditions, "command": command}
 
@@ -312,24 +327,25 @@ def cells(entries: Sequence[Entry]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=7, help="turns of each line (default 7)")
-    parser.add_argument("--only", action="append", default=[], metavar="PATH", help="a path by its name; repeatable")
+    names = dict.fromkeys(line.name for line in LINES)
+    parser.add_argument("--only", action="append", default=[], choices=names, help="a path; may be repeated")
     parser.add_argument("--json", type=Path, help="put the lines into this file, which keeps its others")
     parser.add_argument("--table", type=Path, help="write the table of that file's lines here, as Markdown")
     options = parser.parse_args()
-    unknown = set(options.only) - {line.path for line in LINES}
-    if unknown:
-        parser.error(f"--only: must be of {', '.join(dict.fromkeys(line.path for line in LINES))}; given {unknown}")
-    chosen = [line for line in LINES if line.path in options.only or not options.only]
+    chosen = [line for line in LINES if line.name in options.only or not options.only]
     conditions, command = report.conditions(), shlex.join(["python", "-m", "benchmarks.fast_paths", *sys.argv[1:]])
     entries: list[Entry] = []
     console = Console()
     with Progress(console=console, transient=True) as progress, Bench(_MODEL) as bench:
         task = progress.add_task("", total=len(chosen))
         for line in chosen:
-            progress.update(task, description=f"{line.path}: {line.what}", advance=1)
+            progress.update(task, description=f"{line.path}, {line.what}")
             entries.append(entry(measure(line, bench, options.turns), options.turns, conditions, command))
+            if options.json is not None:
+                results.store(entries[-1:], options.json)  # who ends it early keeps the lines that were done
+            progress.advance(task)
     if options.json is not None:
-        entries = results.store(entries, options.json)
+        entries = results.read(options.json)
     title = f"What each fast path gains: {_MODEL}, bfloat16, {NUM_ROWS} LoRAs of rank {RANK}"
     under = "\n".join(
         sorted({f"{report.line(one['conditions'])}, {one['turns']} turns, `{one['command']}`" for one in entries})

@@ -32,7 +32,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 def test_every_path_has_its_lines() -> None:
     assert len({(line.path, line.what) for line in fast_paths.LINES}) == len(fast_paths.LINES) == 24
-    assert len({line.path for line in fast_paths.LINES}) == 12
+    names = {(line.name, line.path) for line in fast_paths.LINES}
+    assert len(names) == len(dict(names)) == 12
 
 
 @pytest.mark.parametrize("line", fast_paths.STEPS, ids=lambda line: f"{line.path}: {line.what}")
@@ -80,11 +81,11 @@ def test_known_numbers(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> None:
         return lambda bench: compute
 
     monkeypatch.setattr(fast_paths.time, "perf_counter", lambda: clock)
-    gain = measure(Line("a path", "seconds", 2, side("with", 1.0), side("without", 2.0)), bench, 2)
+    gain = measure(Line("", "a path", "seconds", 2, side("with", 1.0), side("without", 2.0)), bench, 2)
     assert asked[2:] == ["with", "without", "without", "with", "without", "with", "with", "without"]
     assert (gain.with_ms.turns, gain.without_ms.turns) == ((1000.0, 1000.0), (2000.0, 2000.0))
     assert (gain.gain.median, gain.verdict, gain.error) == (2.0, "gains", 0.0)
-    same, worse = (measure(Line("", "", 1, side("", 1.0), side("", s)), bench, 1).verdict for s in (1.01, 0.9))
+    same, worse = (measure(Line("", "", "", 1, side("", 1.0), side("", s)), bench, 1).verdict for s in (1.01, 0.9))
     assert (same, worse) == ("nothing", "costs")
     entry = fast_paths.entry(gain, 2, {"cpu": "a chip"}, "a command")
     assert fast_paths.cells([entry])[1] == ["a path", "seconds", "1000.0", "2000.0", "2.00 × (2.00–2.00)", "gains"]
