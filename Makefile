@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo serve test check format protos bench bench-peers bench-gpu adapters base clean
+.PHONY: help setup demo serve test check format protos bench bench-peers bench-paths bench-gpu adapters base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minute
 
 bench-peers: .venv/.installed ## Speed beside every rival, each in its own environment (hours; ROWS="churn grpc" picks)
 	$(BIN)/python -m benchmarks.suite $(ROWS:%=--only %) --json benchmarks/results/peers.json --table benchmarks/results/peers.md --plots benchmarks/results/plots
+
+bench-paths: .venv/.installed ## What each fast path gains (3 minutes)
+	$(BIN)/python -m benchmarks.fast_paths --json benchmarks/results/fast-paths.json --table benchmarks/results/fast-paths.md
 
 bench-gpu: .venv/.installed ## Rows G1 to G10 on an NVIDIA GPU, beside its roofline (under 10 minutes)
 	$(BIN)/python -m benchmarks.gpu

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,9 +33,10 @@ Message = tuple[float, bytes]
 
 
 class WeftGrpc:
-    """The server's process and one channel to it."""
+    """The server's process and one channel to it. options: more of `weft serve`'s."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Sequence[str] = ()) -> None:
+        self._options = options
         self._loop = asyncio.Runner()
         self._store = Path(tempfile.mkdtemp(prefix="weft-bench-"))
         self._server: subprocess.Popen[bytes] | None = None
@@ -45,6 +46,7 @@ class WeftGrpc:
         port = _free_port()
         command = [sys.executable, "-m", "weft", "serve", spec.model, "--quantization", spec.quantization]
         command += ["--store", str(self._store), "--port", str(port), "--metrics-port", "0"]
+        command += self._options
         command += [f"--allowed-source={source}" for source in sorted(sources)]
         if spec.adapter_device_bytes is not None:
             command += ["--adapter-device-bytes", str(spec.adapter_device_bytes)]

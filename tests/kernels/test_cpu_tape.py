@@ -103,6 +103,22 @@ def test_a_recorded_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
         assert recorded.step().equal(plain.step())
 
 
+def test_steps_are_recorded_where_onednn_holds_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without a product of bfloat16 pairs: tensors in its own layout have no storage to look at."""
+    monkeypatch.setattr("weft.kernels.cpu.gemm.available", lambda: False)
+    base = _base(tmp_path, "llama", Quantization.NONE, "bfloat16")
+    if not any(type(module).__name__ == "OneDnnLinear" for module in base.model.modules()):
+        pytest.skip("a torch without oneDNN")
+    plain, recorded = _decodings(base)
+    recorded.runner.warm_up()
+    for decoding in (plain, recorded):
+        decoding.start(mixed(base.shape, 11, seed=2))
+    for _ in range(3):
+        wanted, got = plain.step(), recorded.step()
+        assert (got - wanted).norm() / wanted.norm() < 3e-2
+    assert recorded.runner._graphs is not None
+
+
 def test_recordings_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path) -> None:
     """They take turns, with other adapters each time, and an unrecorded step between them."""
     base = _base(tmp_path, "llama", Quantization.NONE, "float32")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.kernels.selection import Kernels
 from weft.methods import sublayers
 from weft.methods.inject import AdaptedLinear, GroupedLinear, LinearGroup
 from weft.methods.protocol import SiteKind
@@ -25,14 +24,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 _SCALES = (1.0, 1e-3)  # of the noise: at the second one eps counts
-
-
-def fuse(model: nn.Module, kernels: Kernels) -> None:
-    """Give a model the kernels that there are."""
-    if kernels.rms_norm is not None:
-        fuse_norms(model, kernels.rms_norm)
-    if kernels.gate is not None:
-        fuse_gates(model, kernels.gate)
 
 
 @torch.inference_mode()

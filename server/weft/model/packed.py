@@ -56,13 +56,14 @@ class OneDnnLinear(PackedLinear):
 
 
 def pack(model: nn.Module) -> int:
-    """Replace every plain bfloat16 nn.Linear of a model on a CPU, in place; how many there were."""
+    """Lay out the weights of a model for the best product that there is (`lay_out`); how many there were."""
     if gemm.available():
-        kind = PackedLinear
-    elif torch.backends.mkldnn.is_available():
-        kind = OneDnnLinear
-    else:
-        return 0
+        return lay_out(model, PackedLinear)
+    return lay_out(model, OneDnnLinear) if torch.backends.mkldnn.is_available() else 0
+
+
+def lay_out(model: nn.Module, kind: type[PackedLinear]) -> int:
+    """Replace every plain bfloat16 nn.Linear of a model on a CPU, in place; how many there were."""
     found = [
         (module, name, child)
         for module in model.modules()

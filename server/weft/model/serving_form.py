@@ -3,9 +3,14 @@
 For a trainer a base stays as it was loaded: nothing here carries a gradient.
 """
 
+from collections.abc import Callable
+
 from weft.kernels.selection import Kernels
 from weft.model import elementwise, groups, nf4_linear, packed
 from weft.model.loader import Base
+
+Part = Callable[[Base], object]
+"""One of the things that are done to a base, in place."""
 
 
 def take(base: Base, kernels: Kernels, *, shadow_bytes: int = 0) -> None:
@@ -13,10 +18,22 @@ def take(base: Base, kernels: Kernels, *, shadow_bytes: int = 0) -> None:
 
     shadow_bytes: what 16-bit copies of NF4 weights may take (model/nf4_linear.py).
     """
-    if kernels.nf4 is not None:
-        nf4_linear.expand_scales(base.model)  # before groups: scales that are quantized themselves cannot be joined
-    groups.fuse(base.model, base.context)
-    packed.pack(base.model)
-    if kernels.nf4 is not None:
-        nf4_linear.replace(base.model, kernels.nf4, shadow_bytes=shadow_bytes)
-    elementwise.fuse(base.model, kernels)
+    for part in parts(kernels, shadow_bytes=shadow_bytes).values():
+        part(base)
+
+
+def parts(kernels: Kernels, *, shadow_bytes: int = 0) -> dict[str, Part]:
+    """What `take` does with these kernels, by name and in order: each part is right without those before it."""
+    found: dict[str, Part] = {}
+    nf4, rms_norm, gate = kernels.nf4, kernels.rms_norm, kernels.gate
+    if nf4 is not None:  # before groups: scales that are quantized themselves cannot be joined
+        found["scales"] = lambda base: nf4_linear.expand_scales(base.model)
+    found["groups"] = lambda base: groups.fuse(base.model, base.context)
+    found["packing"] = lambda base: packed.pack(base.model)
+    if nf4 is not None:
+        found["nf4"] = lambda base: nf4_linear.replace(base.model, nf4, shadow_bytes=shadow_bytes)
+    if rms_norm is not None:
+        found["norms"] = lambda base: elementwise.fuse_norms(base.model, rms_norm)
+    if gate is not None:
+        found["gates"] = lambda base: elementwise.fuse_gates(base.model, gate)
+    return found

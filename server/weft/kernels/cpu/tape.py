@@ -201,7 +201,7 @@ def _has_open_shape(operation: Any, args: Sequence[Any]) -> bool:
 
 
 def _is_view(result: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a result lies where an operand does."""
+    """Whether a result lies where an operand does; oneDNN's own tensors lie nowhere that others can."""
     at = result.untyped_storage().data_ptr()
-    given = (one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor))
+    given = (one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and not one.is_mkldnn)
     return any(one.untyped_storage().data_ptr() == at for one in given)

@@ -1,0 +1,137 @@
+"""Weft without one of its fast paths, for benchmarks alone: no option of the product says any of this.
+
+A path is taken away by doing something else in place of a part of the serving form, or by giving the runner other
+kernels. What stands on the path goes with it, and then goes from the other side too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from weft.kernels.selection import Kernels
+from weft.methods.inject import Driver, apply_each
+from weft.methods.protocol import Site
+from weft.model import packed
+from weft.model.loader import Base
+from weft.model.serving_form import Part
+
+Change = Callable[[Kernels], Kernels]
+
+
+class Form(NamedTuple):
+    """How a process computes.
+
+    instead: parts of the serving form, by name, and what is done in their place.
+    changes: what is done, one after another, to the kernels that were selected, before the runner gets them.
+    """
+
+    instead: tuple[tuple[str, Part], ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    def kernels(self, selected: Kernels) -> Kernels:
+        """What the runner gets."""
+        return reduce(lambda kernels, change: change(kernels), self.changes, selected)
+
+
+WHOLE = Form()
+"""As a server does."""
+
+
+def without(*parts: str) -> Form:
+    """Without parts of the serving form."""
+    return Form(instead=tuple((part, _leave) for part in parts))
+
+
+def plain(form: Form) -> Form:
+    """The same, its decode steps unrecorded, as those of mixtures are and steps in which someone's prompt is read."""
+    return form._replace(changes=tuple(dict.fromkeys((*form.changes, _unrecorded))))
+
+
+def _leave(base: Base) -> None:
+    """The base stays as it is."""
+
+
+def _for_onednn(base: Base) -> None:
+    packed.lay_out(base.model, packed.OneDnnLinear)
+
+
+def _unrecorded(kernels: Kernels) -> Kernels:
+    return replace(kernels, recorder=None)
+
+
+def _reference_driver(kernels: Kernels) -> Kernels:
+    return replace(kernels, driver=None)
+
+
+def _reference_attention(kernels: Kernels) -> Kernels:
+    return replace(kernels, attend=None)
+
+
+class _SiteBySite(NamedTuple):
+    """A driver whose groups of sites are asked one site after another."""
+
+    driver: Driver
+
+    @property
+    def needs_residual(self) -> bool:
+        return self.driver.needs_residual
+
+    @property
+    def routes(self) -> bool:
+        return self.driver.routes
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        self.driver.enter(layer, hidden)
+
+    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.driver.apply(site, base, x, residual)
+
+    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
+        return apply_each(self.driver, sites, base, x)
+
+
+def _site_by_site(kernels: Kernels) -> Kernels:
+    make = kernels.driver
+    assert make is not None
+    return replace(kernels, driver=lambda *step: _SiteBySite(make(*step)))
+
+
+class _AllAlike(NamedTuple):
+    """Slots of which each seems to act wherever one of them does (kernels/cpu/driver.py, Slots)."""
+
+    table: Tensor
+    outputs_at: Mapping[int, int]
+    inputs_at: Mapping[int, int]
+    routers: Tensor
+    num_residual_readers: int
+
+
+def _all_alike(slots: Any) -> _AllAlike:
+    def united(at: Mapping[int, int]) -> Mapping[int, int]:
+        return dict.fromkeys(at, reduce(or_, at.values(), 0))
+
+    outputs_at, inputs_at = united(slots.outputs_at), united(slots.inputs_at)
+    return _AllAlike(slots.table, outputs_at, inputs_at, slots.routers, slots.num_residual_readers)
+
+
+def _asked_everywhere(kernels: Kernels) -> Kernels:
+    make, decide = kernels.driver, kernels.decisions
+    assert make is not None
+    assert decide is not None
+    return replace(
+        kernels,
+        driver=lambda slots, *step: make(_all_alike(slots), *step),
+        decisions=lambda slots, entries: decide(_all_alike(slots), entries),
+    )
+
+
+UNRECORDED = plain(WHOLE)
+REFERENCE_DRIVER = plain(Form(changes=(_reference_driver,)))  # it reads on the host what cannot be recorded,
+REFERENCE_ATTENTION = plain(Form(changes=(_reference_attention,)))  # and so does this
+ONEDNN_PRODUCT = Form(instead=(("packing", _for_onednn),))
+SITE_BY_SITE = Form(changes=(_site_by_site,))
+ASKED_EVERYWHERE = Form(changes=(_asked_everywhere,))
