@@ -225,8 +225,8 @@ class ModelRunner:
             return None
         try:
             return self._graphs.run(batch, shape)
-        except Unrecordable:
-            _log.exception("runner: decode steps cannot be recorded on this device; they run as others do, more slowly")
+        except Unrecordable as error:
+            _log.warning("runner: decode steps cannot be recorded (%s); they run as others do, more slowly", error)
             self._graphs = None
             return None
 

@@ -30,6 +30,7 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     }
 )
+_LOOKS_AT_KINDS = frozenset({_aten._has_compatible_shallow_copy_type.default})  # of tensors, not at what they hold
 
 
 class Arena:
@@ -142,12 +143,14 @@ class _Tape(TorchDispatchMode):
         if operation._schema.is_mutable:
             return self._change(operation, args, kwargs)
         result = operation(*args, **kwargs)
+        if operation in _LOOKS_AT_KINDS:
+            return result
         made = [result] if isinstance(result, Tensor) else result
-        if not isinstance(made, (tuple, list)) or not all(isinstance(one, Tensor) for one in made):
+        if not isinstance(made, (tuple, list)) or not all(one is None or isinstance(one, Tensor) for one in made):
             raise Unrecordable(f"{operation}: what follows may depend on the {type(result).__name__} that it gives")
         if operation in _ALLOCATIONS:
             return self._held(result)
-        if all(_is_view(one, args, kwargs) for one in made):
+        if all(one is None or _is_view(one, args, kwargs) for one in made):
             return result
         if isinstance(result, Tensor):
             return self._one(operation, args, kwargs, result)
@@ -170,13 +173,14 @@ class _Tape(TorchDispatchMode):
         return held
 
     def _several(
-        self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
-    ) -> list[Tensor]:
-        held = [self._held(one).copy_(one) for one in results]
+        self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        held = [None if one is None else self._held(one).copy_(one) for one in results]
 
         def again() -> None:
             for here, there in zip(held, operation(*args, **kwargs), strict=True):
-                here.copy_(there)
+                if here is not None:
+                    here.copy_(there)
 
         self._noted.append(again)
         return held
