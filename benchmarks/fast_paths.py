@@ -36,6 +36,7 @@ from benchmarks.fixed_steps import (
     Rows,
     loras,
     loras_at_q,
+    one_lora,
 )
 from benchmarks.forms import WHOLE, Form, plain, without
 from benchmarks.metrics import Spread
@@ -172,6 +173,8 @@ class Quantity(NamedTuple):
 
 DECODE = Quantity(f"decode step, {NUM_ROWS} rows", 5, FixedSteps.decode)
 PLAIN = DECODE._replace(what=f"{DECODE.what}, not recorded", of=plain)
+ALONE = DECODE._replace(what="decode step, 1 row")
+ALONE_PLAIN = PLAIN._replace(what=f"{ALONE.what}, not recorded")
 PREFILL = Quantity(f"prefill, {NUM_PROMPT:,} tokens", 1, FixedSteps.prefill)
 
 
@@ -220,11 +223,13 @@ def _streams(bench: Bench, *, options: Sequence[str] = ()) -> Compute:
 
 
 _ALL = DECODE, PLAIN, PREFILL
+_ALONE = ALONE, ALONE_PLAIN
+_GROUPS = "q, k and v, gate and up held as one"
+_GROUP_DELTAS = "deltas of a group of sites in one call"
 STEPS = [
     *_of_steps("recorded", "decode steps recorded", forms.UNRECORDED, quantities=[DECODE]),
-    *_of_steps(
-        "groups", "q, k and v, gate and up held as one", without("groups", "gates"), without("gates"), quantities=_ALL
-    ),
+    *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALL),
+    *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALONE, rows=one_lora),
     *_of_steps("product", "own packed product, beside torch's", without("packing"), quantities=[DECODE, PREFILL]),
     *_of_steps("onednn", "own packed product, beside oneDNN's", forms.ONEDNN_PRODUCT, quantities=[DECODE, PREFILL]),
     *_of_steps("norms", "a norm in one call", without("norms"), quantities=_ALL),
@@ -244,9 +249,8 @@ STEPS = [
         quantities=[DECODE, PLAIN],
         rows=loras_at_q,
     ),
-    *_of_steps(
-        "group-deltas", "deltas of a group of sites in one call", forms.SITE_BY_SITE, quantities=[DECODE, PLAIN]
-    ),
+    *_of_steps("group-deltas", _GROUP_DELTAS, forms.SITE_BY_SITE, quantities=[DECODE, PLAIN]),
+    *_of_steps("group-deltas", _GROUP_DELTAS, forms.SITE_BY_SITE, quantities=_ALONE, rows=one_lora),
     Line(
         "prefix",
         "prefix caching",

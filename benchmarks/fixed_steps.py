@@ -49,6 +49,11 @@ def loras(base: Base) -> Rows:
     return Rows([models.made(models.lora_of(RANK), base.shape, seed) for seed in range(NUM_ROWS)])
 
 
+def one_lora(base: Base) -> Rows:
+    """The first of `loras` alone: a row for whom every call counts."""
+    return Rows([models.made(models.lora_of(RANK), base.shape, 0)])
+
+
 def loras_at_q(base: Base) -> Rows:
     """LoRAs on q_proj alone, while adapters of every kind are resident that act elsewhere."""
     whole = loras(base).adapters

@@ -1,13 +1,16 @@
 """Each form takes away the path that it says, and no answer; a path that changes answers is refused."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import fast_paths, forms, models
+from benchmarks import fast_paths, forms, models, results
 from benchmarks.fast_paths import Bench, Differs, Line, measure
 from benchmarks.fixed_steps import NUM_PROMPT, FixedSteps, PromptAgain, loras, loras_at_q
 from benchmarks.forms import UNRECORDED, Form, plain, without
@@ -31,7 +34,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def test_every_path_has_its_lines() -> None:
-    assert len({(line.path, line.what) for line in fast_paths.LINES}) == len(fast_paths.LINES) == 24
+    assert len({(line.path, line.what) for line in fast_paths.LINES}) == len(fast_paths.LINES) == 28
     names = {(line.name, line.path) for line in fast_paths.LINES}
     assert len(names) == len(dict(names)) == 12
 
@@ -59,7 +62,7 @@ def test_a_path_that_changes_answers_is_refused(bench: Bench, quantity: fast_pat
         return partial(quantity.compute, bench.steps(form, loras))
 
     line = Line(
-        "wrong", "deltas", 1, partial(side, forms.WHOLE), partial(side, plain(Form(changes=(_adding_nothing,))))
+        "", "wrong", "deltas", 1, partial(side, forms.WHOLE), partial(side, plain(Form(changes=(_adding_nothing,))))
     )
     with pytest.raises(
         Differs, match=r"wrong, deltas: the answers with and without it differ by 0\.\d+, at most 0\.03"
@@ -89,6 +92,28 @@ def test_known_numbers(monkeypatch: pytest.MonkeyPatch, bench: Bench) -> None:
     assert (same, worse) == ("nothing", "costs")
     entry = fast_paths.entry(gain, 2, {"cpu": "a chip"}, "a command")
     assert fast_paths.cells([entry])[1] == ["a path", "seconds", "1000.0", "2000.0", "2.00 × (2.00–2.00)", "gains"]
+
+
+def test_what_is_left_behind(monkeypatch: pytest.MonkeyPatch, bench: Bench, tmp_path: Path) -> None:
+    """A file that keeps lines of other calls, and the table of all; an unknown path has none."""
+
+    def side(bench: Bench) -> fast_paths.Compute:
+        return lambda: torch.ones(3)
+
+    lines = [Line(name, f"the path {name}", "ones", 1, side, side) for name in ("first", "second")]
+    monkeypatch.setattr(fast_paths, "LINES", lines)
+    monkeypatch.setattr(fast_paths, "Bench", lambda model: nullcontext(bench))
+    files = "--json", str(tmp_path / "paths.json"), "--table", str(tmp_path / "paths.md"), "--turns", "1"
+    for name in ("second", "first"):
+        monkeypatch.setattr(sys, "argv", ["fast_paths", "--only", name, *files])
+        fast_paths.main()
+    entries = results.read(tmp_path / "paths.json")
+    assert [one["path"] for one in entries] == ["the path second", "the path first"]
+    assert all(one["conditions"]["commit"] and "--only" in one["command"] for one in entries)
+    assert (tmp_path / "paths.md").read_text().count("| the path ") == 2
+    monkeypatch.setattr(sys, "argv", ["fast_paths", "--only", "third"])
+    with pytest.raises(SystemExit):
+        fast_paths.main()
 
 
 def _kernels_of(compute: Callable[[FixedSteps], torch.Tensor], steps: FixedSteps) -> Counter[str]:
