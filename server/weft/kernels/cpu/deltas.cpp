@@ -70,7 +70,7 @@ struct Vectors {
 constexpr int ROWS = 4;               // rows of a block
 constexpr int RANKS = 8;              // ranks of a shrink task
 constexpr int64_t CHUNK = 256;        // outputs of an expand task
-constexpr int64_t AHEAD = 16 << 10;          // bytes
+constexpr int64_t AHEAD = 40 << 10;          // bytes
 constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds under which waking a second thread costs more than it saves
 
 struct Rows {  // what a batch's rows take at one site
@@ -112,14 +112,22 @@ class Ahead {
   public:
     Ahead() = default;  // asks for nothing
     Ahead(const Weights *next, const Weights *last) : next(next), last(last) {
-        for (int64_t n = 0; n < AHEAD; n += LINE) line();
+        for (int64_t n = 0; n < SOON; n += LINE) line();
+        lines_behind = (AHEAD - SOON) / LINE;
     }
 
-    void unit(const float *) { line(), line(); }  // 32 weights have been used
-    void unit(const bf16 *) { line(); }
+    void unit(const float *) {  // 32 weights have been used
+        line();
+        unit((const bf16 *)nullptr);
+    }
+    void unit(const bf16 *) {
+        line();
+        if (lines_behind > 0) lines_behind--, line();
+    }
 
   private:
-    static constexpr int64_t LINE = 64;
+    static constexpr int64_t LINE = 64, SOON = 4 << 10;
+    int64_t lines_behind = 0;  // of the way that it is to be ahead; it begins with SOON, so that the first uses wait little
     const char *at = nullptr, *end = nullptr;
     const Weights *next = nullptr, *last = nullptr;
 
@@ -193,6 +201,9 @@ struct Plan {
 
     Plan(const std::vector<Rows> &sites, int64_t in, int64_t weight_size) {
         const Rows &any = sites[0];  // the rows are the same at all of them
+        blocks.reserve(any.count * sites.size());
+        whole.list.reserve(any.count * sites.size());
+        weights.reserve(2 * any.offsets[any.count] * sites.size());
         for (int64_t t = 0; t < any.count;) {
             int64_t end = t + 1;
             while (end < any.count && end - t < ROWS && any.same_slots(t, end)) end++;
