@@ -71,6 +71,7 @@ constexpr int ROWS = 4;               // rows of a block
 constexpr int RANKS = 8;              // ranks of a shrink task
 constexpr int64_t CHUNK = 256;        // outputs of an expand task
 constexpr int64_t AHEAD = 40 << 10;          // bytes
+constexpr int64_t LINE = 64;                 // bytes that memory gives at a time
 constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds under which waking a second thread costs more than it saves
 
 struct Rows {  // what a batch's rows take at one site
@@ -111,33 +112,33 @@ struct Weights {
 class Ahead {
   public:
     Ahead() = default;  // asks for nothing
-    Ahead(const Weights *next, const Weights *last) : next(next), last(last) {
-        for (int64_t n = 0; n < SOON; n += LINE) line();
-        lines_behind = (AHEAD - SOON) / LINE;
-    }
+    Ahead(const Weights *next, const Weights *last) : next(next), last(last), behind(AHEAD) {}
 
-    void unit(const float *) {  // 32 weights have been used
-        line();
-        unit((const bf16 *)nullptr);
-    }
-    void unit(const bf16 *) {
-        line();
-        if (lines_behind > 0) lines_behind--, line();
+    // N units of 32 weights are about to be used. It begins where they begin, and asks for twice as much until it is
+    // ahead: asked for at once, that much would keep the first uses waiting.
+    template <int N, class W>
+    void units(const W *) {
+        constexpr int BYTES = N * UNIT * int(sizeof(W));
+        ask<BYTES>();
+        if (behind > 0) {
+            behind -= BYTES;
+            ask<BYTES>();
+        }
     }
 
   private:
-    static constexpr int64_t LINE = 64, SOON = 4 << 10;
-    int64_t lines_behind = 0;  // of the way that it is to be ahead; it begins with SOON, so that the first uses wait little
     const char *at = nullptr, *end = nullptr;
     const Weights *next = nullptr, *last = nullptr;
+    int64_t behind = 0;  // bytes
 
-    void line() {
+    template <int BYTES>
+    void ask() {
         if (at >= end) {
             if (next == last) return;
             at = next->begin, end = next->end, next++;
         }
-        __builtin_prefetch(at, 0, 2);
-        at += LINE;
+        EACH(n, BYTES / LINE) __builtin_prefetch(at + n * LINE, 0, 2);
+        at += BYTES;
     }
 };
 
@@ -228,7 +229,11 @@ struct Plan {
             scratch_size += count * site.scratch(out);
             if (!is_used) continue;
             auto list = [&](int64_t from, int64_t size) {
-                if (is_first) weights.push_back({(const char *)from, (const char *)from + size});
+                const char *begin = (const char *)from;
+                if (!is_first) return;
+                const bool goes_on = int32_t(weights.size()) > block.weights && weights.back().end == begin;
+                if (goes_on) weights.back().end += size;
+                else weights.push_back({begin, begin + size});
             };
             cost += 1;
             if (site.kind == LORA) {
@@ -292,10 +297,10 @@ void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hi
     int64_t i = 0;
     auto step = [&](auto take) {
         Unit xs[R];
+        ahead.units<K>(a);
         EACH(r, R) xs[r] = take(x + r * x_stride + i);
         EACH(k, K) {
             Unit w = take(a + k * in + i);
-            ahead.unit(a);
             EACH(r, R) {
                 acc[r][k] = fma(xs[r].lo, w.lo, acc[r][k]);
                 acc[r][k] = fma(xs[r].hi, w.hi, acc[r][k]);
@@ -381,9 +386,9 @@ template <int R, int U, class W, class Take>
 static inline void multiply(const W *b, int64_t out, const float *h, int64_t rank, Take take, f32x16 (&lo)[R][U],
                             f32x16 (&hi)[R][U], Ahead &ahead) {
     for (int64_t k = 0; k < rank; k++) {
+        ahead.units<U>(b);
         EACH(u, U) {
             Unit w = take(b + k * out + u * UNIT);
-            ahead.unit(b);
             EACH(r, R) {
                 lo[r][u] = fma(h[r * rank + k], w.lo, lo[r][u]);
                 hi[r][u] = fma(h[r * rank + k], w.hi, hi[r][u]);
@@ -480,17 +485,17 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
                 EACH(u, U) add(e, r, u, {lo[r][u], hi[r][u]});
         } else if (site.kind == OUTPUT_SCALE) {
             const float *l = (const float *)site.a + o;
+            ahead.units<U>(l);
             EACH(u, U) {
                 Unit scale = take(l + u * UNIT);
-                ahead.unit(l);
                 EACH(r, R)
                     add(e, r, u, {(scale.lo - 1.0f) * base[r][u].lo, (scale.hi - 1.0f) * base[r][u].hi});
             }
         } else if (site.kind == BIAS) {
             const float *bias = (const float *)site.a + o;
+            ahead.units<U>(bias);
             EACH(u, U) {
                 Unit delta = take(bias + u * UNIT);
-                ahead.unit(bias);
                 EACH(r, R) add(e, r, u, delta);
             }
         }
