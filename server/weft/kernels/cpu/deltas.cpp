@@ -1,8 +1,9 @@
 // Gated adapter deltas of the sites that read one input, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t], r[t]).
 //
-// Two phases in one parallel region. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B
-// and the elementwise kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of
-// slots; it reads each weight once for its rows and changes no row's order of operations:
+// Two phases. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B and the elementwise
+// kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of slots, and reads each
+// weight once for them. Threads take whole blocks where these come out even, and wait for nobody; else they share out
+// the parts of each phase and wait between phases. Nothing of this changes a row's order of operations:
 //   hidden[r] = sum over the lanes of the chain over i
 //   delta[o]  = the chain over r
 //   out[o]    = y[o], then the chain over the row's entries in their order
@@ -653,23 +654,30 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residua
 
 template <class X>
 void pre(const X *x, int64_t x_stride, X *out, int64_t out_stride, int64_t in, const Rows &rows, int threads) {
+    auto is_used = [&](int32_t n) { return rows.gates[n] != 0.0f && rows.table[rows.slots[n]].kind == INPUT_SCALE; };
+    auto scale_of = [&](int32_t n) { return (const float *)rows.table[rows.slots[n]].a; };
+    auto first_used = [&](int64_t t) {  // or the row's end
+        int32_t n = rows.offsets[t];
+        while (n < rows.offsets[t + 1] && !is_used(n)) n++;
+        return n;
+    };
     auto run = [&](int64_t t) {
         const X *from = x + t * x_stride;
         X *to = out + t * out_stride;
-        int32_t begin = rows.offsets[t], end = rows.offsets[t + 1];
-        auto is_used = [&](int32_t n) {
-            return rows.gates[n] != 0.0f && rows.table[rows.slots[n]].kind == INPUT_SCALE;
-        };
-        while (begin < end && !is_used(begin)) begin++;
+        const int32_t begin = first_used(t), end = rows.offsets[t + 1];
         if (begin == end) {
             memcpy(to, from, in * sizeof(X));
             return;
         }
+        const int32_t soon = t + 1 < rows.count ? first_used(t + 1) : end;  // what the next row needs is asked for here
+        const bool has_next = t + 1 < rows.count && soon < rows.offsets[t + 2];
+        const float *next = scale_of(has_next ? soon : begin);
         auto scaled = [&](int64_t i, auto take) {
             Unit base = take(from + i), total = base;
+            EACH(n, 2) __builtin_prefetch(next + i + n * 16, 0, 2);
             for (int32_t n = begin; n < end; n++) {
                 if (!is_used(n)) continue;
-                Unit l = take((const float *)rows.table[rows.slots[n]].a + i);
+                Unit l = take(scale_of(n) + i);
                 total.lo = fma(rows.gates[n], (l.lo - 1.0f) * base.lo, total.lo);
                 total.hi = fma(rows.gates[n], (l.hi - 1.0f) * base.hi, total.hi);
             }
