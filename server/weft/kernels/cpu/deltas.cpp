@@ -516,7 +516,8 @@ void expand(const Rows &rows, const Block &block, int32_t first, const float *sc
             int64_t out, int64_t o, int64_t end, Ahead &ahead) {
     for (; o + U * UNIT <= end; o += U * UNIT)
         expand_tile<R, U, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0, ahead);
-    for (; o + UNIT <= end; o += UNIT) expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0, ahead);
+    for (; o + UNIT <= end; o += UNIT)
+        expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0, ahead);
     if (o < end) expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, end - o, ahead);
 }
 
