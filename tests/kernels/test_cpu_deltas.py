@@ -264,6 +264,24 @@ def test_a_rows_bits_are_its_own(
     assert torch.equal(bits(run(x, y, renumbered, moved)), bits(two))
 
 
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_threads_share_out_the_parts_of_a_single_block(
+    dtype: torch.dtype, size: int, num_threads: Callable[[int], None]
+) -> None:
+    adapters = mixed_adapters(dtype)
+    slots = slots_of(adapters, dtype)
+    ranks = slots.site.table[:, 1]
+    assert int(ranks.sum()) * SIZE_OUT > 96 << 10  # SERIAL_BELOW: one row of it is work for two
+    entries = [[(slot, 0.5) for slot in range(len(adapters))]] * size
+    x, y = torch.randn(size, SIZE_IN).to(dtype), torch.randn(size, SIZE_OUT).to(dtype)
+    one = run(x, y, entries, slots)
+    run(torch.randn_like(x), torch.randn_like(y), entries, slots)  # what is right is not in the scratch from before
+    num_threads(2)
+    assert torch.equal(bits(run(x, y, entries, slots)), bits(one))
+    assert_near(one, reference(x, y, entries, slots))
+
+
 def test_the_bit_detector_detects() -> None:
     """A kernel that sums in another order when it has company: numerically right, and found out."""
     a, b = torch.randn(8, SIZE_IN), torch.randn(8, SIZE_OUT)

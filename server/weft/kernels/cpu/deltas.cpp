@@ -1,8 +1,9 @@
 // Gated adapter deltas of the sites that read one input, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t], r[t]).
 //
-// Two phases in one parallel region. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B
-// and the elementwise kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of
-// slots; it reads each weight once for its rows and changes no row's order of operations:
+// Two phases. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B and the elementwise
+// kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of slots, and reads each
+// weight once for them. Threads take whole blocks where these come out even, and wait for nobody; else they share out
+// the parts of each phase and wait between phases. Nothing of this changes a row's order of operations:
 //   hidden[r] = sum over the lanes of the chain over i
 //   delta[o]  = the chain over r
 //   out[o]    = y[o], then the chain over the row's entries in their order
@@ -70,6 +71,8 @@ struct Vectors {
 constexpr int ROWS = 4;               // rows of a block
 constexpr int RANKS = 8;              // ranks of a shrink task
 constexpr int64_t CHUNK = 256;        // outputs of an expand task
+constexpr int64_t AHEAD = 40 << 10;          // bytes
+constexpr int64_t LINE = 64;                 // bytes that memory gives at a time
 constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds under which waking a second thread costs more than it saves
 
 struct Rows {  // what a batch's rows take at one site
@@ -101,6 +104,45 @@ struct Rows {  // what a batch's rows take at one site
     }
 };
 
+// Asks memory for weights in the order of their use, AHEAD bytes before it: one line for each that is used. The
+// processor guesses little here, where an adapter's weights are short and its rows are read side by side.
+struct Weights {
+    const char *begin, *end;
+};
+
+class Ahead {
+  public:
+    Ahead() = default;  // asks for nothing
+    Ahead(const Weights *next, const Weights *last) : next(next), last(last), behind(AHEAD) {}
+
+    // N units of 32 weights are about to be used. It begins where they begin, and asks for twice as much until it is
+    // ahead: asked for at once, that much would keep the first uses waiting.
+    template <int N, class W>
+    void units(const W *) {
+        constexpr int BYTES = N * UNIT * int(sizeof(W));
+        ask<BYTES>();
+        if (behind > 0) {
+            behind -= BYTES;
+            ask<BYTES>();
+        }
+    }
+
+  private:
+    const char *at = nullptr, *end = nullptr;
+    const Weights *next = nullptr, *last = nullptr;
+    int64_t behind = 0;  // bytes
+
+    template <int BYTES>
+    void ask() {
+        if (at >= end) {
+            if (next == last) return;
+            at = next->begin, end = next->end, next++;
+        }
+        EACH(n, BYTES / LINE) __builtin_prefetch(at + n * LINE, 0, 2);
+        at += BYTES;
+    }
+};
+
 // Work of one thread: the tasks whose cost begins in its share of the whole.
 struct Task {
     int32_t block, entry, part;
@@ -120,6 +162,15 @@ struct Tasks {
         auto before = [](const Task &task, int64_t value) { return task.cost_before < value; };
         return std::lower_bound(list.begin(), list.end(), share, before) - list.begin();
     }
+    // Whether no thread's share is much above the mean.
+    bool is_even(int threads) const {
+        auto cost_before = [this](size_t n) { return n < list.size() ? list[n].cost_before : cost; };
+        for (int thread = 0; thread < threads; thread++) {
+            int64_t share = cost_before(begin_of(thread + 1, threads)) - cost_before(begin_of(thread, threads));
+            if (share * threads * 8 > cost * 9) return false;
+        }
+        return true;
+    }
 };
 
 struct Block {
@@ -127,9 +178,16 @@ struct Block {
     int32_t at;              // which site
     int32_t rows, entries;
     int64_t scratch;         // where its entries' scratch begins, one entry after another
+    int32_t weights;         // what is listed of the plan's weights before its own
+    bool is_first;           // not the same slots as in the block before
     bool is_live[ROWS];      // has the row any entry that adds something
 
     const Site &site(const Rows &all, int32_t entry) const { return all.table[all.slots[all.offsets[row] + entry]]; }
+    bool is_used(const Rows &all, int32_t entry) const {  // whether the entry adds something to one of the rows
+        for (int32_t r = 0; r < rows; r++)
+            if (all.gates[all.offsets[row + r] + entry] != 0.0f) return true;
+        return false;
+    }
     int64_t scratch_of(const Rows &all, int32_t entry, int64_t out) const {
         int64_t at = scratch;
         for (int32_t e = 0; e < entry; e++) at += rows * site(all, e).scratch(out);
@@ -139,24 +197,30 @@ struct Block {
 
 struct Plan {
     std::vector<Block> blocks;
-    Tasks fill, shrink, finish, expand;
+    std::vector<Weights> weights;  // in the order of the blocks
+    Tasks whole;                   // by block
     int64_t scratch_size = 0, work = 0;
 
-    Plan(const std::vector<Rows> &sites, int64_t in) {
+    Plan(const std::vector<Rows> &sites, int64_t in, int64_t weight_size) {
         const Rows &any = sites[0];  // the rows are the same at all of them
+        blocks.reserve(any.count * sites.size());
+        whole.list.reserve(any.count * sites.size());
+        weights.reserve(2 * any.offsets[any.count] * sites.size());
         for (int64_t t = 0; t < any.count;) {
             int64_t end = t + 1;
             while (end < any.count && end - t < ROWS && any.same_slots(t, end)) end++;
-            for (size_t at = 0; at < sites.size(); at++) add(sites[at], int32_t(at), t, int32_t(end - t), in);
+            const bool is_first = t == 0 || !any.same_slots(t - 1, t);
+            for (size_t at = 0; at < sites.size(); at++)
+                add(sites[at], int32_t(at), t, int32_t(end - t), is_first, in, weight_size);
             t = end;
         }
     }
 
-    void add(const Rows &rows, int32_t at, int64_t row, int32_t count, int64_t in) {
+    void add(const Rows &rows, int32_t at, int64_t row, int32_t count, bool is_first, int64_t in, int64_t weight_size) {
         const int64_t out = rows.out;
-        Block block = {row, at, count, rows.offsets[row + 1] - rows.offsets[row], scratch_size, {}};
-        int32_t index = int32_t(blocks.size());
-        int64_t depth = 0;  // operations per output
+        const int32_t entries = rows.offsets[row + 1] - rows.offsets[row];
+        Block block = {row, at, count, entries, scratch_size, int32_t(weights.size()), is_first, {}};
+        int64_t cost = 0;
         for (int32_t e = 0; e < block.entries; e++) {
             const Site &site = block.site(rows, e);
             if (!site.adds_to_output()) continue;
@@ -165,24 +229,62 @@ struct Plan {
                 if (rows.gates[rows.offsets[row + r] + e] != 0.0f) is_used = block.is_live[r] = true;
             scratch_size += count * site.scratch(out);
             if (!is_used) continue;
+            auto list = [&](int64_t from, int64_t size) {
+                const char *begin = (const char *)from;
+                if (!is_first) return;
+                const bool goes_on = int32_t(weights.size()) > block.weights && weights.back().end == begin;
+                if (goes_on) weights.back().end += size;
+                else weights.push_back({begin, begin + size});
+            };
+            cost += 1;
+            if (site.kind == LORA) {
+                list(site.a, site.rank * in * weight_size);
+                list(site.b, site.rank * out * weight_size);
+                cost += site.rank * (in + out);
+                work += count * site.rank * (in + out);
+            } else if (site.is_bottleneck()) {
+                list(site.a, 2 * site.rank * out * weight_size);
+                cost += (2 * site.rank + 8) * out;
+                work += count * (2 * site.rank + 8) * out;
+            } else {
+                list(site.a, out * sizeof(float));
+            }
+        }
+        if (cost == 0) return;
+        work += 4 * count * out;
+        whole.add(int32_t(blocks.size()), 0, 0, (1 + count) * (cost + 4 * out));
+        blocks.push_back(block);
+    }
+};
+
+// A plan's work in parts, for blocks too few to give every thread the same of them; each phase needs all of the one
+// before.
+struct Parts {
+    Tasks fill, shrink, finish, expand;
+
+    Parts(const Plan &plan, const std::vector<Rows> &sites, int64_t in) {
+        for (size_t index = 0; index < plan.blocks.size(); index++)
+            add(int32_t(index), plan.blocks[index], sites[plan.blocks[index].at], in);
+    }
+
+    void add(int32_t index, const Block &block, const Rows &rows, int64_t in) {
+        const int64_t out = rows.out;
+        const int32_t count = block.rows;
+        int64_t depth = 0;  // operations per output
+        for (int32_t e = 0; e < block.entries; e++) {
+            const Site &site = block.site(rows, e);
+            if (!site.adds_to_output() || !block.is_used(rows, e)) continue;
             if (site.has_hidden()) {
                 const int64_t width = site.is_bottleneck() ? out : in;
                 for (int64_t rank = 0; rank < site.rank; rank += RANKS) {
                     int64_t ranks = std::min<int64_t>(RANKS, site.rank - rank);
                     shrink.add(index, e, int32_t(rank), ranks * (1 + count) * width);
                 }
-                work += count * site.rank * (width + out);
             }
-            if (site.is_bottleneck()) {
-                fill.add(index, e, 0, count * out);
-                work += 8 * count * out;
-            }
+            if (site.is_bottleneck()) fill.add(index, e, 0, count * out);
             if (site.kind == BOTTLENECK_NORMED) finish.add(index, e, 0, (site.rank + 8) * (1 + count) * out);
             depth += site.has_hidden() && site.kind != BOTTLENECK_NORMED ? site.rank : 1;
         }
-        if (depth == 0) return;
-        blocks.push_back(block);
-        work += 4 * count * out;
         for (int64_t o = 0; o < out; o += CHUNK)
             expand.add(index, 0, int32_t(o / CHUNK), (depth + 4) * (1 + count) * std::min(CHUNK, out - o));
     }
@@ -190,12 +292,13 @@ struct Plan {
 
 // hidden[row][rank] for R rows and K ranks at once.
 template <int R, int K, class X, class W>
-void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hidden, int64_t rank) {
+void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hidden, int64_t rank, Ahead &ahead) {
     constexpr Order ORDER = order_of<W>();
     f32x16 acc[R][K] = {};
     int64_t i = 0;
     auto step = [&](auto take) {
         Unit xs[R];
+        ahead.units<K>(a);
         EACH(r, R) xs[r] = take(x + r * x_stride + i);
         EACH(k, K) {
             Unit w = take(a + k * in + i);
@@ -213,17 +316,17 @@ void shrink_tile(const X *x, int64_t x_stride, const W *a, int64_t in, float *hi
 
 template <class X, class W>
 void shrink(const X *x, int64_t x_stride, int32_t rows, const W *a, int64_t in, float *hidden, int64_t rank,
-            int64_t ranks) {
+            int64_t ranks, Ahead &ahead) {
     int64_t k = 0;
     if (rows == ROWS) {
-        for (; k + 4 <= ranks; k += 4) shrink_tile<ROWS, 4>(x, x_stride, a + k * in, in, hidden + k, rank);
-        for (; k < ranks; k++) shrink_tile<ROWS, 1>(x, x_stride, a + k * in, in, hidden + k, rank);
+        for (; k + 4 <= ranks; k += 4) shrink_tile<ROWS, 4>(x, x_stride, a + k * in, in, hidden + k, rank, ahead);
+        for (; k < ranks; k++) shrink_tile<ROWS, 1>(x, x_stride, a + k * in, in, hidden + k, rank, ahead);
         return;
     }
     for (int32_t r = 0; r < rows; r++) {
-        for (k = 0; k + 8 <= ranks; k += 8) shrink_tile<1, 8>(x, x_stride, a + k * in, in, hidden + k, rank);
-        for (; k + 4 <= ranks; k += 4) shrink_tile<1, 4>(x, x_stride, a + k * in, in, hidden + k, rank);
-        for (; k < ranks; k++) shrink_tile<1, 1>(x, x_stride, a + k * in, in, hidden + k, rank);
+        for (k = 0; k + 8 <= ranks; k += 8) shrink_tile<1, 8>(x, x_stride, a + k * in, in, hidden + k, rank, ahead);
+        for (; k + 4 <= ranks; k += 4) shrink_tile<1, 4>(x, x_stride, a + k * in, in, hidden + k, rank, ahead);
+        for (; k < ranks; k++) shrink_tile<1, 1>(x, x_stride, a + k * in, in, hidden + k, rank, ahead);
         x += x_stride, hidden += rank;
     }
 }
@@ -282,8 +385,9 @@ void fill(const Site &site, const X *y, const X *r, int64_t out, float *z) {
 // lo, hi [row][unit] = hidden B, for the hidden vectors `h` of R rows.
 template <int R, int U, class W, class Take>
 static inline void multiply(const W *b, int64_t out, const float *h, int64_t rank, Take take, f32x16 (&lo)[R][U],
-                            f32x16 (&hi)[R][U]) {
+                            f32x16 (&hi)[R][U], Ahead &ahead) {
     for (int64_t k = 0; k < rank; k++) {
+        ahead.units<U>(b);
         EACH(u, U) {
             Unit w = take(b + k * out + u * UNIT);
             EACH(r, R) {
@@ -296,11 +400,12 @@ static inline void multiply(const W *b, int64_t out, const float *h, int64_t ran
 
 // Adds f(y) to z for R rows, U units of outputs from `o` on.
 template <int R, int U, class W>
-void finish_tile(const Site &site, const Vectors &v, const float *h, float *z, int64_t out, int64_t o, int64_t part) {
+void finish_tile(const Site &site, const Vectors &v, const float *h, float *z, int64_t out, int64_t o, int64_t part,
+                 Ahead &ahead) {
     constexpr Order ORDER = order_of<W>();
     auto take = [part](auto *from) { return U == 1 && part ? load_part<ORDER>(from, part) : load<ORDER>(from); };
     f32x16 lo[R][U] = {}, hi[R][U] = {};
-    multiply<R, U, W>((const W *)site.a + site.rank * out + o, out, h, site.rank, take, lo, hi);
+    multiply<R, U, W>((const W *)site.a + site.rank * out + o, out, h, site.rank, take, lo, hi, ahead);
     EACH(u, U) {
         Unit bias = take(v.up_bias + o + u * UNIT);
         EACH(r, R) {
@@ -315,12 +420,12 @@ void finish_tile(const Site &site, const Vectors &v, const float *h, float *z, i
 }
 
 template <int R, int U, class X, class W>
-void finish(const Site &site, const float *h, float *z, const X *y, int64_t y_stride, int64_t out) {
+void finish(const Site &site, const float *h, float *z, const X *y, int64_t y_stride, int64_t out, Ahead &ahead) {
     const Vectors v(site, out);
     int64_t o = 0;
-    for (; o + U * UNIT <= out; o += U * UNIT) finish_tile<R, U, W>(site, v, h, z, out, o, 0);
-    for (; o + UNIT <= out; o += UNIT) finish_tile<R, 1, W>(site, v, h, z, out, o, 0);
-    if (o < out) finish_tile<R, 1, W>(site, v, h, z, out, o, out - o);
+    for (; o + U * UNIT <= out; o += U * UNIT) finish_tile<R, U, W>(site, v, h, z, out, o, 0, ahead);
+    for (; o + UNIT <= out; o += UNIT) finish_tile<R, 1, W>(site, v, h, z, out, o, 0, ahead);
+    if (o < out) finish_tile<R, 1, W>(site, v, h, z, out, o, out - o, ahead);
     for (int r = 0; r < R; r++, z += out, y += y_stride) {
         normalize(z, out, v);
         auto subtract = [&](int64_t i, auto take) {
@@ -338,7 +443,7 @@ void finish(const Site &site, const float *h, float *z, const X *y, int64_t y_st
 // U units of the outputs of R rows, from `o` on; `part` is their number where it is less than a unit.
 template <int R, int U, class X, class W>
 void expand_tile(const Rows &rows, const Block &block, int32_t first, const float *scratch, X *y, int64_t y_stride,
-                 int64_t out, int64_t o, int64_t part) {
+                 int64_t out, int64_t o, int64_t part, Ahead &ahead) {
     constexpr Order ORDER = order_of<W>();
     auto take = [part](auto *from) { return U == 1 && part ? load_part<ORDER>(from, part) : load<ORDER>(from); };
     Unit base[R][U], total[R][U];
@@ -366,7 +471,7 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
         } else if (site.has_hidden()) {
             const W *b = site.kind == LORA ? (const W *)site.b : (const W *)site.a + site.rank * out;
             f32x16 lo[R][U] = {}, hi[R][U] = {};
-            multiply<R, U, W>(b + o, out, h, site.rank, take, lo, hi);
+            multiply<R, U, W>(b + o, out, h, site.rank, take, lo, hi, ahead);
             if (site.is_bottleneck()) {
                 const Vectors v(site, out);
                 EACH(u, U) {
@@ -381,6 +486,7 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
                 EACH(u, U) add(e, r, u, {lo[r][u], hi[r][u]});
         } else if (site.kind == OUTPUT_SCALE) {
             const float *l = (const float *)site.a + o;
+            ahead.units<U>(l);
             EACH(u, U) {
                 Unit scale = take(l + u * UNIT);
                 EACH(r, R)
@@ -388,6 +494,7 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
             }
         } else if (site.kind == BIAS) {
             const float *bias = (const float *)site.a + o;
+            ahead.units<U>(bias);
             EACH(u, U) {
                 Unit delta = take(bias + u * UNIT);
                 EACH(r, R) add(e, r, u, delta);
@@ -406,109 +513,172 @@ void expand_tile(const Rows &rows, const Block &block, int32_t first, const floa
 
 template <int R, int U, class X, class W>
 void expand(const Rows &rows, const Block &block, int32_t first, const float *scratch, X *y, int64_t y_stride,
-            int64_t out, int64_t o, int64_t end) {
+            int64_t out, int64_t o, int64_t end, Ahead &ahead) {
     for (; o + U * UNIT <= end; o += U * UNIT)
-        expand_tile<R, U, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0);
-    for (; o + UNIT <= end; o += UNIT) expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0);
-    if (o < end) expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, end - o);
+        expand_tile<R, U, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0, ahead);
+    for (; o + UNIT <= end; o += UNIT)
+        expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, 0, ahead);
+    if (o < end) expand_tile<R, 1, X, W>(rows, block, first, scratch, y, y_stride, out, o, end - o, ahead);
 }
+
+// What is done to a block, in this order; several threads may do parts of one phase.
+template <class X, class W>
+struct Phases {
+    const X *x;
+    int64_t x_stride;
+    X *y;
+    int64_t y_stride;
+    const X *residual;
+    int64_t r_stride, in;
+    float *scratch;
+
+    void fill(const Block &block, const Rows &rows, int32_t entry) const {
+        const Site &site = block.site(rows, entry);
+        float *z = scratch + block.scratch_of(rows, entry, rows.out) + block.rows * site.rank;
+        for (int64_t t = block.row; t < block.row + block.rows; t++, z += rows.out)
+            weft::fill(site, y + t * y_stride + rows.column, site.reads_residual() ? residual + t * r_stride : nullptr,
+                       rows.out, z);
+    }
+
+    void shrink(const Block &block, const Rows &rows, int32_t entry, int64_t rank, int64_t end, Ahead &ahead) const {
+        const Site &site = block.site(rows, entry);
+        float *to = scratch + block.scratch_of(rows, entry, rows.out);
+        if (site.kind == LORA) {
+            const W *a = (const W *)site.a + rank * in;
+            weft::shrink(x + block.row * x_stride, x_stride, block.rows, a, in, to + rank, site.rank, end - rank,
+                         ahead);
+            return;
+        }
+        const float *z = to + block.rows * site.rank;
+        const W *a = (const W *)site.a + rank * rows.out;
+        weft::shrink(z, rows.out, block.rows, a, rows.out, to + rank, site.rank, end - rank, ahead);
+        const Vectors v(site, rows.out);
+        for (int32_t r = 0; r < block.rows; r++) {
+            for (int64_t k = rank; k < end; k++) {
+                float &h = to[r * site.rank + k];
+                h = activate(v.activation, h + v.down_bias[k]);
+            }
+        }
+    }
+
+    void finish(const Block &block, const Rows &rows, int32_t entry, Ahead &ahead) const {
+        const Site &site = block.site(rows, entry);
+        const float *h = scratch + block.scratch_of(rows, entry, rows.out);
+        float *z = scratch + block.scratch_of(rows, entry, rows.out) + block.rows * site.rank;
+        const X *from = y + block.row * y_stride + rows.column;
+        if (block.rows == ROWS) return weft::finish<ROWS, 2, X, W>(site, h, z, from, y_stride, rows.out, ahead);
+        for (int32_t r = 0; r < block.rows; r++, h += site.rank, z += rows.out, from += y_stride)
+            weft::finish<1, 4, X, W>(site, h, z, from, y_stride, rows.out, ahead);
+    }
+
+    void expand(const Block &block, const Rows &rows, int64_t o, int64_t end, Ahead &ahead) const {
+        const float *from = scratch + block.scratch;
+        X *to = y + block.row * y_stride + rows.column;
+        const int64_t out = rows.out;
+        if (block.rows == ROWS)
+            return weft::expand<ROWS, 2, X, W>(rows, block, 0, from, to, y_stride, out, o, end, ahead);
+        for (int32_t r = 0; r < block.rows; r++) {
+            if (!block.is_live[r]) continue;
+            weft::expand<1, 4, X, W>(rows, block, r, from, to + r * y_stride, y_stride, out, o, end, ahead);
+        }
+    }
+
+    void all(const Block &block, const Rows &rows, Ahead &ahead) const {
+        for (int32_t e = 0; e < block.entries; e++) {
+            const Site &site = block.site(rows, e);
+            if (!site.has_hidden() || !block.is_used(rows, e)) continue;
+            if (site.is_bottleneck()) fill(block, rows, e);
+            for (int64_t rank = 0; rank < site.rank; rank += RANKS)
+                shrink(block, rows, e, rank, std::min<int64_t>(rank + RANKS, site.rank), ahead);
+            if (site.kind == BOTTLENECK_NORMED) finish(block, rows, e, ahead);
+        }
+        for (int64_t o = 0; o < rows.out; o += CHUNK) expand(block, rows, o, std::min(o + CHUNK, rows.out), ahead);
+    }
+};
 
 template <class X, class W>
 void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residual, int64_t r_stride, int64_t in,
           const std::vector<Rows> &sites, int threads) {
-    const Plan plan(sites, in);
+    const Plan plan(sites, in, sizeof(W));
     if (plan.blocks.empty()) return;
     std::unique_ptr<float[]> scratch(new float[plan.scratch_size]);
+    const Phases<X, W> phases = {x, x_stride, y, y_stride, residual, r_stride, in, scratch.get()};
 
-    auto run = [&](int thread, int team) {
-        auto each = [&](const Tasks &tasks, auto work) {  // the thread's share
+    auto whole = [&](int thread, int team) {
+        const size_t begin = plan.whole.begin_of(thread, team), end = plan.whole.begin_of(thread + 1, team);
+        auto weights_before = [&](size_t n) {
+            return plan.weights.data() + (n < plan.blocks.size() ? plan.blocks[n].weights : plan.weights.size());
+        };
+        Ahead ahead(weights_before(begin), weights_before(end)), nothing;
+        for (size_t n = begin; n < end; n++) {
+            const Block &block = plan.blocks[n];
+            phases.all(block, sites[block.at], block.is_first ? ahead : nothing);
+        }
+    };
+    // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
+    if (threads == 1 || plan.work < SERIAL_BELOW) return whole(0, 1);
+    if (plan.whole.is_even(threads)) {
+#pragma omp parallel num_threads(threads)
+        whole(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+    const Parts parts(plan, sites, in);
+    auto some = [&](int thread, int team) {
+        Ahead nothing;
+        auto each = [&](const Tasks &tasks, auto work) {  // the thread's share, and then wait for that of the others
             const size_t end = tasks.begin_of(thread + 1, team);
             for (size_t n = tasks.begin_of(thread, team); n < end; n++) {
                 const Task &task = tasks.list[n];
                 const Block &block = plan.blocks[task.block];
                 work(task, block, sites[block.at]);
             }
-        };
-        auto wait = [team](const Tasks &tasks) {  // until all of them are done
             if (team > 1 && !tasks.list.empty()) {
 #pragma omp barrier
             }
         };
-        each(plan.fill, [&](const Task &task, const Block &block, const Rows &rows) {
-            const Site &site = block.site(rows, task.entry);
-            float *z = scratch.get() + block.scratch_of(rows, task.entry, rows.out) + block.rows * site.rank;
-            for (int64_t t = block.row; t < block.row + block.rows; t++, z += rows.out)
-                fill(site, y + t * y_stride + rows.column, site.reads_residual() ? residual + t * r_stride : nullptr, rows.out, z);
+        each(parts.fill, [&](auto &task, auto &block, auto &rows) { phases.fill(block, rows, task.entry); });
+        each(parts.shrink, [&](auto &task, auto &block, auto &rows) {
+            const int64_t end = std::min<int64_t>(task.part + RANKS, block.site(rows, task.entry).rank);
+            phases.shrink(block, rows, task.entry, task.part, end, nothing);
         });
-        wait(plan.fill);
-        each(plan.shrink, [&](const Task &task, const Block &block, const Rows &rows) {
-            const Site &site = block.site(rows, task.entry);
-            float *to = scratch.get() + block.scratch_of(rows, task.entry, rows.out);
-            const int64_t ranks = std::min<int64_t>(RANKS, site.rank - task.part);
-            if (site.kind == LORA) {
-                const W *a = (const W *)site.a + task.part * in;
-                shrink(x + block.row * x_stride, x_stride, block.rows, a, in, to + task.part, site.rank, ranks);
-                return;
-            }
-            const float *z = to + block.rows * site.rank;
-            const int64_t out = rows.out;
-            const W *a = (const W *)site.a + task.part * out;
-            shrink(z, out, block.rows, a, out, to + task.part, site.rank, ranks);
-            const Vectors v(site, rows.out);
-            for (int32_t r = 0; r < block.rows; r++) {
-                for (int64_t k = task.part; k < task.part + ranks; k++) {
-                    float &h = to[r * site.rank + k];
-                    h = activate(v.activation, h + v.down_bias[k]);
-                }
-            }
+        each(parts.finish, [&](auto &task, auto &block, auto &rows) {
+            phases.finish(block, rows, task.entry, nothing);
         });
-        wait(plan.shrink);
-        each(plan.finish, [&](const Task &task, const Block &block, const Rows &rows) {
-            const Site &site = block.site(rows, task.entry);
-            const float *h = scratch.get() + block.scratch_of(rows, task.entry, rows.out);
-            float *z = scratch.get() + block.scratch_of(rows, task.entry, rows.out) + block.rows * site.rank;
-            const X *from = y + block.row * y_stride + rows.column;
-            if (block.rows == ROWS) return finish<ROWS, 2, X, W>(site, h, z, from, y_stride, rows.out);
-            for (int32_t r = 0; r < block.rows; r++, h += site.rank, z += rows.out, from += y_stride)
-                finish<1, 4, X, W>(site, h, z, from, y_stride, rows.out);
-        });
-        wait(plan.finish);
-        each(plan.expand, [&](const Task &task, const Block &block, const Rows &rows) {
-            const float *from = scratch.get() + block.scratch;
-            X *to = y + block.row * y_stride + rows.column;
-            const int64_t out = rows.out, o = task.part * CHUNK, end = std::min(o + CHUNK, out);
-            if (block.rows == ROWS) return expand<ROWS, 2, X, W>(rows, block, 0, from, to, y_stride, out, o, end);
-            for (int32_t r = 0; r < block.rows; r++) {
-                if (!block.is_live[r]) continue;
-                expand<1, 4, X, W>(rows, block, r, from, to + r * y_stride, y_stride, out, o, end);
-            }
+        each(parts.expand, [&](auto &task, auto &block, auto &rows) {
+            const int64_t o = task.part * CHUNK;
+            phases.expand(block, rows, o, std::min(o + CHUNK, rows.out), nothing);
         });
     };
-    // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
-    if (threads == 1 || plan.work < SERIAL_BELOW) return run(0, 1);
 #pragma omp parallel num_threads(threads)
-    run(omp_get_thread_num(), omp_get_num_threads());
+    some(omp_get_thread_num(), omp_get_num_threads());
 }
 
 template <class X>
 void pre(const X *x, int64_t x_stride, X *out, int64_t out_stride, int64_t in, const Rows &rows, int threads) {
+    auto is_used = [&](int32_t n) { return rows.gates[n] != 0.0f && rows.table[rows.slots[n]].kind == INPUT_SCALE; };
+    auto scale_of = [&](int32_t n) { return (const float *)rows.table[rows.slots[n]].a; };
+    auto first_used = [&](int64_t t) {  // or the row's end
+        int32_t n = rows.offsets[t];
+        while (n < rows.offsets[t + 1] && !is_used(n)) n++;
+        return n;
+    };
     auto run = [&](int64_t t) {
         const X *from = x + t * x_stride;
         X *to = out + t * out_stride;
-        int32_t begin = rows.offsets[t], end = rows.offsets[t + 1];
-        auto is_used = [&](int32_t n) {
-            return rows.gates[n] != 0.0f && rows.table[rows.slots[n]].kind == INPUT_SCALE;
-        };
-        while (begin < end && !is_used(begin)) begin++;
+        const int32_t begin = first_used(t), end = rows.offsets[t + 1];
         if (begin == end) {
             memcpy(to, from, in * sizeof(X));
             return;
         }
+        const int32_t soon = t + 1 < rows.count ? first_used(t + 1) : end;  // what the next row needs is asked for here
+        const bool has_next = t + 1 < rows.count && soon < rows.offsets[t + 2];
+        const float *next = scale_of(has_next ? soon : begin);
         auto scaled = [&](int64_t i, auto take) {
             Unit base = take(from + i), total = base;
+            EACH(n, 2) __builtin_prefetch(next + i + n * 16, 0, 2);
             for (int32_t n = begin; n < end; n++) {
                 if (!is_used(n)) continue;
-                Unit l = take((const float *)rows.table[rows.slots[n]].a + i);
+                Unit l = take(scale_of(n) + i);
                 total.lo = fma(rows.gates[n], (l.lo - 1.0f) * base.lo, total.lo);
                 total.hi = fma(rows.gates[n], (l.hi - 1.0f) * base.hi, total.hi);
             }
