@@ -225,7 +225,6 @@ def _streams(bench: Bench, *, options: Sequence[str] = ()) -> Compute:
 _ALL = DECODE, PLAIN, PREFILL
 _ALONE = ALONE, ALONE_PLAIN
 _GROUPS = "q, k and v, gate and up held as one"
-_GROUP_DELTAS = "deltas of a group of sites in one call"
 STEPS = [
     *_of_steps("recorded", "decode steps recorded", forms.UNRECORDED, quantities=[DECODE]),
     *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALL),
@@ -249,8 +248,6 @@ STEPS = [
         quantities=[DECODE, PLAIN],
         rows=loras_at_q,
     ),
-    *_of_steps("group-deltas", _GROUP_DELTAS, forms.SITE_BY_SITE, quantities=[DECODE, PLAIN]),
-    *_of_steps("group-deltas", _GROUP_DELTAS, forms.SITE_BY_SITE, quantities=_ALONE, rows=one_lora),
     Line(
         "prefix",
         "prefix caching",

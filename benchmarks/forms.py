@@ -4,7 +4,7 @@ A path is taken away by doing something else in place of a part of the serving f
 kernels. What stands on the path goes with it, and then goes from the other side too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from weft.kernels.selection import Kernels
-from weft.methods.inject import Driver, apply_each
-from weft.methods.protocol import Site
 from weft.model import packed
 from weft.model.loader import Base
 from weft.model.serving_form import Part
@@ -71,35 +69,6 @@ def _reference_attention(kernels: Kernels) -> Kernels:
     return replace(kernels, attend=None)
 
 
-class _SiteBySite(NamedTuple):
-    """A driver whose groups of sites are asked one site after another."""
-
-    driver: Driver
-
-    @property
-    def needs_residual(self) -> bool:
-        return self.driver.needs_residual
-
-    @property
-    def routes(self) -> bool:
-        return self.driver.routes
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        self.driver.enter(layer, hidden)
-
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.driver.apply(site, base, x, residual)
-
-    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        return apply_each(self.driver, sites, base, x)
-
-
-def _site_by_site(kernels: Kernels) -> Kernels:
-    make = kernels.driver
-    assert make is not None
-    return replace(kernels, driver=lambda *step: _SiteBySite(make(*step)))
-
-
 class _AllAlike(NamedTuple):
     """Slots of which each seems to act wherever one of them does (kernels/cpu/driver.py, Slots)."""
 
@@ -133,5 +102,4 @@ UNRECORDED = plain(WHOLE)
 REFERENCE_DRIVER = plain(Form(changes=(_reference_driver,)))  # it reads on the host what cannot be recorded,
 REFERENCE_ATTENTION = plain(Form(changes=(_reference_attention,)))  # and so does this
 ONEDNN_PRODUCT = Form(instead=(("packing", _for_onednn),))
-SITE_BY_SITE = Form(changes=(_site_by_site,))
 ASKED_EVERYWHERE = Form(changes=(_asked_everywhere,))

@@ -1,4 +1,4 @@
-// Gated adapter deltas of the sites that read one input, row by row:  y[t] += sum_k gate[t,k] * delta_k(x[t], y[t], r[t]).
+// Gated adapter deltas of a site, row by row:  y[t] += sum over k of gate[t, k] * delta_k(x[t], y[t], r[t]).
 //
 // Two phases. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B and the elementwise
 // kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of slots, and reads each
@@ -82,7 +82,7 @@ struct Rows {  // what a batch's rows take at one site
     const Site *table;
     int64_t num_slots;
     bool has_residual;
-    int64_t out, column;  // the site's outputs are y[t][column : column + out]
+    int64_t out;
 
     Status check(int64_t num_entries) const {
         if (offsets[0] != 0 || offsets[count] != num_entries) return BAD_OFFSETS;
@@ -175,7 +175,6 @@ struct Tasks {
 
 struct Block {
     int64_t row;
-    int32_t at;              // which site
     int32_t rows, entries;
     int64_t scratch;         // where its entries' scratch begins, one entry after another
     int32_t weights;         // what is listed of the plan's weights before its own
@@ -201,25 +200,22 @@ struct Plan {
     Tasks whole;                   // by block
     int64_t scratch_size = 0, work = 0;
 
-    Plan(const std::vector<Rows> &sites, int64_t in, int64_t weight_size) {
-        const Rows &any = sites[0];  // the rows are the same at all of them
-        blocks.reserve(any.count * sites.size());
-        whole.list.reserve(any.count * sites.size());
-        weights.reserve(2 * any.offsets[any.count] * sites.size());
-        for (int64_t t = 0; t < any.count;) {
+    Plan(const Rows &rows, int64_t in, int64_t weight_size) {
+        blocks.reserve(rows.count);
+        whole.list.reserve(rows.count);
+        weights.reserve(2 * rows.offsets[rows.count]);
+        for (int64_t t = 0; t < rows.count;) {
             int64_t end = t + 1;
-            while (end < any.count && end - t < ROWS && any.same_slots(t, end)) end++;
-            const bool is_first = t == 0 || !any.same_slots(t - 1, t);
-            for (size_t at = 0; at < sites.size(); at++)
-                add(sites[at], int32_t(at), t, int32_t(end - t), is_first, in, weight_size);
+            while (end < rows.count && end - t < ROWS && rows.same_slots(t, end)) end++;
+            add(rows, t, int32_t(end - t), t == 0 || !rows.same_slots(t - 1, t), in, weight_size);
             t = end;
         }
     }
 
-    void add(const Rows &rows, int32_t at, int64_t row, int32_t count, bool is_first, int64_t in, int64_t weight_size) {
+    void add(const Rows &rows, int64_t row, int32_t count, bool is_first, int64_t in, int64_t weight_size) {
         const int64_t out = rows.out;
         const int32_t entries = rows.offsets[row + 1] - rows.offsets[row];
-        Block block = {row, at, count, entries, scratch_size, int32_t(weights.size()), is_first, {}};
+        Block block = {row, count, entries, scratch_size, int32_t(weights.size()), is_first, {}};
         int64_t cost = 0;
         for (int32_t e = 0; e < block.entries; e++) {
             const Site &site = block.site(rows, e);
@@ -262,9 +258,9 @@ struct Plan {
 struct Parts {
     Tasks fill, shrink, finish, expand;
 
-    Parts(const Plan &plan, const std::vector<Rows> &sites, int64_t in) {
+    Parts(const Plan &plan, const Rows &rows, int64_t in) {
         for (size_t index = 0; index < plan.blocks.size(); index++)
-            add(int32_t(index), plan.blocks[index], sites[plan.blocks[index].at], in);
+            add(int32_t(index), plan.blocks[index], rows, in);
     }
 
     void add(int32_t index, const Block &block, const Rows &rows, int64_t in) {
@@ -536,8 +532,7 @@ struct Phases {
         const Site &site = block.site(rows, entry);
         float *z = scratch + block.scratch_of(rows, entry, rows.out) + block.rows * site.rank;
         for (int64_t t = block.row; t < block.row + block.rows; t++, z += rows.out)
-            weft::fill(site, y + t * y_stride + rows.column, site.reads_residual() ? residual + t * r_stride : nullptr,
-                       rows.out, z);
+            weft::fill(site, y + t * y_stride, site.reads_residual() ? residual + t * r_stride : nullptr, rows.out, z);
     }
 
     void shrink(const Block &block, const Rows &rows, int32_t entry, int64_t rank, int64_t end, Ahead &ahead) const {
@@ -565,7 +560,7 @@ struct Phases {
         const Site &site = block.site(rows, entry);
         const float *h = scratch + block.scratch_of(rows, entry, rows.out);
         float *z = scratch + block.scratch_of(rows, entry, rows.out) + block.rows * site.rank;
-        const X *from = y + block.row * y_stride + rows.column;
+        const X *from = y + block.row * y_stride;
         if (block.rows == ROWS) return weft::finish<ROWS, 2, X, W>(site, h, z, from, y_stride, rows.out, ahead);
         for (int32_t r = 0; r < block.rows; r++, h += site.rank, z += rows.out, from += y_stride)
             weft::finish<1, 4, X, W>(site, h, z, from, y_stride, rows.out, ahead);
@@ -573,7 +568,7 @@ struct Phases {
 
     void expand(const Block &block, const Rows &rows, int64_t o, int64_t end, Ahead &ahead) const {
         const float *from = scratch + block.scratch;
-        X *to = y + block.row * y_stride + rows.column;
+        X *to = y + block.row * y_stride;
         const int64_t out = rows.out;
         if (block.rows == ROWS)
             return weft::expand<ROWS, 2, X, W>(rows, block, 0, from, to, y_stride, out, o, end, ahead);
@@ -598,8 +593,8 @@ struct Phases {
 
 template <class X, class W>
 void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residual, int64_t r_stride, int64_t in,
-          const std::vector<Rows> &sites, int threads) {
-    const Plan plan(sites, in, sizeof(W));
+          const Rows &rows, int threads) {
+    const Plan plan(rows, in, sizeof(W));
     if (plan.blocks.empty()) return;
     std::unique_ptr<float[]> scratch(new float[plan.scratch_size]);
     const Phases<X, W> phases = {x, x_stride, y, y_stride, residual, r_stride, in, scratch.get()};
@@ -612,7 +607,7 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residua
         Ahead ahead(weights_before(begin), weights_before(end)), nothing;
         for (size_t n = begin; n < end; n++) {
             const Block &block = plan.blocks[n];
-            phases.all(block, sites[block.at], block.is_first ? ahead : nothing);
+            phases.all(block, rows, block.is_first ? ahead : nothing);
         }
     };
     // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
@@ -622,29 +617,26 @@ void post(const X *x, int64_t x_stride, X *y, int64_t y_stride, const X *residua
         whole(omp_get_thread_num(), omp_get_num_threads());
         return;
     }
-    const Parts parts(plan, sites, in);
+    const Parts parts(plan, rows, in);
     auto some = [&](int thread, int team) {
         Ahead nothing;
         auto each = [&](const Tasks &tasks, auto work) {  // the thread's share, and then wait for that of the others
             const size_t end = tasks.begin_of(thread + 1, team);
             for (size_t n = tasks.begin_of(thread, team); n < end; n++) {
                 const Task &task = tasks.list[n];
-                const Block &block = plan.blocks[task.block];
-                work(task, block, sites[block.at]);
+                work(task, plan.blocks[task.block]);
             }
             if (team > 1 && !tasks.list.empty()) {
 #pragma omp barrier
             }
         };
-        each(parts.fill, [&](auto &task, auto &block, auto &rows) { phases.fill(block, rows, task.entry); });
-        each(parts.shrink, [&](auto &task, auto &block, auto &rows) {
+        each(parts.fill, [&](auto &task, auto &block) { phases.fill(block, rows, task.entry); });
+        each(parts.shrink, [&](auto &task, auto &block) {
             const int64_t end = std::min<int64_t>(task.part + RANKS, block.site(rows, task.entry).rank);
             phases.shrink(block, rows, task.entry, task.part, end, nothing);
         });
-        each(parts.finish, [&](auto &task, auto &block, auto &rows) {
-            phases.finish(block, rows, task.entry, nothing);
-        });
-        each(parts.expand, [&](auto &task, auto &block, auto &rows) {
+        each(parts.finish, [&](auto &task, auto &block) { phases.finish(block, rows, task.entry, nothing); });
+        each(parts.expand, [&](auto &task, auto &block) {
             const int64_t o = task.part * CHUNK;
             phases.expand(block, rows, o, std::min(o + CHUNK, rows.out), nothing);
         });
@@ -709,11 +701,6 @@ struct WeftRows {
     int64_t num_rows, num_entries;
 };
 
-struct WeftSite {
-    const weft::Site *table;
-    int64_t num_slots, out, column;
-};
-
 struct WeftDeltas {
     const void *x;
     int64_t x_stride;
@@ -722,29 +709,25 @@ struct WeftDeltas {
     const void *residual;
     int64_t residual_stride;
     WeftRows rows;
-    int64_t in, is_weight_bf16, num_sites;
-    const WeftSite *sites;
+    int64_t in, out, is_weight_bf16;
+    const weft::Site *table;
+    int64_t num_slots;
 };
 
-static std::vector<weft::Rows> rows_of(const WeftDeltas &g, bool has_residual) {
-    std::vector<weft::Rows> all;
-    for (const WeftSite *site = g.sites; site < g.sites + g.num_sites; site++)
-        all.push_back({g.rows.offsets, g.rows.slots, g.rows.gates, g.rows.num_rows, site->table, site->num_slots,
-                       has_residual, site->out, site->column});
-    return all;
+static weft::Rows rows_of(const WeftDeltas &g, bool has_residual) {
+    return {g.rows.offsets, g.rows.slots, g.rows.gates, g.rows.num_rows, g.table, g.num_slots, has_residual, g.out};
 }
 
 int weft_post(const WeftDeltas *given) {
     using namespace weft;
     const WeftDeltas &g = *given;
+    const Rows rows = rows_of(g, g.residual != nullptr);
+    if (Status status = rows.check(g.rows.num_entries)) return status;
     try {
-        const std::vector<Rows> sites = rows_of(g, g.residual != nullptr);
-        for (const Rows &rows : sites)
-            if (Status status = rows.check(g.rows.num_entries)) return status;
         auto go = [&](auto act, auto weight) {
             using X = decltype(act);
             post<X, decltype(weight)>((const X *)g.x, g.x_stride, (X *)g.y, g.y_stride, (const X *)g.residual,
-                                      g.residual_stride, g.in, sites, int(g.threads));
+                                      g.residual_stride, g.in, rows, int(g.threads));
         };
         if (g.is_bf16) g.is_weight_bf16 ? go(bf16{}, bf16{}) : go(bf16{}, float{});
         else g.is_weight_bf16 ? go(float{}, bf16{}) : go(float{}, float{});
@@ -757,7 +740,7 @@ int weft_post(const WeftDeltas *given) {
 int weft_pre(const WeftDeltas *given) {
     using namespace weft;
     const WeftDeltas &g = *given;
-    const Rows rows = rows_of(g, true)[0];  // nothing here reads a residual
+    const Rows rows = rows_of(g, true);  // nothing here reads a residual
     if (Status status = rows.check(g.rows.num_entries)) return status;
     auto go = [&](auto act) {
         using X = decltype(act);

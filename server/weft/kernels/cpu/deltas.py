@@ -1,4 +1,4 @@
-"""Gated adapter deltas on the CPU, at a site or at all sites that read one input: the line of the whole system.
+"""Gated adapter deltas on the CPU, at one site: the line of the whole system.
 
     out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t], r[t])
 
@@ -8,8 +8,6 @@ other rows, their adapters, the slot number of its adapter, T, or the number of 
 
 import enum
 import struct
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 from weft.kernels.cpu import library
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
-_pack = struct.Struct("=17q").pack  # WeftDeltas in deltas.cpp
+_pack = struct.Struct("=18q").pack  # WeftDeltas in deltas.cpp
 
 
 class Kind(enum.IntEnum):
@@ -81,8 +79,7 @@ class Site:
     size_in: int
     size_out: int
     weight_dtype: torch.dtype
-    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    records: array = field(init=False, repr=False, compare=False)
+    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # its part of WeftDeltas in deltas.cpp
 
     def __post_init__(self) -> None:
         table = self.table
@@ -93,44 +90,12 @@ class Site:
             raise ValueError(f"weight_dtype: needs float32 or bfloat16, given {self.weight_dtype}")
         if self.size_in < 1 or self.size_out < 1:
             raise ValueError(f"size_in, size_out: need at least 1, given {self.size_in}, {self.size_out}")
-        _pack_sites(self, [self])
+        is_bf16 = self.weight_dtype is torch.bfloat16
+        packed = self.size_in, self.size_out, int(is_bf16), table.data_ptr(), table.shape[0]
+        object.__setattr__(self, "packed", packed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteGroup:
-    """Sites that read one input, whose outputs lie side by side in a row of y: O is the sum of theirs."""
-
-    sites: Sequence[Site]
-    size_in: int = field(init=False)
-    size_out: int = field(init=False)
-    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    records: array = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        first = self.sites[0]
-        for site in self.sites:
-            if (site.size_in, site.weight_dtype) != (first.size_in, first.weight_dtype):
-                raise ValueError(
-                    f"sites: need the same size_in and weight_dtype, given {first.size_in}, {first.weight_dtype} and "
-                    f"{site.size_in}, {site.weight_dtype}"
-                )
-        object.__setattr__(self, "size_in", first.size_in)
-        object.__setattr__(self, "size_out", sum(site.size_out for site in self.sites))
-        _pack_sites(self, self.sites)
-
-
-def _pack_sites(target: Site | SiteGroup, sites: Sequence[Site]) -> None:
-    """Give `target` its part of WeftDeltas in deltas.cpp, and the WeftSite records that it points at."""
-    records, column = array("q"), 0
-    for site in sites:
-        records.extend((site.table.data_ptr(), site.table.shape[0], site.size_out, column))
-        column += site.size_out
-    is_bf16 = sites[0].weight_dtype is torch.bfloat16
-    object.__setattr__(target, "records", records)
-    object.__setattr__(target, "packed", (sites[0].size_in, int(is_bf16), len(sites), records.buffer_info()[0]))
-
-
-def post(x: Tensor, y: Tensor, rows: Rows, site: Site | SiteGroup, residual: Tensor | None = None) -> None:
+def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None = None) -> None:
     """Add to each row of the base output `y` the gated deltas of its adapters, in place.
 
     Semantics: y[t] += sum over the entries n of row t of gates[n] * delta(x[t], y[t]), with A, B, l, b of slots[n]:
@@ -144,7 +109,7 @@ def post(x: Tensor, y: Tensor, rows: Rows, site: Site | SiteGroup, residual: Ten
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
     y: [T, O] or [1, T, O], of x's dtype, any row stride; written in place.
-    residual: r, like y; needed where a kind that reads it is among the rows' slots. No group has one.
+    residual: r, like y; needed where a kind that reads it is among the rows' slots.
     """
     x_stride, is_bf16 = _check_rows("x", x, rows, site.size_in)
     y_stride, is_y_bf16 = _check_rows("y", y, rows, site.size_out)
@@ -152,8 +117,6 @@ def post(x: Tensor, y: Tensor, rows: Rows, site: Site | SiteGroup, residual: Ten
         raise ValueError(f"y: needs the dtype of x, {x.dtype}, given {y.dtype}")
     r = 0, 0
     if residual is not None:
-        if isinstance(site, SiteGroup):
-            raise ValueError("residual: no sublayer ends at a group of sites, and one is given")
         r_stride, is_r_bf16 = _check_rows("residual", residual, rows, site.size_out)
         if is_bf16 is not is_r_bf16:
             raise ValueError(f"residual: needs the dtype of x, {x.dtype}, given {residual.dtype}")
@@ -187,7 +150,7 @@ def _run(
     y_stride: int,
     is_bf16: bool,
     rows: Rows,
-    site: Site | SiteGroup,
+    site: Site,
     residual: tuple[int, int] = (0, 0),
 ) -> None:
     threads = torch.get_num_threads()

@@ -30,13 +30,12 @@ class DriverFactory:
         self._dtype = dtype
         self._table: Tensor | None = None
         self._sites: dict[int, deltas.Site] = {}
-        self._groups: dict[int, deltas.SiteGroup] = {}  # by their first site
 
     def __call__(
         self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: routing.Runs | None = None
     ) -> "CpuDriver":
         if self._table is not slots.table:
-            self._table, self._sites, self._groups = slots.table, {}, {}
+            self._table, self._sites = slots.table, {}
         return CpuDriver(self, slots, deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates), routed)
 
     def site(self, site: Site) -> deltas.Site:
@@ -50,13 +49,6 @@ class DriverFactory:
                 size_out=site.out_features,
                 weight_dtype=self._dtype,
             )
-        return found
-
-    def group(self, sites: Sequence[Site]) -> deltas.SiteGroup:
-        """The kernels' view of sites that read one input."""
-        found = self._groups.get(sites[0].index)
-        if found is None:
-            found = self._groups[sites[0].index] = deltas.SiteGroup(sites=[self.site(site) for site in sites])
         return found
 
 
@@ -117,13 +109,14 @@ class CpuDriver:
         return y
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """The outputs of sites that read one input: one product and one kernel call, unless an input is scaled."""
+        """The outputs of sites that read one input: one product, unless an input is scaled."""
         if any(self._inputs_at >> site.index & 1 for site in sites):
             return apply_each(self, sites, base, x)
-        y = base(x)
-        if any(self._outputs_at >> site.index & 1 for site in sites):
-            deltas.post(x, y, self._rows, self._factory.group(sites))
-        return y.split([site.out_features for site in sites], -1)
+        outputs = base(x).split([site.out_features for site in sites], -1)
+        for site, y in zip(sites, outputs, strict=True):
+            if self._outputs_at >> site.index & 1:
+                deltas.post(x, y, self._rows, self._factory.site(site))
+        return outputs
 
 
 def _span_target(routed: routing.Runs) -> routing.Target | None:
