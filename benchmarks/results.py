@@ -87,16 +87,19 @@ def failures(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def misses(entries: Sequence[Entry]) -> list[str]:
-    """By how much each missed bound was missed, and what stands in the way: a line each."""
+def misses(entries: Sequence[Entry], limits: Mapping[tuple[str, str], str]) -> list[str]:
+    """By how much each missed bound was missed, and what stands in the way: a line each.
+
+    limits: by row and metric, what stands in the way of its bound.
+    """
     found = []
     for one in entries:
         for ratio in one["ratios"]:
             if ratio["verdict"] == "missed":
                 share = abs(ratio["ratio"]["median"] / ratio["must"] - 1)
-                metric = METRICS[ratio["metric"]].label
-                text = f"{one['what']} ÷ {ratio['beside']}, {metric}: missed by {share:.1%}"
-                found.append(f"{text}; {ratio['limit']}" if ratio.get("limit") else text)
+                text = f"{one['what']} ÷ {ratio['beside']}, {METRICS[ratio['metric']].label}: missed by {share:.1%}"
+                limit = limits.get((one["name"], ratio["metric"]))
+                found.append(f"{text}. {limit}" if limit else text)
     return found
 
 

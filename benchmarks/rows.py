@@ -4,8 +4,9 @@ A row's sides take turns on the same machine, so its ratios hold although the ma
 of a whole run with adapters over that of the same run without.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from benchmarks import workload
@@ -19,16 +20,12 @@ _MAX_MODEL_LEN = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only told.
-
-    limit: what stands in the way, by measurement; told where `must` is missed.
-    """
+    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only told."""
 
     metric: str = "output_tokens_per_s"
     must: float | None = None
     reach: float | None = None
     at_least: bool = True
-    limit: str = ""
 
     def verdict(self, ratio: float) -> str:
         """Whether the bounds hold."""
@@ -337,6 +334,10 @@ def _holding(row: Row, holds: tuple[Hold, ...]) -> Row:
 
 def _untargeted(row: Row) -> tuple[Other, ...]:
     return tuple(Other(other.side, tuple(Goal(metric=goal.metric) for goal in other.goals)) for other in row.others)
+
+
+LIMITS: Mapping[tuple[str, str], str] = MappingProxyType({})
+"""By row and metric: what stands in the way of a bound, by measurement. Told where it is missed."""
 
 
 def named(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

@@ -50,7 +50,7 @@ def main() -> None:
     console = Console()
     if len(results.cells(found)) > 1:
         console.print(table("Weft beside the others", results.cells(found), num_names=results.NUM_NAMES))
-    for line in [*results.failures(found), *results.misses(found)]:
+    for line in [*results.failures(found), *results.misses(found, rows.LIMITS)]:
         console.print(line, highlight=False, markup=False)
     console.print(_under(found), highlight=False)
     if options.table is not None:
@@ -80,7 +80,9 @@ def measured(chosen: list[rows.Row], turns: int, console: Console) -> Iterator[E
 
 def _block(entries: list[Entry]) -> str:
     table_of_all = markdown(results.cells(entries), num_names=results.NUM_NAMES)
-    untold = [f"- {line.splitlines()[0]}" for line in [*results.misses(entries), *results.failures(entries)]]
+    untold = [
+        f"- {line.splitlines()[0]}" for line in [*results.misses(entries, rows.LIMITS), *results.failures(entries)]
+    ]
     return "\n\n".join(filter(None, [table_of_all, "\n".join(untold), _under(entries)]))
 
 

@@ -67,15 +67,21 @@ def test_verdicts(goal: Goal, ratio: float, verdict: str) -> None:
 
 
 def test_what_is_missed_is_told_with_its_reason() -> None:
-    def one(ratio: float, limit: str) -> dict[str, Any]:
+    def one(name: str, ratio: float) -> dict[str, Any]:
         goal = at_most(1.2, 1.1)
-        told = {"beside": "it", "metric": goal.metric, "must": 1.2, "limit": limit, "verdict": goal.verdict(ratio)}
-        return {"what": "this", "ratios": [told | {"ratio": {"median": ratio}}]}
+        told = {"beside": "it", "metric": goal.metric, "must": 1.2, "verdict": goal.verdict(ratio)}
+        return {"name": name, "what": f"a {name}", "ratios": [told | {"ratio": {"median": ratio}}]}
 
-    assert results.misses([one(1.2, "unseen"), one(1.26, "memory is slow"), one(1.5, "")]) == [
-        "this ÷ it, run, s: missed by 5.0%; memory is slow",
-        "this ÷ it, run, s: missed by 25.0%",
+    limits = {("tax", "duration_s"): "Memory is slow.", ("other", "step_ms"): "Unseen."}
+    assert results.misses([one("met", 1.2), one("tax", 1.26), one("other", 1.5)], limits) == [
+        "a tax ÷ it, run, s: missed by 5.0%. Memory is slow.",
+        "a other ÷ it, run, s: missed by 25.0%",
     ]
+
+
+def test_limits_are_those_of_rows_and_their_bounds() -> None:
+    bounded = {(row.name, goal.metric) for row in rows.whole() for other in row.others for goal in other.goals}
+    assert set(rows.LIMITS) <= bounded
 
 
 def entry(name: str, *, tokens_per_s: float = 100.0, point: tuple[str, float] | None = None) -> dict[str, Any]:
