@@ -105,19 +105,25 @@ class _Held(NamedTuple):
 class _Stream:
     """An accepted request's events on their way to its caller."""
 
-    __slots__ = ("events", "on_finish", "ready", "stalled")
+    __slots__ = ("_reader", "events", "on_finish", "stalled")
 
     def __init__(self, on_finish: Callable[[Finish], None]) -> None:
         self.events: deque[TokenEvent] = deque()
-        self.ready = asyncio.Event()
         self.on_finish = on_finish
         self.stalled = False
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, event: TokenEvent) -> None:
+        """One more; wakes who reads."""
+        self.events.append(event)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def next(self) -> TokenEvent:
         """All that has come."""
         while not self.events:
-            self.ready.clear()
-            await self.ready.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         event = self.events.popleft()
         while self.events:
             event = self.events.popleft().after(event)
@@ -176,8 +182,7 @@ class Generation:
         """Hand one step's events to their streams. Called on the event loop."""
         for event in events:
             stream = self._streams[event.request_id]
-            stream.events.append(event)
-            stream.ready.set()
+            stream.put(event)
             if event.finish is not None:
                 del self._streams[event.request_id]
                 stream.on_finish(event.finish)

@@ -32,6 +32,9 @@ from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
+_GATHER_S = 0.001  # quiet for so long, nobody else is coming
+_GATHER_S_MAX = 0.005
+
 ENGINE_DOWN = "ENGINE_DOWN"
 T = TypeVar("T")
 
@@ -344,20 +347,30 @@ class Engine:
     # -- messages -----------------------------------------------------------------------------------------------
 
     def _receive(self, *, wait: bool) -> None:
-        """Take every message in; where nothing can run, sleep until the next one or the nearest deadline."""
-        block = wait and not self.scheduler.running and self._stuck() is None and self._down is None
-        if block:
+        """Take every message in; where nothing can run, sleep until the next one or the nearest deadline.
+
+        A request that wakes the engine waits a moment for others: what comes together is computed together.
+        """
+        gather_until = 0.0
+        if wait and not self.scheduler.running and self._stuck() is None and self._down is None:
             self._deliver()  # of requests that lost their place
-        while True:
-            try:
-                message = self._inbox.get(block, timeout=self._sleep_s() if block else None)
-            except queue.Empty:
-                return
-            if self._down is None:
-                message.apply()
-            else:
-                message.refuse(self._down)
-            block = False
+            self._take(self._sleep_s())
+            if self.scheduler.waiting:
+                gather_until = self._clock() + _GATHER_S_MAX
+        while self._take(_GATHER_S if self._clock() < gather_until else 0.0):
+            pass
+
+    def _take(self, timeout_s: float | None) -> bool:
+        """Take one message in, if one comes within so many seconds; None waits for ever."""
+        try:
+            message = self._inbox.get(timeout_s != 0.0, timeout=timeout_s)
+        except queue.Empty:
+            return False
+        if self._down is None:
+            message.apply()
+        else:
+            message.refuse(self._down)
+        return True
 
     def _sleep_s(self) -> float | None:
         nearest = min((request.deadline_s for request in self._requests.values()), default=float("inf"))

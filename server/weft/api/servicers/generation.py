@@ -1,7 +1,7 @@
 """GenerationService: proto ⇄ the application's own types, nothing else."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -47,20 +47,21 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                     response.finish.CopyFrom(_finish(part.end, request.options))
         return response
 
-    async def StreamGenerate(
+    async def StreamGenerate(  # pyright: ignore[reportIncompatibleMethodOverride]  # gRPC takes this form too
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
-        is_first = True
+    ) -> None:
+        """Sends for itself: a generator more in each message's way is felt."""
+        request_id = ""
         async with aclosing(self._parts(request, context)) as parts:
             async for part in parts:
                 message = generation_pb2.StreamGenerateResponse()
-                if is_first:
-                    message.request_id, is_first = part.request_id, False
+                if not request_id:
+                    message.request_id = request_id = part.request_id
                 message.delta.text = part.text
                 self._fill(message.delta, request.options, part.tokens)
                 if part.end is not None:
                     message.finish.CopyFrom(_finish(part.end, request.options))
-                yield message
+                await context.write(message)
 
     async def Tokenize(
         self, request: generation_service_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
