@@ -355,10 +355,14 @@ class Engine:
         if wait and not self.scheduler.running and self._stuck() is None and self._down is None:
             self._deliver()  # of requests that lost their place
             self._take(self._sleep_s())
-            if self.scheduler.waiting:
-                gather_until = self._clock() + _GATHER_S_MAX
-        while self._take(_GATHER_S if self._clock() < gather_until else 0.0):
+            gather_until = self._clock() + _GATHER_S_MAX
+        while self._take(_GATHER_S if self._clock() < gather_until and self._can_start() else 0.0):
             pass
+
+    def _can_start(self) -> bool:
+        """Whether somebody waits, and nobody for a load."""
+        waiting = self.scheduler.waiting
+        return bool(waiting) and not any(map(self.residency.is_loading, waiting))
 
     def _take(self, timeout_s: float | None) -> bool:
         """Take one message in, if one comes within so many seconds; None waits for ever."""
