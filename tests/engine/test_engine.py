@@ -1,6 +1,7 @@
 """The engine over a fake runner: every request ends once, faults stay where they belong, and room comes back."""
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -834,3 +835,57 @@ def test_nothing_waits_while_the_engine_sleeps() -> None:
     h.submit([4], params=long(1))
     h.engine.turn(wait=True)
     assert sum(events_of(h, request)) == 3
+
+
+# -- arrivals ----------------------------------------------------------------------------------------------------------
+
+
+class Arriving(queue.SimpleQueue[Any]):
+    """An inbox to which something comes whenever the engine waits at it for a while."""
+
+    def __init__(self, come: Callable[[], object]) -> None:
+        super().__init__()
+        self.come = come
+        self.waits: list[float | None] = []
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        self.waits.append(timeout if block else 0.0)
+        if block and timeout is not None:
+            self.come()
+        return super().get(block, timeout)
+
+
+def test_requests_that_come_together_are_computed_together() -> None:
+    h = harness()
+    coming = [[3], [4, 5]]
+    h.engine._inbox = Arriving(lambda: h.submit(coming.pop(), params=long(3)) if coming else None)
+    h.submit([1, 2], params=long(3))
+    h.engine.turn(wait=True)
+    assert [events_of(h, request) for request in h.requests.values()] == [[1], [1], [1]]
+    h.run()
+    h.assert_answers()
+
+
+def test_who_comes_later_does_not_keep_the_first_waiting() -> None:
+    h = harness()
+
+    def come() -> None:
+        h.now += 0.002
+        h.submit([7], params=long(3))
+
+    h.engine._inbox = Arriving(come)
+    h.submit([1, 2], params=long(3))
+    h.engine.turn(wait=True)
+    assert len(h.requests) == 4, "those of five milliseconds"
+    assert all(events_of(h, request) == [1] for request in h.requests.values())
+
+
+def test_nobody_is_waited_for_while_a_load_is() -> None:
+    """It might come before its request has asked, and would be asked for again."""
+    h = harness()
+    inbox = h.engine._inbox = Arriving(lambda: h.submit([9], params=long(1)))
+    request = h.submit([1], ONE, params=long(2))
+    h.engine.turn(wait=True)
+    assert inbox.waits == [None, 0.0]
+    h.run()
+    assert sum(events_of(h, request)) == 2
