@@ -1,20 +1,17 @@
 """What a step costs in calls, not in seconds: nothing in it grows with the number of adapters, rows or tokens.
 
-Counted with the interpreter's own profiler around one model call: every Python call and every call into C.
+Counted around one model call (tests/calls.py).
 """
 
-import gc
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.calls import counted
 from tests.mixing.test_composition import MAKERS, VIRTUAL
 from tests.mixing.test_mixture import made
 from tests.serving import Row, Step
@@ -46,21 +43,8 @@ class _CountingRunner(ModelRunner):
     calls: _Calls
 
     def forward(self, batch: Any) -> torch.Tensor:
-        self.calls = Counter()
-
-        def count(frame: FrameType, event: str, argument: Any) -> None:
-            if event == "call":
-                self.calls[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_qualname}"] += 1
-            elif event == "c_call":
-                self.calls[f"C:{getattr(argument, '__qualname__', argument)}"] += 1
-
-        gc.disable()  # its callbacks would be counted
-        sys.setprofile(count)
-        try:
-            return super().forward(batch)
-        finally:
-            sys.setprofile(None)
-            gc.enable()
+        logits, self.calls = counted(lambda: ModelRunner.forward(self, batch))
+        return logits
 
 
 def _step(base: loader.Base, kernels: Kernels) -> Step:

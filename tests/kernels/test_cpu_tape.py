@@ -1,8 +1,6 @@
 """A recorded step on the CPU gives, told again, what the model gives: for any base, adapters, and numbers."""
 
 import logging
-import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.calls import counted
 from tests.engine.decoding import Decoding, Part
 from tests.engine.test_graphs import Forgetful, mixed
 from torch import Tensor
@@ -39,24 +38,6 @@ def _base(directory: Path, architecture: str, quantization: Quantization, dtype:
 def _decodings(base: loader.Base, num_recorded_rows: int = 32) -> tuple[Decoding, Decoding]:
     kernels = select(base.device, base.dtype)
     return Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=num_recorded_rows)
-
-
-def _calls(function: Callable[[], object]) -> Counter[str]:
-    """Every call from Python and into C that a function makes."""
-    calls: Counter[str] = Counter()
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        if event == "call":
-            calls[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_qualname}"] += 1
-        elif event == "c_call":
-            calls[f"C:{getattr(argument, '__qualname__', argument)}"] += 1
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -179,7 +160,7 @@ def test_a_recorded_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: P
         for request in recorded.requests:
             request.output.append(5)
         batch = recorded.batch(recorded.requests)
-        calls.append(_calls(lambda batch=batch, runner=recorded.runner: runner.forward(batch)))
+        calls.append(counted(lambda batch=batch, runner=recorded.runner: runner.forward(batch))[1])
     assert calls[0] == calls[1] == calls[2]
     assert not [name for name in calls[0] if name.startswith("modeling_llama.py")]
     assert calls[0]["tape.py:Tapes.__call__.<locals>.replay"] == 1
