@@ -11,10 +11,22 @@ from weft.adapters.slots import AdapterSlot
 from weft.engine import batch as batches
 from weft.engine.batch import Batch
 from weft.engine.block_manager import BlockManager
-from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams, canonical
+from weft.engine.gatings import Gatings
+from weft.engine.request import (
+    AdapterUse,
+    ExpertBound,
+    Gates,
+    GateSight,
+    MixtureUse,
+    Request,
+    RequestId,
+    SamplingParams,
+    canonical,
+)
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
 from weft.kernels.selection import Kernels
+from weft.methods.mixture import Level, Mixture
 from weft.methods.protocol import Adapter
 from weft.model.loader import Base
 
@@ -26,6 +38,17 @@ class Part(NamedTuple):
 
     adapter: Adapter
     gate: float
+
+
+class Blend(NamedTuple):
+    """What a request of a mixture takes: the experts in its order, the router, and what the request wants of gates."""
+
+    experts: Sequence[Adapter]
+    mixture: Mixture
+    bounds: tuple[ExpertBound, ...] = ()
+
+
+Taken = Sequence[Part] | Blend
 
 
 class Decoding:
@@ -43,33 +66,46 @@ class Decoding:
             num_recorded_rows=num_recorded_rows,
         )
         self.requests: list[Request] = []
+        self._gatings = Gatings(self.runner)
         self._slots: dict[Request, tuple[AdapterSlot, ...]] = {}
 
-    def start(self, requests: Sequence[Sequence[Part]]) -> None:
+    def start(self, requests: Sequence[Taken]) -> None:
         """Place everybody's adapters and compute everybody's prompt, in one step; prompts have different lengths."""
-        for index, parts in enumerate(requests):
+        for index, taken in enumerate(requests):
+            parts = [Part(expert, 1.0) for expert in taken.experts] if isinstance(taken, Blend) else taken
             made, virtual_blocks = {}, []
             for number, part in enumerate(parts):
                 laid_out = slab.build(part.adapter, self.base.shape, dtype=self.base.dtype)
                 slot = self.runner.slots.put(laid_out)
                 assert slot is not None
                 if laid_out.virtual is not None:
-                    taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
-                    assert taken is not None
-                    virtual_blocks += taken
-                    self.runner.write_virtual(taken, laid_out.virtual)
+                    blocks = self.blocks.take_virtual(laid_out.num_virtual_tokens)
+                    assert blocks is not None
+                    virtual_blocks += blocks
+                    self.runner.write_virtual(blocks, laid_out.virtual)
                 use = AdapterUse(Generation(f"{index}-{number:03}"), part.gate, laid_out.num_virtual_tokens)
                 made[use] = slot
             uses = canonical(made)
+            slots = [made[use] for use in uses]
+            mixture = None
+            if isinstance(taken, Blend):
+                slot = self.runner.slots.put(slab.build_router(taken.mixture))
+                assert slot is not None
+                slots.append(slot)
+                reads_prompt = taken.mixture.config.level is Level.SEQUENCE
+                mixture = MixtureUse(Generation(str(index)), reads_prompt, taken.bounds, GateSight.TOKENS)
             request = Request(
                 request_id=RequestId(str(index)),
                 prompt_token_ids=tuple(2 + (7 * index + place) % 90 for place in range(1 + index % 23)),
                 params=SamplingParams(),
                 adapters=uses,
+                mixture=mixture,
                 virtual_blocks=virtual_blocks,
             )
+            if mixture is not None:
+                self._gatings.begin(request, mixture)
             self.requests.append(request)
-            self._slots[request] = tuple(made[use] for use in uses)
+            self._slots[request] = tuple(slots)
         self._compute(self.requests)
 
     def step(self, chosen: Sequence[int] | None = None) -> Tensor:
@@ -79,14 +115,16 @@ class Decoding:
             request.output.append(2 + (11 * request.num_tokens + int(request.request_id)) % 90)
         return self._compute(requests)
 
-    def end(self) -> None:
-        """All requests leave, with their adapters."""
+    def end(self) -> list[Gates | None]:
+        """All requests leave, with their adapters; what mixtures made of their tokens."""
+        gates = [self._gatings.end(request) for request in self.requests]
         for request in self.requests:
             self.blocks.release(request)
             self.blocks.drop_virtual(request.virtual_blocks)
             for slot in self._slots.pop(request):
                 self.runner.slots.drop(slot)
         self.requests = []
+        return gates
 
     def pool_keys(self) -> Sequence[Tensor]:
         """The keys of the pool, layer by layer."""
@@ -98,10 +136,14 @@ class Decoding:
         for request in requests:
             assert self.blocks.grow(request, request.num_tokens)
             scheduled.append(Scheduled(request, request.num_tokens - request.num_computed_tokens))
-        return batches.build(scheduled, self._slots, BLOCK_SIZE, self.runner.slots.planes)
+        return batches.build(scheduled, self._slots, BLOCK_SIZE, self.runner.slots.planes, self._gatings)
 
     def _compute(self, requests: Sequence[Request]) -> Tensor:
-        logits = self.runner.forward(self.batch(requests))
+        batch = self.batch(requests)
+        logits = self.runner.forward(batch)
+        if batch.adapter_rows is not None and batch.adapter_rows.routing is not None:
+            step = [Scheduled(request, request.num_tokens - request.num_computed_tokens) for request in requests]
+            self._gatings.note(step, batch.adapter_rows.routing)
         for request in requests:
             request.num_computed_tokens = request.num_tokens
         return logits.clone()

@@ -1,7 +1,7 @@
 """One step as flat tensors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
@@ -162,7 +162,7 @@ def build(
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    """Every tensor that kernels read of a batch without a mixture, in a fixed order."""
+    """Every tensor that kernels read or write, in a fixed order, each once."""
     rows = batch.adapter_rows
     found = [
         batch.input_ids,
@@ -175,13 +175,22 @@ def tensors(batch: Batch) -> list[Tensor]:
         batch.sample_rows,
     ]
     found += [] if batch.log_gates is None else [batch.log_gates]
-    return found + ([] if rows is None else [rows.offsets, rows.slots, rows.gates])
+    if rows is None:
+        return found
+    found += [rows.offsets, rows.slots, rows.gates]
+    return found if rows.routing is None else found + _tensors_of(rows.routing)
 
 
 def with_tensors(batch: Batch, moved: Sequence[Tensor]) -> Batch:
     """The batch with other tensors, in the order of `tensors`."""
     rest = iter(moved)
     ids, positions, kv_slots, query_start, context_lens, virtual_lens, block_tables, sample_rows = islice(rest, 8)
+    log_gates = None if batch.log_gates is None else next(rest)
+    rows = batch.adapter_rows
+    if rows is not None:
+        rows = rows._replace(offsets=next(rest), slots=next(rest), gates=next(rest))
+        if rows.routing is not None:
+            rows = rows._replace(routing=_with_tensors(rows.routing, rest, log_gates))
     return Batch(
         input_ids=ids,
         positions=positions,
@@ -190,11 +199,31 @@ def with_tensors(batch: Batch, moved: Sequence[Tensor]) -> Batch:
         context_lens=context_lens,
         virtual_lens=virtual_lens,
         block_tables=block_tables,
-        log_gates=None if batch.log_gates is None else next(rest),
+        log_gates=log_gates,
         sample_rows=sample_rows,
-        adapter_rows=None
-        if batch.adapter_rows is None
-        else batch.adapter_rows._replace(offsets=next(rest), slots=next(rest), gates=next(rest)),
+        adapter_rows=rows,
+    )
+
+
+def trace(batch: Batch) -> Tensor | None:
+    """Where a step's mixtures write what they made; None where nobody looks."""
+    rows = batch.adapter_rows
+    return None if rows is None or rows.routing is None else rows.routing.trace
+
+
+def _tensors_of(routing: Routing) -> list[Tensor]:
+    """Those that are a mixture's alone: its log-gates are the batch's own."""
+    optional = routing.span_experts, routing.trace
+    return [routing.table, routing.experts, *(one for one in optional if one is not None)]
+
+
+def _with_tensors(routing: Routing, rest: Iterator[Tensor], log_gates: Tensor | None) -> Routing:
+    return routing._replace(
+        table=next(rest),
+        experts=next(rest),
+        span_experts=None if routing.span_experts is None else next(rest),
+        trace=None if routing.trace is None else next(rest),
+        log_gates=None if routing.log_gates is None else log_gates,
     )
 
 

@@ -7,6 +7,7 @@ so a recording serves only steps of its `StepShape`, whose outline also says whe
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ from weft.kernels.recording import Record, Replay
 _RECORDINGS_MAX = 256
 
 
-class _Recording:
-    """A step on the device: its inputs, and how it is computed again."""
+class _Recording(NamedTuple):
+    """A step on the device: its inputs, as bytes and as the batch that lies in them, and how it is computed again."""
 
-    def __init__(self, inputs: Tensor, replay: Replay) -> None:
-        self.inputs = inputs
-        self.replay = replay
+    inputs: Tensor
+    there: Batch
+    replay: Replay
 
 
 class Graphs:
@@ -57,6 +58,11 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._recordings)
 
+    @property
+    def shapes(self) -> list[StepShape]:
+        """What steps are recorded of, the least recently used first."""
+        return list(self._recordings)
+
     def run(self, batch: Batch, shape: StepShape) -> Tensor:
         """The logits [number of requests, V] of a decode step of `shape`; the next step overwrites them."""
         padded = padding.pad(batch, shape, first_scratch_block=self._first_scratch_block, block_size=self._block_size)
@@ -70,12 +76,14 @@ class Graphs:
         else:
             self._recordings.move_to_end(shape)
             self._transfer.up(tensors, recording.inputs)
-        return recording.replay()[: len(batch.input_ids)]
+        logits = recording.replay()[: len(batch.input_ids)]
+        bring_trace(batch, recording.there, self._transfer)
+        return logits
 
     def _make(self, padded: Batch, tensors: Sequence[Tensor]) -> _Recording:
         inputs = torch.empty(Frame.of(tensors).size_bytes, dtype=torch.uint8, device=self._device)
         there = batches.with_tensors(padded, self._transfer.up(tensors, inputs))
-        return _Recording(inputs, self._record(lambda: self._compute(there)))
+        return _Recording(inputs, there, self._record(lambda: self._compute(there)))
 
     def _drop_stale(self, shape: StepShape) -> None:
         """Forget what was recorded with a slot table that has moved."""
@@ -85,3 +93,10 @@ class Graphs:
         for known in [known for known in self._recordings if known.outline is not None]:
             if known.outline is not None and known.outline.table_at != self._table_at:
                 del self._recordings[known]
+
+
+def bring_trace(batch: Batch, there: Batch, transfer: Transfer) -> None:
+    """What mixtures made of their gates in a step that was computed as `there`, to where `batch` has it."""
+    wanted, made = batches.trace(batch), batches.trace(there)
+    if wanted is not None and made is not None and made is not wanted:
+        wanted.copy_(transfer.down(made)[:, : wanted.shape[1]])

@@ -2,27 +2,39 @@
 
 A *decode step* has one row for each request, and every row samples. Padding rows come after the real ones: they have
 no adapters, store their keys in scratch blocks that no request owns, see nothing but one position there, and nobody
-looks at their logits. Padding entries are the last row's, of the last entry's slot with gate 0, which adds nothing.
-Where a block table is wider than its request it holds what is never read.
+looks at their logits. Padding entries are the last row's, of the last entry's slot with gate 0, which adds nothing,
+and no expert's. Padding runs of mixtures are of no rows. Where a block table is wider than its request, and a trace
+than what is traced, it holds what is never read.
 """
 
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from weft.adapters.slots import Outline
 from weft.engine.batch import AdapterRows, Batch
+from weft.engine.gatings import Routing
 
 _TABLE_WIDTHS = (16, 64)  # of steps that are common: up to 1,024 tokens in blocks of 16
 _SPACED = 16  # from here on there is a size between two powers of two
 
 
+class RoutedShape(NamedTuple):
+    """Of a step's mixtures. runs: room for requests. traced: room for gates in a layer's trace; 0 for no trace."""
+
+    runs: int
+    traced: int
+    has_spans: bool
+
+
 class StepShape(NamedTuple):
     """What a captured step was captured for; steps of the same shape differ in the contents of their tensors alone.
 
-    entries: room for entries of adapter rows; 0 where no row has an adapter. outline: of the slot table, where one has.
+    entries: room for entries of adapter rows; 0 where no row has any. outline: of the slot table, where a row has an
+    adapter. routed: None without mixtures.
     """
 
     rows: int
@@ -31,24 +43,33 @@ class StepShape(NamedTuple):
     has_log_gates: bool
     entries: int
     outline: Outline | None
+    routed: RoutedShape | None = None
 
 
 def shape_of(batch: Batch, outline: Outline) -> StepShape | None:
-    """The shape that a batch is padded to. None where it is no decode step, or has a mixture: routers run eagerly."""
+    """The shape that a batch is padded to. None where it is no decode step."""
     num_rows, rows = len(batch.input_ids), batch.adapter_rows
     if not batch.samples_all or len(batch.context_lens) != num_rows:
         return None
-    if rows is not None and rows.routing is not None:
-        return None
     size = step_size(num_rows)
+    num_entries = 0 if rows is None else len(rows.slots)
     num_spans = batch.virtual_lens.shape[1]
     return StepShape(
         rows=size,
         table_width=_table_width(batch.block_tables.shape[1]),
         spans=_power_of_two(num_spans) if num_spans else 0,
         has_log_gates=batch.log_gates is not None,
-        entries=0 if rows is None else max(size, step_size(len(rows.slots))),
+        entries=max(size, step_size(num_entries)) if num_entries else 0,
         outline=None if rows is None else outline,
+        routed=None if rows is None or rows.routing is None else _routed_shape(rows.routing),
+    )
+
+
+def _routed_shape(routing: Routing) -> RoutedShape:
+    return RoutedShape(
+        runs=_power_of_two(len(routing.table)),
+        traced=0 if routing.trace is None else _power_of_two(routing.trace.shape[1]),
+        has_spans=routing.span_experts is not None,
     )
 
 
@@ -120,6 +141,10 @@ def pad(batch: Batch, shape: StepShape, *, first_scratch_block: int, block_size:
     tables = F.pad(batch.block_tables, (0, shape.table_width - batch.block_tables.shape[1], 0, missing))
     tables[num_rows:, 0] = first_scratch_block + scratch // block_size
     new_spans = shape.spans - batch.virtual_lens.shape[1]
+    log_gates = None if batch.log_gates is None else F.pad(batch.log_gates, (0, new_spans, 0, missing))
+    rows = None if batch.adapter_rows is None else _pad_entries(batch.adapter_rows, shape, missing)
+    if rows is not None and rows.routing is not None:
+        rows = rows._replace(routing=_pad_routing(rows.routing, shape, (0, new_spans, 0, missing), log_gates))
     return Batch(
         input_ids=F.pad(batch.input_ids, (0, missing)),
         positions=F.pad(batch.positions, (0, missing)),
@@ -128,9 +153,9 @@ def pad(batch: Batch, shape: StepShape, *, first_scratch_block: int, block_size:
         context_lens=F.pad(batch.context_lens, (0, missing), value=1),
         virtual_lens=F.pad(batch.virtual_lens, (0, new_spans, 0, missing)),
         block_tables=tables,
-        log_gates=None if batch.log_gates is None else F.pad(batch.log_gates, (0, new_spans, 0, missing)),
+        log_gates=log_gates,
         sample_rows=torch.arange(shape.rows),
-        adapter_rows=None if batch.adapter_rows is None else _pad_entries(batch.adapter_rows, shape, missing),
+        adapter_rows=rows,
     )
 
 
@@ -139,7 +164,23 @@ def _pad_entries(rows: AdapterRows, shape: StepShape, missing: int) -> AdapterRo
     offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(missing)])
     offsets[-1] = shape.entries
     slots = torch.cat([rows.slots, rows.slots[-1:].expand(unused)])
-    return AdapterRows(offsets, slots, F.pad(rows.gates, (0, unused)), rows.runs)
+    return AdapterRows(offsets, slots, F.pad(rows.gates, (0, unused)), rows.runs, rows.routing)
+
+
+def _pad_routing(
+    routing: Routing, shape: StepShape, around_spans: tuple[int, int, int, int], log_gates: Tensor | None
+) -> Routing:
+    """around_spans: what of spans and rows is added, as F.pad takes it. log_gates: the padded batch's."""
+    assert shape.routed is not None
+    table, experts, span_experts, trace = routing.table, routing.experts, routing.span_experts, routing.trace
+    nobody = torch.tensor([shape.rows, shape.rows, int(table[-1, 2]), 0, 0, -1])
+    return routing._replace(
+        table=torch.cat([table, nobody.expand(shape.routed.runs - len(table), -1)]),
+        experts=F.pad(experts, (0, shape.entries - len(experts)), value=-1),
+        span_experts=None if span_experts is None else F.pad(span_experts, around_spans, value=-1),
+        trace=None if trace is None else F.pad(trace, (0, shape.routed.traced - trace.shape[1])),
+        log_gates=None if routing.log_gates is None else log_gates,
+    )
 
 
 def _table_width(num_blocks: int) -> int:

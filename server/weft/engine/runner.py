@@ -15,7 +15,7 @@ from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine import batch as batches
 from weft.engine import padding
 from weft.engine.batch import AdapterRows, Batch, at_rows, entries_at
-from weft.engine.graphs import Graphs
+from weft.engine.graphs import Graphs, bring_trace
 from weft.engine.padding import StepShape, empty, num_scratch_blocks, shape_of
 from weft.engine.reference_routers import ReferenceRouters
 from weft.engine.transfer import Transfer, transfer_to
@@ -215,8 +215,11 @@ class ModelRunner:
         if self._graphs is None or len(batch.input_ids) > self._num_recorded_rows:
             return None
         outline, rows, decisions = self.slots.outline, batch.adapter_rows, self._kernels.decisions
-        if decisions is not None and rows is not None and rows.routing is None:
-            outline = outline._replace(rank=0, kinds=decisions(self.slots, rows.slots))
+        if rows is not None:
+            if rows.routing is not None and not self._kernels.records_routers:
+                return None
+            if decisions is not None:
+                outline = outline._replace(rank=0, kinds=decisions(self.slots, rows.slots))
         return shape_of(batch, outline)
 
     def _replay(self, batch: Batch, shape: StepShape) -> Tensor | None:
@@ -232,13 +235,8 @@ class ModelRunner:
 
     def _run(self, batch: Batch) -> Tensor:
         there = batches.with_tensors(batch, self.transfer.up(batches.tensors(batch)))
-        trace = _trace(batch)
-        if trace is None:
-            return self._compute(batch, there)
-        made = trace if trace.device == self._base.device else torch.zeros_like(trace, device=self._base.device)
-        logits = self._compute(batch, _with_trace(there, made))
-        if made is not trace:
-            trace.copy_(self.transfer.down(made))
+        logits = self._compute(batch, there)
+        bring_trace(batch, there, self.transfer)
         return logits
 
     def _compute(self, batch: Batch, there: Batch) -> Tensor:
@@ -301,8 +299,6 @@ class ModelRunner:
         host_rows, rows = batch.adapter_rows, there.adapter_rows
         if host_rows is None or rows is None:
             return None
-        if rows.routing is not None and rows.routing.log_gates is not None:
-            rows = rows._replace(routing=rows.routing._replace(log_gates=there.log_gates))
         routers = ReferenceRouters(self.slots, rows.routing, there.log_gates, self._base.device)
         driver = self._driver_of(rows, routers)
         if batch.samples_all or not any(self.slots.num_entries[index] for index in self._heads):
@@ -325,19 +321,6 @@ class ModelRunner:
         plain, routed = routers.split(rows.runs, sample_rows)
         of_plain = segments(self.slots, rows._replace(runs=plain), self._base.device)
         return ReferenceDriver([*of_plain, *routed], routers.routed if sample_rows is None else ())
-
-
-def _trace(batch: Batch) -> Tensor | None:
-    """Where a step's mixtures write what they made; None where nobody looks."""
-    rows = batch.adapter_rows
-    return None if rows is None or rows.routing is None else rows.routing.trace
-
-
-def _with_trace(batch: Batch, trace: Tensor) -> Batch:
-    rows = batch.adapter_rows
-    assert rows is not None
-    assert rows.routing is not None
-    return batch._replace(adapter_rows=rows._replace(routing=rows.routing._replace(trace=trace)))
 
 
 def segments(slots: SlotTable, rows: AdapterRows, device: torch.device) -> Sequence[Segment]:

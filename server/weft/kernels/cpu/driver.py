@@ -53,7 +53,7 @@ class DriverFactory:
 
 
 def decisions(slots: Slots, slot_of_entry: Tensor) -> bytes:
-    """All that the driver of a step without mixtures decides from what its entries' slots hold, and where they lie."""
+    """All that a step's driver decides from what its entries' slots hold, and where they lie."""
     outputs_at, inputs_at = _acting(slots, slot_of_entry)
     return b"%x %x %d %d" % (outputs_at, inputs_at, slots.num_residual_readers > 0, slots.table.shape[1])
 

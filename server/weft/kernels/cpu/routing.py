@@ -85,4 +85,5 @@ def route(
             *gates.packed,
             *(NOWHERE if log_gates is None else log_gates.packed),
         ),
+        routers,
     )

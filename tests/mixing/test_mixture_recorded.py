@@ -1,0 +1,120 @@
+"""A recorded step of mixtures gives, told again, what the model gives: logits, and the gates that requests look at.
+
+A step meets rows of other mixtures than it was recorded with, or none of them, and padding beside them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.engine.decoding import Blend, Decoding, Part, Taken
+from tests.engine.test_graphs import Forgetful
+from tests.mixing.test_mixture import Mixed, made, mixtures
+from weft.engine.request import Gates
+from weft.kernels.cpu import library
+from weft.kernels.selection import select
+from weft.methods.protocol import BaseShape
+from weft.model import loader
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="no compiler for the kernels")
+
+NUM_ROWS_MAX = 32
+
+
+def _blend(mixed: Mixed) -> Blend:
+    return Blend(mixed.experts, mixed.mixture, mixed.bounds)
+
+
+def _decodings(base: loader.Base) -> tuple[Decoding, Decoding]:
+    kernels = select(base.device, base.dtype)
+    return Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=NUM_ROWS_MAX)
+
+
+def _crowd(base: BaseShape, seed: int) -> list[Taken]:
+    """Twelve mixtures of every kind, and between them rows of the base, of an adapter, and of a composition."""
+    loras = [tiny.random_lora(base, rank=2, seed=seed + place) for place in range(3)]
+    plain: list[Taken] = [[], [Part(loras[0], 1.0)], [Part(loras[1], 0.5), Part(loras[2], 0.25)]]
+    blends = [_blend(one) for one in mixtures(base, seed=seed)]
+    return [*blends[:5], plain[0], *blends[5:8], *plain[1:], *blends[8:]]
+
+
+def _assert_same(got: Sequence[Gates | None], wanted: Sequence[Gates | None]) -> None:
+    assert [one is None for one in got] == [one is None for one in wanted]
+    for mine, theirs in zip(got, wanted, strict=True):
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(torch.tensor(mine.tokens), torch.tensor(theirs.tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_recorded_steps_of_mixtures_give_the_logits_and_gates_of_plain_ones(base: loader.Base) -> None:
+    plain, recorded = _decodings(base)
+    for decoding in (plain, recorded):
+        decoding.start(_crowd(base.shape, seed=1))
+    everybody = list(range(len(plain.requests)))
+    for kept in [everybody] * 20 + [everybody[:9], everybody[3:], [0], [11], [5], everybody]:
+        torch.testing.assert_close(recorded.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
+    graphs = recorded.runner._graphs
+    assert graphs is not None
+    assert any(shape.routed is not None and shape.routed.has_spans for shape in graphs.shapes)
+    assert sum(shape.routed is None for shape in graphs.shapes) <= 1, "what has a mixture is recorded as such"
+    gates, wanted = recorded.end(), plain.end()
+    _assert_same(gates, wanted)
+    assert sum(one is not None for one in gates) == 12
+
+
+def test_other_mixtures_find_the_recording_of_the_first(base: loader.Base) -> None:
+    """As many experts and rows: routers, wishes and what they read are told by address."""
+    plain, recorded = _decodings(base)
+    sizes = []
+    for seed in range(3):
+        for decoding in (plain, recorded):
+            decoding.start(
+                [
+                    _blend(
+                        made(
+                            base.shape,
+                            seed=10 * seed + row,
+                            num_experts=3,
+                            top_k=2,
+                            methods=("lora",),
+                            bounded=row == 1,
+                        )
+                    )
+                    for row in range(4)
+                ]
+            )
+        for _ in range(3):
+            torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+        _assert_same(recorded.end(), plain.end())
+        graphs = recorded.runner._graphs
+        assert graphs is not None
+        sizes.append(len(graphs))
+    assert sizes == [1, 1, 1]
+
+
+def test_a_replay_that_forgets_its_inputs_is_noticed(base: loader.Base) -> None:
+    """Negative control."""
+    kernels = select(base.device, base.dtype)
+    plain = Decoding(base, kernels)
+    forgetful = Decoding(base, replace(kernels, recorder=Forgetful), num_recorded_rows=NUM_ROWS_MAX)
+    for decoding in (plain, forgetful):
+        decoding.start(_crowd(base.shape, seed=2))
+    torch.testing.assert_close(forgetful.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(forgetful.step(), plain.step(), rtol=1e-2, atol=1e-2)
+    with pytest.raises(AssertionError, match="not close"):
+        _assert_same(forgetful.end(), plain.end())
+
+
+def test_kernels_whose_routers_read_on_the_host_stay_plain(base: loader.Base) -> None:
+    kernels = replace(select(base.device, base.dtype), records_routers=False)
+    plain, unrecorded = Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=NUM_ROWS_MAX)
+    for decoding in (plain, unrecorded):
+        decoding.start([_blend(made(base.shape, seed=5, num_experts=2, top_k=1)), []])
+    assert unrecorded.step().equal(plain.step())
+    graphs = unrecorded.runner._graphs
+    assert graphs is not None
+    assert len(graphs) == 0
+    unrecorded.step([1])
+    assert len(graphs) == 1
