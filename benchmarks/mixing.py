@@ -2,9 +2,9 @@
 
 Requests decode in lockstep on `bench-80m`, the engine driven in process: over gRPC the differences below drown in what
 else the machine does. The step time is that from a request's first token to its last ÷ the steps between them. The
-kinds of batches take turns (A, B, C, A, B, C …), so that a ratio holds although the machine's speed drifts. What eight rows without adapters cost
-beside eight with them is the difference to those eight alone; what they cost by themselves is the difference between
-sixteen and eight rows of the base.
+kinds of batches take turns (A, B, C, A, B, C …), so that a ratio holds although the machine's speed drifts. What eight
+rows without adapters cost beside eight with them is the difference to those eight alone; what they cost by themselves
+is the difference between sixteen and eight rows of the base.
 """
 
 import argparse
