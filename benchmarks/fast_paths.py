@@ -36,6 +36,7 @@ from benchmarks.fixed_steps import (
     Rows,
     loras,
     loras_at_q,
+    mixtures,
     one_lora,
 )
 from benchmarks.forms import WHOLE, Form, plain, without
@@ -173,6 +174,8 @@ class Quantity(NamedTuple):
 
 DECODE = Quantity(f"decode step, {NUM_ROWS} rows", 5, FixedSteps.decode)
 PLAIN = DECODE._replace(what=f"{DECODE.what}, not recorded", of=plain)
+MIXTURES = DECODE._replace(what=f"decode step, {NUM_ROWS} mixtures of four LoRAs")
+MIXTURES_PLAIN = PLAIN._replace(what=f"{MIXTURES.what}, not recorded")
 ALONE = DECODE._replace(what="decode step, 1 row")
 ALONE_PLAIN = PLAIN._replace(what=f"{ALONE.what}, not recorded")
 PREFILL = Quantity(f"prefill, {NUM_PROMPT:,} tokens", 1, FixedSteps.prefill)
@@ -227,6 +230,7 @@ _ALONE = ALONE, ALONE_PLAIN
 _GROUPS = "q, k and v, gate and up held as one"
 STEPS = [
     *_of_steps("recorded", "decode steps recorded", forms.UNRECORDED, quantities=[DECODE]),
+    *_of_steps("recorded", "decode steps recorded", forms.UNRECORDED, quantities=[MIXTURES], rows=mixtures),
     *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALL),
     *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALONE, rows=one_lora),
     *_of_steps("product", "own packed product, beside torch's", without("packing"), quantities=[DECODE, PREFILL]),
@@ -234,6 +238,14 @@ STEPS = [
     *_of_steps("norms", "a norm in one call", without("norms"), quantities=_ALL),
     *_of_steps("gates", "a gate in one call", without("gates"), quantities=_ALL),
     *_of_steps("deltas", "kernels of deltas", forms.REFERENCE_DRIVER, forms.UNRECORDED, quantities=[PLAIN, PREFILL]),
+    *_of_steps(
+        "routers",
+        "kernel of routers",
+        forms.TORCH_ROUTERS,
+        forms.UNRECORDED,
+        quantities=[MIXTURES_PLAIN],
+        rows=mixtures,
+    ),
     *_of_steps(
         "attention",
         "kernel of paged attention",

@@ -9,22 +9,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from benchmarks import models
 from benchmarks.models import prompts
 from weft.adapters import slab
 from weft.adapters.identifiers import Generation
+from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.config import EngineConfig
 from weft.engine import batch as batches
 from weft.engine.batch import Batch
 from weft.engine.block_manager import BlockManager, cache_root
 from weft.engine.engine import Engine, EngineCallbacks
-from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams, TokenEvent
+from weft.engine.gatings import Gatings
+from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
 from weft.kernels.selection import Kernels
+from weft.methods import mixture
+from weft.methods.mixture import Expert, Mixture, MixtureConfig
 from weft.methods.protocol import Adapter
 from weft.metrics import Metrics
 from weft.model.loader import Base
@@ -35,13 +40,18 @@ NUM_PROMPT = 1024
 RANK = 8
 _BLOCK_SIZE = 16
 _ADAPTER_BYTES = 1 << 28
+_NUM_EXPERTS = 4
 
 
 class Rows(NamedTuple):
-    """Adapters of rows, one for each, and those that are on the device while no row has them."""
+    """What rows take: adapters, one for each, or mixtures, each of as many of the adapters as it has experts, in turn.
+
+    resident: what is on the device while no row has it.
+    """
 
     adapters: Sequence[Adapter]
     resident: Sequence[Adapter] = ()
+    mixtures: Sequence[Mixture] = ()
 
 
 def loras(base: Base) -> Rows:
@@ -64,6 +74,27 @@ def loras_at_q(base: Base) -> Rows:
     )
 
 
+def mixtures(base: Base) -> Rows:
+    """Another mixture for each row, of four LoRAs, two at a time."""
+    config = MixtureConfig(num_experts=_NUM_EXPERTS, top_k=2)
+    return Rows(
+        adapters=[models.made(models.lora_of(RANK), base.shape, seed) for seed in range(NUM_ROWS * _NUM_EXPERTS)],
+        mixtures=[
+            Mixture(
+                config,
+                mixture.init(
+                    config,
+                    base.shape.num_layers,
+                    base.shape.embedding_size,
+                    torch.Generator().manual_seed(seed),
+                ),
+                tuple(Expert(f"{place:064x}") for place in range(_NUM_EXPERTS)),
+            )
+            for seed in range(NUM_ROWS)
+        ],
+    )
+
+
 def _within(adapter: Adapter, suffix: str) -> Adapter:
     sites = {name: params for name, params in adapter.sites.items() if name.endswith(suffix)}
     return replace(adapter, config=replace(adapter.config, target_modules=(suffix,)), sites=sites)
@@ -73,8 +104,8 @@ class FixedSteps:
     """A decode step of rows with NUM_CONTEXT tokens before them, and a prompt of NUM_PROMPT with the first adapter."""
 
     def __init__(self, base: Base, kernels: Kernels, given: Rows) -> None:
-        adapters, resident = given
-        num_tokens = [*[NUM_CONTEXT + 1] * len(adapters), NUM_PROMPT]
+        num_rows = len(given.mixtures or given.adapters)
+        num_tokens = [*[NUM_CONTEXT + 1] * num_rows, NUM_PROMPT]
         num_blocks = sum(-(-count // _BLOCK_SIZE) for count in num_tokens)
         self._blocks = BlockManager(num_blocks, _BLOCK_SIZE, enable_prefix_caching=False)
         self._runner = ModelRunner(
@@ -83,20 +114,38 @@ class FixedSteps:
             block_size=_BLOCK_SIZE,
             adapter_bytes=_ADAPTER_BYTES,
             kernels=kernels,
-            num_recorded_rows=len(adapters),
+            num_recorded_rows=num_rows,
         )
+        self._gatings = Gatings(self._runner)
         self._runner.warm_up()
-        slots = [self._place(base, adapter) for adapter in (*adapters, *resident)]
-        rows = [
-            _request(f"row {index}", prompt, index) for index, prompt in enumerate(prompts(len(adapters), NUM_CONTEXT))
-        ]
-        prompt = _request("prompt", prompts(1, NUM_PROMPT)[0], 0)
-        slots_of = dict(zip([*rows, prompt], [*slots[: len(rows)], slots[0]], strict=True))
-        self._runner.forward(self._batch(rows, slots_of))
+        built = (slab.build(adapter, base.shape, dtype=base.dtype) for adapter in (*given.adapters, *given.resident))
+        slots = [self._place(one) for one in built]
+        routers = [self._place(slab.build_router(one)) for one in given.mixtures]
+        per_row = len(given.adapters) // num_rows
+        self._slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
+
+        def request(name: str, prompt: Sequence[int], row: int) -> Request:
+            first = row * per_row
+            uses = [AdapterUse(Generation(f"{first + place:03}"), 1.0, 0) for place in range(per_row)]
+            made = Request(
+                request_id=RequestId(name),
+                prompt_token_ids=tuple(prompt),
+                params=SamplingParams(),
+                adapters=tuple(uses),
+                mixture=MixtureUse(Generation(str(row))) if routers else None,
+            )
+            if made.mixture is not None:
+                self._gatings.begin(made, made.mixture)
+            self._slots_of[made] = (*slots[first : first + per_row], *routers[row : row + 1])
+            return made
+
+        rows = [request(f"row {row}", prompt, row) for row, prompt in enumerate(prompts(num_rows, NUM_CONTEXT))]
+        prompt = request("prompt", prompts(1, NUM_PROMPT)[0], 0)
+        self._runner.forward(self._batch(rows))
         for request in rows:
             request.num_computed_tokens = request.num_tokens
             request.output.append(1)
-        self._decode, self._prompt = self._batch(rows, slots_of), self._batch([prompt], slots_of)
+        self._decode, self._prompt = self._batch(rows), self._batch([prompt])
         self.decode()  # records it
 
     def decode(self) -> Tensor:
@@ -107,17 +156,17 @@ class FixedSteps:
         """The logits of the prompt's last token [1, V]."""
         return self._runner.forward(self._prompt)
 
-    def _place(self, base: Base, adapter: Adapter) -> AdapterSlot:
-        slot = self._runner.slots.put(slab.build(adapter, base.shape, dtype=base.dtype))
+    def _place(self, laid_out: Slab) -> AdapterSlot:
+        slot = self._runner.slots.put(laid_out)
         assert slot is not None, "_ADAPTER_BYTES is room for all"
         return slot
 
-    def _batch(self, requests: Sequence[Request], slots_of: dict[Request, AdapterSlot]) -> Batch:
+    def _batch(self, requests: Sequence[Request]) -> Batch:
         """The step that computes everything of the requests that is not computed yet."""
         for request in requests:
             assert self._blocks.grow(request, request.num_tokens), "the pool is room for all"
         scheduled = [Scheduled(request, request.num_tokens - request.num_computed_tokens) for request in requests]
-        return batches.build(scheduled, {request: (slots_of[request],) for request in requests}, _BLOCK_SIZE)
+        return batches.build(scheduled, self._slots_of, _BLOCK_SIZE, gatings=self._gatings)
 
 
 class _KeepingRunner(ModelRunner):
@@ -178,8 +227,3 @@ class PromptAgain:
         if event.finish is None or event.finish.error is not None:
             raise RuntimeError(f"the prompt did not end in a token: {event}")
         return self._runner.logits
-
-
-def _request(name: str, prompt: Sequence[int], adapter: int) -> Request:
-    use = AdapterUse(Generation(str(adapter)), 1.0, 0)
-    return Request(request_id=RequestId(name), prompt_token_ids=tuple(prompt), params=SamplingParams(), adapters=(use,))

@@ -4,15 +4,20 @@ A path is taken away by doing something else in place of a part of the serving f
 kernels. What stands on the path goes with it, and then goes from the other side too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from weft.adapters.slots import SlotTable
+from weft.engine.gatings import Routing
 from weft.kernels.selection import Kernels
+from weft.methods.driver import Routed
+from weft.methods.inject import Driver
 from weft.model import packed
 from weft.model.loader import Base
 from weft.model.serving_form import Part
@@ -45,7 +50,7 @@ def without(*parts: str) -> Form:
 
 
 def plain(form: Form) -> Form:
-    """The same, its decode steps unrecorded, as those of mixtures are and steps in which someone's prompt is read."""
+    """The same, its decode steps unrecorded, as are those in which someone's prompt is read."""
     return form._replace(changes=tuple(dict.fromkeys((*form.changes, _unrecorded))))
 
 
@@ -67,6 +72,41 @@ def _reference_driver(kernels: Kernels) -> Kernels:
 
 def _reference_attention(kernels: Kernels) -> Kernels:
     return replace(kernels, attend=None)
+
+
+class _RoutedByTorch:
+    """A driver to which mixtures are rows like others, and their gates as torch makes them, request by request."""
+
+    routes = True
+
+    def __init__(self, slots: SlotTable, rows: Sequence[Tensor], routed: Routing, make: Callable[..., Driver]) -> None:
+        offsets, entries, self._gates = rows
+        driver = make(slots, offsets, entries, self._gates, None)
+        self.needs_residual, self.apply, self.apply_group = driver.needs_residual, driver.apply, driver.apply_group
+        row_of_entry = torch.searchsorted(offsets[1:], torch.arange(len(entries)), right=True)
+        self._runs = []
+        for run in routed.runs:
+            router = Routed(*slots.router(run.slot), torch.arange(run.first, run.last), run.wishes, run.pooled)
+            mine = slice(int(offsets[run.first]), int(offsets[run.last]))
+            self._runs.append((router, mine, (row_of_entry[mine] - run.first, routed.experts[mine].long())))
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        for router, mine, places in self._runs:
+            router.enter(layer, rows)
+            self._gates[mine] = router.by_layer[-1][places]
+
+
+def _routed_by_torch(kernels: Kernels) -> Kernels:
+    make = kernels.driver
+    assert make is not None
+
+    def driver(slots: SlotTable, offsets: Tensor, entries: Tensor, gates: Tensor, routed: Routing | None) -> Driver:
+        if routed is None:
+            return make(slots, offsets, entries, gates, None)
+        return _RoutedByTorch(slots, (offsets, entries, gates), routed, make)
+
+    return replace(kernels, driver=driver)
 
 
 class _AllAlike(NamedTuple):
@@ -101,5 +141,6 @@ def _asked_everywhere(kernels: Kernels) -> Kernels:
 UNRECORDED = plain(WHOLE)
 REFERENCE_DRIVER = plain(Form(changes=(_reference_driver,)))  # it reads on the host what cannot be recorded,
 REFERENCE_ATTENTION = plain(Form(changes=(_reference_attention,)))  # and so does this
+TORCH_ROUTERS = plain(Form(changes=(_routed_by_torch,)))
 ONEDNN_PRODUCT = Form(instead=(("packing", _for_onednn),))
 ASKED_EVERYWHERE = Form(changes=(_asked_everywhere,))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks import fast_paths, forms, models, results
 from benchmarks.fast_paths import Bench, Differs, Line, measure
-from benchmarks.fixed_steps import NUM_PROMPT, FixedSteps, PromptAgain, loras, loras_at_q
+from benchmarks.fixed_steps import NUM_PROMPT, FixedSteps, PromptAgain, loras, loras_at_q, mixtures
 from benchmarks.forms import UNRECORDED, Form, plain, without
 
 from tests.benchmarks.test_turns import TINY
@@ -34,9 +34,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def test_every_path_has_its_lines() -> None:
-    assert len({(line.path, line.what) for line in fast_paths.LINES}) == len(fast_paths.LINES) == 24
+    assert len({(line.path, line.what) for line in fast_paths.LINES}) == len(fast_paths.LINES) == 26
     names = {(line.name, line.path) for line in fast_paths.LINES}
-    assert len(names) == len(dict(names)) == 11
+    assert len(names) == len(dict(names)) == 12
 
 
 @pytest.mark.parametrize("line", fast_paths.STEPS, ids=lambda line: f"{line.path}: {line.what}")
@@ -161,6 +161,15 @@ def test_kernels_that_have_nothing_to_add_are_asked_everywhere(bench: Bench) -> 
     )
     assert (asked["weft_post"], everywhere["weft_post"]) == (LAYERS, 7 * LAYERS)
     assert (asked["weft_pre"], everywhere["weft_pre"]) == (0, LAYERS)
+
+
+def test_gates_that_torch_makes_are_those_of_the_kernel(bench: Bench) -> None:
+    steps = [bench.steps(form, mixtures) for form in (UNRECORDED, forms.TORCH_ROUTERS)]
+    assert [_kernels_of(FixedSteps.decode, one)["weft_route"] for one in steps] == [LAYERS, 0]
+    assert [_kernels_of(FixedSteps.decode, one)["weft_post"] for one in steps] == [7 * LAYERS] * 2
+    wanted, got = (one.decode().float().clone() for one in steps)
+    assert (got - wanted).norm() < 1e-2 * wanted.norm()
+    assert (bench.steps(UNRECORDED, loras).decode() - wanted).norm() > 1e-2 * wanted.norm(), "negative control"
 
 
 def test_recorded_steps_ask_no_model(bench: Bench) -> None:

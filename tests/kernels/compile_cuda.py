@@ -8,14 +8,15 @@ also Triton is seen only here.
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from weft.kernels.cuda import deltas, nf4
+from weft.adapters.slots import SlotTable
+from weft.kernels.cuda import deltas, nf4, routing
 from weft.kernels.cuda.attention import Attend
 from weft.methods.protocol import DeltaKind
 from weft.model.paged_attention import KVCache, PagedBatch
@@ -99,6 +100,31 @@ def nf4_product(*, num_rows: int, size_in: int, size_out: int) -> list[Any]:
     return compiled(lambda: nf4.multiply(x, packed, scales, torch.zeros(16)))
 
 
+class Mixtures(NamedTuple):
+    """A step of one mixture, with spans and a trace or without."""
+
+    table: torch.Tensor
+    experts: torch.Tensor
+    span_experts: torch.Tensor | None
+    log_gates: torch.Tensor | None
+    trace: torch.Tensor | None
+
+
+def routers(dtype: torch.dtype, *, size: int, whole: bool, num_choices: int) -> list[Any]:
+    offsets, slots = torch.arange(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    rows = deltas.Rows(offsets=offsets, slots=slots, gates=torch.ones(3))
+    routed = Mixtures(
+        table=torch.tensor([[0, 3, 0, 0, 0, 0]]),
+        experts=slots,
+        span_experts=torch.zeros(3, 2, dtype=torch.int32) if whole else None,
+        log_gates=torch.zeros(3, 2) if whole else None,
+        trace=torch.zeros(2, 9) if whole else None,
+    )
+    table = SlotTable(num_sites=1, capacity_bytes=0, device=torch.device("cpu"))
+    hidden = torch.zeros(3, size, dtype=dtype)
+    return compiled(lambda: routing.Routers(table, routed, rows, num_choices).enter(1, hidden))
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Absent())
     kernels = [
@@ -110,6 +136,8 @@ def main() -> None:
         *site_deltas(torch.float32, num_rows=deltas.LONE_ROWS_MAX + 1, size=14336),
         *nf4_product(num_rows=1, size_in=4096, size_out=4096),
         *nf4_product(num_rows=64, size_in=14336, size_out=4096),
+        *routers(torch.bfloat16, size=4096, whole=True, num_choices=128),
+        *routers(torch.float32, size=4096, whole=False, num_choices=512),
     ]
     odd = site_deltas(torch.bfloat16, num_rows=7, size=4095)  # whose rows begin anywhere
     for prefix, listed in (("", kernels), ("odd", odd)):

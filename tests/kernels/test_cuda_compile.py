@@ -21,7 +21,8 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     attention, deltas = {"_store", "_attend", "_join"}, {"_scale_inputs", "_shrink", "_fill", "_finish", "_expand"}
     odd, nf4 = {f"odd{name}" for name in deltas}, {"_multiply", "_add_up"}
-    assert {kernel["name"] for kernel in kernels} == attention | deltas | odd | nf4
+    routers = {"_route"}
+    assert {kernel["name"] for kernel in kernels} == attention | deltas | odd | nf4 | routers
     assert [kernel for kernel in kernels if kernel["shared"] > _SHARED_BYTES_MAX] == []
     # Addresses of weights come from memory: a kernel that does not say how they are aligned reads one number at a time.
     assert [kernel for kernel in kernels if kernel["name"] in deltas and kernel["narrow"]] == []

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests import tiny
-from tests.engine.decoding import Decoding, Part
+from tests.engine.decoding import Blend, Decoding, Part
 from tests.engine.test_graphs import Recorder
 from tests.kernels.interpreted import DEVICE
 from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
@@ -87,6 +87,24 @@ def test_recorded_steps_are_those_of_the_reference(base: loader.Base) -> None:
     for _ in range(2):
         torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
     assert recorder.num_recorded == 1
+
+
+def test_recorded_steps_of_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
+    """With runs that are nobody's, and a trace that is wider than what is traced."""
+    recorder = Recorder()
+    plain = Decoding(base, REFERENCE)
+    kernels = replace(CUDA, recorder=lambda: recorder, records_routers=True)
+    recorded = Decoding(base, kernels, num_recorded_rows=8)
+    blends = [Blend(one.experts, one.mixture, one.bounds) for one in mixtures(base.shape, seed=2)[1:4]]
+    for decoding in (plain, recorded):
+        decoding.start([*blends, [], [Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)]])
+    for _ in range(2):
+        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert recorder.num_recorded == 1
+    for mine, theirs in zip(recorded.end()[:3], plain.end()[:3], strict=True):
+        assert mine is not None
+        assert theirs is not None
+        torch.testing.assert_close(torch.tensor(mine.tokens), torch.tensor(theirs.tokens), rtol=0, atol=1e-5)
 
 
 def launches_of_a_step(table: SlotTable, base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -25,6 +25,7 @@ AdapterSlot = NewType("AdapterSlot", int)
 _COLUMNS = 4  # kind, rank, address of the first tensor, address of the second
 _ROUTER_COLUMNS = 8  # as in SlotTable.routers
 _RANKS = 16
+_CHOICES = 128
 _NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
 
 
@@ -33,11 +34,13 @@ class Outline(NamedTuple):
 
     table_at: where kernels find `SlotTable.device_table`. rank: no plane has a larger one; a multiple of 16, so that a
     resident less or more seldom changes it. kinds: by site, the set of kinds of its planes, uint16 with bit `kind`.
+    choices: no router has more; a power of two, at least 128.
     """
 
     table_at: int
     rank: int
     kinds: bytes
+    choices: int
 
 
 class _Held:
@@ -58,6 +61,7 @@ class SlotTable:
     routers: int64 [S, 8], the kernels' view of mixtures: address of W float32 [M, C, hidden], elements from one layer's
         W to the next (0 where all share one), hidden, experts, choices C, top_k, flags (1 normalize, 2 absolute,
         4 rms_norm), and τ as the bits of a float32; zeros in a slot that holds none.
+    device_routers: the same, in the device's memory; it moves with `device_table`.
     num_entries: by site, how many planes do anything there.
     outputs_at, inputs_at: by plane, the sites where it adds to the output, or scales the input: bit `site.index`.
     num_residual_readers: how many planes, over all sites, read the residual stream.
@@ -69,6 +73,7 @@ class SlotTable:
         self.table = torch.zeros(num_sites, 8, _COLUMNS, dtype=torch.int64)
         self.device_table = self.table.to(device, copy=True)
         self.routers = torch.zeros(8, _ROUTER_COLUMNS, dtype=torch.int64)
+        self.device_routers = self.routers.to(device, copy=True)
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._upload = upload_to(device)
@@ -82,6 +87,7 @@ class SlotTable:
         self._num_of_kind = [[0] * len(DeltaKind) for _ in range(num_sites)]
         self._kinds = array("H", bytes(2 * num_sites))
         self._ranks: Counter[int] = Counter()
+        self._choices: Counter[int] = Counter()
         self._outline: Outline | None = None
 
     def __len__(self) -> int:
@@ -97,7 +103,8 @@ class SlotTable:
         """What launches depend on."""
         if self._outline is None:
             rank = -(-max(self._ranks, default=0) // _RANKS) * _RANKS
-            self._outline = Outline(self.device_table.data_ptr(), rank, self._kinds.tobytes())
+            choices = max(_CHOICES, 1 << (max(self._choices, default=1) - 1).bit_length())
+            self._outline = Outline(self.device_table.data_ptr(), rank, self._kinds.tobytes(), choices)
         return self._outline
 
     def join(self) -> None:
@@ -127,9 +134,9 @@ class SlotTable:
             self.table[entry.site_index, planes[entry.plane]] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
             )
-        self._mirror(planes)
         if slab.router is not None:
             self.routers[slot] = torch.tensor(_router_row(slab.router.config, self.router(slot)[1]))
+        self._mirror(planes)
         self._count(slab, 1)
         return slot
 
@@ -172,6 +179,9 @@ class SlotTable:
         self._outline = None
         self._ranks[max((entry.rank for entry in slab.entries), default=0)] += step
         self._ranks = +self._ranks
+        if slab.router is not None:
+            self._choices[slab.router.config.num_choices] += step
+            self._choices = +self._choices
         for entry in slab.entries:
             counts = self._num_of_kind[entry.site_index]
             counts[entry.kind] += step
@@ -182,9 +192,10 @@ class SlotTable:
                 self.num_residual_readers += step
 
     def _mirror(self, planes: Sequence[int]) -> None:
-        """Bring the device's table up to date, in order with the steps that read it."""
+        """Bring the device's tables up to date, in order with the steps that read them."""
         for plane in planes:
             self.device_table[:, plane] = self.table[:, plane].to(self.device_table.device)
+            self.device_routers[plane] = self.routers[plane].to(self.device_routers.device)
 
     def _grow(self) -> None:
         num_sites, capacity, _ = self.table.shape
@@ -196,6 +207,7 @@ class SlotTable:
         routers = torch.zeros(2 * capacity, _ROUTER_COLUMNS, dtype=torch.int64)
         routers[:capacity] = self.routers
         self.routers = routers
+        self.device_routers = routers.to(self.device_routers.device, copy=True)
         self._free = [*reversed(range(capacity, 2 * capacity)), *self._free]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.adapters.slots import AdapterSlot
 from weft.engine.request import Gates, GateSight, MixtureUse, Request
 from weft.engine.scheduler import Scheduled
+from weft.engine.transfer import Transfer
 from weft.methods.mixture import NO_WISH, Steering
 
 
@@ -20,8 +21,8 @@ class RoutedRun(NamedTuple):
 
     first, last: rows of the batch, half-open. slot: of the router. slots, experts: what the rows take, and which expert
     each is. spans: which experts bring its virtual positions, span by span. pooled: what the router reads instead of
-    the rows, or None. steering: float32 [3, N]: whether allowed (1 or 0), floor, ceiling; or None. traced_at: where in
-    a layer of the trace the rows' gates lie; -1 for nowhere.
+    the rows, or None. steering: float32 [3, N]: whether allowed (1 or 0), floor, ceiling; or None. Both are on the
+    device. traced_at: where in a layer of the trace the rows' gates lie; -1 for nowhere.
     """
 
     first: int
@@ -69,6 +70,9 @@ class Source(Protocol):
 
     @property
     def num_layers(self) -> int: ...
+
+    @property
+    def transfer(self) -> Transfer: ...
 
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor: ...
 
@@ -123,7 +127,10 @@ class Gatings:
         """The request runs; nothing happens where it did before."""
         if request in self._of:
             return
-        steering = torch.tensor(mixture.bounds, dtype=torch.float32).mT.contiguous() if mixture.bounds else None
+        steering = None
+        if mixture.bounds:
+            bounds = torch.tensor(mixture.bounds, dtype=torch.float32).mT.contiguous()
+            (steering,) = self._source.transfer.up([bounds])
         pooled = self._source.mean_embedding(request.prompt_token_ids) if mixture.reads_prompt else None
         self._of[request] = _Gating(steering, pooled)
 

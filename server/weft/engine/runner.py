@@ -219,7 +219,7 @@ class ModelRunner:
             if rows.routing is not None and not self._kernels.records_routers:
                 return None
             if decisions is not None:
-                outline = outline._replace(rank=0, kinds=decisions(self.slots, rows.slots))
+                outline = outline._replace(rank=0, choices=0, kinds=decisions(self.slots, rows.slots))
         return shape_of(batch, outline)
 
     def _replay(self, batch: Batch, shape: StepShape) -> Tensor | None:

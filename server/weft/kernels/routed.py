@@ -1,6 +1,7 @@
-"""What every router kernel reads of a step's mixtures, on whatever device.
+"""What every router kernel reads of a step's mixtures, on the device that it runs on.
 
-Shapes: T tokens in the batch, S spans of virtual positions, N entries, L layers, G gates of a layer's trace.
+Shapes: R runs of rows, T tokens in the batch, S spans of virtual positions, N entries, L layers, G gates of a layer's
+trace.
 """
 
 from typing import Protocol
@@ -10,6 +11,13 @@ from torch import Tensor
 
 class RoutedRows(Protocol):
     """Which gates of a step are experts', and where what is made of them goes."""
+
+    @property
+    def table(self) -> Tensor:
+        """int64 [R, 6], rising: first row, one past the last, slot, address of float32 [3, experts] (allowed, floor,
+        ceiling) or 0, address of float32 [hidden] that is read instead of the rows or 0, where in a layer's trace the
+        gates go or -1. What has an address is on the device too."""
+        ...
 
     @property
     def experts(self) -> Tensor:

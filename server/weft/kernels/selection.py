@@ -94,5 +94,6 @@ def _for_cuda(dtype: torch.dtype) -> Kernels:
         attend=attention.Attend,
         nf4=nf4.multiply,
         recorder=recording.CudaGraphs,
+        records_routers=True,
         records_ahead=True,
     )

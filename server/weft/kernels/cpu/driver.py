@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import attention, deltas, routing
+from weft.kernels.routed import RoutedRows
 from weft.methods.inject import apply_each
 from weft.methods.protocol import Site
 
@@ -32,7 +33,7 @@ class DriverFactory:
         self._sites: dict[int, deltas.Site] = {}
 
     def __call__(
-        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: routing.Runs | None = None
+        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: RoutedRows | None = None
     ) -> "CpuDriver":
         if self._table is not slots.table:
             self._table, self._sites = slots.table, {}
@@ -71,7 +72,7 @@ class CpuDriver:
     __slots__ = ("_factory", "_inputs_at", "_log_target", "_outputs_at", "_routed", "_rows", "_slots", "_target")
 
     def __init__(
-        self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routed: routing.Runs | None = None
+        self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routed: RoutedRows | None = None
     ) -> None:
         self._factory = factory
         self._slots = slots
@@ -119,7 +120,7 @@ class CpuDriver:
         return outputs
 
 
-def _span_target(routed: routing.Runs) -> routing.Target | None:
+def _span_target(routed: RoutedRows) -> routing.Target | None:
     """Where the logarithms of gates go: a row has an entry for every span."""
     if routed.span_experts is None or routed.log_gates is None:
         return None

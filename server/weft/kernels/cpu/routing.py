@@ -5,7 +5,6 @@ Shapes: T tokens in the batch, N entries, S slots, R runs. A row's bits depend o
 
 import struct
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +14,6 @@ from weft.kernels.routed import RoutedRows
 
 _pack = struct.Struct("=21q").pack  # WeftRouting in routing.cpp
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Runs(RoutedRows, Protocol):
-    """What the kernel reads of a step's mixtures."""
-
-    @property
-    def table(self) -> Tensor:
-        """int64 [R, 6], rising: first row, one past the last, slot, address of float32 [3, experts] (allowed, floor,
-        ceiling) or 0, address of float32 [hidden] that is read instead of the rows or 0, where in a layer's trace the
-        gates go or -1."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +47,7 @@ NOWHERE = (0, 0, 0, 0)  # a target without values
 
 
 def route(
-    hidden: Tensor, layer: int, routers: Tensor, runs: Runs, gates: Target, log_gates: Target | None = None
+    hidden: Tensor, layer: int, routers: Tensor, runs: RoutedRows, gates: Target, log_gates: Target | None = None
 ) -> None:
     """Write the gates of the runs' rows, for a layer that the rows `hidden` enter.
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from weft.kernels.cuda import deltas
 from weft.kernels.cuda.call import GROUP_MAX
-from weft.kernels.cuda.routing import Routers, Runs, Sources
+from weft.kernels.cuda.routing import Routers, Sources
+from weft.kernels.routed import RoutedRows
 from weft.methods.inject import apply_each
 from weft.methods.protocol import DeltaKind, Site
 
@@ -25,6 +26,11 @@ class Outline(Protocol):
     @property
     def rank(self) -> int:
         """The largest of any slot."""
+        ...
+
+    @property
+    def choices(self) -> int:
+        """No router has more; a power of two."""
         ...
 
     @property
@@ -56,16 +62,18 @@ class DriverFactory:
         self._sites: dict[tuple[int, int], deltas.Site] = {}
 
     def __call__(
-        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: Runs | None = None
+        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: RoutedRows | None = None
     ) -> "CudaDriver":
         """offsets, slot_of_entry and gates are on the device, and are read when kernels run, not before."""
-        if self._outline is not slots.outline:
-            self._outline = slots.outline
+        outline = slots.outline
+        if self._outline is not outline:
+            self._outline = outline
             self._table = slots.device_table
-            self._kinds = memoryview(self._outline.kinds).cast("H")
+            self._kinds = memoryview(outline.kinds).cast("H")
             self._sites = {}
         rows = deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates)
-        return CudaDriver(self, slots, rows, None if routed is None else Routers(slots, routed, rows))
+        routers = None if routed is None else Routers(slots, routed, rows, outline.choices)
+        return CudaDriver(self, slots, rows, routers)
 
     def kinds(self, sites: Sequence[Site]) -> int:
         """What slots have at any of these, a bit for each kind."""
@@ -111,7 +119,7 @@ class CudaDriver:
         return self._routers is not None
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """A layer begins: the gates of all mixtures' rows are made anew."""
+        """A layer begins: the gates of all mixtures' rows are made anew, in one launch."""
         if self._routers is not None:
             self._routers.enter(layer, hidden.reshape(-1, hidden.shape[-1]))
 
