@@ -344,9 +344,20 @@ LIMITS: Mapping[tuple[str, str], str] = MappingProxyType(
             "With no messages between first token and end (`--stream-interval-s 10`) a run takes 1.5 % longer than in "
             "process."
         ),
+        ("tax-bottleneck", "duration_s"): (
+            "Every step reads all sixteen once: 58 MB beside the base's 162. In process that takes 1.9 to 2.4 ms of a "
+            "step of 8.7, 24 to 30 GB/s where two cores summing 400 MB reach 33, which would be 1.75; another 24 to 32 "
+            "ms are in the prompts' 530, whose deltas run at 110 to 150 GFLOP/s. At 33 GB/s it would be 13 %. Asking "
+            "memory further ahead, or in the tiles' own order, changed nothing."
+        ),
+        ("tax-lora-1b", "duration_s"): (
+            "Every step reads all sixteen once: 361 MB beside the base's 1,980. In process that takes 13.2 to 14.2 ms "
+            "of a step of 79, 26 GB/s where two cores summing 400 MB reach 33, which would be 11; another 130 to 160 "
+            "ms are in the prompts' 5.2 s. Together 9.7 %, and 8 % at 33 GB/s."
+        ),
         ("lora-8", "itl_p99_ms"): (
             "llama.cpp answers one adapter after another: between its tokens nobody else is served, and who waits does "
-            "so before the first one, at the median 2.1 s where Weft takes 0.25. Weft's gap is its pacing, 40 ms."
+            "so before the first one, at the median over 2 s where Weft takes 0.25. Weft's gap is its pacing, 40 ms."
         ),
     }
 )
