@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tests.kernels.interpreted import DEVICE
+from tests.kernels.test_cpu_routing import configs
 from tests.methods.test_mixture import BOUNDS, steering_of
 from torch import Tensor
 
@@ -93,29 +94,10 @@ def given(
     )
 
 
-def configs() -> list[MixtureConfig]:
-    made = []
-    for index in range(16):
-        null = bool(index & 1)
-        made.append(
-            MixtureConfig(
-                num_experts=3,
-                top_k=1 + index % (3 + null),
-                temperature=0.25 * (1 + index % 5),
-                normalize=index % 3 != 1,
-                shared=bool(index & 4),
-                null_expert=null,
-                rms_norm=bool(index & 8),
-                absolute=bool(index & 2),
-            )
-        )
-    return made
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 def test_gates_equal_the_mathematics(bounds: tuple[tuple[bool, float, float], ...], dtype: torch.dtype) -> None:
-    mixtures = [mixture_of(config, seed) for seed, config in enumerate(configs())]
+    mixtures = [mixture_of(config, seed) for seed, config in enumerate(configs()[::3])]
     batch = given(mixtures, dtype=dtype, bounds=bounds)
     assert batch.trace is not None
     assert batch.log_gates is not None
