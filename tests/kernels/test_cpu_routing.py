@@ -42,9 +42,11 @@ class Given:
         return values, logs if log else None
 
 
-def mixture_of(config: MixtureConfig, seed: int) -> Mixture:
-    shape = (1 if config.shared else LAYERS, config.num_choices, HIDDEN)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+def mixture_of(
+    config: MixtureConfig, seed: int, *, layers: int = LAYERS, hidden: int = HIDDEN, scale: float = 0.1
+) -> Mixture:
+    shape = (1 if config.shared else layers, config.num_choices, hidden)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
     return Mixture(config, MixtureParams(weight), tuple(Expert(f"{i:064x}") for i in range(config.num_experts)))
 
 

@@ -93,7 +93,7 @@ def test_recorded_steps_of_mixtures_are_those_of_the_reference(base: loader.Base
     """With runs that are nobody's, and a trace that is wider than what is traced."""
     recorder = Recorder()
     plain = Decoding(base, REFERENCE)
-    kernels = replace(CUDA, recorder=lambda: recorder, records_routers=True)
+    kernels = replace(CUDA, recorder=lambda: recorder)
     recorded = Decoding(base, kernels, num_recorded_rows=8)
     blends = [Blend(one.experts, one.mixture, one.bounds) for one in mixtures(base.shape, seed=2)[1:4]]
     for decoding in (plain, recorded):

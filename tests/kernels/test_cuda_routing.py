@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from tests.kernels import test_cpu_routing
 from tests.kernels.interpreted import DEVICE
-from tests.kernels.test_cpu_routing import configs
 from tests.methods.test_mixture import BOUNDS, steering_of
 from torch import Tensor
 
@@ -45,10 +46,7 @@ class Given:
         return gates
 
 
-def mixture_of(config: MixtureConfig, seed: int) -> Mixture:
-    shape = (1 if config.shared else LAYERS, config.num_choices, HIDDEN)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
-    return Mixture(config, MixtureParams(weight), tuple(Expert(f"{i:064x}") for i in range(config.num_experts)))
+mixture_of = partial(test_cpu_routing.mixture_of, layers=LAYERS, hidden=HIDDEN, scale=0.05)
 
 
 def given(
@@ -97,7 +95,7 @@ def given(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 def test_gates_equal_the_mathematics(bounds: tuple[tuple[bool, float, float], ...], dtype: torch.dtype) -> None:
-    mixtures = [mixture_of(config, seed) for seed, config in enumerate(configs()[::3])]
+    mixtures = [mixture_of(config, seed) for seed, config in enumerate(test_cpu_routing.configs()[::3])]
     batch = given(mixtures, dtype=dtype, bounds=bounds)
     assert batch.trace is not None
     assert batch.log_gates is not None

@@ -105,16 +105,3 @@ def test_a_replay_that_forgets_its_inputs_is_noticed(base: loader.Base) -> None:
     assert not torch.allclose(forgetful.step(), plain.step(), rtol=1e-2, atol=1e-2)
     with pytest.raises(AssertionError, match="not close"):
         _assert_same(forgetful.end(), plain.end())
-
-
-def test_kernels_whose_routers_read_on_the_host_stay_plain(base: loader.Base) -> None:
-    kernels = replace(select(base.device, base.dtype), records_routers=False)
-    plain, unrecorded = Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=NUM_ROWS_MAX)
-    for decoding in (plain, unrecorded):
-        decoding.start([_blend(made(base.shape, seed=5, num_experts=2, top_k=1)), []])
-    assert unrecorded.step().equal(plain.step())
-    graphs = unrecorded.runner._graphs
-    assert graphs is not None
-    assert len(graphs) == 0
-    unrecorded.step([1])
-    assert len(graphs) == 1

@@ -37,12 +37,10 @@ class _Traced(Routed):
 
 
 class ReferenceRouters:
-    """The routers of a step. routed: one for each request of a mixture. log_gates: the batch's, on the device."""
+    """The routers of a step. routed: one for each request of a mixture."""
 
-    def __init__(
-        self, slots: SlotTable, routing: Routing | None, log_gates: Tensor | None, device: torch.device
-    ) -> None:
-        self._log_gates = log_gates
+    def __init__(self, slots: SlotTable, routing: Routing | None, device: torch.device) -> None:
+        self._log_gates = None if routing is None else routing.log_gates
         self._slots = slots
         self._device = device
         self._runs = () if routing is None else routing.runs

@@ -215,11 +215,8 @@ class ModelRunner:
         if self._graphs is None or len(batch.input_ids) > self._num_recorded_rows:
             return None
         outline, rows, decisions = self.slots.outline, batch.adapter_rows, self._kernels.decisions
-        if rows is not None:
-            if rows.routing is not None and not self._kernels.records_routers:
-                return None
-            if decisions is not None:
-                outline = outline._replace(rank=0, choices=0, kinds=decisions(self.slots, rows.slots))
+        if decisions is not None and rows is not None:
+            outline = outline._replace(rank=0, choices=0, kinds=decisions(self.slots, rows.slots))
         return shape_of(batch, outline)
 
     def _replay(self, batch: Batch, shape: StepShape) -> Tensor | None:
@@ -299,7 +296,7 @@ class ModelRunner:
         host_rows, rows = batch.adapter_rows, there.adapter_rows
         if host_rows is None or rows is None:
             return None
-        routers = ReferenceRouters(self.slots, rows.routing, there.log_gates, self._base.device)
+        routers = ReferenceRouters(self.slots, rows.routing, self._base.device)
         driver = self._driver_of(rows, routers)
         if batch.samples_all or not any(self.slots.num_entries[index] for index in self._heads):
             return driver

@@ -34,7 +34,6 @@ class Kernels:
     recorder: makes what records steps of decode rows (kernels/recording.py), where driver and attention read nothing
         but tensors that stay where they are; None where steps are told anew each time.
     records_ahead: whether recording takes so long that the steps that will come are recorded before requests do.
-    records_routers: whether that goes for the driver of mixtures' rows as well.
     decisions: what a step's driver decides from (slot table, slots) beside shapes, as bytes; None where it decides from
         the table's outline alone.
     rms_norm, gate: what model/elementwise.py puts into the model; None leaves it as it is.
@@ -46,7 +45,6 @@ class Kernels:
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
     recorder: Callable[[], Record] | None = None
     records_ahead: bool = False
-    records_routers: bool = False
     decisions: Callable[[Any, Tensor], bytes] | None = None
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
     gate: Callable[[Tensor, Tensor, str], Tensor] | None = None
@@ -71,7 +69,6 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernels:
         driver=driver.DriverFactory(dtype),
         attend=driver.Attend,
         recorder=Tapes,
-        records_routers=True,
         decisions=driver.decisions,
         rms_norm=elementwise.rms_norm,
         gate=elementwise.gate,
@@ -94,6 +91,5 @@ def _for_cuda(dtype: torch.dtype) -> Kernels:
         attend=attention.Attend,
         nf4=nf4.multiply,
         recorder=recording.CudaGraphs,
-        records_routers=True,
         records_ahead=True,
     )
