@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo serve test check format protos bench bench-peers bench-paths bench-gpu adapters base clean
+.PHONY: help setup demo serve test check format protos families bench bench-peers bench-paths bench-gpu adapters base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ format: .venv/.installed ## Format Python and protos
 
 protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 	$(BIN)/python protos/generate.py
+
+families: .venv/.installed ## Measure the table of `weft families` again (half a minute)
+	$(BIN)/python -m tests.families
 
 bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
 	$(BIN)/python -m benchmarks.suite --short

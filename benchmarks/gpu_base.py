@@ -111,7 +111,16 @@ def make_base(shape: Shape, device: torch.device, quantization: Quantization) ->
     """The same as a base that serves; it has no tokenizer."""
     paged_attention.register()
     model = make_model(shape, device, quantization, attention=paged_attention.ATTENTION)
-    base = loader.wrap(model, None, name=shape.name, digest=shape.name, quantization=quantization, dtype=torch.bfloat16)
+    base = loader.wrap(
+        loader.Checkpoint(
+            model=model,
+            tokenizer=None,
+            name=shape.name,
+            digest=shape.name,
+            quantization=quantization,
+            dtype=torch.bfloat16,
+        )
+    )
     serving_form.take(base, select(base.device, base.dtype))
     return base
 

@@ -64,12 +64,17 @@ def save_base(directory: Path, architecture: str = "llama", *, seed: int = 0) ->
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)  # zero biases would hide what a method does to them
     model.save_pretrained(directory)
-    characters = {chr(code): code for code in range(VOCAB_SIZE)}
+    save_tokenizer(directory, VOCAB_SIZE)
+    return directory
+
+
+def save_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Write a tokenizer of one token per character, the first `vocab_size` of Unicode."""
+    characters = {chr(code): code for code in range(vocab_size)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(characters, unk_token="\x00"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="\x00").save_pretrained(directory)
-    return directory
 
 
 def random_lora(

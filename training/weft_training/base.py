@@ -11,17 +11,25 @@ The repacked weight also holds its scales in bfloat16, so serving on such a CPU 
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
 from weft.config import ModelConfig
-from weft.model import loader
+from weft.model import loader, rope, self_test
 from weft.model.loader import Base
 
 
 def load(config: ModelConfig) -> Base:
-    """The base, frozen, differentiable in its inputs and in what adapters add."""
+    """Return the base, frozen, differentiable in its inputs and in what adapters add.
+
+    It passes what a server asks of it (model/self_test.py), so that no adapter is trained for a base that none serves.
+    Rotary factors that depend on the length are those of the model's longest request, as a server has them by default.
+    """
     # On a CPU the fused attention's backward has a large fixed cost: 18 ms against 2 ms for 32 rows of 22 tokens with 8
     # heads, even at 400 tokens, and ahead only beyond them.
     on_cpu = loader.resolve_device(config.device).type == "cpu"
-    base = loader.load(config, attention="eager" if on_cpu else "sdpa")
+    checkpoint = loader.read(config, attention="eager" if on_cpu else "sdpa")
+    rope.fix(checkpoint.model, checkpoint.max_model_len)
+    expected = self_test.expect(checkpoint.model, max_model_len=checkpoint.max_model_len)
+    base = loader.wrap(checkpoint)
     for module in base.model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             module.train()
+    self_test.require(base, expected)
     return base

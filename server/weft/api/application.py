@@ -27,6 +27,7 @@ from weft.errors import Unavailable, WeftError
 from weft.methods.protocol import BaseShape
 from weft.metrics import Metrics
 from weft.model import threads
+from weft.model.loader import WeightBytes
 
 _LAG_PERIOD_S = 0.5
 
@@ -44,6 +45,8 @@ class ServedModel:
     kernels: str
     num_kv_blocks: int
     num_threads: int  # that compute a step
+    weights: WeightBytes
+    rope_factors: str  # which a model with factors by length was fixed to (model/rope.py); "" for the others
 
 
 class Application:

@@ -11,7 +11,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +39,7 @@ from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
 from weft.metrics import Metrics
-from weft.model import loader, paged_attention, serving_form, threads
+from weft.model import loader, paged_attention, rope, self_test, serving_form, threads
 from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_service_pb2, generation_service_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -85,10 +85,15 @@ def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:
 
 def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, ModelRunner]:
     paged_attention.register()
-    base = loader.load(config.model, attention=paged_attention.ATTENTION)
+    checkpoint = loader.read(config.model, attention=paged_attention.ATTENTION)
+    weights = loader.WeightBytes.of(checkpoint.model)
+    max_model_len = min(config.engine.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
+    rope_factors = rope.fix(checkpoint.model, max_model_len)
+    expected = self_test.expect(checkpoint.model, max_model_len=max_model_len)
+    base = loader.wrap(checkpoint)
     kernels = select(base.device, base.dtype)
     serving_form.take(base, kernels, shadow_bytes=config.model.shadow_bytes)
-    max_model_len = min(config.engine.max_model_len or base.max_model_len, base.max_model_len)
+    self_test.require(base, expected, kernels.attend)
     num_kv_blocks = _num_kv_blocks(config, base, max_model_len)
     runner = ModelRunner(
         base,
@@ -120,6 +125,8 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
         kernels=kernels.name,
         num_kv_blocks=num_kv_blocks,
         num_threads=num_threads,
+        weights=weights,
+        rope_factors=rope_factors,
     )
     return model, runner
 
@@ -285,6 +292,19 @@ def _announce(console: Console, config: WeftConfig, model: ServedModel, served: 
         f"  gRPC     {host}:{served.port}\n"
         f"  metrics  http://{config.server.metrics_host}:{served.metrics_port}/metrics\n"
         f"  KV pool  {model.num_kv_blocks} blocks of {config.engine.block_size} tokens\n"
-        "ready",
+        + "".join(f"  {line}\n" for line in _about_weights(model))
+        + "ready",
         highlight=False,
     )
+
+
+def _about_weights(model: ServedModel) -> Iterator[str]:
+    """Yield what an operator would not expect of the weights: bytes that are not quantized, fixed rotary factors."""
+    quantized, unquantized, experts = model.weights
+    if quantized:
+        text = f"weights  {quantized / GIB:.2f} GiB {model.quantization}, {unquantized / GIB:.2f} GiB {model.dtype}"
+        if experts:
+            text += f", {experts / GIB:.2f} GiB of it in experts, which bitsandbytes does not quantize"
+        yield text
+    if model.rope_factors:
+        yield f"RoPE     {model.rope_factors}"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from weft import __version__
-from weft.cli import adapters, chat, generate, handover, info, inspect, serve
+from weft.cli import adapters, chat, families, generate, handover, info, inspect, serve
 
 app = typer.Typer(
     name="weft",
@@ -21,6 +21,7 @@ app.add_typer(adapters.app, name="adapters")
 app.command(name="generate")(generate.command)
 app.command(name="chat")(chat.command)
 app.command(name="info")(info.command)
+app.command(name="families")(families.command)
 app.command(name="inspect")(inspect.command)
 app.command(name="train", **handover.SETTINGS)(handover.train)
 app.command(name="train-many", **handover.SETTINGS)(handover.train_many)

@@ -31,6 +31,7 @@ def _facts(model: "ModelInfo") -> dict[str, str]:
         "model": model.model_name,
         "digest": model.base_digest,
         "held as": f"{model.quantization}, {model.dtype}, on {model.device}",
+        "weights": f"{size(model.quantized_weight_bytes)} quantized, {size(model.unquantized_weight_bytes)} not",
         "context": f"{model.max_model_len} tokens, vocabulary {model.vocab_size}, {model.num_layers} layers",
         "chat template": "yes" if model.has_chat_template else "no",
         "methods": ", ".join(model.methods),

@@ -63,6 +63,11 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     except (ValueError, OSError) as error:  # what the checkpoint, the machine or the network do not allow
         _log.debug("the server ended", exc_info=True)
         raise fail(str(error)) from None
+    except Exception as error:  # a defect of ours or of a library: still one line, and the rest where it is asked for
+        _log.debug("the server ended", exc_info=True)
+        raise fail(
+            f"the server ended with {type(error).__name__}: {error}", hint="--log-level debug shows where"
+        ) from None
 
 
 def _adapter_directory(text: str) -> tuple[str, Path]:

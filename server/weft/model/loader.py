@@ -1,24 +1,31 @@
 """The base model: the only place that calls `from_pretrained`.
 
-Any Hugging Face causal-LM directory whose attention goes through transformers' AttentionInterface; weights from
-safetensors only, no code from the directory. Its linear modules, its output head and its norms with a bias come wrapped
+A Hugging Face causal-LM directory that passes model/gate.py; weights from safetensors only, no code from the directory.
+`read` gives it as transformers has it, `wrap` makes a base of it; what serves or trains proves it between the two and
+after them (model/self_test.py). Its linear modules, its output head and its norms with a bias come wrapped
 (methods/inject.py).
 """
 
 import hashlib
+import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes.nn.modules import Int8Params, Params4bit
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from weft.config import ModelConfig, Quantization
 from weft.methods import sublayers
 from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
+from weft.model import gate
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,10 +46,58 @@ class Base:
     eos_token_ids: frozenset[int]
 
 
-def load(config: ModelConfig, *, attention: str) -> Base:
-    """Load the base in evaluation mode, frozen. `attention` names a registered attention implementation.
+class WeightBytes(NamedTuple):
+    """What the weights of a base take: those held quantized, and all others, `experts` among them.
 
-    Raises FileNotFoundError for a directory without a checkpoint and ValueError where the model does not fit the knobs.
+    experts: weights of experts that transformers holds as bare parameters, which bitsandbytes does not quantize.
+    """
+
+    quantized: int
+    unquantized: int
+    experts: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "WeightBytes":
+        """Count the parameters of a model; the scales of quantized ones are not among them."""
+        quantized = unquantized = experts = 0
+        for name, parameter in model.named_parameters():
+            size = parameter.numel() * parameter.element_size()
+            if isinstance(parameter, Params4bit | Int8Params):
+                quantized += size
+                continue
+            unquantized += size
+            if parameter.dim() == 3 and "experts" in name:
+                experts += size
+        return cls(quantized, unquantized, experts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A base model that was read and not changed yet; `wrap` makes a Base of it."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    digest: str
+    quantization: Quantization
+    dtype: torch.dtype
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions that the model was made for."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+
+def load(config: ModelConfig, *, attention: str) -> Base:
+    """Read the base and wrap it as it is, without its self-test: for commands that compute no requests with it."""
+    return wrap(read(config, attention=attention))
+
+
+def read(config: ModelConfig, *, attention: str) -> Checkpoint:
+    """Read the base from disk. `attention` names a registered attention implementation.
+
+    Raises FileNotFoundError for a directory without a checkpoint, BaseRefused for a kind of model that is not served
+    (model/gate.py) and ValueError where the model does not fit the knobs.
     """
     path = Path(config.path)
     if not (path / "config.json").is_file():
@@ -50,24 +105,26 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     if config.double_quant and config.quantization is not Quantization.NF4:
         raise ValueError(f"double_quant: needs quantization nf4, given {config.quantization.value}")
     device = resolve_device(config.device)
-    hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    hf_config = _read_config(path)
+    skeleton = gate.require_served(hf_config, path.name)
     dtype = _resolve_dtype(config, device, hf_config)
     _require_alignment(config.quantization, device, hf_config)
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=hf_config,
-        dtype=dtype,
-        quantization_config=_quantization_config(config, dtype),
-        device_map={"": device},
-        attn_implementation=attention,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
-    return wrap(
-        model,
-        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
+    with gate.refusing(path.name, "read by transformers"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=hf_config,
+            dtype=dtype,
+            quantization_config=_quantization_config(config, dtype, _unaligned(skeleton, device)),
+            device_map={"": device},
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    return Checkpoint(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
         name=path.name,
         digest=fingerprint(path, config.quantization, double_quant=config.double_quant),
         quantization=config.quantization,
@@ -75,12 +132,28 @@ def load(config: ModelConfig, *, attention: str) -> Base:
     )
 
 
-def wrap(model: Any, tokenizer: Any, *, name: str, digest: str, quantization: Quantization, dtype: torch.dtype) -> Base:
-    """A transformers model as a base, changed in place: frozen, in evaluation mode, its sites wrapped."""
+def _read_config(path: Path) -> Any:
+    """Read config.json; BaseRefused where transformers knows no such model, or only by code of the directory."""
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        given = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in given:
+            raise gate.BaseRefused(path.name, "brings model code of its own, which Weft does not run") from error
+        raise gate.BaseRefused(
+            path.name,
+            f"is a {given.get('model_type', 'nameless')} model, which the installed transformers does not know",
+        ) from error
+
+
+def wrap(checkpoint: Checkpoint) -> Base:
+    """Make a base of a checkpoint, whose model is changed in place: frozen, in evaluation mode, its sites wrapped."""
+    model = checkpoint.model
     model.eval().requires_grad_(False)
     text_config = model.config.get_text_config()
     context = AdapterContext()
-    sites = sublayers.mark(model, adapter_sites(model, head=model.get_output_embeddings()))
+    with gate.refusing(checkpoint.name, "run on two tokens"):
+        sites = sublayers.mark(model, adapter_sites(model, head=model.get_output_embeddings()))
     inject(model, sites, context, sublayers.layers_of(model, sites))
     num_heads = text_config.num_attention_heads
     embedding: Any = model.get_input_embeddings()  # its width is not the hidden size everywhere (OPT)
@@ -90,17 +163,17 @@ def wrap(model: Any, tokenizer: Any, *, name: str, digest: str, quantization: Qu
         num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
         embedding_size=embedding.weight.shape[1],
-        digest=digest,
-        name=name,
+        digest=checkpoint.digest,
+        name=checkpoint.name,
     )
     return Base(
         model=model,
         context=context,
-        tokenizer=tokenizer,
+        tokenizer=checkpoint.tokenizer,
         shape=shape,
         device=model.device,
-        dtype=dtype,
-        quantization=quantization,
+        dtype=checkpoint.dtype,
+        quantization=checkpoint.quantization,
         vocab_size=text_config.vocab_size,
         max_model_len=text_config.max_position_embeddings,
         eos_token_ids=_eos_token_ids(model),
@@ -139,10 +212,14 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _quantization_config(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(
+    config: ModelConfig, dtype: torch.dtype, unaligned: Sequence[str]
+) -> BitsAndBytesConfig | None:
+    """Return how transformers quantizes; modules that NF4 cannot hold (`unaligned`) stay as they are."""
     match config.quantization:
         case Quantization.NF4:
             return BitsAndBytesConfig(
+                llm_int8_skip_modules=list(unaligned) or None,
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=dtype,
@@ -165,6 +242,21 @@ def _resolve_dtype(config: ModelConfig, device: torch.device, hf_config: Any) ->
     if config.quantization is Quantization.NONE and getattr(hf_config, "dtype", None) is torch.float32:
         return torch.float32
     return torch.bfloat16
+
+
+def _unaligned(skeleton: nn.Module, device: torch.device) -> list[str]:
+    """Return the linear modules that bitsandbytes' NF4 on a CPU cannot multiply with, such as a gate of one output.
+
+    Where there are any, with those that transformers leaves out by default: a list of ours replaces its own.
+    """
+    if device.type != "cpu":
+        return []
+    found = [
+        name
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear) and (module.in_features % 64 or module.out_features % 32)
+    ]
+    return [*found, *get_keys_to_not_convert(skeleton)] if found else []
 
 
 def _require_alignment(quantization: Quantization, device: torch.device, hf_config: Any) -> None:

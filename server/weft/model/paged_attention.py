@@ -169,12 +169,14 @@ def _forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: Paged,
+    paged: Paged | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if paged is None:
+        raise TypeError("its layers do not hand what they do not know through to attention")
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks are not served")
     layer = module.layer_idx

@@ -40,6 +40,8 @@ class ModelInfo(_message.Message):
     SITES_FIELD_NUMBER: _builtins.int
     ADAPTER_LIMITS_FIELD_NUMBER: _builtins.int
     REQUEST_LIMITS_FIELD_NUMBER: _builtins.int
+    QUANTIZED_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    UNQUANTIZED_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the base model; no adapter may take it as its id."""
     base_digest: _builtins.str
@@ -64,6 +66,12 @@ class ModelInfo(_message.Message):
     """Whether `Messages` can be sent: the base has a chat template."""
     version: _builtins.str
     """Version of the server software, such as "0.1.0"."""
+    quantized_weight_bytes: _builtins.int
+    """Bytes of the base's weights that are held quantized, without their scales."""
+    unquantized_weight_bytes: _builtins.int
+    """Bytes of the base's other weights: embeddings, norms, the output head, and experts that transformers holds as bare
+    parameters, which bitsandbytes does not quantize.
+    """
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Kinds of adapters that can be registered, as `Adapter.method` names them."""
@@ -98,10 +106,12 @@ class ModelInfo(_message.Message):
         sites: _abc.Iterable[Global___Site] | None = ...,
         adapter_limits: Global___AdapterLimits | None = ...,
         request_limits: Global___RequestLimits | None = ...,
+        quantized_weight_bytes: _builtins.int = ...,
+        unquantized_weight_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_limits", b"adapter_limits", "request_limits", b"request_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_limits", b"adapter_limits", "base_digest", b"base_digest", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "methods", b"methods", "model_name", b"model_name", "num_layers", b"num_layers", "quantization", b"quantization", "request_limits", b"request_limits", "sites", b"sites", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_limits", b"adapter_limits", "base_digest", b"base_digest", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "methods", b"methods", "model_name", b"model_name", "num_layers", b"num_layers", "quantization", b"quantization", "quantized_weight_bytes", b"quantized_weight_bytes", "request_limits", b"request_limits", "sites", b"sites", "unquantized_weight_bytes", b"unquantized_weight_bytes", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,6 +106,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             ],
             adapter_limits=_adapter_limits(model.ingest.limits),
             request_limits=_request_limits(config.requests),
+            quantized_weight_bytes=model.weights.quantized,
+            unquantized_weight_bytes=model.weights.unquantized,
         )
         return generation_service_pb2.GetModelInfoResponse(model=info)
 

@@ -1,0 +1,230 @@
+"""Compare a base, as it serves, with the same model's own attention: two requests in one step against each alone.
+
+    expect(model, …)     before the model is wrapped: its own eager attention, each request alone and whole
+    require(base, …)     afterwards, as it serves: both requests flattened into one sequence, in chunks, over pages
+
+Whatever connects rows of different requests (attention outside AttentionInterface, convolutions, frequencies that
+follow the longest request), loses what an earlier chunk stored or counts positions otherwise changes the logits. The
+second request sits at the last positions that are served, where frequencies that depend on the length would differ.
+
+Quantized modules answer with their weight dequantized to float32 in `expect`: bitsandbytes' own products are what is
+tested, not what is trusted. So a base that fails was computed wrongly or too coarsely, and is refused either way.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weft.config import Quantization
+from weft.methods.base_weight import ModuleWeight, ReadModule
+from weft.model.gate import BaseRefused, refusing
+from weft.model.loader import Base
+from weft.model.paged_attention import ATTENTION, Attend, KVCache, Paged, PagedBatch, attend_reference, register
+
+_LENGTHS = (29, 11)  # tokens of the two requests
+_NUM_DRAWS = 4
+_BLOCK_SIZE = 16
+_BLOCKS = ((3, 0), (1,))  # of each request, in no order
+# Steps as (request, first token, end) each: prompts in chunks, beside one another in either order, and single tokens.
+_STEPS = (((0, 0, 13), (1, 0, 4)), ((1, 4, 10), (0, 13, 14)), ((0, 14, 28),), ((0, 28, 29), (1, 10, 11)))
+
+MakeAttend = Callable[[Sequence[Tensor], Sequence[Tensor]], Attend]
+Part = tuple[int, int, int]
+
+
+class Tolerance(NamedTuple):
+    """What rounding explains, as a share of the logits' norm.
+
+    attention: between served and eager attention, over the very same linear modules.
+    products: between the model as it serves and as it was loaded, quantized weights dequantized to float32.
+    """
+
+    attention: float
+    products: float
+
+
+class Request(NamedTuple):
+    """One request: token ids int64 [N], positions int64 [N], and logits [N, V] of the model alone."""
+
+    token_ids: Tensor
+    positions: Tensor
+    logits: Tensor
+
+
+Expected = tuple[tuple[Request, Request], ...]
+"""Draws of two requests each. A base passes with one of them: a mixture of experts may send a row to other experts
+where rounding decides a near tie, which is luck, and a base that is computed wrongly fails with all."""
+
+
+def tolerance(dtype: torch.dtype, quantization: Quantization) -> Tolerance:
+    """Return the tolerance of a base.
+
+    Set from the tiny families of tests/families: equal ones reach 2e-6 in float32; in bfloat16 0.03 unquantized, 0.06
+    in NF4 and in int8, which rounds its inputs to 8 bits. Wrong ones (bloom, codegen, lfm2 …) begin at 0.17.
+    """
+    if dtype is torch.float32 and quantization is Quantization.NONE:
+        return Tolerance(1e-3, 1e-3)
+    return Tolerance(0.1, 0.1 if quantization is Quantization.NONE else 0.15)
+
+
+@torch.inference_mode()
+def expect(model: Any, *, max_model_len: int) -> Expected:
+    """Compute requests by transformers' `model` itself, each alone, with eager attention.
+
+    The model is not wrapped yet, and is left as it was. Raises BaseRefused where its own forward pass fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    by_length = []
+    with refusing(_name(model), "computed by transformers itself"), _dequantized(model):
+        for length, first in zip(_LENGTHS, (0, max(0, max_model_len - _LENGTHS[1])), strict=True):
+            token_ids = torch.randint(vocab_size, (_NUM_DRAWS, length), generator=generator).to(model.device)
+            positions = torch.arange(first, first + length, device=model.device)
+            logits = _alone(model, token_ids, positions)
+            by_length.append([Request(ids, positions, of_ids) for ids, of_ids in zip(token_ids, logits, strict=True)])
+    return tuple(zip(*by_length, strict=True))
+
+
+@torch.inference_mode()
+def require(base: Base, expected: Expected, make_attend: MakeAttend | None = None) -> None:
+    """Raise BaseRefused unless `base`, as it serves, answers what was `expected`.
+
+    make_attend: the device's attention; None for the reference.
+    """
+    allowed = tolerance(base.dtype, base.quantization)
+    smallest = Tolerance(float("inf"), float("inf"))
+    for requests in expected:
+        with refusing(base.shape.name, "computed as one sequence of many requests"):
+            errors = measure(base, requests, make_attend)
+        smallest = Tolerance(*map(min, smallest, errors))
+        if errors.attention <= allowed.attention and errors.products <= allowed.products:
+            return
+    what, error, limit = "its own attention", smallest.attention, allowed.attention
+    if error <= limit:
+        what, error, limit = "the model as it was loaded", smallest.products, allowed.products
+    raise BaseRefused(
+        base.shape.name,
+        f"does not pass its self-test: as served, beside another request, its logits differ from {what} by {error:.2g} "
+        f"of their norm, where up to {limit:.2g} is rounding",
+    )
+
+
+def measure(base: Base, requests: Sequence[Request], make_attend: MakeAttend | None = None) -> Tolerance:
+    """Return how far `base` is from the logits of two `requests`, in the terms of Tolerance."""
+    model = base.model
+    plain = [_alone(model, request.token_ids[None], request.positions)[0] for request in requests]
+    given = model.config._attn_implementation
+    register()
+    try:
+        model.set_attn_implementation(ATTENTION)
+        together = _served(base, requests, _STEPS, make_attend)
+        apart = [
+            _served(base, requests, ([(index, 0, length)],), make_attend)[index]
+            for index, length in enumerate(_LENGTHS)
+        ]
+    finally:
+        model.set_attn_implementation(given)
+    return Tolerance(
+        attention=max(
+            _error(found, wanted) for served in (together, apart) for found, wanted in zip(served, plain, strict=True)
+        ),
+        products=max(_error(found, request.logits) for found, request in zip(plain, requests, strict=True)),
+    )
+
+
+def _name(model: Any) -> str:
+    return Path(model.config.name_or_path).name or type(model).__name__
+
+
+def _alone(model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits float32 [B, N, V] of token ids [B, N] at positions [N], with the model's own eager attention."""
+    given = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+        out = model(input_ids=token_ids, position_ids=positions.expand_as(token_ids), use_cache=False)
+    finally:
+        model.set_attn_implementation(given)
+    return out.logits.float()
+
+
+def _served(
+    base: Base, requests: Sequence[Request], steps: Sequence[Sequence[Part]], make_attend: MakeAttend | None
+) -> list[Tensor]:
+    """Logits [N, V] of each request, computed in `steps` over pages."""
+    cache = KVCache.allocate(
+        num_layers=base.shape.num_layers,
+        num_blocks=1 + max(map(max, _BLOCKS)),
+        block_size=_BLOCK_SIZE,
+        num_kv_heads=base.shape.num_kv_heads,
+        head_dim=base.shape.head_dim,
+        dtype=base.dtype,
+        device=base.device,
+    )
+    attend = attend_reference if make_attend is None else make_attend(cache.keys, cache.values)
+    found: list[list[Tensor]] = [[] for _ in requests]
+    for parts in steps:
+        out = base.model(
+            input_ids=torch.cat([requests[index].token_ids[begin:end] for index, begin, end in parts])[None],
+            position_ids=torch.cat([requests[index].positions[begin:end] for index, begin, end in parts])[None],
+            use_cache=False,
+            paged=Paged(_paged(cache, parts), attend),
+        )
+        sizes = [end - begin for _, begin, end in parts]
+        for (index, _, _), logits in zip(parts, out.logits[0].float().split(sizes), strict=True):
+            found[index].append(logits)
+    return [torch.cat(parts) if parts else torch.empty(0) for parts in found]
+
+
+def _paged(cache: KVCache, parts: Sequence[Part]) -> PagedBatch:
+    device, width = cache.keys[0].device, max(map(len, _BLOCKS))
+    sizes = torch.tensor([0] + [end - begin for _, begin, end in parts])
+    tables = [list(_BLOCKS[index]) + [0] * (width - len(_BLOCKS[index])) for index, _, _ in parts]
+    slots = [cache.slots(list(_BLOCKS[index]), end)[begin:] for index, begin, end in parts]
+    return PagedBatch(
+        cache=cache,
+        kv_slots=torch.cat(slots),
+        query_start=sizes.cumsum(0).to(device, torch.int32),
+        context_lens=torch.tensor([end for _, _, end in parts], dtype=torch.int32, device=device),
+        virtual_lens=torch.zeros(len(parts), 0, dtype=torch.int32, device=device),
+        block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+    )
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """Return the median over rows of the difference's norm over the norm.
+
+    Both are taken without what is common to all tokens, which softmax does not see. The median, because a mixture of
+    experts may send a few rows to other experts where rounding decides a near tie; what is wrong, is wrong in most.
+    """
+    found, wanted = (logits - logits.mean(-1, keepdim=True) for logits in (found, wanted))
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+
+
+@contextmanager
+def _dequantized(model: nn.Module) -> Iterator[None]:
+    """Inside, quantized modules multiply with their weight in float32."""
+    quantized = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
+    ]
+    for name, module in quantized:
+        module.forward = partial(_product, ReadModule(model, name))
+    try:
+        yield
+    finally:
+        for _, module in quantized:
+            del module.forward
+
+
+def _product(read: ReadModule, x: Tensor) -> Tensor:
+    def multiply(weight: ModuleWeight) -> Tensor:
+        out = torch.cat([F.linear(x.float(), block) for block in weight.blocks(torch.float32)], -1)
+        return out if weight.bias is None else out + weight.bias.float()
+
+    return read(multiply).to(x.dtype)
