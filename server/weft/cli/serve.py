@@ -57,7 +57,7 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     from weft.errors import WeftError
 
     try:
-        raise typer.Exit(run(configuration, registered))
+        code = run(configuration, registered)
     except WeftError as error:
         raise fail(f"{error.reason}: {error.message}") from None
     except (ValueError, OSError) as error:  # what the checkpoint, the machine or the network do not allow
@@ -68,6 +68,7 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
         raise fail(
             f"the server ended with {type(error).__name__}: {error}", hint="--log-level debug shows where"
         ) from None
+    raise typer.Exit(code)
 
 
 def _adapter_directory(text: str) -> tuple[str, Path]:
