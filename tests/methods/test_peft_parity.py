@@ -170,7 +170,7 @@ def test_peft_made_lora_with_trained_base_biases_is_read_exactly(
 
 def test_base_biases_that_do_not_fit_are_refused(base: loader.Base) -> None:
     site = base.shape.of_kind(SiteKind.LINEAR)[0]
-    config, tensors = lora_files.write(tiny.random_lora(base.shape, rank=2, seed=13))
+    config, tensors = lora_files.write(tiny.random_lora(base.shape, rank=2, seed=13), base.shape)
     key = f"base_model.model.{site.name}.base_layer.bias"
     assert site.read_base is not None
     has_bias = site.read_base(lambda held: held.bias) is not None

@@ -14,7 +14,8 @@ from weft.methods.catalog import METHODS
 from weft.methods.count import Term, gather
 from weft.model import loader
 from weft_training import adapter
-from weft_training.comparison import compare, num_parameters
+from weft_training.base import num_parameters
+from weft_training.comparison import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

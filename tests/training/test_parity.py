@@ -37,6 +37,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=4, alpha=8.0),
     "lora, two ranks": LoraConfig(rank=4, target_modules=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}),
+    "lora, path patterns": LoraConfig(
+        rank=4, rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 99}
+    ),
+    "lora, one layer": LoraConfig(rank=4, layers=(1,), exclude=("mlp.gate_proj",)),
     "rslora": LoraConfig(rank=4, alpha=2.0, use_rslora=True, target_modules=("k_proj", "up_proj")),
     "lora, bias": LoraConfig(rank=2, alpha=3.0, lora_bias=True),
     "alora": LoraConfig(rank=4, alpha=8.0, invocation_tokens=tuple(b" = ")),

@@ -14,8 +14,11 @@ from typer.testing import CliRunner, Result
 from weft.adapters.store import AdapterStore
 from weft.client import Client
 from weft.config import AdapterLimits, ModelConfig, Quantization, ServerConfig, WeftConfig
+from weft.methods.lora import LoraConfig
 from weft_training import command, plan
-from weft_training.recipe import load
+from weft_training.comparison import compare
+from weft_training.config import Optimizer
+from weft_training.recipe import load, options
 from weft_training.trainer import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,8 +124,25 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(recipe: Path, tmp_path: Path) 
     before = sorted(tmp_path.iterdir())
     done = run(recipe, "--dry-run")
     assert done.exit_code == 0, done.output
-    assert "efficiency ratio" in done.output
+    assert "efficiency ratio, base / adapter" in done.output
+    assert "full fine-tuning, AdamW in mixed precision" in done.output
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_qlora_recipe_is_qlora(tiny_base: Path, recipe: Path, tmp_path: Path) -> None:
+    qlora = Path(__file__).parents[2] / "training" / "recipes" / "qlora.yaml"
+    line = (
+        f"--base={tiny_base} --data={tmp_path / 'rows.jsonl'} --output={tmp_path / 'q'} --steps=2 --warmup-steps=1 "
+        "--evaluate-every=1"
+    )
+    config = load(*options([str(qlora), *line.split()])).train
+    assert (config.model.quantization, config.model.double_quant) == (Quantization.NF4, True)
+    assert config.optimizer is Optimizer.PAGED_ADAMW_8BIT
+    state = next(p.quant_state for p in prepare(config).model.base.model.parameters() if hasattr(p, "quant_state"))
+    assert state.nested
+    done = run(qlora, *line.split())
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "q" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -141,8 +161,15 @@ def test_the_plans_numbers_are_the_bases(tiny_base: Path, recipe: Path, checkpoi
     assert whole.num_base == packed.num_base == counted
     assert whole.base_bytes == pytest.approx(4 * counted, rel=0.01)  # float32 as stored, and small buffers
     assert packed.base_bytes < whole.base_bytes / 2
-    assert whole.num_trainable == 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
-    assert whole.efficiency_ratio == (counted + whole.num_trainable) / whole.num_trainable
+    assert whole.num_adapter == whole.num_trained == 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert whole.efficiency_ratio == counted / whole.num_adapter
+    assert whole.full_fine_tuning_bytes == packed.full_fine_tuning_bytes == 16 * counted
+    held = whole.base_bytes + 4 * 4 * whole.num_adapter  # the adapter, its gradient and two moments in float32
+    assert whole.memory_ratio == 16 * counted / held < packed.memory_ratio
+    usual = replace(load(recipe).train, adapter=LoraConfig())
+    prepared = prepare(usual)
+    (compared,) = compare(prepared.model.base, ["lora"], repeats=0).methods
+    assert plan.make(usual, prepared).efficiency_ratio == compared.ratio  # `weft inspect` and --dry-run agree
     tokens = 8 * 11  # rows of one pass, and the longest row
     per_layer = whole.activation_bytes / (2 * tokens * 64 * 4)  # in hidden states of float32
     assert (per_layer < 8) is checkpointing

@@ -132,6 +132,25 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tiny_base: Path, tmp_path
     assert result.losses == whole.losses
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw_8bit", "adapter": LoraConfig(rank=64, target_modules=("q_proj",))},
+    ],
+    ids=["moments in 8 bits"],
+)
+def test_what_else_a_run_keeps_is_resumed_bit_for_bit(
+    tiny_base: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    whole = train(config_of(tiny_base, tmp_path / "whole", **changes), examples=EXAMPLES)
+    stopped(tiny_base, tmp_path / "out", at=7, **changes)
+    resumed = train(
+        config_of(tiny_base, tmp_path / "out", checkpoint_every=2, resume=True, **changes), examples=EXAMPLES
+    )
+    assert resumed.losses == whole.losses
+    assert weights(resumed.output) == weights(whole.output)
+
+
 def test_resume_without_a_checkpoint_starts(tiny_base: Path, tmp_path: Path) -> None:
     result = train(config_of(tiny_base, tmp_path / "out", checkpoint_every=2, resume=True), examples=EXAMPLES)
     assert len(result.losses) == NUM_STEPS

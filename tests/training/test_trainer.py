@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -24,13 +25,13 @@ from weft.methods.prompt import PromptConfig, PromptInit
 from weft.methods.ptuning import Encoder, PtuningConfig
 from weft.model import loader
 from weft.model.loader import Base
-from weft_training import adapter, base, command
+from weft_training import adapter, base, command, plan
 from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
-from weft_training.config import TrainConfig
+from weft_training.config import Optimizer, TrainConfig
 from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step
 from weft_training.trained import CONFIGS
-from weft_training.trainer import TrainResult, train
+from weft_training.trainer import TrainResult, make_loop, prepare, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,15 +143,38 @@ def test_loss_goes_down(fit: Callable[..., TrainResult], method: str) -> None:
     assert sum(result.losses[-5:]) < share * sum(result.losses[:5])
 
 
-def test_the_paged_optimizer_is_plain_adamw_on_a_cpu_and_says_so(
+def test_the_paged_optimizer_is_the_8_bit_one_on_a_cpu_and_says_so(
     fit: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = fit("plain")
+    wide = LoraConfig(rank=64, target_modules=("q_proj",))  # matrices of 4,096 numbers, the smallest in 8 bits
+    plain, packed = fit("plain", adapter=wide), fit("packed", adapter=wide, optimizer="adamw_8bit")
     assert not caplog.records  # the control
-    paged = fit("paged", optimizer="paged_adamw_8bit")
-    assert "paged_adamw_8bit needs CUDA; on this CPU plain adamw runs instead" in caplog.text
-    assert (plain.optimizer, paged.optimizer) == ("adamw", "adamw")
-    assert paged.losses == plain.losses
+    paged = fit("paged", adapter=wide, optimizer="paged_adamw_8bit")
+    assert "paged_adamw_8bit pages a GPU's memory, and this run has none; adamw_8bit runs" in caplog.text
+    assert (plain.optimizer, packed.optimizer, paged.optimizer) == ("adamw", "adamw_8bit", "adamw_8bit")
+    assert paged.losses == packed.losses != plain.losses
+    assert paged.losses == pytest.approx(plain.losses, rel=0.05)
+
+
+def test_moments_are_held_in_8_bits_and_take_what_the_plan_says(tiny_base: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        model=nf4(tiny_base),
+        adapter=LoraConfig(rank=64, target_modules=("q_proj", "k_proj")),  # k_proj's B, 32 x 64, stays in float32
+        output=tmp_path / "adapter",
+        optimizer=Optimizer.PAGED_ADAMW_8BIT,
+        num_steps=1,
+        batch_size=8,
+    )
+    prepared = prepare(config, examples=EXAMPLES)
+    loop = make_loop(config, prepared.model, prepared.rows, tmp_path)
+    loop.resume(None)
+    held: Any = loop.optimizer
+    states = list(held.state.values())
+    assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}
+    num_bytes = sum(
+        state[name].nbytes for state in states for name in ("state1", "state2", "absmax1", "absmax2") if name in state
+    )
+    assert plan.make(config, prepared).optimizer_bytes == num_bytes
 
 
 @pytest.mark.parametrize(
@@ -291,7 +315,7 @@ def test_a_forward_without_gradients_does_not_spoil_the_next_gradient(tiny_base:
 def test_an_adapter_no_server_takes_is_refused_before_training(fit: Callable[..., TrainResult], tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match=r"adapter_config\.r: is too large"):
         fit(adapter=LoraConfig(rank=65), num_steps=10**6)
-    with pytest.raises(InvalidAdapter, match="must be a subset of target_modules"):
+    with pytest.raises(ValueError, match="feedforward_modules: must name adapted modules"):
         fit(adapter=Ia3Config(target_modules=("k_proj",), feedforward_modules=("down_proj",)), num_steps=10**6)
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weft.config import AdapterLimits
-from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning, targets
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint.bottleneck import require_places
 from weft.methods.driver import ReferenceDriver, Segment
@@ -98,29 +98,45 @@ def method_of(config: MethodConfig) -> Method:
 
 
 def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) -> Adapter:
-    """An untrained adapter for a base. Empty `target_modules` means every linear module, for BitFit every norm too.
+    """Return an untrained adapter for a base.
 
-    Raises ValueError for a target that no site is called, and InvalidAdapter where a bottleneck has no place.
+    Empty `target_modules` means every linear module, for BitFit every norm too.
+    Its config is resolved: `target_modules` are all that it touches, and `layers` and `exclude` are worked in.
+    Raises ValueError for a name, an index or a pattern that means nothing on this base, and InvalidAdapter where a
+    bottleneck has no place.
     """
     kind = _KINDS[type(config)]
     if kind.method.virtual is not None:
         return Adapter(method=kind.method, config=config, sites={}, prefix=kind.init(config, shape, generator))
     if isinstance(config, bottleneck.BottleneckConfig):
+        targets.require_layers(config.layers, shape)
+        if config.layers:
+            others = set(range(shape.num_layers)).difference(config.layers)
+            config = replace(config, layers=(), leave_out=tuple(sorted(others.union(config.leave_out))))
         require_places(config, shape)
         places = bottleneck.places(config, shape.sites.values())
+        for layer in config.reduction_factors:
+            if all(site.layer != layer for site in places):
+                raise ValueError(f"reduction_factors: must name layers that have adapters, given {layer}")
         params = {site.name: kind.init(config, site, generator) for site in places}
         return Adapter(method=kind.method, config=config, sites=params)
-    suffixes = {site.suffix for site in shape.of_kind(*kind.takes)}
     config = cast(SiteConfig, config)
-    targets = config.target_modules or tuple(sorted({site.suffix for site in shape.of_kind(*kind.usual)}))
-    for target in targets:
-        if target not in suffixes:
-            known = ", ".join(sorted(suffixes))
-            raise ValueError(f"target_modules: must name modules of the base ({known}), given {target!r}")
-    config = replace(config, target_modules=targets)
-    sites = [site for site in shape.of_kind(*kind.takes) if site.suffix in targets]
+    usual = tuple(sorted({site.suffix for site in shape.of_kind(*kind.usual)}))
+    sites = targets.select(
+        shape.of_kind(*kind.takes),
+        shape,
+        targets=config.target_modules or usual,
+        layers=config.layers,
+        exclude=config.exclude,
+    )
+    if isinstance(config, lora.LoraConfig):
+        targets.require_decisive("rank_pattern", config.rank_pattern, sites)
+        targets.require_decisive("alpha_pattern", config.alpha_pattern, sites)
+    if isinstance(config, ia3.Ia3Config):
+        targets.require_named("feedforward_modules", config.feedforward_modules, sites)
     params = {site.name: kind.init(config, site, generator) for site in sites}
-    return Adapter(method=kind.method, config=config, sites=params)
+    resolved = replace(config, target_modules=targets.describe(params, shape), layers=(), exclude=())
+    return Adapter(method=kind.method, config=resolved, sites=params)
 
 
 def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "AdaptedModel":

@@ -9,6 +9,7 @@ The repacked weight also holds its scales in bfloat16, so serving on such a CPU 
 """
 
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor
 
 from weft.config import ModelConfig
 from weft.model import loader, rope, self_test
@@ -33,3 +34,13 @@ def load(config: ModelConfig) -> Base:
             module.train()
     self_test.require(base, expected)
     return base
+
+
+def num_parameters(base: Base) -> int:
+    """Return the numbers that the base holds, tied ones once; a packed 4-bit weight counts as what it stands for."""
+    return sum(_count(parameter) for parameter in base.model.parameters())
+
+
+def _count(parameter: Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

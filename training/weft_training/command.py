@@ -129,14 +129,17 @@ def _rows(plan: "Plan") -> list[tuple[str, str]]:
         ("examples", f"{plan.num_rows:,}"),
         ("tokens", f"{plan.num_tokens:,}"),
         ("parameters of the base", f"{plan.num_base:,}"),
-        ("trainable parameters", f"{plan.num_trainable:,}"),
-        ("efficiency ratio N_total/N_trainable", f"{plan.efficiency_ratio:,.1f}"),
+        ("parameters of the adapter", f"{plan.num_adapter:,}"),
+        *([("parameters in training", f"{plan.num_trained:,}")] if plan.num_trained != plan.num_adapter else []),
+        ("efficiency ratio, base / adapter", f"{plan.efficiency_ratio:,.1f}"),
         ("memory: base", _size(plan.base_bytes)),
         ("memory: adapter", _size(plan.adapter_bytes)),
         ("memory: gradients", _size(plan.gradient_bytes)),
         ("memory: optimizer state", _size(plan.optimizer_bytes)),
         ("memory: activations of the longest batch", _size(plan.activation_bytes)),
         ("memory: together", _size(plan.total_bytes)),
+        ("memory: full fine-tuning, AdamW in mixed precision", _size(plan.full_fine_tuning_bytes)),
+        ("full fine-tuning / this run, without activations", f"{plan.memory_ratio:,.1f}"),
     ]
 
 

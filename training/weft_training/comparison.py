@@ -1,7 +1,7 @@
 """The methods side by side on one base: what each trains, stores and costs (the owner's table, section 3.2).
 
-Counts are by formula and by counting what `adapter.initial` makes; ratio = N_total / N. The forward pass's cost is
-measured: the table's O(ND + …) says nothing of the time that starting small operations takes.
+Counts are by formula and by counting what `adapter.initial` makes; the ratio is d / k (weft/methods/count.py). The
+forward pass's cost is measured: the table's O(ND + …) says nothing of the time that starting small operations takes.
 """
 
 import operator
@@ -18,12 +18,13 @@ from weft.adapters import slab
 from weft.adapters.slots import SlotTable
 from weft.kernels.selection import select
 from weft.methods import prefix
-from weft.methods.count import Count
+from weft.methods.count import Count, efficiency_ratio
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import Adapter
 from weft.model.loader import Base
 from weft_training import adapter as adapters
 from weft_training.adapter import USUAL, AdaptedModel
+from weft_training.base import num_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """num_parameters: N_total. forward_s: the base's own forward pass of a row of `num_tokens`, median."""
+    """num_parameters: the base's. forward_s: the base's own forward pass of a row of `num_tokens`, median."""
 
     num_parameters: int
     forward_s: float | None
@@ -75,22 +76,12 @@ def compare(base: Base, methods: Sequence[str] = (), *, num_tokens: int = 32, re
                 config=_told(adapter.config),
                 count=count,
                 num_parameters=adapter.num_parameters,
-                ratio=total / adapter.num_parameters,
+                ratio=efficiency_ratio(total, adapter.num_parameters),
                 slot_bytes=slab.build(adapter, base.shape, dtype=base.dtype).size_bytes,
                 overhead=overheads.get(name),
             )
         )
     return Comparison(num_parameters=total, forward_s=forward_s, num_tokens=num_tokens, methods=tuple(compared))
-
-
-def num_parameters(base: Base) -> int:
-    """Numbers that the base holds, tied ones once; a packed 4-bit weight counts as what it stands for."""
-    return sum(_count(parameter) for parameter in base.model.parameters())
-
-
-def _count(parameter: Tensor) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
 
 
 def _initial(base: Base, method: str) -> Adapter:

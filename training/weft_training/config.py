@@ -13,6 +13,7 @@ class Optimizer(StrEnum):
     """What turns gradients into steps."""
 
     ADAMW = "adamw"
+    ADAMW_8BIT = "adamw_8bit"
     PAGED_ADAMW_8BIT = "paged_adamw_8bit"
 
 
@@ -34,8 +35,9 @@ class TrainConfig:
     num_steps: optimizer steps; the examples are shuffled anew each time they are used up.
     batch_size: examples of one step, over all processes; with `packing`, packed rows.
     accumulation_steps: parts in which a step's examples are computed one after the other; the result is the same.
-    optimizer: adamw, or paged_adamw_8bit: bitsandbytes' AdamW with states of 8 bits, in memory that may leave the GPU.
-        On a CPU, which has no memory to page, plain AdamW runs instead and a warning says so.
+    optimizer: adamw; adamw_8bit, bitsandbytes' AdamW whose moments take 8 bits in tensors of at least 4,096 numbers;
+        or paged_adamw_8bit, the same in memory that may leave the GPU. A CPU has nothing to page: adamw_8bit runs
+        there, and a warning says so.
     learning_rate: its peak, after `num_warmup_steps` of linear growth; `schedule` then takes it to zero or keeps it.
     schedule: what the learning rate does after its warm-up.
     num_warmup_steps: steps in which the learning rate grows.
@@ -114,5 +116,7 @@ class TrainConfig:
 
 
 def optimizer_on(device_type: str, config: TrainConfig) -> Optimizer:
-    """The optimizer that runs there."""
-    return config.optimizer if device_type == "cuda" else Optimizer.ADAMW
+    """Return the optimizer that runs there: paging takes a GPU, 8-bit moments do not."""
+    if config.optimizer == Optimizer.PAGED_ADAMW_8BIT and device_type != "cuda":
+        return Optimizer.ADAMW_8BIT
+    return config.optimizer

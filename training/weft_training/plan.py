@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.methods.count import efficiency_ratio
 from weft_training import data
+from weft_training.base import num_parameters
 from weft_training.config import Optimizer, TrainConfig, optimizer_on
 from weft_training.data import Row
 from weft_training.recompute import recomputing
@@ -15,17 +17,24 @@ from weft_training.trained import TrainedModel
 from weft_training.trainer import Prepared
 
 _FLOAT32 = 4
-_MOMENT_BYTES = {Optimizer.ADAMW: _FLOAT32, Optimizer.PAGED_ADAMW_8BIT: 1}
+# What bitsandbytes' 8-bit AdamW does: smaller tensors keep moments in float32, larger ones a scale for each block.
+_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256
+# Full fine-tuning with AdamW in mixed precision, by parameter: weight and gradient in 16 bits, and in float32 the
+# weight that is updated and two moments.
+_FULL_FINE_TUNING = 2 + 2 + 3 * _FLOAT32
 
 
 class Plan(NamedTuple):
-    """Sizes of a run. The ratio is the owner's efficiency ratio, N_total / N_trainable, without and with the adapter.
+    """Sizes of a run.
 
+    num_adapter: parameters of what is written. num_trained: what the optimizer sees, a reparameterization's where there
+        is one; adapter, gradients and optimizer state are of these.
     activation_bytes: what autograd keeps of the widest pass; measured, with one forward pass over the longest examples.
     """
 
     num_base: int
-    num_trainable: int
+    num_adapter: int
+    num_trained: int
     num_rows: int
     num_tokens: int
     base_bytes: int
@@ -36,8 +45,18 @@ class Plan(NamedTuple):
 
     @property
     def efficiency_ratio(self) -> float:
-        """N_total / N_trainable, the base's parameters and the adapter's over the adapter's."""
-        return (self.num_base + self.num_trainable) / self.num_trainable
+        """Return d / k, as everywhere."""
+        return efficiency_ratio(self.num_base, self.num_adapter)
+
+    @property
+    def full_fine_tuning_bytes(self) -> int:
+        """Return what AdamW in mixed precision would hold to train the whole base: 16 B a parameter, no activations."""
+        return self.num_base * _FULL_FINE_TUNING
+
+    @property
+    def memory_ratio(self) -> float:
+        """Return by how much this run holds less than full fine-tuning, activations left out of both."""
+        return self.full_fine_tuning_bytes / (self.total_bytes - self.activation_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -46,38 +65,42 @@ class Plan(NamedTuple):
 
 
 def make(config: TrainConfig, prepared: Prepared) -> Plan:
-    """The plan of a run that `prepare` made ready. AdamW keeps two moments per parameter, in float32 or in 8 bits."""
+    """Return the plan of a run that `prepare` made ready."""
     model = prepared.model
-    num_trainable = model.num_trained
+    trained = list(model.parameters())
+    num_trained = sum(parameter.numel() for parameter in trained)
+    optimizer = optimizer_on(model.device.type, config)
     stored = _storages([*model.base.model.parameters(), *model.base.model.buffers(), *_quantization(model)])
     per_pass = max(1, config.batch_size // config.accumulation_steps)
     longest = sorted(prepared.rows, key=lambda row: -len(row.input_ids))[:per_pass]
     return Plan(
-        num_base=_count(model),
-        num_trainable=num_trainable,
+        num_base=num_parameters(model.base),
+        num_adapter=model.num_trained,
+        num_trained=num_trained,
         num_rows=len(prepared.rows),
         num_tokens=sum(len(row.input_ids) for row in prepared.rows),
         base_bytes=sum(stored.values()),
-        adapter_bytes=num_trainable * _FLOAT32,
-        gradient_bytes=num_trainable * _FLOAT32,
-        optimizer_bytes=2 * num_trainable * _MOMENT_BYTES[optimizer_on(model.device.type, config)],
+        adapter_bytes=num_trained * _FLOAT32,
+        gradient_bytes=num_trained * _FLOAT32,
+        optimizer_bytes=sum(2 * _moment_bytes(parameter, optimizer) for parameter in trained),
         activation_bytes=_activation_bytes(config, model, longest, stored),
     )
 
 
-def _count(model: TrainedModel) -> int:
-    """Parameters of the base as it was trained: a quantized weight counts as many as the matrix it stands for."""
-    total = 0
-    for parameter in model.base.model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += parameter.numel() if state is None else math.prod(state.shape)
-    return total
+def _moment_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
+    """One of AdamW's two moments of a tensor."""
+    size = parameter.numel()
+    if optimizer == Optimizer.ADAMW or size < _SMALLEST_8BIT:
+        return size * _FLOAT32
+    return size + math.ceil(size / _BLOCK_8BIT) * _FLOAT32
 
 
 def _quantization(model: TrainedModel) -> list[Tensor]:
     """The scales of bitsandbytes' 4-bit weights, which are no parameters."""
-    states = (getattr(parameter, "quant_state", None) for parameter in model.base.model.parameters())
-    return [state.absmax for state in states if state is not None]
+    found = (getattr(parameter, "quant_state", None) for parameter in model.base.model.parameters())
+    states = [state for state in found if state is not None]
+    nested = [state.state2.absmax for state in states if state.nested]  # of double quantization
+    return [*(state.absmax for state in states), *nested]
 
 
 def _activation_bytes(config: TrainConfig, model: TrainedModel, rows: list[Row], stored: dict[int, int]) -> int:

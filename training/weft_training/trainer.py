@@ -42,7 +42,11 @@ _log = logging.getLogger(__name__)
 
 Examples = Sequence[Example | Conversation]
 
-_OPTIMIZERS = {Optimizer.ADAMW: "adamw_torch", Optimizer.PAGED_ADAMW_8BIT: "paged_adamw_8bit"}
+_OPTIMIZERS = {
+    Optimizer.ADAMW: "adamw_torch",
+    Optimizer.ADAMW_8BIT: "adamw_8bit",
+    Optimizer.PAGED_ADAMW_8BIT: "paged_adamw_8bit",
+}
 _SCHEDULERS = {
     Schedule.COSINE: "cosine",
     Schedule.LINEAR: "linear",
@@ -277,7 +281,11 @@ def arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> Trainin
     """What transformers' loop is told."""
     optimizer = optimizer_on("cpu" if use_cpu else "cuda", config)
     if optimizer != config.optimizer:
-        _log.warning("optimizer: %s needs CUDA; on this CPU plain adamw runs instead", config.optimizer)
+        _log.warning(
+            "optimizer: %s pages a GPU's memory, and this run has none; %s runs, with the same 8-bit moments",
+            config.optimizer,
+            optimizer,
+        )
     per_pass = config.batch_size // (config.accumulation_steps * _world_size())
     return TrainingArguments(
         output_dir=str(directory),

@@ -19,9 +19,16 @@ from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site, Si
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitfitConfig:
-    """Which modules get a bias: linear ones, the output head, and norms that have one."""
+    """Which modules get a bias: linear ones, the output head, and norms that have one.
+
+    target_modules: ends of their paths; empty for every linear module and every norm.
+    layers: indices of the layers that take part; empty for all, and for what is outside of them.
+    exclude: ends of the paths of modules that are left out.
+    """
 
     target_modules: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 class BitfitParams(NamedTuple):

@@ -55,6 +55,7 @@ class BottleneckConfig:
     sublayers: after which, "attention" and "mlp".
     size: the bottleneck's width; None takes features / reduction_factor, at least 1.
     reduction_factors: layers that have a factor of their own, by index; then `size` must be None.
+    layers: indices of the layers with adapters; empty for all.
     leave_out: indices of layers without adapters.
     has_norm: whether the LN is there; `parallel` always has it.
     """
@@ -65,6 +66,7 @@ class BottleneckConfig:
     reduction_factor: float = 16.0
     reduction_factors: dict[int, float] = field(default_factory=dict)
     size: int | None = None
+    layers: tuple[int, ...] = ()
     leave_out: tuple[int, ...] = ()
     scaling: float = 1.0
     has_norm: bool = True

@@ -14,16 +14,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3Config:
-    """Which modules are scaled, and which of them at their input."""
+    """Which modules are scaled, and which of them at their input.
+
+    target_modules: ends of their paths; empty for every linear module.
+    feedforward_modules: ends of the paths of those that are scaled at their input.
+    layers: indices of the layers that take part; empty for all, and for what is outside of them.
+    exclude: ends of the paths of modules that are left out.
+    """
 
     target_modules: tuple[str, ...] = ()
     feedforward_modules: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 class Ia3Params(NamedTuple):
@@ -36,7 +45,7 @@ class Ia3Params(NamedTuple):
 def init(config: Ia3Config, site: Site, generator: torch.Generator | None = None) -> Ia3Params:
     """Ones: the delta starts at exactly zero. `generator` is unused; every method's `init` takes one."""
     del generator
-    is_feedforward = site.suffix in config.feedforward_modules
+    is_feedforward = targets.any_names(config.feedforward_modules, site.name)
     return Ia3Params(torch.ones(site.in_features if is_feedforward else site.out_features), is_feedforward)
 
 
@@ -71,7 +80,8 @@ def unpack(packed: tuple[Packed, ...]) -> Ia3Params:
 def count(config: Ia3Config, sites: Sequence[Site], base: BaseShape) -> Count:
     """O at every key and value site, I at every feed-forward site."""
     del base
-    sizes = (s.in_features if s.suffix in config.feedforward_modules else s.out_features for s in sites)
+    inputs = config.feedforward_modules
+    sizes = (s.in_features if targets.any_names(inputs, s.name) else s.out_features for s in sites)
     return gather("Σ O + Σ I", (Term(str(size), size) for size in sizes))
 
 

@@ -16,14 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Ranks and alphas; the patterns map a module-path suffix to its own value (PEFT's rank_pattern, alpha_pattern).
+    """Ranks and alphas, and where they are.
 
+    target_modules: ends of the modules' paths; empty for every linear module.
+    layers: indices of the layers that take part; empty for all, and for what is outside of them.
+    exclude: ends of the paths of modules that are left out.
+    rank_pattern, alpha_pattern: values of their own for the modules whose paths end so; of several patterns that fit a
+        module the first decides, as in PEFT.
     lora_bias: B has a bias, inside the scaled branch.
     invocation_tokens: token ids from whose last occurrence in the prompt on it acts (methods/activation.py); () always.
     """
@@ -33,6 +39,8 @@ class LoraConfig:
     use_rslora: bool = False
     lora_bias: bool = False
     target_modules: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    exclude: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
@@ -56,15 +64,25 @@ def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
+def rank_at(config: LoraConfig, module: str) -> int:
+    """Return the rank of the update at a module path."""
+    return targets.value_at(config.rank_pattern, module, config.rank)
+
+
+def scaling_at(config: LoraConfig, module: str) -> float:
+    """Return what B A is multiplied with at a module path."""
+    alpha = targets.value_at(config.alpha_pattern, module, config.alpha)
+    return scaling(alpha, rank_at(config, module), use_rslora=config.use_rslora)
+
+
 def init(config: LoraConfig, site: Site, generator: torch.Generator | None = None) -> LoraParams:
     """A uniform as torch.nn.Linear draws it, B and its bias zero: the delta starts at exactly zero."""
-    rank = config.rank_pattern.get(site.suffix, config.rank)
-    alpha = config.alpha_pattern.get(site.suffix, config.alpha)
+    rank = rank_at(config, site.name)
     bound = 1 / math.sqrt(site.in_features)
     a = torch.empty(rank, site.in_features).uniform_(-bound, bound, generator=generator)
     b = torch.zeros(site.out_features, rank)
     bias = torch.zeros(site.out_features) if config.lora_bias else None
-    return LoraParams(a, b, scaling(alpha, rank, use_rslora=config.use_rslora), bias)
+    return LoraParams(a, b, scaling_at(config, site.name), bias)
 
 
 def delta(params: LoraParams, x: Tensor, y: Tensor) -> Tensor:
@@ -104,7 +122,7 @@ def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
 
 def term(config: LoraConfig, site: Site) -> Term:
     """r(I + O) at one site."""
-    rank, i, o = config.rank_pattern.get(site.suffix, config.rank), site.in_features, site.out_features
+    rank, i, o = rank_at(config, site.name), site.in_features, site.out_features
     return Term(f"{rank}·({i} + {o})", rank * (i + o))
 
 

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from weft.config import ModelConfig, Quantization
 from weft.methods.bitfit import BitfitConfig
 from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.count import efficiency_ratio
 from weft.methods.dora import DoraConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
@@ -78,7 +79,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """num_base_parameters: N_total of the efficiency ratio. untagged: the base's own exact match, by task."""
+    """num_base_parameters: the base's, for the efficiency ratio. untagged: the base's own exact match, by task."""
 
     num_base_parameters: int
     untagged: Mapping[str, float]
@@ -138,7 +139,7 @@ def cells(found: Study) -> list[list[str]]:
         count = max(one.num_parameters for one in by_task.values())
         seconds = sorted(one.train_s for one in by_task.values())[len(by_task) // 2]
         scores = (f"{by_task[task].exact_match:.0%}" if task in by_task else "" for task in tasks)
-        ratio = f"{found.num_base_parameters / count:.0f}x"
+        ratio = f"{efficiency_ratio(found.num_base_parameters, count):.0f}x"
         rows.append([method, f"{count:,}", ratio, f"{seconds:.0f}", *scores])
     return rows
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods import lora
+from weft.methods import lora, targets
 from weft.methods.checkpoint import scan, schema
 from weft.methods.checkpoint.lora import (
     group,
@@ -64,7 +64,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         config=lora.LoraConfig(
             rank=init_rank,
             alpha=scaling * init_rank,
-            target_modules=tuple(sorted({sites[module].suffix for module in params})),
+            target_modules=targets.describe(params, base),
             rank_pattern=ranks,
             alpha_pattern={module: scaling * rank for module, rank in ranks.items()},
         ),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods import bitfit
+from weft.methods import bitfit, targets
 from weft.methods.checkpoint import scan, schema
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 
@@ -46,22 +46,23 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     scan.check_values(tensors, limits)
     if all(scan.is_zero(p.bias) for p in params.values()):
         raise scan.no_effect("BitFit")
-    targets = tuple(sorted({site.suffix for site in sites.values()}))
-    return Adapter(method=bitfit.METHOD, config=bitfit.BitfitConfig(target_modules=targets), sites=params)
+    config_read = bitfit.BitfitConfig(target_modules=targets.describe(sites, base))
+    return Adapter(method=bitfit.METHOD, config=config_read, sites=params)
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config keys and tensors, and ours for norms."""
     tensors: dict[str, Tensor] = {}
-    targets: set[str] = set()
+    linear: list[str] = []
     for module, params in adapter.sites.items():
         if params.is_norm:
             tensors[scan.full_key(module, _NORM_BIAS)] = params.bias
         else:
-            targets.add(module.rpartition(".")[2])
+            linear.append(module)
             tensors[scan.full_key(module, _BIAS)] = params.bias[None]
     has_norms = any(params.is_norm for params in adapter.sites.values())
-    return {"target_modules": sorted(targets), **({_HAS_NORMS: True} if has_norms else {})}, tensors
+    keys = {"target_modules": list(targets.describe(linear, base)), **({_HAS_NORMS: True} if has_norms else {})}
+    return keys, tensors
 
 
 def _by_module(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[str, Tensor]], dict[str, tuple[str, Tensor]]]:

@@ -73,8 +73,9 @@ def fitted(
     return Adapter(method=bottleneck.METHOD, config=config, sites=params)
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Our config keys and tensors."""
+    del base
     config: BottleneckConfig = adapter.config
     keys = {
         "bottleneck_format": FORMAT,

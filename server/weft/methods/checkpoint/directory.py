@@ -36,7 +36,7 @@ BASE_DIGEST = "weft_base_digest"
 
 class _Format(NamedTuple):
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseShape, AdapterLimits], Adapter]
-    write: Callable[[Adapter], tuple[dict[str, Any], dict[str, Tensor]]] | None
+    write: Callable[[Adapter, BaseShape], tuple[dict[str, Any], dict[str, Tensor]]] | None
 
 
 _FORMATS: Mapping[str, _Format] = MappingProxyType(
@@ -106,7 +106,7 @@ def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_form = _FORMATS[adapter.method.peft_type].write
     assert write_form is not None
-    keys, tensors = write_form(adapter)
+    keys, tensors = write_form(adapter, base)
     config = {
         "peft_type": adapter.method.peft_type,
         "task_type": "CAUSAL_LM",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods import ia3
+from weft.methods import ia3, targets
 from weft.methods.checkpoint import scan, schema
 from weft.methods.protocol import Adapter, BaseShape
 
@@ -18,13 +18,13 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     """Check everything and give the adapter."""
     schema.check(config, schema.IA3)
     feedforward = _names(config, "feedforward_modules")
-    targets = _names(config, "target_modules")
-    if targets is not None and feedforward is not None and not feedforward <= targets:
+    named = _names(config, "target_modules")
+    if named is not None and feedforward is not None and not feedforward <= named:
         raise InvalidAdapter.rule(
             "CONFIG_TARGETS",
             "adapter_config.feedforward_modules",
             "must be a subset of target_modules",
-            given=", ".join(sorted(feedforward - targets)),
+            given=", ".join(sorted(feedforward - named)),
         )
     by_module: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -43,29 +43,33 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         if feedforward is None:  # a pattern, never compiled: the shape decides
             is_feedforward = tuple(tensor.shape) == (1, site.in_features)
         else:
-            is_feedforward = any(module == name or module.endswith("." + name) for name in feedforward)
+            is_feedforward = targets.any_names(feedforward, module)
         scan.require_shape(key, tensor, (1, site.in_features) if is_feedforward else (site.out_features, 1))
         params[module] = ia3.Ia3Params(tensor.reshape(-1), is_feedforward)
     scan.check_values(tensors, limits)
     if all(scan.is_zero(p.scale - 1) for p in params.values()):
         raise scan.no_effect("IA³")
-    suffix = {module: base.sites[module].suffix for module in params}
-    read_config = ia3.Ia3Config(
-        target_modules=tuple(sorted(set(suffix.values()))),
-        feedforward_modules=tuple(sorted({suffix[m] for m, p in params.items() if p.is_feedforward})),
-    )
+    names, inputs = _described(params, base)
+    read_config = ia3.Ia3Config(target_modules=tuple(names), feedforward_modules=tuple(inputs))
     return Adapter(method=ia3.METHOD, config=read_config, sites=params)
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config keys and tensors."""
-    config: ia3.Ia3Config = adapter.config
-    keys = {"target_modules": list(config.target_modules), "feedforward_modules": list(config.feedforward_modules)}
+    names, inputs = _described(adapter.sites, base)
+    keys = {"target_modules": names, "feedforward_modules": inputs}
     tensors = {
         scan.full_key(module, _L): params.scale.reshape((1, -1) if params.is_feedforward else (-1, 1))
         for module, params in adapter.sites.items()
     }
     return keys, tensors
+
+
+def _described(params: Mapping[str, ia3.Ia3Params], base: BaseShape) -> tuple[list[str], list[str]]:
+    """(target_modules, feedforward_modules), the second a part of the first, as PEFT wants it."""
+    inputs = targets.describe([module for module, p in params.items() if p.is_feedforward], base)
+    outputs = targets.describe([module for module, p in params.items() if not p.is_feedforward], base)
+    return sorted({*inputs, *outputs}), list(inputs)
 
 
 def _names(config: Mapping[str, Any], key: str) -> frozenset[str] | None:

@@ -8,14 +8,14 @@ PEFT saves the head itself, `P.base_layer.weight`: it is checked against the bas
 import math
 import string
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods import dora, lora
+from weft.methods import dora, lora, targets
 from weft.methods.checkpoint import base_bias, scan, schema
 from weft.methods.protocol import Adapter, BaseShape, BaseWeight, ReadBase, Site, SiteKind
 
@@ -23,7 +23,6 @@ _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lo
 _HEAD = "base_layer.weight"
 _INVOCATION = "alora_invocation_tokens"
 _PATTERN_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.")
-V = TypeVar("V")
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
@@ -47,15 +46,25 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     endings = (_A, _B, *((_BIAS,) if lora_bias else ()), *((_MAGNITUDE,) if use_dora else ()))
     by_module = group(tensors, endings, method, passing=_HEAD)
     sites = scan.require_sites(by_module, base, SiteKind.LINEAR, SiteKind.HEAD, method=method)
+    config_of = dora.DoraConfig if use_dora else lora.LoraConfig
+    read_config = config_of(
+        rank=rank,
+        alpha=alpha,
+        use_rslora=use_rslora,
+        lora_bias=lora_bias or bool(replaced),
+        target_modules=targets.describe(sites, base),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        invocation_tokens=invocation,
+    )
     params: dict[str, lora.LoraParams] = {}
     magnitudes: dict[str, Tensor] = {}
     for module, site in sites.items():
         found = by_module[module]
         require_complete(module, found, endings)
-        expected = _match(ranks, module, rank)
         (a_key, a), (b_key, b) = found[_A], found[_B]
-        require_product(site, a_key, a, b_key, b, expected)
-        scaling = lora.scaling(_match(alphas, module, alpha), expected, use_rslora=use_rslora)
+        require_product(site, a_key, a, b_key, b, lora.rank_at(read_config, module))
+        scaling = lora.scaling_at(read_config, module)
         require_scale(scaling, limits)
         bias = None
         if lora_bias:
@@ -69,17 +78,6 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         params = base_bias.add(replaced, params, sites)
     _require_own_head(tensors, base)
     changes_nothing = all(is_empty(p) for p in params.values())
-    config_of = dora.DoraConfig if use_dora else lora.LoraConfig
-    read_config = config_of(
-        rank=rank,
-        alpha=alpha,
-        use_rslora=use_rslora,
-        lora_bias=lora_bias or bool(replaced),
-        target_modules=tuple(sorted({site.suffix for site in sites.values()})),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        invocation_tokens=invocation,
-    )
     if not use_dora:
         if changes_nothing:
             raise scan.no_effect(method)
@@ -93,14 +91,14 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     return Adapter(method=dora.METHOD, config=read_config, sites=with_lengths)
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config keys and tensors."""
     config: lora.LoraConfig = adapter.config
     keys = {
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.use_rslora,
-        "target_modules": list(config.target_modules),
+        "target_modules": list(targets.describe(adapter.sites, base)),
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "lora_dropout": 0.0,
@@ -300,11 +298,3 @@ def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
                 "FEATURE_UNSUPPORTED", f"adapter_config.{key}", "must hold plain module paths", given=name
             )
     return pattern
-
-
-def _match(patterns: Mapping[str, V], module: str, default: V) -> V:
-    """The first pattern that is the module's path or a whole-name suffix of it (PEFT: `(.*\\.)?(pattern)$`)."""
-    for pattern, value in patterns.items():
-        if module == pattern or module.endswith("." + pattern):
-            return value
-    return default

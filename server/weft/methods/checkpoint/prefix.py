@@ -23,8 +23,9 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     return Adapter(method=prefix.METHOD, config=read_config, sites={}, prefix=prefix.PrefixParams(rows.reshape(shape)))
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config keys and tensors."""
+    del base
     embeddings = adapter.prefix.embeddings
     length, num_layers, _, num_kv_heads, head_dim = embeddings.shape
     keys = {

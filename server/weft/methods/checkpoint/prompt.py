@@ -31,14 +31,16 @@ def read_ptuning(
     return Adapter(method=ptuning.METHOD, config=read_config, sites={}, prefix=prompt.PromptParams(rows))
 
 
-def write_prompt(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_prompt(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config keys and tensors."""
+    del base
     rows = adapter.prefix.embeddings
     return {**_sizes(rows), "prompt_tuning_init": "RANDOM"}, {virtual.EMBEDDINGS: rows}
 
 
-def write_ptuning(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_ptuning(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config keys and tensors."""
+    del base
     config: ptuning.PtuningConfig = adapter.config
     rows = adapter.prefix.embeddings
     keys = {
