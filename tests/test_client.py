@@ -251,6 +251,14 @@ def test_upload_of_a_directory_without_an_adapter_sends_nothing(
     assert not service.requests
 
 
+def test_upload_of_a_pickle_says_how_to_convert_it(service: FakeService, client: Client, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"never read")
+    with pytest.raises(FileNotFoundError, match=r"torch\.load\('adapter_model\.bin', weights_only=True\)"):
+        client.upload("reverse", tmp_path)
+    assert not service.requests
+
+
 def test_register_says_what_it_expects(service: FakeService, client: Client) -> None:
     client.register("reverse", "demo/reverse")
     again = client.register("reverse", "demo/other", replace=True, expected_generation="", validate_only=True)

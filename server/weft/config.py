@@ -100,20 +100,24 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLimits:
-    """What an adapter may be (reference: default limits of the error contract)."""
+    """What an adapter may be (reference: default limits of the error contract).
+
+    ignored_config_keys: keys of adapter_config.json that this server does not know and may ignore, whatever they say.
+    """
 
     file_bytes_max: int = 512 * MIB
     header_bytes_max: int = 1 * MIB
     config_bytes_max: int = 256 * 1024
     metadata_bytes_max: int = 16 * 1024
     num_tensors_max: int = 8192
-    rank_max: int = 64
+    rank_max: int = 256
     bottleneck_size_max: int = 2048
     scaling_max: float = 64.0
     weight_abs_max: float = 1e3
     num_virtual_tokens_max: int = 256
     num_invocation_tokens_max: int = 256
     num_experts_max: int = 64
+    ignored_config_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

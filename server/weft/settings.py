@@ -6,6 +6,7 @@ Every field of WeftConfig and of its sections is one knob. It has one name, spel
     engine.max_num_seqs      --max-num-seqs            WEFT_MAX_NUM_SEQS           max_num_seqs
     residency.device_bytes   --adapter-device-bytes    WEFT_ADAPTER_DEVICE_BYTES   adapter_device_bytes
     allowed_sources          --allowed-source, often   WEFT_ALLOWED_SOURCES        allowed_sources, a list
+                                                       (paths a:b, texts a,b)
     model.path               MODEL                     WEFT_MODEL                  model
 
 Nothing is listed twice: names, types, defaults and help are read off the dataclasses, whose own checks stay the last
@@ -20,7 +21,7 @@ import types
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -79,6 +80,11 @@ class Knob:
         return get_origin(self.kind) is tuple
 
     @property
+    def item(self) -> Any:
+        """Type of the items of a list."""
+        return get_args(self.kind)[0]
+
+    @property
     def is_size(self) -> bool:
         """Whether it counts bytes, as its name says."""
         return self.kind is int and "bytes" in self.field.split("_")
@@ -89,7 +95,7 @@ class Knob:
         if self.is_size:
             return "must be a size of at least 0, such as 512MiB, 1.5GiB or 4096"
         if self.is_list:
-            return "must be a list of paths"
+            return "must be a list of paths" if self.item is Path else "must be a list of texts"
         if isinstance(self.kind, type) and issubclass(self.kind, StrEnum):
             return f"must be one of {', '.join(self.kind)}"
         rules = {
@@ -280,8 +286,10 @@ def _accepted(knob: Knob) -> Any:
     from pydantic_settings import NoDecode
 
     if knob.is_list:
-        paths = tuple[Annotated[Path, AfterValidator(Path.expanduser)], ...]
-        return Annotated[paths, NoDecode, BeforeValidator(_split)]
+        if knob.item is Path:
+            paths = tuple[Annotated[Path, AfterValidator(Path.expanduser)], ...]
+            return Annotated[paths, NoDecode, BeforeValidator(partial(_split, separator=os.pathsep))]
+        return Annotated[tuple[knob.item, ...], NoDecode, BeforeValidator(partial(_split, separator=","))]
     if knob.is_size:
         return Annotated[ByteSize, Field(ge=0), AfterValidator(int), BeforeValidator(_no_truth)]
     if knob.kind is int:
@@ -293,9 +301,9 @@ def _accepted(knob: Knob) -> Any:
     return knob.kind
 
 
-def _split(paths: object) -> object:
-    """Paths as the environment separates them, ":" where PATH is separated so."""
-    return [path for path in paths.split(os.pathsep) if path] if isinstance(paths, str) else paths
+def _split(items: object, *, separator: str) -> object:
+    """Items as the environment separates them: paths by ":" where PATH is separated so, texts by a comma."""
+    return [item for item in items.split(separator) if item] if isinstance(items, str) else items
 
 
 def _no_truth(value: object) -> object:

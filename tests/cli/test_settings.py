@@ -43,7 +43,7 @@ def leaves(kind: Any, above: tuple[str, ...] = ()) -> Iterator[Leaf]:
 
 def other(kind: Any, field: "dataclasses.Field[Any]") -> Any:
     if get_origin(kind) is tuple:
-        return (Path("/one"), Path("/two"))
+        return tuple(get_args(kind)[0](text) for text in ("/one", "/two"))
     if issubclass(kind, StrEnum):
         return next(value for value in kind if value is not field.default)
     if kind is bool:
@@ -80,6 +80,11 @@ def arguments_for(knob: Knob, value: Any) -> list[str]:
             return [part for path in value for part in (knob.flag, str(path))]
         case _:
             return [str(value)] if knob.is_required else [knob.flag, str(value)]
+
+
+def _listed(items: tuple[Any, ...]) -> str:
+    """As the environment spells a list: paths as PATH does, texts by commas."""
+    return (os.pathsep if isinstance(items[0], Path) else ",").join(map(str, items))
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +147,7 @@ def test_every_field_is_reachable_by_flag(weft: Weft, served: list[Any], leaf: L
 @pytest.mark.parametrize("leaf", LEAVES, ids=IDS)
 def test_every_field_is_reachable_by_environment(monkeypatch: pytest.MonkeyPatch, leaf: Leaf) -> None:
     monkeypatch.setenv("WEFT_MODEL", "/model")
-    value = os.pathsep.join(map(str, leaf.other)) if isinstance(leaf.other, tuple) else str(leaf.other)
+    value = _listed(leaf.other) if isinstance(leaf.other, tuple) else str(leaf.other)
     monkeypatch.setenv(knob_of(leaf).variable, value)
     assert held(load({}), leaf.path) == leaf.other
 
@@ -206,7 +211,9 @@ def test_sizes_are_for_people(text: str, size: int) -> None:
 def test_a_home_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/weaver")
     monkeypatch.setenv("WEFT_ALLOWED_SOURCES", os.pathsep.join(["~/runs", "/shared"]))
+    monkeypatch.setenv("WEFT_ADAPTER_IGNORED_CONFIG_KEYS", "one,two:b")
     config = load({"model": "~/model"})
+    assert config.adapters.ignored_config_keys == ("one", "two:b")
     assert config.model.path == Path("/home/weaver/model")
     assert config.allowed_sources == (Path("/home/weaver/runs"), Path("/shared"))
 
@@ -265,6 +272,7 @@ def test_a_rule_of_the_config_is_told_by_the_name_of_the_source(
         ("weft.yaml", "- max_num_seqs", "must hold names and values"),
         ("weft.yaml", "max_num_seqs: [", "is not YAML"),
         ("weft.yaml", "allowed_sources: 3", "must be a list of paths, given 3"),
+        ("weft.yaml", "adapter_ignored_config_keys: 3", "must be a list of texts, given 3"),
         ("weft.json", "{}", "must end in .toml, .yaml or .yml, given '.json'"),
     ],
 )

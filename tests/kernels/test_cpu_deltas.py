@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from weft.config import AdapterLimits
 from weft.kernels.cpu import deltas, library
 from weft.kernels.cpu.deltas import Kind
 
@@ -202,6 +203,16 @@ def test_post_is_the_formula(dtype: torch.dtype, weight_dtype: torch.dtype, popu
     slots = slots_of(mixed_adapters(weight_dtype), weight_dtype)
     entries = batch_of(popularity, size, len(slots.adapters))
     x, y = torch.randn(size, SIZE_IN).to(dtype), torch.randn(size, SIZE_OUT).to(dtype)
+    assert_near(run(x, y, entries, slots), reference(x, y, entries, slots))
+
+
+@pytest.mark.parametrize("num_rows", [1, 20])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_the_largest_rank_that_is_allowed(dtype: torch.dtype, num_rows: int) -> None:
+    """Beside a small rank."""
+    slots = slots_of([lora(AdapterLimits().rank_max, dtype), lora(3, dtype)], dtype)
+    entries: list[Entries] = [[(0, 1.0), (1, -0.5)]] * num_rows
+    x, y = torch.randn(num_rows, SIZE_IN).to(dtype), torch.randn(num_rows, SIZE_OUT).to(dtype)
     assert_near(run(x, y, entries, slots), reference(x, y, entries, slots))
 
 

@@ -11,6 +11,7 @@ from tests.kernels.interpreted import DEVICE
 from tests.kernels.test_cpu_deltas import Adapter, Entries, bits, mixed_adapters, residual_of
 from torch import Tensor
 
+from weft.config import AdapterLimits
 from weft.kernels.cpu.deltas import Kind
 from weft.kernels.cuda import deltas, lone_rows
 
@@ -249,6 +250,17 @@ def test_a_group_has_the_bits_of_its_sites(sizes_out: tuple[int, ...], monkeypat
     assert launched == ["shrink", "expand"]
     assert torch.equal(bits(together.cpu()), bits(apart.cpu()))
     assert not torch.equal(together, y)
+
+
+@pytest.mark.parametrize("num_rows", [1, 20])
+@pytest.mark.usefixtures("program")
+def test_the_largest_rank_that_is_allowed(num_rows: int) -> None:
+    """Lone rows and tiles, beside a small rank."""
+    rank = AdapterLimits().rank_max
+    slots = slots_of([textbook.lora(rank, FLOAT32), textbook.lora(3, FLOAT32)], FLOAT32)
+    entries: list[Entries] = [[(0, 1.0), (1, -0.5)]] * num_rows
+    x, y = torch.randn(num_rows, SIZE_IN), torch.randn(num_rows, SIZE_OUT)
+    textbook.assert_near(run(x, y, entries, slots), formula(x, y, entries, slots))
 
 
 def test_empty_batches_are_nothing() -> None:

@@ -262,6 +262,19 @@ def test_peft_made_beft_is_read_exactly(base: loader.Base, architecture: tuple[s
     _assert_read_exactly(tmp_path, base, architecture, "bitfit")
 
 
+def test_peft_made_cartridge_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:
+    """It is prefix tuning under another name, also with positions that stayed frozen."""
+    config = peft.CartridgeConfig(num_virtual_tokens=5, num_frozen_tokens=2, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    with torch.no_grad():
+        for parameter in (p for name, p in model.named_parameters() if "prompt_encoder" in name):
+            parameter.normal_()
+    model.save_pretrained(str(tmp_path))
+    adapter = _assert_read_exactly(tmp_path, base, architecture, "prefix")
+    assert adapter.num_virtual_tokens == 5
+
+
 def _move(model: peft.PeftModel) -> None:
     """Take every parameter of an adapter away from its start, in place."""
     with torch.no_grad():

@@ -131,7 +131,7 @@ CASES = [
         _added(model__layers__0__self_attn__q_proj__base_layer__weight=torch.ones(64, 64)),
     ),
     _Case("49-adalora", "RANK_INVALID", _config("adalora", init_r=0), ("init_r",)),
-    _Case("50-adalora", "RANK_TOO_LARGE", _config("adalora", init_r=65), ("limit 64", "given 65")),
+    _Case("50-adalora", "RANK_TOO_LARGE", _config("adalora", init_r=257), ("limit 256", "given 257")),
     _Case("51-adalora", "RANK_MISMATCH", _config("adalora", init_r=12), ("lora_A",)),
     _Case("51-adalora-pruned", "RANK_MISMATCH", _config("adalora", init_r=4, rank_pattern={"a": [True]}), ("limit 4",)),
     _Case("52-adalora", "SCALE_INVALID", _config("adalora", lora_alpha=1e38), ("lora_alpha",)),

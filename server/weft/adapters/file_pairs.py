@@ -17,7 +17,17 @@ class FilePair(NamedTuple):
 PEFT_FILES = FilePair(CONFIG_FILE, WEIGHTS_FILE)
 MIXTURE_FILES = FilePair("mixture_config.json", "mixture_router.safetensors")
 PAIRS = (PEFT_FILES, MIXTURE_FILES)
+# What PEFT may have written in the place of its weights: never read here.
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt")
 CONFIG_FILES = frozenset(pair.config for pair in PAIRS)
+
+
+def pickle_refused(name: str) -> str:
+    """The rule that the pickle `name` breaks, and how its owner converts it."""
+    return (
+        "safetensors only; a pickle is refused, as reading it can run code: where you trust it, convert it with "
+        f"safetensors.torch.save_file(torch.load('{name}', weights_only=True), '{WEIGHTS_FILE}')"
+    )
 
 
 def pair_of(names: Iterable[str]) -> FilePair | None:

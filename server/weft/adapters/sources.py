@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from weft.adapters import durable
 from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.file_pairs import PICKLES, pickle_refused
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.errors import AdapterUnusable, InvalidAdapter, InvalidRequest
 from weft.methods.checkpoint import xlora
@@ -30,7 +31,6 @@ _COMPONENT_BYTES_MAX = 255
 _WALK = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _UNREADABLE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM})
-_OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt")
 
 
 @contextlib.contextmanager
@@ -54,11 +54,11 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
     try:
         fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
     except InvalidAdapter as error:
-        found = [other for other in _OTHER_WEIGHTS if name == WEIGHTS_FILE and holds(directory, other)]
+        found = [other for other in PICKLES if name == WEIGHTS_FILE and holds(directory, other)]
         if error.reason == "SOURCE_NOT_FOUND" and name == CONFIG_FILE and holds(directory, xlora.CONFIG_FILE):
             raise xlora.refusal(xlora.CONFIG_FILE) from None
         if error.reason == "SOURCE_NOT_FOUND" and found:
-            raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, "safetensors only", given=found[0]) from None
+            raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, pickle_refused(found[0]), given=found[0]) from None
         raise
     file = os.fdopen(fd, "rb", buffering=0)
     with contextlib.ExitStack() as undo:

@@ -130,7 +130,7 @@ def _metavar(knob: Knob) -> str:
     if knob.is_size:
         return "SIZE"
     if knob.is_list:
-        return "PATH"
+        return _METAVARS[knob.item]
     return "|".join(knob.kind) if issubclass(knob.kind, StrEnum) else _METAVARS[knob.kind]
 
 

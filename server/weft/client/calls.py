@@ -1,5 +1,6 @@
 """From arguments to calls, once for both clients: each function describes one RPC that is not yet made."""
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpa
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES
+from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES, PICKLES, pickle_refused
 from weft.config import MIB
 from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
 from weft.v1.adapter_service_pb2 import (
@@ -236,8 +237,13 @@ def upload(
     """Register an adapter by sending the two files of a local directory, PEFT's or a mixture's.
 
     progress: called with the bytes sent and the bytes of both files, maybe in another thread.
+    Raises OSError for a directory without these files.
     """
     is_mixture = (Path(directory) / MIXTURE_FILES.config).exists()
+    if not is_mixture and not (Path(directory) / PEFT_FILES.weights).exists():
+        for pickle in (Path(directory) / name for name in PICKLES):
+            if pickle.exists():
+                raise FileNotFoundError(errno.ENOENT, pickle_refused(pickle.name), str(pickle))
     files = [_upload_file(Path(directory) / name) for name in (MIXTURE_FILES if is_mixture else PEFT_FILES)]
     header = UploadHeader(
         adapter_id=adapter_id,

@@ -6,7 +6,7 @@ from asyncio import wait_for
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeAlias
 
-from weft.adapters.file_pairs import PAIRS, pair_of
+from weft.adapters.file_pairs import PAIRS, PICKLES, pair_of, pickle_refused
 from weft.adapters.versions import StagedFile, Staging
 from weft.config import MIB, AdapterLimits
 from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest
@@ -91,12 +91,10 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
     for index, file in enumerate(header.files):
         field = f"header.files[{index}]"
         if file.name not in sizes:
-            raise InvalidAdapter.rule(
-                "FORMAT_UNSUPPORTED",
-                f"{field}.name",
-                f"must be one of {', '.join(sizes)} (safetensors only)",
-                given=file.name,
-            )
+            rule = f"must be one of {', '.join(sizes)} (safetensors only)"
+            if file.name in PICKLES:
+                rule = pickle_refused(file.name)
+            raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", f"{field}.name", rule, given=file.name)
         if file.size_bytes > sizes[file.name]:
             raise InvalidAdapter.rule(
                 "ADAPTER_TOO_LARGE",

@@ -34,7 +34,7 @@ _PEFT_EPSILON = 1e-5
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """Check everything and give the LoRA that the adapter is."""
-    schema.check(config, schema.ADALORA)
+    schema.check(config, schema.ADALORA, limits)
     init_rank = read_rank(config.get("init_r", 12), "init_r", limits)
     alpha = read_alpha(config.get("lora_alpha", 8), "lora_alpha") or float(init_rank)  # PEFT's meaning of 0
     scaling = alpha / (init_rank + _PEFT_EPSILON)

@@ -97,13 +97,13 @@ def is_config(config: Mapping[str, Any]) -> bool:
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """The adapter, fitted to `base`, as if it had been written in our own form."""
-    schema.check(config, _OUTER)
+    schema.check(config, _OUTER, limits)
     inner = config.get("config")
     if not isinstance(inner, dict):
         raise InvalidAdapter.rule(
             "FEATURE_UNSUPPORTED", "adapter_config.config", "must be an object that spells the adapter out", given=inner
         )
-    schema.check({f"{_PREFIX}{key}": value for key, value in inner.items()}, _INNER)
+    schema.check({f"{_PREFIX}{key}": value for key, value in inner.items()}, _INNER, limits)
     parts = _parts(tensors, base, has_norm=schema.boolean(inner, "ln_before", "CONFIG_INVALID"))
     return bottleneck.fitted(_config(inner, base), parts, tensors, base, limits)
 

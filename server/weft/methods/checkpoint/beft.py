@@ -21,7 +21,7 @@ _HAS_NORMS = "weft_norm_biases"
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """Check everything and give the adapter."""
-    schema.check(config, schema.BEFT)
+    schema.check(config, schema.BEFT, limits)
     linear, norms = _by_module(tensors)
     has_norms = schema.boolean(config, _HAS_NORMS, "CONFIG_INVALID")
     if has_norms != bool(norms):

@@ -26,7 +26,7 @@ _NORMS = ("bottleneck_norm.weight", "bottleneck_norm.bias")
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """Check everything and give the adapter; tensors keep the dtype they were stored in."""
-    schema.check(config, schema.BOTTLENECK)
+    schema.check(config, schema.BOTTLENECK, limits)
     if type(config.get("bottleneck_format")) is not int or config["bottleneck_format"] != FORMAT:
         raise InvalidAdapter.rule(
             "FEATURE_UNSUPPORTED",
@@ -227,11 +227,19 @@ def _params(
     size, features = config.size_at(site), site.out_features
     if size > limits.bottleneck_size_max:
         raise InvalidAdapter.rule(
-            "RANK_TOO_LARGE", site.name, "has too wide a bottleneck", limit=limits.bottleneck_size_max, given=size
+            "RANK_TOO_LARGE",
+            site.name,
+            "has too wide a bottleneck; the operator sets the limit with --adapter-bottleneck-size-max",
+            limit=limits.bottleneck_size_max,
+            given=size,
         )
     if abs(config.scaling) > limits.scaling_max:
         raise InvalidAdapter.rule(
-            "SCALE_INVALID", "adapter_config.scaling", "is too large", limit=limits.scaling_max, given=config.scaling
+            "SCALE_INVALID",
+            "adapter_config.scaling",
+            "is too large; the operator sets the limit with --adapter-scaling-max",
+            limit=limits.scaling_max,
+            given=config.scaling,
         )
     down = parts["bottleneck_down.weight"]
     if down.dim() == 2 and down.shape[1] == features and down.shape[0] != size:

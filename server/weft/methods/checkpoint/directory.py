@@ -46,9 +46,29 @@ _FORMATS: Mapping[str, _Format] = MappingProxyType(
         "BEFT": _Format(beft.read, beft.write),
         "IA3": _Format(ia3.read, ia3.write),
         "PREFIX_TUNING": _Format(prefix.read, prefix.write),
+        "CARTRIDGE": _Format(prefix.read, None),
         "PROMPT_TUNING": _Format(prompt.read_prompt, prompt.write_prompt),
         "P_TUNING": _Format(prompt.read_ptuning, prompt.write_ptuning),
         "BOTTLENECK": _Format(bottleneck.read, bottleneck.write),
+    }
+)
+# The others whose updates PEFT's save_as_lora approximates.
+_CONVERTIBLE = frozenset(
+    {
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "GRALORA",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "PSOFT",
+        "RANDLORA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
     }
 )
 
@@ -64,20 +84,9 @@ def read(
 
     Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
     """
+    require_served(config)
     if adapterhub.is_config(config):
         return adapterhub.read(config, tensors, base, limits)
-    peft_type = config.get("peft_type")
-    if peft_type == xlora.PEFT_TYPE:
-        raise xlora.refusal("adapter_config.peft_type")
-    form = _FORMATS.get(peft_type) if isinstance(peft_type, str) else None
-    if form is None:
-        raise InvalidAdapter.rule(
-            "FEATURE_UNSUPPORTED",
-            "adapter_config.peft_type",
-            "is not served",
-            limit=", ".join(_FORMATS),
-            given=peft_type,
-        )
     digest = metadata.get(BASE_DIGEST)
     if digest is not None and digest != base.digest:
         raise AdapterUnusable(
@@ -87,7 +96,22 @@ def read(
             field="adapter_model.safetensors",
             metadata={"limit": base.digest, "given": digest},
         )
-    return form.read(config, tensors, base, limits)
+    return _FORMATS[config["peft_type"]].read(config, tensors, base, limits)
+
+
+def require_served(config: Mapping[str, Any]) -> None:
+    """Raise InvalidAdapter for a type that is not served, with PEFT's way to one that is, or with what is served."""
+    peft_type = config.get("peft_type")
+    if adapterhub.is_config(config) or (isinstance(peft_type, str) and peft_type in _FORMATS):
+        return
+    if peft_type == xlora.PEFT_TYPE:
+        raise xlora.refusal("adapter_config.peft_type")
+    advice = f"served are {', '.join(_FORMATS)}"
+    if isinstance(peft_type, str) and peft_type in _CONVERTIBLE:
+        advice = "PEFT's save_as_lora(path, model, rank=...) writes a LoRA that comes close to it"
+    raise InvalidAdapter.rule(
+        "FEATURE_UNSUPPORTED", "adapter_config.peft_type", f"is not served; {advice}", given=peft_type
+    )
 
 
 def load(path: Path, base: BaseShape, limits: AdapterLimits) -> Adapter:

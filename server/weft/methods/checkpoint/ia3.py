@@ -16,7 +16,7 @@ _L = "ia3_l"
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """Check everything and give the adapter."""
-    schema.check(config, schema.IA3)
+    schema.check(config, schema.IA3, limits)
     feedforward = _names(config, "feedforward_modules")
     named = _names(config, "target_modules")
     if named is not None and feedforward is not None and not feedforward <= named:

@@ -27,7 +27,7 @@ _PATTERN_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.")
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """Check everything and give the adapter; tensors keep the dtype they were stored in."""
-    schema.check(config, schema.LORA)
+    schema.check(config, schema.LORA, limits)
     rank = read_rank(config.get("r"), "r", limits)
     alpha = read_alpha(config.get("lora_alpha", 8), "lora_alpha")
     ranks = {k: read_rank(v, f"rank_pattern[{k}]", limits) for k, v in _pattern(config, "rank_pattern").items()}
@@ -175,7 +175,7 @@ def require_scale(scaling: float, limits: AdapterLimits) -> None:
         raise InvalidAdapter.rule(
             "SCALE_INVALID",
             "adapter_config.lora_alpha",
-            "gives too large a scale",
+            "gives too large a scale; the operator sets the limit with --adapter-scaling-max",
             limit=limits.scaling_max,
             given=scaling,
         )
@@ -240,7 +240,11 @@ def read_rank(value: Any, key: str, limits: AdapterLimits) -> int:
         raise InvalidAdapter.rule("RANK_INVALID", f"adapter_config.{key}", "must be a whole number from 1", given=value)
     if value > limits.rank_max:
         raise InvalidAdapter.rule(
-            "RANK_TOO_LARGE", f"adapter_config.{key}", "is too large", limit=limits.rank_max, given=value
+            "RANK_TOO_LARGE",
+            f"adapter_config.{key}",
+            "is too large; the operator sets the limit with --adapter-rank-max",
+            limit=limits.rank_max,
+            given=value,
         )
     return value
 

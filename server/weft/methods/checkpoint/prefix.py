@@ -1,4 +1,8 @@
-"""Prefix tuning in PEFT's form: one tensor `prompt_embeddings` (P, 2·L·H·D), already projected; a row is K₀ V₀ K₁ …"""
+"""Prefix tuning in PEFT's form: one tensor `prompt_embeddings` (P, 2·L·H·D), already projected; a row is K₀ V₀ K₁ …
+
+PEFT's CARTRIDGE saves the same tensor (Eyuboglu et al. 2025, arXiv:2506.06266); it is read, and written, as
+prefix tuning.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +17,7 @@ from weft.methods.protocol import Adapter, BaseShape
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """Check everything and give the adapter."""
-    schema.check(config, schema.PREFIX)
+    schema.check(config, schema.CARTRIDGE if config["peft_type"] == "CARTRIDGE" else schema.PREFIX, limits)
     width = 2 * base.num_layers * base.num_kv_heads * base.head_dim
     rows = virtual.read_rows(
         config, tensors, limits, method="prefix", width=width, width_is="2 · layers · kv heads · head dim"

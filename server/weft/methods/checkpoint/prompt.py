@@ -15,7 +15,7 @@ def read_prompt(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits
 ) -> Adapter:
     """Check everything and give the adapter."""
-    schema.check(config, schema.PROMPT)
+    schema.check(config, schema.PROMPT, limits)
     rows = _read_rows(config, tensors, base, limits, "prompt")
     read_config = prompt.PromptConfig(num_virtual_tokens=len(rows))
     return Adapter(method=prompt.METHOD, config=read_config, sites={}, prefix=prompt.PromptParams(rows))
@@ -25,7 +25,7 @@ def read_ptuning(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits
 ) -> Adapter:
     """The same for P-tuning; the encoder's settings mean nothing for what it made."""
-    schema.check(config, schema.PTUNING)
+    schema.check(config, schema.PTUNING, limits)
     rows = _read_rows(config, tensors, base, limits, "P-tuning")
     read_config = ptuning.PtuningConfig(num_virtual_tokens=len(rows))
     return Adapter(method=ptuning.METHOD, config=read_config, sites={}, prefix=prompt.PromptParams(rows))

@@ -2,6 +2,8 @@
 
 A key is *used* (its value enters the mathematics or is checked), *inert* (PEFT writes it; it means nothing for a
 finished adapter, so any value passes), or *fixed* (another value changes the mathematics, and is refused by name).
+A key that none of these lists has (a later PEFT's) passes where its value switches nothing on, and where the operator
+allows it by name.
 Patterns are never compiled: the tensor names are the truth about which modules an adapter touches.
 """
 
@@ -9,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.errors import InvalidAdapter
+from weft.config import AdapterLimits
+from weft.errors import InvalidAdapter, shown
 
 _FORBIDDEN = "CONFIG_FIELD_FORBIDDEN"
 _UNSUPPORTED = "FEATURE_UNSUPPORTED"
@@ -25,18 +28,26 @@ class Schema:
 
 
 # What to do where a fixed key is asked for.
+_CONVERT_INIT = (
+    "an initialization that also changes the base: save it as a plain LoRA with PEFT's save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=the untrained adapter's directory)"
+)
 _ADVICE: Mapping[str, str] = {
     "modules_to_save": "whole modules are not replaced: name lm_head and linear modules in target_modules instead",
+    "trainable_token_indices": "rows of the embedding are not replaced: train without it",
+    "target_parameters": "bare parameters, such as fused experts, have no adapters: name linear modules in "
+    "target_modules",
+    "init_lora_weights": _CONVERT_INIT,
 }
 
 # Fields that name code or a place; PEFT imports what they hold.
 _CODE_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "auto_mapping": (None,),
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),
 }
 _COMMON_USED = frozenset({"peft_type", "task_type"})
-_COMMON_INERT = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode"})
+# PEFT writes auto_mapping, the class of the model it wrapped, where no task_type was given; it is never imported here.
+_COMMON_INERT = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"})
 
 LORA = Schema(
     used=frozenset(
@@ -125,6 +136,10 @@ PREFIX = Schema(
     inert=_VIRTUAL_INERT | {"encoder_hidden_size", "prefix_projection", "init_weights"},
     fixed=_VIRTUAL_FIXED,
 )
+# Prefix tuning that was trained without an MLP; how many positions were frozen then means nothing now.
+CARTRIDGE = Schema(
+    used=frozenset({"num_virtual_tokens"}), inert=_VIRTUAL_INERT | {"num_frozen_tokens"}, fixed=_VIRTUAL_FIXED
+)
 PROMPT = Schema(
     used=frozenset({"num_virtual_tokens"}),
     inert=_VIRTUAL_INERT
@@ -159,21 +174,32 @@ BOTTLENECK = Schema(
 )
 
 
-def check(config: Mapping[str, Any], schema: Schema) -> None:
+def check(config: Mapping[str, Any], schema: Schema, limits: AdapterLimits) -> None:
     """Raise InvalidAdapter for the first key, in file order, that this server would have to ignore."""
+    known = schema.used | schema.inert | _COMMON_USED | _COMMON_INERT
     for key, value in config.items():
         if key in _CODE_FIELDS:
             _require_one_of(key, value, _CODE_FIELDS[key], _FORBIDDEN)
         elif key in schema.fixed:
             _require_one_of(key, value, schema.fixed[key], _UNSUPPORTED)
-        elif value is not None and key not in schema.used | schema.inert | _COMMON_USED | _COMMON_INERT:
+        elif key not in known and not _is_off(value) and key not in limits.ignored_config_keys:
+            version = config.get("peft_version")
             raise InvalidAdapter.rule(
-                _FORBIDDEN, f"adapter_config.{key}", "is not a known key and must be absent", given=value
+                _FORBIDDEN,
+                f"adapter_config.{key}",
+                f"is not a known key{f' (peft_version {shown(version)})' if version else ''}, and its value might "
+                f"change the result; if not, the operator allows it with --adapter-ignored-config-key {shown(key)}",
+                given=value,
             )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise InvalidAdapter.rule(
             _UNSUPPORTED, "adapter_config.task_type", "must be CAUSAL_LM", given=config["task_type"]
         )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether the value of an unknown key switches nothing on. Zero may be a setting: a scale, a layer, a token."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _require_one_of(key: str, value: Any, allowed: tuple[Any, ...], reason: str) -> None:
