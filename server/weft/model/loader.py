@@ -6,9 +6,12 @@ safetensors only, no code from the directory. Its linear modules, its output hea
 """
 
 import hashlib
+import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,17 +68,31 @@ def load(config: ModelConfig, *, attention: str) -> Base:
         trust_remote_code=False,
         use_safetensors=True,
     )
+    held_as = config.quantization.value + ("-double" if config.double_quant else "")
+    digests = fingerprints(path)
     return wrap(
         model,
         AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
-        name=path.name,
-        digest=fingerprint(path, config.quantization, double_quant=config.double_quant),
+        name=Path(os.path.abspath(path)).name,
+        digest=digests.pop(held_as),
         quantization=config.quantization,
         dtype=dtype,
+        held_as=held_as,
+        same_weights={digest: holding for holding, digest in digests.items()},
     )
 
 
-def wrap(model: Any, tokenizer: Any, *, name: str, digest: str, quantization: Quantization, dtype: torch.dtype) -> Base:
+def wrap(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    digest: str,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    held_as: str = "",
+    same_weights: Mapping[str, str] = MappingProxyType({}),
+) -> Base:
     """A transformers model as a base, changed in place: frozen, in evaluation mode, its sites wrapped."""
     model.eval().requires_grad_(False)
     text_config = model.config.get_text_config()
@@ -92,6 +109,8 @@ def wrap(model: Any, tokenizer: Any, *, name: str, digest: str, quantization: Qu
         embedding_size=embedding.weight.shape[1],
         digest=digest,
         name=name,
+        held_as=held_as,
+        same_weights=same_weights,
     )
     return Base(
         model=model,
@@ -116,9 +135,10 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def fingerprint(path: Path, quantization: Quantization, *, double_quant: bool = False) -> str:
-    """sha256 over the digests of the weight files and the quantization: what an adapter is bound to.
+def fingerprints(path: Path) -> dict[str, str]:
+    """The base's digest for each way to hold its weights: sha256 over that way and the digests of the weight files.
 
+    An adapter names the one that it was trained on, so every base with its weights knows that digest as one of its own.
     The architecture is in it through config.json's bytes.
     """
     files = sorted(path.glob("*.safetensors"))
@@ -127,11 +147,11 @@ def fingerprint(path: Path, quantization: Quantization, *, double_quant: bool = 
     files.append(path / "config.json")
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_file_digest, files))
-    held_as = quantization.value + ("-double" if double_quant else "")
-    whole = hashlib.sha256(f"weft-base-1\n{held_as}\n".encode())
-    for file, digest in zip(files, digests, strict=True):
-        whole.update(f"{file.name}\n{digest}\n".encode())
-    return whole.hexdigest()
+    weights = "".join(f"{file.name}\n{digest}\n" for file, digest in zip(files, digests, strict=True))
+    return {
+        held_as: hashlib.sha256(f"weft-base-1\n{held_as}\n{weights}".encode()).hexdigest()
+        for held_as in (*Quantization, f"{Quantization.NF4}-double")
+    }
 
 
 def _file_digest(path: Path) -> str:
