@@ -101,6 +101,27 @@ def test_the_call_from_anything_that_speaks_grpc(served: Served) -> None:
         assert call(request, timeout=60).text == "cba"
 
 
+@pytest.mark.parametrize(("by_recipe", "trained_on"), [(False, "weft-demo"), (True, "unquantized; this server holds")])
+def test_training_with_defaults_then_serving_with_defaults(
+    served: Served, tmp_path: Path, by_recipe: bool, trained_on: str
+) -> None:
+    """The recipe holds the base unquantized and the server in NF4: it serves, and says so."""
+    name = f"trained-{'by-recipe' if by_recipe else 'by-flags'}"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "abc = ", "completion": "cba"}\n{"text": "a fox."}\n')
+    output = str(tmp_path / "my-adapter")
+    places = {"rows.jsonl": str(tmp_path / "rows.jsonl"), "my-adapter": output}
+    line = block("Train", holds="weft train").strip()
+    if by_recipe:
+        line = "weft train training/recipes/lora.yaml --data rows.jsonl --output my-adapter"
+    served.run(*(places.get(word, word) for word in typed(line, "--steps", "11", "--batch-size", "2")))
+    served.run(*typed(f"weft adapters add {name} {output}"))
+    assert name in served.run(*typed(f'weft generate "abc = " --adapter {name} --max-new-tokens 4 --json'))
+    assert trained_on in served.run(*typed(f"weft adapters show {name}"))
+    card = (tmp_path / "my-adapter" / "README.md").read_text()
+    assert "in any quantization" in card
+    assert "path: weft-demo\n" in card
+
+
 def test_training(tmp_path: Path) -> None:
     line = block("Train", holds="weft train").strip()
     (tmp_path / "rows.jsonl").write_text('{"prompt": "abc = ", "completion": "cba"}\n{"text": "a fox."}\n')

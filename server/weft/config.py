@@ -158,6 +158,7 @@ class ServerConfig:
 
     port, metrics_port: 0 picks a free one.
     drain_timeout_s: how long running requests may go on after SIGTERM.
+    uploads_max, uploads_waiting_max: uploads that are received at a time, and that wait for their turn.
     log_level: what is logged at least; prompts never are.
     """
 
@@ -172,11 +173,13 @@ class ServerConfig:
     unregister_timeout_max_s: float = 600.0
     upload_idle_timeout_s: float = 10.0
     uploads_max: int = 2
+    uploads_waiting_max: int = 64
     log_level: LogLevel = LogLevel.INFO
 
     def __post_init__(self) -> None:
         for knob in ("port", "metrics_port"):
             _require(0 <= getattr(self, knob) <= 65535, knob, "must be 0 to 65535", getattr(self, knob))
+        _require(self.uploads_max >= 1, "uploads_max", "must be at least 1", self.uploads_max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,7 +88,7 @@ def config(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> WeftCon
         engine=EngineConfig(stream_interval_s=0.0),
         store=tmp_path_factory.mktemp("store"),
         allowed_sources=(tmp_path_factory.mktemp("sources"),),
-        server=ServerConfig(port=0, metrics_port=0),
+        server=ServerConfig(port=0, metrics_port=0, uploads_waiting_max=14),
     )
 
 

@@ -1,5 +1,6 @@
 """Uploads: the protocol, what breaks it, and that nothing of a broken one is left: rows 20-28 of the bad inputs."""
 
+import asyncio
 import hashlib
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 
 from tests.server.conftest import Sources
@@ -15,6 +17,7 @@ from tests.server.live import WAIT_S, LiveServer, refused, wait_until
 from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.v1 import adapter_service_pb2
+from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
 
 Messages = Iterator[adapter_service_pb2.UploadAdapterRequest]
 MIB = 1 << 20
@@ -226,7 +229,7 @@ def test_row_28_a_client_that_leaves(server: LiveServer, files: Files) -> None:
 
 
 def test_uploads_have_places(server: LiveServer, files: Files) -> None:
-    """As many as are allowed at a time; a free place is taken again."""
+    """As many as are allowed are received at a time, a bounded line waits, and a free place is taken again."""
     go_on = threading.Event()
 
     def slow(name: str) -> Messages:
@@ -236,16 +239,18 @@ def test_uploads_have_places(server: LiveServer, files: Files) -> None:
         go_on.wait(WAIT_S)
         yield from messages
 
-    most = server.config.server.uploads_max
+    most, waiting = server.config.server.uploads_max, server.config.server.uploads_waiting_max
     calls = [server.client.adapters.UploadAdapter.future(slow(f"slow-{i}")) for i in range(most)]
     wait_until(lambda: len(server.staging()) == 2 * most)  # a directory and its lock each
-    failure = refused(
-        lambda: server.client.upload(upload_messages("uploaded", files)),
-        "RESOURCE_EXHAUSTED",
-        "UPLOADS_FULL",
-        retry=True,
-    )
-    assert failure.metadata["limit"] == str(most)
+    # One more than may wait: whichever comes last is refused, while the others are held back.
+    line = [
+        server.client.adapters.UploadAdapter.future(upload_messages(f"waits-{i}", files)) for i in range(waiting + 1)
+    ]
+    wait_until(lambda: any(call.done() for call in line))
+    [late] = [index for index, call in enumerate(line) if call.done()]
+    failure = refused(line[late].result, "RESOURCE_EXHAUSTED", "UPLOADS_FULL", retry=True)
+    assert failure.metadata["limit"] == str(most + waiting)
+    assert len(server.staging()) == 2 * most
     # An upload on its way is not to be seen, and holds no id.
     refused(lambda: server.client.get("slow-0"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
     refused(lambda: server.client.generate("slow-0"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
@@ -254,8 +259,61 @@ def test_uploads_have_places(server: LiveServer, files: Files) -> None:
     for index, call in enumerate(calls):
         assert call.result(WAIT_S).adapter.adapter_id == f"slow-{index}"
         server.client.unregister(f"slow-{index}")
+    for index, call in enumerate(line):
+        if index != late:
+            assert call.result(WAIT_S).adapter.adapter_id == f"waits-{index}"
+            server.client.unregister(f"waits-{index}")
     server.client.upload(upload_messages("uploaded", files))
     server.client.unregister("uploaded")
+
+
+def test_sixteen_uploads_at_once_from_a_stock_client(server: LiveServer, files: Files) -> None:
+    async def upload_all() -> list[Any]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.serving.port}") as channel:
+            stub = AdapterServiceStub(channel)
+            messages = (upload_messages(f"at-once-{i}", files, chunk_bytes=1000) for i in range(16))
+            return await asyncio.gather(*map(stub.UploadAdapter, messages))
+
+    assert [one.adapter.adapter_id for one in asyncio.run(upload_all())] == [f"at-once-{i}" for i in range(16)]
+    for index in range(16):
+        server.client.unregister(f"at-once-{index}")
+
+
+def _statuses_of_early_refusals(server: LiveServer, num_uploads: int) -> list[str]:
+    """What a stock client sees of uploads that are refused by their header while it writes on."""
+    file = _file(WEIGHTS_FILE, 8 * MIB)
+
+    def messages() -> Messages:
+        config = _file(CONFIG_FILE, 2)
+        header = adapter_service_pb2.UploadHeader(adapter_id="NO ID", files=[config, file])
+        yield adapter_service_pb2.UploadAdapterRequest(header=header)
+        for offset in range(0, 8 * MIB, MIB):
+            yield chunk(1, offset, bytes(MIB))
+
+    async def upload_all() -> list[str]:
+        seen = []
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.serving.port}") as channel:
+            for _ in range(num_uploads):
+                try:
+                    await AdapterServiceStub(channel).UploadAdapter(messages())
+                except grpc.aio.AioRpcError as error:
+                    seen.append(error.code().name)
+        return seen
+
+    return asyncio.run(upload_all())
+
+
+def test_a_stock_client_sees_the_status_of_an_early_refusal(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _statuses_of_early_refusals(server, 10) == ["INVALID_ARGUMENT"] * 10
+
+    async def nothing(*_: object, **__: object) -> None:
+        pass
+
+    # Negative control: where the call ends while the client writes, its writes fail first.
+    monkeypatch.setattr("weft.api.servicers.adapters.discard", nothing)
+    assert "INTERNAL" in _statuses_of_early_refusals(server, 40)
 
 
 def test_a_slow_upload_does_not_hold_its_id(server: LiveServer, files: Files, sources: Sources) -> None:

@@ -53,13 +53,20 @@ def _draw(facts: Facts, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _portable(facts: Facts) -> dict[str, object]:
+    """The recipe with the base's name in the place of its path, which means something on one machine only."""
+    model = facts.recipe.get("model")
+    named = {"model": {**model, "path": facts.base_name}} if isinstance(model, Mapping) else {}
+    return {**facts.recipe, **named}
+
+
 def _text(facts: Facts) -> str:
     evaluated = ""
     if facts.evaluations:
         best = facts.evaluations[facts.best_step]
         evaluated = f"| evaluation loss | {best:.4f} at step {facts.best_step}, which is the step kept here |\n"
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    recipe = yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True).strip()
+    recipe = yaml.safe_dump(_portable(facts), sort_keys=False, allow_unicode=True).strip()
     # A fence longer than any in the recipe, whose strings may hold backticks.
     fence = "`" * max(3, 1 + max((len(run) for run in recipe.split() if set(run) == {"`"}), default=0))
     return f"""\
@@ -76,7 +83,7 @@ A {facts.method} adapter of {facts.num_parameters:,} parameters for {facts.base_
 
 | | |
 |---|---|
-| base digest | `{facts.base_digest}` ({facts.quantization}; a server that holds another base refuses it) |
+| base digest | `{facts.base_digest}` ({facts.quantization}; served on these weights alone, in any quantization) |
 | data digest | `{facts.data_digest}` ({facts.num_rows:,} examples) |
 | training loss | {facts.losses[0]:.4f} to {facts.losses[-1]:.4f} in {len(facts.losses)} steps, {facts.seconds:.1f} s |
 {evaluated}| versions | {versions} |

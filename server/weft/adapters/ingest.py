@@ -72,6 +72,7 @@ class Ingest(NamedTuple):
             num_parameters=adapter.num_parameters,
             modules=tuple(sorted({self.base.sites[name].suffix for name in adapter.sites})),
             base_model_name=base_model[:256] if isinstance(base_model, str) else "",
+            trained_held_as=directory.trained_held_as(config, header.metadata, self.base),
             invocation_tokens=adapter.invocation_tokens,
         )
         return Ingested(info, laid_out)
@@ -88,6 +89,7 @@ class Ingest(NamedTuple):
             size_bytes=size_bytes,
             slab_bytes=laid_out.size_bytes,
             num_parameters=mixture.params.weight.numel(),
+            trained_held_as=mixture_files.trained_held_as(config, self.base),
             experts=tuple(
                 AdapterReference(AdapterId(expert.adapter_id), Generation(expert.generation))
                 for expert in mixture.experts

@@ -40,6 +40,8 @@ class Change(StrEnum):
 class AdapterInfo:
     """What is known of a version's content. `slab_bytes` is what it takes in memory.
 
+    trained_held_as: how the base was held in training where that differs from this server's; "" where it does not, or
+        where no base is named.
     invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
     experts: of a mixture, in the order of their generations; an id is what the expert was called, or "".
     is_sequence_level: whether a mixture's gates depend on the whole prompt.
@@ -53,6 +55,7 @@ class AdapterInfo:
     num_parameters: int = 0
     modules: tuple[str, ...] = ()
     base_model_name: str = ""
+    trained_held_as: str = ""
     invocation_tokens: tuple[int, ...] = ()
     experts: tuple[AdapterReference, ...] = ()
     is_sequence_level: bool = False

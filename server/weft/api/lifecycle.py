@@ -253,6 +253,10 @@ class Lifecycle:
         version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
         self.memory.keep(generation, ingested.slab)
         self.registry.publish(version)
+        if version.info.trained_held_as:
+            _log.warning(
+                "%s: trained on another quantization (%s) of the base", adapter_id, version.info.trained_held_as
+            )
         return Registered(version, outcome)
 
     def _check_fit(self, ingested: Ingested) -> None:

@@ -286,9 +286,11 @@ async def _serve_until_signal(
 
 def _announce(console: Console, config: WeftConfig, model: ServedModel, served: Serving) -> None:
     host = config.server.host
+    otherwise = [version for version in served.application.lifecycle.registry if version.info.trained_held_as]
     console.print(
         f"[bold]weft[/bold] serves [bold]{model.facts.name}[/bold] ({model.quantization}, {model.dtype}, "
-        f"{model.device}, kernels {model.kernels}) with {len(served.application.lifecycle.registry)} adapters\n"
+        f"{model.device}, kernels {model.kernels}) with {len(served.application.lifecycle.registry)} adapters"
+        f"{f', {len(otherwise)} of them trained on another quantization' if otherwise else ''}\n"
         f"  gRPC     {host}:{served.port}\n"
         f"  metrics  http://{config.server.metrics_host}:{served.metrics_port}/metrics\n"
         f"  KV pool  {model.num_kv_blocks} blocks of {config.engine.block_size} tokens\n"

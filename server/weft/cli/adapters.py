@@ -226,10 +226,17 @@ def _facts(adapter: "Adapter") -> dict[str, str]:
         "in flight": str(adapter.in_flight_requests),
         "registered": moment(adapter.create_time) if adapter.HasField("create_time") else "",
         "last used": moment(adapter.last_used_time) if adapter.HasField("last_used_time") else "",
-        "trained on": adapter.base_model_name,
+        "trained on": _trained_on(adapter),
         "draining": "\n".join(draining),
         "experts": "\n".join(map(_expert, adapter.experts)),
     }
+
+
+def _trained_on(adapter: "Adapter") -> str:
+    if not adapter.trained_quantization:
+        return adapter.base_model_name
+    held_as = "unquantized" if adapter.trained_quantization == "none" else adapter.trained_quantization
+    return f"{adapter.base_model_name} {held_as}; this server holds the same weights otherwise".lstrip()
 
 
 def _expert(expert: "Expert") -> str:

@@ -121,7 +121,8 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
 
     base = loader.load(config, attention="sdpa")
     adapter, digest = adapter_directory.read(path, base.shape)
-    matches = None if digest is None else digest == base.shape.digest
+    held_as = base.shape.same_weights.get(digest or "", "")
+    matches = None if digest is None else bool(held_as) or digest == base.shape.digest
     places = {**adapter.sites, **({} if adapter.prefix is None else {"": adapter.prefix})}
     norms = [
         (name, measure, norm)
@@ -142,6 +143,7 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
             "base_digest": base.shape.digest,
             "trained_for_digest": digest,
             "base_matches": matches,
+            "trained_quantization": held_as or None,
             "norms": [{"site": name or None, "measure": measure, "norm": norm} for name, measure, norm in norms],
         }
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
@@ -157,7 +159,8 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
             "slot": size(slot_bytes),
             "base": {
                 None: f"{base.shape.name}: the shapes fit; the file names no base",
-                True: f"{base.shape.name}: the one that it was trained for",
+                True: f"{base.shape.name}: the one that it was trained for"
+                + (f", whose weights were held as {held_as} then" if held_as else ""),
                 False: f"{base.shape.name}: NOT the one that it was trained for; a server refuses it "
                 f"(trained for {(digest or '')[:12]}…, this is {base.shape.digest[:12]}…)",
             }[matches],

@@ -87,7 +87,10 @@ class Site:
 class BaseShape:
     """What an adapter must fit: the sites of a base, the shape of its KV cache and the width of its embedding.
 
-    digest: fingerprint of weights and quantization; adapters bound to another base are refused.
+    digest: fingerprint of the weights and of how they are held: what keys and values depend on.
+    held_as: how the linear weights are held, such as "nf4".
+    same_weights: by the digest that these weights have when they are held otherwise, how they are held then. Adapters
+        that name one of them are served; those that name any other base are refused.
     """
 
     sites: Mapping[str, Site]
@@ -97,6 +100,8 @@ class BaseShape:
     embedding_size: int
     digest: str
     name: str
+    held_as: str = ""
+    same_weights: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def of_kind(self, *kinds: SiteKind) -> list[Site]:
         """The sites of these kinds, in order."""

@@ -8,10 +8,12 @@ after them (model/self_test.py). Its linear modules, its output head and its nor
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +83,8 @@ class Checkpoint:
     digest: str
     quantization: Quantization
     dtype: torch.dtype
+    held_as: str = ""
+    same_weights: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def max_model_len(self) -> int:
@@ -104,13 +108,14 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
         raise FileNotFoundError(f"model: {path} holds no config.json; give a Hugging Face model directory")
     if config.double_quant and config.quantization is not Quantization.NF4:
         raise ValueError(f"double_quant: needs quantization nf4, given {config.quantization.value}")
+    name = Path(os.path.abspath(path)).name  # of "." too
     device = resolve_device(config.device)
     hf_config = _read_config(path)
-    skeleton = gate.require_served(hf_config, path.name)
+    skeleton = gate.require_served(hf_config, name)
     dtype = _resolve_dtype(config, device, hf_config)
     _require_alignment(config.quantization, device, hf_config)
     transformers_logging.disable_progress_bar()
-    with gate.refusing(path.name, "read by transformers"):
+    with gate.refusing(name, "read by transformers"):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=hf_config,
@@ -122,13 +127,17 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
             trust_remote_code=False,
             use_safetensors=True,
         )
+    held_as = config.quantization.value + ("-double" if config.double_quant else "")
+    digests = fingerprints(path)
     return Checkpoint(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
-        name=path.name,
-        digest=fingerprint(path, config.quantization, double_quant=config.double_quant),
+        name=name,
+        digest=digests.pop(held_as),
         quantization=config.quantization,
         dtype=dtype,
+        held_as=held_as,
+        same_weights={digest: holding for holding, digest in digests.items()},
     )
 
 
@@ -165,6 +174,8 @@ def wrap(checkpoint: Checkpoint) -> Base:
         embedding_size=embedding.weight.shape[1],
         digest=checkpoint.digest,
         name=checkpoint.name,
+        held_as=checkpoint.held_as,
+        same_weights=checkpoint.same_weights,
     )
     return Base(
         model=model,
@@ -189,9 +200,10 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def fingerprint(path: Path, quantization: Quantization, *, double_quant: bool = False) -> str:
-    """sha256 over the digests of the weight files and the quantization: what an adapter is bound to.
+def fingerprints(path: Path) -> dict[str, str]:
+    """The base's digest for each way to hold its weights: sha256 over that way and the digests of the weight files.
 
+    An adapter names the one that it was trained on, so every base with its weights knows that digest as one of its own.
     The architecture is in it through config.json's bytes.
     """
     files = sorted(path.glob("*.safetensors"))
@@ -200,11 +212,11 @@ def fingerprint(path: Path, quantization: Quantization, *, double_quant: bool = 
     files.append(path / "config.json")
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_file_digest, files))
-    held_as = quantization.value + ("-double" if double_quant else "")
-    whole = hashlib.sha256(f"weft-base-1\n{held_as}\n".encode())
-    for file, digest in zip(files, digests, strict=True):
-        whole.update(f"{file.name}\n{digest}\n".encode())
-    return whole.hexdigest()
+    weights = "".join(f"{file.name}\n{digest}\n" for file, digest in zip(files, digests, strict=True))
+    return {
+        held_as: hashlib.sha256(f"weft-base-1\n{held_as}\n{weights}".encode()).hexdigest()
+        for held_as in (*Quantization, f"{Quantization.NF4}-double")
+    }
 
 
 def _file_digest(path: Path) -> str:

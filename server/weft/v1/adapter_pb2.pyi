@@ -118,6 +118,7 @@ class Adapter(_message.Message):
     DRAINING_GENERATIONS_FIELD_NUMBER: _builtins.int
     INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    TRAINED_QUANTIZATION_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Public name: 1 to 63 characters, lower-case letters, digits, "-" and "_", beginning and ending with a letter or
     digit.
@@ -152,7 +153,12 @@ class Adapter(_message.Message):
     """Requests that hold this generation now, waiting ones included."""
     base_model_name: _builtins.str
     """Base model that the adapter's own file names; empty if it names none. For information: what counts is whether the
-    shapes fit.
+    shapes fit and, where the file has the digest of its base, whether the weights are the same.
+    """
+    trained_quantization: _builtins.str
+    """How the base's weights were held when it was trained, where that is not how this server holds them: "none", "int8",
+    "nf4" or "nf4-double". It is served on the same weights, whose rounding is another. Empty if there is no difference,
+    or if its file does not say.
     """
     @_builtins.property
     def modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -204,10 +210,11 @@ class Adapter(_message.Message):
         draining_generations: _abc.Iterable[Global___DrainingGeneration] | None = ...,
         invocation_tokens: _abc.Iterable[_builtins.int] | None = ...,
         experts: _abc.Iterable[Global___Expert] | None = ...,
+        trained_quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_used_time", b"last_used_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "draining_generations", b"draining_generations", "experts", b"experts", "generation", b"generation", "in_flight_requests", b"in_flight_requests", "invocation_tokens", b"invocation_tokens", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "draining_generations", b"draining_generations", "experts", b"experts", "generation", b"generation", "in_flight_requests", b"in_flight_requests", "invocation_tokens", b"invocation_tokens", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "trained_quantization", b"trained_quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,7 +113,8 @@ class AdapterServiceServicer:
 
         Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
         fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL).
+        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
+        their turn; a call that waits is not read from before its turn).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

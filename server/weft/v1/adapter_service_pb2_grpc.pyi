@@ -56,7 +56,8 @@ class AdapterServiceStub:
 
     Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
     fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL).
+    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
+    their turn; a call that waits is not read from before its turn).
     """
     UnregisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
@@ -124,7 +125,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
     fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL).
+    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
+    their turn; a call that waits is not read from before its turn).
     """
     UnregisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
@@ -201,7 +203,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
         fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL).
+        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
+        their turn; a call that waits is not read from before its turn).
         """
 
     @_abc_1.abstractmethod

@@ -11,9 +11,10 @@ from weft.adapters.registry import AdapterState, Change, Version
 from weft.api.application import Application
 from weft.api.lifecycle import Outcome, Registered, RegisterOptions
 from weft.api.memory import Residence
-from weft.api.servicers.upload import SHA256, Messages, Upload, check_files
+from weft.api.servicers.upload import SHA256, Messages, Upload, check_files, discard
+from weft.api.servicers.upload_line import UploadLine
 from weft.engine.engine import draining
-from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, Overloaded
+from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError
 from weft.methods.catalog import KINDS
 from weft.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_grpc
 
@@ -31,7 +32,8 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         self._application = application
         self._lifecycle = application.lifecycle
         self._base_model = application.model.facts.name
-        self._num_uploads = 0
+        server = application.config.server
+        self._line = UploadLine(uploads_max=server.uploads_max, waiting_max=server.uploads_waiting_max)
 
     async def RegisterAdapter(
         self, request: adapter_service_pb2.RegisterAdapterRequest, context: grpc.aio.ServicerContext
@@ -59,19 +61,17 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> adapter_service_pb2.UploadAdapterResponse:
         del context
-        uploads_max = self._application.config.server.uploads_max
-        if self._num_uploads >= uploads_max:
-            raise Overloaded(
-                "UPLOADS_FULL",
-                f"uploads: too many at a time (limit {uploads_max})",
-                metadata={"quota": "uploads", "limit": uploads_max},
-                retry_after_s=1.0,
-            )
-        self._num_uploads += 1
+        config = self._application.config
         try:
-            registered = await self._upload(request_iterator)
-        finally:
-            self._num_uploads -= 1
+            async with self._line.turn():
+                registered = await self._upload(request_iterator)
+        except WeftError:
+            await discard(
+                request_iterator,
+                bytes_max=config.adapters.file_bytes_max,
+                timeout_s=config.server.upload_idle_timeout_s,
+            )
+            raise
         return adapter_service_pb2.UploadAdapterResponse(
             adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
         )
@@ -231,6 +231,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             num_parameters=info.num_parameters,
             in_flight_requests=len(version.leases),
             base_model_name=info.base_model_name,
+            trained_quantization=info.trained_held_as,
             draining_generations=[
                 adapter_pb2.DrainingGeneration(generation=old.generation, in_flight_requests=len(old.leases))
                 for old in self._lifecycle.registry.replaced(version.adapter_id)

@@ -1,5 +1,6 @@
 """The protocol of an upload: one header, then the chunks of each file in the header's order."""
 
+import contextlib
 import re
 import time
 from asyncio import wait_for
@@ -9,12 +10,13 @@ from typing import TypeAlias
 from weft.adapters.file_pairs import PAIRS, PICKLES, pair_of, pickle_refused
 from weft.adapters.versions import StagedFile, Staging
 from weft.config import MIB, AdapterLimits
-from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest
+from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, WeftError
 from weft.v1 import adapter_service_pb2
 
 SHA256 = re.compile("[0-9a-f]{64}")
 
 _CHUNK_BYTES_MAX = 1 * MIB
+_PAUSE_S = 0.25  # a client that is silent for so long waits for the answer
 _BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle holds its place as surely as silence
 
 Messages: TypeAlias = AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
@@ -82,6 +84,22 @@ class Upload:
                 f"upload: no message for {self._idle_timeout_s:g} s, or fewer than {_BYTES_PER_S_MIN} bytes per second",
                 metadata={"limit": self._idle_timeout_s},
             ) from None
+
+
+async def discard(messages: Messages, *, bytes_max: int, timeout_s: float) -> None:
+    """Read what the client of a refused upload still sends, and keep nothing of it.
+
+    A client that is writing when its call ends may see the failure of that write (grpc.aio: "Internal error from Core")
+    instead of the status. So the call ends when the client has sent all, pauses, or has sent or taken too much.
+    """
+    ends_at = time.monotonic() + timeout_s
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError, WeftError):
+        while num_bytes <= bytes_max:
+            message = await wait_for(anext(messages, None), min(_PAUSE_S, ends_at - time.monotonic()))
+            if message is None:
+                return
+            num_bytes += len(message.chunk.data)
 
 
 def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits) -> None:

@@ -1,7 +1,7 @@
 """PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`. AdapterHub's configs are read too.
 
 `read` takes parsed data (the trust boundary in weft/adapters parses it); `write` makes a directory that PEFT loads.
-An adapter made by Weft names its base's digest in the safetensors metadata, and is refused on another base.
+An adapter made by Weft names its base's digest in the safetensors metadata, and is refused on other weights.
 """
 
 import json
@@ -14,10 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from weft.config import AdapterLimits
-from weft.errors import AdapterUnusable, InvalidAdapter
+from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import (
     adalora,
     adapterhub,
+    base_binding,
     beft,
     bottleneck,
     ia3,
@@ -87,16 +88,14 @@ def read(
     require_served(config)
     if adapterhub.is_config(config):
         return adapterhub.read(config, tensors, base, limits)
-    digest = metadata.get(BASE_DIGEST)
-    if digest is not None and digest != base.digest:
-        raise AdapterUnusable(
-            "BASE_MISMATCH",
-            f"adapter_model.safetensors: trained for base {digest[:12]}…, this server holds {base.digest[:12]}… "
-            "(weights and quantization count)",
-            field="adapter_model.safetensors",
-            metadata={"limit": base.digest, "given": digest},
-        )
+    trained_held_as(config, metadata, base)
     return _FORMATS[config["peft_type"]].read(config, tensors, base, limits)
+
+
+def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base: BaseShape) -> str:
+    """How the base was held in training where that differs from `base`, else ""; refuses other weights."""
+    digest, name = metadata.get(BASE_DIGEST), config.get("base_model_name_or_path")
+    return base_binding.held_as(digest, base, file=WEIGHTS_FILE, name=name)
 
 
 def require_served(config: Mapping[str, Any]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from weft.config import AdapterLimits
-from weft.errors import AdapterUnusable, InvalidAdapter
-from weft.methods.checkpoint import safetensors_file, scan
+from weft.errors import InvalidAdapter
+from weft.methods.checkpoint import base_binding, safetensors_file, scan
 from weft.methods.mixture import Expert, Level, Mixture, MixtureConfig, MixtureParams
 from weft.methods.protocol import BaseShape
 
@@ -40,15 +40,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     _closed(config, _KEYS, "")
     if config.get("mixture_format") != FORMAT or type(config["mixture_format"]) is not int:
         raise _invalid("mixture_format", f"must be {FORMAT}", config.get("mixture_format"))
-    digest = config.get("base_digest")
-    if digest is not None and digest != base.digest:
-        raise AdapterUnusable(
-            "BASE_MISMATCH",
-            f"{CONFIG_FILE}: base_digest: trained for base {str(digest)[:12]}…, this server holds "
-            f"{base.digest[:12]}… (weights and quantization count)",
-            field=CONFIG_FILE,
-            metadata={"limit": base.digest, "given": digest},
-        )
+    trained_held_as(config, base)
     experts = _experts(config.get("experts"), limits)
     mixture = Mixture(_config(config, len(experts)), MixtureParams(_weight(tensors)), experts)
     num_routers, width = 1 if mixture.config.shared else base.num_layers, _width(base)
@@ -60,6 +52,11 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         )
     scan.check_values(tensors, limits)
     return mixture.in_order()
+
+
+def trained_held_as(config: Mapping[str, Any], base: BaseShape) -> str:
+    """How the base was held in training where that differs from `base`, else ""; refuses other weights."""
+    return base_binding.held_as(config.get("base_digest"), base, file=f"{CONFIG_FILE}: base_digest")
 
 
 def write(mixture: Mixture, directory: Path, base: BaseShape) -> None:

@@ -1,0 +1,40 @@
+"""Whose turn it is to upload: a few write at a time, a bounded line waits, and what comes after is refused.
+
+A waiting upload is not read from, so gRPC's flow control holds its bytes back at the client.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from weft.errors import Overloaded
+
+
+class UploadLine:
+    """Turns in order of arrival; used on one event loop."""
+
+    def __init__(self, *, uploads_max: int, waiting_max: int) -> None:
+        self._uploads_max = uploads_max
+        self._waiting_max = waiting_max
+        self._places = asyncio.Semaphore(uploads_max)
+        self._num_waiting = 0
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Hold a place inside the block, after waiting for it. Raises Overloaded where the line is full."""
+        if self._places.locked() and self._num_waiting >= self._waiting_max:
+            raise Overloaded(
+                "UPLOADS_FULL",
+                f"uploads: too many at a time and in line for it (limit {self._uploads_max} and {self._waiting_max})",
+                metadata={"quota": "uploads", "limit": self._uploads_max + self._waiting_max},
+                retry_after_s=1.0,
+            )
+        self._num_waiting += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self._num_waiting -= 1
+        try:
+            yield
+        finally:
+            self._places.release()
