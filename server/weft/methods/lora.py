@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
+from weft.methods.protocol import BaseShape, DeltaKind, Drop, Method, Packed, Site, keep, require_dropout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class LoraConfig:
     rank_pattern, alpha_pattern: values of their own for the modules whose paths end so; of several patterns that fit a
         module the first decides, as in PEFT.
     lora_bias: B has a bias, inside the scaled branch.
+    dropout: share of the update's input that is dropped at each training step; evaluation and serving drop nothing.
     invocation_tokens: token ids from whose last occurrence in the prompt on it acts (methods/activation.py); () always.
     """
 
@@ -43,7 +44,11 @@ class LoraConfig:
     exclude: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
     invocation_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_dropout(self.dropout)
 
 
 class LoraParams(NamedTuple):
@@ -85,9 +90,12 @@ def init(config: LoraConfig, site: Site, generator: torch.Generator | None = Non
     return LoraParams(a, b, scaling_at(config, site.name), bias)
 
 
-def delta(params: LoraParams, x: Tensor, y: Tensor) -> Tensor:
-    """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`."""
-    hidden = x.to(params.a.dtype) @ params.a.mT  # [*T, R]
+def delta(params: LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
+    """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+
+    drop: dropout of its input, in training.
+    """
+    hidden = drop(x.to(params.a.dtype)) @ params.a.mT  # [*T, R]
     added = hidden @ params.b.mT  # [*T, O]
     if params.bias is not None:
         added = added + params.bias.to(added.dtype)

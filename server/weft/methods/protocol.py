@@ -115,6 +115,20 @@ class BaseShape:
         return replace(self, sites=sites)
 
 
+Drop = Callable[[Tensor], Tensor]  # dropout, as training draws it
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """Drop nothing: what evaluation and serving do."""
+    return tensor
+
+
+def require_dropout(share: float) -> None:
+    """Raise ValueError unless `share` is one that dropout can drop."""
+    if not 0 <= share < 1:
+        raise ValueError(f"dropout: must be at least 0 and below 1, given {share}")
+
+
 class DeltaKind(IntEnum):
     """What a plane of a slot does at a site, as the kernels know it (the `kind` column of a site's table)."""
 
