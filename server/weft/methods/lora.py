@@ -7,9 +7,9 @@ update is scaling · (B A x + bias), as PEFT has it.
 Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) is this delta in a part of the tokens: the gates differ.
 QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here. Deviations
 from the owner's document (section 2.2): A and B are float32 in training, where float16 would lose small steps, and take
-the dtype of the slots when served; and the base is not round(W · s) / s, whose grid is uniform, but NF4 as the paper has
-it (section 3): blocks of 64 weights are divided by their largest magnitude, and each becomes the nearest of 16 values
-that are spaced as a normal distribution is.
+the dtype of the slots when served; and the base is not round(W · s) / s, whose grid is uniform, but NF4 as the paper
+has it (section 3): blocks of 64 weights are divided by their largest magnitude, and each becomes the nearest of 16
+values that are spaced as a normal distribution is.
 """
 
 import math
