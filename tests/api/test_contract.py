@@ -20,6 +20,7 @@ from google.protobuf.descriptor_pb2 import (
 from grpc_tools import protoc
 
 from weft.config import AdapterLimits, RequestLimits
+from weft.methods.catalog import KINDS
 from weft.v1 import generation_pb2, model_pb2
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -230,6 +231,13 @@ def test_scalars_tell_unset_from_zero():
         (generation_pb2.WeightedAdapter, "weight"),
     ]:
         assert message.DESCRIPTOR.fields_by_name[name].has_presence, name
+
+
+def test_every_kind_of_adapter_is_named_where_clients_look():
+    """In the comment of `Adapter.method`, and no other."""
+    text = (PROTOS / "weft" / "v1" / "adapter.proto").read_text()
+    comment = text[text.index("// What kind of adapter it is") : text.index("string method = 3")]
+    assert set(re.findall(r'"(\w+)"', comment)) == KINDS
 
 
 @pytest.mark.parametrize(

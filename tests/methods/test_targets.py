@@ -248,3 +248,7 @@ def test_describing_is_the_inverse_of_naming(shape: BaseShape) -> None:
     assert targets.describe([Q0, Q1], shape) == ("q_proj",)
     assert targets.describe([Q1], shape) == (Q1,)
     assert targets.describe([Q1, "lm_head"], shape) == ("lm_head", Q1)
+    own = {"proj": 1, "a.proj": 2, "b.a.proj": 3}
+    for order in (list(own), list(own)[::-1]):
+        patterns = targets.patterns_of({name: own[name] for name in order})
+        assert {name: targets.value_at(patterns, name, 0) for name in own} == own

@@ -391,6 +391,7 @@ def test_the_command_trains_a_recipe_each(exact: ModelConfig, tmp_path: Path) ->
         ("train: ", "training: ", "lora.yaml:3: data.training: no such key"),
         ("optimization:", "optimizer:", "lora.yaml:4: optimizer: no such section"),
         ("model:", "- model:", "lora.yaml:"),
+        ("method: lora", "method: lora, dropout: 0.1", "dropout: an adapter that has some is trained alone"),
         ("rows.jsonl", "none.jsonl", r"No such file .*\(the adapter .*/out/lora\)"),
     ],
 )

@@ -54,6 +54,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "ia3": Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)),
     "prefix": PrefixConfig(num_virtual_tokens=5),
     "prefix, MLP": PrefixConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24),
+    "prefix, two MLPs": PrefixConfig(num_virtual_tokens=5, prefix_projection=True, separate=True, rows_size=6),
     "prompt": PromptConfig(num_virtual_tokens=3, prompt_init=PromptInit.RANDOM),
     "prompt, text": PromptConfig(num_virtual_tokens=17, prompt_init=PromptInit.TEXT, init_text="Reverse: "),
     "ptuning": PtuningConfig(num_virtual_tokens=7, encoder_hidden_size=48),

@@ -1,5 +1,6 @@
 """From a recipe to an answer: trained, published to a real server or store, and served; the card and the plan."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from weft.adapters.store import AdapterStore
+from weft.cli import app as weft_app
 from weft.client import Client
 from weft.config import AdapterLimits, ModelConfig, Quantization, ServerConfig, WeftConfig
 from weft.methods.lora import LoraConfig
@@ -127,6 +129,23 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(recipe: Path, tmp_path: Path) 
     assert "efficiency ratio, base / adapter" in done.output
     assert "full fine-tuning, AdamW in mixed precision" in done.output
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_dry_run_and_inspect_count_the_same_modules(recipe: Path, tiny_base: Path, tmp_path: Path) -> None:
+    adapter = {"method": "lora", "rank": 4, "layers": [1], "exclude": ["mlp.up_proj"]}
+    adapter["rank_pattern"] = {"1.self_attn.q_proj": 2}
+    path = tmp_path / "part.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"adapter": adapter}))
+    config = load(path).train
+    counted = plan.make(config, prepare(config)).num_adapter
+    assert run(path, "--steps", 1).exit_code == 0
+    line = ["inspect", str(tmp_path / "yes"), "--base", str(tiny_base), "--device", "cpu", "--json"]
+    told = CliRunner().invoke(weft_app, line)
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert found["num_parameters"] == counted == 2 * (64 + 64) + 4 * (3 * 64 + 2 * 32 + 64 + 2 * (64 + 128))
+    assert len(found["modules"]) == 6
+    assert all(".layers.1." in module for module in found["modules"])
 
 
 def test_the_qlora_recipe_is_qlora(tiny_base: Path, recipe: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipes: every one in the folder is read, options win, and what is wrong is named by file, line and key."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_every_recipe_of_the_folder_is_read(path: Path) -> None:
 def test_there_is_a_recipe_for_every_method() -> None:
     methods = {yaml.safe_load(path.read_text())["adapter"]["method"] for path in RECIPES.glob("*.yaml")}
     assert methods >= set(USUAL)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "bottleneck"])
+def test_every_method_of_modules_takes_layers(tmp_path: Path, method: str) -> None:
+    text = WHOLE.replace("method: lora", f"method: {method}\n  layers: [2, 3]")
+    text = text.replace("  rank: 4\n  rank_pattern: {down_proj: 2}\n", "")
+    path = written(tmp_path, text)
+    for line, layers in (("", (2, 3)), ("--layers 0,1", (0, 1))):
+        adapter = loaded(path, line).train.adapter
+        assert asdict(adapter)["layers"] == layers
+    if method != "bottleneck":  # it has sublayers
+        line = "--target-modules layers.2.mlp.up_proj,q_proj --exclude layers.3.self_attn.q_proj"
+        adapter = loaded(path, line).train.adapter
+        assert asdict(adapter)["target_modules"] == ("layers.2.mlp.up_proj", "q_proj")
+        assert asdict(adapter)["exclude"] == ("layers.3.self_attn.q_proj",)
 
 
 def test_values_are_of_their_fields_types(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from weft.config import ModelConfig
+from weft.methods.bottleneck import BottleneckConfig
 from weft.methods.checkpoint import directory
 from weft.methods.lora import LoraConfig
 from weft_training import checkpoint
@@ -136,8 +137,10 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tiny_base: Path, tmp_path
     "changes",
     [
         {"optimizer": "adamw_8bit", "adapter": LoraConfig(rank=64, target_modules=("q_proj",))},
+        {"adapter": LoraConfig(rank=4, dropout=0.2), "accumulation_steps": 2},
+        {"adapter": BottleneckConfig(dropout=0.2)},
     ],
-    ids=["moments in 8 bits"],
+    ids=["moments in 8 bits", "dropout", "dropout of a bottleneck"],
 )
 def test_what_else_a_run_keeps_is_resumed_bit_for_bit(
     tiny_base: Path, tmp_path: Path, changes: dict[str, object]

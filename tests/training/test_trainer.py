@@ -182,6 +182,7 @@ def test_moments_are_held_in_8_bits_and_take_what_the_plan_says(tiny_base: Path,
     [
         PREFIX,
         PrefixConfig(num_virtual_tokens=5, prefix_projection=True),
+        PrefixConfig(num_virtual_tokens=5, prefix_projection=True, separate=True, rows_size=6),
         PromptConfig(num_virtual_tokens=5),
         PtuningConfig(num_virtual_tokens=5, encoder=Encoder.LSTM),
     ],
@@ -228,6 +229,30 @@ def test_a_prompt_begins_as_tokens_of_the_base(tiny_base: Path) -> None:
     for wrong in ({"prompt_init": text}, {"init_text": "ab"}):
         with pytest.raises(ValueError, match="init_text: is given exactly where"):
             rows(**wrong)
+
+
+def test_keys_and_values_may_have_an_mlp_each_as_in_the_owners_document(tiny_base: Path) -> None:
+    """P_K = MLP_K(R), P_V = MLP_V(R), R of [l, d_r] with d_r < d: by the formula, and apart but for R."""
+    config = PrefixConfig(
+        num_virtual_tokens=5, prefix_projection=True, separate=True, rows_size=6, encoder_hidden_size=24
+    )
+    model = adapter.begin(config, base.load(nf4(tiny_base)), torch.Generator().manual_seed(1))
+    r, w1, b1, w2, b2, *of_values = model.parameters()
+    assert [list(t.shape) for t in (r, w1, w2)] == [[5, 6], [24, 6], [2 * 2 * 16, 24]]
+    made = model.virtual()
+    assert made is not None
+    for (w_in, b_in, w_out, b_out), part in zip(((w1, b1, w2, b2), of_values), made, strict=True):
+        wanted = torch.tanh(r.double() @ w_in.double().T + b_in.double()) @ w_out.double().T + b_out.double()
+        shaped = wanted.view(5, 2, 2, 16).transpose(0, 1)  # [L, P, H, D]
+        torch.testing.assert_close(part.double(), shaped, atol=1e-5, rtol=0)
+    made.keys.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in (r, w1, b1, w2, b2))
+    assert all(p.grad is not None and not p.grad.any() for p in of_values)
+    assert model.num_trained == 5 * 2 * 2 * 2 * 16  # what is written is P alone
+    with pytest.raises(ValueError, match="separate: is of the MLP, so prefix_projection must be true"):
+        PrefixConfig(separate=True)
+    with pytest.raises(ValueError, match="rows_size: must be at least 1, given 0"):
+        PrefixConfig(prefix_projection=True, rows_size=0)
 
 
 @pytest.mark.parametrize(

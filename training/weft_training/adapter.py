@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -17,7 +18,7 @@ from weft.methods.checkpoint import directory
 from weft.methods.checkpoint.bottleneck import require_places
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.inject import Driver
-from weft.methods.protocol import Adapter, BaseShape, Method, SiteKind, SoftRows, VirtualKV
+from weft.methods.protocol import Adapter, BaseShape, Drop, Method, SiteKind, SoftRows, VirtualKV
 from weft.model.loader import Base
 from weft_training import activation, prompt_init, reparameterization
 from weft_training.reparameterization import Reparameterization
@@ -167,6 +168,16 @@ def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapt
     return replace(adapter, sites=sites, prefix=None if adapter.prefix is None else convert(adapter.prefix))
 
 
+def _dropping(adapter: Adapter, drop: Drop) -> Method:
+    """The adapter's method, with `drop` in its delta where its config wants dropout."""
+    if not getattr(adapter.config, "dropout", 0):
+        return adapter.method
+    method = adapter.method
+    if method.after is not None:
+        return replace(method, after=cast(Any, partial(cast(Any, method.after), drop=drop)))
+    return replace(method, post=cast(Any, partial(cast(Any, method.post), drop=drop)))
+
+
 class AdaptedModel(nn.Module):
     """A base with one adapter on every row.
 
@@ -185,8 +196,12 @@ class AdaptedModel(nn.Module):
         # The optimizer writes the parameters in place, so this and the driver always hold the newest values.
         self._adapter = adapter
         self.tensors = nn.ParameterList([] if reparameterized is not None else adapter.tensors())
-        self._segment = Segment(adapter.method, adapter.sites)
+        self._segment = Segment(_dropping(adapter, self._drop), adapter.sites)
         self.driver: Driver = ReferenceDriver((self._segment,))  # of the newest batch
+
+    def _drop(self, tensor: Tensor) -> Tensor:
+        """Drop a share of what the adapter reads, in training mode alone; torch's generator decides which."""
+        return nn.functional.dropout(tensor, self._adapter.config.dropout, self.training)
 
     @property
     def adapter(self) -> Adapter:
@@ -260,13 +275,18 @@ class AdaptedModel(nn.Module):
         ids = torch.cat([input_ids.new_zeros(len(input_ids), self.num_virtual_tokens), input_ids], dim=1)
         past = self.past(len(ids))
         self._activate(input_ids, attention_mask)
-        with self.base.context.use(self.driver):
-            whole = self.base.model.generate(
-                ids,
-                attention_mask=self._extend(attention_mask),
-                past_key_values=past,
-                **options,
-            )
+        was_training = self.training
+        self.eval()  # an answer is nothing to drop from
+        try:
+            with self.base.context.use(self.driver):
+                whole = self.base.model.generate(
+                    ids,
+                    attention_mask=self._extend(attention_mask),
+                    past_key_values=past,
+                    **options,
+                )
+        finally:
+            self.train(was_training)
         return whole[:, self.num_virtual_tokens :]
 
     def _activate(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> None:

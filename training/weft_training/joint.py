@@ -131,6 +131,8 @@ def _check(configs: Sequence[TrainConfig], examples: Sequence[Examples] | None) 
                 raise ValueError(f"model: must be one for all adapters, {configs[0].model}, given {config.model}")
             if getattr(config.adapter, "invocation_tokens", ()):
                 raise ValueError("invocation_tokens: an adapter that has some is trained alone")
+            if getattr(config.adapter, "dropout", 0):
+                raise ValueError("dropout: an adapter that has some is trained alone")
             if config.output.resolve() in outputs:
                 raise ValueError(f"output: must be another for each adapter, given {config.output} twice")
             outputs.add(config.output.resolve())

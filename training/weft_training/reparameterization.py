@@ -1,10 +1,12 @@
 """Reparameterizations: not the virtual positions are trained but a module that makes them from rows R of its own.
 
     prefix, MLP (Li and Liang 2021, section 4.3):    P = W₂ tanh(W₁ R)
+    prefix, MLPs (the owner's document, 2.3):        P_K = W₂ tanh(W₁ R), P_V = W₄ tanh(W₃ R)
     P-tuning, MLP (PEFT's default):                  rows = W₃ relu(W₂ relu(W₁ R))
     P-tuning, LSTM (Liu et al. 2021, section 3):     rows = W₂ relu(W₁ LSTM(R)), both directions
 
-Every W has its bias, R starts standard normal, and all widths are PEFT's. Deviation from PEFT: no dropout in the LSTM.
+Every W has its bias, R starts standard normal, and all widths are PEFT's where the config names no other. The owner's R
+is [l, d_r] with d_r < d: `rows_size` is d_r. Deviation from PEFT: no dropout in the LSTM.
 What is written at the end is what the module makes; the module is dropped.
 """
 
@@ -26,18 +28,28 @@ class Reparameterization(Protocol):
 
 
 class PrefixMlp(nn.Module):
-    """R [P, H·D] through the hidden layer to all layers' keys and values."""
+    """R [P, d_r] through one hidden layer to all layers' keys and values, or through one to each."""
 
     def __init__(self, config: PrefixConfig, base: BaseShape) -> None:
         super().__init__()
         width = base.num_kv_heads * base.head_dim
         hidden = config.encoder_hidden_size or width
         self.shape = (config.num_virtual_tokens, base.num_layers, 2, base.num_kv_heads, base.head_dim)
-        self.rows = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 2 * base.num_layers * width))
+        rows_size = config.rows_size or width
+        num_networks = 2 if config.separate else 1
+        self.rows = nn.Parameter(torch.randn(config.num_virtual_tokens, rows_size))
+        out = 2 // num_networks * base.num_layers * width
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(rows_size, hidden), nn.Tanh(), nn.Linear(hidden, out)) for _ in range(num_networks)
+        )
 
     def forward(self) -> PrefixParams:
-        return PrefixParams(self.mlp(self.rows).view(self.shape))
+        made = [mlp(self.rows) for mlp in self.mlps]  # keys and values by layer, or keys, and values
+        if len(made) == 1:
+            return PrefixParams(made[0].view(self.shape))
+        num_positions, num_layers, _, num_heads, head_dim = self.shape
+        keys, values = (part.view(num_positions, num_layers, num_heads, head_dim) for part in made)
+        return PrefixParams(torch.stack([keys, values], dim=2))
 
 
 class PromptMlp(nn.Module):

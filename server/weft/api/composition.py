@@ -1,6 +1,14 @@
 """Several adapters in one request: which may stand together, and what of them takes part.
 
-    out = y + Σ weight · delta,    each delta computed from the base's own activations
+    out = y + Σ weight · delta(x, y)    at every module
+
+The sum is taken at each module: there, a delta sees the module's input x and the base's output y, and no other part's
+output delta. But x is what earlier modules of the same request have made, with all parts' deltas in it. So this is one
+network whose modules are adapted by all parts, and not the sum of whole functions, f_base + Σ weight · (f_i - f_base)
+of the owner's document (section 4.2.1): that would take a pass of its own for each part, and a key-value cache of its
+own, while here a part costs its delta. For LoRAs it is what PEFT's `cat` makes of them. The two are not close: logits
+of compositions on the demo base differ by a third to three quarters of the update's norm. training/README.md has what
+compositions in this form answer.
 
 Virtual positions stand beside each other in the order of the request, with log(weight) on their attention scores.
 A delta may act on some tokens only: in the token ranges of its part, and from its invocation on if it has one.

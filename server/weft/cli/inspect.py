@@ -117,6 +117,7 @@ def _tell_base(config: ModelConfig, methods: list[str], repeats: int, as_json: b
 
 def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
     from weft.adapters import slab
+    from weft.methods import targets
     from weft.model import loader
 
     base = loader.load(config, attention="sdpa")
@@ -130,7 +131,7 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
         for measure, norm in adapter.method.norms(params).items()
     ]
     slot_bytes = slab.build(adapter, base.shape, dtype=base.dtype).size_bytes
-    modules = sorted({base.shape.sites[name].suffix for name in adapter.sites})
+    modules = targets.describe(adapter.sites, base.shape)
     if as_json:
         told: dict[str, Any] = {
             "method": adapter.method.name,

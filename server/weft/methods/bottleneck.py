@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
+from weft.methods.protocol import BaseShape, DeltaKind, Drop, Method, Packed, Site, keep, require_dropout
 
 
 class Form(StrEnum):
@@ -57,6 +57,7 @@ class BottleneckConfig:
     reduction_factors: layers that have a factor of their own, by index; then `size` must be None.
     layers: indices of the layers with adapters; empty for all.
     leave_out: indices of layers without adapters.
+    dropout: share of σ's outputs that is dropped at each training step; evaluation and serving drop nothing.
     has_norm: whether the LN is there; `parallel` always has it.
     """
 
@@ -69,10 +70,12 @@ class BottleneckConfig:
     layers: tuple[int, ...] = ()
     leave_out: tuple[int, ...] = ()
     scaling: float = 1.0
+    dropout: float = 0.0
     has_norm: bool = True
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        require_dropout(self.dropout)
         if not self.sublayers or not set(self.sublayers) <= {"attention", "mlp"}:
             raise ValueError(
                 f"sublayers: must name attention, mlp or both, given {', '.join(self.sublayers) or 'none'}"
@@ -131,30 +134,31 @@ def init(config: BottleneckConfig, site: Site, generator: torch.Generator | None
     )
 
 
-def delta(params: BottleneckParams, h: Tensor, r: Tensor | None) -> Tensor:
+def delta(params: BottleneckParams, h: Tensor, r: Tensor | None, drop: Drop = keep) -> Tensor:
     """What the adapter adds to the sublayer's output `h` [*T, H]; `r` [*T, H] is the residual that entered it.
 
     Differentiable in `params`, `h` and `r`; `r` may be None where the form does not read it.
+    drop: dropout of the narrow layer, in training.
     """
     wide = h.to(params.up_bias.dtype)  # slots keep vectors in float32, whatever the matrices have
     match params.form:
         case Form.SERIAL:
-            added = _f(params, _norm(params, wide))
+            added = _f(params, _norm(params, wide), drop)
         case Form.PARALLEL:
-            added = _norm(params, wide + _f(params, wide)) - wide
+            added = _norm(params, wide + _f(params, wide, drop)) - wide
         case Form.SUM:
             assert r is not None
-            added = _f(params, _norm(params, wide + r.to(wide.dtype)))
+            added = _f(params, _norm(params, wide + r.to(wide.dtype)), drop)
         case Form.RESIDUAL:
             assert r is not None
-            added = _f(params, _norm(params, r.to(wide.dtype)))
+            added = _f(params, _norm(params, r.to(wide.dtype)), drop)
     return added.to(h.dtype)
 
 
-def _f(params: BottleneckParams, z: Tensor) -> Tensor:
+def _f(params: BottleneckParams, z: Tensor, drop: Drop) -> Tensor:
     dtype = params.down.dtype
     hidden = _activate(z.to(dtype) @ params.down.mT + params.down_bias, params.activation)  # [*T, R]
-    return (hidden.to(dtype) @ params.up.mT + params.up_bias) * params.scaling
+    return (drop(hidden.to(dtype)) @ params.up.mT + params.up_bias) * params.scaling
 
 
 def _norm(params: BottleneckParams, z: Tensor) -> Tensor:

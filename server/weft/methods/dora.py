@@ -23,7 +23,7 @@ from torch import Tensor
 from weft.methods import lora
 from weft.methods.count import Count, Term, gather
 from weft.methods.lora import LoraConfig, LoraParams
-from weft.methods.protocol import BaseShape, BaseWeight, DeltaKind, Method, Packed, ReadBase, Site
+from weft.methods.protocol import BaseShape, BaseWeight, DeltaKind, Drop, Method, Packed, ReadBase, Site, keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class DoraConfig(LoraConfig):
     """LoRA's ranks, scales and targets."""
 
     def __post_init__(self) -> None:
+        LoraConfig.__post_init__(self)
         if self.lora_bias:
             raise ValueError("lora_bias: DoRA has none, given True")
         if self.invocation_tokens:
@@ -93,11 +94,15 @@ def _lengths(base: BaseWeight, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.cat(lengths).to(a.device)
 
 
-def delta(params: DoraParams | Folded, x: Tensor, y: Tensor) -> Tensor:
-    """What DoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`."""
+def delta(params: DoraParams | Folded, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
+    """What DoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+
+    drop: dropout of the update's input, in training. Deviation from PEFT, which then also computes the base's output
+    anew from what is left: here `y` is whole.
+    """
     folded = params if isinstance(params, Folded) else fold(params)
     exact_y = y.to(folded.scale.dtype)
-    added = lora.delta(folded.product, x, exact_y) + (folded.scale - 1) * exact_y
+    added = lora.delta(folded.product, x, exact_y, drop) + (folded.scale - 1) * exact_y
     if folded.shift is not None:
         added = added + folded.shift
     return added.to(y.dtype)

@@ -5,7 +5,11 @@
 Deviations: with `use_rslora` the divisor is sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); with `lora_bias` the
 update is scaling · (B A x + bias), as PEFT has it.
 Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) is this delta in a part of the tokens: the gates differ.
-QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here.
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here. Deviations
+from the owner's document (section 2.2): A and B are float32 in training, where float16 would lose small steps, and take
+the dtype of the slots when served; and the base is not round(W · s) / s, whose grid is uniform, but NF4 as the paper
+has it (section 3): blocks of 64 weights are divided by their largest magnitude, and each becomes the nearest of 16
+values that are spaced as a normal distribution is.
 """
 
 import math
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
+from weft.methods.protocol import BaseShape, DeltaKind, Drop, Method, Packed, Site, keep, require_dropout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,7 @@ class LoraConfig:
     rank_pattern, alpha_pattern: values of their own for the modules whose paths end so; of several patterns that fit a
         module the first decides, as in PEFT.
     lora_bias: B has a bias, inside the scaled branch.
+    dropout: share of the update's input that is dropped at each training step; evaluation and serving drop nothing.
     invocation_tokens: token ids from whose last occurrence in the prompt on it acts (methods/activation.py); () always.
     """
 
@@ -43,7 +48,11 @@ class LoraConfig:
     exclude: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
     invocation_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_dropout(self.dropout)
 
 
 class LoraParams(NamedTuple):
@@ -85,9 +94,12 @@ def init(config: LoraConfig, site: Site, generator: torch.Generator | None = Non
     return LoraParams(a, b, scaling_at(config, site.name), bias)
 
 
-def delta(params: LoraParams, x: Tensor, y: Tensor) -> Tensor:
-    """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`."""
-    hidden = x.to(params.a.dtype) @ params.a.mT  # [*T, R]
+def delta(params: LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
+    """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+
+    drop: dropout of its input, in training.
+    """
+    hidden = drop(x.to(params.a.dtype)) @ params.a.mT  # [*T, R]
     added = hidden @ params.b.mT  # [*T, O]
     if params.bias is not None:
         added = added + params.bias.to(added.dtype)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.methods import lora
+from weft.methods import lora, targets
 from weft.methods.lora import LoraConfig, LoraParams
 from weft.methods.protocol import Adapter
 
@@ -168,6 +168,6 @@ def _config(sites: dict[str, LoraParams]) -> LoraConfig:
         alpha=float(usual),
         lora_bias=any(params.bias is not None for params in sites.values()),
         target_modules=tuple(sorted({name.rpartition(".")[2] for name in sites})),
-        rank_pattern=others,
-        alpha_pattern={name: float(rank) for name, rank in others.items()},
+        rank_pattern=targets.patterns_of(others),
+        alpha_pattern=targets.patterns_of({name: float(rank) for name, rank in others.items()}),
     )

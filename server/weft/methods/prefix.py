@@ -3,7 +3,8 @@
     Attention(Q, [P_K; K], [P_V; V])   in every layer
 
 The keys are stored as attention reads them: they are not rotated, and real tokens take positions from P on (as PEFT).
-The paper's reparameterization P = MLP(R) (section 4.3) belongs to training: what is saved and served is P itself.
+The paper's reparameterization P = MLP(R) (section 4.3) belongs to training: what is saved and served is P itself. It
+comes as PEFT has it, one MLP for keys and values, and as the owner's document does, P_K = MLP_K(R) and P_V = MLP_V(R).
 """
 
 import math
@@ -24,12 +25,25 @@ class PrefixConfig:
 
     prefix_projection: whether training reaches P through the MLP, from a start of the MLP's own.
     encoder_hidden_size: width of its hidden layer; None is PEFT's, the width of one layer's keys.
+    rows_size: width d_r of the rows R that it reads; None is PEFT's, the width of one layer's keys.
+    separate: whether keys and values have an MLP each, with nothing in common but R.
     """
 
     num_virtual_tokens: int = 16
     init_std: float = 0.5
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
+    rows_size: int | None = None
+    separate: bool = False
+
+    def __post_init__(self) -> None:
+        for knob in ("encoder_hidden_size", "rows_size"):
+            size = getattr(self, knob)
+            if size is not None and size < 1:
+                raise ValueError(f"{knob}: must be at least 1, given {size}")
+        for knob in ("rows_size", "separate"):
+            if getattr(self, knob) and not self.prefix_projection:
+                raise ValueError(f"{knob}: is of the MLP, so prefix_projection must be true, given false")
 
 
 class PrefixParams(NamedTuple):

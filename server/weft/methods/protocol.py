@@ -11,7 +11,9 @@ site through pure functions that return the delta, never the sum:
     post(params, x, y)     added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
     after(params, y, r)    added to a sublayer's output y; r is the residual stream that entered the sublayer
 
-Every delta sees the base output `y` and the input `x` as it was before any `pre`; never another adapter's work.
+Every delta sees the input `x` as it was before any `pre`. The base output `y` is made of x', so it holds the `pre` of
+every adapter of the row; no delta sees another's `post` or `after` at its own site. Both are what earlier modules have
+made of the row, adapters included.
 A method that has no site acts through *virtual positions* before the first token: their keys and values (prefix
 tuning), or the embedding rows that the base makes them from (prompt tuning).
 """
@@ -118,6 +120,20 @@ class BaseShape:
             for name, site in self.sites.items()
         }
         return replace(self, sites=sites)
+
+
+Drop = Callable[[Tensor], Tensor]  # dropout, as training draws it
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """Drop nothing: what evaluation and serving do."""
+    return tensor
+
+
+def require_dropout(share: float) -> None:
+    """Raise ValueError unless `share` is one that dropout can drop."""
+    if not 0 <= share < 1:
+        raise ValueError(f"dropout: must be at least 0 and below 1, given {share}")
 
 
 class DeltaKind(IntEnum):

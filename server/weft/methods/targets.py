@@ -36,6 +36,11 @@ def value_at(patterns: Mapping[str, V], module: str, default: V) -> V:
     return default if pattern is None else patterns[pattern]
 
 
+def patterns_of(values: Mapping[str, V]) -> dict[str, V]:
+    """Return patterns that give each module path its own value: a path that ends in another comes before it."""
+    return dict(sorted(values.items(), key=lambda entry: -len(entry[0])))
+
+
 def layer_of(module: str) -> int | None:
     """Index of the decoder layer that a module lies in: the first number in its path; None outside of all layers."""
     return next((int(part) for part in module.split(".") if part.isdecimal()), None)

@@ -296,7 +296,10 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class Composition(_message.Message):
-    """Several adapters at once: base + the sum of weight * delta, each delta computed from the base's own activations.
+    """Several adapters at once: at every module, the base's output + the sum of weight * delta. A delta sees the module's
+    input, which earlier modules of this request have already moved by all parts, and no other part's delta of the same
+    module's output. So it is one network with all parts in it, at the cost of one pass; it is not the sum of what each
+    part alone would change of the model's output, which would take a pass for each.
     Rules that are broken answer COMPOSITION_INVALID, whose metadata hold the `index` of the part; one part that
     is unknown or unusable fails the whole request, with the reason that it has alone and the part in `field`.
     """

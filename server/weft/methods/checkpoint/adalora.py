@@ -65,8 +65,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
             rank=init_rank,
             alpha=scaling * init_rank,
             target_modules=targets.describe(params, base),
-            rank_pattern=ranks,
-            alpha_pattern={module: scaling * rank for module, rank in ranks.items()},
+            rank_pattern=targets.patterns_of(ranks),
+            alpha_pattern=targets.patterns_of({module: scaling * rank for module, rank in ranks.items()}),
         ),
         sites=params,
     )
