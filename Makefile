@@ -20,7 +20,7 @@ demo: .venv/.installed ## Serve the demo base, mix adapters in one batch, hot-sw
 	$(BIN)/weft demo
 
 serve: .venv/.installed ## Serve the demo base with its adapters
-	$(BIN)/weft serve models/weft-demo $(foreach d,$(wildcard adapters_store/demo/*),--adapter $(notdir $d)=$d)
+	$(BIN)/weft serve models/weft-demo --store adapters_store $(foreach d,$(wildcard adapters_store/demo/*),--adapter $(notdir $d)=$d)
 
 test: .venv/.installed ## Run every test, in a process for each core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests

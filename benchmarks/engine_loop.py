@@ -43,7 +43,7 @@ class EngineLoop:
         self._engine = Engine(
             runner,
             config.engine,
-            num_kv_blocks=self.model.num_kv_blocks,
+            num_kv_blocks=self.model.plan.num_kv_blocks,
             max_model_len=self.model.facts.max_model_len,
             callbacks=EngineCallbacks(events=self._came, load=self._fetch),
             metrics=Metrics(),

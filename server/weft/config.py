@@ -3,6 +3,7 @@
 Values are checked where they enter: `__post_init__` raises ValueError naming the knob, its rule and the given value.
 """
 
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +27,13 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+def default_store() -> Path:
+    """Return the user's own directory for adapters (XDG base directories: $XDG_DATA_HOME, or ~/.local/share)."""
+    data = os.environ.get("XDG_DATA_HOME", "")
+    root = Path(data) if os.path.isabs(data) else Path("~/.local/share").expanduser()
+    return root / "weft" / "adapters_store"
 
 
 def _require(condition: bool, knob: str, rule: str, given: object) -> None:
@@ -69,9 +77,11 @@ class ModelConfig:
 class EngineConfig:
     """Size of the batch and of the KV cache.
 
-    max_model_len: prompt, virtual and generated tokens of one request; None takes the model's own limit.
-    kv_cache_bytes: size of the paged pool; None takes `num_kv_blocks` if set, else room for
-        `max_num_seqs` requests of `max_model_len`, bounded by 1 GiB on a CPU.
+    max_model_len: prompt, virtual and generated tokens of one request; None takes the model's own limit, or what the
+        KV cache holds where that is less.
+    memory_bytes: what weights, adapters and KV cache may take together; None takes what the machine has free.
+    kv_cache_bytes: size of the paged pool; None takes `num_kv_blocks` if set, else room for `max_num_seqs` requests of
+        `max_model_len`, bounded by 1 GiB and half of the free memory on a CPU, 80 % of it on CUDA.
     stream_interval_s: tokens go to streams together, this long after the last ones, because each message costs time
         that steps do not get; first tokens and ends go at once, and so does everything at 0.
     """
@@ -79,6 +89,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
+    memory_bytes: int | None = None
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_cache_bytes: int | None = None
@@ -187,7 +198,7 @@ class WeftConfig:
     """Everything a server is built from."""
 
     model: ModelConfig
-    store: Path = Path("adapters_store")
+    store: Path = field(default_factory=default_store)
     allowed_sources: tuple[Path, ...] = ()
     engine: EngineConfig = field(default_factory=EngineConfig)
     adapters: AdapterLimits = field(default_factory=AdapterLimits)

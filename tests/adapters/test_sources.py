@@ -235,7 +235,8 @@ def test_what_is_missing_is_named(store: AdapterStore, root: Path, source: Path)
     (source / WEIGHTS).unlink()
     pickled = copy_refused(store, root, "demo/upper")
     assert pickled.reason == "FORMAT_UNSUPPORTED"
-    assert "safetensors only, given adapter_model.bin" in pickled.message
+    assert "safetensors only; a pickle is refused" in pickled.message
+    assert "given adapter_model.bin" in pickled.message
     (source / "adapter_model.bin").unlink()
     assert copy_refused(store, root, "demo/upper").reason == "SOURCE_NOT_FOUND"
     (source / CONFIG).unlink()

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.server import nursery
+from tests.server import nursery, shapes
 from tests.server.conftest import Sources
 from tests.server.files import upload_messages
 from tests.server.live import WAIT_S, Client, refused, wait_until
@@ -140,6 +141,40 @@ def process(start: Started, sources: Sources) -> ServerProcess:
     process = start("--log-level", "debug", "--adapter", f"lora={sources('lora-1')}")
     process.wait_ready()
     return process
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_a_base_starts_in_4_gib_without_a_flag(name: str, nursery_process: Nursery, tmp_path: Path) -> None:
+    """The context is fitted to memory and the banner says so; a real limit of the process stands for the machine."""
+    started = Started(nursery_process, shapes.save(tmp_path / name, name), tmp_path)
+    process = started()
+    try:
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+        process.wait_ready()
+        found = re.search(r"context +(\d+) tokens(, cut from the model's (\d+) to (\d+) tokens, .*)?", process.log)
+        assert found, process.log
+        limit = shapes.SHAPES[name].max_position_embeddings
+        assert 2048 <= int(found[1]) <= limit
+        assert (int(found[1]) < limit) == bool(found[2])
+        assert "--kv-cache-bytes" in process.log or not found[2]
+        left = re.search(r"left +([\d.]+) GiB", process.log)
+        assert left is not None
+        assert 0 < float(left[1]) < 4
+        assert len(process.client.tokens(None, 8)) == 8
+    finally:
+        started.end()
+
+
+def test_a_context_that_cannot_be_is_refused_in_one_line(start: Started) -> None:
+    for flags, said in (
+        (("--max-model-len", "99999999"), "max_model_len must be at most 256, the model's own limit, given 99999999"),
+        (("--max-model-len", "256", "--kv-cache-bytes", "1KiB"), "raise kv_cache_bytes to"),
+        (("--adapter", "x=/typo"), "--adapter x: /typo does not exist"),
+    ):
+        process = start(*flags)
+        assert process.exit_code() in (1, 2)
+        assert said in process.log
+        assert "Traceback" not in process.log
 
 
 def _health(process: ServerProcess) -> health_pb2_grpc.HealthStub:

@@ -19,6 +19,7 @@ from weft.adapters.store import AdapterStore
 from weft.api.generation import Generation as GenerationFlow
 from weft.api.generation import ModelFacts
 from weft.api.lifecycle import Lifecycle, RegisterOptions
+from weft.api.memory_plan import MemoryPlan
 from weft.config import WeftConfig
 from weft.engine.engine import ENGINE_DOWN, Engine, EngineCallbacks, draining
 from weft.engine.request import TokenEvent
@@ -43,7 +44,7 @@ class ServedModel:
     dtype: str
     device: str
     kernels: str
-    num_kv_blocks: int
+    plan: MemoryPlan
     num_threads: int  # that compute a step
     weights: WeightBytes
     rope_factors: str  # which a model with factors by length was fixed to (model/rope.py); "" for the others
@@ -77,7 +78,7 @@ class Application:
         self._engine = Engine(
             runner,
             config.engine,
-            num_kv_blocks=model.num_kv_blocks,
+            num_kv_blocks=model.plan.num_kv_blocks,
             max_model_len=model.facts.max_model_len,
             callbacks=EngineCallbacks(events=deliver, load=load, resident=resident, unfit=unfit, down=down),
             metrics=metrics,

@@ -29,6 +29,7 @@ from rich.progress import Progress
 
 from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
+from weft.api import memory_plan
 from weft.api.application import Application, ServedModel
 from weft.api.generation import ModelFacts
 from weft.api.interceptors import FinishedCall, StatusInterceptor
@@ -47,8 +48,6 @@ _SERVICES = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
 )
-_CPU_KV_BYTES_MAX = 1 * GIB
-_CUDA_FREE_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,17 +86,26 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     paged_attention.register()
     checkpoint = loader.read(config.model, attention=paged_attention.ATTENTION)
     weights = loader.WeightBytes.of(checkpoint.model)
-    max_model_len = min(config.engine.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
+    device = checkpoint.model.device
+    memory = memory_plan.Memory(
+        kind=device.type,
+        weights=weights.quantized + weights.unquantized,
+        free=memory_plan.free_bytes(device, config.engine.memory_bytes) - config.model.shadow_bytes,
+        adapters=config.residency.device_bytes,
+    )
+    plan = memory_plan.make(
+        config.engine, memory, token_bytes=checkpoint.token_bytes, model_len=checkpoint.max_model_len
+    )
+    max_model_len = plan.max_model_len
     rope_factors = rope.fix(checkpoint.model, max_model_len)
     expected = self_test.expect(checkpoint.model, max_model_len=max_model_len)
     base = loader.wrap(checkpoint)
     kernels = select(base.device, base.dtype)
     serving_form.take(base, kernels, shadow_bytes=config.model.shadow_bytes)
     self_test.require(base, expected, kernels.attend)
-    num_kv_blocks = _num_kv_blocks(config, base, max_model_len)
     runner = ModelRunner(
         base,
-        num_kv_blocks=num_kv_blocks,
+        num_kv_blocks=plan.num_kv_blocks,
         block_size=config.engine.block_size,
         adapter_bytes=config.residency.device_bytes,
         kernels=kernels,
@@ -123,35 +131,12 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
         dtype=str(base.dtype).removeprefix("torch."),
         device=base.device.type,
         kernels=kernels.name,
-        num_kv_blocks=num_kv_blocks,
+        plan=plan,
         num_threads=num_threads,
         weights=weights,
         rope_factors=rope_factors,
     )
     return model, runner
-
-
-def _num_kv_blocks(config: WeftConfig, base: loader.Base, max_model_len: int) -> int:
-    """Blocks of the KV pool; see EngineConfig.kv_cache_bytes."""
-    engine, shape = config.engine, base.shape
-    block_bytes = 2 * shape.num_layers * engine.block_size * shape.num_kv_heads * shape.head_dim * base.dtype.itemsize
-    per_request = -(-max_model_len // engine.block_size)
-    if engine.num_kv_blocks is not None:
-        num_blocks = engine.num_kv_blocks
-    elif engine.kv_cache_bytes is not None:
-        num_blocks = engine.kv_cache_bytes // block_bytes
-    else:
-        room = _CPU_KV_BYTES_MAX
-        if base.device.type == "cuda":
-            free_bytes, _ = torch.cuda.mem_get_info(base.device)
-            room = int(_CUDA_FREE_SHARE * max(0, free_bytes - config.residency.device_bytes))
-        num_blocks = min(per_request * engine.max_num_seqs, room // block_bytes)
-    if num_blocks < per_request:
-        raise ValueError(
-            f"kv cache: {num_blocks} blocks of {engine.block_size} tokens cannot hold one request of max_model_len "
-            f"{max_model_len}; raise kv_cache_bytes to {per_request * block_bytes} or lower max_model_len"
-        )
-    return num_blocks
 
 
 @asynccontextmanager
@@ -293,20 +278,23 @@ def _announce(console: Console, config: WeftConfig, model: ServedModel, served: 
         f"{f', {len(otherwise)} of them trained on another quantization' if otherwise else ''}\n"
         f"  gRPC     {host}:{served.port}\n"
         f"  metrics  http://{config.server.metrics_host}:{served.metrics_port}/metrics\n"
-        f"  KV pool  {model.num_kv_blocks} blocks of {config.engine.block_size} tokens\n"
-        + "".join(f"  {line}\n" for line in _about_weights(model))
-        + "ready",
+        f"  store    {config.store}\n" + "".join(f"  {line}\n" for line in _about_memory(model, config)) + "ready",
         highlight=False,
     )
 
 
-def _about_weights(model: ServedModel) -> Iterator[str]:
-    """Yield what an operator would not expect of the weights: bytes that are not quantized, fixed rotary factors."""
-    quantized, unquantized, experts = model.weights
+def _about_memory(model: ServedModel, config: WeftConfig) -> Iterator[str]:
+    """Yield how memory is shared out, and what an operator would not expect of it."""
+    plan, (quantized, unquantized, experts) = model.plan, model.weights
+    text = f"{plan.weights / GIB:.2f} GiB"
     if quantized:
-        text = f"weights  {quantized / GIB:.2f} GiB {model.quantization}, {unquantized / GIB:.2f} GiB {model.dtype}"
+        text += f": {quantized / GIB:.2f} {model.quantization}, {unquantized / GIB:.2f} {model.dtype}"
         if experts:
-            text += f", {experts / GIB:.2f} GiB of it in experts, which bitsandbytes does not quantize"
-        yield text
+            text += f" ({experts / GIB:.2f} of it experts, which bitsandbytes does not quantize)"
+    yield f"weights  {text}"
+    yield f"adapters {plan.adapters / GIB:.2f} GiB at most"
+    yield f"KV cache {plan.kv / GIB:.2f} GiB, {plan.num_kv_blocks} blocks of {config.engine.block_size} tokens"
+    yield f"left     {plan.left / GIB:.2f} GiB"
+    yield f"context  {plan.max_model_len} tokens" + (f", cut {plan.fitted}" if plan.fitted else "")
     if model.rope_factors:
         yield f"RoPE     {model.rope_factors}"

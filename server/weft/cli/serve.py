@@ -75,7 +75,11 @@ def _adapter_directory(text: str) -> tuple[str, Path]:
     adapter_id, separator, path = text.partition("=")
     if not (adapter_id and separator and path):
         raise InvalidSettings(f"--adapter must be ID=PATH, given {text!r}")
-    return adapter_id, Path(path).expanduser().absolute()
+    directory = Path(path).expanduser().absolute()
+    if not directory.is_dir():
+        what = "is no directory" if directory.exists() else "does not exist"
+        raise InvalidSettings(f"--adapter {adapter_id}: {directory} {what}; give a directory that PEFT or Weft wrote")
+    return adapter_id, directory
 
 
 def _parameters() -> list[inspect.Parameter]:

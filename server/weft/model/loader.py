@@ -8,6 +8,7 @@ after them (model/self_test.py). Its linear modules, its output head and its nor
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,14 @@ class WeightBytes(NamedTuple):
         return cls(quantized, unquantized, experts)
 
 
+class CacheShape(NamedTuple):
+    """What the keys, and the values, of one token are in the KV cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A base model that was read and not changed yet; `wrap` makes a Base of it."""
@@ -90,6 +99,22 @@ class Checkpoint:
     def max_model_len(self) -> int:
         """Positions that the model was made for."""
         return self.model.config.get_text_config().max_position_embeddings
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """The shape of its KV cache, as its configuration has it."""
+        text_config = self.model.config.get_text_config()
+        num_heads = text_config.num_attention_heads
+        return CacheShape(
+            num_layers=text_config.num_hidden_layers,
+            num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * math.prod(self.cache_shape) * self.dtype.itemsize
 
 
 def load(config: ModelConfig, *, attention: str) -> Base:
@@ -164,13 +189,10 @@ def wrap(checkpoint: Checkpoint) -> Base:
     with gate.refusing(checkpoint.name, "run on two tokens"):
         sites = sublayers.mark(model, adapter_sites(model, head=model.get_output_embeddings()))
     inject(model, sites, context, sublayers.layers_of(model, sites))
-    num_heads = text_config.num_attention_heads
     embedding: Any = model.get_input_embeddings()  # its width is not the hidden size everywhere (OPT)
     shape = BaseShape(
         sites={site.name: site for site in sites},
-        num_layers=text_config.num_hidden_layers,
-        num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
+        **checkpoint.cache_shape._asdict(),
         embedding_size=embedding.weight.shape[1],
         digest=checkpoint.digest,
         name=checkpoint.name,

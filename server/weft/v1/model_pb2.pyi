@@ -46,7 +46,7 @@ class ModelInfo(_message.Message):
     """Name of the base model; no adapter may take it as its id."""
     base_digest: _builtins.str
     """Fingerprint of the base model's weights and quantization, 64 hexadecimal digits. Two servers with the same digest
-    serve the same base.
+    serve the same base. An adapter is bound to the weights: `Adapter.trained_quantization`.
     """
     quantization: _builtins.str
     """How the base's linear weights are held: "nf4", "int8" or "none"."""
@@ -171,6 +171,7 @@ class AdapterLimits(_message.Message):
     BOTTLENECK_SIZE_MAX_FIELD_NUMBER: _builtins.int
     NUM_INVOCATION_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     NUM_EXPERTS_MAX_FIELD_NUMBER: _builtins.int
+    IGNORED_CONFIG_KEYS_FIELD_NUMBER: _builtins.int
     file_bytes_max: _builtins.int
     """Bytes of `adapter_model.safetensors`: ADAPTER_TOO_LARGE."""
     header_bytes_max: _builtins.int
@@ -195,6 +196,10 @@ class AdapterLimits(_message.Message):
     """Tokens that invoke an activated LoRA: CONFIG_INVALID."""
     num_experts_max: _builtins.int
     """Experts of a mixture: MIXTURE_INVALID."""
+    @_builtins.property
+    def ignored_config_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of adapter_config.json that are unknown to this server and may have any value: else CONFIG_FIELD_FORBIDDEN."""
+
     def __init__(
         self,
         *,
@@ -210,10 +215,11 @@ class AdapterLimits(_message.Message):
         bottleneck_size_max: _builtins.int = ...,
         num_invocation_tokens_max: _builtins.int = ...,
         num_experts_max: _builtins.int = ...,
+        ignored_config_keys: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck_size_max", b"bottleneck_size_max", "config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "metadata_bytes_max", b"metadata_bytes_max", "num_experts_max", b"num_experts_max", "num_invocation_tokens_max", b"num_invocation_tokens_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck_size_max", b"bottleneck_size_max", "config_bytes_max", b"config_bytes_max", "file_bytes_max", b"file_bytes_max", "header_bytes_max", b"header_bytes_max", "ignored_config_keys", b"ignored_config_keys", "metadata_bytes_max", b"metadata_bytes_max", "num_experts_max", b"num_experts_max", "num_invocation_tokens_max", b"num_invocation_tokens_max", "num_tensors_max", b"num_tensors_max", "num_virtual_tokens_max", b"num_virtual_tokens_max", "rank_max", b"rank_max", "scaling_max", b"scaling_max", "weight_abs_max", b"weight_abs_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,165 @@
+"""How a server shares memory out: weights, adapters and the paged KV cache, and the longest request that fits then.
+
+A pure function of numbers, taken once the weights are in memory. The model's own limit is often far more than a machine
+can cache (131,072 tokens of Llama 3.1 8B are 16 GiB): without a knob the limit is then fitted to what there is, which
+the plan says, and with a knob that does not fit the server refuses to start.
+"""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weft.config import GIB, EngineConfig
+
+_CPU_KV_BYTES_MAX = 1 * GIB  # a pool is filled with zeros when it is made, and that takes a second for each GiB
+_CPU_FREE_SHARE = 0.5
+_CUDA_FREE_SHARE = 0.8
+_TOKENS_MIN = 256  # a server that cannot hold as many for one request is of no use
+_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What there is, in bytes, once the weights are loaded.
+
+    kind: "cpu" or "cuda".
+    weights: what the weights take.
+    free: what is left beside them.
+    adapters: what adapters may take (residency.device_bytes).
+    """
+
+    kind: str
+    weights: int
+    free: int
+    adapters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What each purpose gets, in bytes; `left` is for activations, the host tier of adapters, and everybody else.
+
+    fitted: why `max_model_len` is below the model's own limit, or "".
+    """
+
+    weights: int
+    adapters: int
+    kv: int
+    left: int
+    num_kv_blocks: int
+    max_model_len: int
+    fitted: str
+
+
+def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: int) -> MemoryPlan:
+    """Plan a server. `token_bytes` are the keys and values of one token, `model_len` the model's own limit in tokens.
+
+    Raises ValueError, naming knob, limit and remedy, where what is asked for does not fit.
+    """
+    asked = engine.max_model_len
+    if asked is not None and asked > model_len:
+        raise ValueError(f"max_model_len must be at most {model_len}, the model's own limit, given {asked}")
+    wanted = model_len if asked is None else asked
+    block_bytes = token_bytes * engine.block_size
+    adapters = _adapter_bytes(memory)
+    room_blocks, named = _room(engine, memory, adapters, block_bytes)
+    per_request = -(-wanted // engine.block_size)
+    max_model_len, fitted = wanted, ""
+    if room_blocks < per_request:
+        if asked is not None or room_blocks * engine.block_size < min(_TOKENS_MIN, wanted):
+            raise ValueError(
+                f"kv cache: {room_blocks} blocks of {engine.block_size} tokens ({named}) cannot hold one request of "
+                f"max_model_len {wanted}; raise kv_cache_bytes to {per_request * block_bytes} or lower max_model_len"
+            )
+        max_model_len = room_blocks * engine.block_size
+        fitted = (
+            f"from the model's {model_len} to {max_model_len} tokens, what {named} holds; "
+            f"--kv-cache-bytes {per_request * block_bytes} would hold all"
+        )
+    num_blocks = room_blocks
+    if engine.num_kv_blocks is None and engine.kv_cache_bytes is None:
+        num_blocks = min(room_blocks, -(-max_model_len // engine.block_size) * engine.max_num_seqs)
+    kv = num_blocks * block_bytes
+    return MemoryPlan(
+        weights=memory.weights,
+        adapters=adapters,
+        kv=kv,
+        left=memory.free - adapters - kv,
+        num_kv_blocks=num_blocks,
+        max_model_len=max_model_len,
+        fitted=fitted,
+    )
+
+
+def _adapter_bytes(memory: Memory) -> int:
+    """On a CPU adapters take memory when they come, so that a small machine need not keep all of it free for them."""
+    return memory.adapters if memory.kind == "cuda" else min(memory.adapters, memory.free // 4)
+
+
+def _room(engine: EngineConfig, memory: Memory, adapters: int, block_bytes: int) -> tuple[int, str]:
+    """How many blocks there may be, and what bounds them, in words."""
+    if engine.num_kv_blocks is not None:
+        return engine.num_kv_blocks, "num_kv_blocks"
+    if engine.kv_cache_bytes is not None:
+        return engine.kv_cache_bytes // block_bytes, f"kv_cache_bytes of {_gib(engine.kv_cache_bytes)}"
+    free = max(0, memory.free - adapters)
+    share = int((_CUDA_FREE_SHARE if memory.kind == "cuda" else _CPU_FREE_SHARE) * free)
+    if memory.kind == "cpu" and share > _CPU_KV_BYTES_MAX:
+        return _CPU_KV_BYTES_MAX // block_bytes, f"a KV cache of {_gib(_CPU_KV_BYTES_MAX)}, the default on a CPU,"
+    return share // block_bytes, f"a KV cache of {_gib(share)}, the share of {_gib(memory.free)} of free memory,"
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def free_bytes(device: torch.device, memory_bytes: int | None = None) -> int:
+    """Measure the free memory of a device; `memory_bytes` bounds what this process may take there in all."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what freed tensors of loading held
+        free, _ = torch.cuda.mem_get_info(device)
+        taken = torch.cuda.memory_allocated(device)
+    else:
+        free, taken = _free_on_the_host(), _taken_on_the_host()
+    return free if memory_bytes is None else max(0, min(free, memory_bytes - taken))
+
+
+def _free_on_the_host() -> int:
+    """The least of what the machine, the control group and the process's own limits leave."""
+    found = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit != resource.RLIM_INFINITY:
+        found.append(limit - _taken_on_the_host())
+    return max(0, min(found))
+
+
+def _available(meminfo: Path) -> int:
+    try:
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return _UNLIMITED
+
+
+def _left_in_group(group: Path) -> int:
+    """What a container may still take: cgroup v2, then v1."""
+    for limit_name, usage_name in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = (group / limit_name).read_text().strip(), (group / usage_name).read_text().strip()
+        except OSError:
+            continue
+        return _UNLIMITED if limit == "max" else int(limit) - int(usage)
+    return _UNLIMITED
+
+
+def _taken_on_the_host() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
