@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from tests.cli.fake_service import SEED, FakeService, running
-from weft.client import AsyncClient, Client, RpcFailure
-from weft.config import MIB
+from weft.client import AsyncClient, Client, RpcFailure, calls
+from weft.config import MIB, RequestLimits
 from weft.errors import InvalidRequest, Overloaded, Unavailable, WeftError
 from weft.v1 import generation_pb2
 from weft.v1.adapter_pb2 import ADAPTER_RESIDENCY_DEVICE, ADAPTER_RESIDENCY_HOST, ADAPTER_STATE_ACTIVE
@@ -411,3 +411,14 @@ def test_both_clients_have_the_same_methods() -> None:
 
     assert methods(Client) == methods(AsyncClient)
     assert methods(Client)["adapter"] == ["self", "adapter_id: str"]
+
+
+def test_an_answer_has_a_deadline_only_where_one_is_given() -> None:
+    """An answer that is still coming is not cut; what answers at once has a minute."""
+    for described in (calls.generate, calls.stream):
+        assert described("x").deadline_s(None) is None
+        assert described("x").deadline_s(7.0) == 7.0
+        assert described("x", timeout_s=5.0).deadline_s(7.0) == 5.0
+    assert calls.tokenize("x").deadline_s(None) == 60.0
+    assert RequestLimits().deadline_default_s is None
+    assert RequestLimits().deadline_max_s is None

@@ -143,7 +143,8 @@ class ResidencyConfig:
 class RequestLimits:
     """Bounds of one generate request.
 
-    deadline_default_s, deadline_max_s: for callers without a deadline, and at most.
+    deadline_default_s: for callers without a deadline; None lets an answer take the time it takes.
+    deadline_max_s: for every request, whatever its caller asks for; None leaves it to callers.
     stream_events_max: events a caller may leave unread before its stream is ended.
     """
 
@@ -158,8 +159,8 @@ class RequestLimits:
     token_ranges_max: int = 16
     request_id_bytes_max: int = 128
     cache_salt_bytes_max: int = 128
-    deadline_default_s: float = 60.0
-    deadline_max_s: float = 600.0
+    deadline_default_s: float | None = None
+    deadline_max_s: float | None = None
     stream_events_max: int = 8192
 
 

@@ -289,15 +289,20 @@ def test_a_model_must_be_given(weft: Weft, served: list[Any]) -> None:
     assert result.stderr == "MODEL must be given: as an argument, as WEFT_MODEL or as model in a file\n"
 
 
-def test_adapters_to_serve_are_handed_over_and_are_allowed_sources(weft: Weft, served: list[Any]) -> None:
-    arguments = ["--quant", "int8", "--allowed-source", "/shared", "--adapter", "a=/one", "--adapter", "b=two=three"]
+def test_adapters_to_serve_are_handed_over_and_are_allowed_sources(
+    weft: Weft, served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two=three"
+    one.mkdir()
+    two.mkdir()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--quant", "int8", "--allowed-source", "/shared", "--adapter", f"a={one}", "--adapter", "b=two=three"]
     result = weft("serve", "/model", *arguments)
     assert result.exit_code == 3
     config, adapters = served[0]
-    here = Path.cwd() / "two=three"
     assert config.model.quantization is Quantization.INT8
-    assert adapters == [("a", Path("/one")), ("b", here)]
-    assert config.allowed_sources == (Path("/shared"), Path("/one"), here)
+    assert adapters == [("a", one), ("b", two)]
+    assert config.allowed_sources == (Path("/shared"), one, two)
 
 
 @pytest.mark.parametrize(

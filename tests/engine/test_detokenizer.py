@@ -1,6 +1,7 @@
 """Text from tokens: never half a character, never a retracted one, stop strings wherever they begin."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -110,6 +111,68 @@ def test_bytes_that_are_no_text_fail_nowhere(tokens: list[int]) -> None:
     """A byte-fallback decoder reads a run of bytes anew with every byte; tokenizers' DecodeStream raises on this."""
     given = pieces(Detokenizer(FALLBACK, ()), tokens)
     assert len(text(given)) <= 4 * len(tokens)
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word() -> None:
+    prompt, answer = fallback_ids(["▁a", "▁b"]), fallback_ids(["▁a", "b"])
+    whole = FALLBACK.decode([*prompt, *answer])
+    assert whole == "a b ab"
+    assert text(pieces(Detokenizer(FALLBACK, (), continued=prompt), answer)) == " ab"
+    assert text(pieces(Detokenizer(FALLBACK, ()), answer)) == "ab"  # a turn of a conversation begins a text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab é€😀", max_size=12), st.text("ab é€😀", max_size=12))
+def test_a_continuation_is_the_whole_without_its_prompt(before: str, after: str) -> None:
+    prompt, answer = ids(before), ids(after)
+    assert text(pieces(Detokenizer(BYTES, (), continued=prompt), answer)) == after
+
+
+def test_half_a_character_of_the_prompt_is_left_out() -> None:
+    assert text(pieces(Detokenizer(BYTES, (), continued=ids("x€")[:-1]), ids("ab"))) == "ab"
+
+
+class Counted:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_decoded = 0
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
+        self.num_decoded += len(tokens)
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte level", "byte fallback"])
+def test_bytes_that_are_no_text_come_after_a_few_tokens_and_cost_linear_work(tokenizer: Tokenizer) -> None:
+    lone = tokenizer.get_vocab()["<0x80>"] if tokenizer is FALLBACK else BYTES.get_vocab()["Ģ"]  # a byte 0x80
+    decoded = []
+    for count in (500, 4000):
+        counted: Any = Counted(tokenizer)
+        detokenizer = Detokenizer(counted, ())
+        given = [detokenizer.add([lone]).text for _ in range(count)]
+        assert set("".join(given)) == {"�"}
+        assert "".join(given[:12])  # not only at the end
+        assert len("".join(given) + detokenizer.flush()) == count
+        decoded.append(counted.num_decoded)
+    assert decoded[1] < 9 * decoded[0]
+
+
+def test_a_character_after_bytes_that_are_no_text_is_whole() -> None:
+    lone = BYTES.get_vocab()["Ģ"]
+    for count in range(30):
+        tokens = [lone] * count + ids("€é😀")
+        assert text(pieces(Detokenizer(BYTES, ()), tokens)) == "�" * count + "€é😀"
+
+
+def test_special_tokens_without_text_do_not_pile_up() -> None:
+    counted: Any = Counted(BYTES)
+    detokenizer = Detokenizer(counted, ())
+    for _ in range(2000):
+        assert detokenizer.add([SPECIAL]).text == ""
+    assert detokenizer.add(ids("a")).text == "a"
+    assert counted.num_decoded < 2000 * 40
 
 
 # -- stop strings ----------------------------------------------------------------------------------------------------

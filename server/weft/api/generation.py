@@ -6,6 +6,7 @@ terminal event, also when the caller has gone: the caller's going only asks the 
 
 import asyncio
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -206,6 +207,8 @@ class Generation:
             detokenizer = Detokenizer(
                 self._model.tokenizer.backend_tokenizer,
                 spec.stop,
+                # A turn of a conversation begins a text; what is written on goes on with one.
+                continued=() if spec.messages is not None else request.prompt_token_ids,
                 include_stop=spec.include_stop,
                 min_new_tokens=spec.min_new_tokens or 0,
             )
@@ -268,10 +271,11 @@ class Generation:
             base_model=self._model.name,
             has_chat_template=self._model.has_chat_template,
         )
-        wanted_s = self._limits.deadline_default_s if timeout_s is None else timeout_s
-        if wanted_s <= 0:
+        limits_s = (self._limits.deadline_default_s if timeout_s is None else timeout_s, self._limits.deadline_max_s)
+        allowed_s = min((limit for limit in limits_s if limit is not None), default=math.inf)
+        if allowed_s <= 0:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request was accepted")
-        deadline_s = arrival_s + min(wanted_s, self._limits.deadline_max_s)
+        deadline_s = arrival_s + allowed_s
         self._reserve()
         request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
         held = _Held([], [])

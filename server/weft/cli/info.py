@@ -38,6 +38,7 @@ def _facts(model: "ModelInfo") -> dict[str, str]:
         "adapter": f"at most {size(adapters.file_bytes_max)}, rank {adapters.rank_max}, "
         f"{adapters.num_virtual_tokens_max} virtual tokens",
         "request": f"at most {size(requests.prompt_bytes_max)} of prompt, {requests.max_new_tokens_max} new tokens "
-        f"({requests.max_new_tokens_default} if not said), {requests.deadline_max.ToTimedelta().total_seconds():g} s",
+        f"({requests.max_new_tokens_default} if not said)"
+        + (f", {requests.deadline_max.ToTimedelta().total_seconds():g} s" if requests.HasField("deadline_max") else ""),
         "server": f"weft {model.version}",
     }

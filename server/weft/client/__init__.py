@@ -11,8 +11,8 @@
 What can be asked is written once, in `weft.client.calls`; the two clients differ only in how they make a call. Answers
 are the messages of `weft.v1`, whose protos say what each field means. A call that fails raises RpcFailure.
 
-Every call but `watch` has a deadline. After UNAVAILABLE, and after nothing else, gRPC itself repeats the unary calls
-that may be repeated without harm.
+Answers and `watch` take the time they take unless a deadline is given; other calls have a minute. After UNAVAILABLE,
+and after nothing else, gRPC itself repeats the unary calls that may be repeated without harm.
 """
 
 from weft.api.status import Failure

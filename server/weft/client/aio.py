@@ -12,7 +12,7 @@ from weft.api.status import failure_of
 from weft.client import calls
 from weft.client.calls import Rpc, Stubs
 from weft.client.threads import Client
-from weft.client.wire import TIMEOUT_S, Answering, RpcFailure, channel_options, document
+from weft.client.wire import Answering, RpcFailure, channel_options, document
 from weft.settings import DEFAULT_SERVER
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
@@ -108,7 +108,7 @@ def _streaming(
 class AsyncClient:
     """One connection, made in the event loop that uses it; otherwise as Client."""
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
         self.server = server
         self.timeout_s = timeout_s
         self._channel = grpc.aio.insecure_channel(server, options=channel_options())

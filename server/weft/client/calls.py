@@ -61,6 +61,7 @@ Prompt: TypeAlias = str | Sequence[int] | Conversation
 Target: TypeAlias = str | Mapping[str, float] | Sequence[WeightedAdapter] | None
 
 _PAGE_SIZE = 1000
+TIMEOUT_S = 60.0  # of calls that answer at once, where the client was given none
 _DRAIN_TIMEOUT_S = 30.0  # the server's own, when a call does not say
 _UPLOAD_BYTES_PER_S_MIN = 1 * MIB  # an upload may take as long as the slowest link that is still worth waiting for
 
@@ -105,13 +106,13 @@ class Rpc(Generic[Answer]):
     method: where the stubs have it.
     request: its message, or the iterator of its messages.
     answer: what the caller gets of the response.
-    deadline_s: the call's deadline, given the client's; None is none.
+    deadline_s: the call's deadline, given the client's, which is None where its user set none; None is none.
     """
 
     method: Callable[[Stubs], Callable[..., Any]]
     request: Message | Iterator[Message]
     answer: Callable[[Any], Answer]
-    deadline_s: Callable[[float], float | None] = lambda default: default
+    deadline_s: Callable[[float | None], float | None] = lambda given: given or TIMEOUT_S
 
 
 def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> GenerateRequest:
@@ -168,7 +169,7 @@ def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parame
         method=lambda stubs: stubs.generation.Generate,
         request=generate_request(prompt, adapter, **parameters),
         answer=_unchanged,
-        deadline_s=lambda default: parameters.get("timeout_s") or default,
+        deadline_s=lambda given: parameters.get("timeout_s") or given,
     )
 
 
@@ -178,7 +179,7 @@ def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Paramete
         method=lambda stubs: stubs.generation.StreamGenerate,
         request=generate_request(prompt, adapter, **parameters),
         answer=_unchanged,
-        deadline_s=lambda default: parameters.get("timeout_s") or default,
+        deadline_s=lambda given: parameters.get("timeout_s") or given,
     )
 
 
@@ -258,7 +259,7 @@ def upload(
         method=lambda stubs: stubs.adapters.UploadAdapter,
         request=_upload_messages(header, Path(directory), lambda sent_bytes: progress(sent_bytes, size_bytes)),
         answer=_unchanged,
-        deadline_s=lambda default: default + size_bytes / _UPLOAD_BYTES_PER_S_MIN,
+        deadline_s=lambda given: (given or TIMEOUT_S) + size_bytes / _UPLOAD_BYTES_PER_S_MIN,
     )
 
 
@@ -309,7 +310,7 @@ def unregister(
         method=lambda stubs: stubs.adapters.UnregisterAdapter,
         request=request,
         answer=_unchanged,
-        deadline_s=lambda default: default + drain_s,
+        deadline_s=lambda given: (given or TIMEOUT_S) + drain_s,
     )
 
 
@@ -369,7 +370,7 @@ def watch() -> Rpc[WatchAdaptersResponse]:
         method=lambda stubs: stubs.adapters.WatchAdapters,
         request=WatchAdaptersRequest(),
         answer=_unchanged,
-        deadline_s=lambda default: None,
+        deadline_s=lambda given: None,
     )
 
 

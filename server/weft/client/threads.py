@@ -8,7 +8,7 @@ import grpc
 from weft.api.status import failure_of
 from weft.client import calls
 from weft.client.calls import Rpc, Stubs
-from weft.client.wire import TIMEOUT_S, Answering, RpcFailure, channel_options, document
+from weft.client.wire import Answering, RpcFailure, channel_options, document
 from weft.settings import DEFAULT_SERVER
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
@@ -83,10 +83,11 @@ class Client:
     """One connection, which threads may share.
 
     server: "host:port".
-    timeout_s: the deadline of every call; `upload` and `unregister` add what they may need.
+    timeout_s: the deadline of every call; `upload` and `unregister` add what they may need. None is a minute for calls
+        that answer at once, and no deadline for `generate` and `stream`, whose answers take the time they take.
     """
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(server, options=channel_options())
         self._stubs = Stubs(GenerationServiceStub(self._channel), AdapterServiceStub(self._channel))

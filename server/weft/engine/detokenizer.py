@@ -10,6 +10,9 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 _INCOMPLETE = "\ufffd"  # what decoders make of half a character
+_CHARACTER_TOKENS = 3  # that half a character can be of: UTF-8 has at most four bytes
+_PENDING_TOKENS_MAX = 8  # that are held back; without a bound undecodable bytes would cost the square of their number
+_CONTEXT_TOKENS = 8  # of the prompt; a character and the word before it
 
 
 class Piece(NamedTuple):
@@ -21,12 +24,22 @@ class Piece(NamedTuple):
 
 
 class Detokenizer:
-    """The text of one answer. `stops` are matched from the token after `min_new_tokens` on; the earliest match wins."""
+    """The text of one answer. `stops` are matched from the token after `min_new_tokens` on; the earliest match wins.
+
+    continued: the tokens that the answer goes on from. Decoders of the SentencePiece kind drop the space before the
+    first word they see, which in a continuation is not the first.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], *, include_stop: bool = False, min_new_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        continued: Sequence[int] = (),
+        include_stop: bool = False,
+        min_new_tokens: int = 0,
     ) -> None:
-        self._decoder = _Decoder(tokenizer)
+        self._decoder = _Decoder(tokenizer, continued[-_CONTEXT_TOKENS:])
         self._stops = tuple(stops)
         self._include_stop = include_stop
         self._uncounted = min_new_tokens
@@ -68,11 +81,14 @@ class Detokenizer:
 class _Decoder:
     """Tokens to text, as the tokenizer decodes them together: a token is read after those of the last complete text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []  # the tokens of the last complete text, and those after it
         self._num_read = 0  # how many of them are in that text
         self._read = ""  # that text
+        before = self._decode(list(context))
+        if not before.endswith(_INCOMPLETE):  # half a character of the prompt is nobody's
+            self._tokens, self._num_read, self._read = list(context), len(context), before
 
     def add(self, token_ids: Sequence[int]) -> str:
         self._tokens += token_ids
@@ -80,12 +96,16 @@ class _Decoder:
         if text.endswith(_INCOMPLETE) and len(token_ids) > 1:  # what is whole of it comes now
             del self._tokens[len(self._tokens) - len(token_ids) :]
             return "".join(self.add([token_id]) for token_id in token_ids)
+        num_new = len(self._tokens) - self._num_read
         if text.endswith(_INCOMPLETE) or len(text) <= len(self._read):
-            return ""
+            if num_new <= _PENDING_TOKENS_MAX:
+                return ""
+            num_new -= _CHARACTER_TOKENS  # bytes that are no text; a character may have begun in the last ones
+            text = self._decode(self._tokens[: self._num_read + num_new])
         new = text[len(self._read) :]
         del self._tokens[: self._num_read]
-        self._num_read = len(self._tokens)
-        self._read = self._decode(self._tokens)
+        self._num_read = num_new
+        self._read = self._decode(self._tokens[:num_new])
         return new
 
     def flush(self) -> str:

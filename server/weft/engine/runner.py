@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _PROBE_STEPS = 3  # the first is what is recorded; in the last, positions matter
 _RECORDING_ERROR_MAX = 0.01
+_FATAL_TEXTS = ("CUDA error", "Triton Error [CUDA]")
 
 
 class Runner(Protocol):
@@ -107,8 +108,14 @@ class ByRows(NamedTuple):
 
 
 def is_fatal(error: Exception) -> bool:
-    """Device memory is not to be trusted after a CUDA error."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    """Return whether the device's memory can no longer be trusted: after an error of CUDA, whoever reports it.
+
+    torch raises AcceleratorError, or a RuntimeError whose text begins with "CUDA error" where a library reports it;
+    Triton's text begins with "Triton Error [CUDA]". Too little memory is no such error.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in _FATAL_TEXTS)
 
 
 class ModelRunner:

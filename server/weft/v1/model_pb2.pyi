@@ -271,11 +271,11 @@ class RequestLimits(_message.Message):
     """Token ranges of one part of a composition."""
     @_builtins.property
     def deadline_default(self) -> _duration_pb2.Duration:
-        """Time that a call without a deadline gets."""
+        """Time that a call without a deadline gets; absent where it takes the time it takes."""
 
     @_builtins.property
     def deadline_max(self) -> _duration_pb2.Duration:
-        """Time that a call gets at most, whatever its deadline."""
+        """Time that a call gets at most, whatever its deadline; absent where the server sets no limit."""
 
     def __init__(
         self,

@@ -256,7 +256,9 @@ def _request_limits(limits: RequestLimits) -> model_pb2.RequestLimits:
     return message
 
 
-def _duration(seconds: float) -> Duration:
+def _duration(seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
