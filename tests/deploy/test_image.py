@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tests.deploy.files import DEPLOY, ROOT, configured, document, entrypoint, instructions, size
 from weft.config import ServerConfig, WeftConfig
-from weft.kernels.cpu import library
+from weft.kernels.cpu import build
 from weft.settings import knobs
 
 DOCKERFILE = DEPLOY / "Dockerfile"
@@ -100,10 +100,10 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
 
 
 def test_the_build_step_compiles_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    code = python_code("RUN", "library")
+    code = python_code("RUN", "kernels")
     try:
         exec(code, {})
-    except library.KernelsUnavailable as reason:
+    except build.KernelsUnavailable as reason:
         pytest.skip(str(reason))
     assert Path(capsys.readouterr().out.strip()).is_file()
 

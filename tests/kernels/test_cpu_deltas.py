@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -446,46 +445,3 @@ def use_all_threads() -> None:
     run(torch.randn(256, SIZE_IN), torch.randn(256, SIZE_OUT), [[(0, 1.0)]] * 256, slots)
     assert os.listdir("/proc/self/task") == before
     assert len(openmp_runtimes()) == 1
-
-
-# A compiler that takes its time, and leaves a half-written file for most of it.
-_SLOW_COMPILER = """#!/bin/sh
-while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done
-[ -z "$out" ] && echo "#define processor" && exit
-printf half > "$out" && sleep 0.2 && printf whole > "$out"
-"""
-
-
-def test_processes_may_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler, cache = tmp_path / "compiler", tmp_path / "new"
-    compiler.write_text(_SLOW_COMPILER)
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    paths: list[Path] = []
-    seen: set[str] = set()
-    builders = [threading.Thread(target=lambda: paths.append(library.build(cache))) for _ in range(3)]
-    for builder in builders:
-        builder.start()
-    while any(builder.is_alive() for builder in builders):
-        seen |= {path.read_text() for path in cache.glob("*.so")}
-    assert len(paths) == 3
-    assert list(cache.iterdir()) == [paths[0]]
-    assert seen | {paths[0].read_text()} == {"whole"}
-    assert cache.stat().st_mode & 0o077 == 0
-
-
-def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
-    with pytest.raises(library.KernelsUnavailable, match="install g"):
-        library.build(tmp_path)
-    fails = tmp_path / "fails"
-    fails.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
-    fails.chmod(0o755)
-    monkeypatch.setenv("CXX", str(fails))
-    with pytest.raises(library.KernelsUnavailable, match="no such option"):
-        library.build(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert library.cache_directory() == tmp_path / "cache" / "weft" / "kernels"
-    loaded = library.load.__wrapped__()
-    assert loaded.functions is None
-    assert "no such option" in loaded.reason

@@ -65,7 +65,7 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernels:
         _log.warning("%s; the slower reference path runs instead", loaded.reason)
         return REFERENCE
     return Kernels(
-        name="cpu",
+        name=f"cpu {loaded.kind}",
         driver=driver.DriverFactory(dtype),
         attend=driver.Attend,
         recorder=Tapes,

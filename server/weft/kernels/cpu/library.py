@@ -1,8 +1,7 @@
-"""Build and load of the C++ kernels, once per machine.
+"""Load of the C++ kernels, once per process.
 
-The sources beside this file are compiled on first use into the user's cache directory, under a name that is the digest
-of everything the result depends on: the sources, the flags, and what the compiler says of itself and this processor.
-They are plain C functions without torch or Python headers, so one library serves every version of both.
+They are plain C functions without torch or Python headers, so one library serves every version of both: one that the
+wheel carries, chosen by what this processor can do, or else one that is compiled here at first use (build.py).
 
 The library is linked without an OpenMP runtime. Its symbols resolve, when it is loaded, against the runtime that torch
 has already made global. So both share one pool of threads, and a torch without OpenMP is a reason not to load.
@@ -10,16 +9,10 @@ has already made global. So both share one pool of threads, and a torch without 
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
 import struct
-import subprocess
-import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,18 +20,9 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  its import makes the OpenMP runtime global
 
-_SOURCES = (
-    "deltas.cpp",
-    "attention.cpp",
-    "routing.cpp",
-    "elementwise.cpp",
-    "gemm.cpp",
-    "pointwise.cpp",
-    "replay.cpp",
-)
-_HEADERS = ("lanes.h",)
-_FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
-_BUILD_S_MAX = 300
+from weft.kernels.cpu import build
+
+_PREBUILT = Path(__file__).parent / "prebuilt"  # in an installed wheel only
 
 _FUNCTIONS = (
     "weft_post",
@@ -52,10 +36,6 @@ _FUNCTIONS = (
     "weft_pointwise",
     "weft_replay",
 )
-
-
-class KernelsUnavailable(RuntimeError):
-    """The CPU kernels cannot run here; the text says why. The torch reference path computes the same."""
 
 
 _STATUSES = {  # lanes.h
@@ -80,26 +60,63 @@ _note: ContextVar[Note | None] = ContextVar("_note", default=None)
 
 
 class Library(NamedTuple):
-    """The loaded kernels, or the reason why there are none."""
+    """The loaded kernels, or the reason why there are none.
+
+    kind: the instruction set of a prebuilt library (build.py, INSTRUCTION_SETS), or "native" for one compiled here.
+    """
 
     functions: ctypes.CDLL | None
+    kind: str
     reason: str  # "" when loaded
 
 
 @functools.cache
 def load() -> Library:
-    """The kernels of this machine, compiled if nobody has done it yet (a few seconds)."""
+    """Return the kernels of this machine, compiled if there is nothing prebuilt that it runs (up to half a minute)."""
     try:
-        path = build(cache_directory())
-        functions = ctypes.CDLL(str(path))
-    except KernelsUnavailable as error:
-        return Library(None, str(error))
+        kind, path = _choose(os.environ.get("WEFT_KERNELS", ""))
+        return Library(opened(path), kind, "")
+    except build.KernelsUnavailable as error:
+        return Library(None, "", str(error))
     except OSError as error:
-        return Library(None, f"the CPU kernels do not load: {error}")
+        return Library(None, "", f"the CPU kernels do not load: {error}")
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """Return the kernels of the library at `path`; raises OSError if it does not load."""
+    functions = ctypes.CDLL(str(path))
     for name in _FUNCTIONS:
         # One packed record, not a list of arguments: ctypes converts sixteen of them in 1.5 us, packing takes 0.4.
         getattr(functions, name).argtypes = (ctypes.c_char_p,)
-    return Library(functions, "")
+    return functions
+
+
+def prebuilt(directory: Path, features: Set[str]) -> tuple[str, Path] | None:
+    """Return name and path of the best library in `directory` that a processor with these features runs."""
+    for name, (_, needed) in build.INSTRUCTION_SETS.items():
+        path = directory / f"{name}.so"
+        if needed <= features and path.exists():
+            return name, path
+    return None
+
+
+def processor_features() -> frozenset[str]:
+    """Return the features of this processor as Linux names them; none where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    # A virtual machine may mix processors: what all of them can do.
+    found = [frozenset(line.partition(":")[2].split()) for line in text.splitlines() if line.startswith("flags")]
+    return frozenset.intersection(*found) if found else frozenset()
+
+
+def _choose(wanted: str) -> tuple[str, Path]:
+    """Return kind and path of the library; wanted: WEFT_KERNELS, "" or "native"."""
+    if wanted not in ("", "native"):
+        raise build.KernelsUnavailable(f"WEFT_KERNELS: may be 'native' (compile here) or unset, given {wanted!r}")
+    found = None if wanted else prebuilt(_PREBUILT, processor_features())
+    return found or ("native", build.native(build.cache_directory()))
 
 
 def available() -> bool:
@@ -108,10 +125,10 @@ def available() -> bool:
 
 
 def functions() -> ctypes.CDLL:
-    """The loaded kernels; raises KernelsUnavailable with the reason."""
+    """The loaded kernels; raises KernelsUnavailable (build.py) with the reason."""
     library = load()
     if library.functions is None:
-        raise KernelsUnavailable(library.reason)
+        raise build.KernelsUnavailable(library.reason)
     return library.functions
 
 
@@ -154,60 +171,3 @@ def replay_of(calls: Sequence[tuple[str, bytes]]) -> Callable[[], None]:
 def _answer(status: int) -> None:
     if status:
         raise MemoryError(_STATUSES[status]) if status == 1 else ValueError(_STATUSES[status])
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels live: $XDG_CACHE_HOME/weft/kernels, else ~/.cache/weft/kernels."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    except RuntimeError as error:
-        raise KernelsUnavailable("no home directory for the compiled CPU kernels: set XDG_CACHE_HOME") from error
-    return base / "weft" / "kernels"
-
-
-def build(directory: Path) -> Path:
-    """Compile the kernels into `directory`, unless they are there, and return the library's path.
-
-    Any number of processes may do this at once: each compiles beside the final name and renames, so that name is absent
-    or complete. The directory is private to the user, because its files are loaded as code.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"):
-        raise KernelsUnavailable(f"no CPU kernels for {platform.machine()}: they need 64-bit x86 or ARM")
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise KernelsUnavailable("no C++ compiler for the CPU kernels: install g++ or set CXX to one")
-    here = Path(__file__).parent
-    target = _run((compiler, *_FLAGS, "-E", "-dM", "-x", "c++", os.devnull))  # compiler version and processor features
-    digest = hashlib.sha256(repr((_FLAGS, target)).encode())
-    for name in (*_SOURCES, *_HEADERS):
-        digest.update((here / name).read_bytes())
-    path = directory / f"{digest.hexdigest()[:32]}.so"
-    if path.exists():
-        return path
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
-            objects = [str(Path(scratch, name).with_suffix(".o")) for name in _SOURCES]
-            commands = [
-                (compiler, *_FLAGS, "-c", str(here / source), "-o", result)
-                for source, result in zip(_SOURCES, objects, strict=True)
-            ]
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(_run, commands))
-            linked = Path(scratch, path.name)
-            _run((compiler, "-shared", *objects, "-o", str(linked)))  # no -fopenmp: see the top
-            linked.replace(path)
-    except OSError as error:
-        raise KernelsUnavailable(f"the compiled CPU kernels cannot be written: {error}; set XDG_CACHE_HOME") from error
-    return path
-
-
-def _run(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=True)  # noqa: S603  our own
-    except subprocess.CalledProcessError as error:
-        raise KernelsUnavailable(f"the CPU kernels do not compile: {error.stderr.strip()[-400:]}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"the C++ compiler does not run: {error}") from error
-    return done.stdout

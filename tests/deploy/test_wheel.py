@@ -1,0 +1,114 @@
+"""The wheel carries CPU kernels that run on old systems, without a compiler, and compute what the reference does."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.files import ROOT
+from weft.kernels.cpu import build, library
+
+# What manylinux_2_28 allows (PEP 600 and auditwheel's policy).
+FLOORS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+EQUALITY = ("attention", "deltas", "elementwise", "gemm", "routing")
+
+
+def too_new(content: bytes) -> list[str]:
+    """The symbol versions that a library needs, or defines, above the floors."""
+    found = re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)(?=\0)", content)
+    versions = {(name.decode(), tuple(map(int, number.split(b".")))) for name, number in found}
+    return sorted(f"{name}_{number}" for name, number in versions if number > FLOORS[name])
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        pytest.skip("no C++ compiler")
+    directory = tmp_path_factory.mktemp("dist")
+    command = (sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory))
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [path] = directory.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that holds what the wheel installs."""
+    directory = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_the_tag_is_what_the_libraries_allow(wheel: Path, installed: Path) -> None:
+    assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
+    libraries = sorted((installed / "weft/kernels/cpu/prebuilt").iterdir())
+    assert {path.stem for path in libraries} == set(build.INSTRUCTION_SETS)
+    for path in libraries:
+        content = path.read_bytes()
+        assert b"\0GLIBC_2.2.5\0" in content  # what is searched for is found
+        assert too_new(content) == [], path.name
+
+
+def test_a_symbol_that_is_too_new_is_seen() -> None:
+    """Negative control."""
+    assert too_new(b"\0GLIBC_2.28\0GLIBC_2.34\0GLIBCXX_3.4.29\0") == ["GLIBCXX_(3, 4, 29)", "GLIBC_(2, 34)"]
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path))
+    environment = os.environ | {"CXX": str(tmp_path / "absent")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    [path] = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert "no prebuilt CPU kernels: no C++ compiler" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", build.INSTRUCTION_SETS)
+def test_a_library_equals_the_reference(installed: Path, tmp_path: Path, name: str) -> None:
+    """The kernels' own tests, with the installed package, this library alone, and no compiler."""
+    if not build.INSTRUCTION_SETS[name][1] <= library.processor_features():
+        pytest.skip(f"this processor does not run {name}")
+    site = tmp_path / "site"
+    shutil.copytree(installed, site)
+    for path in (site / "weft/kernels/cpu/prebuilt").iterdir():
+        if path.stem != name:
+            path.unlink()
+    environment = {key: value for key, value in os.environ.items() if key not in ("CXX", "WEFT_KERNELS")}
+    environment |= {"PYTHONPATH": str(site), "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    kind = "from weft.kernels.cpu import library; print(library.load().kind, library.__file__)"
+    command = (sys.executable, "-c", kind)
+    said = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert said.split() == [name, str(site / "weft/kernels/cpu/library.py")]
+    tests = [f"tests/kernels/test_cpu_{kernel}.py" for kernel in EQUALITY]
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"\d{2,} passed", done.stdout), done.stdout[-400:]
+    assert not (tmp_path / "cache" / "weft" / "kernels").exists()
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted"),
+    [
+        (set(), None),
+        (build.INSTRUCTION_SETS["x86-64-v3"][1], "x86-64-v3"),
+        (build.INSTRUCTION_SETS["x86-64-v4"][1] - {"avx512dq"}, "x86-64-v3"),
+        (build.INSTRUCTION_SETS["x86-64-v4"][1], "x86-64-v4"),
+        (build.INSTRUCTION_SETS["x86-64-v4-bf16"][1] | {"amx_tile"}, "x86-64-v4-bf16"),
+    ],
+)
+def test_the_best_that_the_processor_runs_is_chosen(tmp_path: Path, features: set[str], wanted: str | None) -> None:
+    assert library.prebuilt(tmp_path, features) is None  # as in a checkout
+    for name in build.INSTRUCTION_SETS:
+        (tmp_path / f"{name}.so").touch()
+    found = library.prebuilt(tmp_path, features)
+    assert found == (None if wanted is None else (wanted, tmp_path / f"{wanted}.so"))
