@@ -45,7 +45,7 @@ def _require(condition: bool, knob: str, rule: str, given: object) -> None:
 class ModelConfig:
     """Which base model, and how it is held.
 
-    path: a Hugging Face causal-LM directory.
+    path: a Hugging Face causal-LM directory, a .gguf file, or a hub id (org/name, org/name@revision).
     device: "auto" takes CUDA when there is one.
     dtype: "auto" is bfloat16, or float32 for a float32 checkpoint without quantization.
     num_threads: CPU threads of a step; 0 leaves torch's default.

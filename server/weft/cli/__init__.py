@@ -1,6 +1,5 @@
 """The command `weft`. What is slow to import, such as torch and gRPC, commands import when they run."""
 
-import logging
 from typing import Annotated
 
 import typer
@@ -45,6 +44,4 @@ def _weft(
 
 def main() -> None:
     """Run the command that `sys.argv` holds, and exit."""
-    # On some processors it recommends a package that fetches compiled code from a hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app()

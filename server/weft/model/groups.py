@@ -10,11 +10,11 @@ from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes import functional as bnb
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from weft.methods import sublayers
+from weft.methods.bnb import Linear4bit, Params4bit
+from weft.methods.bnb import functional as bnb
 from weft.methods.inject import AdapterContext, GroupedLinear, LinearGroup
 from weft.methods.protocol import Site, SiteKind
 

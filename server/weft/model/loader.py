@@ -9,7 +9,6 @@ after them (model/self_test.py). Its linear modules, its output head and its nor
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.nn.modules import Int8Params, Params4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
@@ -26,9 +24,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from weft.config import ModelConfig, Quantization
 from weft.methods import sublayers
+from weft.methods.bnb import Int8Params, Params4bit
 from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
-from weft.model import gate
+from weft.model import gate, source
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -128,14 +127,12 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
     Raises FileNotFoundError for a directory without a checkpoint, BaseRefused for a kind of model that is not served
     (model/gate.py) and ValueError where the model does not fit the knobs.
     """
-    path = Path(config.path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"model: {path} holds no config.json; give a Hugging Face model directory")
+    path, name = source.resolve(Path(config.path))
+    source.require_files(path)
     if config.double_quant and config.quantization is not Quantization.NF4:
         raise ValueError(f"double_quant: needs quantization nf4, given {config.quantization.value}")
-    name = Path(os.path.abspath(path)).name  # of "." too
     device = resolve_device(config.device)
-    hf_config = _read_config(path)
+    hf_config = _read_config(path, name)
     skeleton = gate.require_served(hf_config, name)
     dtype = _resolve_dtype(config, device, hf_config)
     _require_alignment(config.quantization, device, hf_config)
@@ -166,16 +163,16 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
     )
 
 
-def _read_config(path: Path) -> Any:
+def _read_config(path: Path, name: str) -> Any:
     """Read config.json; BaseRefused where transformers knows no such model, or only by code of the directory."""
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         given = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in given:
-            raise gate.BaseRefused(path.name, "brings model code of its own, which Weft does not run") from error
+            raise gate.BaseRefused(name, "brings model code of its own, which Weft does not run") from error
         raise gate.BaseRefused(
-            path.name,
+            name,
             f"is a {given.get('model_type', 'nameless')} model, which the installed transformers does not know",
         ) from error
 

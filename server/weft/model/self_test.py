@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.config import Quantization
 from weft.methods.base_weight import ModuleWeight, ReadModule
+from weft.methods.bnb import Linear4bit, Linear8bitLt
 from weft.model.gate import BaseRefused, refusing
 from weft.model.loader import Base
 from weft.model.paged_attention import ATTENTION, Attend, KVCache, Paged, PagedBatch, attend_reference, register
@@ -66,12 +66,19 @@ where rounding decides a near tie, which is luck, and a base that is computed wr
 def tolerance(dtype: torch.dtype, quantization: Quantization) -> Tolerance:
     """Return the tolerance of a base.
 
-    Set from the tiny families of tests/families: equal ones reach 2e-6 in float32; in bfloat16 0.03 unquantized, 0.06
-    in NF4 and in int8, which rounds its inputs to 8 bits. Wrong ones (bloom, codegen, lfm2 …) begin at 0.17.
+    Set from the tiny families of tests/families and a real model of 30 layers. Equal ones reach 2e-6 in float32, in
+    bfloat16 0.04 unquantized, 0.06 in NF4, and 0.15 in int8, which rounds inputs to 8 bits in each layer. Wrong ones
+    (bloom, codegen, lfm2 …) begin at 0.31.
     """
     if dtype is torch.float32 and quantization is Quantization.NONE:
         return Tolerance(1e-3, 1e-3)
-    return Tolerance(0.1, 0.1 if quantization is Quantization.NONE else 0.15)
+    match quantization:
+        case Quantization.NONE:
+            return Tolerance(0.1, 0.1)
+        case Quantization.NF4:
+            return Tolerance(0.1, 0.15)
+        case Quantization.INT8:
+            return Tolerance(0.25, 0.25)
 
 
 @torch.inference_mode()

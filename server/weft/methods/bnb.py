@@ -1,0 +1,35 @@
+"""bitsandbytes, imported in one place: without the code that it would fetch from a hub.
+
+Where the package `kernels` is installed and the processor has AVX512-BF16, bitsandbytes downloads compiled code while
+it is imported. Nothing is ever downloaded here unless its user names it, so `kernels` is out of reach for that moment.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FETCHES = "kernels"
+# One recommends that package; the other tells of a cast at each int8 product, in a step of a small model 200 times.
+_NOISY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+
+
+@contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    before = sys.modules.get(_FETCHES)
+    sys.modules[_FETCHES] = None  # pyright: ignore[reportArgumentType]  # an import of it fails
+    for noisy in _NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        del sys.modules[_FETCHES]
+        if before is not None:
+            sys.modules[_FETCHES] = before
+
+
+with _without_hub_kernels():
+    from bitsandbytes import functional
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+__all__ = ["Int8Params", "Linear4bit", "Linear8bitLt", "Params4bit", "functional"]
