@@ -134,12 +134,14 @@ def test_the_command_makes_a_mixture_that_servers_read(tmp_path: Path) -> None:
         "one": generation_at(tmp_path / "e0"),
         "two": generation_at(tmp_path / "e1"),
     }
+    other = loader.load(ModelConfig(path=tiny.save_base(tmp_path / "other", seed=1), device="cpu"), attention="eager")
+    directory.write(tiny.random_lora(base.shape, rank=2, seed=0), tmp_path / "foreign", other.shape)
     for arguments, refusal in (
+        ((f"one={tmp_path}/e0", f"two={tmp_path}/foreign"), "trained on other weights"),
         ((f"one={tmp_path}/e0", f"two={tmp_path}/scaled"), "two: must be a LoRA"),
         ((f"one={tmp_path}/e0", "two"), "expert: must be ID=PATH, given 'two'"),
         ((f"one={tmp_path}/e0",), "top_k: must be 1 to 1, given 2"),
         ((f"No.Id={tmp_path}/e0", "--top-k", "1"), "adapter_id"),
-        ((f"one={tmp_path}/e0", "--quantization", "none"), "trained for base"),
     ):
         code, said = run(str(tmp_path / "refused"), *arguments)
         assert code == 1

@@ -316,7 +316,7 @@ REFUSED: dict[str, tuple[Callable[[list[TrainConfig]], object], type[Exception],
         "ia3",
     ),
     "no server takes it": (
-        lambda plan: train_many([plan[1], replace(plan[0], adapter=LoraConfig(rank=65))], examples=examples(FEW)[:2]),
+        lambda plan: train_many([plan[1], replace(plan[0], adapter=LoraConfig(rank=257))], examples=examples(FEW)[:2]),
         InvalidAdapter,
         r"adapter_config\.r: is too large",
         "lora",

@@ -339,7 +339,7 @@ def test_a_forward_without_gradients_does_not_spoil_the_next_gradient(tiny_base:
 
 def test_an_adapter_no_server_takes_is_refused_before_training(fit: Callable[..., TrainResult], tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match=r"adapter_config\.r: is too large"):
-        fit(adapter=LoraConfig(rank=65), num_steps=10**6)
+        fit(adapter=LoraConfig(rank=257), num_steps=10**6)
     with pytest.raises(ValueError, match="feedforward_modules: must name adapted modules"):
         fit(adapter=Ia3Config(target_modules=("k_proj",), feedforward_modules=("down_proj",)), num_steps=10**6)
     assert list(tmp_path.iterdir()) == []
