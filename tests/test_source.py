@@ -32,14 +32,19 @@ def test_a_directory_is_itself_and_named_by_its_last_part(base: Path, monkeypatc
     ],
 )
 def test_a_directory_without_what_a_base_is_read_from(base: Path, made: str, removed: str, said: str) -> None:
-    source.require_files(base)
+    _require(base)
     (base / removed).unlink()
     if made:
         (base / made).write_bytes(b"x")
     with pytest.raises(FileNotFoundError) as refused:
-        source.require_files(base)
+        _require(base)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def _require(base: Path) -> None:
+    source.require_config(base)
+    source.require_files(base)
 
 
 def test_what_is_no_base_is_refused(base: Path) -> None:

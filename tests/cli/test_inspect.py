@@ -80,7 +80,7 @@ def test_what_cannot_be_inspected_is_said(weft: Weft, path: Path, base: Base, tm
     result = weft("inspect", str(path), "--base", str(path))
     assert (result.exit_code, "--base: is for adapters" in result.stderr) == (2, True)
     result = weft("inspect", str(tmp_path / "none"))
-    assert (result.exit_code, "holds no config.json" in result.stderr) == (1, True)
+    assert (result.exit_code, "does not exist" in result.stderr) == (1, True)
     result = weft("inspect", str(path), *HELD, "--method", "lor")
     assert (result.exit_code, "method: must be one of lora" in result.stderr) == (1, True)
     wider = tiny.save_base(tmp_path / "gpt2", "gpt2")

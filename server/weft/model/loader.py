@@ -128,12 +128,13 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
     (model/gate.py) and ValueError where the model does not fit the knobs.
     """
     path, name = source.resolve(Path(config.path))
-    source.require_files(path)
+    source.require_config(path)
     if config.double_quant and config.quantization is not Quantization.NF4:
         raise ValueError(f"double_quant: needs quantization nf4, given {config.quantization.value}")
     device = resolve_device(config.device)
     hf_config = _read_config(path, name)
     skeleton = gate.require_served(hf_config, name)
+    source.require_files(path)
     dtype = _resolve_dtype(config, device, hf_config)
     _require_alignment(config.quantization, device, hf_config)
     transformers_logging.disable_progress_bar()

@@ -68,7 +68,7 @@ def tolerance(dtype: torch.dtype, quantization: Quantization) -> Tolerance:
 
     Set from the tiny families of tests/families and a real model of 30 layers. Equal ones reach 2e-6 in float32, in
     bfloat16 0.04 unquantized, 0.06 in NF4, and 0.15 in int8, which rounds inputs to 8 bits in each layer. Wrong ones
-    (bloom, codegen, lfm2 …) begin at 0.31.
+    (bloom, codegen, lfm2 …) begin at 0.31, and a position that is off by one in a chunk at 0.19.
     """
     if dtype is torch.float32 and quantization is Quantization.NONE:
         return Tolerance(1e-3, 1e-3)
@@ -78,7 +78,7 @@ def tolerance(dtype: torch.dtype, quantization: Quantization) -> Tolerance:
         case Quantization.NF4:
             return Tolerance(0.1, 0.15)
         case Quantization.INT8:
-            return Tolerance(0.25, 0.25)
+            return Tolerance(0.18, 0.25)
 
 
 @torch.inference_mode()

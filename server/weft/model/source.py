@@ -47,10 +47,14 @@ def resolve(model: Path) -> Source:
     )
 
 
-def require_files(directory: Path) -> None:
-    """Raise FileNotFoundError, with a remedy, unless the directory has what a base is read from."""
+def require_config(directory: Path) -> None:
+    """Raise FileNotFoundError unless the directory says what model it holds."""
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"model: {directory} holds no config.json; give a Hugging Face model directory")
+
+
+def require_files(directory: Path) -> None:
+    """Raise FileNotFoundError, with a remedy, unless the directory has weights and a tokenizer that are read."""
     if not any(directory.glob("*.safetensors")):
         found = "weights as pickle (.bin), which can run code when it is read" if any(directory.glob("*.bin")) else ""
         raise FileNotFoundError(
