@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from weft.config import typed_path
 from weft.model import source
+from weft.settings import load
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest
     assert not list((tmp_path / "cache/weft/gguf").iterdir())  # nothing half made is left
 
 
+_IMPORT_TRAINERS = ("trainer", "checkpoint", "history", "joint")
 _RESOLVE = (
     "import sys; from pathlib import Path; from weft.model import source; print(source.resolve(Path(sys.argv[1])))"
 )
@@ -95,17 +98,46 @@ def test_a_hub_id_is_found_in_the_cache_and_nothing_is_asked_of_the_network(base
     assert "org/other is no path, is not in the hub's cache, and HF_HUB_OFFLINE is set" in missing.stderr
 
 
-def test_bitsandbytes_fetches_no_code(tmp_path: Path) -> None:
-    """With a package `kernels` installed that would be imported: it is not, and is there again afterwards."""
-    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    raise SystemExit('fetched')\n")
-    code = "import weft.methods.bnb, sys; assert 'kernels' not in sys.modules; import kernels; print(kernels.__file__)"
+@pytest.mark.parametrize(
+    "module", ["weft.methods.bnb", "weft.api.serve", *(f"weft_training.{name}" for name in _IMPORT_TRAINERS)]
+)
+def test_bitsandbytes_fetches_no_code(module: str, tmp_path: Path) -> None:
+    """With a package `kernels` installed that would be asked for code: it is not, and is there again afterwards."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    print('fetched', flush=True)\n")
+    code = f"import {module}, kernels; print(kernels.__file__)"
+    said = _import(code, tmp_path)
+    assert str(tmp_path) in said
+    assert "fetched" not in said
+
+
+def test_bitsandbytes_alone_would_fetch(tmp_path: Path) -> None:
+    """The negative control."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    print('fetched', flush=True)\n")
+    said = _import("import bitsandbytes.backends.cpu.ops as ops; print(ops.has_avx512bf16())", tmp_path)
+    if "False" in said:
+        pytest.skip("bitsandbytes asks only on a CPU with AVX512-BF16")
+    assert "fetched" in said
+
+
+def _import(code: str, packages: Path) -> str:
     ended = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(packages)},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert str(tmp_path) in ended.stdout
+    return ended.stdout
+
+
+@pytest.mark.parametrize("typed", ["./models/typo", "models/typo/", "../models/typo", "~/typo", "/models/typo"])
+def test_what_is_typed_as_a_path_is_no_hub_id(typed: str) -> None:
+    """Or a typo would be asked of the network, and downloaded if somebody had such a model."""
+    path = typed_path(typed)
+    assert path.is_absolute()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        source.resolve(path)
+    assert load({"model": typed}).model.path == path
+    assert typed_path("org/name") == Path("org/name")

@@ -29,6 +29,16 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+def typed_path(text: str | Path) -> Path:
+    """Return the path that a user typed; one that is plainly meant as a path is made absolute.
+
+    A Path forgets a leading "./" and a trailing "/", and what is left of ./models/typo looks like a hub id.
+    """
+    path = Path(text).expanduser()
+    typed = str(text)
+    return path.absolute() if typed.startswith((".", "/", "~")) or typed.endswith("/") else path
+
+
 def default_store() -> Path:
     """Return the user's own directory for adapters (XDG base directories: $XDG_DATA_HOME, or ~/.local/share)."""
     data = os.environ.get("XDG_DATA_HOME", "")

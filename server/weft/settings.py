@@ -25,7 +25,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from weft.config import ServerConfig, WeftConfig
+from weft.config import ServerConfig, WeftConfig, typed_path
 
 ENV_PREFIX = "WEFT_"
 DEFAULT_SERVER = f"{ServerConfig().host}:{ServerConfig().port}"
@@ -297,8 +297,12 @@ def _accepted(knob: Knob) -> Any:
     if knob.kind is float:
         return Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
     if knob.kind is Path:
-        return Annotated[Path, AfterValidator(Path.expanduser)]
+        return Annotated[Path, BeforeValidator(_path)]
     return knob.kind
+
+
+def _path(value: object) -> object:
+    return typed_path(value) if isinstance(value, str | Path) else value
 
 
 def _split(items: object, *, separator: str) -> object:

@@ -8,10 +8,11 @@ wrong by 35 to 98 % of their norm (measured with bitsandbytes 0.50.2; tests/trai
 The repacked weight also holds its scales in bfloat16, so serving on such a CPU differs from training by rounding.
 """
 
+from weft.methods.bnb import Linear4bit, Linear8bitLt
+
 from torch import Tensor
 
 from weft.config import ModelConfig
-from weft.methods.bnb import Linear4bit, Linear8bitLt
 from weft.model import loader, rope, self_test
 from weft.model.loader import Base
 

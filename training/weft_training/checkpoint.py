@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

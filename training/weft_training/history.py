@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
+
 from transformers import TrainerCallback
 
 from weft_training.progress import Report, Step

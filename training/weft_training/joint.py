@@ -20,6 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
+
 import torch
 from torch import Tensor
 from transformers import Trainer

@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from weft.config import typed_path
+
 _INTEGER = re.compile(r"[+-]?\d[\d_]*")
 _DOCUMENTED = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n     {3}.*)*)", re.MULTILINE)
 
@@ -118,7 +120,7 @@ def _scalar(text: str, kind: Any) -> Any:
     if kind is str:
         return text
     if kind is Path:
-        return Path(text) if text else _UNFIT
+        return typed_path(text) if text else _UNFIT
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), _UNFIT)
     if kind is int:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import weft.methods.bnb  # first: what follows imports bitsandbytes where peft is installed
+
 import torch
 import transformers
 from torch import nn

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.output import fail, print_line
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits, ModelConfig, Quantization, typed_path
 
 
 def command(
@@ -15,7 +15,9 @@ def command(
         list[str],
         typer.Argument(metavar="ID=PATH…", help="LoRA directories, and the ids that they are registered under."),
     ],
-    base: Annotated[Path, typer.Option(help="The model directory that they are for.")],
+    base: Annotated[
+        Path, typer.Option(help="The model directory that they are for.", parser=typed_path, metavar="MODEL")
+    ],
     quantization: Annotated[Quantization, typer.Option(help="How the server holds it.")] = Quantization.NF4,
     top_k: Annotated[int, typer.Option(metavar="K", help="Experts that keep a gate.")] = 2,
     temperature: Annotated[float, typer.Option(help="What logits are divided by.")] = 1.0,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weft.cli.output import fail, print_line, size
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits, ModelConfig, Quantization, typed_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ _PICKLE = "pytorch_adapter.bin"
 def command(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="An AdapterHub or PEFT directory.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
-    base: Annotated[Path, typer.Option(help="The model directory that it is for.")],
+    base: Annotated[Path, typer.Option(help="The model directory that it is for.", parser=typed_path, metavar="MODEL")],
 ) -> None:
     """Convert an adapter, such as AdapterHub's bottlenecks, to a form that servers take.
 

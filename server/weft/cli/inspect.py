@@ -11,13 +11,18 @@ from weft.cli import adapter_directory
 from weft.cli.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from weft.cli.handover import imported
 from weft.cli.output import fail, print_facts, print_line, print_table, size
-from weft.config import ModelConfig, Quantization
+from weft.config import ModelConfig, Quantization, typed_path
 
 
 def command(
-    path: Annotated[Path, typer.Argument(help="A Hugging Face model directory, or an adapter's PEFT directory.")],
+    path: Annotated[
+        Path, typer.Argument(help="A base model, or an adapter's PEFT directory.", parser=typed_path, metavar="PATH")
+    ],
     base: Annotated[
-        Path | None, typer.Option(help="[adapter] The model directory that it is for.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="[adapter] The model directory that it is for.", show_default=False, parser=typed_path, metavar="MODEL"
+        ),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="[base] Compare this method; may be repeated. All by default.")

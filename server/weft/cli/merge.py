@@ -11,7 +11,7 @@ import typer
 
 from weft.cli import adapter_directory
 from weft.cli.output import fail, note, print_line, size
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits, ModelConfig, Quantization, typed_path
 
 if TYPE_CHECKING:
     from weft.methods.merging import Rule
@@ -48,7 +48,9 @@ def command(
         typer.Argument(metavar="DIR[=WEIGHT]...", help="LoRA directories and their weights, 1 if left out."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
-    base: Annotated[Path, typer.Option(help="The model directory that they are for.")],
+    base: Annotated[
+        Path, typer.Option(help="The model directory that they are for.", parser=typed_path, metavar="MODEL")
+    ],
     strategy: Annotated[Strategy, typer.Option(help="What is kept of their sum.")] = Strategy.EXACT,
     rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="[all but exact] Rank of the result.")] = None,
     density: Annotated[

@@ -7,12 +7,12 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
+from weft.methods.bnb import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from weft.methods.bnb import functional as bnb
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from weft.methods.bnb import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from weft.methods.bnb import functional as bnb
 
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB in float32
 _ROWS_MULTIPLE = 64  # so that a block begins with a quantization block, and with a tile of the packed layout

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
+from weft.methods.bnb import Linear4bit, Params4bit
+from weft.methods.bnb import functional as bnb
+
 import torch
 from torch import Tensor, nn
 
 from weft.methods import sublayers
-from weft.methods.bnb import Linear4bit, Params4bit
-from weft.methods.bnb import functional as bnb
 from weft.methods.inject import AdapterContext, GroupedLinear, LinearGroup
 from weft.methods.protocol import Site, SiteKind
 

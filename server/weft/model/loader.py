@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from weft.methods.bnb import Int8Params, Params4bit
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -24,7 +26,6 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from weft.config import ModelConfig, Quantization
 from weft.methods import sublayers
-from weft.methods.bnb import Int8Params, Params4bit
 from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
 from weft.model import gate, source

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from weft.methods.bnb import Linear4bit
+from weft.methods.bnb import functional as bnb
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from weft.methods.bnb import Linear4bit
-from weft.methods.bnb import functional as bnb
 
 _log = logging.getLogger(__name__)
 _BLOCK_SIZE = 64  # weights of a scale, as bitsandbytes has it unless told otherwise

@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from weft.methods.bnb import Linear4bit, Linear8bitLt
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.config import Quantization
 from weft.methods.base_weight import ModuleWeight, ReadModule
-from weft.methods.bnb import Linear4bit, Linear8bitLt
 from weft.model.gate import BaseRefused, refusing
 from weft.model.loader import Base
 from weft.model.paged_attention import ATTENTION, Attend, KVCache, Paged, PagedBatch, attend_reference, register

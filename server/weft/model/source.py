@@ -8,6 +8,7 @@ Nothing is downloaded unless the text names a hub model and no such path exists.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from typing import NamedTuple
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 _HUB_IGNORED = ["*/*", "*.bin", "*.py"]
-_GGUF_FORM = "1"  # of what is cached; another number makes it again
+_GGUF_FORM = "2"  # of what is cached; another number makes it again
 
 
 class Source(NamedTuple):
@@ -37,7 +38,7 @@ def resolve(model: Path) -> Source:
     if path.is_dir():
         return Source(path, Path(os.path.abspath(path)).name)
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ValueError(f"model: {path} is a file, and no .gguf; give the directory that it is in")
         return Source(_from_gguf(path), path.stem)
     if _HUB_ID.fullmatch(str(model)):
@@ -69,10 +70,11 @@ def require_files(directory: Path) -> None:
 
 
 def _from_hub(text: str) -> Source:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -91,8 +93,11 @@ def _from_hub(text: str) -> Source:
         raise ValueError(
             f"model: {name} is neither a path nor a model that the hub shows you; check the name, or set HF_TOKEN"
         ) from None
+    except HFValidationError:
+        raise ValueError(f"model: {text} is no path, and no id that the hub allows") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        is_offline = is_offline_mode()
+        reason = "HF_HUB_OFFLINE is set" if is_offline else f"the hub gives none ({type(error).__name__})"
         raise ValueError(
             f"model: {name} is no path, is not in the hub's cache, and {reason}; give a model directory, or connect "
             "and try again"
@@ -143,6 +148,14 @@ def _dequantize(file: Path, directory: Path) -> None:
     vars(model.config).pop("quantization_config", None)  # the weights are plain now
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    _forget_version(directory / "config.json")
+
+
+def _forget_version(config: Path) -> None:
+    """Take transformers' version out of a config.json: its bytes are in the base's digest, which is the file's own."""
+    keys = json.loads(config.read_text(encoding="utf-8"))
+    keys.pop("transformers_version", None)
+    config.write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _cache() -> Path:
