@@ -12,6 +12,7 @@ from collections import deque
 from typing import NamedTuple
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_FRAME_BYTES_MAX = 1 << 14  # RFC 9113, 4.2: what a peer takes unless it announces more
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _ACK, _END_HEADERS, _PADDED = 1, 1, 4, 8
 _WINDOW_MAX = 2**31 - 1
@@ -72,7 +73,7 @@ class Connection(asyncio.Protocol):
         done = self._open[stream] = asyncio.get_running_loop().create_future()
         body = struct.pack("!BI", 0, len(message)) + message
         headers = _frame(_HEADERS, _END_HEADERS, stream, _header_block(path, authority))
-        self._waiting.append((headers + _frame(_DATA, _END_STREAM, stream, body), len(body)))
+        self._waiting.append((headers + _data(stream, body), len(body)))
         self._send()
         await done
         mine = [frame for frame in self._frames if frame.stream == stream]
@@ -116,6 +117,20 @@ class Connection(asyncio.Protocol):
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+
+def _data(stream: int, body: bytes) -> bytes:
+    """DATA frames of the size that every peer takes, whatever its settings, which may not have come yet."""
+    starts = range(0, len(body), _FRAME_BYTES_MAX)
+    return b"".join(
+        _frame(
+            _DATA,
+            _END_STREAM if start + _FRAME_BYTES_MAX >= len(body) else 0,
+            stream,
+            body[start : start + _FRAME_BYTES_MAX],
+        )
+        for start in starts
+    )
 
 
 def _header_block(path: str, authority: str) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 import pytest
+from benchmarks.backends import http2
 from benchmarks.backends.http2 import Connection
 
 _PATH = "/test.Echo/Stream"
@@ -95,3 +96,15 @@ def test_a_server_that_goes_is_an_error() -> None:
             await call
 
     _with_server(use)
+
+
+@pytest.mark.parametrize("size", [1, 2**14, 2**14 + 1, 40_007])
+def test_a_body_is_sent_in_frames_that_every_peer_takes(size: int) -> None:
+    sent, body, flags = http2._data(5, b"." * size), b"", []
+    while sent:
+        length = int.from_bytes(sent[:3])
+        assert length <= 2**14
+        flags.append(sent[4])
+        body, sent = body + sent[9 : 9 + length], sent[9 + length :]
+    assert body == b"." * size
+    assert flags == [0] * (len(flags) - 1) + [1]  # the last ends the stream
