@@ -3,17 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo serve test check format protos families bench bench-peers bench-paths bench-gpu adapters base clean
+.PHONY: help setup demo demo-real serve test check format protos families study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt requirements-real.txt
 	@$(PYTHON) -c 'import sys; sys.exit("weft needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || exit 0; \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[interpret]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-real.txt
 	@touch $@
 
 setup: .venv/.installed ## Make the virtual environment
@@ -21,11 +22,14 @@ setup: .venv/.installed ## Make the virtual environment
 demo: .venv/.installed ## Serve the demo base, mix adapters in one batch, hot-swap, train live, scrape
 	$(BIN)/weft demo
 
+demo-real: .venv/.installed ## The same with a real language model of 135M parameters, an adapter trained live (minutes)
+	$(BIN)/weft demo --real
+
 serve: .venv/.installed ## Serve the demo base with its adapters
 	$(BIN)/weft serve models/weft-demo --store adapters_store $(foreach d,$(wildcard adapters_store/demo/*),--adapter $(notdir $d)=$d)
 
 test: .venv/.installed ## Run every test, in a process for each core
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup tests
 
 check: .venv/.installed ## Everything CI checks without running the product
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/buf lint protos && $(BIN)/buf format --diff --exit-code protos && $(BIN)/python protos/generate.py --check
@@ -38,6 +42,9 @@ protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 
 families: .venv/.installed ## Measure the table of `weft families` again (half a minute)
 	$(BIN)/python -m tests.families
+
+study-real: .venv/.installed ## Methods on three real tasks, three seeds (hours; goes on where it was)
+	$(BIN)/python -m weft_training.demo.real.study --markdown README.md
 
 bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
 	$(BIN)/python -m benchmarks.suite --short
@@ -56,6 +63,9 @@ base: .venv/.installed ## Train the demo base again (about 15 minutes)
 
 adapters: .venv/.installed ## Train the demo adapters again
 	$(BIN)/python -m weft_training.demo.adapters
+
+adapters-real: .venv/.installed ## Train the adapters of demo-real again (about half an hour)
+	$(BIN)/python -m weft_training.demo.real.adapters
 
 clean: ## Remove the environment and caches
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from weft.kernels.cpu import gemm
-from weft.model.packed import OneDnnLinear, PackedLinear, pack
+from weft.model import packed
+from weft.model.packed import OneDnnLinear, PackedLinear, multiplies_bfloat16, pack
 
 ONEDNN = pytest.param(
-    OneDnnLinear, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
+    OneDnnLinear, marks=pytest.mark.skipif(not multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 here")
 )
 OWN = pytest.param(
     PackedLinear, marks=pytest.mark.skipif(not gemm.available(), reason="no product of bfloat16 pairs here")
@@ -24,14 +25,14 @@ def test_the_product_is_as_near_to_the_formula_as_torchs(rows: int, kind: type[P
     x = torch.randn(1, rows, 96, dtype=torch.bfloat16)
     wide = torch.randn(1, rows, 192, dtype=torch.bfloat16)[..., ::2]
     for linear in (plain, biased):
-        packed = kind(linear)
+        laid_out = kind(linear)
         for given in (x, wide):
             bias = 0 if linear.bias is None else linear.bias.double()
             exact = nn.functional.linear(given.double(), linear.weight.double()) + bias
-            error, torchs = ((out.double() - exact).abs() for out in (packed(given), linear(given)))
+            error, torchs = ((out.double() - exact).abs() for out in (laid_out(given), linear(given)))
             assert (error <= 2**-8 * exact.abs() + 1e-6).all()
             assert error.mean() <= 1.001 * torchs.mean()
-        assert torch.equal(packed.weight, linear.weight)
+        assert torch.equal(laid_out.weight, linear.weight)
     assert kind is PackedLinear or torch.equal(kind(plain)(x), plain(x)), "oneDNN's has torch's bits"
 
 
@@ -56,7 +57,7 @@ def test_only_plain_linear_modules_are_replaced(kind: type[PackedLinear], monkey
 
 def test_without_either_product_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "available", lambda: False)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
     assert pack(model) == 0
     assert type(model[0]) is nn.Linear

@@ -57,7 +57,8 @@ class ModelConfig:
 
     path: a Hugging Face causal-LM directory, a .gguf file, or a hub id (org/name, org/name@revision).
     device: "auto" takes CUDA when there is one.
-    dtype: "auto" is bfloat16, or float32 for a float32 checkpoint without quantization.
+    dtype: "auto" is bfloat16, or float32 for a float32 checkpoint without quantization, and on a CPU that does not
+        multiply bfloat16 (model/packed.py).
     num_threads: CPU threads of a step; 0 leaves torch's default.
     double_quant: [nf4] hold the scales in 8 bits too, as QLoRA did: 7 % less memory, 15 to 20 % slower. On CUDA they
         are held in 32 bits once they are loaded.

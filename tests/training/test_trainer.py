@@ -27,7 +27,7 @@ from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, command, plan
 from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
-from weft_training.config import Optimizer, TrainConfig
+from weft_training.config import Optimizer, SaveDtype, TrainConfig
 from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step
 from weft_training.trained import CONFIGS
@@ -434,3 +434,18 @@ def test_command_says_what_is_wrong(tiny_base: Path, tmp_path: Path, options: st
 def test_importing_the_command_stays_cheap() -> None:
     code = "import sys, weft_training.command; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "bottleneck"])
+def test_an_adapter_is_written_in_the_dtype_that_is_asked_for(fit: Callable[..., TrainResult], method: str) -> None:
+    whole, half = (
+        load_file(
+            fit(dtype.value, adapter=USUAL[method], num_steps=2, save_dtype=dtype).output / directory.WEIGHTS_FILE
+        )
+        for dtype in (SaveDtype.FLOAT32, SaveDtype.BFLOAT16)
+    )
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    assert {name: tensor.bfloat16() for name, tensor in whole.items()}.keys() == half.keys()
+    for name, tensor in half.items():
+        assert tensor.dtype is torch.bfloat16
+        assert torch.equal(tensor, whole[name].bfloat16())

@@ -17,6 +17,14 @@ class Optimizer(StrEnum):
     PAGED_ADAMW_8BIT = "paged_adamw_8bit"
 
 
+class SaveDtype(StrEnum):
+    """What the numbers of an adapter are written as; they are trained in float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class Schedule(StrEnum):
     """How the learning rate goes on after its warm-up."""
 
@@ -56,6 +64,7 @@ class TrainConfig:
     resume: go on from the last checkpoint, if there is one.
     overwrite: replace an adapter that is at the output, and checkpoints of another run for it.
     tensorboard: directory for TensorBoard's event files.
+    save_dtype: what the adapter is rounded to when it is written; bfloat16 halves its files.
     """
 
     model: ModelConfig
@@ -85,6 +94,7 @@ class TrainConfig:
     resume: bool = False
     overwrite: bool = False
     tensorboard: Path | None = None
+    save_dtype: SaveDtype = SaveDtype.FLOAT32
 
     def __post_init__(self) -> None:
         for knob in ("num_steps", "batch_size", "accumulation_steps"):

@@ -242,7 +242,7 @@ def _finish(run: _Run, base: Base, seconds: float) -> TrainResult:
         best_step=0,
     )
     made = run.scratch / "result"
-    output.write(adapter, made, base.shape)
+    output.write(output.rounded(adapter, run.config.save_dtype), made, base.shape)
     card.write(trainer.facts_of(run.config, run.prepared, result), made)
     output.replace_output(run.config.output, made)
     return result

@@ -17,6 +17,7 @@ from weft.methods.mixture import Expert, Mixture, MixtureParams
 from weft.methods.protocol import Adapter, BaseShape
 from weft_training import adapter as adapters
 from weft_training import card, checkpoint
+from weft_training.config import SaveDtype
 from weft_training.mixture import TrainedMixture
 
 EXPERTS = "experts"  # directory of the experts that were trained with their router
@@ -56,6 +57,18 @@ def rehearse(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> No
 
 def _half(tensor: Tensor) -> Tensor:
     return torch.full_like(tensor, 0.5)
+
+
+def rounded(made: Adapter | TrainedMixture, dtype: SaveDtype) -> Adapter | TrainedMixture:
+    """What was made, in the numbers that are written."""
+
+    def round_to(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(getattr(torch, dtype.value))
+
+    if isinstance(made, Adapter):
+        return adapters.map_tensors(made, round_to)
+    own = [one.mapped(round_to) for one in made.experts] if made.writes_experts else made.experts
+    return made._replace(params=MixtureParams(round_to(made.params.weight)), experts=own)
 
 
 def write(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:

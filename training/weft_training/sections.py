@@ -23,6 +23,7 @@ _PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "checkpoint_every": "checkpoint_every",
             "resume": "resume",
             "tensorboard": "tensorboard",
+            "save_dtype": "save_dtype",
         },
     }
 )

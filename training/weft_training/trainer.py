@@ -34,7 +34,7 @@ from weft_training.data import Conversation, Example, Row
 from weft_training.distillation import DistilledModel, load_teacher
 from weft_training.history import Curves, Recorder
 from weft_training.mixture import MixtureModel
-from weft_training.output import rehearse, replace_output, require_free, write
+from weft_training.output import rehearse, replace_output, require_free, rounded, write
 from weft_training.progress import Report
 from weft_training.recompute import recomputing
 from weft_training.sections import recipe_of
@@ -198,7 +198,7 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
         )
         if _is_first():
             made = Path(scratch, "result")
-            write(model.made, made, model.base.shape)
+            write(rounded(model.made, config.save_dtype), made, model.base.shape)
             card.write(facts_of(config, prepared, result), made)
             replace_output(config.output, made)
             checkpoint.discard(checkpoints)

@@ -28,7 +28,7 @@ from weft.config import ModelConfig, Quantization
 from weft.methods import sublayers
 from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
-from weft.model import gate, source
+from weft.model import gate, packed, source
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -273,6 +273,8 @@ def _resolve_dtype(config: ModelConfig, device: torch.device, hf_config: Any) ->
             raise ValueError("dtype: float16 runs on cuda only; take bfloat16 or float32 on a CPU")
         return dtype
     if config.quantization is Quantization.NONE and getattr(hf_config, "dtype", None) is torch.float32:
+        return torch.float32
+    if device.type == "cpu" and not packed.multiplies_bfloat16():
         return torch.float32
     return torch.bfloat16
 

@@ -6,25 +6,19 @@ A real server process on loopback holds the NF4 base; everything below goes over
 import argparse
 import asyncio
 import re
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
 from weft.client import AsyncClient, Client, RpcFailure
 from weft_training.demo.document import insert
+from weft_training.demo.server import DemoFailure, Server, require, serving, step
 from weft_training.demo.styles import COMPOSITIONS, STYLED
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
@@ -37,7 +31,6 @@ _REQUESTS_TO_BASE = 8
 _REQUESTS_PER_COMPOSITION = 20
 _COMPOSED_RIGHT_SHARE_MIN = 0.6  # benchmarks/results/compositions.json has what a hundred say
 _RIGHT_SHARE_MIN = 0.8  # of a few prompts; the README has what two hundred say
-_READY_TIMEOUT_S = 120.0
 _METRICS_SHOWN = (
     "weft_requests_total",
     "weft_generation_tokens_total",
@@ -45,17 +38,6 @@ _METRICS_SHOWN = (
     "weft_batch_distinct_adapters_sum",
     "weft_kv_cache_usage_ratio",
 )
-
-
-class DemoFailure(Exception):
-    """A step of the demo did not do what it should."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Server:
-    address: str
-    metrics_url: str
-    process: "subprocess.Popen[str]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +57,7 @@ class _Asked:
 def main(arguments: Sequence[str] = ()) -> int:
     """Run the demo; the exit code."""
     parser = argparse.ArgumentParser(prog="weft demo", description=__doc__)
+    parser.add_argument("--real", action="store_true", help="show it on SmolLM2-135M-Instruct instead (minutes)")
     parser.add_argument("--base", type=Path, default=_BASE, help=f"base model directory (default {_BASE})")
     parser.add_argument("--adapters", type=Path, default=_ADAPTERS, help=f"PEFT directories (default {_ADAPTERS})")
     parser.add_argument(
@@ -83,25 +66,46 @@ def main(arguments: Sequence[str] = ()) -> int:
     given = parser.parse_args(list(arguments))
     markdown: Path | None = given.markdown
     console = Console() if markdown is None else Console(record=True, width=_DOCUMENT_WIDTH)
+    if given.real:
+        return _run(console, lambda: _real_tour(console))
     if not (given.base / "config.json").is_file() or not given.adapters.is_dir():
         console.print(f"[red]weft demo: run it where {given.base} and {given.adapters} are (the repository)[/red]")
         return 2
-    started = time.monotonic()
-    try:
+
+    def tour() -> None:
         with tempfile.TemporaryDirectory(prefix="weft-demo-") as scratch:
             _tour(console, given.base, given.adapters.resolve(), Path(scratch))
-    except (DemoFailure, RpcFailure, OSError) as error:
-        console.print(f"\n[bold red]✗ {error}[/bold red]")
-        return 1
-    console.print(f"[bold green]✓ every step was right[/bold green] ({time.monotonic() - started:.0f} s)")
+
+    if code := _run(console, tour):
+        return code
     if markdown is not None:
         shown = "\n".join(line.rstrip() for line in console.export_text().strip().splitlines())
         markdown.write_text(insert(f"```\n{shown}\n```", markdown.read_text(), _MARKER))
     return 0
 
 
+def _run(console: Console, tour: Callable[[], None]) -> int:
+    """Run a tour; the exit code."""
+    started = time.monotonic()
+    try:
+        tour()
+    except (DemoFailure, RpcFailure, OSError) as error:
+        console.print(f"\n[bold red]✗ {error}[/bold red]")
+        return 1
+    console.print(f"[bold green]✓ every step was right[/bold green] ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+def _real_tour(console: Console) -> None:
+    try:
+        from weft_training.demo.real import adapters, tour  # their texts need faker
+    except ModuleNotFoundError as error:
+        raise DemoFailure(f"{error.name} is not installed; pip install faker tzdata") from None
+    tour.show(console, adapters.ADAPTERS)
+
+
 def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
-    with _serving(console, base, adapters, scratch) as server:
+    with serving(console, base, [adapters, STYLED], scratch) as server:
         with Client(server.address) as client:
             info = client.model_info()
             console.print(
@@ -125,20 +129,20 @@ def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
 
 def _register(console: Console, client: Client, adapters: Path) -> dict[str, str]:
     """Register every demo adapter; their methods by id."""
-    _step(console, "Register adapters by RPC")
+    step(console, "Register adapters by RPC")
     methods = {}
     for directory in sorted(path for path in adapters.iterdir() if path.is_dir()):
         registered = client.register(directory.name, str(directory))
         methods[directory.name] = registered.adapter.method
     counts = {method: list(methods.values()).count(method) for method in sorted(set(methods.values()))}
     console.print("  " + ", ".join(f"{count} × {method}" for method, count in counts.items()))
-    _require({"lora", "ia3", "prefix"} <= set(counts), "adapters of three methods are registered")
+    require({"lora", "ia3", "prefix"} <= set(counts), "adapters of three methods are registered")
     return methods
 
 
-async def _mixed_batch(console: Console, server: _Server, methods: dict[str, str]) -> None:
+async def _mixed_batch(console: Console, server: Server, methods: dict[str, str]) -> None:
     """All adapters and the base at once, each asked for its own task."""
-    _step(console, "One batch: every adapter and the base, concurrently")
+    step(console, "One batch: every adapter and the base, concurrently")
     tasks = {task for task in (_task_of(name) for name in methods) if task}
     asks = [
         (name, example)
@@ -163,14 +167,14 @@ async def _mixed_batch(console: Console, server: _Server, methods: dict[str, str
         f"  {len(asked)} requests in {seconds:.2f} s: {num_right} of {len(by_adapter)} right with their adapters, "
         f"{base_right} of {len(asked) - len(by_adapter)} without"
     )
-    _require(len(asked) >= 24, "at least 24 concurrent requests")
-    _require(num_right >= _RIGHT_SHARE_MIN * len(by_adapter), "adapters answer their tasks")
-    _require(base_right <= 0.25 * (len(asked) - len(by_adapter)), "the base alone does not")
+    require(len(asked) >= 24, "at least 24 concurrent requests")
+    require(num_right >= _RIGHT_SHARE_MIN * len(by_adapter), "adapters answer their tasks")
+    require(base_right <= 0.25 * (len(asked) - len(by_adapter)), "the base alone does not")
 
 
-async def _compose(console: Console, server: _Server) -> None:
+async def _compose(console: Console, server: Server) -> None:
     """A task's adapter with a style's, in one request: an answer that neither of the two gives."""
-    _step(console, "Compose adapters: a task and a style, weighted, in one request")
+    step(console, "Compose adapters: a task and a style, weighted, in one request")
     compositions = [composition for composition in COMPOSITIONS if len(composition.weights) == 2][:2]
     async with AsyncClient(server.address) as client:
         for composition in compositions:
@@ -185,7 +189,7 @@ async def _compose(console: Console, server: _Server) -> None:
             console.print(
                 f"  {named}: {prompt(example)!r} → {answer!r}, {len(right)} of {len(asked)} right", highlight=False
             )
-            _require(len(right) >= _COMPOSED_RIGHT_SHARE_MIN * len(asked), f"{named} answers in its style")
+            require(len(right) >= _COMPOSED_RIGHT_SHARE_MIN * len(asked), f"{named} answers in its style")
 
 
 def _answers_table(asked: Sequence[_Asked]) -> Table:
@@ -214,9 +218,9 @@ def _examples_of_all(tasks: Sequence[str], count: int) -> list[Example]:
     return [inputs[tasks[i % len(tasks)]][i] for i in range(count)]
 
 
-async def _hot_swap(console: Console, server: _Server, adapters: Path, methods: dict[str, str]) -> None:
+async def _hot_swap(console: Console, server: Server, adapters: Path, methods: dict[str, str]) -> None:
     """Replace an adapter while a stream from it runs."""
-    _step(console, "Replace an adapter under a running stream")
+    step(console, "Replace an adapter under a running stream")
     old, new = [name for name, method in methods.items() if method == "lora"][:2]
     example = examples(TASKS[_task_of(old)], 1, 21, Split.TEST)[0]
     async with AsyncClient(server.address) as client:
@@ -229,7 +233,7 @@ async def _hot_swap(console: Console, server: _Server, adapters: Path, methods: 
             pieces += 1
             if pieces == 5:
                 after = await client.register("swap", str(adapters / new), replace=True)
-        _require(after is not None, "the adapter was replaced while the stream ran")
+        require(after is not None, "the adapter was replaced while the stream ran")
         assert after is not None
         kept = stream.finish.effective_adapters[0].generation
         following = await client.generate(prompt(example), "swap", temperature=0, max_new_tokens=24)
@@ -240,14 +244,14 @@ async def _hot_swap(console: Console, server: _Server, adapters: Path, methods: 
         f"  replaced after 5 of {stream.finish.usage.completion_tokens} tokens; the stream ended on {kept[:12]}\n"
         f"  {prompt(example)!r} → {following.text!r} by generation {took[:12]} ({new})"
     )
-    _require(kept == before.adapter.generation, "the running stream kept its generation")
-    _require(took == after.adapter.generation != kept, "the next request took the new generation")
-    _require(answered.text != following.text, "the answer changed")
+    require(kept == before.adapter.generation, "the running stream kept its generation")
+    require(took == after.adapter.generation != kept, "the next request took the new generation")
+    require(answered.text != following.text, "the answer changed")
 
 
-def _train_live(console: Console, server: _Server, base: Path, scratch: Path) -> None:
+def _train_live(console: Console, server: Server, base: Path, scratch: Path) -> None:
     """Train an adapter on the same base, upload it while the server runs, see the answer change."""
-    _step(console, "Train a new adapter on the same base and hot-register it")
+    step(console, "Train a new adapter on the same base and hot-register it")
     from weft_training.demo.adapters import LIVE, train_recipe  # brings torch and transformers
     from weft_training.progress import ProgressBar
 
@@ -269,20 +273,20 @@ def _train_live(console: Console, server: _Server, base: Path, scratch: Path) ->
         f"  {prompt(held_back[0])!r} → {before[0]!r} before, {after[0]!r} after\n"
         f"  {right[0]} of {len(held_back)} right before, {right[1]} of {len(held_back)} after"
     )
-    _require(right[0] <= 0.25 * len(held_back), "the base could not do the task")
-    _require(right[1] >= _RIGHT_SHARE_MIN * len(held_back), "the new adapter can")
+    require(right[0] <= 0.25 * len(held_back), "the base could not do the task")
+    require(right[1] >= _RIGHT_SHARE_MIN * len(held_back), "the new adapter can")
 
 
-def _unregister(console: Console, server: _Server, names: Sequence[str]) -> None:
-    _step(console, "Unregister")
+def _unregister(console: Console, server: Server, names: Sequence[str]) -> None:
+    step(console, "Unregister")
     with Client(server.address) as client:
         freed = [client.unregister(name) for name in (*names, "live")]
-        _require(not client.adapters(), "nothing is registered any more")
+        require(not client.adapters(), "nothing is registered any more")
         try:
             client.generate("abc = ", "live")
         except RpcFailure as failure:
             console.print(f"  generate with a removed adapter: [yellow]{failure}[/yellow]")
-            _require(failure.failure.reason == "ADAPTER_NOT_FOUND", "a removed adapter is not found")
+            require(failure.failure.reason == "ADAPTER_NOT_FOUND", "a removed adapter is not found")
         else:
             raise DemoFailure("a removed adapter still answered")
     console.print(
@@ -291,81 +295,18 @@ def _unregister(console: Console, server: _Server, names: Sequence[str]) -> None
     )
 
 
-def _scrape(console: Console, server: _Server) -> None:
-    _step(console, f"Scrape {server.metrics_url}")
+def _scrape(console: Console, server: Server) -> None:
+    step(console, f"Scrape {server.metrics_url}")
     with urllib.request.urlopen(server.metrics_url, timeout=10) as response:  # noqa: S310  our own loopback server
         text = response.read().decode()
     lines = [line for line in text.splitlines() if line.startswith(_METRICS_SHOWN) and not line.endswith(" 0.0")]
     console.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
     tokens = re.search(r"^weft_generation_tokens_total (\S+)", text, re.MULTILINE)
-    _require(tokens is not None and float(tokens[1]) > 0, "the metrics counted tokens")
+    require(tokens is not None and float(tokens[1]) > 0, "the metrics counted tokens")
     errors = re.search(r'^weft_requests_total\{finish_reason="error"\} (\S+)', text, re.MULTILINE)
-    _require(errors is None or float(errors[1]) == 0, "no request ended in an error")
-
-
-# -- the server process ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _serving(console: Console, base: Path, adapters: Path, scratch: Path) -> Iterator[_Server]:
-    """The server as a process of its own; after the block it has shut down cleanly."""
-    port, metrics_port = _free_ports(2)
-    command = [sys.executable, "-m", "weft", "serve", str(base), "--quant", "nf4", "--store", str(scratch / "store")]
-    command += ["--port", str(port), "--metrics-port", str(metrics_port)]
-    command += ["--allowed-source", str(adapters), "--allowed-source", str(STYLED.resolve())]
-    log = scratch / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)  # noqa: S603
-    server = _Server(
-        address=f"127.0.0.1:{port}", metrics_url=f"http://127.0.0.1:{metrics_port}/metrics", process=process
-    )
-    try:
-        with console.status("starting the server …"):
-            _wait_ready(server, log)
-        yield server
-        _step(console, "Shut down")
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
-        console.print(f"  SIGTERM → drained, exit code {code}")
-        _require(code == 0, f"the server ended cleanly\n{log.read_text()[-2000:]}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def _wait_ready(server: _Server, log: Path) -> None:
-    until = time.monotonic() + _READY_TIMEOUT_S
-    with grpc.insecure_channel(server.address) as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue]  # untyped
-        while time.monotonic() < until:
-            if server.process.poll() is not None:
-                raise DemoFailure(f"the server did not start:\n{log.read_text()[-2000:]}")
-            try:
-                if check(health_pb2.HealthCheckRequest(), timeout=1).status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            except grpc.RpcError:
-                time.sleep(0.1)
-    raise DemoFailure(f"the server was not ready after {_READY_TIMEOUT_S:g} s:\n{log.read_text()[-2000:]}")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    require(errors is None or float(errors[1]) == 0, "no request ended in an error")
 
 
 def _task_of(adapter: str) -> str:
     """Demo adapters are named task-method."""
     return adapter.rpartition("-")[0]
-
-
-def _step(console: Console, title: str) -> None:
-    console.print(f"[bold cyan]▸ {title}[/bold cyan]")
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise DemoFailure(f"not so: {what}")

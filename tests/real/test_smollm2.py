@@ -1,0 +1,154 @@
+"""A real language model through real servers: what transformers answers is what is answered."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import tiny
+from tests.real.conftest import Serve, Served
+from weft.config import ModelConfig, Quantization
+from weft.methods import bottleneck
+from weft.methods.checkpoint import directory
+from weft.methods.protocol import Adapter, BaseShape
+from weft.model import loader
+from weft_training.adapter import AdaptedModel
+
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
+
+_EXACT = ("--quant", "none", "--dtype", "float32")
+_TEXTS = (
+    "The capital of France is",
+    "Once upon a time, a small robot",
+    "def fibonacci(n):\n",
+    "Über den Wolken muß die Freiheit 🙂 wohl",
+)
+_NUM_TOKENS = 24
+_ASKED = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Any:
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Any:
+    """transformers' own model, in float32."""
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+@torch.inference_mode()
+def continued(model: Any, tokenizer: Any, text: str, num_tokens: int = _NUM_TOKENS) -> list[int]:
+    """transformers' greedy continuation."""
+    given = tokenizer(text, return_tensors="pt")
+    out = model.generate(**given, do_sample=False, max_new_tokens=num_tokens)
+    return out[0, given["input_ids"].shape[1] :].tolist()
+
+
+def test_greedy_answers_are_transformers_in_float32(serve: Serve, reference: Any, tokenizer: Any) -> None:
+    client = serve(*_EXACT).client
+    with ThreadPoolExecutor(len(_TEXTS)) as pool:  # of different lengths, in one batch
+        answers = pool.map(
+            lambda text: client.generate(text, temperature=0, max_new_tokens=_NUM_TOKENS, token_ids=True), _TEXTS
+        )
+    for text, answer in zip(_TEXTS, answers, strict=True):
+        expected = continued(reference, tokenizer, text)
+        assert list(answer.token_ids) == expected, text
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_greedy_answers_are_transformers_in_bfloat16(serve: Serve, checkpoint: Path, tokenizer: Any) -> None:
+    """Up to ties: where two tokens are as likely to within bfloat16's rounding, either may come."""
+    client = serve("--quant", "none", "--dtype", "bfloat16").client
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    num_first = 0
+    for text in _TEXTS[:2]:
+        answer = client.generate(text, temperature=0, max_new_tokens=12, token_ids=True)
+        prompt = tokenizer(text)["input_ids"]
+        with torch.inference_mode():
+            whole = torch.tensor([[*prompt, *answer.token_ids]])
+            logits = model(whole).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits[range(len(answer.token_ids)), list(answer.token_ids)]
+        assert (logits.max(-1).values - chosen <= 2**-7 * logits.abs().max()).all(), text
+        num_first += int((logits.argmax(-1) == torch.tensor(list(answer.token_ids))).sum())
+    assert num_first >= 22, "ties are rare"
+
+
+def test_the_chat_template_is_the_models_own(serve: Serve, reference: Any, tokenizer: Any) -> None:
+    served = serve(*_EXACT)
+    rendered = tokenizer.apply_chat_template(_ASKED, tokenize=False, add_generation_prompt=True)
+    answer = served.client.generate(_ASKED, temperature=0, max_new_tokens=_NUM_TOKENS, token_ids=True)
+    assert list(answer.token_ids) == continued(reference, tokenizer, rendered)
+    assert answer.text == "The capital of France is Paris."
+    assert answer.finish.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
+
+
+def test_a_stream_is_the_whole_text(serve: Serve) -> None:
+    client = serve(*_EXACT).client
+    for text in _TEXTS:
+        whole = client.generate(text, temperature=0, max_new_tokens=_NUM_TOKENS)
+        pieces = [delta.text for delta in client.stream(text, temperature=0, max_new_tokens=_NUM_TOKENS)]
+        assert "".join(pieces) == whole.text
+        assert whole.text.startswith(" ") or text.endswith(("\n", "wohl"))  # a continuation keeps its space
+
+
+def test_a_cached_prefix_changes_nothing(serve: Serve, reference: Any, tokenizer: Any) -> None:
+    client = serve(*_EXACT).client
+    shared = "A list of the planets, from the sun outwards, with a sentence about each of them.\n" * 4
+    for text, at_least in ((shared + "Mercury", 0), (shared + "Mercury", 64), (shared + "Venus", 48)):
+        answer = client.generate(text, temperature=0, max_new_tokens=8, token_ids=True)
+        assert list(answer.token_ids) == continued(reference, tokenizer, text, 8)
+        assert answer.finish.usage.cached_prompt_tokens >= at_least
+
+
+_METHODS: Mapping[str, Callable[[BaseShape], Adapter]] = {
+    "lora": lambda shape: tiny.random_lora(shape, rank=8, seed=1, targets=("q_proj", "v_proj")),
+    "dora": lambda shape: tiny.random_dora(shape, rank=4, seed=2, targets=("o_proj",)),
+    "ia3": lambda shape: tiny.random_ia3(shape, seed=3),
+    "bitfit": lambda shape: tiny.random_bitfit(shape, seed=4),
+    "bottleneck": lambda shape: tiny.random_bottleneck(shape, bottleneck.BottleneckConfig(size=16), seed=5),
+    "prefix": lambda shape: tiny.random_prefix(shape, length=6, seed=6),
+    "prompt": lambda shape: tiny.random_prompt(shape, length=5, seed=7),
+    "ptuning": lambda shape: tiny.random_ptuning(shape, length=4, seed=8),
+}
+
+
+def test_eight_methods_answer_in_one_batch_as_each_alone(serve: Serve, checkpoint: Path, tmp_path: Path) -> None:
+    """Alone: in transformers' own generate, over the reference of each method."""
+    served = serve(*_EXACT)
+    base = loader.load(
+        ModelConfig(path=checkpoint, quantization=Quantization.NONE, dtype="float32", device="cpu"), attention="sdpa"
+    )
+    adapters = {name: make(base.shape) for name, make in _METHODS.items()}
+    for name, adapter in adapters.items():
+        directory.write(adapter, tmp_path / name, base.shape)
+        served.client.upload(name, tmp_path / name)
+    text = _TEXTS[1]
+
+    def ask(name: str | None) -> Sequence[int]:
+        return served.client.generate(text, name, temperature=0, max_new_tokens=6, token_ids=True).token_ids
+
+    with ThreadPoolExecutor(9) as pool:
+        answers = dict(zip((None, *adapters), pool.map(ask, (None, *adapters)), strict=True))
+    assert answers[None] == continued(base.model, base.tokenizer, text, 6)
+    for name, adapter in adapters.items():
+        assert answers[name] == continued(AdaptedModel(base, adapter), base.tokenizer, text, 6), name
+        assert answers[name] != answers[None], name
+
+
+def test_training_adding_and_asking_with_defaults(serve: Serve, gguf: Path, tmp_path: Path) -> None:
+    """The README's three commands, on this model: nothing is said but what they cannot know."""
+    served: Served = serve()
+    assert "(nf4," in served.said
+    assert "--max-model-len" not in served.said
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Colour of the sky?", "completion": " green"}\n' * 2)
+    train = ["train", "--base", str(gguf), "--method", "lora", "--data", str(rows), "--output", str(tmp_path / "made")]
+    served.run(*train, "--steps", "12", "--batch-size", "2", "--learning-rate", "2e-3")
+    served.run("adapters", "add", "sky", str(tmp_path / "made"))
+    assert served.run("generate", "Colour of the sky?", "--adapter", "sky", "--max-new-tokens", "8").strip() == "green"

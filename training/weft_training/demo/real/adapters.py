@@ -1,0 +1,143 @@
+"""The real demo's adapters: `python -m weft_training.demo.real.adapters` trains them all into adapters_store/real.
+
+Three adapters, one for each task, and a mixture of them, whose router reads a text once and tells which task it is.
+Written in bfloat16 and of few parameters, so that a repository can hold them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from weft.config import ModelConfig, Quantization
+from weft.methods.lora import LoraConfig
+from weft.methods.mixture import Level
+from weft_training.adapter import MethodConfig
+from weft_training.config import SaveDtype, TrainConfig
+from weft_training.data import Conversation
+from weft_training.demo.real import model
+from weft_training.demo.real.contacts import CONTACTS
+from weft_training.demo.real.figures import FIGURES
+from weft_training.demo.real.mails import MAILS
+from weft_training.demo.real.task import RealTask, conversation
+from weft_training.demo.real.tasks import TASKS
+from weft_training.demo.real.tickets import TICKETS
+from weft_training.demo.tasks import Split
+from weft_training.mixture import MixtureTrainConfig
+from weft_training.progress import ProgressBar, Report
+from weft_training.trainer import TrainResult, train
+
+ADAPTERS = Path("adapters_store/real")
+MIXTURE = "assistant"
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NUM_EXAMPLES = 4_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one adapter is trained, from rows that nobody is asked in the evaluation."""
+
+    task: RealTask
+    adapter: MethodConfig
+    learning_rate: float
+    num_steps: int
+    batch_size: int
+    seed: int = 0
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "mail": Recipe(
+            task=MAILS, adapter=LoraConfig(rank=4, alpha=8.0), learning_rate=2e-3, num_steps=60, batch_size=8
+        ),
+        "ticket": Recipe(
+            task=TICKETS,
+            adapter=LoraConfig(rank=8, alpha=16.0, target_modules=_ATTENTION),
+            learning_rate=3e-3,
+            num_steps=60,
+            batch_size=8,
+        ),
+        "figure": Recipe(
+            task=FIGURES, adapter=LoraConfig(rank=4, alpha=8.0), learning_rate=3e-3, num_steps=160, batch_size=8
+        ),
+    }
+)
+
+# Trained while one looks on.
+LIVE = Recipe(task=CONTACTS, adapter=LoraConfig(rank=4, alpha=8.0), learning_rate=4e-3, num_steps=16, batch_size=4)
+
+
+def train_recipe(
+    recipe: Recipe, output: Path, *, num_threads: int = 0, overwrite: bool = False, progress: Report | None = None
+) -> TrainResult:
+    """Train an adapter on the model as it is stored; it serves on any quantization of it."""
+    config = TrainConfig(
+        model=_base(num_threads),
+        adapter=recipe.adapter,
+        output=output,
+        num_steps=recipe.num_steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        num_warmup_steps=max(1, recipe.num_steps // 10),
+        seed=recipe.seed,
+        overwrite=overwrite,
+        save_dtype=SaveDtype.BFLOAT16,
+    )
+    return train(config, examples=_rows(recipe.task, recipe.seed), progress=progress)
+
+
+def train_mixture(output: Path, experts: Sequence[Path], *, num_threads: int, progress: Report) -> TrainResult:
+    """Train the router over the adapters of all tasks, from rows of all tasks."""
+    config = TrainConfig(
+        model=_base(num_threads),
+        adapter=MixtureTrainConfig(experts=tuple(experts), top_k=len(experts), level=Level.SEQUENCE, shared=True),
+        output=output,
+        num_steps=40,
+        batch_size=6,
+        learning_rate=2e-2,
+        num_warmup_steps=4,
+        overwrite=True,
+        save_dtype=SaveDtype.BFLOAT16,
+    )
+    rows = [one for task in TASKS.values() for one in _rows(task, 1)[:400]]
+    return train(config, examples=rows, progress=progress)
+
+
+def _base(num_threads: int) -> ModelConfig:
+    return ModelConfig(path=model.path(), quantization=Quantization.NONE, dtype="float32", num_threads=num_threads)
+
+
+def _rows(task: RealTask, seed: int) -> list[Conversation]:
+    return [conversation(one) for one in task.examples(_NUM_EXAMPLES, seed, Split.TRAIN)]
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Which adapters; all if none is named.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Directory of the adapters; those that are there are replaced.")
+    ] = ADAPTERS,
+    num_threads: Annotated[int, typer.Option(help="CPU threads; 0 for all cores.")] = 0,
+) -> None:
+    """Train the real demo's adapters (minutes each)."""
+    known = (*RECIPES, MIXTURE)
+    for name in names or known:
+        if name not in known:
+            raise typer.BadParameter(f"must be of {', '.join(known)}, given {name!r}")
+    console = Console()
+    for name in names or known:
+        with ProgressBar(console, name) as bar:
+            if name == MIXTURE:
+                experts = [output / expert for expert in RECIPES]
+                result = train_mixture(output / name, experts, num_threads=num_threads, progress=bar)
+            else:
+                recipe = RECIPES[name]
+                result = train_recipe(recipe, output / name, num_threads=num_threads, overwrite=True, progress=bar)
+        console.print(f"{name}: {result.num_parameters:,} parameters, {result.seconds:.0f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,35 @@
+"""Asking a server for many answers at once."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from weft.client import AsyncClient
+
+_CONCURRENT = 32  # more would wait in the server's line, which has an end
+
+
+class Ask(NamedTuple):
+    """One request: turns of a conversation, and the adapter that answers; or several with weights; or none."""
+
+    messages: Sequence[Mapping[str, str]]
+    adapter: str | Mapping[str, float] | None
+    max_new_tokens: int
+
+
+async def answers(address: str, asks: Sequence[Ask]) -> list[str]:
+    """The greedy answers, in the order of `asks`. Raises RpcFailure for one that is refused."""
+    free = asyncio.Semaphore(_CONCURRENT)
+    async with AsyncClient(address) as client:
+
+        async def answer(ask: Ask) -> str:
+            async with free:
+                given = await client.generate(
+                    ask.messages,
+                    ask.adapter,
+                    temperature=0,
+                    max_new_tokens=ask.max_new_tokens,
+                )
+                return given.text
+
+        return await asyncio.gather(*(answer(ask) for ask in asks))

@@ -1,0 +1,189 @@
+"""What methods reach on a real language model: `make study-real` (hours; what it has measured is not measured again).
+
+Each method is trained with one recipe for every task and several seeds, which draw its rows and its start, and is then
+asked inputs whose names, things and wordings no adapter has seen. The answers come from a server that holds the base in
+NF4, greedy, as any client gets them. Beside them: the base as it is, and the base with a prompt that says what is
+wanted and shows solved inputs.
+"""
+
+import asyncio
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+
+from weft.client import Client
+from weft.methods.bottleneck import BottleneckConfig
+from weft.methods.ia3 import Ia3Config
+from weft.methods.lora import LoraConfig
+from weft.methods.prefix import PrefixConfig
+from weft_training.adapter import MethodConfig
+from weft_training.demo.document import insert, markdown, table
+from weft_training.demo.real import model
+from weft_training.demo.real.adapters import Recipe, train_recipe
+from weft_training.demo.real.answering import Ask, answers
+from weft_training.demo.real.task import RealTask, asked, score
+from weft_training.demo.real.tasks import TASKS
+from weft_training.demo.server import Server, serving
+from weft_training.demo.tasks import Split
+from weft_training.progress import ProgressBar
+
+RESULTS = Path("benchmarks/results/real.json")
+NUM_EXAMPLES = 200
+SEEDS = (0, 1, 2)
+BASE, PROMPTED = "base", "base, good prompt"
+_EVALUATION_SEED = 1
+_MARKER = "real"
+
+
+class _Method(NamedTuple):
+    adapter: MethodConfig
+    learning_rate: float
+    num_steps: int
+
+
+METHODS: Mapping[str, _Method] = MappingProxyType(
+    {
+        "lora": _Method(LoraConfig(rank=8, alpha=16.0), 2e-3, 60),
+        "bottleneck": _Method(BottleneckConfig(size=16), 2e-3, 60),
+        "ia3": _Method(
+            Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)), 3e-2, 120
+        ),
+        "prefix": _Method(PrefixConfig(num_virtual_tokens=16), 3e-2, 120),
+    }
+)
+_BATCH_SIZE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One measurement. exact, f1: shares, 0 to 1. seed: of the training; 0 where nothing is trained."""
+
+    method: str
+    task: str
+    seed: int
+    exact: float
+    f1: float
+    num_parameters: int = 0
+    num_steps: int = 0
+    train_s: float = 0.0
+
+
+def missing(known: Sequence[Cell]) -> Iterator[tuple[str, RealTask, int]]:
+    """Method, task and seed of each cell that was not measured; a seed of all methods before the next seed."""
+    held = {(cell.method, cell.task, cell.seed) for cell in known}
+    for seed in SEEDS:
+        for method in (BASE, PROMPTED, *METHODS) if seed == SEEDS[0] else METHODS:
+            for task in TASKS.values():
+                if (method, task.name, seed) not in held:
+                    yield method, task, seed
+
+
+def measure(server: Server, method: str, task: RealTask, seed: int, num_threads: int, console: Console) -> Cell:
+    """Train where there is something to train, and ask."""
+    if method not in METHODS:
+        return _cell(server, method, task, seed, None)
+    adapter, learning_rate, num_steps = METHODS[method]
+    recipe = Recipe(
+        task=task,
+        adapter=adapter,
+        learning_rate=learning_rate,
+        num_steps=num_steps,
+        batch_size=_BATCH_SIZE,
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as scratch, Client(server.address) as client:
+        with ProgressBar(console, f"{method} on {task.name}, seed {seed}") as bar:
+            trained = train_recipe(recipe, Path(scratch, "made"), num_threads=num_threads, progress=bar)
+        client.upload("studied", Path(scratch, "made"))
+        cell = _cell(server, method, task, seed, "studied", trained.num_parameters, num_steps, trained.seconds)
+        client.unregister("studied")
+    return cell
+
+
+def _cell(
+    server: Server,
+    method: str,
+    task: RealTask,
+    seed: int,
+    adapter: str | None,
+    num_parameters: int = 0,
+    num_steps: int = 0,
+    train_s: float = 0.0,
+) -> Cell:
+    examples = task.examples(NUM_EXAMPLES, _EVALUATION_SEED, Split.TEST)
+    turns = [task.prompted(one.input) if method == PROMPTED else asked(one.input) for one in examples]
+    given = asyncio.run(answers(server.address, [Ask(one, adapter, task.max_new_tokens) for one in turns]))
+    found = score(task, examples, given)
+    return Cell(
+        method=method,
+        task=task.name,
+        seed=seed,
+        exact=found.exact,
+        f1=found.f1,
+        num_parameters=num_parameters,
+        num_steps=num_steps,
+        train_s=round(train_s, 1),
+    )
+
+
+def cells(known: Sequence[Cell]) -> list[list[str]]:
+    """The table's cells, its head first: exact match, with the standard deviation over seeds, and the fields' F1."""
+    body = []
+    for method in (BASE, PROMPTED, *METHODS):
+        own = [cell for cell in known if cell.method == method]
+        if not own:
+            continue
+        count = max(cell.num_parameters for cell in own)
+        by_task = ([cell for cell in own if cell.task == task] for task in TASKS)
+        body.append([method, f"{count:,}" if count else "", *(_shown(of_task) for of_task in by_task)])
+    return [["method", "parameters", *(f"{task.description}: exact, F1" for task in TASKS.values())], *body]
+
+
+def _shown(of_task: Sequence[Cell]) -> str:
+    if not of_task:
+        return ""
+    exact = [100 * cell.exact for cell in of_task]
+    spread = f" ± {statistics.stdev(exact):.0f}" if len(exact) > 1 else ""
+    return f"{math.fsum(exact) / len(exact):.0f} %{spread}, {statistics.mean(cell.f1 for cell in of_task):.2f}"
+
+
+def read(results: Path) -> list[Cell]:
+    """What was measured; nothing where there is no such file."""
+    return [Cell(**one) for one in json.loads(results.read_text())] if results.exists() else []
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="JSON of what was measured.")] = RESULTS,
+    num_threads: Annotated[int, typer.Option(help="CPU threads of the training; 0 for all cores.")] = 0,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
+    ] = None,
+) -> None:
+    """Train and measure what is missing; an interrupted study goes on at the cell where it was."""
+    console, known = Console(), read(results)
+    wanted = list(missing(known))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if wanted:
+        with tempfile.TemporaryDirectory() as scratch, serving(console, model.path(), [], Path(scratch)) as server:
+            for index, (method, task, seed) in enumerate(wanted, start=1):
+                cell = measure(server, method, task, seed, num_threads, console)
+                known.append(cell)
+                results.write_text(json.dumps([asdict(one) for one in known], indent=1) + "\n")
+                console.print(f"{index} of {len(wanted)}: {method} on {task.name}, seed {seed}: {_shown([cell])}")
+    shown = cells(known)
+    console.print(table(f"{NUM_EXAMPLES} unseen inputs, SmolLM2-135M-Instruct in NF4", shown))
+    if markdown_file is not None:
+        markdown_file.write_text(insert(markdown(shown), markdown_file.read_text(), _MARKER))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,84 @@
+"""What a real task is: texts that come in, the one right answer to each, and how near another answer is to it."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from weft_training.data import Conversation
+from weft_training.demo.real.wording import People
+from weft_training.demo.tasks import Example, Split
+
+Fields = Mapping[str, str]
+Draw = Callable[[random.Random, People, Split], tuple[str, str]]
+
+_DRAWS_PER_EXAMPLE_MAX = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealTask:
+    """One task.
+
+    instruction: what a good prompt says; adapters are trained and asked without it.
+    num_shots: solved inputs that a good prompt shows, from the training split.
+    draw: makes an input and its right answer.
+    fields: what an answer states, by name; nothing where it has not the form that is asked for.
+    max_new_tokens: room for the longest right answer.
+    """
+
+    name: str
+    description: str
+    instruction: str
+    num_shots: int
+    draw: Draw
+    fields: Callable[[str], Fields]
+    max_new_tokens: int
+
+    def examples(self, count: int, seed: int, split: Split) -> list[Example]:
+        """`count` examples with distinct inputs, the same for the same arguments on every machine."""
+        rng = random.Random(f"{self.name}/{split}/{seed}")  # noqa: S311  reproducible, not secret
+        people = People(rng.randrange(1 << 32), split)
+        found: dict[str, Example] = {}
+        for _ in range(count * _DRAWS_PER_EXAMPLE_MAX):
+            if len(found) == count:
+                return list(found.values())
+            text, answer = self.draw(rng, people, split)
+            found.setdefault(text, Example(task=self.name, input=text, output=answer))
+        raise ValueError(f"task {self.name!r} has only about {len(found)} inputs in split {split}, asked for {count}")
+
+    def prompted(self, text: str) -> list[Mapping[str, str]]:
+        """A good prompt: the instruction, solved inputs, and the text."""
+        turns: list[Mapping[str, str]] = [{"role": "system", "content": self.instruction}]
+        for shot in self.examples(self.num_shots, 99, Split.TRAIN):
+            turns += conversation(shot).messages
+        return [*turns, *asked(text)]
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    """The text alone, as an adapter is asked."""
+    return [{"role": "user", "content": text}]
+
+
+def conversation(example: Example) -> Conversation:
+    """An example as an adapter is trained on it."""
+    return Conversation((*asked(example.input), {"role": "assistant", "content": example.output}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Shares of a task's answers, 0 to 1. exact: equal to the right answer. f1: of its fields, micro-averaged."""
+
+    exact: float
+    f1: float
+
+
+def score(task: RealTask, examples: Sequence[Example], answers: Sequence[str]) -> Score:
+    """How good the answers to the examples are."""
+    stripped = [answer.strip() for answer in answers]
+    exact = sum(answer == one.output for answer, one in zip(stripped, examples, strict=True))
+    hits = given = wanted = 0
+    for answer, one in zip(stripped, examples, strict=True):
+        found, right = task.fields(answer), task.fields(one.output)
+        hits += sum(found.get(name) == value for name, value in right.items())
+        given += len(found)
+        wanted += len(right)
+    return Score(exact=exact / len(examples), f1=2 * hits / (given + wanted))
