@@ -134,44 +134,44 @@ def test_an_error_of_the_function_comes_out_as_it_is() -> None:
         host_reads.prove(lambda: 1 // 0, CPU)
 
 
-@pytest.mark.parametrize(
-    "moves",
-    [
-        lambda there: there.to("cpu"),
-        lambda there: there.to(CPU),
-        lambda there: there.to(X),
-        lambda there: there.cpu(),
-        lambda there: there.tolist(),
-        lambda there: torch.empty(4, 3).copy_(there),
-        lambda there: there.copy_(X),
-        lambda there: X.to(there.device),
-        lambda there: X.to(there),
-        lambda there: there[AT],
-        lambda there: there[:, AT],
-        lambda there: there.index_put((AT,), torch.zeros((), device=META)),
-        lambda there: there + torch.tensor([1.0], device=META),
-        lambda there: there[[0, 1]],
-        lambda there: bool(there.sum() > 0),
-    ],
-)
+MOVES: dict[str, Callable[[Tensor], object]] = {
+    "to by name": lambda there: there.to("cpu"),
+    "to": lambda there: there.to(CPU),
+    "to another's place": lambda there: there.to(X),
+    "cpu": lambda there: there.cpu(),
+    "tolist": lambda there: there.tolist(),
+    "copied here": lambda there: torch.empty(4, 3).copy_(there),
+    "copied there": lambda there: there.copy_(X),
+    "sent": lambda there: X.to(there.device),
+    "sent to another's place": lambda there: X.to(there),
+    "index": lambda there: there[AT],
+    "index beside a slice": lambda there: there[:, AT],
+    "written at an index": lambda there: there.index_put((AT,), torch.zeros((), device=there.device)),
+    "numbers": lambda there: there + torch.tensor([1.0], device=there.device),
+    "list": lambda there: there[[0, 1]],
+    "if": lambda there: bool(there.sum() > 0),
+}
+OF_THE_HOST: dict[str, Callable[[Tensor], object]] = {
+    "index": lambda there: there[torch.zeros(2, dtype=torch.int64, device=there.device)],
+    "one number": lambda there: there * torch.tensor(2.0),  # taken when it is said
+    "reads of its own": lambda there: there + len(X.tolist()) + X.sum().item(),
+    "branches of its own": lambda there: there[: int(AT[1])] if X[MASK].sum() > -99 else there,
+    "makes of its own": lambda there: (torch.tensor([1.0, 2.0]).cpu(), there)[1],
+    "to itself": lambda there: there.to(torch.bfloat16).to(there.device),
+    "filled at a mask": lambda there: there.index_put(
+        (torch.zeros(4, dtype=torch.bool, device=there.device),), torch.tensor(0.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
 def test_what_moves_between_host_and_device_is_refused(moves: Callable[[Tensor], object]) -> None:
     """Among it an index that lies on the host."""
     with torch.inference_mode(), pytest.raises(Unrecordable):
         host_reads.prove(lambda: moves(torch.empty(4, 3, device=META)), META)
 
 
-@pytest.mark.parametrize(
-    "stays",
-    [
-        lambda there: there[torch.empty(2, dtype=torch.int64, device=META)],
-        lambda there: there * torch.tensor(2.0),  # one number of the host, taken when it is said
-        lambda there: there + len(X.tolist()) + X.sum().item(),
-        lambda there: there[: int(AT[1])] if X[MASK].sum() > -99 else there,
-        lambda there: torch.tensor([1.0, 2.0]).cpu(),
-        lambda there: there.to(torch.bfloat16).to(META),
-        lambda there: there.index_put((torch.empty(4, dtype=torch.bool, device=META),), torch.tensor(0.0)),
-    ],
-)
+@pytest.mark.parametrize("stays", OF_THE_HOST.values(), ids=OF_THE_HOST)
 def test_what_the_host_does_with_its_own_passes(stays: Callable[[Tensor], object]) -> None:
     with torch.inference_mode():
         host_reads.prove(lambda: stays(torch.empty(4, 3, device=META)), META)
