@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from weft.kernels.cpu import attention, deltas, gemm, library
 from weft.methods import bottleneck
 from weft.methods.protocol import Site
+from weft.model.packed import multiplies_bfloat16
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 _PAST_CACHES = 64 << 20  # bytes
@@ -186,7 +187,7 @@ def product(num_rows: int, size_in: int, size_out: int) -> Case:
     if gemm.available():
         own = itertools.cycle([gemm.pack(weight) for _ in range(num_copies)])
         calls["kernel"] = lambda: gemm.linear(x, next(own))
-    if torch.backends.mkldnn.is_available():
+    if multiplies_bfloat16():
         ops = torch.ops.mkldnn
         reordered = itertools.cycle([ops._reorder_linear_weight(weight, 16) for _ in range(num_copies)])
         calls["oneDNN, packed"] = lambda: ops._linear_pointwise(x, next(reordered), None, "none", [], "")

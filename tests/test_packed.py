@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from weft.kernels.cpu import gemm
-from weft.model import packed
 from weft.model.packed import OneDnnLinear, PackedLinear, multiplies_bfloat16, pack
 
 ONEDNN = pytest.param(
@@ -55,9 +54,16 @@ def test_only_plain_linear_modules_are_replaced(kind: type[PackedLinear], monkey
     assert pack(model) == 0, "once is enough"
 
 
-def test_without_either_product_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "missing",
+    [(torch.backends.mkldnn, "is_available"), (torch.ops.mkldnn, "_is_mkldnn_bf16_supported")],
+    ids=["a torch without oneDNN", "a processor without AVX-512"],
+)
+def test_without_either_product_a_model_stays_as_it_is(
+    missing: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gemm, "available", lambda: False)
-    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(*missing, lambda: False)
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
     assert pack(model) == 0
     assert type(model[0]) is nn.Linear

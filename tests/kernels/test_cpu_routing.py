@@ -141,6 +141,22 @@ def test_the_comparison_sees_a_router_that_is_off() -> None:
     assert not other.equal(got), "layers have routers of their own"
 
 
+def test_what_hardly_anybody_was_given_is_no_infinite_share() -> None:
+    """Where exponents that small are 0 on a device, nobody shares."""
+    weight = torch.tensor([0.0, -92.0, -92.0])[None, :, None].expand(1, 3, HIDDEN) / HIDDEN
+    config = MixtureConfig(num_experts=3, top_k=3, shared=True)
+    one = Mixture(config, MixtureParams(weight.contiguous()), tuple(Expert(f"{i:064x}") for i in range(3)))
+    bounds = ((True, 0.0, 0.375), (True, 0.0, float("inf")), (True, 0.0, float("inf")))
+    batch = given([one], plain=0, bounds=[bounds])
+    batch.hidden.fill_(1.0)
+    got, _ = batch.route(0)
+    for share in (0.3125, 0.0):
+        wanted = torch.tensor([0.375, 0.375, share, share]).expand(5, 4)
+        if torch.allclose(got.view(-1, 4), wanted, rtol=0, atol=1e-4):
+            return
+    raise AssertionError(got)
+
+
 def test_equal_logits_go_to_the_first() -> None:
     one = Mixture(
         MixtureConfig(num_experts=4, top_k=2, shared=True),

@@ -11,6 +11,16 @@ import torch
 from tests import tiny
 from tests.calls import counted
 from tests.engine.decoding import Decoding, Part
+from tests.engine.recorded import (
+    ALL,
+    NAMES,
+    Held,
+    check_groups,
+    check_kernels,
+    check_recorded_many,
+    check_recorded_mix,
+    served,
+)
 from tests.engine.test_graphs import Forgetful, mixed
 from torch import Tensor
 
@@ -44,29 +54,30 @@ def _decodings(base: loader.Base, num_recorded_rows: int = 32) -> tuple[Decoding
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("quantization", "dtype"),
-    [
-        (Quantization.NONE, "float32"),
-        (Quantization.NONE, "bfloat16"),
-        (Quantization.NF4, "bfloat16"),
-        (Quantization.INT8, "bfloat16"),
-    ],
-)
-def test_recorded_steps_give_the_logits_of_plain_ones(
-    tmp_path: Path, architecture: str, quantization: Quantization, dtype: str
-) -> None:
-    base = _base(tmp_path, architecture, quantization, dtype)
+@pytest.mark.parametrize("held", ALL, ids=NAMES)
+def test_recorded_steps_give_the_logits_of_plain_ones(tmp_path: Path, architecture: str, held: Held) -> None:
+    base = served(tmp_path, held, "cpu", architecture)
+    check_recorded_mix(base, select(base.device, base.dtype), held)
+
+
+@pytest.mark.parametrize("held", ALL, ids=NAMES)
+def test_what_is_served_is_what_it_should_be(tmp_path: Path, held: Held) -> None:
+    """The bodies of what a GPU is tested for."""
+    base = served(tmp_path, held, "cpu")
+    kernels = select(base.device, base.dtype)
+    check_groups(base)
+    check_kernels(base, kernels, held)
+    check_recorded_many(base, kernels, held)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_steps_are_tried_before_they_are_recorded_for_requests(tmp_path: Path, architecture: str) -> None:
+    base = _base(tmp_path, architecture, Quantization.NONE, "float32")
     plain, recorded = _decodings(base)
     recorded.runner.warm_up()
-    requests = mixed(base.shape, 13, seed=1)
     for decoding in (plain, recorded):
-        decoding.start(requests)
-    tolerance = 1e-4 if dtype == "float32" else 3e-2
-    for step in range(20):  # over the edge of a block
-        wanted, got = plain.step(), recorded.step()
-        error = (got - wanted).norm() / wanted.norm()
-        assert error < tolerance, f"step {step}"
+        decoding.start(mixed(base.shape, 13, seed=1))
+    torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
     graphs = recorded.runner._graphs
     assert graphs is not None, "steps are recorded"
     assert len(graphs) == 2, "of one row, when it was tried, and of sixteen"

@@ -5,13 +5,14 @@ Models run where the kernels do (tests/kernels/interpreted.py), in float32.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tests import tiny
 from tests.engine.decoding import Blend, Decoding, Part
-from tests.engine.test_graphs import Recorder
-from tests.kernels.interpreted import DEVICE
+from tests.engine.test_graphs import Recorder, mixed
+from tests.kernels.interpreted import DEVICE, INTERPRETED
 from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
 from tests.mixing.test_mixture import mixtures
 from tests.serving import Row, Step
@@ -20,7 +21,7 @@ from torch import Tensor
 from weft.adapters import slab
 from weft.adapters.slots import SlotTable
 from weft.config import ModelConfig, Quantization
-from weft.kernels.cuda import deltas
+from weft.kernels.cuda import attention, deltas
 from weft.kernels.cuda.driver import DriverFactory
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck import BottleneckConfig, Form
@@ -89,6 +90,56 @@ def test_recorded_steps_are_those_of_the_reference(base: loader.Base) -> None:
     assert recorder.num_recorded == 1
 
 
+class Proven(Recorder):
+    """As CUDA graphs are."""
+
+    needs_proof = True
+
+
+@pytest.fixture
+def _launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches that compute nothing: in the interpreter they read tensors on the host, which a GPU does not."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+    monkeypatch.setattr(paged_attention.KVCache, "is_finite", lambda *_: True)
+
+
+@pytest.mark.usefixtures("_launches_nothing")
+def test_steps_with_adapters_are_proven_to_read_nothing_on_the_host(base: loader.Base) -> None:
+    """Of every method, mixtures among them, whose router is asked in each layer; in products of a few sites at once."""
+    recorder = Proven()
+    kernels = replace(CUDA, attend=attention.Attend, recorder=lambda: recorder)
+    recorded = Decoding(base, kernels, num_recorded_rows=32)
+    blends = [Blend(one.experts, one.mixture, one.bounds) for one in mixtures(base.shape, seed=2)[1:4]]
+    recorded.start([*mixed(base.shape, 14, seed=1), *blends])
+    recorded.step()
+    assert recorder.num_recorded == 1
+    recorded.step([0])
+    assert recorder.num_recorded == 2
+
+
+@pytest.mark.usefixtures("_launches_nothing")
+def test_a_driver_that_reads_its_entries_is_found(base: loader.Base) -> None:
+    """Negative control: as the reference driver and the driver for CPUs do."""
+    recorder, make = Proven(), DriverFactory(torch.float32)
+
+    def reading(slots: Any, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: Any) -> Any:
+        assert min(slot_of_entry.tolist()) >= 0
+        return make(slots, offsets, slot_of_entry, gates, routed)
+
+    kernels = replace(CUDA, driver=reading, attend=attention.Attend, recorder=lambda: recorder)
+    unrecorded = Decoding(base, kernels, num_recorded_rows=8)
+    unrecorded.start([[Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)], []])
+    unrecorded.step([1])
+    assert recorder.num_recorded == 1, "of the base alone"
+    unrecorded.step()
+    assert recorder.num_recorded == 1
+    assert unrecorded.runner._graphs is None
+
+
 def test_recorded_steps_of_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
     """With runs that are nobody's, and a trace that is wider than what is traced."""
     recorder = Recorder()
@@ -151,9 +202,9 @@ def test_a_step_launches_as_much_for_64_adapters_as_for_one(base: loader.Base, m
     for count in (1, 16, 64):
         launched = launches_of_a_step(table_of(base, loras[:count]), base, monkeypatch)
         assert launched == ["shrink", "expand"] * num_linear
-    mixed = launches_of_a_step(table_of(base, [loras[0], tiny.random_ia3(base.shape, seed=2)]), base, monkeypatch)
-    assert mixed.count("shrink") == mixed.count("expand") == num_linear
-    assert 0 < mixed.count("scale_inputs") == len(mixed) - 2 * num_linear
+    both = launches_of_a_step(table_of(base, [loras[0], tiny.random_ia3(base.shape, seed=2)]), base, monkeypatch)
+    assert both.count("shrink") == both.count("expand") == num_linear
+    assert 0 < both.count("scale_inputs") == len(both) - 2 * num_linear
 
 
 def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,14 @@ def test_bounds_hold_and_the_sum_stays_where_it_can(bounds: tuple[textbook.Bound
     torch.testing.assert_close(got.sum(-1), wanted, rtol=0, atol=1e-6)
 
 
+def test_what_hardly_anybody_was_given_is_shared_all_the_same() -> None:
+    """The one that has all is held down; the others' float32 parts are so small that one over them is infinite."""
+    bounds = ((True, 0.0, 0.375), (True, 0.0, float("inf")), (True, 0.0, float("inf")))
+    weight = torch.tensor([[0.0], [-92.0], [-92.0]])
+    got = mixture.gates(MixtureConfig(num_experts=3, top_k=3), weight, torch.ones(1, 1), steering_of(bounds))
+    torch.testing.assert_close(got, torch.tensor([[0.375, 0.3125, 0.3125]]), rtol=0, atol=1e-4)
+
+
 def test_equal_logits_go_to_the_first() -> None:
     config = MixtureConfig(num_experts=4, top_k=2)
     hidden = torch.randn(ROWS, HIDDEN)

@@ -25,9 +25,10 @@ from weft.engine.gatings import Gatings
 from weft.engine.observer import Observer
 from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
 from weft.engine.residency import Residency
-from weft.engine.runner import Runner, is_fatal
+from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler
 from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError
+from weft.kernels.faults import is_fatal
 from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)

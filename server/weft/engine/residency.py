@@ -19,8 +19,9 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import Request
-from weft.engine.runner import Runner, is_fatal
+from weft.engine.runner import Runner
 from weft.errors import AdapterConflict, Overloaded, WeftError
+from weft.kernels.faults import is_fatal
 from weft.methods.protocol import Virtual
 
 _log = logging.getLogger(__name__)

@@ -32,7 +32,6 @@ _log = logging.getLogger(__name__)
 
 _PROBE_STEPS = 3  # the first is what is recorded; in the last, positions matter
 _RECORDING_ERROR_MAX = 0.01
-_FATAL_TEXTS = ("CUDA error", "Triton Error [CUDA]")
 
 
 class Runner(Protocol):
@@ -107,17 +106,6 @@ class ByRows(NamedTuple):
         return self.body.apply_group(sites, base, x)
 
 
-def is_fatal(error: Exception) -> bool:
-    """Return whether the device's memory can no longer be trusted: after an error of CUDA, whoever reports it.
-
-    torch raises AcceleratorError, or a RuntimeError whose text begins with "CUDA error" where a library reports it;
-    Triton's text begins with "Triton Error [CUDA]". Too little memory is no such error.
-    """
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in _FATAL_TEXTS)
-
-
 class ModelRunner:
     """The real one: a loaded base, its KV pool and its adapter slots.
 
@@ -174,6 +162,7 @@ class ModelRunner:
             return
         error = self._recording_error()
         if error is None:
+            self._graphs = None  # no step is recorded that nobody could try
             return
         if not error < _RECORDING_ERROR_MAX:
             _log.error("runner: recorded decode steps are off by %.3g; steps run unrecorded, more slowly", error)
@@ -190,7 +179,7 @@ class ModelRunner:
     def _recording_error(self) -> float | None:
         """How far a recorded step is from a plain one, on tokens and positions that it was not recorded with; relative.
 
-        None where steps turn out not to be recordable.
+        None where steps turn out not to be recordable, or have no room to be.
         """
         block, block_size = self._cache.keys[0].shape[0] - 1, self._cache.block_size
         steps = [padding.probe(1 + place, place, block, block_size) for place in range(min(_PROBE_STEPS, block_size))]
@@ -227,7 +216,10 @@ class ModelRunner:
         return shape_of(batch, outline)
 
     def _replay(self, batch: Batch, shape: StepShape) -> Tensor | None:
-        """The logits of a recorded step; None where steps turn out not to be recordable, now and from now on."""
+        """The logits of a recorded step; None where it is to run as others do.
+
+        That is for want of room, or from now on, where steps turn out not to be recordable.
+        """
         if self._graphs is None:
             return None
         try:

@@ -164,7 +164,8 @@ def steered(chosen: Tensor, steering: Steering) -> Tensor:
     def shared() -> Tensor:
         weight = (chosen * free).sum(-1, keepdim=True)
         left = (total - fixed.sum(-1, keepdim=True)).clamp(min=0)
-        return torch.where(free, chosen * torch.where(weight > 0, left / weight, weight), fixed)
+        # A part of the weight first, which is at most 1: left / weight is infinite where hardly anything was chosen.
+        return torch.where(free, torch.where(weight > 0, chosen / weight, weight) * left, fixed)
 
     for _ in range(chosen.shape[-1]):
         share = shared()

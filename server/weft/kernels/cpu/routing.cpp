@@ -68,23 +68,25 @@ void steer(float *gates, const float *steering, int64_t experts, float *fixed, c
         is_free[e] = gates[e] > 0.0f;
         fixed[e] = is_free[e] ? 0.0f : std::min(low(e), ceiling[e]);
     }
-    auto scale = [&] {
-        float weight = 0.0f, taken = 0.0f;
+    float weight, left;  // of the free ones: what they were given, and what they share
+    auto sum_up = [&] {
+        float taken = weight = 0.0f;
         for (int64_t e = 0; e < experts; e++) is_free[e] ? weight += gates[e] : taken += fixed[e];
-        return weight > 0.0f ? std::max(total - taken, 0.0f) / weight : 0.0f;
+        left = std::max(total - taken, 0.0f);
     };
+    auto share_of = [&](int64_t e) { return weight > 0.0f ? gates[e] / weight * left : 0.0f; };
     for (int64_t round = 0; round < experts; round++) {
-        const float s = scale();
+        sum_up();
         float excess = 0.0f;
         for (int64_t e = 0; e < experts; e++) {
             if (!is_free[e]) continue;
-            const float share = gates[e] * s;
+            const float share = share_of(e);
             excess += std::min(std::max(share, low(e)), ceiling[e]) - share;
         }
         bool is_broken = false;
         for (int64_t e = 0; e < experts; e++) {
             if (!is_free[e]) continue;
-            const float share = gates[e] * s, bounded = std::min(std::max(share, low(e)), ceiling[e]);
+            const float share = share_of(e), bounded = std::min(std::max(share, low(e)), ceiling[e]);
             if ((excess >= 0.0f && bounded > share) || (excess <= 0.0f && bounded < share)) {
                 fixed[e] = bounded;
                 is_free[e] = 0;
@@ -93,8 +95,8 @@ void steer(float *gates, const float *steering, int64_t experts, float *fixed, c
         }
         if (!is_broken) break;
     }
-    const float s = scale();
-    for (int64_t e = 0; e < experts; e++) gates[e] = is_free[e] ? gates[e] * s : fixed[e];
+    sum_up();
+    for (int64_t e = 0; e < experts; e++) gates[e] = is_free[e] ? share_of(e) : fixed[e];
 }
 
 struct Scratch {

@@ -84,6 +84,8 @@ class Arena:
 class Tapes:
     """Records functions on the CPU (kernels/recording.py, Record)."""
 
+    needs_proof = False  # a tape sees what is read while it notes, and what it noted is dropped then
+
     def __init__(self) -> None:
         self._arena = Arena()
         self._is_warm = False

@@ -181,19 +181,19 @@ def _bounded(gates, low, high, num_experts):
     is_free = tl.where(gates > 0.0, 1, 0)
     fixed = tl.where(is_free == 1, 0.0, tl.minimum(low, high))
     for _ in range(num_experts):
-        share = gates * _scale(gates, is_free, fixed, total)
+        share = _share(gates, is_free, fixed, total)
         bounded = tl.minimum(tl.maximum(share, low), high)
         excess = tl.sum(tl.where(is_free == 1, bounded - share, 0.0), 0)
         by = tl.where(bounded > share, excess, tl.where(bounded < share, -excess, -1.0))
         is_broken = (is_free == 1) & (by >= 0.0)  # the bound that is broken by more in sum
         fixed = tl.where(is_broken, bounded, fixed)
         is_free = tl.where(is_broken, 0, is_free)
-    return tl.where(is_free == 1, gates * _scale(gates, is_free, fixed, total), fixed)
+    return tl.where(is_free == 1, _share(gates, is_free, fixed, total), fixed)
 
 
 @triton.jit
-def _scale(gates, is_free, fixed, total):
-    """By how much those that no bound holds are to be multiplied."""
+def _share(gates, is_free, fixed, total):
+    """What those that no bound holds get of what is left: each its part of their sum."""
     weight = tl.sum(tl.where(is_free == 1, gates, 0.0), 0)
     taken = tl.sum(tl.where(is_free == 1, 0.0, fixed), 0)
-    return tl.where(weight > 0.0, tl.maximum(total - taken, 0.0) / tl.where(weight > 0.0, weight, 1.0), 0.0)
+    return tl.where(weight > 0.0, gates / tl.where(weight > 0.0, weight, 1.0) * tl.maximum(total - taken, 0.0), 0.0)

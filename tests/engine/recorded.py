@@ -1,0 +1,110 @@
+"""Bodies of tests that a CPU and a GPU run alike: what is served, in the form in which it is, equals what it has to.
+
+tests/kernels/test_cpu_tape.py runs them with the kernels for CPUs and tapes, tests/gpu with those for CUDA and graphs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.engine.decoding import Blend, Decoding, Taken
+from tests.engine.test_graphs import mixed
+from tests.mixing.test_composition import mixes, rows
+from tests.mixing.test_mixture import mixtures
+from tests.serving import Row, Step
+from weft.config import ModelConfig, Quantization
+from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.methods.inject import LinearGroup
+from weft.methods.protocol import BaseShape
+from weft.model import loader, paged_attention, serving_form
+
+
+class Held(NamedTuple):
+    """How a base is held, and how far logits may be off for its rounding: ‖got - wanted‖ over ‖wanted‖.
+
+    apart: the same between kernels and the reference, which round in other places.
+    """
+
+    quantization: Quantization
+    dtype: str
+    off: float
+    apart: float
+
+
+FLOAT32 = Held(Quantization.NONE, "float32", 1e-4, 1e-4)
+BFLOAT16 = Held(Quantization.NONE, "bfloat16", 3e-2, 6e-2)
+NF4 = Held(Quantization.NF4, "bfloat16", 3e-2, 6e-2)
+INT8 = Held(Quantization.INT8, "bfloat16", 3e-2, 6e-2)
+ALL = (FLOAT32, BFLOAT16, NF4, INT8)
+NAMES = ("float32", "bfloat16", "nf4", "int8")
+
+
+def served(directory: Path, held: Held, device: str, architecture: str = "llama") -> loader.Base:
+    """A tiny base as a server has it."""
+    paged_attention.register()
+    path = tiny.save_base(directory / "base", architecture)
+    config = ModelConfig(path=path, quantization=held.quantization, dtype=held.dtype, device=device)
+    base = loader.load(config, attention=paged_attention.ATTENTION)
+    serving_form.take(base, select(base.device, base.dtype))
+    return base
+
+
+def blends(base: BaseShape, *, all_kept: bool) -> list[Blend]:
+    """Mixtures of both levels, with bounds and without.
+
+    all_kept: none leaves an expert out, since rounding might decide which.
+    """
+    listed = mixtures(base, seed=2, all_kept=all_kept)[1:5]
+    return [Blend(one.experts, one.mixture, one.bounds) for one in listed]
+
+
+def check_groups(base: loader.Base) -> None:
+    """Queries, keys and values are one product, gates and what they gate another; int8 modules stay alone."""
+    found = [module for module in base.model.modules() if isinstance(module, LinearGroup)]
+    assert len(found) == (0 if base.quantization is Quantization.INT8 else 2 * base.shape.num_layers)
+
+
+def check_recorded(base: loader.Base, kernels: Kernels, held: Held, requests: Sequence[Taken], *, steps: int) -> None:
+    """Recorded steps give the logits, and mixtures the gates, of plain ones, and there is one recording."""
+    plain, recorded = Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=128)
+    for decoding in (plain, recorded):
+        decoding.start(requests)
+    for step in range(steps):
+        assert _error(recorded.step(), plain.step()) < held.off, f"step {step}"
+    graphs = recorded.runner._graphs
+    assert graphs is not None, "steps are recorded"
+    assert len(graphs) == 1
+    for mine, theirs in zip(recorded.end(), plain.end(), strict=True):
+        assert (mine is None) is (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(torch.tensor(mine.tokens), torch.tensor(theirs.tokens), rtol=0, atol=held.off)
+
+
+def check_recorded_mix(base: loader.Base, kernels: Kernels, held: Held, *, steps: int = 20) -> None:
+    """Of adapters of every method and of mixtures, over the edge of a block."""
+    taken = [*mixed(base.shape, 13, seed=1), *blends(base.shape, all_kept=held is not FLOAT32)]
+    check_recorded(base, kernels, held, taken, steps=steps)
+
+
+def check_recorded_many(base: loader.Base, kernels: Kernels, held: Held) -> None:
+    """Of more rows than the products for few rows take."""
+    check_recorded(base, kernels, held, [*mixed(base.shape, 9, seed=3), *([] for _ in range(62))], steps=3)
+
+
+def check_kernels(base: loader.Base, kernels: Kernels, held: Held) -> None:
+    """Whole prompts of compositions and mixtures give the reference's logits; without adapters they would be others."""
+    listed = rows(mixes(base.shape, seed=3, count=6))
+    listed += [one.row for one in mixtures(base.shape, seed=2, all_kept=held is not FLOAT32)[1:4]]
+    got, wanted = (Step(base, chosen).logits(listed) for chosen in (kernels, REFERENCE))
+    without = Step(base, REFERENCE).logits([Row(row.tokens) for row in listed])
+    assert max(map(_error, got, wanted)) < held.apart
+    assert max(map(_error, got, without)) > 5 * held.apart
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    got, wanted = got.float(), wanted.float()
+    return float((got - wanted).norm() / wanted.norm())

@@ -1,0 +1,302 @@
+"""A recorder that needs proof is asked only after steps were seen to read nothing on the host; and room is made for it.
+
+Real models compute on a CPU, whose kernels read entries of adapters on the host: here steps are the base's alone.
+tests/kernels/test_cuda_driver.py has those with adapters, with the kernels for CUDA.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from weft.methods.bnb import Linear8bitLt
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.engine.decoding import Decoding
+from tests.engine.test_graphs import Recorder
+from weft.config import ModelConfig, Quantization
+from weft.engine import graphs as engine_graphs
+from weft.engine.graphs import Graphs
+from weft.kernels.faults import CaptureLost
+from weft.kernels.recording import Replay
+from weft.kernels.selection import select
+from weft.model import loader, paged_attention, serving_form
+
+
+class Proven(Recorder):
+    """A recorder that a read on the host would harm, as it does CUDA graphs."""
+
+    needs_proof = True
+
+
+def _load(tmp_path_factory: pytest.TempPathFactory, quantization: Quantization, architecture: str) -> loader.Base:
+    paged_attention.register()
+    path = tiny.save_base(tmp_path_factory.mktemp("proofs") / "base", architecture)
+    dtype = "float32" if quantization is Quantization.NONE else "bfloat16"
+    config = ModelConfig(path=path, quantization=quantization, dtype=dtype, device="cpu")
+    base = loader.load(config, attention=paged_attention.ATTENTION)
+    serving_form.take(base, select(base.device, base.dtype))
+    return base
+
+
+@pytest.fixture
+def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
+    return _load(tmp_path_factory, Quantization.NONE, "llama")
+
+
+def _decodings(base: loader.Base, recorder: Recorder, num_recorded_rows: int = 32) -> tuple[Decoding, Decoding]:
+    kernels = select(base.device, base.dtype)
+    if kernels.driver is None:
+        pytest.skip("no compiler for the kernels")
+    recorded = replace(kernels, recorder=lambda: recorder)
+    return Decoding(base, kernels), Decoding(base, recorded, num_recorded_rows=num_recorded_rows)
+
+
+def _graphs(decoding: Decoding) -> Graphs:
+    assert decoding.runner._graphs is not None
+    return decoding.runner._graphs
+
+
+# -- proofs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_models_whose_steps_stay_on_the_device_are_recorded(
+    tmp_path_factory: pytest.TempPathFactory, architecture: str
+) -> None:
+    base = _load(tmp_path_factory, Quantization.NONE, architecture)
+    recorder = Proven()
+    plain, recorded = _decodings(base, recorder)
+    recorded.runner.warm_up()
+    for decoding in (plain, recorded):
+        decoding.start([[], [], []])
+    for _ in range(2):
+        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert recorder.num_recorded == 2, "of one row, when it was tried, and of four"
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x * x.abs().max().item(),
+    "if": lambda x: x if x.sum() > 0 else -x,
+    "tolist": lambda x: x * len(x.tolist()),
+    "numpy": lambda x: x * x.numpy().shape[0],
+    "to": lambda x: x.to("cpu"),
+    "cpu": lambda x: x.cpu(),
+    "tensor": lambda x: x * torch.tensor([1.0]),
+    "nonzero": lambda x: x * len(x.nonzero()),
+    "mask": lambda x: x * x[x > 0].sum(),
+    "list": lambda x: x * x[:, [0]].sum(),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("tries", [True, False], ids=["at the start", "at the first request"])
+def test_models_that_read_on_the_host_never_meet_the_recorder(
+    base: loader.Base, name: str, tries: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Proven()
+    plain, unrecorded = _decodings(base, recorder)
+    norm = base.model.get_submodule("model.norm")
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: READS[name](forward(x)))
+    caplog.set_level(logging.WARNING)
+    if tries:
+        unrecorded.runner.warm_up()
+    for decoding in (plain, unrecorded):
+        decoding.start([[], []])
+    assert unrecorded.step().equal(plain.step())
+    assert recorder.num_recorded == 0
+    assert unrecorded.runner._graphs is None
+    assert "cannot be recorded" in caplog.text
+    assert "test_proofs.py" in caplog.text, "where it reads"
+
+
+def test_a_read_that_comes_with_more_rows_is_found_then(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Proven()
+    plain, recorded = _decodings(base, recorder)
+    norm = base.model.get_submodule("model.norm")
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: forward(x) if x.shape[1] < 3 else forward(x) * x.sign().max().item())
+    for decoding in (plain, recorded):
+        decoding.start([[] for _ in range(4)])
+    for kept, num_recorded in (([0], 1), ([0, 1], 2), ([0, 1, 2, 3], 2)):
+        torch.testing.assert_close(recorded.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
+        assert recorder.num_recorded == num_recorded
+    assert recorded.runner._graphs is None
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.INT8])
+def test_quantized_bases_are_recorded(tmp_path_factory: pytest.TempPathFactory, quantization: Quantization) -> None:
+    recorder = Proven()
+    plain, recorded = _decodings(_load(tmp_path_factory, quantization, "llama"), recorder)
+    for decoding in (plain, recorded):
+        decoding.start([[], [], []])
+    wanted, got = plain.step(), recorded.step()
+    assert (got - wanted).norm() / wanted.norm() < 3e-2
+    assert recorder.num_recorded == 1
+
+
+def test_int8_that_looks_for_outliers_is_not(
+    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """bitsandbytes asks on the host, inside an operation of its own, whether there are any: the loader forbids it."""
+    base = _load(tmp_path_factory, Quantization.INT8, "llama")
+    products: list[Any] = [module for module in base.model.modules() if isinstance(module, Linear8bitLt)]
+    products[-1].state.threshold = 6.0
+    recorder = Proven()
+    _, unrecorded = _decodings(base, recorder)
+    caplog.set_level(logging.WARNING)
+    unrecorded.runner.warm_up()
+    assert recorder.num_recorded == 0
+    assert unrecorded.runner._graphs is None
+    assert "is_nonzero" in caplog.text
+
+
+def test_one_proof_serves_all_widths_of_block_tables(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    proven = []
+    prove = engine_graphs.host_reads.prove
+
+    def counted(function: Callable[[], object], device: torch.device) -> None:
+        proven.append(device)
+        prove(function, device)
+
+    monkeypatch.setattr(engine_graphs.host_reads, "prove", counted)
+    recorder = Proven()
+    kernels = replace(select(base.device, base.dtype), recorder=lambda: recorder, records_ahead=True)
+    decoding = Decoding(base, kernels, num_recorded_rows=4)
+    decoding.runner.warm_up()
+    assert recorder.num_recorded == 6, "of 1, 2 and 4 rows, in two widths"
+    assert len(proven) == 3
+
+
+# -- room --------------------------------------------------------------------------------------------------------------
+
+
+class Room(Recorder):
+    """A device with room for so many recordings, which raises `error` where another is one too many."""
+
+    def __init__(self, size: int, error: Exception) -> None:
+        super().__init__()
+        self.size = size
+        self.num_tried = 0
+        self._error = error
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __call__(self, function: Callable[[], Tensor]) -> Replay:
+        self.num_tried += 1
+        if len(self._alive) >= self.size:
+            raise self._error
+        replay = super().__call__(function)
+        self._alive.add(replay)
+        return replay
+
+
+def _out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("error", [_out_of_memory(), torch.AcceleratorError("CUDA error: out of memory")])
+def test_the_older_half_makes_room(base: loader.Base, error: Exception) -> None:
+    room = Room(4, error)
+    plain, recorded = _decodings(base, room)
+    for decoding in (plain, recorded):
+        decoding.start([[] for _ in range(24)])
+    for rows in (1, 2, 4, 8, 16, 24, 16, 8):
+        torch.testing.assert_close(recorded.step(range(rows)), plain.step(range(rows)), rtol=1e-4, atol=1e-5)
+    assert [shape.rows for shape in _graphs(recorded).shapes] == [4, 24, 16, 8]
+    assert room.num_recorded == 6
+    assert room.num_tried == 7, "1 and 2 went for 16"
+
+
+def test_where_nothing_makes_room_steps_run_plainly_and_it_is_tried_again(
+    base: loader.Base, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_graphs, "_PATIENCE", 5)
+    caplog.set_level(logging.WARNING)
+    room = Room(0, _out_of_memory())
+    plain, recorded = _decodings(base, room)
+    for decoding in (plain, recorded):
+        decoding.start([[], [], []])
+
+    def step() -> None:
+        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+
+    step()
+    assert room.num_tried == 2, "once more with what there was gone"
+    assert caplog.text.count("no room") == 1
+    for _ in range(5):
+        step()
+    assert room.num_tried == 2
+    step()
+    assert room.num_tried == 4
+    room.size = 1
+    for _ in range(7):
+        step()
+    assert room.num_recorded == 1
+    assert len(_graphs(recorded)) == 1
+
+
+def test_what_is_recorded_is_replayed_while_others_wait_for_room(base: loader.Base) -> None:
+    room = Room(99, _out_of_memory())
+    plain, recorded = _decodings(base, room)
+    for decoding in (plain, recorded):
+        decoding.start([[], [], []])
+    for kept in ([0], [0, 1]):
+        recorded.step(kept)
+        plain.step(kept)
+    room.size = 0
+    for kept in ([0, 1, 2], [0, 1], [0, 1, 2]):
+        torch.testing.assert_close(recorded.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
+    assert [shape.rows for shape in _graphs(recorded).shapes] == [2]
+    assert room.num_tried == 4
+
+
+def test_memory_that_the_first_call_lacks_is_made_too(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dry run is the first that takes memory."""
+    recorder = Proven()
+    plain, recorded = _decodings(base, recorder)
+    for decoding in (plain, recorded):
+        decoding.start([[], [], []])
+    for kept in ([0], [0, 1]):
+        recorded.step(kept)
+        plain.step(kept)
+    norm = base.model.get_submodule("model.norm")
+    forward, failures = norm.forward, [_out_of_memory()]
+
+    def once_too_little(x: Tensor) -> Tensor:
+        if failures:
+            raise failures.pop()
+        return forward(x)
+
+    wanted = plain.step()
+    monkeypatch.setattr(norm, "forward", once_too_little)
+    torch.testing.assert_close(recorded.step(), wanted, rtol=1e-4, atol=1e-5)
+    assert [shape.rows for shape in _graphs(recorded).shapes] == [2, 4]
+
+
+def test_steps_are_not_recorded_later_that_could_not_be_tried(base: loader.Base) -> None:
+    room = Room(0, _out_of_memory())
+    _, recorded = _decodings(base, room)
+    recorded.runner.warm_up()
+    assert recorded.runner._graphs is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CaptureLost("a capture failed"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+)
+def test_what_is_fatal_comes_out(base: loader.Base, error: Exception) -> None:
+    _, recorded = _decodings(base, Room(0, error))
+    recorded.start([[], []])
+    with pytest.raises(RuntimeError) as raised:
+        recorded.step()
+    assert raised.value is error
