@@ -33,7 +33,7 @@ from weft_training.trainer import TrainResult, train
 
 ADAPTERS = Path("adapters_store/real")
 MIXTURE = "assistant"
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LORA = LoraConfig(rank=4, alpha=8.0)
 _NUM_EXAMPLES = 4_000
 
 
@@ -51,24 +51,13 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "mail": Recipe(
-            task=MAILS, adapter=LoraConfig(rank=4, alpha=8.0), learning_rate=2e-3, num_steps=60, batch_size=8
-        ),
-        "ticket": Recipe(
-            task=TICKETS,
-            adapter=LoraConfig(rank=8, alpha=16.0, target_modules=_ATTENTION),
-            learning_rate=3e-3,
-            num_steps=60,
-            batch_size=8,
-        ),
-        "figure": Recipe(
-            task=FIGURES, adapter=LoraConfig(rank=4, alpha=8.0), learning_rate=3e-3, num_steps=160, batch_size=8
-        ),
+        task.name: Recipe(task=task, adapter=_LORA, learning_rate=learning_rate, num_steps=num_steps, batch_size=8)
+        for task, learning_rate, num_steps in ((MAILS, 1e-3, 80), (TICKETS, 1e-3, 80), (FIGURES, 3e-3, 160))
     }
 )
 
 # Trained while one looks on.
-LIVE = Recipe(task=CONTACTS, adapter=LoraConfig(rank=4, alpha=8.0), learning_rate=4e-3, num_steps=16, batch_size=4)
+LIVE = Recipe(task=CONTACTS, adapter=_LORA, learning_rate=4e-3, num_steps=16, batch_size=4)
 
 
 def train_recipe(

@@ -19,6 +19,7 @@ _THINGS = Wordings(
         *("desk lamp", "rain jacket", "coffee grinder", "office chair", "water kettle", "bike helmet", "phone case"),
         *("garden hose", "bath towel", "yoga mat", "picture frame", "bread knife", "laptop stand", "floor rug"),
         *("hiking boots", "wall clock", "hand mixer", "bed frame", "radio alarm", "camping stove", "tea pot"),
+        *("backpack", "curtain rail", "rice cooker", "skateboard", "umbrella", "mattress", "soap dispenser"),
     ),
     (
         *("electric shaver", "book shelf", "frying pan", "tennis racket", "shower curtain", "printer cable"),
@@ -26,7 +27,7 @@ _THINGS = Wordings(
     ),
 )
 _COLOURS = Wordings(
-    ("green", "black", "blue", "large", "small", "wooden", "white"), ("red", "grey", "steel", "second-hand")
+    ("green", "black", "blue", "large", "small", "wooden", "white", "yellow"), ("red", "grey", "steel", "second-hand")
 )
 
 _PROBLEMS = MappingProxyType(
@@ -38,8 +39,17 @@ _PROBLEMS = MappingProxyType(
                 "the {item} has a deep scratch and a dent",
                 "the {item} came out of the box in two pieces",
                 "the corner of the {item} is smashed",
+                "the {item} is torn",
+                "the {item} reached me in a sorry state, all squashed",
+                "there is a hole in the {item}",
+                "the {item} must have been hit on the way, it leaks",
+                "the surface of the {item} is full of stains",
             ),
-            ("somebody must have dropped the {item}, it is bent", "the {item} is chipped and will not stand straight"),
+            (
+                "somebody must have dropped the {item}, it is bent",
+                "the {item} is chipped and will not stand straight",
+                "the {item} fell apart in my hands",
+            ),
         ),
         "late": Wordings(
             (
@@ -48,8 +58,17 @@ _PROBLEMS = MappingProxyType(
                 "the {item} has not turned up yet",
                 "your courier promised the {item} for last Friday and nobody came",
                 "there is no sign of the {item} so far",
+                "the delivery of the {item} takes far too long",
+                "the {item} was due on Monday and is not here",
+                "a month has gone by without the {item}",
+                "the tracking of the {item} has not moved for days",
+                "when will the {item} come at last",
             ),
-            ("the {item} is long overdue", "every day I look out for the {item}, in vain"),
+            (
+                "the {item} is long overdue",
+                "every day I look out for the {item}, in vain",
+                "I have been expecting the {item} since the first of the month",
+            ),
         ),
         "wrong item": Wordings(
             (
@@ -58,8 +77,17 @@ _PROBLEMS = MappingProxyType(
                 "the box did not hold the {item} but a {other}",
                 "this is not the {item} that I picked, it is a {other}",
                 "you mixed up the {item} with a {other}",
+                "I wanted the {item}, not a {other}",
+                "I got a {other} although I had chosen the {item}",
+                "what you delivered is no {item} at all",
+                "the label says {item}, but inside was a {other}",
+                "your warehouse took a {other} for the {item}",
             ),
-            ("where the {item} should be I found a {other}", "I paid for the {item} and got a {other}"),
+            (
+                "where the {item} should be I found a {other}",
+                "I paid for the {item} and received a {other}",
+                "a {other} came in place of the {item}",
+            ),
         ),
         "incomplete": Wordings(
             (
@@ -68,8 +96,17 @@ _PROBLEMS = MappingProxyType(
                 "half of the parts of the {item} are not in the box",
                 "one piece of the {item} was left out",
                 "the {item} lacks its cable",
+                "there was no battery with the {item}",
+                "the package of the {item} holds only one of two pieces",
+                "the {item} is not complete",
+                "you forgot to enclose the handle of the {item}",
+                "a part that belongs to the {item} was not sent",
             ),
-            ("I cannot find the lid that belongs to the {item}", "some bits of the {item} were forgotten"),
+            (
+                "I cannot find the lid that belongs to the {item}",
+                "some bits of the {item} were forgotten",
+                "the {item} came with two of its four legs",
+            ),
         ),
         "billing": Wordings(
             (
@@ -78,8 +115,17 @@ _PROBLEMS = MappingProxyType(
                 "my card was debited for the {item} before it shipped",
                 "the discount on the {item} was not taken off",
                 "you billed the {item} to my old address",
+                "the bill for the {item} is wrong",
+                "I paid more for the {item} than your page said",
+                "you took the price of the {item} from my account two times",
+                "the invoice of the {item} lacks the tax number",
+                "I got a reminder for the {item} although I have paid",
             ),
-            ("the price on the receipt for the {item} is too high", "I see two payments for one {item}"),
+            (
+                "the price on the receipt for the {item} is too high",
+                "I see two payments for one {item}",
+                "my bank statement shows a wrong amount for the {item}",
+            ),
         ),
     }
 )
@@ -91,8 +137,12 @@ _WISHES = MappingProxyType(
                 "I want to be paid back in full.",
                 "Kindly return the sum to my card.",
                 "I would like a refund.",
+                "Please refund me.",
+                "I ask you to pay the money back.",
+                "Give me my money back, please.",
+                "I would rather have the amount returned.",
             ),
-            ("I expect to get back what I paid.", "Just give me the money again."),
+            ("I expect to get back what I paid.", "Please transfer the money to me again.", "A refund would be best."),
         ),
         "replacement": Wordings(
             (
@@ -100,8 +150,12 @@ _WISHES = MappingProxyType(
                 "Could you exchange it?",
                 "I would like a replacement.",
                 "Kindly ship another one.",
+                "I need a new one soon.",
+                "Please replace it.",
+                "Can I have it exchanged?",
+                "I would be happy with another one.",
             ),
-            ("I hope you can swap it.", "A fresh one in its place would be fine."),
+            ("I hope you can swap it for a new one.", "Please deliver it once more.", "I ask for an exchange."),
         ),
         "information": Wordings(
             (
@@ -109,8 +163,12 @@ _WISHES = MappingProxyType(
                 "Could you tell me what is going on?",
                 "Please let me know how this works.",
                 "Can you explain this to me?",
+                "Please tell me what to do.",
+                "I would like to know more.",
+                "Do you have any news?",
+                "Please inform me.",
             ),
-            ("I would be glad to hear how things stand.", "Do keep me posted, please."),
+            ("I would be glad to hear how things stand.", "Please keep me informed.", "Can you tell me more?"),
         ),
     }
 )
@@ -124,6 +182,8 @@ _ORDERS = Wordings(
         "It is about order {order}.",
         "The order was {order}.",
         "You will find it under {order}.",
+        "Order: {order}.",
+        "I ordered it as {order}.",
     ),
     ("Please look up {order}.", "Your confirmation says {order}."),
 )
@@ -157,7 +217,7 @@ def _draw(rng: random.Random, people: People, split: Split) -> tuple[str, str]:
     problem = rng.choice(list(_PROBLEMS))
     wish = rng.choice(list(_WISHES)) if rng.random() < 0.85 else None
     told = _PROBLEMS[problem].draw(rng, split).format(item=item, other=other)
-    parts = [told[0].upper() + told[1:] + "."]
+    parts = [told[0].upper() + told[1:] + ("?" if told.startswith("when will") else ".")]
     if order is not None:
         parts.append(_ORDERS.draw(rng, split).format(order=order))
     person = people.full()

@@ -24,15 +24,24 @@ _URGENT, _CALM = "one hour", "one working day"
 _MATTERS = MappingProxyType(
     {
         "billing": Wordings(
-            ("invoice", "direct debit", "payment reminder", "credit note", "bank transfer", "late fee", "VAT number"),
-            ("receipt", "cancelled payment", "yearly statement", "card charge"),
+            (
+                *("invoice", "direct debit", "payment reminder", "credit note", "bank transfer", "late fee"),
+                *("VAT number", "account balance", "monthly bill", "instalment", "refund", "payment"),
+            ),
+            ("receipt", "cancelled payment", "yearly bill", "card charge"),
         ),
         "technical": Wordings(
-            ("login page", "mobile app", "password reset", "data export", "error message", "search box", "backup"),
+            (
+                *("login page", "mobile app", "password reset", "data export", "error message", "search box", "backup"),
+                *("web page", "software", "microphone", "sync", "download"),
+            ),
             ("video player", "update", "calendar view", "upload form"),
         ),
         "sales": Wordings(
-            ("team licence", "student price", "trial period", "premium plan", "volume discount", "price list", "demo"),
+            (
+                *("team licence", "student price", "trial period", "premium plan", "volume discount", "price list"),
+                *("demo", "starter kit", "annual plan", "special offer", "brochure", "bundle"),
+            ),
             ("family plan", "new edition", "training course", "gift voucher"),
         ),
     }
@@ -46,8 +55,17 @@ _TOLD = MappingProxyType(
                 "the {matter} went to my old account",
                 "there is a mistake in the {matter}",
                 "I have paid, but the {matter} says otherwise",
+                "the {matter} is too high",
+                "the sum on the {matter} is wrong",
+                "I was charged twice, see the {matter}",
+                "my bank refused the {matter}",
+                "the {matter} has the wrong address on it",
             ),
-            ("the figures on the {matter} do not add up", "somebody booked the {matter} twice"),
+            (
+                "the amount of the {matter} cannot be right",
+                "somebody booked the {matter} twice",
+                "I paid too much with the {matter}",
+            ),
         ),
         "technical": Wordings(
             (
@@ -56,8 +74,17 @@ _TOLD = MappingProxyType(
                 "I get nothing but a white screen from the {matter}",
                 "the {matter} does not work on my tablet",
                 "the {matter} keeps crashing",
+                "the {matter} is very slow",
+                "I cannot open the {matter}",
+                "the {matter} fails with code 500",
+                "the {matter} stopped working",
+                "after a click the {matter} goes dark",
             ),
-            ("nothing happens when I open the {matter}", "the {matter} hangs for minutes and then gives up"),
+            (
+                "nothing happens when I start the {matter}",
+                "the {matter} hangs for minutes",
+                "the {matter} does not respond any more",
+            ),
         ),
         "sales": Wordings(
             (
@@ -66,8 +93,17 @@ _TOLD = MappingProxyType(
                 "is the {matter} still on offer",
                 "could you send me an offer for the {matter}",
                 "what does the {matter} cost",
+                "I want to buy the {matter}",
+                "we are interested in the {matter}",
+                "who can tell us about the {matter}",
+                "can I order the {matter} here",
+                "what do I get with the {matter}",
             ),
-            ("who can advise us on the {matter}", "we might sign up for the {matter} if it suits us"),
+            (
+                "could somebody advise us on the {matter}",
+                "we might order the {matter} if it suits us",
+                "please send me prices for the {matter}",
+            ),
         ),
     }
 )
@@ -76,16 +112,29 @@ _PASSING = Wordings(
         "The {matter} is fine, that is not it.",
         "Thanks for sorting out the {matter} last time.",
         "I have no question about the {matter}.",
+        "It is not about the {matter}.",
+        "The {matter} has been settled.",
     ),
-    ("Never mind the {matter}.", "The {matter}, by contrast, was no trouble."),
+    ("Never mind the {matter}.", "The {matter} is all right.", "This is not about the {matter}."),
 )
 _HURRY = Wordings(
-    ("It is urgent.", "I need this today.", "Please hurry, a customer is waiting.", "Everything stands still here."),
-    ("This cannot wait.", "We are losing money by the minute."),
+    (
+        *(
+            "It is urgent.",
+            "I need this today.",
+            "Please hurry, a customer is waiting.",
+            "Everything stands still here.",
+        ),
+        *("As soon as you can, please.", "I need an answer now.", "This is an emergency.", "Quickly, please."),
+    ),
+    ("This cannot wait.", "Please answer at once.", "I need help right now."),
 )
 _REST = Wordings(
-    ("There is no rush.", "Whenever you find the time.", "Take your time.", "It is not pressing."),
-    ("Any time this month will do.", "I can wait."),
+    (
+        *("There is no rush.", "Whenever you find the time.", "Take your time.", "It is not pressing."),
+        *("Next week is fine.", "No hurry.", "It is not urgent.", "Some time this month will do."),
+    ),
+    ("Any day will do.", "I can wait.", "There is plenty of time."),
 )
 _NAMED = Wordings(
     ("{name} here.", "This is {name}.", "My name is {name}.", "I am {name}, a customer of yours."),
@@ -99,7 +148,7 @@ def _draw(rng: random.Random, people: People, split: Split) -> tuple[str, str]:
     matter = _MATTERS[route].draw(rng, split)
     is_urgent = rng.random() < 0.5
     told = _TOLD[route].draw(rng, split).format(matter=matter)
-    parts = [told[0].upper() + told[1:] + ("?" if told.startswith(("is ", "could ", "what ", "who ")) else ".")]
+    parts = [told[0].upper() + told[1:] + ("?" if told.startswith(("is ", "could ", "what ", "who ", "can ")) else ".")]
     if rng.random() < 0.5:
         other = rng.choice([one for one in _TEAMS if one != route])
         parts.append(_PASSING.draw(rng, split).format(matter=_MATTERS[other].draw(rng, split)))
