@@ -58,7 +58,7 @@ def serve(gguf: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
         if arguments not in started:
             store = tmp_path_factory.mktemp("store")
             command = [sys.executable, "-m", "weft", "serve", str(gguf), "--store", str(store), "--device", "cpu"]
-            command += ["--port", "0", "--metrics-port", "0", *arguments]
+            command += ["--port", "0", "--metrics-port", "0", "--num-threads", "1", *arguments]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert process.stdout is not None
             said = ""

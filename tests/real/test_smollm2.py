@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tests import tiny
 from tests.real.conftest import Serve, Served
@@ -152,3 +152,15 @@ def test_training_adding_and_asking_with_defaults(serve: Serve, gguf: Path, tmp_
     served.run(*train, "--steps", "12", "--batch-size", "2", "--learning-rate", "2e-3")
     served.run("adapters", "add", "sky", str(tmp_path / "made"))
     assert served.run("generate", "Colour of the sky?", "--adapter", "sky", "--max-new-tokens", "8").strip() == "green"
+
+
+def test_the_converted_directory_holds_what_transformers_reads_in_the_file(gguf: Path, checkpoint: Path) -> None:
+    config = GgufConfig(dequantize=True)  # pyright: ignore[reportCallIssue]  it has no types
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=config, dtype=torch.bfloat16, local_files_only=True
+    )
+    converted = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    assert converted.dtype is torch.bfloat16
+    held = converted.state_dict()
+    assert held.keys() == read.state_dict().keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in read.state_dict().items())
