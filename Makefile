@@ -8,12 +8,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml protos/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("weft needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./protos --editable '.[train,dev]'
 	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || exit 0; \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[interpret]'
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./protos --editable '.[interpret]'
 	@touch $@
 
 setup: .venv/.installed ## Make the virtual environment

@@ -13,7 +13,11 @@ import pytest
 
 _ROOT = Path(__file__).parents[2]
 _CONSTRAINTS = _ROOT / "constraints.txt"
-_PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+_SERVER, _CLIENT = (tomllib.loads((_ROOT / path).read_text()) for path in ("pyproject.toml", "protos/pyproject.toml"))
+_DEPENDENCIES = [
+    *_SERVER["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"],
+    *_CLIENT["project"]["dependencies"],
+]
 _CUDA = "torch===2.13.0"  # to the letter, so that a build for CPUs, 2.13.0+cpu, does not do
 
 
@@ -31,7 +35,7 @@ def _resolved(requirements: list[str], report: Path) -> dict[str, str]:
 
 
 def test_the_cuda_set_resolves_and_torch_brings_its_own_triton(tmp_path: Path) -> None:
-    requirements = ["--constraint", str(_CONSTRAINTS), _CUDA, *_PROJECT["dependencies"]]
+    requirements = ["--constraint", str(_CONSTRAINTS), _CUDA, *_DEPENDENCIES]
     found = _resolved(requirements, tmp_path / "cuda.json")
     if not any(name.startswith("nvidia-") for name in found):
         pytest.skip("the index has no PyTorch for CUDA")
@@ -49,7 +53,7 @@ def test_a_pin_beside_the_cuda_set_does_not_resolve(tmp_path: Path) -> None:
 
 
 def test_the_interpreter_is_an_extra_of_its_own() -> None:
-    extras = _PROJECT["optional-dependencies"]
+    extras = _SERVER["project"]["optional-dependencies"]
     holding = [name for name, packages in extras.items() if any(package.startswith("triton") for package in packages)]
     assert holding == ["interpret"]
     assert ".[interpret]" in (_ROOT / "Makefile").read_text()

@@ -24,12 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from weft.client import AsyncClient, Client, RpcFailure
+from weft_training import shipped
 from weft_training.demo.document import insert
-from weft_training.demo.styles import COMPOSITIONS, STYLED
+from weft_training.demo.styles import COMPOSITIONS
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
-_BASE = Path("models/weft-demo")
-_ADAPTERS = Path("adapters_store/demo")
 _MARKER = "demo"
 _DOCUMENT_WIDTH = 110
 _REQUESTS_PER_ADAPTER = 4
@@ -75,8 +74,10 @@ class _Asked:
 def main(arguments: Sequence[str] = ()) -> int:
     """Run the demo; the exit code."""
     parser = argparse.ArgumentParser(prog="weft demo", description=__doc__)
-    parser.add_argument("--base", type=Path, default=_BASE, help=f"base model directory (default {_BASE})")
-    parser.add_argument("--adapters", type=Path, default=_ADAPTERS, help=f"PEFT directories (default {_ADAPTERS})")
+    parser.add_argument("--base", type=Path, default=shipped.BASE, help="base model directory (default: the demo base)")
+    parser.add_argument(
+        "--adapters", type=Path, default=shipped.ADAPTERS, help="PEFT directories (default: the demo's)"
+    )
     parser.add_argument(
         "--markdown", type=Path, help=f"also write what is shown into this file, after <!-- {_MARKER} -->"
     )
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     markdown: Path | None = given.markdown
     console = Console() if markdown is None else Console(record=True, width=_DOCUMENT_WIDTH)
     if not (given.base / "config.json").is_file() or not given.adapters.is_dir():
-        console.print(f"[red]weft demo: run it where {given.base} and {given.adapters} are (the repository)[/red]")
+        console.print(f"[red]weft demo: needs a base in {given.base} and adapters in {given.adapters}[/red]")
         return 2
     started = time.monotonic()
     try:
@@ -106,12 +107,12 @@ def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
             info = client.model_info()
             console.print(
                 f"one base: [bold]{info.model_name}[/bold], {info.quantization} on {info.device}, "
-                f"{info.num_layers} layers, base digest {info.base_digest[:12]}…"
+                f"kernels {_kernels(server)}, {info.num_layers} layers, base digest {info.base_digest[:12]}…"
             )
             names = _register(console, client, adapters)
-            styles = [path.name for path in sorted(STYLED.iterdir())]
+            styles = [path.name for path in sorted(shipped.STYLES.iterdir())]
             for name in styles:
-                client.register(name, str((STYLED / name).resolve()))
+                client.register(name, str(shipped.STYLES / name))
         asyncio.run(_mixed_batch(console, server, names))
         asyncio.run(_compose(console, server))
         asyncio.run(_hot_swap(console, server, adapters, names))
@@ -293,14 +294,24 @@ def _unregister(console: Console, server: _Server, names: Sequence[str]) -> None
 
 def _scrape(console: Console, server: _Server) -> None:
     _step(console, f"Scrape {server.metrics_url}")
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:  # noqa: S310  our own loopback server
-        text = response.read().decode()
+    text = _metrics(server)
     lines = [line for line in text.splitlines() if line.startswith(_METRICS_SHOWN) and not line.endswith(" 0.0")]
     console.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
     tokens = re.search(r"^weft_generation_tokens_total (\S+)", text, re.MULTILINE)
     _require(tokens is not None and float(tokens[1]) > 0, "the metrics counted tokens")
     errors = re.search(r'^weft_requests_total\{finish_reason="error"\} (\S+)', text, re.MULTILINE)
     _require(errors is None or float(errors[1]) == 0, "no request ended in an error")
+
+
+def _metrics(server: _Server) -> str:
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:  # noqa: S310  our own loopback server
+        return response.read().decode()
+
+
+def _kernels(server: _Server) -> str:
+    """What computes: "cpu x86-64-v4" is a library that came in the wheel, "cpu native" one that was compiled here."""
+    found = re.search(r'^weft_build_info\{.*kernels="([^"]*)"', _metrics(server), re.MULTILINE)
+    return found[1] if found else "unknown"
 
 
 # -- the server process ------------------------------------------------------------------------------------------
@@ -312,7 +323,7 @@ def _serving(console: Console, base: Path, adapters: Path, scratch: Path) -> Ite
     port, metrics_port = _free_ports(2)
     command = [sys.executable, "-m", "weft", "serve", str(base), "--quant", "nf4", "--store", str(scratch / "store")]
     command += ["--port", str(port), "--metrics-port", str(metrics_port)]
-    command += ["--allowed-source", str(adapters), "--allowed-source", str(STYLED.resolve())]
+    command += ["--allowed-source", str(adapters), "--allowed-source", str(shipped.STYLES)]
     log = scratch / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)  # noqa: S603
