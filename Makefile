@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo serve test check format protos families bench bench-peers bench-paths bench-gpu adapters base clean
+.PHONY: help setup demo serve test check format protos families wheel-test bench bench-peers bench-paths bench-gpu adapters base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 
 families: .venv/.installed ## Measure the table of `weft families` again (half a minute)
 	$(BIN)/python -m tests.families
+
+wheel-test: .venv/.installed ## Every instruction set of the wheel, and the wheels installed alone: demo and speed (10 minutes)
+	WEFT_WHEEL_WHOLE=1 $(BIN)/python -m pytest tests/deploy/test_wheel.py tests/deploy/test_distributions.py
+	$(BIN)/python -m benchmarks.wheel --json benchmarks/results/wheel.json --table benchmarks/results/wheel.md
 
 bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
 	$(BIN)/python -m benchmarks.suite --short

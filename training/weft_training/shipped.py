@@ -14,7 +14,7 @@ def _root(package: Path) -> Path:
     return carried if carried.is_dir() else package.parents[1]
 
 
-ROOT = _root(Path(str(files(__package__))).resolve())
+ROOT = _root(Path(str(files("weft_training"))).resolve())
 BASE = ROOT / "models" / "weft-demo"
 ADAPTERS = ROOT / "adapters_store" / "demo"
 STYLES = ROOT / "adapters_store" / "styles"
