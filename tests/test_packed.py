@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from weft.kernels.cpu import gemm
-from weft.model.packed import OneDnnLinear, PackedLinear, pack
+from weft.model.packed import OneDnnLinear, PackedLinear, onednn_available, pack
 
 ONEDNN = pytest.param(
-    OneDnnLinear, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
+    OneDnnLinear, marks=pytest.mark.skipif(not onednn_available(), reason="no product of oneDNN's in bfloat16 here")
 )
 OWN = pytest.param(
     PackedLinear, marks=pytest.mark.skipif(not gemm.available(), reason="no product of bfloat16 pairs here")
@@ -54,9 +54,16 @@ def test_only_plain_linear_modules_are_replaced(kind: type[PackedLinear], monkey
     assert pack(model) == 0, "once is enough"
 
 
-def test_without_either_product_a_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "missing",
+    [(torch.backends.mkldnn, "is_available"), (torch.ops.mkldnn, "_is_mkldnn_bf16_supported")],
+    ids=["a torch without oneDNN", "a processor without AVX-512"],
+)
+def test_without_either_product_a_model_stays_as_it_is(
+    missing: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gemm, "available", lambda: False)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(*missing, lambda: False)
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
     assert pack(model) == 0
     assert type(model[0]) is nn.Linear

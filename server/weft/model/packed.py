@@ -59,7 +59,12 @@ def pack(model: nn.Module) -> int:
     """Lay out the weights of a model for the best product that there is (`lay_out`); how many there were."""
     if gemm.available():
         return lay_out(model, PackedLinear)
-    return lay_out(model, OneDnnLinear) if torch.backends.mkldnn.is_available() else 0
+    return lay_out(model, OneDnnLinear) if onednn_available() else 0
+
+
+def onednn_available() -> bool:
+    """Return whether oneDNN multiplies bfloat16 on this processor, which takes AVX-512 or a newer AVX2."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def lay_out(model: nn.Module, kind: type[PackedLinear]) -> int:
