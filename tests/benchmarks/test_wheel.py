@@ -1,0 +1,26 @@
+"""What the benchmark of the wheel reads off banners, and what it compares."""
+
+import pytest
+from benchmarks.wheel import named, row
+
+
+@pytest.mark.parametrize(
+    ("banner", "kernels"),
+    [
+        (
+            "one base: weft-demo, nf4 on cpu, kernels cpu x86-64-v4-bf16, 4 layers, base digest b953…",
+            "cpu x86-64-v4-bf16",
+        ),
+        ("weft serves bench-80m (none, float32, cpu, kernels cpu native) with 16 adapters", "cpu native"),
+        ("weft serves bench-80m (none, float32, cpu, kernels reference) with 16 adapters", "none"),
+    ],
+)
+def test_the_kernels_that_a_banner_names(banner: str, kernels: str) -> None:
+    assert named(banner) == kernels
+
+
+def test_both_sides_are_asked_the_same_and_five_percent_is_the_bound() -> None:
+    ours, other = row().sides
+    assert (ours.trace, ours.holds) == (other.trace, other.holds)
+    goal = row().others[0].goals[0]
+    assert [goal.verdict(ratio) for ratio in (1.01, 0.96, 0.94)] == ["reached", "met", "missed"]
