@@ -41,7 +41,7 @@ families: .venv/.installed ## Measure the table of `weft families` again (half a
 
 wheel-test: .venv/.installed ## Every instruction set of the wheel, and the wheels installed alone: demo and speed (10 minutes)
 	WEFT_WHEEL_WHOLE=1 $(BIN)/python -m pytest tests/deploy/test_wheel.py tests/deploy/test_distributions.py
-	$(BIN)/python -m benchmarks.wheel --json benchmarks/results/wheel.json --table benchmarks/results/wheel.md
+	$(BIN)/python -m benchmarks.wheel -- --json benchmarks/results/wheel.json --table benchmarks/results/wheel.md
 
 bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
 	$(BIN)/python -m benchmarks.suite --short
