@@ -3,17 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo demo-real serve test check format protos families study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
+.PHONY: help setup demo demo-real serve test check format protos families wheel-test study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-.venv/.installed: pyproject.toml constraints.txt requirements-real.txt
+.venv/.installed: pyproject.toml protos/pyproject.toml constraints.txt requirements-real.txt
 	@$(PYTHON) -c 'import sys; sys.exit("weft needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./protos --editable '.[train,dev]'
 	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || exit 0; \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[interpret]'
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./protos --editable '.[interpret]'
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-real.txt
 	@touch $@
 
@@ -45,6 +45,10 @@ families: .venv/.installed ## Measure the table of `weft families` again (half a
 
 study-real: .venv/.installed ## Methods on three real tasks, three seeds (hours; goes on where it was)
 	$(BIN)/python -m weft_training.demo.real.study --markdown README.md
+
+wheel-test: .venv/.installed ## Every instruction set of the wheel, and the wheels installed alone: demo and speed (10 minutes)
+	WEFT_WHEEL_WHOLE=1 $(BIN)/python -m pytest tests/deploy/test_wheel.py tests/deploy/test_distributions.py
+	$(BIN)/python -m benchmarks.wheel -- --json benchmarks/results/wheel.json --table benchmarks/results/wheel.md
 
 bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
 	$(BIN)/python -m benchmarks.suite --short

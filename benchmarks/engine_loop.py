@@ -8,7 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from weft.adapters.file_pairs import pair_of
 from weft.adapters.identifiers import Generation
 from weft.adapters.ingest import Ingested
 from weft.adapters.slab import Slab
@@ -19,6 +18,7 @@ from weft.engine.engine import Engine, EngineCallbacks
 from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
 from weft.metrics import Metrics
 from weft.model import threads
+from weft.v1.adapter_files import pair_of
 
 _NAP_S = 0.001
 

@@ -23,9 +23,9 @@ from weft_training.adapter import USUAL, MethodConfig
 from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.document import table
-from weft_training.demo.evaluate import BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.joint import train_many
+from weft_training.shipped import BASE
 from weft_training.trainer import train
 
 _LORA = LoraConfig(rank=8, target_modules=("q_proj", "v_proj", "down_proj"))

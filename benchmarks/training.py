@@ -28,8 +28,8 @@ from weft_training import data
 from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.document import table
-from weft_training.demo.evaluate import BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
+from weft_training.shipped import BASE
 from weft_training.trainer import arguments, train
 
 _RANK = 8

@@ -22,6 +22,7 @@ from benchmarks import workload
 from benchmarks.backends import worker
 from benchmarks.backends.http2 import Connection
 from benchmarks.backends.worker import LoadSpec, Outcome, Record
+from weft import __version__
 from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_pb2
 
 _STREAM = "/weft.v1.GenerationService/StreamGenerate"
@@ -53,7 +54,7 @@ class WeftGrpc:
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
         self._loop.run(self._connect(port))
         self._loop.run(self._register(spec))
-        return {package: version(package) for package in ("weft", "torch", "transformers", "grpcio")}
+        return {"weft": __version__, **{package: version(package) for package in ("torch", "transformers", "grpcio")}}
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
         return self._loop.run(self._run(trace, salt))

@@ -10,6 +10,7 @@ from benchmarks import workload
 from benchmarks.backends import worker
 from benchmarks.backends.worker import Cannot, LoadSpec, Outcome, Record
 from benchmarks.engine_loop import EngineLoop
+from weft import __version__
 from weft.config import ModelConfig, Quantization, ResidencyConfig, WeftConfig
 
 
@@ -25,7 +26,7 @@ class WeftInProcess:
             config = replace(config, residency=ResidencyConfig(device_bytes=spec.adapter_device_bytes))
         self._loop = EngineLoop(config)
         self._held = {adapter_id: self._loop.hold(Path(path)) for adapter_id, path in spec.adapters}
-        return {package: version(package) for package in ("weft", "torch", "transformers")}
+        return {"weft": __version__, **{package: version(package) for package in ("torch", "transformers")}}
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
         if trace.registrations:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from weft.v1 import endpoint
+
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -185,8 +187,8 @@ class ServerConfig:
     log_level: what is logged at least; prompts never are.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 50051
+    host: str = endpoint.HOST
+    port: int = endpoint.PORT
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
     drain_timeout_s: float = 30.0

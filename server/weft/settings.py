@@ -25,10 +25,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from weft.config import ServerConfig, WeftConfig, typed_path
+from weft.config import WeftConfig, typed_path
 
 ENV_PREFIX = "WEFT_"
-DEFAULT_SERVER = f"{ServerConfig().host}:{ServerConfig().port}"
 
 _SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_"}  # their fields say too little on their own
 _NAMES = {("model", "path"): "model"}

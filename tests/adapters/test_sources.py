@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from weft.adapters import durable
-from weft.adapters.file_pairs import PEFT_FILES
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import FileDigest, generation_of
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, Code, InvalidRequest, WeftError
+from weft.v1.adapter_files import PEFT_FILES
 
 CONFIG, WEIGHTS = PEFT_FILES
 LIMITS = AdapterLimits(file_bytes_max=100_000, config_bytes_max=1000)

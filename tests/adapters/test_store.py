@@ -19,7 +19,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft.adapters import durable
 from weft.adapters.catalog import MANIFEST_BYTES_MAX, Manifest, ManifestFault, decode
-from weft.adapters.file_pairs import PEFT_FILES
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import FileDigest, StagedVersion, generation_of
@@ -34,6 +33,7 @@ from weft.errors import (
     InvalidRequest,
     Unavailable,
 )
+from weft.v1.adapter_files import PEFT_FILES
 
 CONFIG, WEIGHTS = PEFT_FILES
 LIMITS = AdapterLimits(file_bytes_max=100_000, config_bytes_max=1000)

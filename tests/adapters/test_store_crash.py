@@ -30,12 +30,12 @@ import pytest
 
 from weft.adapters import failpoints
 from weft.adapters.catalog import Manifest, manifest_path
-from weft.adapters.file_pairs import PEFT_FILES
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import FileDigest, StoredVersion, generation_of
 from weft.config import AdapterLimits
 from weft.errors import AdapterNotFound, Code, DataLoss, Overloaded, WeftError
+from weft.v1.adapter_files import PEFT_FILES
 
 CONFIG, WEIGHTS = PEFT_FILES
 LIMITS = AdapterLimits(file_bytes_max=100_000, config_bytes_max=1000)

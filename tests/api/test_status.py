@@ -24,9 +24,11 @@ from hypothesis import strategies as st
 
 from weft import errors
 from weft.api.interceptors import FinishedCall, StatusInterceptor
-from weft.api.status import DETAILS_KEY, Failure, failure_of, status_of, trailing_metadata
+from weft.api.status import status_of, trailing_metadata
+from weft.client.failure import Failure, failure_of
 from weft.errors import Code, InvalidRequest, WeftError
 from weft.v1 import generation_pb2
+from weft.v1.status_details import DETAILS_KEY
 
 CANARY = "canary-5f2c"
 SERVICE = "weft.test.Calls"

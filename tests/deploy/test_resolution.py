@@ -18,7 +18,12 @@ import pytest
 _ROOT = Path(__file__).parents[2]
 _CONSTRAINTS = _ROOT / "constraints.txt"
 _DOCKERFILE = (_ROOT / "deploy" / "Dockerfile").read_text()
-_PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+_SERVER, _CLIENT = (tomllib.loads((_ROOT / path).read_text()) for path in ("pyproject.toml", "protos/pyproject.toml"))
+_DEPENDENCIES = [
+    *_SERVER["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"],
+    *_CLIENT["project"]["dependencies"],
+]
+_OWN = "--no-deps ./protos ."  # the line that installs what the image is of
 _CUDA = "torch===2.13.0"  # to the letter, so that a build for CPUs, 2.13.0+cpu, does not do
 
 # pip resolves from the metadata at the ends of wheels, and would then fetch what is left of them: gigabytes for CUDA.
@@ -85,7 +90,7 @@ def _pip_lines(dockerfile: str) -> list[str]:
     """The commands of a Dockerfile that install from an index, in order."""
     joined = dockerfile.replace("\\\n", " ")
     runs = re.findall(r"^RUN (.*)$", joined, re.MULTILINE)
-    return [run for run in runs if "pip install" in run and not run.endswith("--no-deps .")]
+    return [run for run in runs if "pip install" in run and not run.endswith(_OWN)]
 
 
 def _arguments(dockerfile: str) -> dict[str, dict[str, str]]:
@@ -98,8 +103,9 @@ def _arguments(dockerfile: str) -> dict[str, dict[str, str]]:
 @pytest.fixture
 def context(tmp_path: Path) -> Path:
     """What the Dockerfile copies before it installs."""
-    for name in ("constraints.txt", "pyproject.toml"):
-        shutil.copy(_ROOT / name, tmp_path)
+    (tmp_path / "protos").mkdir()
+    for name in ("constraints.txt", "pyproject.toml", "protos/pyproject.toml"):
+        shutil.copy(_ROOT / name, tmp_path / name)
     return tmp_path
 
 
@@ -125,7 +131,7 @@ def test_the_image_for_cuda_resolves_and_torch_brings_its_own_triton(context: Pa
     assert found.is_resolved, found.errors[-2000:]
     if not any(name.startswith("nvidia-") for name in found.versions):
         pytest.skip("the index has no PyTorch for CUDA")
-    wanted = {re.split(r"[<>=]", each)[0].replace("_", "-") for each in _PROJECT["dependencies"]}
+    wanted = {re.split(r"[<>=]", each)[0].replace("_", "-") for each in _DEPENDENCIES}
     assert wanted | {"triton"} <= set(found.versions)
     assert found.versions["torch"] in _CUDA
 
@@ -145,7 +151,7 @@ def test_the_dockerfile_is_read_as_it_is_meant() -> None:
     lines = _pip_lines(_DOCKERFILE)
     assert len(lines) == 2
     assert all("--constraint constraints.txt" in line for line in lines)
-    assert len(_pip_lines(_DOCKERFILE.replace("--no-deps .", "."))) == 3
+    assert len(_pip_lines(_DOCKERFILE.replace(_OWN, "."))) == 3
     arguments = _arguments(_DOCKERFILE)
     assert arguments["cpu"]["TORCH_INDEX_URL"].endswith("/cpu")
     assert arguments["cuda"]["TORCH_INDEX_URL"] == arguments["cpu"]["PIP_INDEX_URL"]
@@ -153,7 +159,7 @@ def test_the_dockerfile_is_read_as_it_is_meant() -> None:
 
 def test_the_interpreter_is_an_extra_of_its_own() -> None:
     assert "triton" not in _CONSTRAINTS.read_text()
-    extras = _PROJECT["optional-dependencies"]
+    extras = _SERVER["project"]["optional-dependencies"]
     holding = [name for name, packages in extras.items() if any(package.startswith("triton") for package in packages)]
     assert holding == ["interpret"]
     assert ".[interpret]" in (_ROOT / "Makefile").read_text()

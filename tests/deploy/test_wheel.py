@@ -1,4 +1,7 @@
-"""The wheel carries CPU kernels that run on old systems, without a compiler, and compute what the reference does."""
+"""The wheel carries CPU kernels that run on old systems, without a compiler, and compute what the reference does.
+
+`make wheel-test` does this with every set of instructions; otherwise it is done with the best that this processor runs.
+"""
 
 import os
 import platform
@@ -11,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.conftest import WHOLE, instruction_sets
+from tests.deploy.distributions import SERVER, Wheel, built
 from tests.deploy.files import ROOT
 from weft.kernels.cpu import build, library
 
 # What manylinux_2_28 allows (PEP 600 and auditwheel's policy).
 FLOORS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
-EQUALITY = ("attention", "deltas", "elementwise", "gemm", "routing")
+EQUALITY = ("attention", "deltas", "elementwise", "gemm", *(("routing",) if WHOLE else ()))
 # Two of many routers' cases take two thirds of their time.
 _LONG = "tests/kernels/test_cpu_routing.py::test_gates_equal_the_mathematics[none-torch."
 SLOW = [f"--deselect={_LONG}{dtype}]" for dtype in ("float32", "bfloat16")]
@@ -29,33 +34,24 @@ def too_new(content: bytes) -> list[str]:
     return sorted(f"{name}_{number}" for name, number in versions if number > FLOORS[name])
 
 
-def built(directory: Path, **variables: str) -> tuple[Path, str]:
-    """Build the wheel into `directory`; returns its path and what hatch said."""
-    command = (sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory))
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True, capture_output=True, text=True)
-    [path] = directory.glob("*.whl")
-    return path, done.stdout + done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="prebuilt for x86-64 only")
-def test_the_wheel_carries_kernels_for_old_systems(tmp_path: Path) -> None:
-    """One test, so that the wheel is built once however the tests are spread over processes."""
-    wheel, _ = built(tmp_path / "dist")
-    assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
+def test_the_wheel_carries_kernels_for_old_systems(wheels: dict[str, Wheel], tmp_path: Path) -> None:
+    assert wheels[SERVER].path.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
     site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel.path) as archive:
+            archive.extractall(site)
     libraries = sorted((site / "weft/kernels/cpu/prebuilt").iterdir())
-    assert {path.stem for path in libraries} == set(build.INSTRUCTION_SETS)
+    assert {path.stem for path in libraries} == set(instruction_sets())
     for path in libraries:
         content = path.read_bytes()
         assert b"\0GLIBC_2.2.5\0" in content  # what is searched for is found
         assert too_new(content) == [], path.name
-    for name, (_, features) in build.INSTRUCTION_SETS.items():  # best first: each is chosen once the better are gone
-        if features <= library.processor_features():
+    for name in instruction_sets():  # best first: each is chosen once the better are gone
+        if build.INSTRUCTION_SETS[name][1] <= library.processor_features():
             require_equal_to_the_reference(name, site, tmp_path)
         (site / f"weft/kernels/cpu/prebuilt/{name}.so").unlink()
 
@@ -66,9 +62,9 @@ def test_a_symbol_that_is_too_new_is_seen() -> None:
 
 
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
-    path, said = built(tmp_path / "dist", CXX=str(tmp_path / "absent"))
-    assert path.name.endswith("-py3-none-any.whl")
-    assert "no prebuilt CPU kernels: no C++ compiler" in said
+    wheel = built(SERVER, tmp_path / "dist", CXX=str(tmp_path / "absent"))
+    assert wheel.path.name.endswith("-py3-none-any.whl")
+    assert "no prebuilt CPU kernels: no C++ compiler" in wheel.said
 
 
 def require_equal_to_the_reference(name: str, site: Path, tmp_path: Path) -> None:

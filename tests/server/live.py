@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weft.adapters.identifiers import AdapterId
 from weft.api.serve import Serving, build_model, serving
-from weft.api.status import DETAILS_KEY, DOMAIN, Failure, failure_of
+from weft.client.failure import Failure, failure_of
 from weft.config import WeftConfig
 from weft.engine.batch import Batch
 from weft.engine.runner import ModelRunner
@@ -32,6 +32,7 @@ from weft.v1 import (
     generation_service_pb2,
     generation_service_pb2_grpc,
 )
+from weft.v1.status_details import DETAILS_KEY, DOMAIN
 
 PROMPT = "The quick brown fox jumps over"
 WAIT_S = 60.0  # until a test calls it a hang

@@ -31,7 +31,7 @@ from tests.server.files import LORA_A, LORA_B, Files, Good, Parts, upload_messag
 from tests.server.live import WAIT_S, LiveServer, refused
 from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
-from weft.api.status import failure_of
+from weft.client.failure import failure_of
 
 SOFT: Mapping[str, Callable[[Good], Parts]] = {"prompt": lambda good: good.prompt, "ptuning": lambda good: good.ptuning}
 

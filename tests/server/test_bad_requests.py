@@ -24,7 +24,7 @@ from tests.server.live import WAIT_S, Client, LiveServer, Loop, refused, wait_un
 from weft.adapters.identifiers import AdapterId
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import Staging
-from weft.api.status import failure_of
+from weft.client.failure import failure_of
 from weft.config import WeftConfig
 from weft.v1 import adapter_service_pb2, generation_pb2
 

@@ -16,8 +16,8 @@ import torch
 
 from tests.server.conftest import Sources
 from tests.server.live import LiveServer, Loop, refused, wait_until
-from weft.api.status import failure_of
 from weft.client import Client
+from weft.client.failure import failure_of
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.checkpoint import safetensors_file
 from weft.methods.mixture import Expert, Level, Mixture, MixtureConfig, MixtureParams

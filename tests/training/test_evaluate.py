@@ -1,20 +1,16 @@
 """The table of the demo's adapters, and that the committed adapters deserve it."""
 
-from pathlib import Path
-
 import pytest
 
 from weft.config import ModelConfig
 from weft.model import loader
-from weft_training import adapter
+from weft_training import adapter, shipped
 from weft_training.adapter import AdaptedModel
-from weft_training.demo import evaluate
 from weft_training.demo.adapters import LIVE, RECIPES
 from weft_training.demo.document import insert, markdown
 from weft_training.demo.evaluate import exact_match, rows
 from weft_training.demo.tasks import TASKS, Split, examples
 
-ROOT = Path(__file__).parents[2]
 SCORES = {
     "reverse": {"base": 0.0, "base, tagged": 0.99, "lora": 1.0, "ia3": 0.955},
     "zigzag": {"base": 0.0, "lora": 0.9},
@@ -44,14 +40,14 @@ def test_the_live_task_has_no_committed_adapter() -> None:
 
 
 def test_the_committed_adapters_are_those_of_the_recipes() -> None:
-    assert {path.name for path in (ROOT / evaluate.ADAPTERS).iterdir()} == {recipe.name for recipe in RECIPES}
+    assert {path.name for path in shipped.ADAPTERS.iterdir()} == {recipe.name for recipe in RECIPES}
 
 
 def test_committed_adapters_do_their_tasks_on_the_nf4_base() -> None:
     """A sample of what `python -m weft_training.demo.evaluate` measures; another one would see an untrained adapter."""
-    base = loader.load(ModelConfig(path=ROOT / evaluate.BASE, device="cpu"), attention="sdpa")
+    base = loader.load(ModelConfig(path=shipped.BASE, device="cpu"), attention="sdpa")
     for recipe in RECIPES:
-        adapted = AdaptedModel(base, adapter.read(ROOT / evaluate.ADAPTERS / recipe.name, base.shape))
+        adapted = AdaptedModel(base, adapter.read(shipped.ADAPTERS / recipe.name, base.shape))
         held_back = examples(TASKS[recipe.task], 30, 5, Split.TEST)
         assert exact_match(adapted, base.tokenizer, held_back) >= 0.8, recipe.name
         assert exact_match(base.model, base.tokenizer, held_back) <= 0.2, recipe.task

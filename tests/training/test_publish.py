@@ -1,6 +1,7 @@
 """From a recipe to an answer: trained, published to a real server or store, and served; the card and the plan."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,16 @@ def test_the_card_tells_what_made_it(recipe: Path, tmp_path: Path) -> None:
     inside.write_text(text.split("```yaml\n")[1].split("```")[0])
     again = load(inside).train  # the recipe in the card is one
     assert (again.num_steps, again.evaluation_share, again.adapter) == (4, 0.25, config.adapter)
+
+
+def test_without_matplotlib_the_card_has_no_curve(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the server's distribution alone, which runs the demo."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(recipe, "--steps", "2").exit_code == 0
+    assert not (tmp_path / "yes" / "loss.png").exists()
+    assert "loss.png" not in (tmp_path / "yes" / "README.md").read_text()
 
 
 def test_a_dry_run_tells_sizes_and_writes_nothing(recipe: Path, tmp_path: Path) -> None:

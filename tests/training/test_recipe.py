@@ -162,6 +162,24 @@ def test_the_recipes_path_comes_first_and_once() -> None:
         options(["r.yaml", "r2.yaml"])
 
 
+def test_a_recipe_that_ships_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = loaded(Path("prefix"), "--data d --output o").train
+    assert config.adapter == loaded(RECIPES / "prefix.yaml", "--data d --output o").train.adapter
+    assert (config.model.path / "config.json").is_file()
+    assert loaded(Path("prefix"), "--base b --data d --output o").train.model.path == Path("b")
+    written(tmp_path, WHOLE).rename("prefix")
+    assert loaded(Path("prefix")) == loaded(written(tmp_path, WHOLE))
+
+
+def test_a_name_that_is_no_recipes_is_refused_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidRecipe, match=r"^lorra: no such file, .*; did you mean lora"):
+        loaded(Path("lorra"))
+    with pytest.raises(FileNotFoundError):
+        loaded(Path("lora.yaml"))
+
+
 def test_list_keys_tells_all_of_a_method() -> None:
     found = CliRunner().invoke(command.app, ["--list-keys", "--method", "prefix"])
     assert found.exit_code == 0

@@ -6,8 +6,8 @@ from weft.config import ModelConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training.demo import styles
-from weft_training.demo.evaluate import BASE
 from weft_training.demo.styles import Composition
+from weft_training.shipped import BASE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

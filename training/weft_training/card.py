@@ -1,12 +1,14 @@
-"""What lies beside an adapter for its readers: a model card and the curve of its losses. No server reads them."""
+"""What lies beside an adapter for its readers: a model card and the curve of its losses. No server reads them.
+
+The curve is drawn where matplotlib is installed, which the train extra has.
+"""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 CARD_FILE = "README.md"
 CURVE_FILE = "loss.png"
@@ -35,12 +37,17 @@ class Facts(NamedTuple):
 
 
 def write(facts: Facts, path: Path) -> None:
-    """Write both files into the adapter's directory."""
-    _draw(facts, path / CURVE_FILE)
-    (path / CARD_FILE).write_text(_text(facts), encoding="utf-8")
+    """Write the files into the adapter's directory."""
+    has_curve = find_spec("matplotlib") is not None
+    if has_curve:
+        _draw(facts, path / CURVE_FILE)
+    (path / CARD_FILE).write_text(_text(facts, has_curve=has_curve), encoding="utf-8")
 
 
 def _draw(facts: Facts, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss per learned token", title=facts.name)
@@ -60,11 +67,12 @@ def _portable(facts: Facts) -> dict[str, object]:
     return {**facts.recipe, **named}
 
 
-def _text(facts: Facts) -> str:
+def _text(facts: Facts, *, has_curve: bool) -> str:
     evaluated = ""
     if facts.evaluations:
         best = facts.evaluations[facts.best_step]
         evaluated = f"| evaluation loss | {best:.4f} at step {facts.best_step}, which is the step kept here |\n"
+    curve = f"![loss]({CURVE_FILE})\n\n" if has_curve else ""
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     recipe = yaml.safe_dump(_portable(facts), sort_keys=False, allow_unicode=True).strip()
     # A fence longer than any in the recipe, whose strings may hold backticks.
@@ -88,9 +96,7 @@ A {facts.method} adapter of {facts.num_parameters:,} parameters for {facts.base_
 | training loss | {facts.losses[0]:.4f} to {facts.losses[-1]:.4f} in {len(facts.losses)} steps, {facts.seconds:.1f} s |
 {evaluated}| versions | {versions} |
 
-![loss]({CURVE_FILE})
-
-## Serve it
+{curve}## Serve it
 
     weft adapters add {facts.name} {facts.name}
     weft generate "…" --adapter {facts.name}

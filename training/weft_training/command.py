@@ -21,8 +21,10 @@ app = typer.Typer(
 _HELP = """Train an adapter on a frozen, quantized base and write it as a PEFT directory.
 
 \b
-  weft train recipe.yaml [--key value …]
+  weft train RECIPE [--key value …]
   weft train --base DIR --method lora --data rows.jsonl --output DIR [--key value …]
+
+RECIPE is a file, or the name of a recipe that comes with Weft, such as lora or prefix.
 
 A recipe is YAML with the sections model, adapter, data, optimization, output and, with a teacher, distillation. Every
 key of it is an option too: --optimization.learning-rate 1e-3, or --learning-rate 1e-3 where one section alone has it.

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from weft.adapters.file_pairs import pair_of
 from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.adapters.store import AdapterStore
 from weft.client import Client
 from weft.config import AdapterLimits, ModelConfig
 from weft.model import loader
+from weft.v1.adapter_files import pair_of
 
 _SERVER = re.compile(r"[^/\s]+:\d{1,5}")
 

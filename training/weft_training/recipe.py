@@ -7,6 +7,9 @@
     distillation:   teacher, alpha, temperature, direction    (only where there is a teacher)
     output:         path, overwrite, checkpoint_every, resume, tensorboard, publish, adapter_id, replace
 
+A name without a suffix is that of a recipe that comes with Weft (`lora`), unless there is such a file; its base is the
+demo base, wherever that lies.
+
 A key that is not known, a wrong type and a wrong value are refused by file, line and key. `--section.key value` sets
 one, and so does `--key value`, except for `distillation`'s keys and those that two sections have.
 Relative paths start where the command runs.
@@ -21,7 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from weft.config import ModelConfig
-from weft_training import sections
+from weft_training import sections, shipped
 from weft_training.config import TrainConfig
 from weft_training.distillation import DistillationConfig
 from weft_training.publish import PublishConfig
@@ -62,7 +65,7 @@ def load(path: Path | None, options: Sequence[Option] = ()) -> Recipe:
 
     Raises InvalidRecipe (a ValueError) naming where what is wrong stands, OSError for a file that cannot be read.
     """
-    tree = _read(path) if path is not None else {}
+    tree = _read_named(path) if path is not None else {}
     method = _method(tree, options)
     known = keys(method)
     for section, entries in tree.items():
@@ -117,6 +120,19 @@ def options(arguments: Iterable[str]) -> tuple[Path | None, list[Option]]:
         else:
             raise InvalidRecipe(f"{argument!r} belongs to no option; the recipe's path comes first, and once")
     return path, found
+
+
+def _read_named(path: Path) -> dict[str, dict[str, Node]]:
+    """The recipe in a file, or the one of this name that comes with Weft, whose base is where that came to lie."""
+    known = shipped.recipes()
+    if path.name != str(path) or path.suffix or path.is_file():
+        return _read(path)
+    if path.name not in known:
+        raise InvalidRecipe(f"{path}: no such file, and no recipe that comes with Weft{nearest(path.name, known)}")
+    tree = _read(known[path.name])
+    base = tree["model"]["path"]
+    tree["model"]["path"] = base._replace(content=str(shipped.ROOT / str(base.content)))
+    return tree
 
 
 def _read(path: Path) -> dict[str, dict[str, Node]]:

@@ -7,8 +7,9 @@ what the file says.
 from weft.adapters.strict_json import DuplicateKeyFault, JsonFault, parse_object
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
+from weft.v1.adapter_files import PEFT_FILES
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = PEFT_FILES.config
 
 _DEPTH_MAX = 16  # PEFT's own files reach 3
 

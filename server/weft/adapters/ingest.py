@@ -12,7 +12,6 @@ from torch import Tensor
 
 from weft.adapters import slab
 from weft.adapters.config_file import read_config
-from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES, FilePair
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation, check_adapter_id
 from weft.adapters.registry import AdapterInfo
 from weft.adapters.safetensors_header import TensorEntry, read_header
@@ -21,6 +20,7 @@ from weft.methods import mixture as mixture_method
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.protocol import BaseShape
+from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES, FilePair
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 

@@ -16,8 +16,9 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 from weft.adapters.strict_json import DuplicateKeyFault, JsonFault, outside_strings, parse_object
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter, shown
+from weft.v1.adapter_files import PEFT_FILES
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILE = PEFT_FILES.weights
 
 DType = Literal["F16", "BF16", "F32"]
 DTYPE_BYTES: dict[str, int] = {"F16": 2, "BF16": 2, "F32": 4}

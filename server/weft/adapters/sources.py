@@ -16,10 +16,10 @@ from typing import BinaryIO
 
 from weft.adapters import durable
 from weft.adapters.config_file import CONFIG_FILE
-from weft.adapters.file_pairs import PICKLES, pickle_refused
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.errors import AdapterUnusable, InvalidAdapter, InvalidRequest
 from weft.methods.checkpoint import xlora
+from weft.v1.adapter_files import PICKLES, pickle_refused
 
 OWN_DIRECTORIES = frozenset({"catalog", "versions", "staging"})
 

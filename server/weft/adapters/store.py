@@ -34,12 +34,12 @@ from weft.adapters.catalog import (
     require_expected,
     taken,
 )
-from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES
 from weft.adapters.identifiers import AdapterId, Generation, abbreviated, check_generation, is_generation
 from weft.adapters.sources import holds, open_source_file, source_directory
 from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, is_open, open_stored
 from weft.config import AdapterLimits
 from weft.errors import AdapterNotFound, DataLoss, Overloaded, Unavailable, shown
+from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES
 
 
 class Recovery(NamedTuple):

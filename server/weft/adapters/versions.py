@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 from weft.adapters import durable
-from weft.adapters.file_pairs import CONFIG_FILES, PAIRS
 from weft.adapters.identifiers import Generation, abbreviated
 from weft.config import AdapterLimits
 from weft.errors import DataLoss, InvalidAdapter
+from weft.v1.adapter_files import CONFIG_FILES, PAIRS
 
 _COPY_BYTES = 1 << 20
 _DOMAIN = b"weft generation 1\n"

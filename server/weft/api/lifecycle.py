@@ -15,7 +15,6 @@ from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
-from weft.adapters.file_pairs import pair_of
 from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.ingest import Ingest, Ingested
@@ -29,6 +28,7 @@ from weft.api.work import Work
 from weft.engine.engine import Engine
 from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, Unavailable, WeftError
 from weft.metrics import Metrics
+from weft.v1.adapter_files import pair_of
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
-from weft.adapters.file_pairs import pair_of
 from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
 from weft.adapters.ingest import Ingest, Ingested
@@ -22,6 +21,7 @@ from weft.api.work import Work
 from weft.engine.engine import Engine
 from weft.errors import AdapterNotFound, AdapterUnusable, Overloaded, Unavailable, WeftError
 from weft.metrics import Metrics
+from weft.v1.adapter_files import pair_of
 
 _log = logging.getLogger(__name__)
 

@@ -1,36 +1,19 @@
-"""A WeftError as a gRPC status, and a failed call as a typed record.
-
-A status travels in two trailers: the code with its text, and `grpc-status-details-bin`, a google.rpc.Status with
-
-    ErrorInfo      always, exactly one: reason, domain "weft", metadata
-    BadRequest     for INVALID_ARGUMENT that names a field
-    RetryInfo      if and only if the error has a retry delay
-    QuotaFailure   for RESOURCE_EXHAUSTED that names a quota or whose it is
-    ResourceInfo   for NOT_FOUND that names an adapter
+"""A WeftError as a gRPC status, with the details that `weft.v1.status_details` lists.
 
 Every variable part is cut to a length, so that both trailers together stay below the 8 KiB that peers accept, on the
 wire: there the text is percent-encoded and the details are base64.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
-from types import MappingProxyType
-from typing import TypeVar
 
-import grpc
-import grpc.aio
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from weft.errors import Code, WeftError
+from weft.v1.status_details import DETAILS_KEY, DOMAIN
 
-Detail = TypeVar("Detail", bound=Message)
-
-DOMAIN = "weft"
-DETAILS_KEY = "grpc-status-details-bin"
 ADAPTER_RESOURCE = "weft.v1.Adapter"
 
 _MESSAGE_BYTES_MAX = 512
@@ -83,53 +66,3 @@ def _clipped(text: str, bytes_max: int) -> str:
     if len(encoded) <= bytes_max:
         return encoded.decode()
     return encoded[: bytes_max - len("…".encode())].decode("utf-8", "ignore") + "…"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """Why a call failed, as a client sees it.
-
-    reason: what programs compare; "" where the status is not Weft's but gRPC's own or a proxy's.
-    metadata: the variable parts of the message.
-    retry_after_s: set only where the same call can succeed later.
-    """
-
-    code: grpc.StatusCode
-    reason: str
-    message: str
-    metadata: Mapping[str, str]
-    retry_after_s: float | None
-
-
-def failure_of(error: grpc.RpcError) -> Failure:
-    """What `error`, raised by a call of grpc or grpc.aio, says; it never raises on a malformed status."""
-    if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
-        return _plain_failure(grpc.StatusCode.UNKNOWN, str(error))
-    code, message = error.code(), error.details() or ""
-    trailers = dict(error.trailing_metadata() or ())
-    packed = trailers.get(DETAILS_KEY)
-    try:
-        status = Status.FromString(packed) if isinstance(packed, bytes) else Status()
-        infos = [info for info in _unpacked(status, error_details_pb2.ErrorInfo) if info.domain == DOMAIN]
-        retries = _unpacked(status, error_details_pb2.RetryInfo)
-    except DecodeError:
-        return _plain_failure(code, message)
-    if not infos or status.code != code.value[0]:
-        return _plain_failure(code, message)
-    return Failure(
-        code=code,
-        reason=infos[0].reason,
-        message=message,
-        metadata=MappingProxyType(dict(infos[0].metadata)),
-        retry_after_s=retries[0].retry_delay.ToNanoseconds() / 1e9 if retries else None,
-    )
-
-
-def _plain_failure(code: grpc.StatusCode, message: str) -> Failure:
-    return Failure(code=code, reason="", message=message, metadata=MappingProxyType({}), retry_after_s=None)
-
-
-def _unpacked(status: Status, kind: type[Detail]) -> list[Detail]:
-    """The details of one kind; DecodeError if one of them is malformed."""
-    name = kind.DESCRIPTOR.full_name
-    return [kind.FromString(detail.value) for detail in status.details if detail.TypeName() == name]

@@ -12,7 +12,7 @@ import typer
 from weft.cli import arrow, convert, merge
 from weft.cli.connection import JsonOption, ServerOption, connected
 from weft.cli.output import console, label, moment, print_facts, print_json, print_line, print_table, size
-from weft.settings import DEFAULT_SERVER
+from weft.v1.endpoint import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     from weft.v1.adapter_pb2 import Adapter, Expert

@@ -7,7 +7,7 @@ import typer
 from weft.cli.connection import ServerOption, connected, hint_for
 from weft.cli.generate import AdapterOption, MaxNewTokens, Seed, Temperature, TopK, TopP, target_of, told
 from weft.cli.output import fail, note, tell_error, write
-from weft.settings import DEFAULT_SERVER
+from weft.v1.endpoint import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     from weft.client import Client

@@ -9,7 +9,7 @@ import typer
 from weft.cli.connection import JsonOption, ServerOption, connected
 from weft.cli.gates import heat
 from weft.cli.output import console, label, note, print_json, print_table, write
-from weft.settings import DEFAULT_SERVER
+from weft.v1.endpoint import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     from weft.v1.generation_pb2 import Finish, TokenLogprobs

@@ -38,4 +38,5 @@ def imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise fail(f"{error.name} is not installed", hint="the train extra has it: pip install 'weft[train]'") from None
+        hint = "the train extra has it: pip install 'weft-serve[train]'"
+        raise fail(f"{error.name} is not installed", hint=hint) from None

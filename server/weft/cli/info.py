@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from weft.cli.connection import JsonOption, ServerOption, connected
 from weft.cli.output import print_facts, print_json, print_line, print_table, size
-from weft.settings import DEFAULT_SERVER
+from weft.v1.endpoint import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     from weft.v1.model_pb2 import ModelInfo

@@ -15,9 +15,9 @@ Answers and `watch` take the time they take unless a deadline is given; other ca
 and after nothing else, gRPC itself repeats the unary calls that may be repeated without harm.
 """
 
-from weft.api.status import Failure
 from weft.client.aio import AsyncClient, AsyncDeltas, AsyncWatch
 from weft.client.calls import Completion, Parameters
+from weft.client.failure import Failure
 from weft.client.threads import Client, Deltas, Watch
 from weft.client.wire import RpcFailure
 

@@ -8,15 +8,15 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import grpc
 import grpc.aio
 
-from weft.api.status import failure_of
 from weft.client import calls
 from weft.client.calls import Rpc, Stubs
+from weft.client.failure import failure_of
 from weft.client.threads import Client
 from weft.client.wire import Answering, RpcFailure, channel_options, document
-from weft.settings import DEFAULT_SERVER
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
 from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from weft.v1.endpoint import DEFAULT_SERVER
 from weft.v1.generation_pb2 import Delta
 from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
 

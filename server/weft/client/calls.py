@@ -10,8 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpa
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from weft.adapters.file_pairs import MIXTURE_FILES, PEFT_FILES, PICKLES, pickle_refused
-from weft.config import MIB
+from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES, PICKLES, pickle_refused
 from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
 from weft.v1.adapter_service_pb2 import (
     GetAdapterRequest,
@@ -63,7 +62,8 @@ Target: TypeAlias = str | Mapping[str, float] | Sequence[WeightedAdapter] | None
 _PAGE_SIZE = 1000
 TIMEOUT_S = 60.0  # of calls that answer at once, where the client was given none
 _DRAIN_TIMEOUT_S = 30.0  # the server's own, when a call does not say
-_UPLOAD_BYTES_PER_S_MIN = 1 * MIB  # an upload may take as long as the slowest link that is still worth waiting for
+_CHUNK_BYTES = 1 << 20
+_UPLOAD_BYTES_PER_S_MIN = 1 << 20  # an upload may take as long as the slowest link that is still worth waiting for
 
 
 class Parameters(TypedDict, total=False):
@@ -278,7 +278,7 @@ def _upload_messages(
     for index, declared in enumerate(header.files):
         offset = 0
         with (directory / declared.name).open("rb") as file:
-            while data := file.read(MIB):
+            while data := file.read(_CHUNK_BYTES):
                 yield UploadAdapterRequest(chunk=UploadChunk(file_index=index, offset=offset, data=data))
                 offset += len(data)
                 sent_bytes += len(data)

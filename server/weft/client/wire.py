@@ -5,12 +5,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from weft.api.status import Failure
-from weft.config import MIB
+from weft.client.failure import Failure
 from weft.v1 import adapter_service_pb2, generation_service_pb2
 from weft.v1.generation_pb2 import Delta, Finish, StreamGenerateResponse
 
-_RECEIVE_BYTES_MAX = 64 * MIB  # Tokenize with pieces passes gRPC's own 4 MiB
+_RECEIVE_BYTES_MAX = 64 << 20  # Tokenize with pieces passes gRPC's own 4 MiB
 _NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # the second one would say that there is no such adapter
 _RETRY_POLICY = {
     "maxAttempts": 4,

@@ -110,7 +110,7 @@ def _from_gguf(file: Path) -> Path:
     try:
         import gguf  # noqa: F401  transformers reads with it
     except ImportError:
-        raise ValueError(f"model: {file.name} is read with the package gguf; pip install 'weft[gguf]'") from None
+        raise ValueError(f"model: {file.name} is read with the package gguf; pip install 'weft-serve[gguf]'") from None
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     target = _cache() / f"{file.stem}-{digest[:16]}-{_GGUF_FORM}"

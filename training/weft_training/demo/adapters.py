@@ -17,9 +17,9 @@ from weft.methods.prefix import PrefixConfig
 from weft_training.adapter import USUAL, MethodConfig, method_of
 from weft_training.config import TrainConfig
 from weft_training.data import Example
-from weft_training.demo.evaluate import ADAPTERS, BASE
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.progress import ProgressBar, Report
+from weft_training.shipped import ADAPTERS, BASE
 from weft_training.trainer import TrainResult, train
 
 

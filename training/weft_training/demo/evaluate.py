@@ -21,9 +21,8 @@ from weft_training import adapter
 from weft_training.adapter import AdaptedModel
 from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
+from weft_training.shipped import ADAPTERS, BASE
 
-BASE = Path("models/weft-demo")
-ADAPTERS = Path("adapters_store/demo")
 EVALUATION_SEED = 1
 UNTAGGED, TAGGED = "base", "base, tagged"  # columns of the table; the others are methods
 _MARKER = "evaluation"

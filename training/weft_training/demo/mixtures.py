@@ -30,12 +30,13 @@ from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.cues import cued_examples
 from weft_training.demo.document import insert, markdown, table
-from weft_training.demo.evaluate import BASE, Generator, answers
+from weft_training.demo.evaluate import Generator, answers
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.demo.weighted import WeightedModel
 from weft_training.mixture import MixtureModel, MixtureTrainConfig, TrainedMixture
 from weft_training.output import read_mixture
 from weft_training.progress import ProgressBar
+from weft_training.shipped import BASE
 from weft_training.trainer import train
 
 EXPERTS = Path("build/mixtures")

@@ -29,8 +29,9 @@ from weft_training import adapter as adapters
 from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
 from weft_training.demo.adapters import Recipe, train_recipe
 from weft_training.demo.document import insert, markdown, table
-from weft_training.demo.evaluate import BASE, exact_match
+from weft_training.demo.evaluate import exact_match
 from weft_training.demo.tasks import TASKS, Split, examples
+from weft_training.shipped import BASE
 
 RESULTS = Path("benchmarks/results/methods.json")
 NUM_EXAMPLES = 200

@@ -21,16 +21,16 @@ from weft.methods.lora import LoraConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter as adapters
+from weft_training import shipped
 from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.document import insert, markdown, table
-from weft_training.demo.evaluate import ADAPTERS, BASE, answers
+from weft_training.demo.evaluate import answers
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.demo.weighted import WeightedModel
 from weft_training.progress import ProgressBar
 from weft_training.trainer import train
 
-STYLED = Path("adapters_store/styles")
 RESULTS = Path("benchmarks/results/compositions.json")
 NUM_EXAMPLES = 100
 EVALUATION_SEED = 5  # the weights were chosen on another draw
@@ -85,7 +85,7 @@ def train_style(style: str, output: Path) -> None:
     ]
     random.Random(0).shuffle(rows)  # noqa: S311  reproducible, not secret
     config = TrainConfig(
-        model=ModelConfig(path=BASE, num_threads=_NUM_THREADS),
+        model=ModelConfig(path=shipped.BASE, num_threads=_NUM_THREADS),
         adapter=LoraConfig(rank=8, alpha=16.0),
         output=output,
         num_steps=300,
@@ -102,7 +102,7 @@ def measure(base: Base, composition: Composition) -> Composition:
     """The composition with what it answers to inputs that nobody has seen."""
     parts = []
     for name, weight in composition.weights.items():
-        where = STYLED if name.removesuffix("-lora") in STYLES else ADAPTERS
+        where = shipped.STYLES if name.removesuffix("-lora") in STYLES else shipped.ADAPTERS
         parts.append((adapters.read(where / name, base.shape), weight))
     asked = examples(TASKS[composition.task], NUM_EXAMPLES, EVALUATION_SEED, Split.TEST)
     found = answers(WeightedModel(base, parts), base.tokenizer, [prompt(one) for one in asked])
@@ -134,8 +134,8 @@ def main(
     """Measure compositions of a task and a style: exact match on held-back inputs."""
     if trains:
         for style in STYLES:
-            train_style(style, STYLED / f"{style}-lora")
-    base = loader.load(ModelConfig(path=BASE, num_threads=_NUM_THREADS), attention="sdpa")
+            train_style(style, shipped.STYLES / f"{style}-lora")
+    base = loader.load(ModelConfig(path=shipped.BASE, num_threads=_NUM_THREADS), attention="sdpa")
     found = [measure(base, composition) for composition in COMPOSITIONS]
     results.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     cells = rows(found)

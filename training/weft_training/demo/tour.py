@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from weft.client import AsyncClient, Client, RpcFailure
+from weft_training import shipped
 from weft_training.demo.document import insert
 from weft_training.demo.server import DemoFailure, Server, require, serving, step
-from weft_training.demo.styles import COMPOSITIONS, STYLED
+from weft_training.demo.styles import COMPOSITIONS
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
-_BASE = Path("models/weft-demo")
-_ADAPTERS = Path("adapters_store/demo")
 _MARKER = "demo"
 _DOCUMENT_WIDTH = 110
 _REQUESTS_PER_ADAPTER = 4
@@ -58,8 +57,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Run the demo; the exit code."""
     parser = argparse.ArgumentParser(prog="weft demo", description=__doc__)
     parser.add_argument("--real", action="store_true", help="show it on SmolLM2-135M-Instruct instead (minutes)")
-    parser.add_argument("--base", type=Path, default=_BASE, help=f"base model directory (default {_BASE})")
-    parser.add_argument("--adapters", type=Path, default=_ADAPTERS, help=f"PEFT directories (default {_ADAPTERS})")
+    parser.add_argument("--base", type=Path, default=shipped.BASE, help="base model directory (default: the demo base)")
+    parser.add_argument(
+        "--adapters", type=Path, default=shipped.ADAPTERS, help="PEFT directories (default: the demo's)"
+    )
     parser.add_argument(
         "--markdown", type=Path, help=f"also write what is shown into this file, after <!-- {_MARKER} -->"
     )
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     if given.real:
         return _run(console, lambda: _real_tour(console))
     if not (given.base / "config.json").is_file() or not given.adapters.is_dir():
-        console.print(f"[red]weft demo: run it where {given.base} and {given.adapters} are (the repository)[/red]")
+        console.print(f"[red]weft demo: needs a base in {given.base} and adapters in {given.adapters}[/red]")
         return 2
 
     def tour() -> None:
@@ -105,17 +106,17 @@ def _real_tour(console: Console) -> None:
 
 
 def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
-    with serving(console, base, [adapters, STYLED], scratch) as server:
+    with serving(console, base, [adapters, shipped.STYLES], scratch) as server:
         with Client(server.address) as client:
             info = client.model_info()
             console.print(
                 f"one base: [bold]{info.model_name}[/bold], {info.quantization} on {info.device}, "
-                f"{info.num_layers} layers, base digest {info.base_digest[:12]}…"
+                f"kernels {_kernels(server)}, {info.num_layers} layers, base digest {info.base_digest[:12]}…"
             )
             names = _register(console, client, adapters)
-            styles = [path.name for path in sorted(STYLED.iterdir())]
+            styles = [path.name for path in sorted(shipped.STYLES.iterdir())]
             for name in styles:
-                client.register(name, str((STYLED / name).resolve()))
+                client.register(name, str(shipped.STYLES / name))
         asyncio.run(_mixed_batch(console, server, names))
         asyncio.run(_compose(console, server))
         asyncio.run(_hot_swap(console, server, adapters, names))
@@ -297,14 +298,24 @@ def _unregister(console: Console, server: Server, names: Sequence[str]) -> None:
 
 def _scrape(console: Console, server: Server) -> None:
     step(console, f"Scrape {server.metrics_url}")
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:  # noqa: S310  our own loopback server
-        text = response.read().decode()
+    text = _metrics(server)
     lines = [line for line in text.splitlines() if line.startswith(_METRICS_SHOWN) and not line.endswith(" 0.0")]
     console.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
     tokens = re.search(r"^weft_generation_tokens_total (\S+)", text, re.MULTILINE)
     require(tokens is not None and float(tokens[1]) > 0, "the metrics counted tokens")
     errors = re.search(r'^weft_requests_total\{finish_reason="error"\} (\S+)', text, re.MULTILINE)
     require(errors is None or float(errors[1]) == 0, "no request ended in an error")
+
+
+def _metrics(server: Server) -> str:
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:  # noqa: S310  our own loopback server
+        return response.read().decode()
+
+
+def _kernels(server: Server) -> str:
+    """What computes: "cpu x86-64-v4" is a library that came in the wheel, "cpu native" one that was compiled here."""
+    found = re.search(r'^weft_build_info\{.*kernels="([^"]*)"', _metrics(server), re.MULTILINE)
+    return found[1] if found else "unknown"
 
 
 def _task_of(adapter: str) -> str:

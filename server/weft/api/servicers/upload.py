@@ -7,11 +7,11 @@ from asyncio import wait_for
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeAlias
 
-from weft.adapters.file_pairs import PAIRS, PICKLES, pair_of, pickle_refused
 from weft.adapters.versions import StagedFile, Staging
 from weft.config import MIB, AdapterLimits
 from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, WeftError
 from weft.v1 import adapter_service_pb2
+from weft.v1.adapter_files import PAIRS, PICKLES, pair_of, pickle_refused
 
 SHA256 = re.compile("[0-9a-f]{64}")
 

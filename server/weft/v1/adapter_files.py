@@ -1,10 +1,7 @@
-"""The two files that each kind of adapter has: what it is, as JSON, and its tensors."""
+"""The two files that each kind of adapter has, as an upload names them: what it is, as JSON, and its tensors."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
-
-from weft.adapters.config_file import CONFIG_FILE
-from weft.adapters.safetensors_header import WEIGHTS_FILE
 
 
 class FilePair(NamedTuple):
@@ -14,7 +11,7 @@ class FilePair(NamedTuple):
     weights: str
 
 
-PEFT_FILES = FilePair(CONFIG_FILE, WEIGHTS_FILE)
+PEFT_FILES = FilePair("adapter_config.json", "adapter_model.safetensors")
 MIXTURE_FILES = FilePair("mixture_config.json", "mixture_router.safetensors")
 PAIRS = (PEFT_FILES, MIXTURE_FILES)
 # What PEFT may have written in the place of its weights: never read here.
@@ -26,7 +23,7 @@ def pickle_refused(name: str) -> str:
     """The rule that the pickle `name` breaks, and how its owner converts it."""
     return (
         "safetensors only; a pickle is refused, as reading it can run code: where you trust it, convert it with "
-        f"safetensors.torch.save_file(torch.load('{name}', weights_only=True), '{WEIGHTS_FILE}')"
+        f"safetensors.torch.save_file(torch.load('{name}', weights_only=True), '{PEFT_FILES.weights}')"
     )
 
 

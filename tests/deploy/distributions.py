@@ -1,0 +1,129 @@
+"""Both distributions as files and as installed: built without a network, put into virtual environments of their own."""
+
+import base64
+import csv
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.deploy.files import ROOT
+
+SERVER, CLIENT = "weft-serve", "weft-serve-client"
+SOURCES = {SERVER: ROOT, CLIENT: ROOT / "protos"}
+
+
+class Wheel(NamedTuple):
+    """A wheel, and what hatch said while it was built."""
+
+    path: Path
+    said: str
+
+    def names(self) -> set[str]:
+        with zipfile.ZipFile(self.path) as archive:
+            return set(archive.namelist())
+
+
+def built(name: str, directory: Path, **variables: str) -> Wheel:
+    """Build the wheel of a distribution into `directory`, which has no other, with the hatchling that is here."""
+    command = (sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory))
+    environment = os.environ | variables
+    done = subprocess.run(command, cwd=SOURCES[name], env=environment, check=True, capture_output=True, text=True)
+    [path] = directory.glob("*.whl")
+    return Wheel(path, done.stdout + done.stderr)
+
+
+def in_both(one: Wheel, other: Wheel) -> set[str]:
+    """Files that two wheels would put into the same place."""
+    return one.names() & other.names()
+
+
+class Environment:
+    """A virtual environment without pip, into which wheels are put with the pip that is here.
+
+    What is run in it sees its own packages, those in `places`, and nothing else of this process's environment.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        venv.create(directory, symlinks=True)
+        self.bin = directory / "bin"
+        [self.site] = directory.glob("lib/python*/site-packages")
+        self._pip = directory / "pip"
+        link([distribution("pip")], self._pip)
+
+    def install(self, wheel: Wheel) -> None:
+        self._ran("-m", "pip", "install", "--no-deps", "--no-index", "--quiet", str(wheel.path), places=[self._pip])
+
+    def uninstall(self, name: str) -> None:
+        self._ran("-m", "pip", "uninstall", "--yes", "--quiet", name, places=[self._pip])
+
+    def python(self, code: str, *arguments: str, places: list[Path], cwd: Path | None = None) -> str:
+        """What a program says."""
+        return self._ran("-c", code, *arguments, places=places, cwd=cwd)
+
+    def command(self, *arguments: str, places: list[Path], cwd: Path | None = None) -> str:
+        """What the command `weft` says."""
+        return self._ran(str(self.bin / "weft"), *arguments, places=places, cwd=cwd)
+
+    def damage(self, name: str) -> list[str]:
+        """Files of an installed distribution that are gone or are not what its wheel had."""
+        [record] = self.site.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info/RECORD")
+        with record.open(newline="") as rows:
+            return [path for path, digest, _ in csv.reader(rows) if digest and _digest(self.site / path) != digest]
+
+    def _ran(self, *arguments: str, places: list[Path], cwd: Path | None = None) -> str:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
+        environment |= {"PYTHONPATH": os.pathsep.join(map(str, places)), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        command = (str(self.bin / "python"), *arguments)
+        done = subprocess.run(command, cwd=cwd or self.site, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
+
+
+def declared(wheel: Wheel) -> list[str]:
+    """Requirements of a wheel, extras left out."""
+    with zipfile.ZipFile(wheel.path) as archive:
+        [metadata] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(metadata).decode().splitlines()
+    found = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    return [requirement for requirement in found if "extra ==" not in requirement]
+
+
+def needed(requirements: list[str]) -> Iterator[Distribution]:
+    """The distributions that are here of these requirements, with what they require in turn."""
+    for requirement in requirements:
+        if "extra ==" in requirement:
+            continue
+        [name] = re.findall(r"^[\w.-]+", requirement)
+        found = distribution(name)
+        yield found
+        yield from needed(found.requires or [])
+
+
+def link(distributions: list[Distribution], directory: Path) -> Path:
+    """A directory from which these distributions alone are imported; nothing is copied."""
+    directory.mkdir()
+    for found in distributions:
+        tops = {path.parts[0] for path in found.files or () if path.suffix in (".py", ".so")} - {"..", "__pycache__"}
+        for top in tops:
+            if not (directory / top).exists():
+                (directory / top).symlink_to(str(found.locate_file(top)))
+    return directory
+
+
+def here() -> list[Path]:
+    """Where the packages of this environment lie; what is installed editable is not seen there."""
+    return [Path(path) for path in sys.path if Path(path).name == "site-packages"]
