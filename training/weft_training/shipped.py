@@ -17,6 +17,7 @@ def _root(package: Path) -> Path:
 ROOT = _root(Path(str(files("weft_training"))).resolve())
 BASE = ROOT / "models" / "weft-demo"
 ADAPTERS = ROOT / "adapters_store" / "demo"
+REAL = ROOT / "adapters_store" / "real"
 STYLES = ROOT / "adapters_store" / "styles"
 _RECIPES = ROOT / "training" / "recipes"
 

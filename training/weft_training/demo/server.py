@@ -31,11 +31,13 @@ class Server:
 
 
 @contextmanager
-def serving(console: Console, base: Path, sources: Sequence[Path], scratch: Path) -> Iterator[Server]:
+def serving(
+    console: Console, base: Path, sources: Sequence[Path], scratch: Path, *, quantization: str = "nf4"
+) -> Iterator[Server]:
     """Serve `base`, with adapters from the directories `sources`; after the block it has shut down cleanly."""
     port, metrics_port = _free_ports(2)
-    command = [sys.executable, "-m", "weft", "serve", str(base), "--quant", "nf4", "--store", str(scratch / "store")]
-    command += ["--port", str(port), "--metrics-port", str(metrics_port)]
+    command = [sys.executable, "-m", "weft", "serve", str(base), "--quant", quantization]
+    command += ["--store", str(scratch / "store"), "--port", str(port), "--metrics-port", str(metrics_port)]
     command += [argument for source in sources for argument in ("--allowed-source", str(source.resolve()))]
     log = scratch / "server.log"
     with log.open("w") as output:

@@ -99,10 +99,10 @@ def _run(console: Console, tour: Callable[[], None]) -> int:
 
 def _real_tour(console: Console) -> None:
     try:
-        from weft_training.demo.real import adapters, tour  # their texts need faker
+        from weft_training.demo.real import tour  # its texts need faker
     except ModuleNotFoundError as error:
         raise DemoFailure(f"{error.name} is not installed; pip install faker tzdata") from None
-    tour.show(console, adapters.ADAPTERS)
+    tour.show(console, shipped.REAL)
 
 
 def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from weft.config import ModelConfig, Quantization
 from weft.methods.lora import LoraConfig
 from weft.methods.mixture import Level
+from weft_training import shipped
 from weft_training.adapter import MethodConfig
 from weft_training.config import SaveDtype, TrainConfig
 from weft_training.data import Conversation
@@ -31,7 +32,6 @@ from weft_training.mixture import MixtureTrainConfig
 from weft_training.progress import ProgressBar, Report
 from weft_training.trainer import TrainResult, train
 
-ADAPTERS = Path("adapters_store/real")
 MIXTURE = "assistant"
 _LORA = LoraConfig(rank=4, alpha=8.0)
 _NUM_EXAMPLES = 4_000
@@ -108,7 +108,7 @@ def main(
     names: Annotated[list[str] | None, typer.Argument(help="Which adapters; all if none is named.")] = None,
     output: Annotated[
         Path, typer.Option(help="Directory of the adapters; those that are there are replaced.")
-    ] = ADAPTERS,
+    ] = shipped.REAL,
     num_threads: Annotated[int, typer.Option(help="CPU threads; 0 for all cores.")] = 0,
 ) -> None:
     """Train the real demo's adapters (minutes each)."""

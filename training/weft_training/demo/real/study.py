@@ -1,9 +1,9 @@
 """What methods reach on a real language model: `make study-real` (hours; what it has measured is not measured again).
 
 Each method is trained with one recipe for every task and several seeds, which draw its rows and its start, and is then
-asked inputs whose names, things and wordings no adapter has seen. The answers come from a server that holds the base in
-NF4, greedy, as any client gets them. Beside them: the base as it is, and the base with a prompt that says what is
-wanted and shows solved inputs.
+asked inputs whose names, things and wordings no adapter has seen. The answers come from a server that holds the base
+unquantized, as it was trained on, greedy, as any client gets them. Beside them: the base as it is, and the base with a
+prompt that says what is wanted and shows solved inputs.
 """
 
 import asyncio
@@ -173,14 +173,17 @@ def main(
     wanted = list(missing(known))
     results.parent.mkdir(parents=True, exist_ok=True)
     if wanted:
-        with tempfile.TemporaryDirectory() as scratch, serving(console, model.path(), [], Path(scratch)) as server:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            serving(console, model.path(), [], Path(scratch), quantization="none") as server,
+        ):
             for index, (method, task, seed) in enumerate(wanted, start=1):
                 cell = measure(server, method, task, seed, num_threads, console)
                 known.append(cell)
                 results.write_text(json.dumps([asdict(one) for one in known], indent=1) + "\n")
                 console.print(f"{index} of {len(wanted)}: {method} on {task.name}, seed {seed}: {_shown([cell])}")
     shown = cells(known)
-    console.print(table(f"{NUM_EXAMPLES} unseen inputs, SmolLM2-135M-Instruct in NF4", shown))
+    console.print(table(f"{NUM_EXAMPLES} unseen inputs, SmolLM2-135M-Instruct, unquantized", shown))
     if markdown_file is not None:
         markdown_file.write_text(insert(markdown(shown), markdown_file.read_text(), _MARKER))
 
