@@ -46,6 +46,7 @@ from weft.config import EngineConfig, ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.model import loader, paged_attention, serving_form
 from weft.model.loader import Base
+from weft.model.packed import multiplies_bfloat16
 from weft.model.serving_form import Part
 from weft_training.demo.document import markdown, table
 
@@ -345,7 +346,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="put the lines into this file, which keeps its others")
     parser.add_argument("--table", type=Path, help="write the table of that file's lines here, as Markdown")
     options = parser.parse_args()
-    chosen = [line for line in LINES if line.name in options.only or not options.only]
+    chosen = [line for line in LINES if line.name in (options.only or names)]
+    if not multiplies_bfloat16():  # there is no product of oneDNN's to be beside
+        chosen = [line for line in chosen if line.name != "onednn"]
     conditions, command = report.conditions(), shlex.join(["python", "-m", "benchmarks.fast_paths", *sys.argv[1:]])
     entries: list[Entry] = []
     console = Console()

