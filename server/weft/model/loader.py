@@ -94,6 +94,7 @@ class Checkpoint:
     dtype: torch.dtype
     held_as: str = ""
     same_weights: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    rope_factors: str = ""  # of `model`, once it was fixed to some (model/rope.py)
 
     @property
     def max_model_len(self) -> int:
@@ -227,6 +228,7 @@ def wrap(checkpoint: Checkpoint) -> Base:
         name=checkpoint.name,
         held_as=checkpoint.held_as,
         same_weights=checkpoint.same_weights,
+        rope_factors=checkpoint.rope_factors,
     )
     return Base(
         model=model,
