@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from weft.adapters import durable
+from weft import durable
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import FileDigest, generation_of

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from weft.adapters import durable
+from weft import durable
 from weft.adapters.catalog import MANIFEST_BYTES_MAX, Manifest, ManifestFault, decode
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore

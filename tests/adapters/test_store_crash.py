@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import pytest
 
-from weft.adapters import failpoints
+from weft import failpoints
 from weft.adapters.catalog import Manifest, manifest_path
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.store import AdapterStore
@@ -336,13 +336,13 @@ def reported(findings: Findings, what: str, record: Callable[[str, object], None
 
 def test_every_failpoint_in_the_code_is_listed() -> None:
     source = Path(failpoints.__file__).parent
-    reached = set(re.findall(r'failpoints\.hit\("(\w+)"\)', "".join(p.read_text() for p in source.glob("*.py"))))
+    reached = set(re.findall(r'failpoints\.hit\("(\w+)"\)', "".join(p.read_text() for p in source.rglob("*.py"))))
     assert reached == failpoints.NAMES
 
 
 @pytest.mark.parametrize("spec", ["nowhere=kill", "before_fsync", "before_fsync=sleep", "before_fsync=kill:x"])
 def test_a_wrong_failpoint_stops_the_start(spec: str) -> None:
-    command = [sys.executable, "-c", "import weft.adapters.failpoints"]
+    command = [sys.executable, "-c", "import weft.failpoints"]
     finished = subprocess.run(command, env={**os.environ, "WEFT_FAILPOINT": spec}, capture_output=True, text=True)
     assert finished.returncode == 1
     assert "ValueError" in finished.stderr

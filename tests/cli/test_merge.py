@@ -108,6 +108,23 @@ def test_exact_equals_peft_s_concatenation(weft: Weft, held: Held, tmp_path: Pat
         assert (error < 1e-5) == (name == "sum"), error
 
 
+def test_parts_of_the_same_weights_held_otherwise_are_merged(weft: Weft, held: Held, tmp_path: Path) -> None:
+    """As serving takes them; the sum is bound to the base as the first part's was held, and says so."""
+    shape = held.base.shape
+    digests = {holding: digest for digest, holding in shape.same_weights.items()}
+    parts = []
+    for seed, digest in enumerate((digests["nf4"], shape.digest, digests["int8"])):
+        parts.append(str(tmp_path / f"part-{seed}"))
+        directory.write(tiny.random_lora(shape, rank=2, seed=seed), Path(parts[-1]), replace(shape, digest=digest))
+    result = weft("adapters", "merge", *parts, str(tmp_path / "sum"), "--base", str(held.path))
+    assert result.exit_code == 0, result.stderr
+    assert "the base was held as nf4, none and int8 in their training" in " ".join(result.stderr.split())
+    adapter.read(tmp_path / "sum", replace(shape, digest=digests["nf4"], same_weights={}))  # refuses another
+    result = weft("adapters", "merge", *parts, held.part("other"), str(tmp_path / "no"), "--base", str(held.path))
+    assert result.exit_code == 1  # the negative control: other weights
+    assert "the parts were trained for different bases: " in " ".join(result.stderr.split())
+
+
 def test_a_rank_that_servers_refuse_is_told(weft: Weft, held: Held, tmp_path: Path) -> None:
     parts = (held.part("bound"), held.part("large"))
     result = weft("adapters", "merge", *parts, str(tmp_path / "sum"), "--base", str(held.path))

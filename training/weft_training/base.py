@@ -8,6 +8,9 @@ wrong by 35 to 98 % of their norm (measured with bitsandbytes 0.50.2; tests/trai
 The repacked weight also holds its scales in bfloat16, so serving on such a CPU differs from training by rounding.
 """
 
+import logging
+from dataclasses import replace
+
 from weft.methods.bnb import Linear4bit, Linear8bitLt
 
 from torch import Tensor
@@ -16,20 +19,32 @@ from weft.config import ModelConfig
 from weft.model import loader, rope, self_test
 from weft.model.loader import Base
 
+_log = logging.getLogger(__name__)
 
-def load(config: ModelConfig) -> Base:
+
+def load(config: ModelConfig, *, max_model_len: int | None = None) -> Base:
     """Return the base, frozen, differentiable in its inputs and in what adapters add.
 
+    max_model_len: of the server that its adapters are for; None takes the model's limit. Rotary factors that depend on
+        the length are those of this one (model/rope.py), which is logged, and no row may be longer.
+
     It passes what a server asks of it (model/self_test.py), so that no adapter is trained for a base that none serves.
-    Rotary factors that depend on the length are those of the model's longest request, as a server has them by default.
+    Raises what `loader.read` raises, and ValueError for a length that the model was not made for.
     """
     # On a CPU the fused attention's backward has a large fixed cost: 18 ms against 2 ms for 32 rows of 22 tokens with 8
     # heads, even at 400 tokens, and ahead only beyond them.
     on_cpu = loader.resolve_device(config.device).type == "cpu"
     checkpoint = loader.read(config, attention="eager" if on_cpu else "sdpa")
-    rope.fix(checkpoint.model, checkpoint.max_model_len)
-    expected = self_test.expect(checkpoint.model, max_model_len=checkpoint.max_model_len)
-    base = loader.wrap(checkpoint)
+    limit = checkpoint.max_model_len
+    if max_model_len is None:
+        max_model_len = limit
+    if not 2 <= max_model_len <= limit:
+        raise ValueError(f"max_model_len must be 2 to {limit}, the base's limit, given {max_model_len}")
+    factors = rope.fix(checkpoint.model, max_model_len)
+    if factors.name:
+        _log.warning("%s; give the max_model_len of the server, whose factors go by its own", factors)
+    expected = self_test.expect(checkpoint.model, max_model_len=max_model_len)
+    base = replace(loader.wrap(replace(checkpoint, rope_factors=factors.name)), max_model_len=max_model_len)
     for module in base.model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             module.train()

@@ -17,6 +17,7 @@ CURVE_FILE = "loss.png"
 class Facts(NamedTuple):
     """What a run was and what came of it.
 
+    max_model_len: tokens of a request that the base was set up for. rope_factors: those taken where they depend on it.
     evaluations: losses by step. best_step: 0 where nothing was evaluated. seconds: of the loop.
     """
 
@@ -26,6 +27,8 @@ class Facts(NamedTuple):
     base_name: str
     base_digest: str
     quantization: str
+    max_model_len: int
+    rope_factors: str
     recipe: Mapping[str, object]
     data_digest: str
     num_rows: int
@@ -73,6 +76,7 @@ def _text(facts: Facts, *, has_curve: bool) -> str:
         best = facts.evaluations[facts.best_step]
         evaluated = f"| evaluation loss | {best:.4f} at step {facts.best_step}, which is the step kept here |\n"
     curve = f"![loss]({CURVE_FILE})\n\n" if has_curve else ""
+    context = f"{facts.max_model_len:,} tokens" + (f" ({facts.rope_factors})" if facts.rope_factors else "")
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     recipe = yaml.safe_dump(_portable(facts), sort_keys=False, allow_unicode=True).strip()
     # A fence longer than any in the recipe, whose strings may hold backticks.
@@ -92,6 +96,7 @@ A {facts.method} adapter of {facts.num_parameters:,} parameters for {facts.base_
 | | |
 |---|---|
 | base digest | `{facts.base_digest}` ({facts.quantization}; served on these weights alone, in any quantization) |
+| context | {context} |
 | data digest | `{facts.data_digest}` ({facts.num_rows:,} examples) |
 | training loss | {facts.losses[0]:.4f} to {facts.losses[-1]:.4f} in {len(facts.losses)} steps, {facts.seconds:.1f} s |
 {evaluated}| versions | {versions} |

@@ -58,7 +58,9 @@ class TrainConfig:
     evaluation_share: share of the data, 0 to 1, that is evaluated and not learned.
     evaluate_every: steps between evaluations; 0 evaluates after the last step only. The best step's adapter is kept.
     patience: evaluations without a new lowest loss after which training stops; 0 for never.
-    max_length: tokens of one example; null takes the base's limit.
+    max_model_len: longest request of the server that the adapter is for; null takes the base's limit. It bounds the
+        rows, and a base whose rotary factors depend on the length takes those of this one.
+    max_length: tokens of one example; null takes the base's limit, or `max_model_len`.
     packing: put several short examples in one row of at most `max_length` tokens.
     checkpoint_every: steps between checkpoints, in `<output>.checkpoints`; 0 for none.
     resume: go on from the last checkpoint, if there is one.
@@ -87,6 +89,7 @@ class TrainConfig:
     evaluation_share: float = 0.0
     evaluate_every: int = 0
     patience: int = 0
+    max_model_len: int | None = None
     max_length: int | None = None
     packing: bool = False
     distillation: DistillationConfig | None = None

@@ -85,7 +85,7 @@ def train_many(
     read = [_read(config, own) for config, own in zip(configs, given, strict=True)]
     if model_config.num_threads:
         torch.set_num_threads(model_config.num_threads)
-    base = bases.load(model_config)
+    base = bases.load(model_config, max_model_len=configs[0].max_model_len)
     with ExitStack() as stack:
         runs = [_start(stack, base, place, *of) for place, of in enumerate(zip(configs, read, strict=True))]
         started = time.perf_counter()
@@ -131,6 +131,9 @@ def _check(configs: Sequence[TrainConfig], examples: Sequence[Examples] | None) 
         with _named(config):
             if config.model != configs[0].model:
                 raise ValueError(f"model: must be one for all adapters, {configs[0].model}, given {config.model}")
+            if config.max_model_len != configs[0].max_model_len:
+                one = configs[0].max_model_len
+                raise ValueError(f"max_model_len must be one for all adapters, {one}, given {config.max_model_len}")
             if getattr(config.adapter, "invocation_tokens", ()):
                 raise ValueError("invocation_tokens: an adapter that has some is trained alone")
             if getattr(config.adapter, "dropout", 0):

@@ -1,6 +1,6 @@
 """Recipes: a training run as a YAML file, of which the command line can override every key.
 
-    model:          ModelConfig: path, quantization, device, dtype, num_threads
+    model:          ModelConfig: path, quantization, device, dtype, num_threads; and max_model_len
     adapter:        method, and the fields of its config
     data:           train, evaluation, evaluation_share, max_length, packing
     optimization:   num_steps, batch_size, learning_rate, …
@@ -97,7 +97,7 @@ def keys(method: str) -> dict[str, dict[str, Key]]:
     adapter = {name: key._replace(default=getattr(usual, name)) for name, key in keys_of(type(usual)).items()}
     named = Key("method", str, method, "one of " + ", ".join(CONFIGS))
     return {
-        "model": keys_of(ModelConfig),
+        "model": {**keys_of(ModelConfig), **laid_out.pop("model")},
         "adapter": {"method": named, **adapter},
         **laid_out,
         "distillation": keys_of(DistillationConfig),
@@ -230,8 +230,11 @@ def _build(tree: Mapping[str, Mapping[str, Node]], method: str, known: Mapping[s
     }
     published = {name: values["output"].pop(name) for name in keys_of(PublishConfig) if name in values["output"]}
     placed = sections.places(keys_of(TrainConfig))
-    fields = {placed[section][name]: one for section in placed for name, one in values[section].items()}
-    origins = {placed[section][name]: given[section][name] for section in placed for name in values[section]}
+    fields, origins = {}, {}
+    for section, keys_ in placed.items():
+        for name in [name for name in keys_ if name in values[section]]:
+            fields[keys_[name]] = values[section].pop(name)
+            origins[keys_[name]] = given[section][name]
     model = _made(ModelConfig, values["model"], given["model"])
     adapter = _made(type(CONFIGS[method]), dataclasses.asdict(CONFIGS[method]) | values["adapter"], given["adapter"])
     distillation = None

@@ -10,6 +10,7 @@ from weft_training.trained import name_of
 # Recipe key → field of TrainConfig. Whatever has no place here belongs to `optimization`, under its own name.
 _PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "model": {"max_model_len": "max_model_len"},  # beside ModelConfig's
         "data": {
             "train": "data",
             "evaluation": "evaluation_data",
@@ -34,7 +35,12 @@ def places(fields: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Recipe key → field by section, of the fields of TrainConfig that are no section themselves."""
     placed = {field for keys in _PLACES.values() for field in keys.values()}
     rest = {name: name for name in fields if name not in placed and name not in _OWN}
-    return {"data": dict(_PLACES["data"]), "optimization": rest, "output": dict(_PLACES["output"])}
+    return {
+        "model": dict(_PLACES["model"]),
+        "data": dict(_PLACES["data"]),
+        "optimization": rest,
+        "output": dict(_PLACES["output"]),
+    }
 
 
 def recipe_of(config: Any) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def recipe_of(config: Any) -> dict[str, Any]:
         section: {key: values[field] for key, field in keys.items()} for section, keys in places(values).items()
     }
     recipe = {
-        "model": values["model"],
+        "model": {**values["model"], **laid_out.pop("model")},
         "adapter": {"method": name_of(config.adapter), **values["adapter"]},
         **laid_out,
     }

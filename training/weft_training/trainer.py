@@ -94,7 +94,7 @@ def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepare
     learned, kept = read_data(config, examples)
     if config.model.num_threads:
         torch.set_num_threads(config.model.num_threads)
-    return fit(config, bases.load(config.model), learned, kept)
+    return fit(config, bases.load(config.model, max_model_len=config.max_model_len), learned, kept)
 
 
 def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples, Examples]:
@@ -215,6 +215,8 @@ def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> ca
         base_name=shape.name,
         base_digest=shape.digest,
         quantization=config.model.quantization,
+        max_model_len=prepared.model.base.max_model_len,
+        rope_factors=shape.rope_factors,
         recipe=recipe_of(config),
         data_digest=data.digest(prepared.rows),
         num_rows=len(prepared.rows),

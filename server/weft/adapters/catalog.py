@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from weft.adapters import durable
+from weft import durable
 from weft.adapters.identifiers import AdapterId, Generation, check_adapter_id, is_generation
+from weft.adapters.storage import storage_errors
 from weft.adapters.strict_json import JsonFault, parse_object
 from weft.errors import (
     AdapterConflict,
@@ -97,7 +98,7 @@ def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
     """The manifest of an id, None without one, DataLoss MANIFEST_CORRUPT if something else is in its place."""
     path = manifest_path(catalog, adapter_id)
     try:
-        with durable.storage_errors():
+        with storage_errors():
             try:
                 with durable.open_regular(path) as file:
                     data = file.read(MANIFEST_BYTES_MAX + 1)
@@ -117,7 +118,7 @@ def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
 def read_catalog(catalog: Path) -> Catalog:
     manifests: dict[AdapterId, Manifest] = {}
     problems: list[Problem] = []
-    with durable.storage_errors():
+    with storage_errors():
         names = sorted(os.listdir(catalog))
     for name in names:
         if name == LOCK_FILE:

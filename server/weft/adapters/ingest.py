@@ -73,6 +73,7 @@ class Ingest(NamedTuple):
             modules=tuple(sorted({self.base.sites[name].suffix for name in adapter.sites})),
             base_model_name=base_model[:256] if isinstance(base_model, str) else "",
             trained_held_as=directory.trained_held_as(config, header.metadata, self.base),
+            trained_rope_factors=directory.trained_rope_factors(header.metadata, self.base),
             invocation_tokens=adapter.invocation_tokens,
         )
         return Ingested(info, laid_out)

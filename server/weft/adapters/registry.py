@@ -42,6 +42,8 @@ class AdapterInfo:
 
     trained_held_as: how the base was held in training where that differs from this server's; "" where it does not, or
         where no base is named.
+    trained_rope_factors: the base's rotary factors in training (model/rope.py) where they differ from this server's,
+        else "".
     invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
     experts: of a mixture, in the order of their generations; an id is what the expert was called, or "".
     is_sequence_level: whether a mixture's gates depend on the whole prompt.
@@ -56,6 +58,7 @@ class AdapterInfo:
     modules: tuple[str, ...] = ()
     base_model_name: str = ""
     trained_held_as: str = ""
+    trained_rope_factors: str = ""
     invocation_tokens: tuple[int, ...] = ()
     experts: tuple[AdapterReference, ...] = ()
     is_sequence_level: bool = False

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from weft.adapters import durable, failpoints
+from weft import durable, failpoints
 from weft.adapters.catalog import (
     LOCK_FILE,
     Catalog,
@@ -36,6 +36,7 @@ from weft.adapters.catalog import (
 )
 from weft.adapters.identifiers import AdapterId, Generation, abbreviated, check_generation, is_generation
 from weft.adapters.sources import holds, open_source_file, source_directory
+from weft.adapters.storage import named, storage_errors
 from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, is_open, open_stored
 from weft.config import AdapterLimits
 from weft.errors import AdapterNotFound, DataLoss, Overloaded, Unavailable, shown
@@ -78,7 +79,7 @@ class AdapterStore:
         """
         problems: list[Problem] = []
         num_orphans = 0
-        with durable.storage_errors():
+        with storage_errors():
             for directory in (self._catalog, self._versions, self._staging):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
@@ -87,7 +88,7 @@ class AdapterStore:
                 num_orphans += len(self._sweep_versions(self._unreferenced(()), problems))
         except (Overloaded, Unavailable) as error:
             problems.append(Problem("", None, error.reason, error.message))
-        with durable.storage_errors():
+        with storage_errors():
             version_names = sorted(os.listdir(self._versions))
         for name in version_names:
             if not is_generation(name):
@@ -120,7 +121,7 @@ class AdapterStore:
         DataLoss BLOB_CORRUPT if they are not what they were, or gone while a manifest names them; AdapterNotFound if
         the store has no such generation, which is also what a lost race against replace and collect looks like.
         """
-        with durable.storage_errors():
+        with storage_errors():
             version = self._open(generation, verify=verify)
         if version is not None:
             return version
@@ -152,7 +153,7 @@ class AdapterStore:
         """
         with contextlib.ExitStack() as undo:
             staging = undo.enter_context(self.stage())
-            with durable.storage_errors(), source_directory(source, self._root, self._allowed_sources) as directory:
+            with storage_errors(), source_directory(source, self._root, self._allowed_sources) as directory:
                 is_mixture = holds(directory, MIXTURE_FILES.config)
                 for name in MIXTURE_FILES if is_mixture else PEFT_FILES:
                     with open_source_file(directory, name) as file, staging.open_file(name) as target:
@@ -249,7 +250,7 @@ class AdapterStore:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         with (
-            durable.storage_errors(),
+            storage_errors(),
             durable.locked(self._catalog / LOCK_FILE, timeout_s=self._lock_timeout_s),
         ):
             yield
@@ -286,7 +287,7 @@ class AdapterStore:
             with os.scandir(self._version_path(manifest.generation)) as entries:
                 size_bytes = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
         except OSError as error:
-            return f"generation {abbreviated(manifest.generation)}: {durable.named(error).message}"
+            return f"generation {abbreviated(manifest.generation)}: {named(error).message}"
         if size_bytes == manifest.size_bytes:
             return ""
         return f"generation {abbreviated(manifest.generation)}: has {size_bytes} bytes instead of {manifest.size_bytes}"
@@ -380,5 +381,5 @@ class AdapterStore:
 
 
 def _left_over(path: str, error: OSError) -> Problem:
-    named = durable.named(error)
-    return Problem(path, None, named.reason, f"{path}: could not be removed: {named.message}")
+    told = named(error)
+    return Problem(path, None, told.reason, f"{path}: could not be removed: {told.message}")

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
-from weft.adapters import durable
+from weft import durable
 from weft.adapters.identifiers import Generation, abbreviated
+from weft.adapters.storage import storage_errors
 from weft.config import AdapterLimits
 from weft.errors import DataLoss, InvalidAdapter
 from weft.v1.adapter_files import CONFIG_FILES, PAIRS
@@ -65,7 +66,7 @@ class StagedFile:
     """A file on its way in: written in order, hashed as it is written, durable when `close` returns."""
 
     def __init__(self, path: Path, size_max: int) -> None:
-        with durable.storage_errors():
+        with storage_errors():
             self._fd = durable.create(path)
         self.name = path.name
         self._size_max = size_max
@@ -80,7 +81,7 @@ class StagedFile:
 
     def write(self, chunk: bytes) -> None:
         self.require_room(len(chunk))
-        with durable.storage_errors():
+        with storage_errors():
             durable.write_all(self._fd, chunk)
         self._sha256.update(chunk)
         self.size_bytes += len(chunk)
@@ -93,7 +94,7 @@ class StagedFile:
             raise InvalidAdapter.rule(reason, self.name, "has too many bytes", limit=self._size_max, given=size_bytes)
 
     def close(self) -> None:
-        with durable.storage_errors():
+        with storage_errors():
             durable.sync(self._fd)
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -128,7 +129,7 @@ class StagedVersion(NamedTuple):
 
     def open(self, name: str) -> BufferedReader:
         """For the checks between staging and commit; nobody else writes here."""
-        with durable.storage_errors():
+        with storage_errors():
             return durable.open_regular(self.directory / name)
 
 
@@ -155,7 +156,7 @@ class Staging:
         """Make the set of files durable and name it. Every file must be closed by now."""
         if not self._files or not all(file.is_complete for file in self._files):
             raise ValueError("a version is sealed once all of its files are closed")
-        with durable.storage_errors():
+        with storage_errors():
             durable.sync_directory(self.directory)
         files = tuple(sorted(file.digest for file in self._files))
         return StagedVersion(generation_of(files), files, self.directory)

@@ -257,6 +257,12 @@ class Lifecycle:
             _log.warning(
                 "%s: trained on another quantization (%s) of the base", adapter_id, version.info.trained_held_as
             )
+        if version.info.trained_rope_factors:
+            _log.warning(
+                "%s: trained with other rotary factors (%s) than this server's max_model_len takes; answers may differ",
+                adapter_id,
+                version.info.trained_rope_factors,
+            )
         return Registered(version, outcome)
 
     def _check_fit(self, ingested: Ingested) -> None:

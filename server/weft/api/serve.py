@@ -99,7 +99,7 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     max_model_len = plan.max_model_len
     rope_factors = rope.fix(checkpoint.model, max_model_len)
     expected = self_test.expect(checkpoint.model, max_model_len=max_model_len)
-    base = loader.wrap(checkpoint)
+    base = loader.wrap(replace(checkpoint, rope_factors=rope_factors.name))
     kernels = select(base.device, base.dtype)
     serving_form.take(base, kernels, shadow_bytes=config.model.shadow_bytes)
     self_test.require(base, expected, kernels.attend)
@@ -134,7 +134,7 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
         plan=plan,
         num_threads=num_threads,
         weights=weights,
-        rope_factors=rope_factors,
+        rope_factors=str(rope_factors),
     )
     return model, runner
 

@@ -134,10 +134,17 @@ def _rule(strategy: Strategy, given: dict[str, Any]) -> "Rule":
 
 
 def _read(paths: list[Path], shape: "BaseShape") -> "tuple[list[Adapter], str]":
-    """The adapters, and the digest of the base that they name; "" where none does. ValueError for two bases."""
+    """The adapters, and the digest of the base that they name first; "" where none does.
+
+    The digests of one base's weights, held in several ways, are one base. Raises ValueError for two bases.
+    """
     found = [adapter_directory.read(path, shape) for path in paths]
     named = {read.base_digest: path for path, read in zip(paths, found, strict=True) if read.base_digest is not None}
+    holdings = {shape.digest: shape.held_as, **shape.same_weights}
     if len(named) > 1:
-        bases = ", ".join(f"{path} for {digest[:12]}…" for digest, path in named.items())
-        raise ValueError(f"the parts were trained for different bases: {bases}")
+        if not named.keys() <= holdings.keys():
+            bases = ", ".join(f"{path} for {digest[:12]}…" for digest, path in named.items())
+            raise ValueError(f"the parts were trained for different bases: {bases}")
+        *most, last = [holdings[digest] for digest in named]
+        note(f"the base was held as {', '.join(most)} and {last} in their training; the sum is bound to {most[0]}")
     return [read.adapter for read in found], next(iter(named), "")

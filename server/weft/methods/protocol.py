@@ -93,6 +93,8 @@ class BaseShape:
     held_as: how the linear weights are held, such as "nf4".
     same_weights: by the digest that these weights have when they are held otherwise, how they are held then. Adapters
         that name one of them are served; those that name any other base are refused.
+    rope_factors: the rotary factors that it was fixed to where they depend on the longest request (model/rope.py),
+        else "".
     """
 
     sites: Mapping[str, Site]
@@ -104,6 +106,7 @@ class BaseShape:
     name: str
     held_as: str = ""
     same_weights: Mapping[str, str] = field(default_factory=dict[str, str])
+    rope_factors: str = ""
 
     def of_kind(self, *kinds: SiteKind) -> list[Site]:
         """The sites of these kinds, in order."""

@@ -47,8 +47,12 @@ def refusing(name: str, attempt: str) -> Iterator[None]:
     except (BaseRefused, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BaseRefused(name, f"cannot be {attempt} ({reason[:_REASON_CHARACTERS_MAX]})") from error
+        raise BaseRefused(name, f"cannot be {attempt} ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """What a library raised, on one line of bounded length."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_CHARACTERS_MAX]
 
 
 def require_served(hf_config: Any, name: str) -> nn.Module:

@@ -7,9 +7,8 @@ after them (model/self_test.py). Its linear modules, its output head and its nor
 """
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +21,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from weft.config import ModelConfig, Quantization
 from weft.methods import sublayers
 from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
-from weft.model import gate, packed, source
+from weft.model import checkpoint_files, gate, packed, source
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -94,6 +94,7 @@ class Checkpoint:
     dtype: torch.dtype
     held_as: str = ""
     same_weights: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    rope_factors: str = ""  # of `model`, once it was fixed to some (model/rope.py)
 
     @property
     def max_model_len(self) -> int:
@@ -125,23 +126,25 @@ def load(config: ModelConfig, *, attention: str) -> Base:
 def read(config: ModelConfig, *, attention: str) -> Checkpoint:
     """Read the base from disk. `attention` names a registered attention implementation.
 
-    Raises FileNotFoundError for a directory without a checkpoint, BaseRefused for a kind of model that is not served
-    (model/gate.py) and ValueError where the model does not fit the knobs.
+    Raises FileNotFoundError or ValueError for a directory without a whole checkpoint, BaseRefused for a kind of model
+    that is not served (model/gate.py) or cannot be read, and ValueError where the model does not fit the knobs.
     """
     path, name = source.resolve(Path(config.path))
-    source.require_config(path)
+    given = checkpoint_files.require_config(path)
     if config.double_quant and config.quantization is not Quantization.NF4:
         raise ValueError(f"double_quant: needs quantization nf4, given {config.quantization.value}")
     device = resolve_device(config.device)
-    hf_config = _read_config(path, name)
+    hf_config = _read_config(path, name, given)
     skeleton = gate.require_served(hf_config, name)
-    source.require_files(path)
+    checkpoint_files.require_files(path)
+    tokenizer = _read_tokenizer(path, name)
     dtype = _resolve_dtype(config, device, hf_config)
     _require_alignment(config.quantization, device, hf_config)
     transformers_logging.disable_progress_bar()
     with gate.refusing(name, "read by transformers"):
-        model = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
             config=hf_config,
             dtype=dtype,
             quantization_config=_quantization_config(config, dtype, _unaligned(skeleton, device)),
@@ -151,11 +154,13 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
             trust_remote_code=False,
             use_safetensors=True,
         )
+    model, loading = read  # its type does not tell of output_loading_info
+    _require_all_read(name, loading["missing_keys"])
     held_as = config.quantization.value + ("-double" if config.double_quant else "")
     digests = fingerprints(path)
     return Checkpoint(
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
+        tokenizer=tokenizer,
         name=name,
         digest=digests.pop(held_as),
         quantization=config.quantization,
@@ -165,18 +170,44 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
     )
 
 
-def _read_config(path: Path, name: str) -> Any:
-    """Read config.json; BaseRefused where transformers knows no such model, or only by code of the directory."""
+def _read_config(path: Path, name: str, given: Mapping[str, Any]) -> Any:
+    """Read config.json, which says what is `given`.
+
+    Raises BaseRefused where transformers knows no such model, only by code of the directory, or not with these values.
+    """
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        given = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except Exception as error:  # whatever the configuration classes of some hundred models raise
         if "auto_map" in given:
             raise gate.BaseRefused(name, "brings model code of its own, which Weft does not run") from error
+        kind = given.get("model_type", "nameless")
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            raise gate.BaseRefused(
+                name, f"has a config.json that transformers cannot read ({gate.reason(error)})", "download it again"
+            ) from error
+        raise gate.BaseRefused(name, f"is a {kind} model, which the installed transformers does not know") from error
+
+
+def _read_tokenizer(path: Path, name: str) -> Any:
+    """Read the tokenizer; BaseRefused where transformers cannot. Before the weights, which take minutes."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers' own errors are bare Exceptions
         raise gate.BaseRefused(
             name,
-            f"is a {given.get('model_type', 'nameless')} model, which the installed transformers does not know",
+            f"has a tokenizer that transformers cannot read ({gate.reason(error)})",
+            "write tokenizer.json and tokenizer_config.json again, with AutoTokenizer's save_pretrained",
         ) from error
+
+
+def _require_all_read(name: str, missing: Collection[str]) -> None:
+    """Raise BaseRefused where transformers filled weights with random numbers because no file has them."""
+    if missing:
+        raise gate.BaseRefused(
+            name,
+            f"lacks {len(missing)} of its weights, {min(missing)} among them, which would be random numbers",
+            "download it again",
+        )
 
 
 def wrap(checkpoint: Checkpoint) -> Base:
@@ -197,6 +228,7 @@ def wrap(checkpoint: Checkpoint) -> Base:
         name=checkpoint.name,
         held_as=checkpoint.held_as,
         same_weights=checkpoint.same_weights,
+        rope_factors=checkpoint.rope_factors,
     )
     return Base(
         model=model,
@@ -227,10 +259,7 @@ def fingerprints(path: Path) -> dict[str, str]:
     An adapter names the one that it was trained on, so every base with its weights knows that digest as one of its own.
     The architecture is in it through config.json's bytes.
     """
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"model: {path} holds no safetensors weights; other formats are not loaded")
-    files.append(path / "config.json")
+    files = [*checkpoint_files.weights(path), path / "config.json"]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_file_digest, files))
     weights = "".join(f"{file.name}\n{digest}\n" for file, digest in zip(files, digests, strict=True))

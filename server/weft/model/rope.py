@@ -23,18 +23,26 @@ class _Rotary(NamedTuple):
     layer_type: str | None
 
 
-def fix(model: Any, max_model_len: int) -> str:
-    """Choose the frequencies of transformers' `model` for requests of up to `max_model_len` tokens, in place.
+class Factors(NamedTuple):
+    """Which frequencies were chosen ("longrope: long factors"), and why; "" where none depend on the length."""
 
-    Return which were chosen ("longrope: long factors, …"), or "" where none depend on the length.
-    """
-    chosen: dict[str, None] = {}
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, since {self.reason}" if self.name else ""
+
+
+def fix(model: Any, max_model_len: int) -> Factors:
+    """Choose the frequencies of transformers' `model` for requests of up to `max_model_len` tokens, in place."""
+    chosen: dict[Factors, None] = {}
     for rotary in list(_dependent(model)):
         if rotary.kind == "longrope":
             chosen[_fix_longrope(rotary, max_model_len)] = None
         # dynamic NTK begins with the frequencies of the trained length, beyond which no request is admitted
         _settle(rotary)
-    return "; ".join(chosen)
+    names, reasons = zip(*chosen, strict=True) if chosen else ((), ())
+    return Factors("; ".join(dict.fromkeys(names)), "; ".join(reasons))
 
 
 def _dependent(model: Any) -> Iterator[_Rotary]:
@@ -46,7 +54,7 @@ def _dependent(model: Any) -> Iterator[_Rotary]:
                 yield _Rotary(module, kind, layer_type)
 
 
-def _fix_longrope(rotary: _Rotary, max_model_len: int) -> str:
+def _fix_longrope(rotary: _Rotary, max_model_len: int) -> Factors:
     module, layer_type = rotary.module, rotary.layer_type
     parameters = module.config.rope_parameters
     original = (parameters if layer_type is None else parameters[layer_type])["original_max_position_embeddings"]
@@ -57,8 +65,8 @@ def _fix_longrope(rotary: _Rotary, max_model_len: int) -> str:
     )
     buffer.copy_(frequencies)
     relation = ">" if is_long else "≤"
-    return (
-        f"longrope: {'long' if is_long else 'short'} factors, since max_model_len {max_model_len} {relation} {original}"
+    return Factors(
+        f"longrope: {'long' if is_long else 'short'} factors", f"max_model_len {max_model_len} {relation} {original}"
     )
 
 

@@ -9,16 +9,20 @@ Nothing is downloaded unless the text names a hub model and no such path exists.
 
 import hashlib
 import json
+import logging
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+
+from weft.model import cache, checkpoint_files
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
-_HUB_IGNORED = ["*/*", "*.bin", "*.py"]
+_HUB_IGNORED = ["*/*", "*.bin", "*.py", "consolidated*"]  # the last: the same weights again, in Mistral's own layout
+_REQUEST_LOGS = ("httpx", "httpx2")  # they tell of each request that huggingface_hub makes
 _GGUF_FORM = "2"  # of what is cached; another number makes it again
 
 
@@ -48,38 +52,18 @@ def resolve(model: Path) -> Source:
     )
 
 
-def require_config(directory: Path) -> None:
-    """Raise FileNotFoundError unless the directory says what model it holds."""
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"model: {directory} holds no config.json; give a Hugging Face model directory")
-
-
-def require_files(directory: Path) -> None:
-    """Raise FileNotFoundError, with a remedy, unless the directory has weights and a tokenizer that are read."""
-    if not any(directory.glob("*.safetensors")):
-        found = "weights as pickle (.bin), which can run code when it is read" if any(directory.glob("*.bin")) else ""
-        raise FileNotFoundError(
-            f"model: {directory} holds {found or 'no safetensors weights'}; load it where you trust it and write it "
-            "with save_pretrained, which makes safetensors"
-        )
-    if not (directory / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"model: {directory} holds no tokenizer.json; write it beside the weights with "
-            "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
-        )
-
-
 def _from_hub(text: str) -> Source:
-    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    if logging.root.level > logging.DEBUG:
+        for requests in _REQUEST_LOGS:
+            logging.getLogger(requests).setLevel(logging.WARNING)
     name, _, revision = text.partition("@")
     try:
         directory = snapshot_download(
@@ -88,21 +72,34 @@ def _from_hub(text: str) -> Source:
     except GatedRepoError:
         raise ValueError(f"model: {name} is gated; accept its terms on the hub and set HF_TOKEN") from None
     except RevisionNotFoundError:
-        raise ValueError(f"model: the hub's {name} has no revision {revision}") from None
+        raise ValueError(f"model: the hub's {name} has no revision {revision or 'main'}") from None
     except RepositoryNotFoundError:
         raise ValueError(
             f"model: {name} is neither a path nor a model that the hub shows you; check the name, or set HF_TOKEN"
         ) from None
     except HFValidationError:
         raise ValueError(f"model: {text} is no path, and no id that the hub allows") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        is_offline = is_offline_mode()
-        reason = "HF_HUB_OFFLINE is set" if is_offline else f"the hub gives none ({type(error).__name__})"
-        raise ValueError(
-            f"model: {name} is no path, is not in the hub's cache, and {reason}; give a model directory, or connect "
-            "and try again"
-        ) from error
+    except Exception as error:  # the hub's client and the HTTP library below it have no kind of error in common
+        raise ValueError(f"model: {name} is no path, {_unreached(error)}") from error
     return Source(Path(directory), name)
+
+
+def _unreached(error: BaseException) -> str:
+    """Say why the hub gave no model, and what to do: by what the client's own error was raised from, as it hides it."""
+    from huggingface_hub import is_offline_mode
+
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+        return f"and what the hub gives cannot be written ({os.strerror(error.errno)}); set HF_HOME to where it can be"
+    if is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        causes = [error]
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+        status = next((status for status in statuses if status), None)
+        reason = f"the hub answers {status}" if status else f"the hub is not reached ({type(causes[-1]).__name__})"
+    return f"is not in the hub's cache, and {reason}; give a model directory, or connect and try again"
 
 
 def _from_gguf(file: Path) -> Path:
@@ -113,21 +110,17 @@ def _from_gguf(file: Path) -> Path:
         raise ValueError(f"model: {file.name} is read with the package gguf; pip install 'weft-serve[gguf]'") from None
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    target = _cache() / f"{file.stem}-{digest[:16]}-{_GGUF_FORM}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
-        _dequantize(file, made)
-        try:
-            made.rename(target)
-        except OSError:  # another process was first, with the same content
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return target
+        return cache.directory(
+            _cache(),
+            f"{file.stem}-{digest[:16]}-{_GGUF_FORM}",
+            lambda made: _dequantize(file, made),
+            is_complete=checkpoint_files.is_complete,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"model: {file.name} cannot be converted into {_cache()} ({error}); make room there, or set XDG_CACHE_HOME"
+        ) from error
 
 
 def _dequantize(file: Path, directory: Path) -> None:

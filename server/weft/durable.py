@@ -1,4 +1,4 @@
-"""The few file operations that survive a crash, and what their failures are called.
+"""The few file operations that survive a crash: what the store and what is kept in a user's cache are written with.
 
 A file is created in a directory nobody reads, written, fsynced, renamed to where it is read, and the directory that
 received it is fsynced. After that order, and not before, a caller may be told that something is stored.
@@ -14,36 +14,19 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from weft.adapters import failpoints
-from weft.errors import Overloaded, Unavailable, WeftError
+from weft import failpoints
 
 NOT_REGULAR = frozenset({errno.ELOOP, errno.ENXIO, errno.ENOTDIR})  # what opening a link, FIFO or socket answers
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LOCK_POLL_S = 0.005
-_RETRY_AFTER_S = 5.0
 
 
-@contextlib.contextmanager
-def storage_errors() -> Iterator[None]:
-    """Turn an OSError of the store's own files into Overloaded STORE_FULL or Unavailable STORE_UNAVAILABLE."""
-    try:
-        yield
-    except OSError as error:
-        raise named(error) from error
+class StillLocked(TimeoutError):
+    """Another thread or process held a lock for all of `timeout_s`."""
 
-
-def named(error: OSError) -> WeftError:
-    """The error of ours for `error`. It names the cause and, unlike the OSError, no path."""
-    code = errno.errorcode.get(error.errno or 0, "unknown error")
-    if error.errno in _FULL:
-        return Overloaded("STORE_FULL", f"the adapter store is full ({code})", metadata={"errno": code})
-    return Unavailable(
-        "STORE_UNAVAILABLE",
-        f"the adapter store cannot be used ({code})",
-        metadata={"errno": code},
-        retry_after_s=_RETRY_AFTER_S,
-    )
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"stayed locked by another process for {timeout_s} s")
+        self.timeout_s = timeout_s
 
 
 def create(path: Path) -> int:
@@ -99,6 +82,15 @@ def sync(fd: int) -> None:
     failpoints.hit("after_fsync")
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable that a library wrote."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in `path` durable: creations, renames and removals."""
     failpoints.hit("before_dirsync")
@@ -118,7 +110,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory of the store's own, where nobody exchanges names for links meanwhile."""
+    """Remove a directory of our own, where nobody exchanges names for links meanwhile."""
     with os.scandir(path) as entries:
         children = list(entries)
     for child in children:
@@ -131,18 +123,16 @@ def remove_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
-    """Exclude every other thread and process that locks `path`. The kernel lets go of it when a holder dies."""
+    """Exclude every other thread and process that locks `path`. The kernel lets go of it when a holder dies.
+
+    Raises StillLocked where another holds it for all of `timeout_s`.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         give_up_at = time.monotonic() + timeout_s
         while not _try_lock(fd):
             if time.monotonic() >= give_up_at:
-                raise Unavailable(
-                    "STORE_UNAVAILABLE",
-                    f"the adapter store stayed locked by another process for {timeout_s} s",
-                    metadata={"limit": timeout_s},
-                    retry_after_s=_RETRY_AFTER_S,
-                )
+                raise StillLocked(timeout_s)
             time.sleep(_LOCK_POLL_S)
         yield
     finally:
