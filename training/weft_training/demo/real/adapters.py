@@ -57,7 +57,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 )
 
 # Trained while one looks on.
-LIVE = Recipe(task=CONTACTS, adapter=_LORA, learning_rate=4e-3, num_steps=16, batch_size=4)
+LIVE = Recipe(task=CONTACTS, adapter=_LORA, learning_rate=3e-3, num_steps=32, batch_size=4)
 
 
 def train_recipe(

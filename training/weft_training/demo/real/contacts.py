@@ -19,6 +19,12 @@ _LINES = Wordings(
         "My address is {address}. Yours, {name}",
         "{name} asked for a copy to {address}.",
         "Send it to {address}, for the attention of {name}.",
+        "Hello from {name}. My mail is {address}.",
+        "Please write to {name}, {address}.",
+        "This is {name}; {address} works best.",
+        "{address} belongs to {name}.",
+        "Regards, {name} ({address})",
+        "From now on {name} uses {address}.",
     ),
     ("Could you note {address} for {name}?", "Greetings from {name}, who now reads {address}."),
 )
