@@ -84,7 +84,7 @@ def loop() -> Iterator[Loop]:
 def config(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> WeftConfig:
     """The defaults, but for ports, a source directory that the operator allows, and streams told of every step."""
     return WeftConfig(
-        model=ModelConfig(path=base_path, device="cpu"),
+        model=ModelConfig(path=base_path, device="cpu", dtype="bfloat16"),
         engine=EngineConfig(stream_interval_s=0.0),
         store=tmp_path_factory.mktemp("store"),
         allowed_sources=(tmp_path_factory.mktemp("sources"),),
