@@ -23,6 +23,11 @@ from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter
 from weft.model import loader, paged_attention, serving_form
+from weft.model.packed import multiplies_bfloat16
+
+pytestmark = pytest.mark.skipif(
+    not multiplies_bfloat16(), reason="what is counted is the form that serves where bfloat16 is multiplied"
+)
 
 _Calls = Counter[str]
 DELTAS = tuple(name for name in MAKERS if name not in VIRTUAL)
