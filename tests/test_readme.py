@@ -1,18 +1,17 @@
 """What the README tells people to type does what it says."""
 
-import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import grpc
 import pytest
 from google.protobuf import json_format
 
+from tests.commands import Served, serving
 from weft.v1.generation_pb2 import GenerateRequest, GenerateResponse
 
 ROOT = Path(__file__).parents[1]
@@ -40,35 +39,14 @@ def typed(line: str, *more: str) -> list[str]:
     return [str(Path(sys.executable).with_name(words[0])), *words[1:], *more]
 
 
-class Served(NamedTuple):
-    address: str
-
-    def run(self, *arguments: str) -> str:
-        environment = {**os.environ, "WEFT_SERVER": self.address}
-        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The server that the README starts."""
     serve = block("Serve your own", holds="weft serve").splitlines()[0]
     store = str(tmp_path_factory.mktemp("store"))
     command = typed(serve, "--port", "0", "--metrics-port", "0", "--store", store, "--device", "cpu")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if line == "ready\n":
-            break
-    port = re.search(r"gRPC +127\.0\.0\.1:(\d+)", said)
-    assert port, said
-    yield Served(f"127.0.0.1:{port[1]}")
-    process.terminate()
-    process.stdout.read()
-    assert process.wait(60) == 0
+    with serving(command, cwd=ROOT) as served:
+        yield served
 
 
 def test_the_commands(served: Served) -> None:

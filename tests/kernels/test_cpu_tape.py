@@ -13,6 +13,8 @@ from tests.calls import counted
 from tests.engine.decoding import Decoding, Part
 from tests.engine.recorded import (
     ALL,
+    BFLOAT16,
+    FLOAT32,
     NAMES,
     Held,
     check_groups,
@@ -24,25 +26,15 @@ from tests.engine.recorded import (
 from tests.engine.test_graphs import Forgetful, mixed
 from torch import Tensor
 
-from weft.config import ModelConfig, Quantization
 from weft.kernels.cpu import elementwise, library, pointwise, tape
 from weft.kernels.cpu.tape import Arena, Tapes
 from weft.kernels.recording import Unrecordable
 from weft.kernels.selection import select
-from weft.model import loader, paged_attention, serving_form
+from weft.model import loader
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no compiler for the kernels")
 
 Function = Callable[[], Tensor]
-
-
-def _base(directory: Path, architecture: str, quantization: Quantization, dtype: str) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(directory / "base", architecture)
-    config = ModelConfig(path=path, quantization=quantization, dtype=dtype, device="cpu")
-    base = loader.load(config, attention=paged_attention.ATTENTION)
-    serving_form.take(base, select(base.device, base.dtype))
-    return base
 
 
 def _decodings(base: loader.Base, num_recorded_rows: int = 32) -> tuple[Decoding, Decoding]:
@@ -72,7 +64,7 @@ def test_what_is_served_is_what_it_should_be(tmp_path: Path, held: Held) -> None
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_steps_are_tried_before_they_are_recorded_for_requests(tmp_path: Path, architecture: str) -> None:
-    base = _base(tmp_path, architecture, Quantization.NONE, "float32")
+    base = served(tmp_path, FLOAT32, "cpu", architecture)
     plain, recorded = _decodings(base)
     recorded.runner.warm_up()
     for decoding in (plain, recorded):
@@ -85,7 +77,7 @@ def test_steps_are_tried_before_they_are_recorded_for_requests(tmp_path: Path, a
 
 def test_a_recorded_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
     """Where every product is the kernels': their rows do not depend on the padding."""
-    base = _base(tmp_path, "llama", Quantization.NONE, "bfloat16")
+    base = served(tmp_path, BFLOAT16, "cpu")
     if not any(type(module).__name__ == "PackedLinear" for module in base.model.modules()):
         pytest.skip("this processor has no product of bfloat16 pairs")
     plain, recorded = _decodings(base)
@@ -98,7 +90,7 @@ def test_a_recorded_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
 def test_steps_are_recorded_where_onednn_holds_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor without a product of bfloat16 pairs: tensors in its own layout have no storage to look at."""
     monkeypatch.setattr("weft.kernels.cpu.gemm.available", lambda: False)
-    base = _base(tmp_path, "llama", Quantization.NONE, "bfloat16")
+    base = served(tmp_path, BFLOAT16, "cpu")
     if not any(type(module).__name__ == "OneDnnLinear" for module in base.model.modules()):
         pytest.skip("a torch without oneDNN")
     plain, recorded = _decodings(base)
@@ -113,7 +105,7 @@ def test_steps_are_recorded_where_onednn_holds_the_weights(tmp_path: Path, monke
 
 def test_recordings_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path) -> None:
     """They take turns, with other adapters each time, and an unrecorded step between them."""
-    base = _base(tmp_path, "llama", Quantization.NONE, "float32")
+    base = served(tmp_path, FLOAT32, "cpu")
     plain, recorded = _decodings(base, num_recorded_rows=8)
     for decoding in (plain, recorded):
         decoding.start(mixed(base.shape, 13, seed=3))
@@ -130,7 +122,7 @@ def test_a_step_that_does_not_follow_its_inputs_is_found_before_any_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Negative control of the try-out: a replay that gives what was recorded."""
-    base = _base(tmp_path, "llama", Quantization.NONE, "float32")
+    base = served(tmp_path, FLOAT32, "cpu")
     kernels = replace(select(base.device, base.dtype), recorder=Forgetful)
     plain, forgetful = Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=8)
     forgetful.runner.warm_up()
@@ -144,7 +136,7 @@ def test_a_step_that_does_not_follow_its_inputs_is_found_before_any_request(
 def test_steps_that_read_numbers_on_the_way_run_unrecorded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = _base(tmp_path, "llama", Quantization.NONE, "float32")
+    base = served(tmp_path, FLOAT32, "cpu")
     plain, unrecorded = _decodings(base)
     norm = base.model.get_submodule("model.norm")
     forward = norm.forward
@@ -160,7 +152,7 @@ def test_steps_that_read_numbers_on_the_way_run_unrecorded(
 
 
 def test_a_recorded_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: Path) -> None:
-    base = _base(tmp_path, "llama", Quantization.NONE, "float32")
+    base = served(tmp_path, FLOAT32, "cpu")
     calls = []
     for num_adapters in (1, 16, 64):
         _, recorded = _decodings(base, num_recorded_rows=64)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tests import tiny
-from tests.real.conftest import Serve, Served
+from tests.real.conftest import RealServer, Serve
 from weft.config import ModelConfig, Quantization
 from weft.methods import bottleneck
 from weft.methods.checkpoint import directory
@@ -143,15 +143,15 @@ def test_eight_methods_answer_in_one_batch_as_each_alone(serve: Serve, checkpoin
 
 def test_training_adding_and_asking_with_defaults(serve: Serve, gguf: Path, tmp_path: Path) -> None:
     """The README's three commands, on this model: nothing is said but what they cannot know."""
-    served: Served = serve()
-    assert "(nf4," in served.said
-    assert "--max-model-len" not in served.said
+    server: RealServer = serve()
+    assert "(nf4," in server.served.said
+    assert "--max-model-len" not in server.served.said
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Colour of the sky?", "completion": " green"}\n' * 2)
     train = ["train", "--base", str(gguf), "--method", "lora", "--data", str(rows), "--output", str(tmp_path / "made")]
-    served.run(*train, "--steps", "12", "--batch-size", "2", "--learning-rate", "2e-3")
-    served.run("adapters", "add", "sky", str(tmp_path / "made"))
-    assert served.run("generate", "Colour of the sky?", "--adapter", "sky", "--max-new-tokens", "8").strip() == "green"
+    server.run(*train, "--steps", "12", "--batch-size", "2", "--learning-rate", "2e-3")
+    server.run("adapters", "add", "sky", str(tmp_path / "made"))
+    assert server.run("generate", "Colour of the sky?", "--adapter", "sky", "--max-new-tokens", "8").strip() == "green"
 
 
 def test_the_converted_directory_holds_what_transformers_reads_in_the_file(gguf: Path, checkpoint: Path) -> None:
