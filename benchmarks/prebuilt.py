@@ -31,14 +31,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was measured into this file")
     parser.add_argument("--table", type=Path, help="write what was measured here, as Markdown")
     options = parser.parse_args()
-    dtype = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
     torch.set_num_threads(2)
     paged_attention.register()
     sides = {kind or "prebuilt": _opened(kind) for kind in ("", "native")}
     assert sides["prebuilt"].kind != "native", "this environment has no prebuilt kernels"
     path = models.base("bench-80m")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype=dtype)
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu")
     base = loader.load(config, attention=paged_attention.ATTENTION)
+    dtype = str(base.dtype).removeprefix("torch.")
     serving_form.take(base, select(base.device, base.dtype), shadow_bytes=0)
     rows = loras(base)
     steps = {}

@@ -127,6 +127,8 @@ def _dequantize(file: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from weft.model import gate
+
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -134,9 +136,9 @@ def _dequantize(file: Path, directory: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"model: {file.name} cannot be read by transformers ({reason}); serve the model's safetensors checkpoint"
+            f"model: {file.name} cannot be read by transformers ({gate.reason(error)}); serve the model's safetensors "
+            "checkpoint"
         ) from error
     vars(model.config).pop("quantization_config", None)  # the weights are plain now
     model.save_pretrained(directory)
