@@ -87,7 +87,7 @@ def test_half_a_right_answer_has_half_the_fields() -> None:
 
 def test_a_good_prompt_shows_what_is_wanted_and_nothing_of_the_evaluation() -> None:
     for task in _ALL:
-        turns = task.prompted("x")
+        [turns] = task.prompted(["x"])
         assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * task.num_shots, "user"]
         assert not {turn["content"] for turn in turns} & {one.input for one in task.examples(200, 1, Split.TEST)}
         example = task.examples(1, 0, Split.TRAIN)[0]

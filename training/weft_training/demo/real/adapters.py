@@ -92,7 +92,7 @@ def train_mixture(output: Path, experts: Sequence[Path], *, num_threads: int, pr
         overwrite=True,
         save_dtype=SaveDtype.BFLOAT16,
     )
-    rows = [one for task in TASKS.values() for one in _rows(task, 1)[:400]]
+    rows = [one for task in TASKS.values() for one in _rows(task, 1, count=400)]
     return train(config, examples=rows, progress=progress)
 
 
@@ -100,8 +100,8 @@ def _base(num_threads: int) -> ModelConfig:
     return ModelConfig(path=model.path(), quantization=Quantization.NONE, dtype="float32", num_threads=num_threads)
 
 
-def _rows(task: RealTask, seed: int) -> list[Conversation]:
-    return [conversation(one) for one in task.examples(_NUM_EXAMPLES, seed, Split.TRAIN)]
+def _rows(task: RealTask, seed: int, count: int = _NUM_EXAMPLES) -> list[Conversation]:
+    return [conversation(one) for one in task.examples(count, seed, Split.TRAIN)]
 
 
 def main(

@@ -9,11 +9,14 @@ from weft.client import AsyncClient
 _CONCURRENT = 32  # more would wait in the server's line, which has an end
 
 
+Target = str | Mapping[str, float] | None
+
+
 class Ask(NamedTuple):
     """One request: turns of a conversation, and the adapter that answers; or several with weights; or none."""
 
     messages: Sequence[Mapping[str, str]]
-    adapter: str | Mapping[str, float] | None
+    adapter: Target
     max_new_tokens: int
 
 

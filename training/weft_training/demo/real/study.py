@@ -8,11 +8,10 @@ prompt that says what is wanted and shows solved inputs.
 
 import asyncio
 import json
-import math
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, NamedTuple
@@ -22,10 +21,9 @@ from rich.console import Console
 
 from weft.client import Client
 from weft.methods.bottleneck import BottleneckConfig
-from weft.methods.ia3 import Ia3Config
 from weft.methods.lora import LoraConfig
 from weft.methods.prefix import PrefixConfig
-from weft_training.adapter import MethodConfig
+from weft_training.adapter import USUAL, MethodConfig
 from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.real import model
 from weft_training.demo.real.adapters import Recipe, train_recipe
@@ -54,9 +52,7 @@ METHODS: Mapping[str, _Method] = MappingProxyType(
     {
         "lora": _Method(LoraConfig(rank=8, alpha=16.0), 2e-3, 60),
         "bottleneck": _Method(BottleneckConfig(size=16), 2e-3, 60),
-        "ia3": _Method(
-            Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)), 3e-2, 120
-        ),
+        "ia3": _Method(USUAL["ia3"], 3e-2, 120),
         "prefix": _Method(PrefixConfig(num_virtual_tokens=16), 3e-2, 120),
     }
 )
@@ -90,7 +86,7 @@ def missing(known: Sequence[Cell]) -> Iterator[tuple[str, RealTask, int]]:
 def measure(server: Server, method: str, task: RealTask, seed: int, num_threads: int, console: Console) -> Cell:
     """Train where there is something to train, and ask."""
     if method not in METHODS:
-        return _cell(server, method, task, seed, None)
+        return _asked_of(server, method, task, seed, None)
     adapter, learning_rate, num_steps = METHODS[method]
     recipe = Recipe(
         task=task,
@@ -104,35 +100,19 @@ def measure(server: Server, method: str, task: RealTask, seed: int, num_threads:
         with ProgressBar(console, f"{method} on {task.name}, seed {seed}") as bar:
             trained = train_recipe(recipe, Path(scratch, "made"), num_threads=num_threads, progress=bar)
         client.upload("studied", Path(scratch, "made"))
-        cell = _cell(server, method, task, seed, "studied", trained.num_parameters, num_steps, trained.seconds)
+        cell = _asked_of(server, method, task, seed, "studied")
         client.unregister("studied")
-    return cell
+    return replace(cell, num_parameters=trained.num_parameters, num_steps=num_steps, train_s=round(trained.seconds, 1))
 
 
-def _cell(
-    server: Server,
-    method: str,
-    task: RealTask,
-    seed: int,
-    adapter: str | None,
-    num_parameters: int = 0,
-    num_steps: int = 0,
-    train_s: float = 0.0,
-) -> Cell:
+def _asked_of(server: Server, method: str, task: RealTask, seed: int, adapter: str | None) -> Cell:
+    """What the evaluation's inputs score, without what training took."""
     examples = task.examples(NUM_EXAMPLES, _EVALUATION_SEED, Split.TEST)
-    turns = [task.prompted(one.input) if method == PROMPTED else asked(one.input) for one in examples]
+    texts = [one.input for one in examples]
+    turns = task.prompted(texts) if method == PROMPTED else [asked(text) for text in texts]
     given = asyncio.run(answers(server.address, [Ask(one, adapter, task.max_new_tokens) for one in turns]))
     found = score(task, examples, given)
-    return Cell(
-        method=method,
-        task=task.name,
-        seed=seed,
-        exact=found.exact,
-        f1=found.f1,
-        num_parameters=num_parameters,
-        num_steps=num_steps,
-        train_s=round(train_s, 1),
-    )
+    return Cell(method=method, task=task.name, seed=seed, exact=found.exact, f1=found.f1)
 
 
 def cells(known: Sequence[Cell]) -> list[list[str]]:
@@ -153,7 +133,7 @@ def _shown(of_task: Sequence[Cell]) -> str:
         return ""
     exact = [100 * cell.exact for cell in of_task]
     spread = f" ± {statistics.stdev(exact):.0f}" if len(exact) > 1 else ""
-    return f"{math.fsum(exact) / len(exact):.0f} %{spread}, {statistics.mean(cell.f1 for cell in of_task):.2f}"
+    return f"{statistics.mean(exact):.0f} %{spread}, {statistics.mean(cell.f1 for cell in of_task):.2f}"
 
 
 def read(results: Path) -> list[Cell]:

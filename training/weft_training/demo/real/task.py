@@ -45,12 +45,12 @@ class RealTask:
             found.setdefault(text, Example(task=self.name, input=text, output=answer))
         raise ValueError(f"task {self.name!r} has only about {len(found)} inputs in split {split}, asked for {count}")
 
-    def prompted(self, text: str) -> list[Mapping[str, str]]:
-        """A good prompt: the instruction, solved inputs, and the text."""
+    def prompted(self, texts: Sequence[str]) -> list[list[Mapping[str, str]]]:
+        """Good prompts, one a text: the instruction, the same solved inputs for all, and the text."""
         turns: list[Mapping[str, str]] = [{"role": "system", "content": self.instruction}]
         for shot in self.examples(self.num_shots, 99, Split.TRAIN):
             turns += conversation(shot).messages
-        return [*turns, *asked(text)]
+        return [[*turns, *asked(text)] for text in texts]
 
 
 def asked(text: str) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from weft.client import Client
 from weft_training.demo.real import model
 from weft_training.demo.real.adapters import LIVE, MIXTURE, train_recipe
-from weft_training.demo.real.answering import Ask, answers
+from weft_training.demo.real.answering import Ask, Target, answers
 from weft_training.demo.real.task import RealTask, asked, score
 from weft_training.demo.real.tasks import TASKS
 from weft_training.demo.server import Server, require, serving, step
@@ -56,10 +56,10 @@ def _unseen(task: RealTask, count: int) -> list[Example]:
     return task.examples(count, _EVALUATION_SEED, Split.TEST)
 
 
-def _ask(server: Server, asks: Sequence[tuple[RealTask, Example, object]]) -> list[str]:
+def _ask(server: Server, asks: Sequence[tuple[RealTask, Example, Target]]) -> list[str]:
     """What the adapters say: a name, weights by name, or None for the base."""
     return asyncio.run(
-        answers(server.address, [Ask(asked(one.input), to, task.max_new_tokens) for task, one, to in asks])  # pyright: ignore
+        answers(server.address, [Ask(asked(one.input), to, task.max_new_tokens) for task, one, to in asks])
     )
 
 
@@ -102,7 +102,7 @@ def _compose(console: Console, server: Server) -> None:
 
 
 def _mix(console: Console, server: Server) -> None:
-    """One id for all three: a router says, token by token, how much of each."""
+    """One id for all three: a router reads each text once and says how much of each."""
     step(console, f"One mixture over the three: its router tells which is meant (adapter id {MIXTURE!r})")
     for task in TASKS.values():
         examples = _unseen(task, _NUM_ASKED)
