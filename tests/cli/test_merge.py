@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.cli.conftest import Weft
+from weft.cli import adapter_directory
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import directory
@@ -123,6 +124,25 @@ def test_parts_of_the_same_weights_held_otherwise_are_merged(weft: Weft, held: H
     result = weft("adapters", "merge", *parts, held.part("other"), str(tmp_path / "no"), "--base", str(held.path))
     assert result.exit_code == 1  # the negative control: other weights
     assert "the parts were trained for different bases: " in " ".join(result.stderr.split())
+
+
+def test_the_sum_of_parts_keeps_their_rotary_factors(weft: Weft, held: Held, tmp_path: Path) -> None:
+    shape = held.base.shape
+    factors = {"short": "longrope: short factors", "also": "longrope: short factors", "long": "longrope: long factors"}
+    for seed, (name, given) in enumerate(factors.items()):
+        directory.write(tiny.random_lora(shape, rank=2, seed=seed), tmp_path / name, replace(shape, rope_factors=given))
+    short, also, long = (str(tmp_path / name) for name in factors)
+    made = weft("adapters", "merge", short, also, held.part("free"), str(tmp_path / "sum"), "--base", str(held.path))
+    assert made.exit_code == 0, made.stderr
+    assert adapter_directory.read(tmp_path / "sum", shape).rope_factors == factors["short"]
+    refused = weft("adapters", "merge", short, long, str(tmp_path / "no"), "--base", str(held.path))
+    assert refused.exit_code == 1
+    said = " ".join(refused.stderr.split())
+    assert "the parts were trained with different rotary factors of the base: " in said
+    assert "long with longrope: long factors" in said
+    made = weft("adapters", "merge", held.part("free"), str(tmp_path / "none"), "--base", str(held.path))
+    assert made.exit_code == 0  # the negative control: nothing is said where nothing was
+    assert adapter_directory.read(tmp_path / "none", shape).rope_factors == ""
 
 
 def test_a_rank_that_servers_refuse_is_told(weft: Weft, held: Held, tmp_path: Path) -> None:

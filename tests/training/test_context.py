@@ -11,9 +11,13 @@ from tests.families.measured import save
 
 from weft.adapters.ingest import Ingest
 from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.methods import mixture
 from weft.methods.checkpoint import directory
+from weft.methods.checkpoint import mixture as mixture_files
+from weft.methods.mixture import Expert, Mixture, MixtureConfig
 from weft.methods.protocol import BaseShape
 from weft.model import loader, rope
+from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES, FilePair
 from weft_training import base as bases
 from weft_training import recipe
 from weft_training.sections import recipe_of
@@ -62,6 +66,16 @@ def test_a_server_of_other_factors_knows(longrope: Path, tmp_path: Path) -> None
     assert _told(tmp_path / "short", short) == ""
 
 
+def test_a_router_was_trained_under_factors_too(longrope: Path, tmp_path: Path) -> None:
+    short, long = (bases.load(_config(longrope), max_model_len=length).shape for length in (32, None))
+    config = MixtureConfig(num_experts=2, top_k=2)
+    params = mixture.init(config, short.num_layers, short.embedding_size, torch.Generator().manual_seed(1))
+    experts = (Expert("ab" * 32), Expert("cd" * 32))
+    mixture_files.write(Mixture(config, params, experts), tmp_path / "routed", short)
+    assert _told(tmp_path / "routed", long, MIXTURE_FILES) == _SHORT
+    assert _told(tmp_path / "routed", short, MIXTURE_FILES) == ""
+
+
 def test_bases_of_one_set_of_frequencies_say_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, longrope: Path
 ) -> None:
@@ -76,11 +90,10 @@ def test_bases_of_one_set_of_frequencies_say_nothing(
     assert _told(tmp_path / "a", base.shape) == ""
 
 
-def _told(adapter: Path, shape: BaseShape) -> str:
+def _told(adapter: Path, shape: BaseShape, files: FilePair = PEFT_FILES) -> str:
     ingest = Ingest(shape, AdapterLimits(), torch.float32, pinned=False)
-    files = (adapter / directory.CONFIG_FILE, adapter / directory.WEIGHTS_FILE)
-    with files[0].open("rb") as config, files[1].open("rb") as weights:
-        return ingest.read(config, weights, size_bytes=0).info.trained_rope_factors
+    with (adapter / files.config).open("rb") as config, (adapter / files.weights).open("rb") as weights:
+        return ingest.read(config, weights, files=files, size_bytes=0).info.trained_rope_factors
 
 
 def test_a_recipe_has_it_beside_the_model(tmp_path: Path) -> None:

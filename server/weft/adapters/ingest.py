@@ -17,7 +17,7 @@ from weft.adapters.registry import AdapterInfo
 from weft.adapters.safetensors_header import TensorEntry, read_header
 from weft.config import AdapterLimits
 from weft.methods import mixture as mixture_method
-from weft.methods.checkpoint import directory
+from weft.methods.checkpoint import base_binding, directory
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.protocol import BaseShape
 from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES, FilePair
@@ -59,7 +59,7 @@ class Ingest(NamedTuple):
         mapped = mmap.mmap(weights_file.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = _tensors(mapped, header.tensors)
         if files == MIXTURE_FILES:
-            return self._mixture(config, tensors, size_bytes)
+            return self._mixture(config, tensors, header.metadata, size_bytes)
         adapter = directory.read(config, tensors, header.metadata, self.base, self.limits)
         laid_out = slab.build(adapter, self.base, dtype=self.dtype, pinned=self.pinned)
         base_model = config.get("base_model_name_or_path")
@@ -73,12 +73,18 @@ class Ingest(NamedTuple):
             modules=tuple(sorted({self.base.sites[name].suffix for name in adapter.sites})),
             base_model_name=base_model[:256] if isinstance(base_model, str) else "",
             trained_held_as=directory.trained_held_as(config, header.metadata, self.base),
-            trained_rope_factors=directory.trained_rope_factors(header.metadata, self.base),
+            trained_rope_factors=base_binding.trained_rope_factors(header.metadata, self.base),
             invocation_tokens=adapter.invocation_tokens,
         )
         return Ingested(info, laid_out)
 
-    def _mixture(self, config: Mapping[str, object], tensors: Mapping[str, Tensor], size_bytes: int) -> Ingested:
+    def _mixture(
+        self,
+        config: Mapping[str, object],
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        size_bytes: int,
+    ) -> Ingested:
         """The router alone: whether its experts are here is the registry's to say."""
         mixture = mixture_files.read(config, tensors, self.base, self.limits)
         for index, expert in enumerate(mixture.experts):
@@ -91,6 +97,7 @@ class Ingest(NamedTuple):
             slab_bytes=laid_out.size_bytes,
             num_parameters=mixture.params.weight.numel(),
             trained_held_as=mixture_files.trained_held_as(config, self.base),
+            trained_rope_factors=base_binding.trained_rope_factors(metadata, self.base),
             experts=tuple(
                 AdapterReference(AdapterId(expert.adapter_id), Generation(expert.generation))
                 for expert in mixture.experts

@@ -13,10 +13,14 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 class AdapterDirectory(NamedTuple):
-    """What one holds. base_digest: of the base that it names, None where it names none."""
+    """What one holds. base_digest: of the base that it names, None where it names none.
+
+    rope_factors: the rotary factors of the base in training; "" where they do not depend on the length.
+    """
 
     adapter: "Adapter"
     base_digest: str | None
+    rope_factors: str
 
 
 def read(path: Path, shape: "BaseShape") -> AdapterDirectory:
@@ -25,7 +29,7 @@ def read(path: Path, shape: "BaseShape") -> AdapterDirectory:
 
     from weft.adapters.config_file import read_config
     from weft.adapters.safetensors_header import read_header
-    from weft.methods.checkpoint import directory
+    from weft.methods.checkpoint import base_binding, directory
 
     limits = AdapterLimits()
     keys = read_config((path / CONFIG_FILE).read_bytes(), limits)
@@ -35,4 +39,5 @@ def read(path: Path, shape: "BaseShape") -> AdapterDirectory:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
     digest = metadata.get(directory.BASE_DIGEST)
     fitted = shape if digest is None else replace(shape, digest=digest)
-    return AdapterDirectory(directory.read(keys, tensors, metadata, fitted, limits), digest)
+    adapter = directory.read(keys, tensors, metadata, fitted, limits)
+    return AdapterDirectory(adapter, digest, base_binding.rope_factors(metadata))

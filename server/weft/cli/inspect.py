@@ -126,7 +126,7 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
     from weft.model import loader
 
     base = loader.load(config, attention="sdpa")
-    adapter, digest = adapter_directory.read(path, base.shape)
+    adapter, digest, _ = adapter_directory.read(path, base.shape)
     held_as = base.shape.same_weights.get(digest or "", "")
     matches = None if digest is None else bool(held_as) or digest == base.shape.digest
     places = {**adapter.sites, **({} if adapter.prefix is None else {"": adapter.prefix})}

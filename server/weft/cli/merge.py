@@ -80,10 +80,10 @@ def command(
     try:
         # Nothing is read of the weights but their shapes, so any way of holding them will do.
         held = loader.load(ModelConfig(path=base, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
-        adapters, digest = _read([path for path, _ in weighted], held.shape)
+        adapters, bound = _read([path for path, _ in weighted], held.shape)
         weights = [weight for _, weight in weighted]
         merged, kept = merging.merge(list(zip(adapters, weights, strict=True)), rule)
-        directory.write(merged, output, replace(held.shape, digest=digest))
+        directory.write(merged, output, bound)
     except (ValueError, OSError, WeftError) as error:
         raise fail(str(error)) from None
     num_bytes = sum(file.stat().st_size for file in output.iterdir())
@@ -133,10 +133,11 @@ def _rule(strategy: Strategy, given: dict[str, Any]) -> "Rule":
     return partial(rules[strategy], **takes)
 
 
-def _read(paths: list[Path], shape: "BaseShape") -> "tuple[list[Adapter], str]":
-    """The adapters, and the digest of the base that they name first; "" where none does.
+def _read(paths: list[Path], shape: "BaseShape") -> "tuple[list[Adapter], BaseShape]":
+    """The adapters, and the base that their sum is for: the first that they name, none where none does.
 
-    The digests of one base's weights, held in several ways, are one base. Raises ValueError for two bases.
+    The digests of one base's weights, held in several ways, are one base. Raises ValueError for two bases, and for two
+    sets of rotary factors, for whose sum there is no base.
     """
     found = [adapter_directory.read(path, shape) for path in paths]
     named = {read.base_digest: path for path, read in zip(paths, found, strict=True) if read.base_digest is not None}
@@ -147,4 +148,9 @@ def _read(paths: list[Path], shape: "BaseShape") -> "tuple[list[Adapter], str]":
             raise ValueError(f"the parts were trained for different bases: {bases}")
         *most, last = [holdings[digest] for digest in named]
         note(f"the base was held as {', '.join(most)} and {last} in their training; the sum is bound to {most[0]}")
-    return [read.adapter for read in found], next(iter(named), "")
+    factors = {read.rope_factors: path for path, read in zip(paths, found, strict=True) if read.rope_factors}
+    if len(factors) > 1:
+        given = ", ".join(f"{path} with {name}" for name, path in factors.items())
+        raise ValueError(f"the parts were trained with different rotary factors of the base: {given}")
+    bound = replace(shape, digest=next(iter(named), ""), rope_factors=next(iter(factors), ""))
+    return [read.adapter for read in found], bound

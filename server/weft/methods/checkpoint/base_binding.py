@@ -1,11 +1,16 @@
-"""Which base an adapter or a mixture was trained on, by digest, and whether that is the one here.
+"""Which base an adapter or a mixture was trained on, by digest and rotary factors, and whether that is the one here.
 
 Other weights are refused. The same weights held in another quantization serve: the answers differ by the base's
 rounding, and how the base was held in training is reported.
 """
 
+from collections.abc import Mapping
+
 from weft.errors import AdapterUnusable
 from weft.methods.protocol import BaseShape
+
+ROPE_FACTORS = "weft_rope_factors"
+_ROPE_FACTORS_CHARACTERS_MAX = 64
 
 
 def held_as(digest: object, base: BaseShape, *, file: str, name: object = None) -> str:
@@ -26,6 +31,22 @@ def held_as(digest: object, base: BaseShape, *, file: str, name: object = None) 
         field=file,
         metadata={"limit": base.digest, "given": digest},
     )
+
+
+def rope_metadata(base: BaseShape) -> dict[str, str]:
+    """What a weights file says of the base's rotary factors: nothing where they do not depend on the length."""
+    return {ROPE_FACTORS: base.rope_factors} if base.rope_factors else {}
+
+
+def rope_factors(metadata: Mapping[str, str]) -> str:
+    """The rotary factors of the base in training where they depend on the length, else ""."""
+    return metadata.get(ROPE_FACTORS, "")[:_ROPE_FACTORS_CHARACTERS_MAX]
+
+
+def trained_rope_factors(metadata: Mapping[str, str], base: BaseShape) -> str:
+    """`rope_factors` where they differ from `base`'s, else ""."""
+    given = rope_factors(metadata)
+    return given if base.rope_factors and given != base.rope_factors else ""
 
 
 def base_name(given: object) -> str:

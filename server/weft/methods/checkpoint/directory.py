@@ -33,8 +33,6 @@ from weft.methods.protocol import Adapter, BaseShape
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_DIGEST = "weft_base_digest"
-ROPE_FACTORS = "weft_rope_factors"
-_ROPE_FACTORS_CHARACTERS_MAX = 64
 
 
 class _Format(NamedTuple):
@@ -100,12 +98,6 @@ def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base
     return base_binding.held_as(digest, base, file=WEIGHTS_FILE, name=name)
 
 
-def trained_rope_factors(metadata: Mapping[str, str], base: BaseShape) -> str:
-    """The rotary factors of the base in training where they depend on the length and differ from `base`'s, else ""."""
-    given = metadata.get(ROPE_FACTORS, "")[:_ROPE_FACTORS_CHARACTERS_MAX]
-    return given if base.rope_factors and given != base.rope_factors else ""
-
-
 def require_served(config: Mapping[str, Any]) -> None:
     """Raise InvalidAdapter for a type that is not served, with PEFT's way to one that is, or with what is served."""
     peft_type = config.get("peft_type")
@@ -146,7 +138,6 @@ def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
         **keys,
     }
     bound = {BASE_DIGEST: base.digest} if base.digest else {}
-    if base.rope_factors:
-        bound[ROPE_FACTORS] = base.rope_factors
-    safetensors_file.write(directory / WEIGHTS_FILE, tensors, {"format": "pt", **bound})
+    metadata = {"format": "pt", **bound, **base_binding.rope_metadata(base)}
+    safetensors_file.write(directory / WEIGHTS_FILE, tensors, metadata)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -81,7 +81,8 @@ def write(mixture: Mixture, directory: Path, base: BaseShape) -> None:
         "normalize": made.config.normalize,
         "null_expert": made.config.null_expert,
     }
-    safetensors_file.write(directory / WEIGHTS_FILE, {WEIGHT: made.params.weight.float()}, {"format": "pt"})
+    metadata = {"format": "pt", **base_binding.rope_metadata(base)}
+    safetensors_file.write(directory / WEIGHTS_FILE, {WEIGHT: made.params.weight.float()}, metadata)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
