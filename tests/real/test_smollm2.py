@@ -1,5 +1,9 @@
 """A real language model through real servers: what transformers answers is what is answered."""
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +19,7 @@ from weft.config import ModelConfig, Quantization
 from weft.methods import bottleneck
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader
+from weft.model import loader, source
 from weft_training.adapter import AdaptedModel
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
@@ -164,3 +168,24 @@ def test_the_converted_directory_holds_what_transformers_reads_in_the_file(gguf:
     held = converted.state_dict()
     assert held.keys() == read.state_dict().keys()
     assert all(torch.equal(held[name], tensor) for name, tensor in read.state_dict().items())
+
+
+def test_a_conversion_that_is_ended_is_made_again_whole(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = [sys.executable, "-m", "weft", "serve", str(gguf), "--port", "0", "--metrics-port", "0"]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    while not (begun := [path for path in tmp_path.rglob(".making-*") if path.is_dir()]):
+        assert process.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 0
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert not [path for path in begun[0].parent.iterdir() if not path.name.startswith(".")]
+    made = source.resolve(gguf).directory
+    assert made.is_relative_to(tmp_path)
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in made.iterdir()}
+    assert not begun[0].exists()
+    assert not list(tmp_path.rglob(".making-*"))
