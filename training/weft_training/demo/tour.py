@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from weft.client import AsyncClient, Client, RpcFailure
@@ -160,17 +161,17 @@ async def _mixed_batch(console: Console, server: Server, methods: dict[str, str]
         began = time.monotonic()
         asked = await asyncio.gather(*(ask(name, example) for name, example in asks))
         seconds = time.monotonic() - began
-    console.print(_answers_table(asked))
-    by_adapter = [one for one in asked if one.adapter]
-    num_right = sum(one.is_right for one in by_adapter)
-    base_right = sum(one.is_right for one in asked if not one.adapter)
+    by_adapter, by_base = ([one for one in asked if bool(one.adapter) is adapted] for adapted in (True, False))
+    num_right, base_right = (sum(one.is_right for one in part) for part in (by_adapter, by_base))
+    console.print(_answers_table(by_adapter))
+    console.print(f"  without an adapter: {prompt(by_base[0].example)!r} → {by_base[0].answer!r}", markup=False)
     console.print(
         f"  {len(asked)} requests in {seconds:.2f} s: {num_right} of {len(by_adapter)} right with their adapters, "
-        f"{base_right} of {len(asked) - len(by_adapter)} without"
+        f"{base_right} of {len(by_base)} without"
     )
     require(len(asked) >= 24, "at least 24 concurrent requests")
     require(num_right >= _RIGHT_SHARE_MIN * len(by_adapter), "adapters answer their tasks")
-    require(base_right <= 0.25 * (len(asked) - len(by_adapter)), "the base alone does not")
+    require(base_right <= 0.25 * len(by_base), "the base alone does not")
 
 
 async def _compose(console: Console, server: Server) -> None:
@@ -194,23 +195,29 @@ async def _compose(console: Console, server: Server) -> None:
 
 
 def _answers_table(asked: Sequence[_Asked]) -> Table:
-    """A row for each adapter: its first answer that is wrong, or its first, and how many of all are right."""
+    """A row for each task: a prompt, what each method's adapter answers to it, and how many of all it has right.
+
+    The prompt is the first that one of them has wrong, or the first.
+    """
+    methods = list(dict.fromkeys(one.method for one in asked))
     table = Table(box=None, pad_edge=False)
-    for column in ("adapter", "method", "prompt", "answer", "", "right"):
+    for column in ("task", "prompt", *methods):
         table.add_column(column)
-    for adapter in dict.fromkeys(one.adapter for one in asked):
-        of_adapter = [one for one in asked if one.adapter == adapter]
-        shown = next((one for one in of_adapter if not one.is_right), of_adapter[0])
-        mark = "[green]right[/green]" if shown.is_right else "[red]wrong[/red]" if adapter else "[dim]as expected[/dim]"
-        table.add_row(
-            adapter or "[dim]none[/dim]",
-            shown.method,
-            repr(prompt(shown.example)),
-            repr(shown.answer),
-            mark,
-            f"{sum(one.is_right for one in of_adapter)} of {len(of_adapter)}",
-        )
+    for task in dict.fromkeys(one.example.task for one in asked):
+        of_task = [one for one in asked if one.example.task == task]
+        shown = next((one for one in of_task if not one.is_right), of_task[0]).example
+        by_method = [[one for one in of_task if one.method == method] for method in methods]
+        table.add_row(task, repr(prompt(shown)), *(_answer_shown(shown, of_method) for of_method in by_method))
     return table
+
+
+def _answer_shown(example: Example, asked: Sequence[_Asked]) -> str:
+    """One adapter's answer to an example, and how many of its answers are right; nothing where it was not asked."""
+    found = next((one for one in asked if one.example == example), None)
+    if found is None:
+        return ""
+    mark = "[green]✓[/green]" if found.is_right else "[red]✗[/red]"
+    return f"{escape(repr(found.answer))} {mark} {sum(one.is_right for one in asked)} of {len(asked)}"
 
 
 def _examples_of_all(tasks: Sequence[str], count: int) -> list[Example]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from weft.config import ModelConfig, Quantization
 from weft.methods.lora import LoraConfig
 from weft.methods.mixture import Level
+from weft.model.packed import multiplies_bfloat16
 from weft_training import shipped
 from weft_training.adapter import MethodConfig
 from weft_training.config import SaveDtype, TrainConfig
@@ -75,6 +76,7 @@ def train_recipe(
         seed=recipe.seed,
         overwrite=overwrite,
         save_dtype=SaveDtype.BFLOAT16,
+        autocast=multiplies_bfloat16(),
     )
     return train(config, examples=_rows(recipe.task, recipe.seed), progress=progress)
 
@@ -91,6 +93,7 @@ def train_mixture(output: Path, experts: Sequence[Path], *, num_threads: int, pr
         num_warmup_steps=4,
         overwrite=True,
         save_dtype=SaveDtype.BFLOAT16,
+        autocast=multiplies_bfloat16(),
     )
     rows = [one for task in TASKS.values() for one in _rows(task, 1, count=400)]
     return train(config, examples=rows, progress=progress)

@@ -9,7 +9,7 @@ import random
 from types import MappingProxyType
 
 from weft_training.demo.real.task import Fields, RealTask
-from weft_training.demo.real.wording import People, Wordings, mistyped
+from weft_training.demo.real.wording import People, Wordings, mistyped, sentence
 from weft_training.demo.tasks import Split
 
 _KEYS = ("name", "order", "item", "problem", "wish")
@@ -20,6 +20,8 @@ _THINGS = Wordings(
         *("garden hose", "bath towel", "yoga mat", "picture frame", "bread knife", "laptop stand", "floor rug"),
         *("hiking boots", "wall clock", "hand mixer", "bed frame", "radio alarm", "camping stove", "tea pot"),
         *("backpack", "curtain rail", "rice cooker", "skateboard", "umbrella", "mattress", "soap dispenser"),
+        *("guitar strap", "ironing board", "pillow", "cutting board", "snow shovel", "travel bag", "night light"),
+        *("plant pot", "table fan", "rowing machine", "sofa cover", "hair dryer", "tool box", "bar stool"),
     ),
     (
         *("electric shaver", "book shelf", "frying pan", "tennis racket", "shower curtain", "printer cable"),
@@ -27,7 +29,8 @@ _THINGS = Wordings(
     ),
 )
 _COLOURS = Wordings(
-    ("green", "black", "blue", "large", "small", "wooden", "white", "yellow"), ("red", "grey", "steel", "second-hand")
+    ("green", "black", "blue", "large", "small", "wooden", "white", "yellow", "orange", "folding", "round", "cheap"),
+    ("red", "grey", "steel", "second-hand"),
 )
 
 _PROBLEMS = MappingProxyType(
@@ -44,6 +47,20 @@ _PROBLEMS = MappingProxyType(
                 "there is a hole in the {item}",
                 "the {item} must have been hit on the way, it leaks",
                 "the surface of the {item} is full of stains",
+                "the {item} shows dents all over",
+                "the glass of the {item} is shattered",
+                "one side of my {item} is completely crushed",
+                "the {item} I got is cracked",
+                "I found the {item} broken in its box",
+                "the {item} was delivered with a big tear in it",
+                "the paint has come off the {item} already",
+                "the {item} is ruined, water got into the parcel",
+                "my new {item} has a broken handle",
+                "the {item} snapped the first time I used it",
+                "the {item} does not hold together",
+                "the {item} is scratched all over",
+                "parts of the {item} are burst",
+                "the {item} is twisted out of shape",
             ),
             (
                 "somebody must have dropped the {item}, it is bent",
@@ -63,6 +80,20 @@ _PROBLEMS = MappingProxyType(
                 "a month has gone by without the {item}",
                 "the tracking of the {item} has not moved for days",
                 "when will the {item} come at last",
+                "two weeks have passed and the {item} is still not here",
+                "the {item} was to come yesterday",
+                "I have waited ten days for the {item} now",
+                "nobody has brought the {item} yet",
+                "the {item} seems to be stuck somewhere on its way",
+                "the day on which you promised the {item} is over",
+                "my {item} has still not arrived",
+                "how much longer do I have to wait for the {item}",
+                "the parcel with the {item} never reached me",
+                "you said three days for the {item}, it has been twelve",
+                "it is the third week and I have no {item}",
+                "the {item} is delayed again",
+                "the van with the {item} did not come",
+                "I needed the {item} for last weekend and it did not come in time",
             ),
             (
                 "the {item} is long overdue",
@@ -82,6 +113,20 @@ _PROBLEMS = MappingProxyType(
                 "what you delivered is no {item} at all",
                 "the label says {item}, but inside was a {other}",
                 "your warehouse took a {other} for the {item}",
+                "I opened the parcel of the {item} and saw a {other}",
+                "this {other} is not what I ordered, I ordered the {item}",
+                "you have delivered a {other}, my order says {item}",
+                "I expected the {item} and got a {other}",
+                "somebody packed a {other} although I bought the {item}",
+                "the thing in the box is a {other} and not the {item}",
+                "I never ordered a {other}, I ordered the {item}",
+                "it seems you confused the {item} with a {other}",
+                "you shipped a {other} to me, yet I need the {item}",
+                "the {item} on my order turned out to be a {other}",
+                "another customer must have my {item}, for I hold a {other}",
+                "what came is not the {item} but some other product",
+                "the wrong article arrived, I had ordered the {item}",
+                "the {item} that I ordered was swapped with a {other}",
             ),
             (
                 "where the {item} should be I found a {other}",
@@ -101,6 +146,20 @@ _PROBLEMS = MappingProxyType(
                 "the {item} is not complete",
                 "you forgot to enclose the handle of the {item}",
                 "a part that belongs to the {item} was not sent",
+                "the {item} was sent without its plug",
+                "two screws of the {item} are not there",
+                "there is no lid for the {item} in the parcel",
+                "I miss the charger of the {item}",
+                "the set for the {item} should have six parts and has five",
+                "the {item} arrived, but its bag did not",
+                "the box of the {item} holds no instructions",
+                "some parts of my {item} are missing",
+                "only the lower half of the {item} was in the parcel",
+                "the bolts that hold the {item} together were not packed",
+                "the spare part of the {item} was not included",
+                "not all pieces of the {item} have come",
+                "the {item} has no feet, they were not in the box",
+                "something is missing from the {item}",
             ),
             (
                 "I cannot find the lid that belongs to the {item}",
@@ -120,6 +179,20 @@ _PROBLEMS = MappingProxyType(
                 "you took the price of the {item} from my account two times",
                 "the invoice of the {item} lacks the tax number",
                 "I got a reminder for the {item} although I have paid",
+                "the bill says two of the {item}, I ordered one",
+                "your invoice asks twice the price of the {item}",
+                "the amount you took for the {item} is not the one agreed",
+                "my voucher was not counted when I paid for the {item}",
+                "I still see an open sum for the {item}, which I paid long ago",
+                "why do I pay shipping for the {item} when it was free",
+                "I have got no invoice for the {item}",
+                "the receipt of the {item} is made out to somebody else",
+                "you charged a fee on the {item} that nobody told me of",
+                "my account was debited again for the {item}",
+                "the tax on the invoice of the {item} is wrong",
+                "the {item} was cheaper when I ordered it than on the bill",
+                "I was billed for the {item} in dollars instead of euros",
+                "the {item} stands on my credit card statement twice",
             ),
             (
                 "the price on the receipt for the {item} is too high",
@@ -141,6 +214,16 @@ _WISHES = MappingProxyType(
                 "I ask you to pay the money back.",
                 "Give me my money back, please.",
                 "I would rather have the amount returned.",
+                "I want my money back.",
+                "Please return what I have paid.",
+                "Reimburse me, please.",
+                "I insist on a refund.",
+                "Please pay the price back to my account.",
+                "I no longer want it, so return the money.",
+                "Please credit the full price to my card.",
+                "Can you give me back the money?",
+                "I would be grateful for a refund.",
+                "Please cancel the purchase and pay me back.",
             ),
             ("I expect to get back what I paid.", "Please transfer the money to me again.", "A refund would be best."),
         ),
@@ -154,6 +237,16 @@ _WISHES = MappingProxyType(
                 "Please replace it.",
                 "Can I have it exchanged?",
                 "I would be happy with another one.",
+                "Please ship a new one as soon as possible.",
+                "Kindly exchange it.",
+                "I want a new one in its place.",
+                "Could I get another one?",
+                "Send a replacement, please.",
+                "Please arrange for an exchange.",
+                "I would like you to replace it.",
+                "Could you post the right one to me?",
+                "I still need it, so please send another.",
+                "A new one would make me happy.",
             ),
             ("I hope you can swap it for a new one.", "Please deliver it once more.", "I ask for an exchange."),
         ),
@@ -167,6 +260,16 @@ _WISHES = MappingProxyType(
                 "I would like to know more.",
                 "Do you have any news?",
                 "Please inform me.",
+                "How can this be?",
+                "What should I do now?",
+                "Could you look into it and write back?",
+                "Please explain.",
+                "I would like an answer to this.",
+                "Who can tell me what happened?",
+                "Please tell me where things are.",
+                "Could you give me some details?",
+                "I have no idea what to do, please advise.",
+                "Let me know what you find out.",
             ),
             ("I would be glad to hear how things stand.", "Please keep me informed.", "Can you tell me more?"),
         ),
@@ -184,6 +287,14 @@ _ORDERS = Wordings(
         "You will find it under {order}.",
         "Order: {order}.",
         "I ordered it as {order}.",
+        "That was order {order}.",
+        "{order} is what the order is called.",
+        "The number of my order: {order}.",
+        "I refer to {order}.",
+        "See order {order}.",
+        "In your system it should be {order}.",
+        "My confirmation mail speaks of {order}.",
+        "Ref. {order}.",
     ),
     ("Please look up {order}.", "Your confirmation says {order}."),
 )
@@ -197,6 +308,16 @@ _IDLE = Wordings(
         "The parcel was left with my neighbour {person}.",
         "I wrote about this last week.",
         "My postcode is {number}.",
+        "I am at home in the mornings.",
+        "{person} recommended your shop to me.",
+        "The {other} came without any trouble.",
+        "My husband {person} was there when the parcel came.",
+        "My customer number is {number}.",
+        "I can be called at {phone} after six.",
+        "We bought a {other} from you as well.",
+        "I spoke to {person} in your shop.",
+        "My flat is number {number}.",
+        "It is for my daughter {person}.",
     ),
     (
         "I did call {phone} but nobody answered.",
@@ -212,12 +333,13 @@ _CLOSINGS = Wordings(
 
 
 def _draw(rng: random.Random, people: People, split: Split) -> tuple[str, str]:
-    name, item, other = people.full(), _item(rng, split), _item(rng, split)
+    name, item = people.full(), _item(rng, split)
+    other = next(drawn for drawn in iter(lambda: _item(rng, split), None) if drawn.split()[-1] != item.split()[-1])
     order = _order(rng) if rng.random() < 0.85 else None
     problem = rng.choice(list(_PROBLEMS))
     wish = rng.choice(list(_WISHES)) if rng.random() < 0.85 else None
     told = _PROBLEMS[problem].draw(rng, split).format(item=item, other=other)
-    parts = [told[0].upper() + told[1:] + ("?" if told.startswith("when will") else ".")]
+    parts = [sentence(told)]
     if order is not None:
         parts.append(_ORDERS.draw(rng, split).format(order=order))
     person = people.full()

@@ -45,18 +45,17 @@ _MARKER = "real"
 class _Method(NamedTuple):
     adapter: MethodConfig
     learning_rate: float
-    num_steps: int
 
 
 METHODS: Mapping[str, _Method] = MappingProxyType(
     {
-        "lora": _Method(LoraConfig(rank=8, alpha=16.0), 2e-3, 60),
-        "bottleneck": _Method(BottleneckConfig(size=16), 2e-3, 60),
-        "ia3": _Method(USUAL["ia3"], 3e-2, 120),
-        "prefix": _Method(PrefixConfig(num_virtual_tokens=16), 3e-2, 120),
+        "lora": _Method(LoraConfig(rank=8, alpha=16.0), 4e-3),
+        "bottleneck": _Method(BottleneckConfig(size=16), 4e-3),
+        "ia3": _Method(USUAL["ia3"], 6e-2),
+        "prefix": _Method(PrefixConfig(num_virtual_tokens=16), 1e-1),
     }
 )
-_BATCH_SIZE = 4
+_NUM_STEPS, _BATCH_SIZE = 100, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +86,12 @@ def measure(server: Server, method: str, task: RealTask, seed: int, num_threads:
     """Train where there is something to train, and ask."""
     if method not in METHODS:
         return _asked_of(server, method, task, seed, None)
-    adapter, learning_rate, num_steps = METHODS[method]
+    adapter, learning_rate = METHODS[method]
     recipe = Recipe(
         task=task,
         adapter=adapter,
         learning_rate=learning_rate,
-        num_steps=num_steps,
+        num_steps=_NUM_STEPS,
         batch_size=_BATCH_SIZE,
         seed=seed,
     )
@@ -102,7 +101,7 @@ def measure(server: Server, method: str, task: RealTask, seed: int, num_threads:
         client.upload("studied", Path(scratch, "made"))
         cell = _asked_of(server, method, task, seed, "studied")
         client.unregister("studied")
-    return replace(cell, num_parameters=trained.num_parameters, num_steps=num_steps, train_s=round(trained.seconds, 1))
+    return replace(cell, num_parameters=trained.num_parameters, num_steps=_NUM_STEPS, train_s=round(trained.seconds, 1))
 
 
 def _asked_of(server: Server, method: str, task: RealTask, seed: int, adapter: str | None) -> Cell:
@@ -143,6 +142,7 @@ def read(results: Path) -> list[Cell]:
 
 def main(
     results: Annotated[Path, typer.Option(help="JSON of what was measured.")] = RESULTS,
+    only: Annotated[list[str] | None, typer.Option(help="Measure these methods alone; may come again.")] = None,
     num_threads: Annotated[int, typer.Option(help="CPU threads of the training; 0 for all cores.")] = 0,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
@@ -150,7 +150,9 @@ def main(
 ) -> None:
     """Train and measure what is missing; an interrupted study goes on at the cell where it was."""
     console, known = Console(), read(results)
-    wanted = list(missing(known))
+    if unknown := set(only or ()) - {BASE, PROMPTED, *METHODS}:
+        raise typer.BadParameter(f"--only must be of {', '.join((BASE, PROMPTED, *METHODS))}, given {min(unknown)!r}")
+    wanted = [one for one in missing(known) if not only or one[0] in only]
     results.parent.mkdir(parents=True, exist_ok=True)
     if wanted:
         with (

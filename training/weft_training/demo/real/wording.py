@@ -5,6 +5,7 @@ lists, and first and last names belong to a split by their hash, each on its own
 """
 
 import random
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from weft_training.demo.tasks import Split
 _LOCALES = ["en_GB", "en_US", "en_IN", "de_DE", "fr_FR", "es_ES", "it_IT", "nl_NL", "pl_PL", "sv_SE"]
 _SHARE_OF_TEST = 4  # one name of so many
 _TYPOS_OF = 40  # one word of so many
+_ASKING = ("is ", "can ", "could ", "do ", "how ", "what ", "when ", "which ", "who ", "why ")
+_BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou])")
 
 
 class Wordings(NamedTuple):
@@ -57,6 +60,12 @@ class People:
 def split_of(name: str) -> Split:
     """The split that owns a name."""
     return Split.TEST if zlib.crc32(name.encode()) % _SHARE_OF_TEST == 0 else Split.TRAIN
+
+
+def sentence(text: str) -> str:
+    """A clause as a sentence: its capital, its end, and "an" before a vowel."""
+    whole = text[0].upper() + text[1:] + ("?" if text.startswith(_ASKING) else ".")
+    return _BEFORE_VOWEL.sub("an ", whole)
 
 
 def mistyped(text: str, rng: random.Random, keep: Sequence[str]) -> str:
