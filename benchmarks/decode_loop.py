@@ -9,7 +9,6 @@ import torch
 from benchmarks.gpu_base import Loras
 from weft.adapters.identifiers import Generation
 from weft.config import EngineConfig
-from weft.engine.batch import Batch
 from weft.engine.engine import Engine, EngineCallbacks
 from weft.engine.request import (
     AdapterUse,
@@ -22,6 +21,7 @@ from weft.engine.request import (
     TokenEvent,
 )
 from weft.engine.runner import ModelRunner
+from weft.kernels import step as steps
 from weft.kernels.selection import select
 from weft.metrics import Metrics
 from weft.model.loader import Base
@@ -42,12 +42,12 @@ class _TimedRunner(ModelRunner):
 
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, step: steps.Step) -> torch.Tensor:
         if self._base.device.type != "cuda":
-            return super().forward(batch)
+            return super().forward(step)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        logits = super().forward(batch)
+        logits = super().forward(step)
         end.record()
         self.spans.append((begin, end))
         return logits

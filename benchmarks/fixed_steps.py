@@ -19,15 +19,14 @@ from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.config import EngineConfig
-from weft.engine import batch as batches
-from weft.engine.batch import Batch
 from weft.engine.block_manager import BlockManager, cache_root
 from weft.engine.engine import Engine, EngineCallbacks
-from weft.engine.gatings import Gatings
 from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
+from weft.engine.stepper import Stepper
 from weft.kernels.selection import Kernels
+from weft.kernels.step import Step
 from weft.methods import mixture
 from weft.methods.mixture import Expert, Mixture, MixtureConfig
 from weft.methods.protocol import Adapter
@@ -116,7 +115,7 @@ class FixedSteps:
             kernels=kernels,
             num_recorded_rows=num_rows,
         )
-        self._gatings = Gatings(self._runner)
+        self._stepper = Stepper(self._runner, _BLOCK_SIZE)
         self._runner.warm_up()
         built = (slab.build(adapter, base.shape, dtype=base.dtype) for adapter in (*given.adapters, *given.resident))
         slots = [self._place(one) for one in built]
@@ -134,18 +133,16 @@ class FixedSteps:
                 adapters=tuple(uses),
                 mixture=MixtureUse(Generation(str(row))) if routers else None,
             )
-            if made.mixture is not None:
-                self._gatings.begin(made, made.mixture)
             self._slots_of[made] = (*slots[first : first + per_row], *routers[row : row + 1])
             return made
 
         rows = [request(f"row {row}", prompt, row) for row, prompt in enumerate(prompts(num_rows, NUM_CONTEXT))]
         prompt = request("prompt", prompts(1, NUM_PROMPT)[0], 0)
-        self._runner.forward(self._batch(rows))
+        self._runner.forward(self._step(rows))
         for request in rows:
             request.num_computed_tokens = request.num_tokens
             request.output.append(1)
-        self._decode, self._prompt = self._batch(rows), self._batch([prompt])
+        self._decode, self._prompt = self._step(rows), self._step([prompt])
         self.decode()  # records it
 
     def decode(self) -> Tensor:
@@ -161,12 +158,12 @@ class FixedSteps:
         assert slot is not None, "_ADAPTER_BYTES is room for all"
         return slot
 
-    def _batch(self, requests: Sequence[Request]) -> Batch:
+    def _step(self, requests: Sequence[Request]) -> Step:
         """The step that computes everything of the requests that is not computed yet."""
         for request in requests:
             assert self._blocks.grow(request, request.num_tokens), "the pool is room for all"
         scheduled = [Scheduled(request, request.num_tokens - request.num_computed_tokens) for request in requests]
-        return batches.build(scheduled, self._slots_of, _BLOCK_SIZE, gatings=self._gatings)
+        return self._stepper.build(scheduled, self._slots_of)
 
 
 class _KeepingRunner(ModelRunner):
@@ -175,9 +172,9 @@ class _KeepingRunner(ModelRunner):
     logits: Tensor
     num_rows: int
 
-    def forward(self, batch: Batch) -> Tensor:
-        self.num_rows = len(batch.input_ids)
-        self.logits = super().forward(batch)
+    def forward(self, step: Step) -> Tensor:
+        self.num_rows = step.num_rows
+        self.logits = super().forward(step)
         return self.logits
 
 

@@ -10,13 +10,13 @@ from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from weft.adapters.slots import SlotTable
-from weft.engine.gatings import Routing
+from weft.engine.drivers import routers
 from weft.kernels.selection import Kernels
-from weft.methods.driver import Routed
+from weft.kernels.step import Step
+from weft.methods.driver import Router
 from weft.methods.inject import Driver
 from weft.model import packed
 from weft.model.loader import Base
@@ -74,37 +74,37 @@ def _reference_attention(kernels: Kernels) -> Kernels:
     return replace(kernels, attend=None)
 
 
-class _RoutedByTorch:
+class _RoutedByTorch(NamedTuple):
     """A driver to which mixtures are rows like others, and their gates as torch makes them, request by request."""
 
-    routes = True
+    driver: Driver
+    routers: Sequence[Router]
+    routes: bool = True
 
-    def __init__(self, slots: SlotTable, rows: Sequence[Tensor], routed: Routing, make: Callable[..., Driver]) -> None:
-        offsets, entries, self._gates = rows
-        driver = make(slots, offsets, entries, self._gates, None)
-        self.needs_residual, self.apply, self.apply_group = driver.needs_residual, driver.apply, driver.apply_group
-        row_of_entry = torch.searchsorted(offsets[1:], torch.arange(len(entries)), right=True)
-        self._runs = []
-        for run in routed.runs:
-            router = Routed(*slots.router(run.slot), torch.arange(run.first, run.last), run.wishes, run.pooled)
-            mine = slice(int(offsets[run.first]), int(offsets[run.last]))
-            self._runs.append((router, mine, (row_of_entry[mine] - run.first, routed.experts[mine].long())))
+    @property
+    def needs_residual(self) -> bool:
+        return self.driver.needs_residual
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        for router, mine, places in self._runs:
-            router.enter(layer, rows)
-            self._gates[mine] = router.by_layer[-1][places]
+        for router in self.routers:
+            router.enter(layer, hidden.reshape(-1, hidden.shape[-1]))
+
+    def apply(self, *given: Any) -> Tensor:
+        return self.driver.apply(*given)
+
+    def apply_group(self, *given: Any) -> Sequence[Tensor]:
+        return self.driver.apply_group(*given)
 
 
 def _routed_by_torch(kernels: Kernels) -> Kernels:
     make = kernels.driver
     assert make is not None
 
-    def driver(slots: SlotTable, offsets: Tensor, entries: Tensor, gates: Tensor, routed: Routing | None) -> Driver:
-        if routed is None:
-            return make(slots, offsets, entries, gates, None)
-        return _RoutedByTorch(slots, (offsets, entries, gates), routed, make)
+    def driver(slots: SlotTable, step: Step) -> Driver:
+        made = make(slots, step._replace(routing=None))
+        if step.routing is None or step.entries is None:
+            return made
+        return _RoutedByTorch(made, list(routers(slots, step.entries, step)))
 
     return replace(kernels, driver=driver)
 
@@ -133,7 +133,7 @@ def _asked_everywhere(kernels: Kernels) -> Kernels:
     assert decide is not None
     return replace(
         kernels,
-        driver=lambda slots, *step: make(_all_alike(slots), *step),
+        driver=lambda slots, step: make(_all_alike(slots), step),
         decisions=lambda slots, entries: decide(_all_alike(slots), entries),
     )
 

@@ -18,8 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from weft.kernels.cpu import attention, deltas, gemm, library
+from weft.kernels.step import Entries, Paging
 from weft.methods import bottleneck
-from weft.methods.protocol import Site
+from weft.methods.protocol import DeltaKind, Site
 from weft.model.packed import multiplies_bfloat16
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -37,13 +38,10 @@ def post(
 ) -> Callable[[], None]:
     """One call of `deltas.post` with rows and weights in `dtype`, every row with one adapter."""
     a, b = torch.randn(num_slots, rank, size_in).to(dtype), torch.randn(num_slots, rank, size_out).to(dtype)
-    table = torch.tensor([(int(deltas.Kind.LORA), rank, a[s].data_ptr(), b[s].data_ptr()) for s in range(num_slots)])
+    table = torch.tensor([(int(DeltaKind.LORA), rank, a[s].data_ptr(), b[s].data_ptr()) for s in range(num_slots)])
     site = deltas.Site(table=table, size_in=size_in, size_out=size_out, weight_dtype=dtype)
-    rows = deltas.Rows(
-        offsets=torch.arange(num_rows + 1, dtype=torch.int32),
-        slots=(torch.arange(num_rows) * num_slots // num_rows).to(torch.int32),
-        gates=torch.ones(num_rows),
-    )
+    slots = (torch.arange(num_rows) * num_slots // num_rows).to(torch.int32)
+    rows = deltas.pack(Entries(torch.arange(num_rows + 1, dtype=torch.int32), slots, torch.ones(num_rows)))
     x, y = torch.randn(num_rows, size_in).to(dtype), torch.zeros(num_rows, size_out).to(dtype)
 
     def call(_weights: tuple[torch.Tensor, torch.Tensor] = (a, b)) -> None:
@@ -101,11 +99,8 @@ def decode_bottlenecks(num_slots: int, size: int, features: int) -> Case:
     table = torch.tensor(
         [[p.kind, p.rank, p.first.data_ptr(), p.second.data_ptr()] for p in packed if p.second is not None]
     )
-    rows = deltas.Rows(
-        offsets=torch.arange(num_slots + 1, dtype=torch.int32),
-        slots=torch.arange(num_slots, dtype=torch.int32),
-        gates=torch.ones(num_slots),
-    )
+    slots = torch.arange(num_slots, dtype=torch.int32)
+    rows = deltas.pack(Entries(torch.arange(num_slots + 1, dtype=torch.int32), slots, torch.ones(num_slots)))
     place = deltas.Site(table=table, size_in=features, size_out=features, weight_dtype=BFLOAT16)
     x, y = torch.randn(2, num_slots, features).bfloat16()
     base = torch.randn(features, features).bfloat16()
@@ -132,15 +127,18 @@ def attend(
     blocks = -(-context // 16)
     shape = (num_requests * blocks, 16, kv_heads, head_size)
     cache = attention.Cache(keys=torch.randn(shape).to(dtype), values=torch.randn(shape).to(dtype))
-    batch = attention.Batch(
-        query_start=torch.arange(num_requests + 1, dtype=torch.int32) * num_queries,
-        context_lens=torch.full((num_requests,), context, dtype=torch.int32),
-        virtual_lens=torch.zeros(num_requests, 0, dtype=torch.int32),
-        block_tables=torch.randperm(num_requests * blocks).view(num_requests, blocks).to(torch.int32),
+    packed = attention.pack(
+        Paging(
+            torch.empty(0),  # what is attended to is stored already
+            torch.arange(num_requests + 1, dtype=torch.int32) * num_queries,
+            torch.full((num_requests,), context, dtype=torch.int32),
+            torch.zeros(num_requests, 0, dtype=torch.int32),
+            torch.randperm(num_requests * blocks).view(num_requests, blocks).to(torch.int32),
+        )
     )
     query = torch.randn(num_requests * num_queries, query_heads, head_size).to(dtype)
     out = torch.empty_like(query)
-    return lambda: attention.attend(query, cache, batch, out, scale=head_size**-0.5)
+    return lambda: attention.attend(query, cache, packed, out, scale=head_size**-0.5)
 
 
 def decode_attention(context: int, dtype: torch.dtype) -> Case:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from weft.adapters import slab
 from weft.adapters.slots import AdapterSlot
-from weft.engine import batch as batches
 from weft.engine.block_manager import BlockManager
-from weft.engine.gatings import Gatings
 from weft.engine.request import (
     AdapterUse,
     ExpertBound,
@@ -25,6 +23,7 @@ from weft.engine.request import (
 )
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
+from weft.engine.stepper import Stepper
 from weft.engine.token_ranges import Ranges
 from weft.kernels.selection import Kernels
 from weft.methods.mixture import Level, Mixture
@@ -75,7 +74,7 @@ class Step:
     ) -> list[Tensor]:
         """Logits [tokens, V] of each row, or of its last token; `around` is entered for the model call alone."""
         slots, scheduled, slots_of = [], [], {}
-        gatings = Gatings(self.runner)
+        stepper = Stepper(self.runner, BLOCK_SIZE)
         self.gates: dict[int, Gates | None] = {}
         for index, row in enumerate(rows):
             uses: list[AdapterUse] = []
@@ -113,16 +112,14 @@ class Step:
             assert self.blocks.grow(request, len(row.tokens))
             scheduled.append(Scheduled(request, len(row.tokens)))
             slots_of[request] = tuple(request_slots)
-            if mixture is not None:
-                gatings.begin(request, mixture)
-        batch = batches.build(scheduled, slots_of, BLOCK_SIZE, self.runner.slots.planes, gatings)
+        step = stepper.build(scheduled, slots_of)
         if not last_only:
-            batch = batch._replace(sample_rows=torch.arange(len(batch.input_ids)))
+            step = step._replace(sample_rows=torch.arange(step.num_rows))
         with around or nullcontext():
-            flat = self.runner.forward(batch)
-        if batch.adapter_rows is not None and batch.adapter_rows.routing is not None:
-            gatings.note(scheduled, batch.adapter_rows.routing)
-            self.gates = {index: gatings.end(request) for index, request in enumerate(slots_of)}
+            flat = self.runner.forward(step)
+        if step.routing is not None:
+            stepper.mixtures.record(scheduled, step.routing)
+            self.gates = {index: stepper.mixtures.end(request) for index, request in enumerate(slots_of)}
         for request in slots_of:
             self.blocks.release(request)
             self.blocks.unshare_virtual(request)

@@ -8,10 +8,7 @@ from torch import Tensor
 from weft.adapters import slab
 from weft.adapters.identifiers import Generation
 from weft.adapters.slots import AdapterSlot
-from weft.engine import batch as batches
-from weft.engine.batch import Batch
 from weft.engine.block_manager import BlockManager
-from weft.engine.gatings import Gatings
 from weft.engine.request import (
     AdapterUse,
     ExpertBound,
@@ -25,7 +22,9 @@ from weft.engine.request import (
 )
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
+from weft.engine.stepper import Stepper
 from weft.kernels.selection import Kernels
+from weft.kernels.step import Step
 from weft.methods.mixture import Level, Mixture
 from weft.methods.protocol import Adapter
 from weft.model.loader import Base
@@ -66,7 +65,7 @@ class Decoding:
             num_recorded_rows=num_recorded_rows,
         )
         self.requests: list[Request] = []
-        self._gatings = Gatings(self.runner)
+        self._stepper = Stepper(self.runner, BLOCK_SIZE)
         self._slots: dict[Request, tuple[AdapterSlot, ...]] = {}
 
     def start(self, requests: Sequence[Taken]) -> None:
@@ -102,8 +101,6 @@ class Decoding:
                 mixture=mixture,
                 virtual_blocks=virtual_blocks,
             )
-            if mixture is not None:
-                self._gatings.begin(request, mixture)
             self.requests.append(request)
             self._slots[request] = tuple(slots)
         self._compute(self.requests)
@@ -117,7 +114,7 @@ class Decoding:
 
     def end(self) -> list[Gates | None]:
         """All requests leave, with their adapters; what mixtures made of their tokens."""
-        gates = [self._gatings.end(request) for request in self.requests]
+        gates = [self._stepper.mixtures.end(request) for request in self.requests]
         for request in self.requests:
             self.blocks.release(request)
             self.blocks.drop_virtual(request.virtual_blocks)
@@ -130,20 +127,19 @@ class Decoding:
         """The keys of the pool, layer by layer."""
         return self.runner._cache.keys
 
-    def batch(self, requests: Sequence[Request]) -> Batch:
+    def built(self, requests: Sequence[Request]) -> Step:
         """The step that computes everything of the requests that is not computed yet."""
+        return self._stepper.build(self._scheduled(requests), self._slots)
+
+    def _scheduled(self, requests: Sequence[Request]) -> list[Scheduled]:
         scheduled = []
         for request in requests:
             assert self.blocks.grow(request, request.num_tokens)
             scheduled.append(Scheduled(request, request.num_tokens - request.num_computed_tokens))
-        return batches.build(scheduled, self._slots, BLOCK_SIZE, self.runner.slots.planes, self._gatings)
+        return scheduled
 
     def _compute(self, requests: Sequence[Request]) -> Tensor:
-        batch = self.batch(requests)
-        logits = self.runner.forward(batch)
-        if batch.adapter_rows is not None and batch.adapter_rows.routing is not None:
-            step = [Scheduled(request, request.num_tokens - request.num_computed_tokens) for request in requests]
-            self._gatings.note(step, batch.adapter_rows.routing)
+        logits = self._stepper.compute(self._scheduled(requests), self._slots)
         for request in requests:
             request.num_computed_tokens = request.num_tokens
         return logits.clone()

@@ -24,7 +24,6 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import EngineConfig
 from weft.engine import block_manager, sampler
-from weft.engine.batch import Batch
 from weft.engine.engine import Engine, EngineCallbacks
 from weft.engine.request import (
     AdapterUse,
@@ -42,6 +41,7 @@ from weft.engine.request import (
 from weft.engine.token_ranges import Ranges
 from weft.engine.transfer import HERE
 from weft.errors import WeftError
+from weft.kernels.step import Step
 from weft.methods import ia3, mixture, prefix, prompt
 from weft.methods.protocol import Adapter, BaseShape, Site, SoftRows, Virtual
 from weft.metrics import Metrics
@@ -201,8 +201,8 @@ class FakeRunner:
         self.slots = SlotTable(num_sites=len(SHAPE.sites), capacity_bytes=capacity_bytes, device=torch.device("cpu"))
         self.cells: dict[int, TokenCell | VirtualCell] = {}
         self.violations: list[str] = []
-        self.batches: list[Batch] = []
-        self.fail: Callable[[Batch], None] = lambda batch: None
+        self.steps: list[Step] = []
+        self.fail: Callable[[Step], None] = lambda step: None
         self.fail_virtual: Callable[[], None] = lambda: None
         self.poison: Container[int] = ()
         self.num_layers = 2
@@ -220,44 +220,44 @@ class FakeRunner:
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.float32).mean()[None]
 
-    def forward(self, batch: Batch) -> Tensor:
-        self.batches.append(batch)
-        self.fail(batch)
+    def forward(self, step: Step) -> Tensor:
+        self.steps.append(step)
+        self.fail(step)
         try:
-            last = self._digests(batch)
+            last = self._digests(step)
         except AssertionError as error:
             self.violations.append(str(error))
             raise
-        self._gates(batch)
-        logits = torch.stack([logits_after(last[row]) for row in batch.sample_rows.tolist()] or [torch.empty(0)])
-        for index, row in enumerate(batch.sample_rows.tolist()):
-            if int(batch.input_ids[row]) in self.poison:
+        self._gates(step)
+        logits = torch.stack([logits_after(last[row]) for row in step.sample_rows.tolist()] or [torch.empty(0)])
+        for index, row in enumerate(step.sample_rows.tolist()):
+            if int(step.input_ids[row]) in self.poison:
                 logits[index, index % VOCAB_SIZE] = float("nan")
-                b = int(torch.searchsorted(batch.query_start, row, right=True)) - 1
-                for slot in batch.kv_slots[batch.query_start[b] : row + 1].tolist():
+                b = int(torch.searchsorted(step.paging.query_start, row, right=True)) - 1
+                for slot in step.paging.kv_slots[step.paging.query_start[b] : row + 1].tolist():
                     del self.cells[slot]
         return logits
 
-    def _gates(self, batch: Batch) -> None:
+    def _gates(self, step: Step) -> None:
         """Every gate tells whose it is: 1000 · layer + 10 · position + expert."""
-        routing = None if batch.adapter_rows is None else batch.adapter_rows.routing
+        routing = step.routing
         if routing is None or routing.trace is None:
             return
         for run in routing.runs:
             config, _ = self.slots.router(run.slot)
-            gates = 10.0 * batch.positions[run.first : run.last, None] + torch.arange(config.num_experts)
+            gates = 10.0 * step.positions[run.first : run.last, None] + torch.arange(config.num_experts)
             for layer, trace in enumerate(routing.trace):
                 if run.traced_at >= 0:
                     trace[run.traced_at : run.traced_at + gates.numel()] = (1000 * layer + gates).flatten()
 
-    def _digests(self, batch: Batch) -> list[bytes]:
+    def _digests(self, step: Step) -> list[bytes]:
         """The digest at every row, with the row's KV cell written."""
         digests: list[bytes] = []
-        starts, read_by, written_by = batch.query_start.tolist(), {}, {}
-        for b, num_real in enumerate(batch.context_lens.tolist()):
+        starts, read_by, written_by = step.paging.query_start.tolist(), {}, {}
+        for b, num_real in enumerate(step.paging.context_lens.tolist()):
             rows = range(starts[b], starts[b + 1])
-            slots = self._slots(batch, b, num_real)
-            digest, num_computed = start(self._spans(batch, b, rows)), num_real - len(rows)
+            slots = self._slots(step, b, num_real)
+            digest, num_computed = start(self._spans(step, b, rows)), num_real - len(rows)
             for slot in slots[:num_computed]:
                 cell = self.cells.get(slot)
                 assert isinstance(cell, TokenCell), f"request {b} reads KV slot {slot}, which holds {cell}"
@@ -265,13 +265,14 @@ class FakeRunner:
                 assert cell.digest == digest, f"request {b} reads KV slot {slot} of another beginning"
                 read_by.setdefault(slot, b)
             for row, index in zip(rows, range(num_computed, num_real), strict=True):
-                slot, token = slots[index], int(batch.input_ids[row])
-                assert slot == batch.kv_slots[row], f"row {row} is stored at {batch.kv_slots[row]}, read at {slot}"
-                position = int(batch.virtual_lens[b].sum()) + index
-                assert batch.positions[row] == position, f"row {row} has position {batch.positions[row]}"
+                slot, token = slots[index], int(step.input_ids[row])
+                stored = int(step.paging.kv_slots[row])
+                assert slot == stored, f"row {row} is stored at {stored}, read at {slot}"
+                position = int(step.paging.virtual_lens[b].sum()) + index
+                assert step.positions[row] == position, f"row {row} has position {step.positions[row]}"
                 assert slot not in written_by, f"rows of requests {written_by.get(slot)} and {b} share KV slot {slot}"
                 written_by[slot] = b
-                deltas = self._deltas(batch, row)
+                deltas = self._deltas(step, row)
                 digest = advance(digest, token, deltas)
                 digests.append(digest)
                 self.cells[slot] = TokenCell(token, deltas, digest)
@@ -279,15 +280,15 @@ class FakeRunner:
         assert not torn, f"KV slots {torn} are read and written in one step"
         return digests
 
-    def _slots(self, batch: Batch, b: int, num_real: int) -> list[int]:
+    def _slots(self, step: Step, b: int, num_real: int) -> list[int]:
         size = self._block_size
-        num_virtual_blocks = sum(-(-length // size) for length in batch.virtual_lens[b].tolist())
-        blocks = batch.block_tables[b].tolist()[num_virtual_blocks:]
+        num_virtual_blocks = sum(-(-length // size) for length in step.paging.virtual_lens[b].tolist())
+        blocks = step.paging.block_tables[b].tolist()[num_virtual_blocks:]
         return [blocks[index // size] * size + index % size for index in range(num_real)]
 
-    def _spans(self, batch: Batch, b: int, rows: range) -> Spans:
-        watermarks, blocks = [], batch.block_tables[b].tolist()
-        for length in filter(None, batch.virtual_lens[b].tolist()):
+    def _spans(self, step: Step, b: int, rows: range) -> Spans:
+        watermarks, blocks = [], step.paging.block_tables[b].tolist()
+        for length in filter(None, step.paging.virtual_lens[b].tolist()):
             found = set()
             for index in range(length):
                 cell = self.cells.get(blocks[index // self._block_size] * self._block_size + index % self._block_size)
@@ -297,19 +298,20 @@ class FakeRunner:
             assert len(found) == 1, f"request {b}: virtual positions of several adapters in one span"
             watermarks.append(found.pop())
             blocks = blocks[-(-length // self._block_size) :]
-        per_row = {self._log_gates(batch, row, len(watermarks)) for row in rows}
+        per_row = {self._log_gates(step, row, len(watermarks)) for row in rows}
         assert len(per_row) == 1, f"request {b}: its rows see its spans with different gates"
         return tuple(zip(watermarks, per_row.pop(), strict=True))
 
-    def _log_gates(self, batch: Batch, row: int, num_spans: int) -> tuple[float, ...]:
-        return (0.0,) * num_spans if batch.log_gates is None else tuple(batch.log_gates[row, :num_spans].tolist())
+    def _log_gates(self, step: Step, row: int, num_spans: int) -> tuple[float, ...]:
+        gates = step.paging.log_gates
+        return (0.0,) * num_spans if gates is None else tuple(gates[row, :num_spans].tolist())
 
-    def _deltas(self, batch: Batch, row: int) -> Deltas:
-        if batch.adapter_rows is None:
+    def _deltas(self, step: Step, row: int) -> Deltas:
+        if step.entries is None:
             return ()
-        begin, end = batch.adapter_rows.offsets[row : row + 2].tolist()
-        slots = batch.adapter_rows.slots[begin:end].tolist()
-        gates = batch.adapter_rows.gates[begin:end].tolist()
+        begin, end = step.entries.offsets[row : row + 2].tolist()
+        slots = step.entries.slots[begin:end].tolist()
+        gates = step.entries.gates[begin:end].tolist()
         return tuple((self._watermark(AdapterSlot(slot)), gate) for slot, gate in zip(slots, gates, strict=True))
 
     def _watermark(self, slot: AdapterSlot) -> int:
@@ -488,7 +490,7 @@ class Harness:
         assert {request.request_id for request in alive} == engine._requests.keys()
         assert not any(request.blocks for request in scheduler.waiting)
         mixed = [request for request in alive if request.mixture is not None]
-        assert len(engine._gatings) <= len(mixed), "gates of requests that are gone"
+        assert len(engine._stepper.mixtures) <= len(mixed), "gates of requests that are gone"
         residents = residency._resident
         held = Counter(block for request in alive for block in [*request.blocks, *request.virtual_blocks])
         held.update(block for resident in residents.values() for block in resident.blocks)

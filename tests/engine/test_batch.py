@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from weft.adapters.identifiers import Generation
 from weft.adapters.slots import AdapterSlot
@@ -16,6 +17,7 @@ from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.scheduler import Scheduled
 from weft.engine.token_ranges import OPEN, Ranges, TokenRange
+from weft.kernels.step import entries_at
 
 
 def request(
@@ -113,22 +115,22 @@ def test_every_row_is_what_a_loop_over_tokens_says(
 
     assert batch.input_ids.tolist() == input_ids
     assert batch.positions.tolist() == positions
-    assert batch.kv_slots.tolist() == kv_slots
+    assert batch.paging.kv_slots.tolist() == kv_slots
     assert batch.sample_rows.tolist() == sample_rows
-    starts = batch.query_start.tolist()
+    starts = batch.paging.query_start.tolist()
     assert [end - begin for begin, end in itertools.pairwise(starts)] == [n for _, n in step]
-    assert batch.context_lens.tolist() == [one.num_computed_tokens + n for one, n in step]
+    assert batch.paging.context_lens.tolist() == [one.num_computed_tokens + n for one, n in step]
     lengths = [[use.num_virtual_tokens for use in one.spans] for one, _ in step]
-    assert batch.virtual_lens.tolist() == [own + [0] * (most - len(own)) for own in lengths]
+    assert batch.paging.virtual_lens.tolist() == [own + [0] * (most - len(own)) for own in lengths]
     if all(use.gate == 1.0 for one, _ in step for use in one.spans):
-        assert batch.log_gates is None
+        assert batch.paging.log_gates is None
     else:
-        assert batch.log_gates is not None
-        assert batch.log_gates.equal(torch.tensor(log_gates, dtype=torch.float32))
-    for table, (one, _) in zip(batch.block_tables.tolist(), step, strict=True):
+        assert batch.paging.log_gates is not None
+        assert batch.paging.log_gates.equal(torch.tensor(log_gates, dtype=torch.float32))
+    for table, (one, _) in zip(batch.paging.block_tables.tolist(), step, strict=True):
         blocks = one.virtual_blocks + one.blocks
         assert table[: len(blocks)] == blocks
-    rows = batch.adapter_rows
+    rows = batch.entries
     if not any(entries):
         assert rows is None
         return
@@ -136,11 +138,6 @@ def test_every_row_is_what_a_loop_over_tokens_says(
     offsets, slots, gates = rows.offsets.tolist(), rows.slots.tolist(), rows.gates.tolist()
     flat = list(zip(slots, gates, strict=True))
     assert [flat[begin:end] for begin, end in itertools.pairwise(offsets)] == entries
-    by_run: list[list[tuple[int, float]]] = [[] for _ in input_ids]
-    for begin, end, run_slots, run_gates in rows.runs:
-        for row in range(begin, end):
-            by_run[row] += zip(run_slots, run_gates, strict=True)
-    assert by_run == entries, "both forms say the same"
 
 
 @settings(max_examples=200, deadline=None)
@@ -150,24 +147,20 @@ def test_some_rows_alone_keep_their_entries(
 ) -> None:
     """What the output head is told of the sample rows; here of any rows."""
     batch = batches.build(*drawn)
-    if batch.adapter_rows is None:
+    if batch.entries is None:
         return
-    whole = batch.adapter_rows
+    whole = batch.entries
     chosen = data.draw(st.lists(st.integers(0, len(batch.input_ids) - 1), unique=True).map(sorted))
     for rows in (chosen, batch.sample_rows.tolist()):
-        part = batches.at_rows(whole, torch.tensor(rows, dtype=torch.int64))
+        part, places = entries_at(whole, torch.tensor(rows, dtype=torch.int64))
+        assert whole.slots[places].equal(part.slots)
         flat = list(zip(part.slots.tolist(), part.gates.tolist(), strict=True))
         wanted = [
             list(zip(whole.slots[begin:end].tolist(), whole.gates[begin:end].tolist(), strict=True))
             for begin, end in [(int(whole.offsets[row]), int(whole.offsets[row + 1])) for row in rows]
         ]
         assert [flat[begin:end] for begin, end in itertools.pairwise(part.offsets.tolist())] == wanted
-        by_run: list[list[tuple[int, float]]] = [[] for _ in rows]
-        for begin, end, run_slots, run_gates in part.runs:
-            for row in range(begin, end):
-                by_run[row] += zip(run_slots, run_gates, strict=True)
-        assert by_run == wanted
-        assert [t.dtype for t in part[:3]] == [torch.int32, torch.int32, torch.float32]
+        assert [t.dtype for t in part] == [torch.int32, torch.int32, torch.float32]
 
 
 @settings(max_examples=50, deadline=None)
@@ -176,14 +169,13 @@ def test_types_are_those_the_kernels_read(
     drawn: tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int],
 ) -> None:
     batch = batches.build(*drawn)
-    wide = {"input_ids", "positions", "kv_slots", "sample_rows"}
-    for name, tensor in batch._asdict().items():
-        if name == "log_gates":
-            assert tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())
-        elif name != "adapter_rows":
-            assert tensor.dtype == (torch.int64 if name in wide else torch.int32), name
-    if batch.adapter_rows is not None:
-        assert [t.dtype for t in batch.adapter_rows[:3]] == [torch.int32, torch.int32, torch.float32]
+    wide, floats = {"input_ids", "positions", "kv_slots", "sample_rows"}, {"log_gates", "gates"}
+    records = [batch, batch.paging, *([] if batch.entries is None else [batch.entries])]
+    for name, tensor in (pair for record in records for pair in record._asdict().items()):
+        if isinstance(tensor, Tensor):
+            wanted = torch.int64 if name in wide else torch.float32 if name in floats else torch.int32
+            assert tensor.dtype == wanted, name
+            assert tensor.is_contiguous(), name
 
 
 def test_an_adapter_that_is_not_on_the_device_is_a_bug_not_a_base_answer() -> None:
@@ -207,13 +199,13 @@ def test_each_adapters_virtual_positions_begin_a_block() -> None:
     plain = request(2, num_prompt=1, num_output=0, num_computed=0, block_size=4, first_block=20)
     slots = tuple(map(AdapterSlot, range(3)))
     batch = batches.build([Scheduled(one, 2), Scheduled(plain, 1)], {one: slots}, 4)
-    assert batch.block_tables.tolist() == [[12, 11, 10, 13], [20, 0, 0, 0]]
-    assert batch.virtual_lens.tolist() == [[3, 5], [0, 0]]
+    assert batch.paging.block_tables.tolist() == [[12, 11, 10, 13], [20, 0, 0, 0]]
+    assert batch.paging.virtual_lens.tolist() == [[3, 5], [0, 0]]
     assert batch.positions.tolist() == [8, 9, 0]
-    assert batch.kv_slots.tolist() == [52, 53, 80]
-    assert batch.log_gates is not None
+    assert batch.paging.kv_slots.tolist() == [52, 53, 80]
+    assert batch.paging.log_gates is not None
     half = math.log(0.5)
-    assert batch.log_gates.tolist() == [pytest.approx([half, 0.0]), pytest.approx([half, 0.0]), [0.0, 0.0]]
+    assert batch.paging.log_gates.tolist() == [pytest.approx([half, 0.0]), pytest.approx([half, 0.0]), [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("gate", [0.0, -0.5, float("nan")])

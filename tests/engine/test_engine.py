@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, advance, expected_tokens
-from weft.engine.batch import Batch
 from weft.engine.engine import ENGINE_DOWN
 from weft.engine.request import FinishReason, Request, RequestId, SamplingParams
 from weft.engine.scheduler import OVERTAKEN_MAX
 from weft.errors import Cancelled, DataLoss, Unavailable, WeftError
+from weft.kernels.step import Step
 from weft.metrics import Metrics
 
 METRICS = Metrics()
@@ -38,11 +38,11 @@ def cancel(h: Harness, request: Request) -> None:
     h.engine.end(request.request_id, FinishReason.CANCELLED, CANCELLED)
 
 
-def failing(error: Exception, *, at: int) -> Callable[[Batch], None]:
+def failing(error: Exception, *, at: int) -> Callable[[Step], None]:
     """Raise at the so-many-th forward from now."""
     left = iter(range(at, -1, -1))
 
-    def fail(batch: Batch) -> None:
+    def fail(step: Step) -> None:
         if next(left, None) == 0:
             raise error
 
@@ -65,7 +65,7 @@ def test_requests_of_every_kind_answer_in_one_batch_as_they_would_alone() -> Non
     h.run()
     h.assert_answers()
     assert len({tuple(h.tokens(request)) for request in h.requests.values()}) == 7
-    assert max(len(batch.query_start) - 1 for batch in h.runner.batches) == 7
+    assert max(len(step.paging.context_lens) for step in h.runner.steps) == 7
 
 
 def test_two_prefixes_at_their_weights_answer_beside_others_as_they_would_alone() -> None:
@@ -80,7 +80,7 @@ def test_two_prefixes_at_their_weights_answer_beside_others_as_they_would_alone(
     h.submit(prompt, params=long(6))
     h.run()
     h.assert_answers()
-    assert max(len(batch.query_start) - 1 for batch in h.runner.batches) >= 5
+    assert max(len(step.paging.context_lens) for step in h.runner.steps) >= 5
     assert len({tuple(h.tokens(request)) for request in composed}) == len(composed), "order and weights mean something"
     assert h.engine.blocks.num_used_blocks == 2 + 1, "the residents'"
 
@@ -265,7 +265,7 @@ def test_a_queued_request_whose_time_has_come_never_runs() -> None:
     assert h.reason(queued) == h.reason(loading) == "DEADLINE_EXCEEDED"
     h.run()
     assert h.reason(running) == "length"
-    assert not any(VOCAB_SIZE in batch.input_ids for batch in h.runner.batches), "a token that is never drawn"
+    assert not any(VOCAB_SIZE in batch.input_ids for batch in h.runner.steps), "a token that is never drawn"
 
 
 def test_a_deadline_frees_a_running_request_within_one_step() -> None:
@@ -757,7 +757,7 @@ def test_the_fake_sees_what_it_should_see() -> None:
     h.turn()
     h.answer_load(ONE.generation)
     h.turn(2)
-    batch = h.runner.batches[-1]
+    batch = h.runner.steps[-1]
     row = request.blocks[0] * 4 + 1
     cell = h.runner.cells[row]
     for spoiled in (None, h.runner.cells[row + 1]):
@@ -770,7 +770,7 @@ def test_the_fake_sees_what_it_should_see() -> None:
         h.runner.forward(batch._replace(positions=batch.positions + 1))
     assert len(h.runner.violations) == 3
     # What acts on a row, and what acted on a cell, are seen in the answer: the batch does not say what should have.
-    assert not right.equal(h.runner.forward(batch._replace(adapter_rows=None)))
+    assert not right.equal(h.runner.forward(batch._replace(entries=None)))
     last = request.blocks[1] * 4 + 1
     h.runner.cells[last] = h.runner.cells[last]._replace(  # type: ignore[union-attr]
         deltas=(),

@@ -7,9 +7,9 @@ from tests import tiny
 from tests.serving import BLOCK_SIZE, Row, Step
 from weft.adapters import slab
 from weft.config import ModelConfig, Quantization
-from weft.engine import batch as batches
 from weft.engine.request import AdapterUse, Generation, Request, RequestId, SamplingParams
 from weft.engine.scheduler import Scheduled
+from weft.engine.stepper import Stepper
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.model import loader, paged_attention
 
@@ -67,8 +67,7 @@ def test_a_step_in_which_no_adapter_row_samples(kernels: str, num_new: int, base
     scheduled = [Scheduled(chunked, 4), *([Scheduled(plain, 3)] if num_new else [])]
     for one, num_tokens in scheduled:
         assert step.blocks.grow(one, num_tokens)
-    batch = batches.build(scheduled, {chunked: (slot,), plain: ()}, BLOCK_SIZE, step.runner.slots.planes)
-    got = step.runner.forward(batch)
+    got = Stepper(step.runner, BLOCK_SIZE).compute(scheduled, {chunked: (slot,), plain: ()})
     assert got.shape == (num_new, tiny.VOCAB_SIZE)
     if num_new:
         (wanted,) = step.logits([Row([5, 6, 7])])

@@ -34,13 +34,12 @@ def test_a_request_of_a_mixture_answers_and_leaves_nothing() -> None:
     finish = h.finish(request)
     assert finish is not None
     assert finish.gates is None, "nobody asked"
-    assert len(h.engine._gatings) == 0
-    (batch, *_) = h.runner.batches
-    assert batch.adapter_rows is not None
-    assert batch.adapter_rows.routing is not None
+    assert len(h.engine._stepper.mixtures) == 0
+    (batch, *_) = h.runner.steps
+    assert batch.routing is not None
     # Experts stand in the order of their digests, three for each of three rows.
-    assert batch.adapter_rows.routing.experts.tolist() == [0, 1, 2] * 3
-    assert batch.adapter_rows.routing.trace is None
+    assert batch.routing.experts.tolist() == [0, 1, 2] * 3
+    assert batch.routing.trace is None
 
 
 def test_only_the_rows_of_mixtures_are_routed() -> None:
@@ -51,13 +50,10 @@ def test_only_the_rows_of_mixtures_are_routed() -> None:
     h.submit([6], FakeAdapter(3))
     h.run()
     h.assert_answers()
-    rows = next(b.adapter_rows for b in h.runner.batches if len(b.context_lens) == 4)
-    assert rows is not None
-    assert rows.routing is not None
-    assert rows.routing.experts.tolist() == [-1] * 4 + [0, 1, 2] * 2 + [-1]
-    assert [(run.first, run.last) for run in rows.routing.runs] == [(3, 5)], (
-        "whose adapters were not waited for came first"
-    )
+    routing = next(step.routing for step in h.runner.steps if len(step.paging.context_lens) == 4)
+    assert routing is not None
+    assert routing.experts.tolist() == [-1] * 4 + [0, 1, 2] * 2 + [-1]
+    assert [(run.first, run.last) for run in routing.runs] == [(3, 5)], "whose adapters were not waited for came first"
 
 
 @pytest.mark.parametrize("sight", list(GateSight))
@@ -69,7 +65,7 @@ def test_each_computed_token_is_seen_once(sight: GateSight) -> None:
     late = h.submit(list(range(1, 10)), mixture=MIXTURE, params=LONG, sight=sight)
     h.run()
     h.assert_answers(seen, *others, late)
-    computed = sum(len(batch.input_ids) for batch in h.runner.batches)
+    computed = sum(len(batch.input_ids) for batch in h.runner.steps)
     assert computed > 4 * (9 + 12 - 1), "negative control: nothing was computed twice"
     for request in (seen, late):
         if sight is GateSight.NONE:
@@ -121,7 +117,7 @@ def test_what_the_router_reads_and_the_wishes_are_made_once() -> None:
     bounds = (ExpertBound(), ExpertBound(False), ExpertBound(True, 0.25, 0.5))
     h.submit([2, 4], mixture=MIXTURE, wanted=bounds, reads_prompt=True)
     h.run()
-    runs = [b.adapter_rows.routing.runs[0] for b in h.runner.batches if b.adapter_rows and b.adapter_rows.routing]
+    runs = [step.routing.runs[0] for step in h.runner.steps if step.routing]
     assert len(runs) == 4
     assert len({(run.pooled.data_ptr(), run.steering.data_ptr()) for run in runs}) == 1
     assert runs[0].pooled.tolist() == [3.0]
@@ -156,7 +152,7 @@ def test_a_part_that_cannot_be_loaded_ends_the_request(failing: FakeAdapter | Fa
     h.answer_load(failing.generation, DataLoss("BLOB_CORRUPT", "gone"))
     h.turn()
     assert h.reason(request) == "BLOB_CORRUPT"
-    assert len(h.engine._gatings) == 0
+    assert len(h.engine._stepper.mixtures) == 0
 
 
 def test_taking_a_mixture_out_forgets_what_it_made() -> None:

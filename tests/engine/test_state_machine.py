@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from torch import Tensor
 
 from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
@@ -35,6 +36,7 @@ from weft.engine.residency import Residency
 from weft.engine.scheduler import Scheduled, Scheduler
 from weft.engine.token_ranges import OPEN, Ranges, TokenRange
 from weft.errors import AdapterConflict, AdapterNotFound, AdapterUnusable, Cancelled, DataLoss, Unavailable, WeftError
+from weft.kernels.step import Step
 from weft.methods.protocol import Virtual
 from weft.metrics import Metrics
 
@@ -511,15 +513,20 @@ def _virtual_blocks_in_another_order(patch: pytest.MonkeyPatch) -> None:
 
 def _gates_of_spans_are_lost(patch: pytest.MonkeyPatch) -> None:
     real = batches.build
-    patch.setattr(batches, "build", lambda *given: real(*given)._replace(log_gates=None))
+    patch.setattr(batches, "build", lambda *given: _with_gates(real(*given), None))
+
+
+def _with_gates(step: Step, log_gates: Tensor | None) -> Step:
+    return step._replace(paging=step.paging._replace(log_gates=log_gates))
 
 
 def _gates_of_spans_are_mixed_up(patch: pytest.MonkeyPatch) -> None:
     real = batches.build
 
-    def build(*given: Any) -> batches.Batch:
-        batch = real(*given)
-        return batch if batch.log_gates is None else batch._replace(log_gates=batch.log_gates.flip(0))
+    def build(*given: Any) -> Step:
+        step = real(*given)
+        gates = step.paging.log_gates
+        return step if gates is None else _with_gates(step, gates.flip(0))
 
     patch.setattr(batches, "build", build)
 
@@ -551,7 +558,7 @@ def _late_loads_are_placed(patch: pytest.MonkeyPatch) -> None:
 def _slots_of_another_request(patch: pytest.MonkeyPatch) -> None:
     real = batches.build
 
-    def build(step: list[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], *more: Any) -> batches.Batch:
+    def build(step: list[Scheduled], slots_of: dict[Request, tuple[AdapterSlot, ...]], *more: Any) -> Step:
         swapped = dict(slots_of)
         requests = [request for request, _ in step if request.adapters and not request.virtual_blocks]
         if len(requests) > 1 and len(slots_of[requests[0]]) == len(slots_of[requests[-1]]):

@@ -19,12 +19,11 @@ from tests.tiny import save_tokenizer
 from weft.adapters import slab
 from weft.adapters.identifiers import Generation
 from weft.config import AdapterLimits, ModelConfig, Quantization
-from weft.engine import batch as batches
 from weft.engine.block_manager import BlockManager
-from weft.engine.gatings import Gatings
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
+from weft.engine.stepper import Stepper
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import select
 from weft.methods.checkpoint import directory
@@ -120,7 +119,7 @@ def decode(base: Base, asked: Sequence[tuple[Sequence[int], Adapter | None]]) ->
     kernels = select(base.device, base.dtype)
     blocks = BlockManager(256, _BLOCK_SIZE, enable_prefix_caching=False)
     runner = ModelRunner(base, num_kv_blocks=256, block_size=_BLOCK_SIZE, adapter_bytes=1 << 26, kernels=kernels)
-    gatings, slots = Gatings(runner), {}
+    stepper, slots = Stepper(runner, _BLOCK_SIZE), {}
     requests: list[Request] = []
     for index, (prompt, adapter) in enumerate(asked):
         uses, placed = (), ()
@@ -139,7 +138,7 @@ def decode(base: Base, asked: Sequence[tuple[Sequence[int], Adapter | None]]) ->
         for request in waiting:
             assert blocks.grow(request, request.num_tokens)
             step.append(Scheduled(request, min(_CHUNK, request.num_tokens - request.num_computed_tokens)))
-        logits = runner.forward(batches.build(step, slots, _BLOCK_SIZE, runner.slots.planes, gatings)).float()
+        logits = stepper.compute(step, slots).float()
         done = [scheduled for scheduled in step if scheduled.samples]
         for scheduled, row in zip(done, logits.log_softmax(-1), strict=True):
             scheduled.request.output.append(int(row.argmax()))

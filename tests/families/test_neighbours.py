@@ -104,10 +104,10 @@ def _one_further_after_the_first_chunk(model: Any) -> None:
         if paged is None:
             return None
         positions = named["position_ids"].clone()
-        batch = paged.batch
-        for index, begin in enumerate(batch.query_start[:-1].tolist()):
-            end = int(batch.query_start[index + 1])
-            if int(batch.context_lens[index]) > end - begin:  # an earlier chunk is in the cache
+        paging = paged.paging
+        for index, begin in enumerate(paging.query_start[:-1].tolist()):
+            end = int(paging.query_start[index + 1])
+            if int(paging.context_lens[index]) > end - begin:  # an earlier chunk is in the cache
                 positions[:, begin:end] = (positions[:, begin:end] - 1).clamp(min=0)
         return args, {**named, "position_ids": positions}
 

@@ -8,18 +8,19 @@ also Triton is seen only here.
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
+from tests.kernels.partial_steps import step_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 from weft.adapters.slots import SlotTable
 from weft.kernels.cuda import deltas, nf4, routing
 from weft.kernels.cuda.attention import Attend
+from weft.kernels.step import Entries, Paging, Routing
 from weft.methods.protocol import DeltaKind
-from weft.model.paged_attention import KVCache, PagedBatch
 
 
 class Absent:
@@ -56,8 +57,7 @@ def attention(dtype: torch.dtype, *, lone: int, rows: int, head_size: int, spans
     counts = [1] * lone + [rows] * bool(rows)
     pool = torch.zeros(64, 16, 2, head_size, dtype=dtype)
     num_rows = sum(counts)
-    batch = PagedBatch(
-        cache=KVCache(keys=(pool,), values=(pool,)),
+    paging = Paging(
         kv_slots=torch.arange(num_rows),
         query_start=torch.tensor([0, *counts]).cumsum(0).int(),
         context_lens=torch.tensor(counts, dtype=torch.int32),
@@ -66,7 +66,7 @@ def attention(dtype: torch.dtype, *, lone: int, rows: int, head_size: int, spans
         log_gates=torch.zeros(num_rows, spans) if spans else None,
     )
     query, key = torch.zeros(num_rows, 8, head_size, dtype=dtype), torch.zeros(num_rows, 2, head_size, dtype=dtype)
-    return compiled(lambda: Attend([pool], [pool])(batch, 0, query, key, key, 0.1, 0, softcap))
+    return compiled(lambda: Attend([pool], [pool])(paging, 0, query, key, key, 0.1, 0, softcap))
 
 
 def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
@@ -83,7 +83,7 @@ def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
     group = replace(site, table=site.table.repeat(3, 1, 1), sizes_out=(size, 1024, 1024), kinds=kinds)
     wide = torch.zeros(num_rows, group.size_out, dtype=dtype)
     slots, gates = torch.zeros(num_rows, dtype=torch.int32), torch.ones(num_rows)
-    rows = deltas.Rows(offsets=torch.arange(num_rows + 1, dtype=torch.int32), slots=slots, gates=gates)
+    rows = deltas.rows_of(Entries(torch.arange(num_rows + 1, dtype=torch.int32), slots, gates))
     x, y = torch.zeros(num_rows, size, dtype=dtype), torch.zeros(num_rows, size, dtype=dtype)
 
     def call() -> None:
@@ -100,29 +100,15 @@ def nf4_product(*, num_rows: int, size_in: int, size_out: int) -> list[Any]:
     return compiled(lambda: nf4.multiply(x, packed, scales, torch.zeros(16)))
 
 
-class Mixtures(NamedTuple):
-    """A step of one mixture, with spans and a trace or without."""
-
-    table: torch.Tensor
-    experts: torch.Tensor
-    span_experts: torch.Tensor | None
-    log_gates: torch.Tensor | None
-    trace: torch.Tensor | None
-
-
 def routers(dtype: torch.dtype, *, size: int, whole: bool, num_choices: int) -> list[Any]:
     offsets, slots = torch.arange(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
-    rows = deltas.Rows(offsets=offsets, slots=slots, gates=torch.ones(3))
-    routed = Mixtures(
-        table=torch.tensor([[0, 3, 0, 0, 0, 0]]),
-        experts=slots,
-        span_experts=torch.zeros(3, 2, dtype=torch.int32) if whole else None,
-        log_gates=torch.zeros(3, 2) if whole else None,
-        trace=torch.zeros(2, 9) if whole else None,
-    )
+    spans = torch.zeros(3, 2, dtype=torch.int32) if whole else None
+    trace, log_gates = (torch.zeros(2, 9), torch.zeros(3, 2)) if whole else (None, None)
+    routed = Routing((), torch.tensor([[0, 3, 0, 0, 0, 0]]), slots, spans, trace)
+    step = step_of(Entries(offsets, slots, torch.ones(3)), routed, log_gates)
     table = SlotTable(num_sites=1, capacity_bytes=0, device=torch.device("cpu"))
     hidden = torch.zeros(3, size, dtype=dtype)
-    return compiled(lambda: routing.Routers(table, routed, rows, num_choices).enter(1, hidden))
+    return compiled(lambda: routing.Routers(table, step, num_choices).enter(1, hidden))
 
 
 def main() -> None:

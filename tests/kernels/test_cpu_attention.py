@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import attention, library
+from weft.kernels.step import Paging
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.load().reason or "the kernels are there")
 
@@ -115,7 +116,7 @@ def run(
     attention.attend(
         query,
         cache,
-        attention.Batch(
+        packed(
             query_start=torch.tensor([0, *(r.num_queries for r in requests)]).cumsum(0).int(),
             context_lens=torch.tensor([r.num_real for r in requests], dtype=torch.int32),
             virtual_lens=virtual_lens,
@@ -303,7 +304,7 @@ def test_gates_are_read_by_each_call() -> None:
     for tensor in (cache.keys, cache.values):
         tensor.normal_()
     query, gates = torch.randn(20, 6, 32), torch.zeros(20, 1)
-    batch = replace(
+    batch = changed_in(
         one_request(20),
         virtual_lens=torch.tensor([[7]], dtype=torch.int32),
         block_tables=torch.tensor([[2, 0, 1]], dtype=torch.int32),
@@ -421,8 +422,17 @@ def empty_cache(*shape: int, dtype: torch.dtype = FLOAT32) -> attention.Cache:
     return attention.Cache(keys=torch.zeros(shape, dtype=dtype), values=torch.zeros(shape, dtype=dtype))
 
 
-def one_request(num_tokens: int) -> attention.Batch:
-    return attention.Batch(
+def packed(**fields: Tensor | None) -> attention.Packed:
+    """Packed paging of these fields, whose rows are stored somewhere else."""
+    return attention.pack(Paging(torch.empty(0), **fields))  # type: ignore[arg-type]
+
+
+def changed_in(given: attention.Packed, **fields: Tensor) -> attention.Packed:
+    return attention.pack(given.paging._replace(**fields))
+
+
+def one_request(num_tokens: int) -> attention.Packed:
+    return packed(
         query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
         context_lens=torch.tensor([num_tokens], dtype=torch.int32),
         virtual_lens=torch.zeros(1, 1, dtype=torch.int32),
@@ -440,11 +450,11 @@ def test_misuse_is_named() -> None:
     key, query, batch = torch.randn(20, 2, 32), torch.randn(20, 6, 32), one_request(20)
     slots, out = torch.arange(20), torch.zeros(20, 6, 32)
 
-    def attend(query: Tensor = query, batch: attention.Batch = batch, out: Tensor = out, **options: float) -> None:
+    def attend(query: Tensor = query, batch: attention.Packed = batch, out: Tensor = out, **options: float) -> None:
         attention.attend(query, cache, batch, out, scale=0.2, **options)  # type: ignore[arg-type]
 
-    def changed(**changes: list) -> attention.Batch:
-        return replace(batch, **{name: torch.tensor(value, dtype=torch.int32) for name, value in changes.items()})
+    def changed(**changes: list) -> attention.Packed:
+        return changed_in(batch, **{name: torch.tensor(value, dtype=torch.int32) for name, value in changes.items()})
 
     bad_calls: list[tuple[str, Callable[[], object]]] = [
         ("values: needs the shape", lambda: attention.Cache(keys=cache.keys, values=cache.values[:1])),
@@ -469,7 +479,7 @@ def test_misuse_is_named() -> None:
         ("window, softcap", lambda: attend(softcap=NAN)),
         ("query_start: needs", lambda: changed(query_start=[0])),
         ("block_tables: needs", lambda: changed(block_tables=[0, 1])),
-        ("block_tables: needs", lambda: replace(batch, block_tables=torch.zeros(1, 2))),
+        ("block_tables: needs", lambda: changed_in(batch, block_tables=torch.zeros(1, 2))),
         ("need to rise from 0", lambda: attend(batch=changed(query_start=[0, 19]))),
         ("need to rise from 0", lambda: attend(batch=changed(context_lens=[19]))),
         ("need to rise from 0", lambda: attend(batch=changed(context_lens=[33]))),
@@ -479,10 +489,10 @@ def test_misuse_is_named() -> None:
         ("need to rise from 0", lambda: attend(batch=changed(virtual_lens=[[0, 1]]))),
         ("virtual_lens: needs contiguous .1, 0", lambda: changed(virtual_lens=[])),
         ("virtual_lens: needs contiguous .1, 1", lambda: changed(virtual_lens=[[0], [0]])),
-        ("log_gates: needs contiguous .20, 1. float32", lambda: replace(batch, log_gates=torch.zeros(20, 2))),
-        ("log_gates: needs contiguous .20, 1. float32", lambda: replace(batch, log_gates=torch.zeros(20, 1).double())),
-        ("log_gates: needs contiguous .0, 1. float32", lambda: replace(batch, log_gates=torch.tensor(0.0))),
-        ("log_gates: need one row", lambda: attend(batch=replace(batch, log_gates=torch.zeros(19, 1)))),
+        ("log_gates: needs contiguous .20, 1. float32", lambda: changed_in(batch, log_gates=torch.zeros(20, 2))),
+        ("log_gates: needs contiguous .20, 1. float32", lambda: changed_in(batch, log_gates=torch.zeros(20, 1).int())),
+        ("log_gates: needs contiguous .0, 1. float32", lambda: changed_in(batch, log_gates=torch.tensor(0.0))),
+        ("log_gates: need one row", lambda: attend(batch=changed_in(batch, log_gates=torch.zeros(19, 1)))),
         ("block_tables: a block", lambda: attend(batch=changed(block_tables=[[0, 2]]))),
         ("block_tables: a block", lambda: attend(batch=changed(block_tables=[[-1, 1]]))),
     ]  # fmt: skip

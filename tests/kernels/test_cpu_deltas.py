@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from weft.config import AdapterLimits
+from weft.kernels import step
 from weft.kernels.cpu import deltas, library
-from weft.kernels.cpu.deltas import Kind
+from weft.methods.protocol import DeltaKind
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.load().reason or "the kernels are there")
 
@@ -21,7 +22,12 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 NAN = float("nan")
 SIZE_IN, SIZE_OUT = 200, 548  # no multiples of 32; several chunks of outputs
 RANKS = (1, 3, 8, 16, 64)
-BOTTLENECKS = (Kind.BOTTLENECK, Kind.BOTTLENECK_SUM, Kind.BOTTLENECK_RESIDUAL, Kind.BOTTLENECK_NORMED)
+BOTTLENECKS = (
+    DeltaKind.BOTTLENECK,
+    DeltaKind.BOTTLENECK_SUM,
+    DeltaKind.BOTTLENECK_RESIDUAL,
+    DeltaKind.BOTTLENECK_NORMED,
+)
 ACTIVATIONS = (torch.nn.functional.relu, torch.nn.functional.gelu, torch.nn.functional.silu)  # by number
 Entries = list[tuple[int, float]]  # (slot, gate) of one row
 
@@ -29,7 +35,7 @@ Entries = list[tuple[int, float]]  # (slot, gate) of one row
 class Adapter(NamedTuple):
     """One slot at the test's site; `a`, `b` as the table's kind has them."""
 
-    kind: Kind
+    kind: DeltaKind
     a: Tensor | None = None
     b: Tensor | None = None
 
@@ -49,10 +55,10 @@ def slots_of(adapters: list[Adapter], weight_dtype: torch.dtype) -> Slots:
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
-    def rank(kind: Kind, a: Tensor | None) -> int:
-        if a is None or not (kind is Kind.LORA or kind in BOTTLENECKS):
+    def rank(kind: DeltaKind, a: Tensor | None) -> int:
+        if a is None or not (kind is DeltaKind.LORA or kind in BOTTLENECKS):
             return 0
-        return len(a) if kind is Kind.LORA else len(a) // 2
+        return len(a) if kind is DeltaKind.LORA else len(a) // 2
 
     rows = [(int(kind), rank(kind, a), address(a), address(b)) for kind, a, b in adapters]
     site = deltas.Site(
@@ -64,11 +70,11 @@ def slots_of(adapters: list[Adapter], weight_dtype: torch.dtype) -> Slots:
 def lora(rank: int, weight_dtype: torch.dtype) -> Adapter:
     a = torch.randn(rank, SIZE_IN) * SIZE_IN**-0.5
     b = torch.randn(rank, SIZE_OUT) * rank**-0.5
-    return Adapter(Kind.LORA, a.to(weight_dtype), b.to(weight_dtype))
+    return Adapter(DeltaKind.LORA, a.to(weight_dtype), b.to(weight_dtype))
 
 
-def bottleneck(kind: Kind, rank: int, activation: int, weight_dtype: torch.dtype, *, norm: bool) -> Adapter:
-    has_norm = norm or kind is Kind.BOTTLENECK_NORMED
+def bottleneck(kind: DeltaKind, rank: int, activation: int, weight_dtype: torch.dtype, *, norm: bool) -> Adapter:
+    has_norm = norm or kind is DeltaKind.BOTTLENECK_NORMED
     down, up = torch.randn(rank, SIZE_OUT) * SIZE_OUT**-0.5, torch.randn(rank, SIZE_OUT) * rank**-0.5
     vectors = [torch.tensor([activation, has_norm, 1e-5]), torch.randn(rank), torch.randn(SIZE_OUT)]
     if has_norm:
@@ -80,10 +86,10 @@ def mixed_adapters(weight_dtype: torch.dtype) -> list[Adapter]:
     """Every rank and kind; the input scale and the idle slot do nothing in `post`."""
     return [
         *(lora(rank, weight_dtype) for rank in RANKS),
-        Adapter(Kind.OUTPUT_SCALE, 1 + torch.randn(SIZE_OUT) / 4),
-        Adapter(Kind.BIAS, torch.randn(SIZE_OUT)),
-        Adapter(Kind.NOTHING),
-        Adapter(Kind.INPUT_SCALE, 1 + torch.randn(SIZE_IN) / 4),
+        Adapter(DeltaKind.SCALE_OUTPUT, 1 + torch.randn(SIZE_OUT) / 4),
+        Adapter(DeltaKind.BIAS, torch.randn(SIZE_OUT)),
+        Adapter(DeltaKind.NONE),
+        Adapter(DeltaKind.SCALE_INPUT, 1 + torch.randn(SIZE_IN) / 4),
         lora(8, weight_dtype),
         *(
             bottleneck(kind, rank, activation, weight_dtype, norm=norm)
@@ -103,13 +109,15 @@ def residual_of(y: Tensor) -> Tensor:
     return y.flip(-1)
 
 
-def rows_of(entries: Sequence[Entries]) -> deltas.Rows:
+def rows_of(entries: Sequence[Entries]) -> deltas.Packed:
     flat = [entry for row in entries for entry in row]
     lengths = torch.tensor([0, *(len(row) for row in entries)])
-    return deltas.Rows(
-        offsets=lengths.cumsum(0).to(torch.int32),
-        slots=torch.tensor([slot for slot, _ in flat], dtype=torch.int32),
-        gates=torch.tensor([gate for _, gate in flat], dtype=FLOAT32),
+    return deltas.pack(
+        step.Entries(
+            lengths.cumsum(0).to(torch.int32),
+            torch.tensor([slot for slot, _ in flat], dtype=torch.int32),
+            torch.tensor([gate for _, gate in flat], dtype=FLOAT32),
+        )
     )
 
 
@@ -140,18 +148,18 @@ def reference(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) ->
     for t, row in enumerate(entries):
         for slot, gate in row:
             kind, a, b = slots.adapters[slot]
-            if kind is Kind.LORA and a is not None and b is not None:
+            if kind is DeltaKind.LORA and a is not None and b is not None:
                 out[t] += gate * (x[t].double() @ a.double().T @ b.double())
-            elif kind is Kind.OUTPUT_SCALE and a is not None:
+            elif kind is DeltaKind.SCALE_OUTPUT and a is not None:
                 out[t] += gate * (a.double() - 1) * y[t].double()
-            elif kind is Kind.BIAS and a is not None:
+            elif kind is DeltaKind.BIAS and a is not None:
                 out[t] += gate * a.double()
             elif kind in BOTTLENECKS and a is not None and b is not None:
                 out[t] += gate * bottleneck_delta(kind, a.double(), b, y[t].double(), residual_of(y)[t].double())
     return out
 
 
-def bottleneck_delta(kind: Kind, a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> Tensor:
+def bottleneck_delta(kind: DeltaKind, a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> Tensor:
     """One row's, in float64."""
     rank, size = len(a) // 2, a.shape[1]
     activation, has_norm, eps = b[:3].tolist()
@@ -163,9 +171,9 @@ def bottleneck_delta(kind: Kind, a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> 
     def normed(z: Tensor) -> Tensor:
         return torch.nn.functional.layer_norm(z, (size,), *norm, eps) if norm else z
 
-    if kind is Kind.BOTTLENECK_NORMED:
+    if kind is DeltaKind.BOTTLENECK_NORMED:
         return normed(y + f(y)) - y
-    return f(normed({Kind.BOTTLENECK: y, Kind.BOTTLENECK_SUM: y + r, Kind.BOTTLENECK_RESIDUAL: r}[kind]))
+    return f(normed({DeltaKind.BOTTLENECK: y, DeltaKind.BOTTLENECK_SUM: y + r, DeltaKind.BOTTLENECK_RESIDUAL: r}[kind]))
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
@@ -217,8 +225,8 @@ def test_the_largest_rank_that_is_allowed(dtype: torch.dtype, num_rows: int) -> 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_pre_is_the_formula_and_writes_every_row(dtype: torch.dtype) -> None:
-    adapters = [*mixed_adapters(FLOAT32), Adapter(Kind.INPUT_SCALE, 1 + torch.randn(SIZE_IN) / 4)]
-    slots, scales = slots_of(adapters, FLOAT32), [n for n, a in enumerate(adapters) if a.kind is Kind.INPUT_SCALE]
+    adapters = [*mixed_adapters(FLOAT32), Adapter(DeltaKind.SCALE_INPUT, 1 + torch.randn(SIZE_IN) / 4)]
+    slots, scales = slots_of(adapters, FLOAT32), [n for n, a in enumerate(adapters) if a.kind is DeltaKind.SCALE_INPUT]
     entries = [[], [(scales[0], 1.0)], [(0, 1.0)], [(scales[0], 0.5), (2, 1.0), (scales[1], -2.0)], [(scales[1], 0.0)]]
     x, out = torch.randn(5, SIZE_IN).to(dtype), torch.full((5, SIZE_IN), torch.nan, dtype=dtype)
     deltas.pre(x, out, rows_of(entries), slots.site)
@@ -310,12 +318,12 @@ def test_the_bit_detector_detects() -> None:
 @pytest.mark.parametrize("weight_dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_a_zero_gate_and_an_unused_slot_contribute_nothing(
-    dtype: torch.dtype, weight_dtype: torch.dtype, poisoned: str | Kind
+    dtype: torch.dtype, weight_dtype: torch.dtype, poisoned: str | DeltaKind
 ) -> None:
     poison = [
-        Adapter(Kind.LORA, *(torch.full((8, size), NAN, dtype=weight_dtype) for size in (SIZE_IN, SIZE_OUT))),
-        Adapter(Kind.OUTPUT_SCALE, torch.full((SIZE_OUT,), NAN)),
-        Adapter(Kind.BIAS, torch.full((SIZE_OUT,), NAN)),
+        Adapter(DeltaKind.LORA, *(torch.full((8, size), NAN, dtype=weight_dtype) for size in (SIZE_IN, SIZE_OUT))),
+        Adapter(DeltaKind.SCALE_OUTPUT, torch.full((SIZE_OUT,), NAN)),
+        Adapter(DeltaKind.BIAS, torch.full((SIZE_OUT,), NAN)),
         *(
             Adapter(
                 kind,
@@ -332,7 +340,7 @@ def test_a_zero_gate_and_an_unused_slot_contribute_nothing(
     x, y = torch.randn(11, SIZE_IN).to(dtype), torch.randn(11, SIZE_OUT).to(dtype)
     bits(y)[[1, 7]] = 0x7F800001 if dtype is FLOAT32 else 0x7F81  # a signalling NaN, which any arithmetic would quiet
     # Rows of one list of slots are computed as one block of four; in it, gates differ by row.
-    nan = networks_nan[BOTTLENECKS.index(poisoned)] if isinstance(poisoned, Kind) else lora_nan
+    nan = networks_nan[BOTTLENECKS.index(poisoned)] if isinstance(poisoned, DeltaKind) else lora_nan
     entries = [[(nan, 1.0), (2, 1.0)], [(nan, 0.0), (2, 0.0)], [(nan, 0.0), (2, 1.0)], [(nan, -0.0), (2, 2.0)]]
     entries += [bad, [*bad, *good], good, [], [(7, 1.0), (8, 1.0)], good, [*good, (scale_nan, 0.0)]]
     without = [[(slot, gate) for slot, gate in row if gate] for row in entries]
@@ -346,7 +354,7 @@ def test_a_zero_gate_and_an_unused_slot_contribute_nothing(
 def test_a_nan_stays_a_nan() -> None:
     """Also one whose rounding to bfloat16 would carry into the sign bit."""
     bias = torch.full((SIZE_OUT,), -1, dtype=torch.int32).view(FLOAT32)  # all bits set
-    slots = slots_of([Adapter(Kind.BIAS, bias)], FLOAT32)
+    slots = slots_of([Adapter(DeltaKind.BIAS, bias)], FLOAT32)
     assert (
         run(torch.zeros(1, SIZE_IN).bfloat16(), torch.zeros(1, SIZE_OUT).bfloat16(), [[(0, 1.0)]], slots).isnan().all()
     )
@@ -382,8 +390,8 @@ def test_misuse_is_named() -> None:
     before = y.clone()
     int32, table = torch.int32, slots.site.table
 
-    def tampered(**changes: Tensor) -> deltas.Rows:
-        return deltas.Rows(**{"offsets": rows.offsets, "slots": rows.slots, "gates": rows.gates, **changes})
+    def tampered(**changes: Tensor) -> deltas.Packed:
+        return deltas.pack(rows.entries._replace(**changes))
 
     def rank_zero() -> deltas.Site:
         broken = table.clone()

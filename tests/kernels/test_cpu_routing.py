@@ -11,6 +11,7 @@ from torch import Tensor
 from weft.adapters.slab import build_router
 from weft.adapters.slots import SlotTable
 from weft.kernels.cpu import library, routing
+from weft.kernels.step import Routing
 from weft.methods import mixture
 from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams
 
@@ -38,7 +39,8 @@ class Given:
         values, logs = torch.full((len(self.experts),), 7.0), torch.full((len(self.experts),), 7.0)
         target = routing.Target(offsets=self.offsets, experts=self.experts, values=values)
         log_target = routing.Target(offsets=self.offsets, experts=self.experts, values=logs) if log else None
-        routing.route(self.hidden, layer, self.slots.routers, self, target, log_target)
+        routed = Routing((), self.table, self.experts, trace=self.trace)
+        routing.route(self.hidden, layer, self.slots.routers, routed, target, log_target)
         return values, logs if log else None
 
 

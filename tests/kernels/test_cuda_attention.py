@@ -9,7 +9,8 @@ from tests.kernels.interpreted import DEVICE
 from torch import Tensor
 
 from weft.kernels.cuda import attention, steps
-from weft.model.paged_attention import KVCache, PagedBatch, attend_reference
+from weft.kernels.step import Paging
+from weft.model.paged_attention import KVCache, ReferenceAttend
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 NAN = float("nan")
@@ -64,7 +65,8 @@ class Step:
     """What a layer's attention is called with. `pools` holds what was there before the step."""
 
     shape: Shape
-    batch: PagedBatch
+    paging: Paging
+    pools: KVCache
     query: Tensor
     key: Tensor
     value: Tensor
@@ -100,8 +102,8 @@ def step(
     query = [r.normal(shape, 99, r.num_real, shape.query_heads)[r.num_real - r.num_queries :] for r in requests]
     return Step(
         shape=shape,
-        batch=PagedBatch(
-            cache=KVCache(keys=(pools[0].to(DEVICE),), values=(pools[1].to(DEVICE),)),
+        pools=KVCache(keys=(pools[0].to(DEVICE),), values=(pools[1].to(DEVICE),)),
+        paging=Paging(
             kv_slots=torch.cat(slots).to(DEVICE),
             query_start=torch.tensor([0, *(r.num_queries for r in requests)]).cumsum(0).int().to(DEVICE),
             context_lens=torch.tensor([r.num_real for r in requests], dtype=torch.int32).to(DEVICE),
@@ -116,18 +118,18 @@ def step(
 
 
 def run(given: Step) -> Tensor:
-    shape, cache = given.shape, given.batch.cache
+    shape, cache = given.shape, given.pools
     attend = attention.Attend(cache.keys, cache.values)
-    return attend(given.batch, 0, given.query, given.key, given.value, shape.scale, shape.window, shape.softcap)
+    return attend(given.paging, 0, given.query, given.key, given.value, shape.scale, shape.window, shape.softcap)
 
 
 def reference(given: Step) -> Tensor:
     """float32 over the same numbers, whose holes and unseen blocks nothing reads."""
-    shape, cache = given.shape, given.batch.cache
-    wide = KVCache(keys=(cache.keys[0].float(),), values=(cache.values[0].float(),))
-    batch = replace(given.batch, cache=wide, block_tables=given.batch.block_tables.clamp(min=0))
-    return attend_reference(
-        batch, 0, given.query.float(), given.key.float(), given.value.float(), shape.scale, shape.window, shape.softcap
+    shape, cache = given.shape, given.pools
+    attend = ReferenceAttend([cache.keys[0].float()], [cache.values[0].float()])
+    paging = given.paging._replace(block_tables=given.paging.block_tables.clamp(min=0))
+    return attend(
+        paging, 0, given.query.float(), given.key.float(), given.value.float(), shape.scale, shape.window, shape.softcap
     )
 
 
@@ -181,7 +183,7 @@ def test_gates_of_spans(requests: list[Request]) -> None:
     out = run(given)
     assert_near(out, reference(given))
     # Negative controls: the gates of two spans swapped, and none at all.
-    swapped = replace(given, batch=replace(given.batch, log_gates=given.batch.log_gates[:, [1, 0, 2]]))
+    swapped = replace(given, paging=given.paging._replace(log_gates=given.paging.log_gates[:, [1, 0, 2]]))
     assert (out - reference(swapped)).abs().max() > 0.1
     none = step(shape, requests, gated=False)
     assert (out - reference(none)).abs().max() > 0.1
@@ -202,8 +204,8 @@ def test_a_row_does_not_see_a_span_at_minus_infinity_whatever_it_holds(num_queri
     gates = torch.zeros(num_queries, 2).masked_fill_(closed[:, None] & torch.tensor([True, False]), -torch.inf)
     request = Request(num_real=90, num_queries=num_queries, spans=(70, 5), log_gates=gates)
     clean, poisoned = step(Shape(), [request]), step(Shape(), [request])
-    first_span = poisoned.batch.block_tables[0, :5].long()
-    for pool in (poisoned.batch.cache.keys[0], poisoned.batch.cache.values[0]):
+    first_span = poisoned.paging.block_tables[0, :5].long()
+    for pool in (poisoned.pools.keys[0], poisoned.pools.values[0]):
         pool[first_span] = poison
     expected, out = run(clean), run(poisoned)
     assert_near(expected, reference(clean))
@@ -216,7 +218,7 @@ def test_splits_are_joined_in_order_and_change_little() -> None:
     for shape in (Shape(), Shape(window=150)):
         given = step(shape, decoding(3, 140)[1:])
         run(given)  # stores
-        cache, expected = given.batch.cache, reference(given)
+        cache, expected = given.pools, reference(given)
         whole = planned(given)
         assert whole.lone.num_splits > 3
         for split in (1024, 96):
@@ -229,10 +231,10 @@ def test_splits_are_joined_in_order_and_change_little() -> None:
             assert_near(out, expected)
 
 
-def planned(given: Step) -> steps.Step:
-    shape, batch = given.shape, given.batch
+def planned(given: Step) -> steps.Plan:
+    shape = given.shape
     return steps.plan(
-        batch.query_start, batch.context_lens, batch.virtual_lens, batch.block_tables, batch.log_gates,
+        given.paging,
         num_rows=len(given.query), query_heads=shape.query_heads, kv_heads=shape.kv_heads,
         head_bytes=shape.head_size * given.query.element_size(), block_size=shape.block_size,
     )  # fmt: skip
@@ -256,7 +258,7 @@ def test_every_row_of_a_request_is_in_one_tile(num_rows: int) -> None:
     lengths = torch.ones(num_requests, dtype=torch.int32)
     for rows in (num_rows, num_rows + 5):
         plan = steps.plan(
-            query_start, lengths, torch.zeros(num_requests, 0, dtype=torch.int32), torch.zeros(num_requests, 4), None,
+            Paging(torch.empty(0), query_start, lengths, torch.zeros(num_requests, 0), torch.zeros(num_requests, 4)),
             num_rows=rows, query_heads=12, kv_heads=2, head_bytes=128, block_size=16,
         )  # fmt: skip
         covered = torch.zeros(rows, dtype=torch.int32)
@@ -276,7 +278,7 @@ def test_rows_of_nobody_are_left_alone() -> None:
     out = torch.full_like(more, 7.0)
     run(given)
     plan = planned(replace(given, query=more))
-    attention.attend(more, given.batch.cache.keys[0], given.batch.cache.values[0], plan, out, scale=0.2)
+    attention.attend(more, given.pools.keys[0], given.pools.values[0], plan, out, scale=0.2)
     assert_near(out[:-2], reference(given))
     assert out[-2:].eq(7.0).all()
 
@@ -310,25 +312,25 @@ def test_the_bit_detector_detects() -> None:
 
 
 def test_each_pass_through_the_layers_reads_the_batch_anew() -> None:
-    """A graph's batch is one object, whose tensors change between steps; gates change even between layers."""
+    """A graph's paging is one object, whose tensors change between steps; gates change even between layers."""
     shape = Shape()
     one, two = step(shape, decoding(3, 20)), step(shape, [replace(r, seed=r.seed + 7) for r in decoding(3, 20)])
-    cache = KVCache(keys=one.batch.cache.keys * 2, values=one.batch.cache.values * 2)  # two layers hold the same
-    attend, batch = attention.Attend(cache.keys, cache.values), replace(one.batch, cache=cache)
+    cache = KVCache(keys=one.pools.keys * 2, values=one.pools.values * 2)  # two layers hold the same
+    attend, paging = attention.Attend(cache.keys, cache.values), one.paging
 
     def layers(given: Step) -> list[Tensor]:
-        return [attend(batch, n, given.query, given.key, given.value, shape.scale, 0, 0.0) for n in (0, 1)]
+        return [attend(paging, n, given.query, given.key, given.value, shape.scale, 0, 0.0) for n in (0, 1)]
 
     for out in layers(one):
         assert torch.equal(out, run(one))
     for name in ("kv_slots", "query_start", "context_lens", "virtual_lens", "block_tables", "log_gates"):
-        getattr(batch, name).copy_(getattr(two.batch, name))
-    cache.keys[0].copy_(two.batch.cache.keys[0])
-    cache.values[0].copy_(two.batch.cache.values[0])
+        getattr(paging, name).copy_(getattr(two.paging, name))
+    cache.keys[0].copy_(two.pools.keys[0])
+    cache.values[0].copy_(two.pools.values[0])
     for out in layers(two):
         assert torch.equal(out, run(two))
-    batch.log_gates[:, 0] = -torch.inf
-    assert not torch.equal(attend(batch, 1, two.query, two.key, two.value, shape.scale, 0, 0.0), out)
+    paging.log_gates[:, 0] = -torch.inf
+    assert not torch.equal(attend(paging, 1, two.query, two.key, two.value, shape.scale, 0, 0.0), out)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -341,13 +343,13 @@ def test_heads_may_be_strided(dtype: torch.dtype) -> None:
         return torch.cat([tensor, tensor], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., :32]
 
     assert not strided(given.key).is_contiguous()
-    pools = given.batch.cache
+    pools = given.pools
     for pool in (pools.keys[0], pools.values[0]):
-        pool.flatten(0, 1)[given.batch.kv_slots] = NAN
+        pool.flatten(0, 1)[given.paging.kv_slots] = NAN
     heads = {name: strided(getattr(given, name)) for name in ("query", "key", "value")}
     assert torch.equal(run(replace(given, **heads)), expected)
-    assert torch.equal(pools.keys[0].flatten(0, 1)[given.batch.kv_slots], given.key)
-    assert torch.equal(pools.values[0].flatten(0, 1)[given.batch.kv_slots], given.value)
+    assert torch.equal(pools.keys[0].flatten(0, 1)[given.paging.kv_slots], given.key)
+    assert torch.equal(pools.values[0].flatten(0, 1)[given.paging.kv_slots], given.value)
 
 
 def test_an_empty_step() -> None:
@@ -357,7 +359,7 @@ def test_an_empty_step() -> None:
 
 def test_misuse_is_named() -> None:
     given = step(Shape(query_heads=6, kv_heads=2), decoding())
-    pool = given.batch.cache.keys[0]
+    pool = given.pools.keys[0]
     bad_calls = [
         ("keys: needs contiguous", lambda: attention.Attend([pool[:, ::2]], [pool])),
         ("values: needs contiguous", lambda: attention.Attend([pool], [pool.double()])),

@@ -12,8 +12,9 @@ from tests.kernels.test_cpu_deltas import Adapter, Entries, bits, mixed_adapters
 from torch import Tensor
 
 from weft.config import AdapterLimits
-from weft.kernels.cpu.deltas import Kind
+from weft.kernels import step
 from weft.kernels.cuda import deltas, lone_rows
+from weft.methods.protocol import DeltaKind
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SIZE_IN, SIZE_OUT = textbook.SIZE_IN, textbook.SIZE_OUT
@@ -35,10 +36,10 @@ def slots_of(adapters: Sequence[Adapter], weight_dtype: torch.dtype) -> Slots:
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
-    def rank(kind: Kind, a: Tensor | None) -> int:
-        if a is None or not (kind is Kind.LORA or kind in textbook.BOTTLENECKS):
+    def rank(kind: DeltaKind, a: Tensor | None) -> int:
+        if a is None or not (kind is DeltaKind.LORA or kind in textbook.BOTTLENECKS):
             return 0
-        return len(a) if kind is Kind.LORA else len(a) // 2
+        return len(a) if kind is DeltaKind.LORA else len(a) // 2
 
     held = [Adapter(kind, there(a), there(b)) for kind, a, b in adapters]
     table = [(int(kind), rank(kind, a), address(a), address(b)) for kind, a, b in held]
@@ -56,10 +57,12 @@ def slots_of(adapters: Sequence[Adapter], weight_dtype: torch.dtype) -> Slots:
 def rows_of(entries: Sequence[Entries]) -> deltas.Rows:
     flat = [entry for row in entries for entry in row]
     lengths = torch.tensor([0, *(len(row) for row in entries)])
-    return deltas.Rows(
-        offsets=lengths.cumsum(0).to(torch.int32).to(DEVICE),
-        slots=torch.tensor([slot for slot, _ in flat], dtype=torch.int32, device=DEVICE),
-        gates=torch.tensor([gate for _, gate in flat], dtype=FLOAT32, device=DEVICE),
+    return deltas.rows_of(
+        step.Entries(
+            lengths.cumsum(0).to(torch.int32).to(DEVICE),
+            torch.tensor([slot for slot, _ in flat], dtype=torch.int32, device=DEVICE),
+            torch.tensor([gate for _, gate in flat], dtype=FLOAT32, device=DEVICE),
+        )
     )
 
 
@@ -110,8 +113,8 @@ def test_post_is_the_formula(popularity: str, size: int, dtype: torch.dtype, wei
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_pre_is_the_formula_and_writes_every_row(dtype: torch.dtype) -> None:
-    adapters = [*mixed_adapters(FLOAT32), Adapter(Kind.INPUT_SCALE, 1 + torch.randn(SIZE_IN) / 4)]
-    slots, scales = slots_of(adapters, FLOAT32), [n for n, a in enumerate(adapters) if a.kind is Kind.INPUT_SCALE]
+    adapters = [*mixed_adapters(FLOAT32), Adapter(DeltaKind.SCALE_INPUT, 1 + torch.randn(SIZE_IN) / 4)]
+    slots, scales = slots_of(adapters, FLOAT32), [n for n, a in enumerate(adapters) if a.kind is DeltaKind.SCALE_INPUT]
     entries = [[], [(scales[0], 1.0)], [(0, 1.0)], [(scales[0], 0.5), (2, 1.0), (scales[1], -2.0)], [(scales[1], 0.0)]]
     x = torch.randn(5, SIZE_IN).to(dtype)
     out = torch.full((5, SIZE_IN), NAN, dtype=dtype, device=DEVICE)
@@ -178,9 +181,9 @@ def test_lone_rows_have_their_bits_in_every_batch() -> None:
 def test_a_zero_gate_contributes_nothing(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     vectors = torch.cat([torch.tensor([1.0, 1.0, 1e-5]), torch.full((8 + 3 * SIZE_OUT,), NAN)])
     poison = [
-        Adapter(Kind.LORA, *(torch.full((8, size), NAN, dtype=weight_dtype) for size in (SIZE_IN, SIZE_OUT))),
-        Adapter(Kind.OUTPUT_SCALE, torch.full((SIZE_OUT,), NAN)),
-        Adapter(Kind.BIAS, torch.full((SIZE_OUT,), NAN)),
+        Adapter(DeltaKind.LORA, *(torch.full((8, size), NAN, dtype=weight_dtype) for size in (SIZE_IN, SIZE_OUT))),
+        Adapter(DeltaKind.SCALE_OUTPUT, torch.full((SIZE_OUT,), NAN)),
+        Adapter(DeltaKind.BIAS, torch.full((SIZE_OUT,), NAN)),
         *(
             Adapter(kind, torch.full((2 * 8, SIZE_OUT), NAN, dtype=weight_dtype), vectors)
             for kind in textbook.BOTTLENECKS
@@ -215,7 +218,7 @@ def test_rows_may_be_strided_and_entries_may_belong_to_nobody() -> None:
     wide_x, wide_y = torch.randn(1, 5, SIZE_IN + 3), torch.randn(1, 5, SIZE_OUT + 5)
     out = wide_y.to(DEVICE, copy=True)
     rows = rows_of([*entries, [(0, NAN), (10, NAN)]])
-    rows = deltas.Rows(offsets=rows.offsets[:-1], slots=rows.slots, gates=rows.gates)
+    rows = deltas.rows_of(rows.entries._replace(offsets=rows.entries.offsets[:-1]))
     x, y = wide_x[..., :SIZE_IN], wide_y[..., :SIZE_OUT]
     deltas.post(x.to(DEVICE), out[..., :SIZE_OUT], rows, slots.site, residual_of(y).to(DEVICE))
     textbook.assert_near(out[0, :, :SIZE_OUT].cpu(), formula(x[0], y[0], entries, slots))
@@ -227,18 +230,18 @@ def test_rows_may_be_strided_and_entries_may_belong_to_nobody() -> None:
 def test_a_group_has_the_bits_of_its_sites(sizes_out: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """In as many launches as one of them takes; some adapters are at some of the sites only."""
     adapters = [
-        [Adapter(Kind.LORA, torch.randn(rank, SIZE_IN) / 14, torch.randn(rank, size) / 4) for size in sizes_out]
+        [Adapter(DeltaKind.LORA, torch.randn(rank, SIZE_IN) / 14, torch.randn(rank, size) / 4) for size in sizes_out]
         for rank in (3, 16, 33)
     ]
-    adapters += [[Adapter(Kind.OUTPUT_SCALE, torch.randn(size)) for size in sizes_out]]
-    adapters += [[Adapter(Kind.BIAS, torch.randn(size)) for size in sizes_out]]
-    adapters[1][0] = adapters[3][1] = Adapter(Kind.NOTHING)
+    adapters += [[Adapter(DeltaKind.SCALE_OUTPUT, torch.randn(size)) for size in sizes_out]]
+    adapters += [[Adapter(DeltaKind.BIAS, torch.randn(size)) for size in sizes_out]]
+    adapters[1][0] = adapters[3][1] = Adapter(DeltaKind.NONE)
     one_by_one = [slots_of(column, FLOAT32) for column in zip(*adapters, strict=True)]
     group = replace(
         one_by_one[0].site,
         table=torch.cat([slots.site.table for slots in one_by_one]),
         sizes_out=sizes_out,
-        kinds=1 << Kind.LORA | 1 << Kind.OUTPUT_SCALE | 1 << Kind.BIAS,
+        kinds=1 << DeltaKind.LORA | 1 << DeltaKind.SCALE_OUTPUT | 1 << DeltaKind.BIAS,
         rank=33,
     )
     entries = [[(t % 5, 1.0), ((t + 1) % 5, -0.5)] for t in range(9)]
@@ -274,8 +277,10 @@ def test_long_inputs_are_summed_in_parts() -> None:
     """Of a rank that is no whole block, into few outputs."""
     a, b = torch.randn(5, 2100) / 50, torch.randn(5, 7)
     a_there, b_there = a.to(DEVICE), b.to(DEVICE)
-    table = torch.tensor([[[Kind.LORA, 5, a_there.data_ptr(), b_there.data_ptr()]]], device=DEVICE)
-    site = deltas.Site(table=table, size_in=2100, sizes_out=(7,), weight_dtype=FLOAT32, kinds=1 << Kind.LORA, rank=5)
+    table = torch.tensor([[[DeltaKind.LORA, 5, a_there.data_ptr(), b_there.data_ptr()]]], device=DEVICE)
+    site = deltas.Site(
+        table=table, size_in=2100, sizes_out=(7,), weight_dtype=FLOAT32, kinds=1 << DeltaKind.LORA, rank=5
+    )
     x, y = torch.randn(2, 2100), torch.randn(2, 7)
     out = y.to(DEVICE, copy=True)
     deltas.post(x.to(DEVICE), out, rows_of([[(0, 1.0)], [(0, -0.5)]]), site)
@@ -307,21 +312,21 @@ def test_launches_depend_on_kinds_not_on_adapters(monkeypatch: pytest.MonkeyPatc
         x, y = torch.randn(num_rows, SIZE_IN), torch.randn(num_rows, SIZE_OUT)
         return launches_of(lambda: run(x, y, entries, slots), monkeypatch)
 
-    def network(kind: Kind) -> Adapter:
+    def network(kind: DeltaKind) -> Adapter:
         return textbook.bottleneck(kind, 4, 0, FLOAT32, norm=True)
 
-    scale, bias = Adapter(Kind.OUTPUT_SCALE, torch.ones(SIZE_OUT)), Adapter(Kind.BIAS, torch.ones(SIZE_OUT))
+    scale, bias = Adapter(DeltaKind.SCALE_OUTPUT, torch.ones(SIZE_OUT)), Adapter(DeltaKind.BIAS, torch.ones(SIZE_OUT))
     assert launches([textbook.lora(2, FLOAT32)], 1) == ["shrink", "expand"]
     assert launches([textbook.lora(1 + n, FLOAT32) for n in range(9)], 9) == ["shrink", "expand"]
     assert launches([scale, bias], 2) == ["expand"]
     assert launches([scale, textbook.lora(2, FLOAT32), bias], 6) == ["shrink", "expand"]
-    assert launches([network(Kind.BOTTLENECK)] * 3, 3) == ["fill", "shrink", "expand"]
-    assert launches([network(Kind.BOTTLENECK_NORMED)], 1) == ["fill", "shrink", "finish", "expand"]
+    assert launches([network(DeltaKind.BOTTLENECK)] * 3, 3) == ["fill", "shrink", "expand"]
+    assert launches([network(DeltaKind.BOTTLENECK_NORMED)], 1) == ["fill", "shrink", "finish", "expand"]
 
 
 def test_what_does_not_fit_is_refused() -> None:
     slots = slots_of(
-        [textbook.lora(3, FLOAT32), textbook.bottleneck(Kind.BOTTLENECK_SUM, 2, 0, FLOAT32, norm=False)], FLOAT32
+        [textbook.lora(3, FLOAT32), textbook.bottleneck(DeltaKind.BOTTLENECK_SUM, 2, 0, FLOAT32, norm=False)], FLOAT32
     )
     site, rows = slots.site, rows_of([[(0, 1.0)], []])
     x, y = torch.randn(2, SIZE_IN, device=DEVICE), torch.randn(2, SIZE_OUT, device=DEVICE)

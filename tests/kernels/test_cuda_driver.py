@@ -13,6 +13,7 @@ from tests import tiny
 from tests.engine.decoding import Blend, Decoding, Part
 from tests.engine.test_graphs import Recorder, mixed
 from tests.kernels.interpreted import DEVICE, INTERPRETED
+from tests.kernels.partial_steps import step_of
 from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
 from tests.mixing.test_mixture import mixtures
 from tests.serving import Row, Step
@@ -24,6 +25,7 @@ from weft.config import ModelConfig, Quantization
 from weft.kernels.cuda import attention, deltas
 from weft.kernels.cuda.driver import DriverFactory
 from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.kernels.step import Entries
 from weft.methods.bottleneck import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, DeltaKind, SiteKind
 from weft.model import loader, paged_attention
@@ -169,8 +171,8 @@ def launches_of_a_step(table: SlotTable, base: loader.Base, monkeypatch: pytest.
 
     num_rows = len(table)
     offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=DEVICE)
-    slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
     gates = torch.ones(num_rows, device=DEVICE)
+    step = step_of(Entries(offsets, offsets[:-1], gates))
     sites = list(base.shape.sites.values())
     inputs = [torch.randn(1, num_rows, site.in_features, device=DEVICE) for site in sites]
     launched = []
@@ -180,7 +182,7 @@ def launches_of_a_step(table: SlotTable, base: loader.Base, monkeypatch: pytest.
         patch.setattr(deltas.lone_rows, "shrink", lambda *_, **__: launched.append("shrink"))
         patch.setattr(deltas.lone_rows, "expand", lambda *_: launched.append("expand"))
         patch.setattr(deltas.lone_rows, "scale_inputs", lambda *_: launched.append("scale_inputs"))
-        driver = DriverFactory(torch.float32)(table, offsets, slots, gates)
+        driver = DriverFactory(torch.float32)(table, step)
         for site, x in zip(sites, inputs, strict=True):
             driver.apply(site, lambda x, site=site: x.new_zeros(1, num_rows, site.out_features), x)
         with pytest.raises(AssertionError, match="a tensor was read"):
@@ -212,12 +214,12 @@ def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.
     table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 24, device=DEVICE)
     sites = [site for site in base.shape.sites.values() if site.suffix in ("q_proj", "k_proj", "v_proj")][:3]
     offsets = torch.arange(3, dtype=torch.int32, device=DEVICE)
-    slots, gates = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.ones(2, device=DEVICE)
+    step = step_of(Entries(offsets, torch.zeros_like(offsets[:2]), torch.ones(2, device=DEVICE)))
     x = torch.randn(1, 2, sites[0].in_features, device=DEVICE)
     weight = torch.randn(sum(site.out_features for site in sites), sites[0].in_features, device=DEVICE)
 
     def calls() -> tuple[list[Tensor], list[Tensor], list[int]]:
-        driver = DriverFactory(torch.float32)(table, offsets, slots, gates)
+        driver = DriverFactory(torch.float32)(table, step)
         seen: list[int] = []
         with monkeypatch.context() as patch:
             post = deltas.post

@@ -8,13 +8,14 @@ import pytest
 import torch
 from tests.kernels import test_cpu_routing
 from tests.kernels.interpreted import DEVICE
+from tests.kernels.partial_steps import step_of
 from tests.methods.test_mixture import BOUNDS, steering_of
 from torch import Tensor
 
 from weft.adapters.slab import build_router
 from weft.adapters.slots import SlotTable
 from weft.kernels.cuda import routing
-from weft.kernels.cuda.deltas import Rows
+from weft.kernels.step import Entries, Routing
 from weft.methods import mixture
 from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams
 
@@ -41,9 +42,13 @@ class Given:
 
     def route(self, layer: int, num_choices: int = CHOICES) -> Tensor:
         gates = torch.full((len(self.experts),), 7.0, device=DEVICE)
-        rows = Rows(offsets=self.offsets, slots=torch.zeros_like(self.experts), gates=gates)
-        routing.Routers(self.slots, self, rows, num_choices).enter(layer, self.hidden)
+        self.routers(gates, num_choices).enter(layer, self.hidden)
         return gates
+
+    def routers(self, gates: Tensor, num_choices: int = CHOICES) -> routing.Routers:
+        entries = Entries(self.offsets, torch.zeros_like(self.experts), gates)
+        routed = Routing((), self.table, self.experts, self.span_experts, self.trace)
+        return routing.Routers(self.slots, step_of(entries, routed, self.log_gates), num_choices)
 
 
 mixture_of = partial(test_cpu_routing.mixture_of, layers=LAYERS, hidden=HIDDEN, scale=0.05)
@@ -214,12 +219,11 @@ def test_a_layer_is_one_launch_and_reads_nothing(count: int, monkeypatch: pytest
     launched: list[tuple[int, ...]] = []
     batch = given([mixture_of(MixtureConfig(num_experts=3, top_k=2), seed) for seed in range(count)])
     gates = torch.full((len(batch.experts),), 7.0, device=DEVICE)
-    rows = Rows(offsets=batch.offsets, slots=torch.zeros_like(batch.experts), gates=gates)
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
             patch.setattr(torch.Tensor, name, refuse)
         patch.setattr(routing, "_route", Counted())
-        routers = routing.Routers(batch.slots, batch, rows, CHOICES)
+        routers = batch.routers(gates)
         for layer in range(LAYERS):
             routers.enter(layer, batch.hidden)
         with pytest.raises(AssertionError, match="a tensor was read"):

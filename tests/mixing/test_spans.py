@@ -21,9 +21,10 @@ from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.cpu.driver import Attend
 from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.kernels.step import Paging
 from weft.methods.protocol import Adapter
 from weft.model import loader, paged_attention
-from weft.model.paged_attention import KVCache, PagedBatch, attend_reference
+from weft.model.paged_attention import KVCache, ReferenceAttend
 
 _HEADS, _KV_HEADS, _SIZE, _BLOCK = 4, 2, 8, 4
 _SCALE = 0.4
@@ -58,27 +59,26 @@ class Layer:
             tensor.flatten(0, 1)[~written] = torch.nan  # holes, and blocks of nobody
         tables = [list(chain.from_iterable(own)) for own in blocks]
         width, most = max(map(len, tables)), max(len(spans) for spans, _, _ in requests)
-        self.batch = PagedBatch(
-            cache=self.cache,
+        self.paging = Paging(
             kv_slots=torch.cat([own[-1][-count:] for own, (_, _, count) in zip(self.slots, requests, strict=True)]),
             query_start=torch.tensor([0, *(count for _, _, count in requests)]).cumsum(0).int(),
             context_lens=torch.tensor([num_real for _, num_real, _ in requests], dtype=torch.int32),
             virtual_lens=torch.tensor([[*spans, *[0] * (most - len(spans))] for spans, _, _ in requests]).int(),
             block_tables=torch.tensor([table + [0] * (width - len(table)) for table in tables]).int(),
         )
-        num_rows = len(self.batch.kv_slots)
+        num_rows = len(self.paging.kv_slots)
         self.query = torch.randn(num_rows, _HEADS, _SIZE, dtype=dtype)
         self.key, self.value = torch.randn(2, num_rows, _KV_HEADS, _SIZE, dtype=dtype)
 
     def attend(self, attend: Any, log_gates: Tensor | None, *, window: int = 0, softcap: float = 0.0) -> Tensor:
-        batch = replace(self.batch, log_gates=log_gates)
-        return attend(batch, 0, self.query, self.key, self.value, _SCALE, window, softcap)
+        paging = self.paging._replace(log_gates=log_gates)
+        return attend(paging, 0, self.query, self.key, self.value, _SCALE, window, softcap)
 
     def by_hand(self, log_gates: Tensor, *, window: int = 0, softcap: float = 0.0) -> Tensor:
         """Row by row and head by head, over the list of keys that the row sees; `attend` has stored the step's."""
         keys, values = (pool[0].flatten(0, 1).double() for pool in (self.cache.keys, self.cache.values))
         out = torch.zeros(self.query.shape, dtype=torch.float64)
-        starts = self.batch.query_start.tolist()
+        starts = self.paging.query_start.tolist()
         for b, own in enumerate(self.slots):
             num_virtual, num_real = sum(map(len, own[:-1])), len(own[-1])
             for row in range(starts[b], starts[b + 1]):
@@ -104,9 +104,13 @@ _REQUESTS = [([3, 5], 6, 6), ([], 9, 4), ([8], 5, 1), ([1, 9, 4], 3, 3), ([], 1,
 
 
 def _gates(layer: Layer) -> Tensor:
-    gates = torch.randn(len(layer.query), layer.batch.virtual_lens.shape[1])
+    gates = torch.randn(len(layer.query), layer.paging.virtual_lens.shape[1])
     gates[1::4, 0] = gates[2::3, 1] = -torch.inf
     return gates
+
+
+def _reference(layer: Layer) -> ReferenceAttend:
+    return ReferenceAttend(layer.cache.keys, layer.cache.values)
 
 
 def _kernel(layer: Layer) -> Attend:
@@ -120,7 +124,7 @@ def test_the_reference_and_the_kernel_are_the_formula(window: int, softcap: floa
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         layer = Layer(_REQUESTS, dtype=dtype)
         gates, options = _gates(layer), {"window": window, "softcap": softcap}
-        got = [layer.attend(attend_reference, gates, **options)]
+        got = [layer.attend(_reference(layer), gates, **options)]
         if dtype is torch.float32:
             got.append(layer.attend(_kernel(layer), gates, **options))
         wanted = layer.by_hand(gates, **options)
@@ -133,7 +137,7 @@ def test_the_reference_and_the_kernel_are_the_formula(window: int, softcap: floa
 def test_spans_without_gates_are_the_formula_at_weight_one() -> None:
     layer = Layer(_REQUESTS, dtype=torch.float32)
     zeros = torch.zeros(len(layer.query), 3)
-    for attend in (attend_reference, _kernel(layer)):
+    for attend in (_reference(layer), _kernel(layer)):
         without, with_zeros = layer.attend(attend, None), layer.attend(attend, zeros)
         assert without.equal(with_zeros)
         torch.testing.assert_close(without.double(), layer.by_hand(zeros), rtol=0, atol=2e-6)
@@ -142,7 +146,7 @@ def test_spans_without_gates_are_the_formula_at_weight_one() -> None:
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_what_a_row_does_not_see_may_hold_nan(kernels: str) -> None:
     layer = Layer(_REQUESTS, dtype=torch.float32)
-    attend = attend_reference if kernels == "reference" else _kernel(layer)
+    attend = _reference(layer) if kernels == "reference" else _kernel(layer)
     gates = torch.zeros(len(layer.query), 3)
     closed = torch.zeros(len(layer.query), dtype=torch.bool)
     closed[:6:2] = True  # of the first request's rows
@@ -157,12 +161,12 @@ def test_what_a_row_does_not_see_may_hold_nan(kernels: str) -> None:
 
 
 def test_a_layer_reads_the_gates_that_stand_there_when_it_begins() -> None:
-    """The packed batch is made once a step; a mixture writes into the same tensor before each layer."""
+    """The packed paging is made once a step; a mixture writes into the same tensor before each layer."""
     layer = Layer(_REQUESTS, dtype=torch.float32)
     attend, gates = _kernel(layer), _gates(layer)
-    batch = replace(layer.batch, log_gates=gates)
+    paging = layer.paging._replace(log_gates=gates)
     for _ in range(3):
-        out = attend(batch, 0, layer.query, layer.key, layer.value, _SCALE, 0, 0.0)
+        out = attend(paging, 0, layer.query, layer.key, layer.value, _SCALE, 0, 0.0)
         torch.testing.assert_close(out.double(), layer.by_hand(gates), rtol=0, atol=2e-6)
         gates.copy_(_gates(layer))
 

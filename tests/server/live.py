@@ -22,8 +22,8 @@ from weft.adapters.identifiers import AdapterId
 from weft.api.serve import Serving, build_model, serving
 from weft.client.failure import Failure, failure_of
 from weft.config import WeftConfig
-from weft.engine.batch import Batch
 from weft.engine.runner import ModelRunner
+from weft.kernels.step import Step
 from weft.v1 import (
     adapter_pb2,
     adapter_service_pb2,
@@ -58,7 +58,7 @@ class Loop:
         self._thread.join(WAIT_S)
 
 
-class Step(NamedTuple):
+class Computed(NamedTuple):
     """What a model call computed."""
 
     num_rows: int
@@ -74,11 +74,11 @@ class Gate:
         self._condition = threading.Condition()
         self._allowed: int | None = None  # None: any number
         self._waiting = False
-        self.steps: list[Step] = []
+        self.steps: list[Computed] = []
         self.fault: Exception | None = None  # raised instead of the next step
         runner.forward = self.forward
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, step: Step) -> Tensor:
         with self._condition:
             self._waiting = True
             self._condition.notify_all()
@@ -89,10 +89,9 @@ class Gate:
         if self.fault is not None:
             fault, self.fault = self.fault, None
             raise fault
-        runs = () if batch.adapter_rows is None else batch.adapter_rows.runs
-        slots = {slot for run in runs for slot in run[2]}
-        self.steps.append(Step(len(batch.input_ids), len(batch.context_lens), len(slots)))
-        return self._forward(batch)
+        slots = set() if step.entries is None else set(step.entries.slots.tolist())
+        self.steps.append(Computed(step.num_rows, len(step.paging.context_lens), len(slots)))
+        return self._forward(step)
 
     @contextmanager
     def held(self) -> Iterator[None]:

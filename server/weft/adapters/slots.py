@@ -93,6 +93,10 @@ class SlotTable:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, number: object) -> bool:
+        """Whether a row of the table is a slot, and not a further row of an adapter with several."""
+        return number in self._held
+
     @property
     def free_bytes(self) -> int:
         """What the budget has left."""

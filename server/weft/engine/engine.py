@@ -18,15 +18,14 @@ from typing import NamedTuple, TypeVar
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.config import EngineConfig
-from weft.engine import batch as batches
 from weft.engine import sampler
 from weft.engine.block_manager import BlockManager
-from weft.engine.gatings import Gatings
 from weft.engine.observer import Observer
 from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler
+from weft.engine.stepper import Stepper
 from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError
 from weft.kernels.faults import is_fatal
 from weft.metrics import Metrics
@@ -106,7 +105,7 @@ class Engine:
             admit=self.residency.admit,
             is_loading=self.residency.is_loading,
         )
-        self._gatings = Gatings(runner)
+        self._stepper = Stepper(runner, self.blocks.block_size)
         self._requests: dict[RequestId, Request] = {}
         self._events: dict[RequestId, TokenEvent] = {}  # what was not handed over yet, of each request in one piece
         self._stream_interval_s = config.stream_interval_s
@@ -251,14 +250,7 @@ class Engine:
         self._observer.step(step, self.scheduler, seconds=done - now, now=done)
 
     def _compute(self, step: list[Scheduled]) -> list[tuple[Request, SampledToken | None]]:
-        for request, _ in step:
-            if request.mixture is not None:
-                self._gatings.begin(request, request.mixture)
-        slots = self._runner.slots
-        batch = batches.build(step, self.residency.slots_of, self.blocks.block_size, slots.planes, self._gatings)
-        logits = self._runner.forward(batch)
-        if batch.adapter_rows is not None and batch.adapter_rows.routing is not None:
-            self._gatings.note(step, batch.adapter_rows.routing)
+        logits = self._stepper.compute(step, self.residency.slots_of)
         requests = [scheduled.request for scheduled in step if scheduled.samples]
         if not requests:
             return []
@@ -311,7 +303,7 @@ class Engine:
         """The request's last event."""
         finish = request.finish(reason, error)
         if request.mixture is not None:
-            finish = replace(finish, gates=self._gatings.end(request))
+            finish = replace(finish, gates=self._stepper.mixtures.end(request))
         self._requests.pop(request.request_id, None)
         self._put(TokenEvent(request.request_id, tokens, finish), at_once=True)
         self._observer.request_ended(request, finish, self._clock())

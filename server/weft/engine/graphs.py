@@ -17,13 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.engine import batch as batches
 from weft.engine import padding
-from weft.engine.batch import Batch
 from weft.engine.padding import StepShape
 from weft.engine.transfer import Frame, Transfer
 from weft.kernels import faults, host_reads
 from weft.kernels.recording import Record, Replay
+from weft.kernels.step import Step, leaves, with_leaves
 
 _log = logging.getLogger(__name__)
 
@@ -33,22 +32,22 @@ _PATIENCE = 256
 
 
 class _Recording(NamedTuple):
-    """A step on the device: its inputs, as bytes and as the batch that lies in them, and how it is computed again."""
+    """A step on the device: its inputs, as bytes and as the step that lies in them, and how it is computed again."""
 
     inputs: Tensor
-    there: Batch
+    there: Step
     replay: Replay
 
 
 class Graphs:
     """The recordings of one runner, least recently used first.
 
-    compute: makes logits [rows, V] of a batch whose tensors are on the device, and reads nothing of it but tensors.
+    compute: makes logits [rows, V] of a step whose tensors are on the device, and reads nothing of it but tensors.
     """
 
     def __init__(
         self,
-        compute: Callable[[Batch], Tensor],
+        compute: Callable[[Step], Tensor],
         record: Record,
         transfer: Transfer,
         *,
@@ -75,7 +74,7 @@ class Graphs:
         """What steps are recorded of, the least recently used first."""
         return list(self._recordings)
 
-    def run(self, batch: Batch, shape: StepShape) -> Tensor | None:
+    def run(self, step: Step, shape: StepShape) -> Tensor | None:
         """The logits [number of requests, V] of a decode step of `shape`; the next step overwrites them.
 
         None where there is no room to record it. Raises Unrecordable, and what is fatal for the device.
@@ -85,8 +84,8 @@ class Graphs:
         if recording is None and self._num_waiting:
             self._num_waiting -= 1
             return None
-        padded = padding.pad(batch, shape, first_scratch_block=self._first_scratch_block, block_size=self._block_size)
-        tensors = batches.tensors(padded)
+        padded = padding.pad(step, shape, first_scratch_block=self._first_scratch_block, block_size=self._block_size)
+        tensors = leaves(padded)
         if recording is None:
             recording = self._make_in_what_room_there_is(padded, tensors, shape)
             if recording is None:
@@ -97,12 +96,12 @@ class Graphs:
         else:
             self._recordings.move_to_end(shape)
             self._transfer.up(tensors, recording.inputs)
-        logits = recording.replay()[: len(batch.input_ids)]
-        bring_trace(batch, recording.there, self._transfer)
+        logits = recording.replay()[: step.num_rows]
+        bring_trace(step, recording.there, self._transfer)
         return logits
 
     def _make_in_what_room_there_is(
-        self, padded: Batch, tensors: Sequence[Tensor], shape: StepShape
+        self, padded: Step, tensors: Sequence[Tensor], shape: StepShape
     ) -> _Recording | None:
         """A recording; at the second try with the older half of the others gone."""
         for is_last in (False, True):
@@ -119,9 +118,9 @@ class Graphs:
         _log.warning("graphs: no room to record a step of %d rows (%s); such steps run unrecorded", shape.rows, reason)
         return None
 
-    def _make(self, padded: Batch, tensors: Sequence[Tensor], shape: StepShape) -> _Recording:
+    def _make(self, padded: Step, tensors: Sequence[Tensor], shape: StepShape) -> _Recording:
         inputs = torch.empty(Frame.of(tensors).size_bytes, dtype=torch.uint8, device=self._device)
-        there = batches.with_tensors(padded, self._transfer.up(tensors, inputs))
+        there = with_leaves(padded, self._transfer.up(tensors, inputs))
 
         def compute() -> Tensor:
             return self._compute(there)
@@ -148,8 +147,9 @@ def _decided(shape: StepShape) -> StepShape:
     return shape._replace(table_width=0, outline=outline)
 
 
-def bring_trace(batch: Batch, there: Batch, transfer: Transfer) -> None:
-    """What mixtures made of their gates in a step that was computed as `there`, to where `batch` has it."""
-    wanted, made = batches.trace(batch), batches.trace(there)
+def bring_trace(step: Step, there: Step, transfer: Transfer) -> None:
+    """Copy what mixtures made of their gates in a step that was computed as `there` to where `step` has it."""
+    wanted = None if step.routing is None else step.routing.trace
+    made = None if there.routing is None else there.routing.trace
     if wanted is not None and made is not None and made is not wanted:
         wanted.copy_(transfer.down(made)[:, : wanted.shape[1]])

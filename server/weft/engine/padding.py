@@ -7,7 +7,6 @@ and no expert's. Padding runs of mixtures are of no rows. Where a block table is
 than what is traced, it holds what is never read.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weft.adapters.slots import Outline
-from weft.engine.batch import AdapterRows, Batch
-from weft.engine.gatings import Routing
+from weft.kernels.step import Entries, Paging, Routing, Step, lone_request
 
 _TABLE_WIDTHS = (16, 64)  # of steps that are common: up to 1,024 tokens in blocks of 16
 _SPACED = 16  # from here on there is a size between two powers of two
@@ -46,22 +44,22 @@ class StepShape(NamedTuple):
     routed: RoutedShape | None = None
 
 
-def shape_of(batch: Batch, outline: Outline) -> StepShape | None:
-    """The shape that a batch is padded to. None where it is no decode step."""
-    num_rows, rows = len(batch.input_ids), batch.adapter_rows
-    if not batch.samples_all or len(batch.context_lens) != num_rows:
+def shape_of(step: Step, outline: Outline) -> StepShape | None:
+    """The shape that a step is padded to. None where it is no decode step."""
+    paging, entries, routing = step.paging, step.entries, step.routing
+    if not step.samples_all or len(paging.context_lens) != step.num_rows:
         return None
-    size = step_size(num_rows)
-    num_entries = 0 if rows is None else len(rows.slots)
-    num_spans = batch.virtual_lens.shape[1]
+    size = step_size(step.num_rows)
+    num_entries = 0 if entries is None else len(entries.slots)
+    num_spans = paging.virtual_lens.shape[1]
     return StepShape(
         rows=size,
-        table_width=_table_width(batch.block_tables.shape[1]),
+        table_width=_table_width(paging.block_tables.shape[1]),
         spans=_power_of_two(num_spans) if num_spans else 0,
-        has_log_gates=batch.log_gates is not None,
+        has_log_gates=paging.log_gates is not None,
         entries=max(size, step_size(num_entries)) if num_entries else 0,
-        outline=None if rows is None else outline,
-        routed=None if rows is None or rows.routing is None else _routed_shape(rows.routing),
+        outline=None if entries is None else outline,
+        routed=None if routing is None else _routed_shape(routing),
     )
 
 
@@ -82,38 +80,18 @@ def common_shapes(num_rows_max: int) -> list[StepShape]:
     ]
 
 
-def empty() -> Batch:
+def empty() -> Step:
     """A step without rows, which is nothing but padding once it is padded."""
-    whole, narrow = (partial(torch.zeros, dtype=dtype) for dtype in (torch.int64, torch.int32))
-    return Batch(
-        input_ids=whole(0),
-        positions=whole(0),
-        kv_slots=whole(0),
-        query_start=narrow(1),
-        context_lens=narrow(0),
-        virtual_lens=narrow(0, 0),
-        block_tables=narrow(0, 1),
-        log_gates=None,
-        sample_rows=whole(0),
-        adapter_rows=None,
-    )
+    whole = torch.zeros(0, dtype=torch.int64)
+    starts, lens, spans, tables = (torch.zeros(shape, dtype=torch.int32) for shape in ((1,), (0,), (0, 0), (0, 1)))
+    return Step(whole, whole, whole, Paging(whole, starts, lens, spans, tables))
 
 
-def probe(token_id: int, position: int, block: int, block_size: int) -> Batch:
+def probe(token_id: int, position: int, block: int, block_size: int) -> Step:
     """The step of a lone request in one block: its token at `position`, and those before it."""
-    whole, narrow = (partial(torch.tensor, dtype=dtype) for dtype in (torch.int64, torch.int32))
-    return Batch(
-        input_ids=whole([token_id]),
-        positions=whole([position]),
-        kv_slots=whole([block * block_size + position]),
-        query_start=narrow([0, 1]),
-        context_lens=narrow([position + 1]),
-        virtual_lens=torch.zeros(1, 0, dtype=torch.int32),
-        block_tables=narrow([[block]]),
-        log_gates=None,
-        sample_rows=whole([0]),
-        adapter_rows=None,
-    )
+    place = torch.tensor([block * block_size + position])
+    paging = lone_request(place, [block], position + 1)
+    return Step(torch.tensor([token_id]), torch.tensor([position]), torch.tensor([0]), paging)
 
 
 def step_size(num_rows: int) -> int:
@@ -133,44 +111,49 @@ def num_scratch_blocks(num_rows_max: int, block_size: int) -> int:
     return -(-step_size(num_rows_max) // block_size) if num_rows_max else 0
 
 
-def pad(batch: Batch, shape: StepShape, *, first_scratch_block: int, block_size: int) -> Batch:
-    """The batch with the rows, entries, spans and table columns of `shape` (see `shape_of`)."""
-    num_rows = len(batch.input_ids)
-    missing = shape.rows - num_rows
+def pad(step: Step, shape: StepShape, *, first_scratch_block: int, block_size: int) -> Step:
+    """The step with the rows, entries, spans and table columns of `shape` (see `shape_of`)."""
+    missing = shape.rows - step.num_rows
     scratch = torch.arange(missing)
-    tables = F.pad(batch.block_tables, (0, shape.table_width - batch.block_tables.shape[1], 0, missing))
-    tables[num_rows:, 0] = first_scratch_block + scratch // block_size
-    new_spans = shape.spans - batch.virtual_lens.shape[1]
-    log_gates = None if batch.log_gates is None else F.pad(batch.log_gates, (0, new_spans, 0, missing))
-    rows = None if batch.adapter_rows is None else _pad_entries(batch.adapter_rows, shape, missing)
-    if rows is not None and rows.routing is not None:
-        rows = rows._replace(routing=_pad_routing(rows.routing, shape, (0, new_spans, 0, missing), log_gates))
-    return Batch(
-        input_ids=F.pad(batch.input_ids, (0, missing)),
-        positions=F.pad(batch.positions, (0, missing)),
-        kv_slots=torch.cat([batch.kv_slots, first_scratch_block * block_size + scratch]),
-        query_start=torch.arange(shape.rows + 1, dtype=torch.int32),
-        context_lens=F.pad(batch.context_lens, (0, missing), value=1),
-        virtual_lens=F.pad(batch.virtual_lens, (0, new_spans, 0, missing)),
-        block_tables=tables,
-        log_gates=log_gates,
-        sample_rows=torch.arange(shape.rows),
-        adapter_rows=rows,
+    new_spans = shape.spans - step.paging.virtual_lens.shape[1]
+    around_spans = (0, new_spans, 0, missing)
+    return Step(
+        F.pad(step.input_ids, (0, missing)),
+        F.pad(step.positions, (0, missing)),
+        torch.arange(shape.rows),
+        _pad_paging(step.paging, shape, around_spans, first_scratch_block * block_size + scratch, block_size),
+        None if step.entries is None else _pad_entries(step.entries, shape, missing),
+        None if step.routing is None else _pad_routing(step.routing, shape, around_spans),
     )
 
 
-def _pad_entries(rows: AdapterRows, shape: StepShape, missing: int) -> AdapterRows:
-    unused = shape.entries - len(rows.slots)
-    offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(missing)])
+def _pad_paging(
+    paging: Paging, shape: StepShape, around_spans: tuple[int, int, int, int], scratch: Tensor, block_size: int
+) -> Paging:
+    """around_spans: what of spans and rows is added, as F.pad takes it. scratch: KV slots of the added rows."""
+    kv_slots, _, context_lens, virtual_lens, block_tables, log_gates = paging
+    num_rows, missing = len(kv_slots), len(scratch)
+    tables = F.pad(block_tables, (0, shape.table_width - block_tables.shape[1], 0, missing))
+    tables[num_rows:, 0] = scratch // block_size
+    return Paging(
+        torch.cat([kv_slots, scratch]),
+        torch.arange(shape.rows + 1, dtype=torch.int32),
+        F.pad(context_lens, (0, missing), value=1),
+        F.pad(virtual_lens, around_spans),
+        tables,
+        None if log_gates is None else F.pad(log_gates, around_spans),
+    )
+
+
+def _pad_entries(entries: Entries, shape: StepShape, missing: int) -> Entries:
+    offsets, slots, gates = entries
+    unused = shape.entries - len(slots)
+    offsets = torch.cat([offsets, offsets[-1:].expand(missing)])
     offsets[-1] = shape.entries
-    slots = torch.cat([rows.slots, rows.slots[-1:].expand(unused)])
-    return AdapterRows(offsets, slots, F.pad(rows.gates, (0, unused)), rows.runs, rows.routing)
+    return Entries(offsets, torch.cat([slots, slots[-1:].expand(unused)]), F.pad(gates, (0, unused)))
 
 
-def _pad_routing(
-    routing: Routing, shape: StepShape, around_spans: tuple[int, int, int, int], log_gates: Tensor | None
-) -> Routing:
-    """around_spans: what of spans and rows is added, as F.pad takes it. log_gates: the padded batch's."""
+def _pad_routing(routing: Routing, shape: StepShape, around_spans: tuple[int, int, int, int]) -> Routing:
     assert shape.routed is not None
     table, experts, span_experts, trace = routing.table, routing.experts, routing.span_experts, routing.trace
     nobody = torch.tensor([shape.rows, shape.rows, int(table[-1, 2]), 0, 0, -1])
@@ -179,7 +162,6 @@ def _pad_routing(
         experts=F.pad(experts, (0, shape.entries - len(experts)), value=-1),
         span_experts=None if span_experts is None else F.pad(span_experts, around_spans, value=-1),
         trace=None if trace is None else F.pad(trace, (0, shape.routed.traced - trace.shape[1])),
-        log_gates=None if routing.log_gates is None else log_gates,
     )
 
 

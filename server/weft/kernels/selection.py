@@ -17,6 +17,7 @@ from weft.kernels import recording
 from weft.kernels.cpu import driver, elementwise, library
 from weft.kernels.cpu.tape import Tapes
 from weft.kernels.recording import Record
+from weft.kernels.step import Step
 from weft.methods.inject import Driver
 
 _log = logging.getLogger(__name__)
@@ -27,8 +28,7 @@ class Kernels:
     """An implementation of the hot operations.
 
     name: for logs and build info.
-    driver: makes a step's driver from (slot table, offsets, slots, gates, the mixtures' rows or None); None for the
-        reference driver.
+    driver: makes a step's driver from (slot table, step on the device); None for the reference driver.
     attend: makes paged attention (model/paged_attention.py, Attend) for a KV pool's (keys, values); None for the
         reference.
     recorder: makes what records steps of decode rows (kernels/recording.py), where driver and attention read nothing
@@ -41,7 +41,7 @@ class Kernels:
     """
 
     name: str
-    driver: Callable[[Any, Tensor, Tensor, Tensor, Any], Driver] | None = None
+    driver: Callable[[Any, Step], Driver] | None = None
     attend: Callable[[Sequence[Tensor], Sequence[Tensor]], Callable[..., Tensor]] | None = None
     recorder: Callable[[], Record] | None = None
     records_ahead: bool = False

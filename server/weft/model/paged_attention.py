@@ -12,15 +12,17 @@ A span of weight w counts w times in the softmax: the *log-gate* log w is added 
 -inf it does not see the span, whatever the span holds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+
+from weft.kernels.step import Paging
 
 ATTENTION = "weft_paged"
 
@@ -73,27 +75,39 @@ class KVCache:
             layer_values.flatten(0, 1)[slots] = values[layer].to(layer_values)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagedBatch:
-    """Which rows of the step belong to whom, and where their keys and values live."""
-
-    cache: KVCache
-    kv_slots: Tensor  # int64 [T]: block · block_size + offset that each row's key and value are stored at
-    query_start: Tensor  # int32 [B + 1]: rows query_start[b] : query_start[b + 1] are request b's
-    context_lens: Tensor  # int32 [B]: real tokens of the request in the cache after this step
-    virtual_lens: Tensor  # int32 [B, S]: P_s of each span, and 0 past the request's last
-    block_tables: Tensor  # int32 [B, max blocks]
-    log_gates: Tensor | None = None  # float32 [T, S], read anew in each layer; None: all 0
-
-
 # Stores the step's keys and values in one layer and attends.
-# (batch, layer, query [T, Hq, D], key [T, H, D], value [T, H, D], scale, window or 0, softcap or 0) -> [T, Hq, D]
-Attend = Callable[[PagedBatch, int, Tensor, Tensor, Tensor, float, int, float], Tensor]
+# (paging, layer, query [T, Hq, D], key [T, H, D], value [T, H, D], scale, window or 0, softcap or 0) -> [T, Hq, D]
+Attend = Callable[[Paging, int, Tensor, Tensor, Tensor, float, int, float], Tensor]
 
 
-def attend_reference(
-    batch: PagedBatch,
-    layer: int,
+class ReferenceAttend(NamedTuple):
+    """The textbook, in float32 at least: softmax(scale · Q Kᵀ + log-gates) V over what each query may see.
+
+    pool_keys, pool_values: one tensor per layer, [num_blocks, block_size, H, D].
+    """
+
+    pool_keys: Sequence[Tensor]
+    pool_values: Sequence[Tensor]
+
+    def __call__(
+        self,
+        paging: Paging,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor:
+        """Store the step's keys and values in `layer` and attend; [T, Hq, D]."""
+        pools = self.pool_keys[layer], self.pool_values[layer]
+        return _attend(pools, paging, query, key, value, scale, window, softcap)
+
+
+def _attend(
+    pools: tuple[Tensor, Tensor],
+    paging: Paging,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -101,30 +115,29 @@ def attend_reference(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """The textbook, in float32 at least: softmax(scale · Q Kᵀ + log-gates) V over what each query may see."""
-    block_size, device = batch.cache.block_size, query.device
-    keys, values = batch.cache.keys[layer].flatten(0, 1), batch.cache.values[layer].flatten(0, 1)  # [slots, H, D]
-    keys[batch.kv_slots] = key
-    values[batch.kv_slots] = value
+    block_size, device = pools[0].shape[1], query.device
+    keys, values = (pool.flatten(0, 1) for pool in pools)  # [slots, H, D]
+    keys[paging.kv_slots] = key
+    values[paging.kv_slots] = value
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
     wide, groups = torch.promote_types(query.dtype, torch.float32), query.shape[1] // keys.shape[1]
-    starts = batch.query_start.tolist()
-    for b, rows, seen in _sights(batch):
-        lengths = torch.cat([batch.virtual_lens[b], batch.context_lens[b, None]]).long()  # the real tokens come last
+    starts = paging.query_start.tolist()
+    for b, rows, seen in _sights(paging):
+        lengths = torch.cat([paging.virtual_lens[b], paging.context_lens[b, None]]).long()  # the real tokens come last
         holes = -lengths % block_size
         span = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # of each key
         key_position = seen[span].nonzero()[:, 0]  # [K]
         span = span[key_position]
         logical = key_position + (holes.cumsum(0) - holes)[span]  # counts the holes before
-        slots = batch.block_tables[b].long()[logical // block_size] * block_size + logical % block_size
+        slots = paging.block_tables[b].long()[logical // block_size] * block_size + logical % block_size
         q = query[rows].to(wide).transpose(0, 1)  # [Hq, N, D]
         k = keys[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)  # [Hq, K, D]
         v = values[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)
         scores = q @ k.mT * scale  # [Hq, N, K]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        if batch.log_gates is not None:
-            scores = scores + F.pad(batch.log_gates[rows].to(wide), (0, 1))[:, span]
+        if paging.log_gates is not None:
+            scores = scores + F.pad(paging.log_gates[rows].to(wide), (0, 1))[:, span]
         query_position = lengths.sum() + rows - starts[b + 1]
         distance = query_position[:, None] - key_position[None, :]  # [N, K]
         hidden = distance < 0
@@ -135,15 +148,15 @@ def attend_reference(
     return out
 
 
-def _sights(batch: PagedBatch) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _sights(paging: Paging) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Rows of a request that see the same: (request, rows int64 [N], bool [S + 1]: each span, and the real tokens)."""
-    num_spans, device = batch.virtual_lens.shape[1], batch.kv_slots.device
-    for b, (first, end) in enumerate(pairwise(batch.query_start.tolist())):
+    num_spans, device = paging.virtual_lens.shape[1], paging.kv_slots.device
+    for b, (first, end) in enumerate(pairwise(paging.query_start.tolist())):
         rows = torch.arange(first, end, device=device)
-        if batch.log_gates is None:
+        if paging.log_gates is None:
             yield b, rows, torch.ones(num_spans + 1, dtype=torch.bool, device=device)
         elif first < end:
-            is_seen = F.pad(batch.log_gates[rows] != float("-inf"), (0, 1), value=True)
+            is_seen = F.pad(paging.log_gates[rows] != float("-inf"), (0, 1), value=True)
             sights, sight_of_row = is_seen.unique(dim=0, return_inverse=True)
             for number, seen in enumerate(sights):
                 yield b, rows[sight_of_row == number], seen
@@ -151,9 +164,9 @@ def _sights(batch: PagedBatch) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """What a step hands through the model: its batch and how this device attends."""
+    """What a step hands through the model: its paging and how this device attends."""
 
-    batch: PagedBatch
+    paging: Paging
     attend: Attend
 
 
@@ -183,7 +196,7 @@ def _forward(
     assert isinstance(layer, int)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = paged.attend(
-        paged.batch,
+        paged.paging,
         layer,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.config import Quantization
+from weft.kernels.step import Paging
 from weft.methods.base_weight import ModuleWeight, ReadModule
 from weft.model.gate import BaseRefused, refusing
 from weft.model.loader import Base
-from weft.model.paged_attention import ATTENTION, Attend, KVCache, Paged, PagedBatch, attend_reference, register
+from weft.model.paged_attention import ATTENTION, Attend, KVCache, Paged, ReferenceAttend, register
 
 _LENGTHS = (29, 11)  # tokens of the two requests
 _NUM_DRAWS = 4
@@ -175,14 +176,14 @@ def _served(
         dtype=base.dtype,
         device=base.device,
     )
-    attend = attend_reference if make_attend is None else make_attend(cache.keys, cache.values)
+    attend = (make_attend or ReferenceAttend)(cache.keys, cache.values)
     found: list[list[Tensor]] = [[] for _ in requests]
     for parts in steps:
         out = base.model(
             input_ids=torch.cat([requests[index].token_ids[begin:end] for index, begin, end in parts])[None],
             position_ids=torch.cat([requests[index].positions[begin:end] for index, begin, end in parts])[None],
             use_cache=False,
-            paged=Paged(_paged(cache, parts), attend),
+            paged=Paged(_paging(cache, parts), attend),
         )
         sizes = [end - begin for _, begin, end in parts]
         for (index, _, _), logits in zip(parts, out.logits[0].float().split(sizes), strict=True):
@@ -190,18 +191,17 @@ def _served(
     return [torch.cat(parts) if parts else torch.empty(0) for parts in found]
 
 
-def _paged(cache: KVCache, parts: Sequence[Part]) -> PagedBatch:
+def _paging(cache: KVCache, parts: Sequence[Part]) -> Paging:
     device, width = cache.keys[0].device, max(map(len, _BLOCKS))
     sizes = torch.tensor([0] + [end - begin for _, begin, end in parts])
     tables = [list(_BLOCKS[index]) + [0] * (width - len(_BLOCKS[index])) for index, _, _ in parts]
     slots = [cache.slots(list(_BLOCKS[index]), end)[begin:] for index, begin, end in parts]
-    return PagedBatch(
-        cache=cache,
-        kv_slots=torch.cat(slots),
-        query_start=sizes.cumsum(0).to(device, torch.int32),
-        context_lens=torch.tensor([end for _, _, end in parts], dtype=torch.int32, device=device),
-        virtual_lens=torch.zeros(len(parts), 0, dtype=torch.int32, device=device),
-        block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+    return Paging(
+        torch.cat(slots),
+        sizes.cumsum(0).to(device, torch.int32),
+        torch.tensor([end for _, _, end in parts], dtype=torch.int32, device=device),
+        torch.zeros(len(parts), 0, dtype=torch.int32, device=device),
+        torch.tensor(tables, dtype=torch.int32, device=device),
     )
 
 

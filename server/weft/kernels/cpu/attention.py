@@ -8,11 +8,13 @@ of threads, or how its prompt was cut into chunks.
 
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
+from weft.kernels.step import Paging
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE_MAX = 256
@@ -49,45 +51,30 @@ class Cache:
         object.__setattr__(self, "packed", (keys.data_ptr(), values.data_ptr(), *keys.shape))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Whose tokens the query rows of one step are, and where each request's keys lie.
+class Packed(NamedTuple):
+    """A step's paging, checked once, and its record for the kernels (Batch in attention.cpp)."""
 
-    query_start: [B + 1] int32, from 0 up to T; request b has the rows query_start[b]:query_start[b + 1], and these are
-      its last real tokens.
-    context_lens: [B] int32, real tokens of the request in the cache once this step's are stored.
-    virtual_lens: [B, S] int32, positions in each span of virtual ones, 0 for none; S may be 0. Each span fills the
-      next ceil(length / block_size) blocks of the table; the rest of its last is a hole; real token 0 begins the block
-      after them all.
-    block_tables: [B, any] int32, contiguous; the blocks of each request in order. Columns past its last are never
-      read, nor are holes and what lies before every query's sliding window, whatever stands there.
-    log_gates: [T, S] float32, contiguous, read anew by each call; what is added to a row's scores of a span, where
-      -inf means that the row does not see the span, whatever it holds. None: 0 everywhere.
-    """
+    paging: Paging
+    numbers: tuple[int, ...]
 
-    query_start: Tensor
-    context_lens: Tensor
-    virtual_lens: Tensor
-    block_tables: Tensor
-    log_gates: Tensor | None = None
-    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # Batch in attention.cpp
 
-    def __post_init__(self) -> None:
-        num_requests = self.context_lens.shape[0] if self.context_lens.dim() else 0
-        _check_metadata("query_start", self.query_start, (num_requests + 1,))
-        _check_metadata("context_lens", self.context_lens, (num_requests,))
-        num_spans = self.virtual_lens.shape[-1] if self.virtual_lens.dim() else 0
-        _check_metadata("virtual_lens", self.virtual_lens, (num_requests, num_spans))
-        width = self.block_tables.shape[-1] if self.block_tables.dim() else 0
-        _check_metadata("block_tables", self.block_tables, (num_requests, width))
-        tensors = self.query_start, self.context_lens, self.virtual_lens, self.block_tables
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        num_gate_rows = gates_at = 0
-        if self.log_gates is not None and num_spans:
-            num_gate_rows = self.log_gates.shape[0] if self.log_gates.dim() else 0
-            _check_metadata("log_gates", self.log_gates, (num_gate_rows, num_spans), torch.float32)
-            gates_at = self.log_gates.data_ptr()
-        object.__setattr__(self, "packed", (*pointers, gates_at, num_requests, width, num_spans, num_gate_rows))
+def pack(paging: Paging) -> Packed:
+    """Check the paging of a step on the CPU. Raises ValueError that names what does not fit."""
+    _, query_start, context_lens, virtual_lens, block_tables, log_gates = paging
+    num_requests = context_lens.shape[0] if context_lens.dim() else 0
+    num_spans = virtual_lens.shape[-1] if virtual_lens.dim() else 0
+    width = block_tables.shape[-1] if block_tables.dim() else 0
+    _check_metadata("query_start", query_start, (num_requests + 1,))
+    _check_metadata("context_lens", context_lens, (num_requests,))
+    _check_metadata("virtual_lens", virtual_lens, (num_requests, num_spans))
+    _check_metadata("block_tables", block_tables, (num_requests, width))
+    pointers = [tensor.data_ptr() for tensor in (query_start, context_lens, virtual_lens, block_tables)]
+    num_gate_rows = gates_at = 0
+    if log_gates is not None and num_spans:
+        num_gate_rows = log_gates.shape[0] if log_gates.dim() else 0
+        _check_metadata("log_gates", log_gates, (num_gate_rows, num_spans), torch.float32)
+        gates_at = log_gates.data_ptr()
+    return Packed(paging, (*pointers, gates_at, num_requests, width, num_spans, num_gate_rows))
 
 
 def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
@@ -116,7 +103,7 @@ def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
 
 
 def attend(
-    query: Tensor, cache: Cache, batch: Batch, out: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
+    query: Tensor, cache: Cache, packed: Packed, out: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
 ) -> None:
     """Write the attention of each query row over its request's stored keys to `out`, in place.
 
@@ -146,10 +133,10 @@ def attend(
         _pack_attend(
             query.data_ptr(), strides[0], strides[1], out.data_ptr(), num_tokens, query_heads,
             query.dtype is torch.bfloat16, window, torch.get_num_threads(), scale, softcap,
-            *cache.packed, *batch.packed,
+            *cache.packed, *packed.numbers,
         ),
         cache,
-        batch,
+        packed,
     )  # fmt: skip
 
 

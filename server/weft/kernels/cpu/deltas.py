@@ -6,57 +6,44 @@ Shapes: T tokens in the batch, N entries, S slots, I in, O out. A row's bits dep
 other rows, their adapters, the slot number of its adapter, T, or the number of threads.
 """
 
-import enum
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
+from weft.kernels.step import Entries
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 _pack = struct.Struct("=18q").pack  # WeftDeltas in deltas.cpp
 
 
-class Kind(enum.IntEnum):
-    """What an adapter does at a site; the first column of its table."""
+class Packed(NamedTuple):
+    """A step's entries, checked once, and their record for the kernels (WeftRows in deltas.cpp)."""
 
-    NOTHING = 0
-    LORA = 1  # delta = B A x
-    OUTPUT_SCALE = 2  # delta = (l - 1) * y
-    INPUT_SCALE = 3  # `pre`: delta = (l - 1) * x
-    BIAS = 4  # delta = b
-    BOTTLENECK = 5  # delta = f(y)
-    BOTTLENECK_SUM = 6  # delta = f(y + r)
-    BOTTLENECK_RESIDUAL = 7  # delta = f(r)
-    BOTTLENECK_NORMED = 8  # delta = LN(y + f(y)) - y
+    entries: Entries
+    numbers: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.numbers[3]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Which adapters each row of a batch takes, and how much of each: row t has the entries offsets[t]:offsets[t + 1].
-
-    offsets: [T + 1] int32, from 0 up to N.
-    slots: [N] int32, each below the S of every site it is used with.
-    gates: [N] float32; an entry with gate 0 contributes nothing, whatever its weights hold.
-    """
-
-    offsets: Tensor
-    slots: Tensor
-    gates: Tensor
-    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # WeftRows in deltas.cpp
-
-    def __post_init__(self) -> None:
-        _check_vector("offsets", self.offsets, torch.int32)
-        _check_vector("slots", self.slots, torch.int32)
-        _check_vector("gates", self.gates, torch.float32)
-        if len(self.offsets) < 1:
-            raise ValueError("offsets: needs T + 1 elements, given 0")
-        if len(self.slots) != len(self.gates):
-            raise ValueError(f"gates: needs one for each of {len(self.slots)} slots, given {len(self.gates)}")
-        pointers = self.offsets.data_ptr(), self.slots.data_ptr(), self.gates.data_ptr()
-        object.__setattr__(self, "packed", (*pointers, len(self.offsets) - 1, len(self.slots)))
+def pack(entries: Entries) -> Packed:
+    """Check the entries of a step on the CPU. Raises ValueError that names what does not fit."""
+    offsets, slots, gates = entries
+    _check_vector("offsets", offsets, torch.int32)
+    _check_vector("slots", slots, torch.int32)
+    _check_vector("gates", gates, torch.float32)
+    if len(offsets) < 1:
+        raise ValueError("offsets: needs T + 1 elements, given 0")
+    if len(slots) != len(gates):
+        raise ValueError(f"gates: needs one for each of {len(slots)} slots, given {len(gates)}")
+    pointers = offsets.data_ptr(), slots.data_ptr(), gates.data_ptr()
+    return Packed(entries, (*pointers, len(offsets) - 1, len(slots)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +82,7 @@ class Site:
         object.__setattr__(self, "packed", packed)
 
 
-def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None = None) -> None:
+def post(x: Tensor, y: Tensor, rows: Packed, site: Site, residual: Tensor | None = None) -> None:
     """Add to each row of the base output `y` the gated deltas of its adapters, in place.
 
     Semantics: y[t] += sum over the entries n of row t of gates[n] * delta(x[t], y[t]), with A, B, l, b of slots[n]:
@@ -124,7 +111,7 @@ def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None =
     _run("weft_post", x.data_ptr(), x_stride, y.data_ptr(), y_stride, is_bf16, rows, site, r)
 
 
-def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
+def pre(x: Tensor, out: Tensor, rows: Packed, site: Site) -> None:
     """Write the input of the base weight: `x` with the gated input scales of each row's adapters.
 
     Semantics: out[t] = x[t] + sum over the entries n of row t of gates[n] * (l - 1) * x[t], with l of slots[n] where
@@ -149,12 +136,12 @@ def _run(
     y: int,
     y_stride: int,
     is_bf16: bool,
-    rows: Rows,
+    rows: Packed,
     site: Site,
     residual: tuple[int, int] = (0, 0),
 ) -> None:
     threads = torch.get_num_threads()
-    library.run(kernel, _pack(x, x_stride, y, y_stride, is_bf16, threads, *residual, *rows.packed, *site.packed), site)
+    library.run(kernel, _pack(x, x_stride, y, y_stride, is_bf16, threads, *residual, *rows.numbers, *site.packed), site)
 
 
 def _check_vector(name: str, given: Tensor, dtype: torch.dtype) -> None:
@@ -162,11 +149,11 @@ def _check_vector(name: str, given: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name}: needs a contiguous vector of {dtype} on the CPU, given {_shown(given)}")
 
 
-def _check_rows(name: str, given: Tensor, rows: Rows, size: int) -> tuple[int, bool]:
+def _check_rows(name: str, given: Tensor, rows: Packed, size: int) -> tuple[int, bool]:
     """The row stride of `given`, and whether it is bfloat16."""
     shape, strides, dtype = given.shape, given.stride(), given.dtype
-    if shape != (rows.packed[3], size) and shape != (1, rows.packed[3], size):
-        raise ValueError(f"{name}: needs [{rows.packed[3]}, {size}], given {_shown(given)}")
+    if shape != (rows.num_rows, size) and shape != (1, rows.num_rows, size):
+        raise ValueError(f"{name}: needs [{rows.num_rows}, {size}], given {_shown(given)}")
     if dtype not in _ROW_DTYPES or not given.is_cpu:
         raise ValueError(f"{name}: needs float32 or bfloat16 on the CPU, given {_shown(given)}")
     if strides[-1] != 1 and size != 1:

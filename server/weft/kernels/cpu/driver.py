@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import or_
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weft.kernels.cpu import attention, deltas, routing
-from weft.kernels.routed import RoutedRows
+from weft.kernels.step import Paging, Step
 from weft.methods.inject import apply_each
 from weft.methods.protocol import Site
 
@@ -32,12 +32,10 @@ class DriverFactory:
         self._table: Tensor | None = None
         self._sites: dict[int, deltas.Site] = {}
 
-    def __call__(
-        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: RoutedRows | None = None
-    ) -> "CpuDriver":
+    def __call__(self, slots: Slots, step: Step) -> "CpuDriver":
         if self._table is not slots.table:
             self._table, self._sites = slots.table, {}
-        return CpuDriver(self, slots, deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates), routed)
+        return CpuDriver(self, slots, step)
 
     def site(self, site: Site) -> deltas.Site:
         """The kernels' view of a site."""
@@ -69,19 +67,20 @@ def _acting(slots: Slots, slot_of_entry: Tensor) -> tuple[int, int]:
 class CpuDriver:
     """The gated deltas of one step: one kernel call per site where a row has any, whatever the number of adapters."""
 
-    __slots__ = ("_factory", "_inputs_at", "_log_target", "_outputs_at", "_routed", "_rows", "_slots", "_target")
+    __slots__ = ("_factory", "_inputs_at", "_log_target", "_outputs_at", "_routing", "_rows", "_slots", "_target")
 
-    def __init__(
-        self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routed: RoutedRows | None = None
-    ) -> None:
+    def __init__(self, factory: DriverFactory, slots: Slots, step: Step) -> None:
+        entries = step.entries
+        assert entries is not None
         self._factory = factory
         self._slots = slots
-        self._rows = rows
-        self._routed = routed
-        self._outputs_at, self._inputs_at = _acting(slots, rows.slots)
-        if routed is not None:
-            self._target = routing.Target(offsets=rows.offsets, experts=routed.experts, values=rows.gates)
-            self._log_target = _span_target(routed)
+        self._rows = deltas.pack(entries)
+        self._routing = step.routing
+        self._outputs_at, self._inputs_at = _acting(slots, entries.slots)
+        if step.routing is not None:
+            experts = step.routing.experts
+            self._target = routing.Target(offsets=entries.offsets, experts=experts, values=entries.gates)
+            self._log_target = _span_target(step.routing.span_experts, step.paging.log_gates)
 
     @property
     def needs_residual(self) -> bool:
@@ -91,12 +90,12 @@ class CpuDriver:
     @property
     def routes(self) -> bool:
         """Whether a row of the step belongs to a mixture."""
-        return self._routed is not None
+        return self._routing is not None
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """A layer begins: the gates of all mixtures' rows are made anew, in one call."""
-        if self._routed is not None:
-            routing.route(hidden, layer, self._slots.routers, self._routed, self._target, self._log_target)
+        if self._routing is not None:
+            routing.route(hidden, layer, self._slots.routers, self._routing, self._target, self._log_target)
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
@@ -120,13 +119,13 @@ class CpuDriver:
         return outputs
 
 
-def _span_target(routed: RoutedRows) -> routing.Target | None:
+def _span_target(span_experts: Tensor | None, log_gates: Tensor | None) -> routing.Target | None:
     """Where the logarithms of gates go: a row has an entry for every span."""
-    if routed.span_experts is None or routed.log_gates is None:
+    if span_experts is None or log_gates is None:
         return None
-    num_rows, num_spans = routed.span_experts.shape
+    num_rows, num_spans = span_experts.shape
     offsets = torch.arange(0, (num_rows + 1) * num_spans, num_spans, dtype=torch.int32)
-    return routing.Target(offsets=offsets, experts=routed.span_experts.view(-1), values=routed.log_gates.view(-1))
+    return routing.Target(offsets=offsets, experts=span_experts.view(-1), values=log_gates.view(-1))
 
 
 class Attend:
@@ -134,12 +133,11 @@ class Attend:
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         self._caches = [attention.Cache(keys=k, values=v) for k, v in zip(keys, values, strict=True)]
-        self._paged: Any = None
-        self._batch: attention.Batch | None = None
+        self._packed: attention.Packed | None = None
 
     def __call__(
         self,
-        paged: Any,  # weft.model.paged_attention.PagedBatch
+        paging: Paging,
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -149,18 +147,11 @@ class Attend:
         softcap: float,
     ) -> Tensor:
         """Store this step's keys and values in `layer` and attend; [T, Hq, D]."""
-        if self._paged is not paged:  # the first layer of a step packs its metadata for all
-            self._paged = paged
-            self._batch = attention.Batch(
-                query_start=paged.query_start,
-                context_lens=paged.context_lens,
-                virtual_lens=paged.virtual_lens,
-                block_tables=paged.block_tables,
-                log_gates=paged.log_gates,
-            )
-        assert self._batch is not None
+        packed = self._packed
+        if packed is None or packed.paging is not paging:  # the first layer of a step packs its paging for all
+            packed = self._packed = attention.pack(paging)
         cache = self._caches[layer]
-        attention.store(key, value, cache, paged.kv_slots)
+        attention.store(key, value, cache, paging.kv_slots)
         out = torch.empty(query.shape, dtype=query.dtype)
-        attention.attend(query, cache, self._batch, out, scale=scale, window=window, softcap=softcap)
+        attention.attend(query, cache, packed, out, scale=scale, window=window, softcap=softcap)
         return out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
-from weft.kernels.routed import RoutedRows
+from weft.kernels.step import Routing
 
 _pack = struct.Struct("=21q").pack  # WeftRouting in routing.cpp
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
@@ -47,9 +47,9 @@ NOWHERE = (0, 0, 0, 0)  # a target without values
 
 
 def route(
-    hidden: Tensor, layer: int, routers: Tensor, runs: RoutedRows, gates: Target, log_gates: Target | None = None
+    hidden: Tensor, layer: int, routers: Tensor, routing: Routing, gates: Target, log_gates: Target | None = None
 ) -> None:
-    """Write the gates of the runs' rows, for a layer that the rows `hidden` enter.
+    """Write the gates of the routed rows, for a layer that the rows `hidden` enter.
 
     hidden: [T, H] or [1, T, H], float32 or bfloat16, any row stride.
     routers: int64 [S, 8] (SlotTable.routers). gates: takes the gates as they are; log_gates: their logarithms.
@@ -62,7 +62,7 @@ def route(
     for target in (gates, log_gates):
         if target is not None and len(target.offsets) != rows + 1:
             raise ValueError(f"offsets: needs {rows + 1} elements, given {len(target.offsets)}")
-    table, trace = runs.table, runs.trace
+    table, trace = routing.table, routing.trace
     traced = (0, 0) if trace is None else (trace.data_ptr() + layer * trace.stride(0) * 4, trace.shape[1])
     is_bf16 = hidden.dtype is torch.bfloat16
     library.run(

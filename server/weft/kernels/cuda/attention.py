@@ -18,14 +18,14 @@ not on what neighbours hold.
 # pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda.steps import Step, Tiles, plan
+from weft.kernels.cuda.steps import Plan, Tiles, plan
+from weft.kernels.step import Paging
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HEAD_SIZE_MAX = 256
@@ -51,13 +51,13 @@ class Attend:
                 if given.shape[3] > _HEAD_SIZE_MAX:
                     raise ValueError(f"{name}: needs D up to {_HEAD_SIZE_MAX}, given {given.shape[3]}")
         self._pools = list(zip(keys, values, strict=True))
-        self._paged: Any = None
+        self._paging: Paging | None = None
         self._layer = -1
-        self._step: Step | None = None
+        self._plan: Plan | None = None
 
     def __call__(
         self,
-        paged: Any,  # weft.model.paged_attention.PagedBatch
+        paging: Paging,
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -68,16 +68,12 @@ class Attend:
     ) -> Tensor:
         """Store this step's keys and values in `layer` and attend; [T, Hq, D]."""
         keys, values = self._pools[layer]
-        # The first layer of a step shares it out for all. A graph's batch is one object for all its steps, and each of
+        # The first layer of a step shares it out for all. A graph's paging is one object for all its steps, and each of
         # them has to do so again: its layers come in order.
-        if paged is not self._paged or layer <= self._layer or self._step is None:
-            self._paged = paged
-            self._step = plan(
-                paged.query_start,
-                paged.context_lens,
-                paged.virtual_lens,
-                paged.block_tables,
-                paged.log_gates,
+        if paging is not self._paging or layer <= self._layer or self._plan is None:
+            self._paging = paging
+            self._plan = plan(
+                paging,
                 num_rows=query.shape[0],
                 query_heads=query.shape[1],
                 kv_heads=keys.shape[2],
@@ -85,9 +81,9 @@ class Attend:
                 block_size=keys.shape[1],
             )
         self._layer = layer
-        store(key, value, keys, values, paged.kv_slots)
+        store(key, value, keys, values, paging.kv_slots)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        attend(query, keys, values, self._step, out, scale=scale, window=window, softcap=softcap)
+        attend(query, keys, values, self._plan, out, scale=scale, window=window, softcap=softcap)
         return out
 
 
@@ -113,7 +109,7 @@ def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    step: Step,
+    planned: Plan,
     out: Tensor,
     *,
     scale: float,
@@ -130,9 +126,9 @@ def attend(
     _check("query", query, keys)
     if query.shape[1] % keys.shape[2]:
         raise ValueError(f"query: needs a multiple of the {keys.shape[2]} KV heads, given {query.shape[1]} heads")
-    for tiles in (step.lone, step.shared):
+    for tiles in (planned.lone, planned.shared):
         if tiles is not None and len(tiles.requests):
-            _compute(query, keys, values, step, tiles, out, scale, window, softcap)
+            _compute(query, keys, values, planned, tiles, out, scale, window, softcap)
 
 
 def _check(name: str, given: Tensor, pool: Tensor) -> None:
@@ -147,7 +143,7 @@ def _compute(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    step: Step,
+    planned: Plan,
     tiles: Tiles,
     out: Tensor,
     scale: float,
@@ -164,13 +160,14 @@ def _compute(
     if num_splits > 1:
         sums = query.new_empty(num_tiles, query_heads, num_splits, head_size, dtype=torch.float32)
         extents = query.new_empty(num_tiles, query_heads, num_splits, 2, dtype=torch.float32)
+    _, query_start, context_lens, virtual_lens, block_tables, log_gates = planned.paging
     tiling = (
-        tiles.first_rows, tiles.requests, step.query_start, step.context_lens, step.virtual_lens,
-        step.num_requests, step.num_spans, tiles.split,
+        tiles.first_rows, tiles.requests, query_start, context_lens, virtual_lens,
+        planned.num_requests, planned.num_spans, tiles.split,
     )  # fmt: skip
     _attend[(num_tiles, kv_heads, num_splits)](
-        *tiling, query, keys, values, out, sums, extents, step.block_tables, step.log_gates,
-        step.block_tables.stride(0), query.stride(0), query.stride(1), scale, window or _UNBOUNDED,
+        *tiling, query, keys, values, out, sums, extents, block_tables, log_gates,
+        block_tables.stride(0), query.stride(0), query.stride(1), scale, window or _UNBOUNDED,
         SOFTCAP=softcap, GROUP=group, QUERIES=tiles.num_queries, HEAD=head_size, BLOCK=block_size,
         ROWS=rows, PADDED=padded, KEYS=64 if padded * query.element_size() <= 256 else 32,
         num_warps=8 if rows > 64 else 4, num_stages=3,

@@ -4,11 +4,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from weft.kernels.step import Entries
+
 
 class Call(NamedTuple):
     """T rows, N entries, G sites of a group, I in and O out, as kernels/cuda/deltas.py has them.
 
-    rows_of: int32 [N]. offsets: int32 [T + 1]. slots: int32 [N]. gates: float32 [N]. table: int64 [G, S, 4].
+    rows_of: int32 [N], the row of each of `entries`. table: int64 [G, S, 4].
     hidden: float32 [parts, G, N, R]: of every entry with a rank, the products A x over each part of the inputs; R is
         the largest rank in whole blocks of `RANKS`, and the last block of an entry's rank is filled up with zeros.
     z: float32 [N, O], each entry's whole row (kernels/cuda/networks.py); without elements where there are no networks.
@@ -17,9 +19,7 @@ class Call(NamedTuple):
     """
 
     rows_of: Tensor
-    offsets: Tensor
-    slots: Tensor
-    gates: Tensor
+    entries: Entries
     table: Tensor
     hidden: Tensor
     z: Tensor
@@ -29,12 +29,12 @@ class Call(NamedTuple):
     @property
     def num_rows(self) -> int:
         """T."""
-        return self.offsets.shape[0] - 1
+        return self.entries.offsets.shape[0] - 1
 
     @property
     def num_entries(self) -> int:
         """N."""
-        return self.slots.shape[0]
+        return self.entries.slots.shape[0]
 
     @property
     def size_out(self) -> int:

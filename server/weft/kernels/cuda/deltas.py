@@ -11,7 +11,8 @@ Two launches serve a group with LoRAs, of any ranks and however many (shrink, ex
 alone (expand). Bottleneck adapters take two more (fill, and a shrink of their own), the normed kind a third (finish).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from weft.kernels.cuda import lone_rows, networks, tiles
 from weft.kernels.cuda.call import GROUP_MAX, RANKS, Call, num_parts_of
+from weft.kernels.step import Entries
 from weft.methods.protocol import DeltaKind
 
 ROW_DTYPES = (torch.float32, torch.bfloat16)
+_ENTRY_DTYPES = (torch.int32, torch.int32, torch.float32)
 _WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 # Weights come from the L2 cache for every row but the first of their adapter. Up to so many rows that costs less than
@@ -33,48 +36,37 @@ ALONE = (DeltaKind.SCALE_INPUT, *_NETWORKS)
 _WITH_HIDDEN = (DeltaKind.LORA, *_NETWORKS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Which adapters each row of a batch takes, and how much of each: row t has the entries offsets[t]:offsets[t + 1].
+class Rows(NamedTuple):
+    """A step's entries on the device, checked once. rows_of: int32 [N], the row of each entry, T where it has none."""
 
-    offsets: [T + 1] int32, rising from 0. Entries from offsets[T] on belong to no row and are left alone.
-    slots: [N] int32, each below the S of every site it is used with.
-    gates: [N] float32; an entry with gate 0 contributes nothing, whatever its weights hold. May change between calls.
-    rows_of: [N] int32, made of the offsets: the row of each entry, T where it has none.
-    """
-
-    offsets: Tensor
-    slots: Tensor
-    gates: Tensor
-    rows_of: Tensor = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for name, given, dtype in (
-            ("offsets", self.offsets, torch.int32),
-            ("slots", self.slots, torch.int32),
-            ("gates", self.gates, torch.float32),
-        ):
-            if given.dim() != 1 or given.dtype is not dtype or not given.is_contiguous():
-                raise ValueError(f"{name}: needs a contiguous vector of {dtype}, given {_shown(given)}")
-            if given.device != self.offsets.device:
-                raise ValueError(f"{name}: needs the device of offsets, {self.offsets.device}, given {given.device}")
-        if len(self.offsets) < 1:
-            raise ValueError("offsets: needs T + 1 elements, given 0")
-        if len(self.slots) != len(self.gates):
-            raise ValueError(f"gates: needs one for each of {len(self.slots)} slots, given {len(self.gates)}")
-        entries = torch.arange(len(self.slots), dtype=torch.int32, device=self.slots.device)
-        rows_of = torch.searchsorted(self.offsets[1:], entries, right=True, out_int32=True)
-        object.__setattr__(self, "rows_of", rows_of)
+    entries: Entries
+    rows_of: Tensor
 
     @property
     def num_rows(self) -> int:
         """T."""
-        return len(self.offsets) - 1
+        return len(self.entries.offsets) - 1
 
     @property
     def num_entries(self) -> int:
         """N."""
-        return len(self.slots)
+        return len(self.entries.slots)
+
+
+def rows_of(entries: Entries) -> Rows:
+    """Check the entries, whose gates may change between calls. Raises ValueError that names what does not fit."""
+    offsets, slots, gates = entries
+    for (name, given), dtype in zip(entries._asdict().items(), _ENTRY_DTYPES, strict=True):
+        if given.dim() != 1 or given.dtype is not dtype or not given.is_contiguous():
+            raise ValueError(f"{name}: needs a contiguous vector of {dtype}, given {_shown(given)}")
+        if given.device != offsets.device:
+            raise ValueError(f"{name}: needs the device of offsets, {offsets.device}, given {given.device}")
+    if len(offsets) < 1:
+        raise ValueError("offsets: needs T + 1 elements, given 0")
+    if len(slots) != len(gates):
+        raise ValueError(f"gates: needs one for each of {len(slots)} slots, given {len(gates)}")
+    numbers = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+    return Rows(entries, torch.searchsorted(offsets[1:], numbers, right=True, out_int32=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,21 +159,19 @@ def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
     if x.data_ptr() == out.data_ptr() and rows.num_rows:
         raise ValueError("out: needs memory of its own, given x")
     if rows.num_rows:
-        lone_rows.scale_inputs(x, out, rows.offsets, rows.slots, rows.gates, site.table)
+        lone_rows.scale_inputs(x, out, *rows.entries, site.table)
 
 
 def _call(rows: Rows, site: Site) -> Call:
     """With new scratch memory; PyTorch's allocator keeps it in order with what runs on the stream."""
-    device, num_entries = rows.offsets.device, rows.num_entries
+    device, num_entries = rows.entries.offsets.device, rows.num_entries
     width = -(-site.rank // RANKS) * RANKS if site.has(*_WITH_HIDDEN) else RANKS
     num_parts = num_parts_of(max(site.size_in, site.size_out) if site.has(*_NETWORKS) else site.size_in)
     hidden = num_parts, len(site.table), num_entries, width
     z = (num_entries, site.size_out) if site.has(*_NETWORKS) else (0, site.size_out)
     return Call(
         rows_of=rows.rows_of,
-        offsets=rows.offsets,
-        slots=rows.slots,
-        gates=rows.gates,
+        entries=rows.entries,
         table=site.table,
         hidden=torch.empty(hidden, dtype=torch.float32, device=device),
         z=torch.empty(z, dtype=torch.float32, device=device),
@@ -197,8 +187,9 @@ def _rows(name: str, given: Tensor, rows: Rows, size: int, dtype: torch.dtype) -
         raise ValueError(f"{name}: needs {list(shape)}, given {_shown(given)}")
     if given.dtype is not dtype:
         raise ValueError(f"{name}: needs the dtype of x, {dtype}, given {given.dtype}")
-    if dtype not in ROW_DTYPES or given.device != rows.offsets.device:
-        raise ValueError(f"{name}: needs float32 or bfloat16 on {rows.offsets.device}, given {_shown(given)}")
+    device = rows.entries.offsets.device
+    if dtype not in ROW_DTYPES or given.device != device:
+        raise ValueError(f"{name}: needs float32 or bfloat16 on {device}, given {_shown(given)}")
     if given.stride(-1) != 1 and size != 1:
         raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
     if given.requires_grad:

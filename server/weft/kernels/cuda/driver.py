@@ -11,7 +11,7 @@ from torch import Tensor
 from weft.kernels.cuda import deltas
 from weft.kernels.cuda.call import GROUP_MAX
 from weft.kernels.cuda.routing import Routers, Sources
-from weft.kernels.routed import RoutedRows
+from weft.kernels.step import Step
 from weft.methods.inject import apply_each
 from weft.methods.protocol import DeltaKind, Site
 
@@ -61,18 +61,17 @@ class DriverFactory:
         self._kinds = memoryview(b"").cast("H")
         self._sites: dict[tuple[int, int], deltas.Site] = {}
 
-    def __call__(
-        self, slots: Slots, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: RoutedRows | None = None
-    ) -> "CudaDriver":
-        """offsets, slot_of_entry and gates are on the device, and are read when kernels run, not before."""
+    def __call__(self, slots: Slots, step: Step) -> "CudaDriver":
+        """The step is on the device, and is read when kernels run, not before."""
         outline = slots.outline
         if self._outline is not outline:
             self._outline = outline
             self._table = slots.device_table
             self._kinds = memoryview(outline.kinds).cast("H")
             self._sites = {}
-        rows = deltas.Rows(offsets=offsets, slots=slot_of_entry, gates=gates)
-        routers = None if routed is None else Routers(slots, routed, rows, outline.choices)
+        assert step.entries is not None
+        rows = deltas.rows_of(step.entries)
+        routers = None if step.routing is None else Routers(slots, step, outline.choices)
         return CudaDriver(self, slots, rows, routers)
 
     def kinds(self, sites: Sequence[Site]) -> int:

@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda.deltas import Rows
 from weft.kernels.cuda.tables import BY_STEP, matrix_at
-from weft.kernels.routed import RoutedRows
+from weft.kernels.step import Step
 
 _BLOCK = 1024  # hidden numbers of one turn
 _ENTRIES = 16  # of a row that are written at once
@@ -39,29 +38,33 @@ class Sources(Protocol):
 
 
 class Routers:
-    """The routers of a step. `gates` of the rows, and the log-gates of their spans, are written in place.
+    """The routers of a step. The gates of its entries, and the log-gates of its spans, are written in place.
 
     num_choices: a power of two, and no router of `slots` has more. All tensors are on the device.
     """
 
-    def __init__(self, slots: Sources, routed: RoutedRows, rows: Rows, num_choices: int) -> None:
+    def __init__(self, slots: Sources, step: Step, num_choices: int) -> None:
+        assert step.entries is not None
+        assert step.routing is not None
         self._routers = slots.device_routers
-        self._routed = routed
-        self._rows = rows
+        self._routing = step.routing
+        self._entries = step.entries
+        self._log_gates = step.paging.log_gates
         self._num_choices = num_choices
-        self._run_of = _run_of(routed.table, rows.num_rows)
+        self._run_of = _run_of(step.routing.table, len(step.entries.offsets) - 1)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """A layer begins, with the hidden states [T, hidden], float32 or bfloat16, of any row stride."""
-        routed, rows, nothing = self._routed, self._rows, self._routers
-        span_experts, log_gates, trace = routed.span_experts, routed.log_gates, routed.trace
+        _, table, experts, span_experts, trace = self._routing
+        offsets, _, gates = self._entries
+        log_gates, nothing = self._log_gates, self._routers
         has_spans = span_experts is not None and log_gates is not None
-        _route[(rows.num_rows,)](
+        _route[(len(self._run_of),)](
             hidden, hidden.stride(0), hidden.shape[1], layer,
-            self._run_of, routed.table, len(routed.table), self._routers,
-            rows.offsets, routed.experts, rows.gates,
+            self._run_of, table, len(table), self._routers,
+            offsets, experts, gates,
             span_experts if has_spans else nothing, log_gates if has_spans else nothing,
-            log_gates.shape[1] if log_gates is not None else 0,
+            0 if log_gates is None else log_gates.shape[1],
             nothing if trace is None else trace, 0 if trace is None else trace.stride(0),
             SPANS=has_spans, TRACED=trace is not None,
             CHOICES=self._num_choices, ENTRIES=_ENTRIES, BLOCK=_BLOCK, num_warps=4,

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.kernels.step import Paging
+
 _TILE_ROWS = 128  # query rows times heads of a group in a shared tile
 _TILE_BYTES = 32 << 10  # and at most so many bytes of queries, which stay on chip
 _SPLIT_MIN = 128  # keys
@@ -27,45 +29,37 @@ class Tiles(NamedTuple):
     num_splits: int
 
 
-class Step(NamedTuple):
-    """What the kernels read of a step; the tensors are those of weft.model.paged_attention.PagedBatch.
+class Plan(NamedTuple):
+    """A step's paging, and how its query rows are shared out.
 
     lone: tiles of one row, which are split by keys.
     shared: tiles of the requests with several rows in this step, which are not; None where shapes rule them out.
     """
 
-    query_start: Tensor  # int32 [B + 1]
-    context_lens: Tensor  # int32 [B]
-    virtual_lens: Tensor  # int32 [B, S], contiguous
-    block_tables: Tensor  # int32 [B, any]
-    log_gates: Tensor | None  # float32 [T, S], contiguous
+    paging: Paging
     lone: Tiles
     shared: Tiles | None
 
     @property
     def num_requests(self) -> int:
         """B."""
-        return self.context_lens.shape[0]
+        return self.paging.context_lens.shape[0]
 
     @property
     def num_spans(self) -> int:
         """S."""
-        return self.virtual_lens.shape[1]
+        return self.paging.virtual_lens.shape[1]
 
 
 def plan(
-    query_start: Tensor,
-    context_lens: Tensor,
-    virtual_lens: Tensor,
-    block_tables: Tensor,
-    log_gates: Tensor | None,
+    paging: Paging,
     *,
     num_rows: int,
     query_heads: int,
     kv_heads: int,
     head_bytes: int,
     block_size: int,
-) -> Step:
+) -> Plan:
     """Share out a step of `num_rows` query rows, of which those from query_start[B] on belong to nobody.
 
     With no more rows than requests each row is a tile of its own, whosever it is. Otherwise a request's only row is,
@@ -73,7 +67,8 @@ def plan(
 
     head_bytes: of one head's query.
     """
-    num_requests, width = context_lens.shape[0], block_tables.shape[1] * block_size
+    query_start, log_gates = paging.query_start, paging.log_gates
+    num_requests, width = len(paging.context_lens), paging.block_tables.shape[1] * block_size
     device = query_start.device
     shared = None
     if num_rows <= num_requests:
@@ -88,12 +83,10 @@ def plan(
         num_queries = max(1, min(_TILE_ROWS, _TILE_BYTES // head_bytes) // group)
         shared = _shared(query_start, torch.where(counts > 1, counts, 0), num_rows, num_queries, width)
     split = split_of(len(requests) * kv_heads, width)
-    return Step(
-        query_start=query_start,
-        context_lens=context_lens,
-        virtual_lens=virtual_lens.contiguous(),
-        block_tables=block_tables,
-        log_gates=None if log_gates is None else log_gates.contiguous(),
+    virtual_lens = paging.virtual_lens.contiguous()
+    log_gates = None if log_gates is None else log_gates.contiguous()
+    return Plan(
+        paging._replace(virtual_lens=virtual_lens, log_gates=log_gates),
         lone=Tiles(first_rows, requests, 1, split, max(1, -(-width // split))),
         shared=shared,
     )

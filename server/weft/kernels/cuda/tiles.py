@@ -41,7 +41,7 @@ def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
     """As kernels/cuda/lone_rows.py has it."""
     size = x.shape[1]
     _shrink[(triton.cdiv(call.num_rows, _ROWS), call.group * call.width // RANKS, call.num_parts)](
-        x, x.stride(0), call.offsets, call.slots, call.gates, call.table, call.table.stride(0), call.hidden,
+        x, x.stride(0), *call.entries, call.table, call.table.stride(0), call.hidden,
         call.num_rows, call.num_entries, call.width, size, part_size_of(size, call.num_parts, _INPUTS),
         GROUP=call.group, NETWORKS=of_networks, WEIGHT=call.weight, ROWS=_ROWS, RANKS=RANKS, BLOCK=_INPUTS, num_warps=4,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
 def expand(call: Call, y: Tensor) -> None:
     """As kernels/cuda/lone_rows.py has it."""
     _expand[(triton.cdiv(call.num_rows, _ROWS), call.num_output_blocks(_OUTPUTS))](
-        y, y.stride(0), call.offsets, call.slots, call.gates, call.table, call.table.stride(0), call.hidden, call.z,
+        y, y.stride(0), *call.entries, call.table, call.table.stride(0), call.hidden, call.z,
         call.num_rows, call.num_entries, call.width, *call.three_sizes,
         GROUP=call.group, WEIGHT=call.weight, PARTS=call.num_parts,
         ROWS=_ROWS, RANKS=RANKS, BLOCK=_OUTPUTS, num_warps=4,

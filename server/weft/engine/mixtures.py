@@ -1,0 +1,171 @@
+"""Per-request mixture state: pooled prompt embedding, gate bounds, recorded gates; and a step's rows with routed gates.
+
+Only the engine thread calls this. Nothing here is done for a request without a mixture.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weft.adapters.slots import AdapterSlot
+from weft.engine.request import Gates, GateSight, MixtureUse, Request
+from weft.engine.runner import Runner
+from weft.engine.scheduler import Scheduled
+from weft.kernels.step import RoutedRun, Routing
+
+
+class _MixtureState:
+    """One request's. until: the first of its tokens whose gates are not recorded; none is recorded twice."""
+
+    def __init__(self, steering: Tensor | None, pooled: Tensor | None) -> None:
+        self.steering = steering
+        self.pooled = pooled
+        self.until = 0
+        self.count = 0
+        self.sum: Tensor | None = None  # float64 [L, N]
+        self.tokens: list[Tensor] = []  # [L, rows, N]
+
+    def record(self, first_token: int, gates: Tensor, *, keep: bool) -> None:
+        """Add gates [L, rows, N] of consecutive tokens."""
+        new = gates[:, max(0, self.until - first_token) :]
+        if not new.shape[1]:
+            return
+        self.until = first_token + gates.shape[1]
+        self.count += new.shape[1]
+        total = new.sum(1, dtype=torch.float64)
+        self.sum = total if self.sum is None else self.sum + total
+        if keep:
+            self.tokens.append(new.clone())
+
+    def recorded(self) -> Gates | None:
+        """Return everything that was recorded."""
+        if self.sum is None:
+            return None
+        tokens = torch.cat(self.tokens, 1).transpose(0, 1).tolist() if self.tokens else []
+        return Gates((self.sum / self.count).tolist(), tokens)
+
+
+class MixtureStates:
+    """Mixture state of every running request."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._of: dict[Request, _MixtureState] = {}
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the base."""
+        return self._runner.num_layers
+
+    def begin(self, request: Request, mixture: MixtureUse) -> None:
+        """Make the request's state, unless it has one."""
+        if request in self._of:
+            return
+        steering = None
+        if mixture.bounds:
+            bounds = torch.tensor(mixture.bounds, dtype=torch.float32).mT.contiguous()
+            (steering,) = self._runner.transfer.up([bounds])
+        pooled = self._runner.mean_embedding(request.prompt_token_ids) if mixture.reads_prompt else None
+        self._of[request] = _MixtureState(steering, pooled)
+
+    def steering(self, request: Request) -> Tensor | None:
+        """float32 [3, N], as `RoutedRun` has it."""
+        return self._of[request].steering
+
+    def pooled(self, request: Request) -> Tensor | None:
+        """float32 [hidden]."""
+        return self._of[request].pooled
+
+    def record(self, scheduled: Sequence[Scheduled], routing: Routing) -> None:
+        """Add the gates of a step whose trace is written; call it before the requests' counters move."""
+        if routing.trace is None:
+            return
+        seen = [request for request, _ in scheduled if request.mixture is not None]
+        for run, request in zip(routing.runs, seen, strict=True):
+            if run.traced_at < 0 or request.mixture is None:
+                continue
+            num_rows, num_experts = run.last - run.first, len(request.adapters)
+            gates = routing.trace[:, run.traced_at : run.traced_at + num_rows * num_experts]
+            gates = gates.view(len(gates), num_rows, num_experts)
+            keep = request.mixture.sight is GateSight.TOKENS
+            self._of[request].record(request.num_computed_tokens, gates, keep=keep)
+
+    def end(self, request: Request) -> Gates | None:
+        """Drop the request's state and return the gates that were recorded."""
+        state = self._of.pop(request, None)
+        return None if state is None else state.recorded()
+
+
+class RoutedRows:
+    """Gathers the rows of mixtures while a step is built, request by request.
+
+    spans: for each request of the step, which experts bring its virtual positions; () without a mixture.
+    """
+
+    def __init__(self, states: MixtureStates | None) -> None:
+        self.spans: list[Sequence[int]] = []
+        self._states = states
+        self._runs: list[RoutedRun] = []
+        self._experts: list[int] = []
+        self._num_traced = 0
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether a router gates virtual positions."""
+        return any(self.spans)
+
+    def skip(self, num_entries: int = 0) -> None:
+        """Add a request without a mixture; no router makes the gates of its entries."""
+        self.spans.append(())
+        self._experts += [-1] * num_entries
+
+    def add(
+        self,
+        request: Request,
+        mixture: MixtureUse,
+        router: AdapterSlot,
+        num_planes: Sequence[int],
+        rows: tuple[int, int],
+    ) -> None:
+        """Add a request; num_planes: entries that each of its uses with deltas takes of every row."""
+        assert self._states is not None
+        first, last = rows
+        digests = sorted(use.generation for use in request.adapters)
+        experts = [digests.index(use.generation) for use in request.adapters if not use.num_virtual_tokens]
+        of_row = [expert for expert, count in zip(experts, num_planes, strict=True) for _ in range(count)]
+        self._experts += of_row * (last - first)
+        self.spans.append([digests.index(use.generation) for use in request.spans])
+        traced_at = -1
+        if mixture.sight is not GateSight.NONE:
+            traced_at = self._num_traced
+            self._num_traced += (last - first) * len(digests)
+        self._runs.append(
+            RoutedRun(
+                first=first,
+                last=last,
+                slot=router,
+                spans=tuple(self.spans[-1]),
+                pooled=self._states.pooled(request),
+                steering=self._states.steering(request),
+                traced_at=traced_at,
+            )
+        )
+
+    def routing(self, span_experts: Tensor | None) -> Routing | None:
+        """Return what was gathered, or None if no request has a mixture."""
+        if not self._runs or self._states is None:
+            return None
+        return Routing(
+            tuple(self._runs),
+            torch.tensor([run.row() for run in self._runs], dtype=torch.int64),
+            torch.tensor(self._experts, dtype=torch.int32),
+            span_experts,
+            torch.zeros(self._states.num_layers, self._num_traced) if self._num_traced else None,
+        )

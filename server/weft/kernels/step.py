@@ -1,0 +1,166 @@
+"""One step as flat tensors: the records that the batch builder makes and every driver, kernel and capture reads.
+
+A step has T rows, request after request, each a run of consecutive tokens. Shapes: B requests, S spans of virtual
+positions at most, N entries of adapters, R runs of rows whose gates a router makes, L layers, G gates of a layer's
+trace.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from weft.methods.mixture import NO_WISH, Steering
+
+
+class Paging(NamedTuple):
+    """Which rows belong to which request, and where keys and values lie in the pool (model/paged_attention.py).
+
+    kv_slots: int64 [T], contiguous: block · block_size + offset that each row's key and value are stored at.
+    query_start: int32 [B + 1], from 0: request b has the rows query_start[b] : query_start[b + 1], and these are its
+        last real tokens.
+    context_lens: int32 [B]: real tokens of the request in the pool once this step's are stored.
+    virtual_lens: int32 [B, S]: positions in each span of virtual ones, 0 past the request's last; S may be 0. Each span
+        fills the next ceil(length / block_size) blocks of the table; the rest of its last block is a hole; real token 0
+        begins the block after them all.
+    block_tables: int32 [B, any], contiguous: the blocks of each request in order. Columns past its last are never
+        read, nor are holes and what lies before every query's sliding window.
+    log_gates: float32 [T, S], contiguous, read again in each layer: what is added to a row's scores of a span; at -inf
+        the row does not see the span, whatever it holds. None if all are 0.
+    """
+
+    kv_slots: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    virtual_lens: Tensor
+    block_tables: Tensor
+    log_gates: Tensor | None = None
+
+
+class Entries(NamedTuple):
+    """Which adapters each row takes, and how much of each: row t has the entries offsets[t] : offsets[t + 1].
+
+    offsets: int32 [T + 1], rising from 0. Entries from offsets[T] on belong to no row.
+    slots: int32 [N]: rows of the slot table (adapters/slots.py).
+    gates: float32 [N]; an entry of gate 0 adds nothing, whatever its weights hold. The gates of a mixture's rows are
+        those of the layer that is being computed.
+    """
+
+    offsets: Tensor
+    slots: Tensor
+    gates: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedRun:
+    """The rows of one request whose gates a router makes.
+
+    first, last: rows of the step, half-open. slot: of the router.
+    spans: which expert brings each span of the request's virtual positions.
+    pooled: float32 [hidden], what the router reads instead of the rows, or None.
+    steering: float32 [3, experts]: whether allowed (1 or 0), floor, ceiling; or None. Both are on the device.
+    traced_at: where in a layer of the trace the rows' gates lie; -1 for nowhere.
+    """
+
+    first: int
+    last: int
+    slot: int
+    spans: tuple[int, ...]
+    pooled: Tensor | None
+    steering: Tensor | None
+    traced_at: int
+
+    def row(self) -> list[int]:
+        """The row of `Routing.table`."""
+        addresses = (0 if given is None else given.data_ptr() for given in (self.steering, self.pooled))
+        return [self.first, self.last, self.slot, *addresses, self.traced_at]
+
+    @property
+    def wishes(self) -> Steering:
+        """`steering`, as the mathematics takes it."""
+        return NO_WISH if self.steering is None else Steering(self.steering[0] > 0, *self.steering[1:])
+
+
+class Routing(NamedTuple):
+    """The rows whose gates routers make, layer by layer.
+
+    runs: of the requests with a mixture, on the host.
+    table: int64 [R, 6], `runs` as kernels read them: first, last, slot, address of the steering, address of what is
+        pooled (0 for none), traced_at.
+    experts: int32 [N]: which expert an entry is; -1 if its gate stays.
+    span_experts: int32 [T, S]: which expert brings a row's span, or -1; None if no expert brings any. The logarithms of
+        those experts' gates go into `Paging.log_gates`.
+    trace: float32 [L, G], written by the drivers: per traced run its rows' gates, [rows, experts]; None if none is.
+    """
+
+    runs: tuple[RoutedRun, ...]
+    table: Tensor
+    experts: Tensor
+    span_experts: Tensor | None = None
+    trace: Tensor | None = None
+
+
+class Step(NamedTuple):
+    """One step.
+
+    input_ids: int64 [T]. positions: int64 [T]; virtual positions count.
+    sample_rows: int64 [number of requests that sample].
+    entries: None if no row has an adapter. routing: None if no row belongs to a mixture.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    sample_rows: Tensor
+    paging: Paging
+    entries: Entries | None = None
+    routing: Routing | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    @property
+    def samples_all(self) -> bool:
+        """Whether every row samples, as in a step of decode rows alone."""
+        return len(self.sample_rows) == len(self.input_ids)
+
+
+def leaves(step: Step) -> list[Tensor]:
+    """Return every tensor that kernels read or write, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(step) if isinstance(leaf, Tensor)]
+
+
+def with_leaves(step: Step, tensors: list[Tensor]) -> Step:
+    """Return the step with other tensors, in the order of `leaves`."""
+    rest: Iterator[Tensor] = iter(tensors)
+    return pytree.tree_map_only(Tensor, lambda _: next(rest), step)
+
+
+def lone_request(kv_slots: Tensor, blocks: Sequence[int], num_context: int) -> Paging:
+    """Return the paging of a step of one request without virtual positions; `kv_slots` are its rows'."""
+    device = kv_slots.device
+    return Paging(
+        kv_slots,
+        torch.tensor([0, len(kv_slots)], dtype=torch.int32, device=device),
+        torch.tensor([num_context], dtype=torch.int32, device=device),
+        torch.zeros(1, 0, dtype=torch.int32, device=device),
+        torch.tensor([list(blocks)], dtype=torch.int32, device=device),
+    )
+
+
+def entries_at(entries: Entries, rows: Tensor) -> tuple[Entries, Tensor]:
+    """Return the entries of some rows as if those were the step, and where they lie in `entries`: int64 [N].
+
+    rows: int64, rising. A fixed number of operations, whatever the step. The gates are copies.
+    """
+    offsets = entries.offsets.long()
+    starts = offsets[rows]
+    kept = torch.zeros(len(rows) + 1, dtype=torch.int64)
+    kept[1:] = (offsets[rows + 1] - starts).cumsum(0)
+    places = torch.arange(int(kept[-1]))
+    places += (starts - kept[:-1])[torch.searchsorted(kept[1:], places, right=True)]
+    return Entries(kept.int(), entries.slots[places], entries.gates[places]), places
