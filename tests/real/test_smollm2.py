@@ -1,6 +1,5 @@
 """A real language model through real servers: what transformers answers is what is answered."""
 
-import signal
 import subprocess
 import sys
 import time
