@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo demo-real serve test check format protos families wheel-test study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
+.PHONY: help setup demo demo-real serve test check format protos families wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ study-real: .venv/.installed ## Methods on three real tasks, three seeds (hours;
 wheel-test: .venv/.installed ## Every instruction set of the wheel, and the wheels installed alone: demo and speed (10 minutes)
 	WEFT_WHEEL_WHOLE=1 $(BIN)/python -m pytest tests/deploy/test_wheel.py tests/deploy/test_distributions.py
 	$(BIN)/python -m benchmarks.wheel -- --json benchmarks/results/wheel.json --table benchmarks/results/wheel.md
+
+release: .venv/.installed ## Check, test, build both wheels into dist/ and tag the version (publishes nothing)
+	$(BIN)/python -m tests.deploy.release
 
 bench: .venv/.installed ## Speed beside PEFT on the same weights (about 3 minutes)
 	$(BIN)/python -m benchmarks.suite --short

@@ -1,4 +1,4 @@
-"""What the README tells people to type does what it says."""
+"""What the README tells people to type does what it says, and what the pages name is there."""
 
 import re
 import shlex
@@ -16,6 +16,10 @@ from weft.v1.generation_pb2 import GenerateRequest, GenerateResponse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+DECISIONS = ROOT / "docs" / "adr"
+HEADINGS = ["Context", "Decision", "Alternatives", "Consequences"]
+PACKAGES_BELOW = ("", "server", "server/weft", "training")
 PLACES = {  # what stands in the README for the reader's own
     "path/to/hf-model": "models/weft-demo",
     "path/to/peft-dir": "adapters_store/demo/reverse-lora",
@@ -24,7 +28,7 @@ PLACES = {  # what stands in the README for the reader's own
 
 
 def block(section: str, language: str = "", *, holds: str = "") -> str:
-    """The first code block of a section that holds a text."""
+    """Return the first code block of the section that holds a text."""
     _, _, text = README.partition(f"\n## {section}\n")
     text = text.partition("\n## ")[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -32,7 +36,7 @@ def block(section: str, language: str = "", *, holds: str = "") -> str:
 
 
 def typed(line: str, *more: str) -> list[str]:
-    """A line of the README as the command and its arguments, with our paths."""
+    """Parse a line of the README into the command and its arguments, with the paths of this tree."""
     words = shlex.split(line, comments=True)
     for place, path in PLACES.items():
         words = [re.sub(rf"(^|=){re.escape(place)}$", rf"\g<1>{path}", word) for word in words]
@@ -110,10 +114,65 @@ def test_training(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "my-adapter").iterdir()} >= {"adapter_config.json"}
 
 
+def named_and_absent(page: Path) -> list[str]:
+    """Return the paths that a page names in code or links to, and that are not there.
+
+    Code may leave out what stands before the package: `engine/engine.py` is below server/weft.
+    """
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`((?:\w[\w.-]*/)+[\w.*-]*)`", text))
+    linked = set(re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text))
+    absent = {path for path in named if not any(next((ROOT / base).glob(path), None) for base in PACKAGES_BELOW)}
+    return sorted(absent | {path for path in linked if not (page.parent / path).exists()})
+
+
+def unmatched(architecture: str, directory: Path) -> list[str]:
+    """Return the decisions that are listed and have no page, have a page and are not listed, or differ in the title."""
+    _, _, listed = architecture.partition("\n## Decisions\n")
+    lines = set(re.findall(r"^\d+\. \[.+\]\(.+\)$", listed, re.MULTILINE))
+    pages = set()
+    for path in directory.glob("*.md"):
+        number, title = re.fullmatch(r"# (\d+)\. (.+)", path.read_text().splitlines()[0]).groups()  # type: ignore[union-attr]
+        assert path.name.startswith(f"{int(number):04d}-"), path.name
+        pages.add(f"{number}. [{title}](docs/adr/{path.name})")
+    return sorted(lines ^ pages)
+
+
 def test_what_the_documents_name_is_there() -> None:
-    documents = README + (ROOT / "ARCHITECTURE.md").read_text()
-    folders = "tests|deploy|protos|models|adapters_store|training|benchmarks"
-    paths = set(re.findall(rf"`((?:{folders})/[\w./-]*)`", documents))
-    assert len(paths) > 8
-    assert not [path for path in paths if not (ROOT / path).exists()]
+    pages = [*ROOT.glob("*.md"), *DECISIONS.glob("*.md")]
+    absent = {page.name: named_and_absent(page) for page in pages if page.name != "CHANGELOG.md"}
+    assert len(absent) > 26
+    assert not {name: paths for name, paths in absent.items() if paths}
     assert len(README.splitlines()) <= 150
+
+
+def test_a_name_of_nothing_is_seen(tmp_path: Path) -> None:
+    """Negative control."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`tests/absent.py`, `engine/absent.py`, [a page](absent.md#part), [another](page.md), `tests/mixing/`\n"
+    )
+    assert named_and_absent(page) == ["absent.md", "engine/absent.py", "tests/absent.py"]
+
+
+def test_every_decision_is_listed_and_has_its_form() -> None:
+    assert unmatched(ARCHITECTURE, DECISIONS) == []
+    pages = sorted(DECISIONS.glob("*.md"))
+    assert [page.name[:4] for page in pages] == [f"{number:04d}" for number in range(1, len(pages) + 1)]
+    for page in pages:
+        headings = re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE)
+        assert headings == [heading for heading in HEADINGS if heading in headings], page.name
+        assert set(HEADINGS[:2]) <= set(headings), page.name
+        assert re.search(r"^Status: \w+.*, \d{4}-\d{2}$", page.read_text(), re.MULTILINE), page.name
+
+
+def test_a_decision_that_is_not_listed_is_seen(tmp_path: Path) -> None:
+    """Negative control."""
+    (tmp_path / "0001-listed.md").write_text("# 1. Listed\n")
+    (tmp_path / "0002-planted.md").write_text("# 2. Planted\n")
+    line = "1. [Listed](docs/adr/0001-listed.md)"
+    planted = "2. [Planted](docs/adr/0002-planted.md)"
+    assert unmatched(f"\n## Decisions\n\n{line}\n", tmp_path) == [planted]
+    (tmp_path / "0002-planted.md").unlink()
+    assert unmatched(f"\n## Decisions\n\n{line}\n{planted}\n", tmp_path) == [planted]
+    assert unmatched("\n## Decisions\n\n1. [Other](docs/adr/0001-listed.md)\n", tmp_path) != []

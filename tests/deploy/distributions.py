@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tests.deploy.files import ROOT
 
 SERVER, CLIENT = "weft-serve", "weft-serve-client"
-SOURCES = {SERVER: ROOT, CLIENT: ROOT / "protos"}
+SOURCES = {SERVER: ".", CLIENT: "protos"}  # where each is, below the root of a tree
 
 
 class Wheel(NamedTuple):
@@ -31,11 +31,16 @@ class Wheel(NamedTuple):
             return set(archive.namelist())
 
 
-def built(name: str, directory: Path, **variables: str) -> Wheel:
-    """Build the wheel of a distribution into `directory`, which has no other, with the hatchling that is here."""
+def built(name: str, directory: Path, *, root: Path = ROOT, **variables: str) -> Wheel:
+    """Build the wheel of a distribution into `directory`, which has no other, with the hatchling that is here.
+
+    root: of the tree. Raises CalledProcessError if hatchling fails.
+    """
     command = (sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory))
     environment = os.environ | variables
-    done = subprocess.run(command, cwd=SOURCES[name], env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=root / SOURCES[name], env=environment, check=True, capture_output=True, text=True
+    )
     [path] = directory.glob("*.whl")
     return Wheel(path, done.stdout + done.stderr)
 

@@ -1,0 +1,47 @@
+"""What a code host reads runs the same commands as people do, on the oldest Python that is supported."""
+
+import json
+import os
+import re
+import tomllib
+
+from tests.deploy.files import DEPLOY, ROOT, document, instructions
+
+_REQUIRED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+OLDEST = _REQUIRED.removeprefix(">=")
+CPU_INDEX = dict(
+    argument.split("=", 1)
+    for name, argument in instructions(DEPLOY / "Dockerfile")
+    if name == "ARG" and "=" in argument
+)["TORCH_INDEX_URL"]
+
+
+def test_the_workflow_calls_what_ci_runs_and_nothing_else() -> None:
+    workflow = document(ROOT / ".github/workflows/ci.yml")
+    assert workflow["concurrency"]["cancel-in-progress"] is True
+    assert workflow["env"] == {"PIP_EXTRA_INDEX_URL": CPU_INDEX}
+    [job] = workflow["jobs"].values()
+    checkout, python, run = job["steps"]
+    assert checkout["uses"].startswith("actions/checkout@")
+    assert python["uses"].startswith("actions/setup-python@")
+    assert python["with"] == {"python-version": OLDEST}
+    assert run["run"] == ".ci/run"
+    assert os.access(ROOT / run["run"], os.X_OK)
+    assert run["timeout-minutes"] < job["timeout-minutes"]
+
+
+def test_the_container_for_development_has_that_python_and_sets_up() -> None:
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert re.search(rf":{re.escape(OLDEST)}\b", container["image"])
+    assert container["containerEnv"] == {"PIP_EXTRA_INDEX_URL": CPU_INDEX}
+    assert container["postCreateCommand"] == "make setup"
+
+
+def test_a_report_of_a_bug_has_what_is_needed_to_see_it() -> None:
+    for name, ids in (("bug", {"version", "banner", "command", "error"}), ("feature", {"task", "today"})):
+        form = document(ROOT / f".github/ISSUE_TEMPLATE/{name}.yml")
+        assert form["name"]
+        assert form["description"]
+        required = {field["id"] for field in form["body"] if field.get("validations", {}).get("required")}
+        assert required == ids
+        assert "`weft --version`" in str(form["body"])
