@@ -162,8 +162,8 @@ def test_a_recorded_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: P
         recorded.step()
         for request in recorded.requests:
             request.output.append(5)
-        batch = recorded.batch(recorded.requests)
-        calls.append(counted(lambda batch=batch, runner=recorded.runner: runner.forward(batch))[1])
+        step = recorded.built(recorded.requests)
+        calls.append(counted(lambda step=step, runner=recorded.runner: runner.forward(step))[1])
     assert calls[0] == calls[1] == calls[2]
     assert not [name for name in calls[0] if name.startswith("modeling_llama.py")]
     assert calls[0]["tape.py:Tapes.__call__.<locals>.replay"] == 1

@@ -146,12 +146,13 @@ def _span_gates(
         return log_gates[request_of_row], None
     # Plus one, since a table is filled up with zeros.
     experts = [[expert + 1 for expert in of_request] for of_request in routed.spans]
-    span_experts = _table(experts, torch.int32)[request_of_row] - 1
+    span_experts = _table(experts, torch.int32, log_gates.shape[1])[request_of_row] - 1
     return log_gates[request_of_row], span_experts
 
 
-def _table(lines: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-    """Return the lines, each filled up with zeros to the longest: [lines, longest]."""
-    width = max(map(len, lines))
+def _table(lines: Sequence[Sequence[float]], dtype: torch.dtype, width: int | None = None) -> Tensor:
+    """Return the lines [lines, width], each filled up with zeros; width: of the longest, if not given."""
+    if width is None:
+        width = max(map(len, lines))
     filled = [[*line, *[0] * (width - len(line))] for line in lines]
     return torch.tensor(filled, dtype=dtype).view(len(lines), width)

@@ -5,13 +5,12 @@ positions at most, N entries of adapters, R runs of rows whose gates a router ma
 trace.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from weft.methods.mixture import NO_WISH, Steering
 
@@ -129,15 +128,28 @@ class Step(NamedTuple):
         return len(self.sample_rows) == len(self.input_ids)
 
 
+_Record = TypeVar("_Record", Step, Paging, Entries, Routing)
+
+
 def leaves(step: Step) -> list[Tensor]:
     """Return every tensor that kernels read or write, in a fixed order."""
-    return [leaf for leaf in pytree.tree_leaves(step) if isinstance(leaf, Tensor)]
+    records = (step, step.paging, step.entries or (), step.routing or ())
+    return [field for record in records for field in record if isinstance(field, Tensor)]
 
 
-def with_leaves(step: Step, tensors: list[Tensor]) -> Step:
+def with_leaves(step: Step, tensors: Iterable[Tensor]) -> Step:
     """Return the step with other tensors, in the order of `leaves`."""
-    rest: Iterator[Tensor] = iter(tensors)
-    return pytree.tree_map_only(Tensor, lambda _: next(rest), step)
+    rest = iter(tensors)
+
+    def moved(record: _Record) -> _Record:
+        return record._make(next(rest) if isinstance(field, Tensor) else field for field in record)
+
+    with_own = moved(step)
+    return with_own._replace(
+        paging=moved(step.paging),
+        entries=None if step.entries is None else moved(step.entries),
+        routing=None if step.routing is None else moved(step.routing),
+    )
 
 
 def lone_request(kv_slots: Tensor, blocks: Sequence[int], num_context: int) -> Paging:
