@@ -331,6 +331,10 @@ def test_what_does_not_fit_is_refused() -> None:
     site, rows = slots.site, rows_of([[(0, 1.0)], []])
     x, y = torch.randn(2, SIZE_IN, device=DEVICE), torch.randn(2, SIZE_OUT, device=DEVICE)
     before = y.clone()
+
+    def tampered(**changes: Tensor) -> deltas.Rows:
+        return deltas.rows_of(rows.entries._replace(**changes))
+
     bad_calls = [
         ("x: needs .2, 200", lambda: deltas.post(x[:1], y, rows, site, y)),
         ("y: needs .2, 548", lambda: deltas.post(x, y[:, :-1], rows, site, y)),
@@ -341,9 +345,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ("residual: needs one", lambda: deltas.post(x, y, rows, site)),
         ("residual: needs .2, 548", lambda: deltas.post(x, y, rows, site, x)),
         ("out: needs memory of its own", lambda: deltas.pre(x, x, rows, site)),
-        ("offsets: needs a contiguous vector", lambda: replace(rows, offsets=torch.zeros(3))),
-        ("offsets: needs T", lambda: replace(rows, offsets=torch.empty(0, dtype=torch.int32, device=DEVICE))),
-        ("gates: needs one for each of 1", lambda: replace(rows, gates=torch.zeros(3, device=DEVICE))),
+        ("offsets: needs a contiguous vector", lambda: tampered(offsets=torch.zeros(3))),
+        ("offsets: needs T", lambda: tampered(offsets=torch.empty(0, dtype=torch.int32, device=DEVICE))),
+        ("gates: needs one for each of 1", lambda: tampered(gates=torch.zeros(3, device=DEVICE))),
         ("table: needs contiguous", lambda: replace(site, table=site.table.mT)),
         ("weight_dtype", lambda: replace(site, weight_dtype=torch.half)),
         ("size_in", lambda: replace(site, size_in=0)),

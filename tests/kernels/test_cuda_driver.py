@@ -128,9 +128,10 @@ def test_a_driver_that_reads_its_entries_is_found(base: loader.Base) -> None:
     """Negative control: as the reference driver and the driver for CPUs do."""
     recorder, make = Proven(), DriverFactory(torch.float32)
 
-    def reading(slots: Any, offsets: Tensor, slot_of_entry: Tensor, gates: Tensor, routed: Any) -> Any:
-        assert min(slot_of_entry.tolist()) >= 0
-        return make(slots, offsets, slot_of_entry, gates, routed)
+    def reading(slots: Any, step: Any) -> Any:
+        assert step.entries is not None
+        assert min(step.entries.slots.tolist()) >= 0
+        return make(slots, step)
 
     kernels = replace(CUDA, driver=reading, attend=attention.Attend, recorder=lambda: recorder)
     unrecorded = Decoding(base, kernels, num_recorded_rows=8)
