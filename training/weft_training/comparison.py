@@ -17,6 +17,7 @@ from torch import Tensor
 from weft.adapters import slab
 from weft.adapters.slots import SlotTable
 from weft.kernels.selection import select
+from weft.kernels.step import Entries, Step, lone_request
 from weft.methods import prefix
 from weft.methods.count import Count, efficiency_ratio
 from weft.methods.driver import ReferenceDriver, Segment
@@ -139,15 +140,17 @@ def _served(base: Base, adapter: Adapter, inputs: Mapping[str, Tensor]) -> Calla
     assert slot is not None
     make_driver = select(base.device, base.dtype).driver
     planes = torch.tensor(slots.planes.get(slot, (slot,)), dtype=torch.int32)
-    num_rows = inputs["input_ids"].numel()
-    offsets = torch.arange(0, num_rows * len(planes) + 1, len(planes), dtype=torch.int32)
-    gates = torch.ones(num_rows * len(planes))
+    rows = inputs["input_ids"].reshape(-1)
+    offsets = torch.arange(0, len(rows) * len(planes) + 1, len(planes), dtype=torch.int32)
+    taken = planes.repeat(len(rows))
+    entries = Entries(*(part.to(base.device) for part in (offsets, taken, torch.ones(len(taken)))))
+    step = Step(rows, rows, rows, lone_request(rows, [0], len(rows)), entries)
 
     def run() -> None:
         driver = (
             ReferenceDriver((Segment(adapter.method, slots.params(slot)),))
             if make_driver is None
-            else make_driver(slots, offsets, planes.repeat(num_rows), gates, None)
+            else make_driver(slots, step)
         )
         with base.context.use(driver):
             base.model(**inputs, use_cache=False)
