@@ -21,7 +21,6 @@ from weft.methods.inject import Driver
 from weft.methods.protocol import Adapter, BaseShape, Drop, Method, SiteKind, SoftRows, VirtualKV
 from weft.model.loader import Base
 from weft_training import activation, prompt_init, reparameterization
-from weft_training.data import learned_positions
 from weft_training.reparameterization import Reparameterization
 
 SiteConfig = lora.LoraConfig | dora.DoraConfig | ia3.Ia3Config | bitfit.BitfitConfig
@@ -244,31 +243,22 @@ class AdaptedModel(nn.Module):
         position_ids: Tensor | None = None,
         **loss_options: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V]; with labels the loss, and logits [B, K, V] at `learned_positions` alone.
+        """Logits [B, T, V], and the loss where there are labels. All inputs are [B, T], rows padded on the right.
 
-        All inputs are [B, T], rows padded on the right. Packed rows come with positions instead of a mask
-        (weft_training/packing.py).
+        Packed rows come with positions instead of a mask (weft_training/packing.py).
         """
         past = self.past(len(input_ids))
         self._activate(input_ids, attention_mask, labels)
-        kept = None
-        if labels is not None and not self.invocation_tokens:  # their driver's gates are for all rows, the head's too
-            kept = learned_positions(labels)
         with self.base.context.use(self.driver):
-            out = self.base.model(
+            return self.base.model(
                 input_ids=input_ids,
                 attention_mask=None if attention_mask is None else self._extend(attention_mask),
                 position_ids=position_ids,
                 past_key_values=past,
                 use_cache=past is not None,
-                **({"labels": labels, **loss_options} if kept is None else {"logits_to_keep": kept}),
+                labels=labels,
+                **loss_options,
             )
-        if labels is not None and kept is not None:
-            wanted = labels[:, kept + 1]
-            size = self.base.vocab_size
-            loss = self.base.model.loss_function(out.logits, None, size, shift_labels=wanted, **loss_options)
-            return CausalLMOutputWithPast(loss=loss, logits=out.logits)
-        return out
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -20,15 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross entropy leaves out
 
-
-def learned_positions(labels: Tensor) -> Tensor:
-    """Return the positions whose next token is learned in some row: int64 [K], rising; labels [B, T].
-
-    The output head is computed there alone: a vocabulary's logits are most of what a short row costs in memory.
-    """
-    return (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-
-
 _KINDS = (["text"], ["prompt", "completion"], ["messages"])
 
 

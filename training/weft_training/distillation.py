@@ -26,7 +26,7 @@ from weft.model.loader import Base
 from weft_training import adapter as adapters
 from weft_training import base as bases
 from weft_training.adapter import AdaptedModel
-from weft_training.data import IGNORED, learned_positions
+from weft_training.data import IGNORED
 from weft_training.trained import TrainedModel
 
 
@@ -82,17 +82,15 @@ class DistilledModel(nn.Module):
         return self.student.device
 
     def forward(self, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> Any:
-        """The student's logits and the loss; `num_items_in_batch` learned tokens are in the whole step."""
+        """The student's logits [B, T, V] and the loss; `num_items_in_batch` learned tokens are in the whole step."""
         counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         out = self.student(labels=labels, **inputs, **counted)
         with torch.no_grad():
             taught = self._teacher[0](**inputs).logits.detach()
-        kept = learned_positions(labels)
-        given = out.logits if out.logits.shape[1] == len(kept) else out.logits[:, kept]
-        learned = labels[:, kept + 1] != IGNORED  # position t predicts the token at t + 1
+        learned = labels[:, 1:] != IGNORED  # position t predicts the token at t + 1
         rows = divergence(
-            given[learned].float(),
-            taught[:, kept][learned].float(),
+            out.logits[:, :-1][learned].float(),
+            taught[:, :-1][learned].float(),
             temperature=self._config.temperature,
             direction=self._config.direction,
         )
