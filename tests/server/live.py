@@ -71,6 +71,7 @@ class Gate:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._forward = runner.forward
+        self._slots = runner.slots
         self._condition = threading.Condition()
         self._allowed: int | None = None  # None: any number
         self._waiting = False
@@ -89,8 +90,9 @@ class Gate:
         if self.fault is not None:
             fault, self.fault = self.fault, None
             raise fault
-        slots = set() if step.entries is None else set(step.entries.slots.tolist())
-        self.steps.append(Computed(step.num_rows, len(step.paging.context_lens), len(slots)))
+        taken = set() if step.entries is None else set(step.entries.slots.tolist())
+        num_adapters = sum(number in self._slots for number in taken)
+        self.steps.append(Computed(step.num_rows, len(step.paging.context_lens), num_adapters))
         return self._forward(step)
 
     @contextmanager

@@ -33,7 +33,7 @@ def build(
     mixtures: state of the requests with a mixture, whose router's slot is the last of theirs.
     """
     input_ids: list[int] = []
-    starts, sample_rows = [0], []
+    starts, sample_rows, spans = [0], [], []
     # A row's number and one of these make its position, and its place in the request's blocks, holes included.
     to_position, to_place = [], []
     taken = _TakenRows(planes, mixtures)
@@ -43,6 +43,7 @@ def build(
         first_row = starts[-1] - begin  # the row of token 0, were all of them computed
         starts.append(starts[-1] + num_tokens)
         lengths = [use.num_virtual_tokens for use in request.spans]
+        spans.append(lengths)
         to_position.append(sum(lengths) - first_row)
         to_place.append(sum(-(-length // block_size) * block_size for length in lengths) - first_row)
         if begin + num_tokens == request.num_tokens:
@@ -54,15 +55,27 @@ def build(
     # By search: repeat_interleave wakes every thread, however little there is to do.
     request_of_row = torch.searchsorted(query_start[1:], rows.int(), right=True)
     positions, places = torch.tensor([to_position, to_place])[:, request_of_row] + rows
-    spans = [[use.num_virtual_tokens for use in request.spans] for request, _ in scheduled]
-    log_gates, span_experts = _span_gates(scheduled, request_of_row, taken.routed)
+    virtual_lens = _table(spans, torch.int32)
+    log_gates = span_experts = None
+    if virtual_lens.shape[1]:
+        log_gates, span_experts = _span_gates(scheduled, request_of_row, taken.routed)
+    block_tables = _table([request.virtual_blocks + request.blocks for request, _ in scheduled], torch.int32)
+    block_of_row = places // block_size
+    paging = Paging(
+        places + (block_tables[request_of_row, block_of_row] - block_of_row) * block_size,
+        query_start,
+        torch.tensor([request.num_computed_tokens + count for request, count in scheduled], dtype=torch.int32),
+        virtual_lens,
+        block_tables,
+        log_gates,
+    )
     return Step(
         torch.tensor(input_ids, dtype=torch.int64),
         positions,
         torch.tensor(sample_rows, dtype=torch.int64),
-        _paging(scheduled, query_start, spans, places, request_of_row, block_size)._replace(log_gates=log_gates),
+        paging,
         taken.entries(rows),
-        taken.routed.routing(span_experts),
+        taken.routed.routing(span_experts, taken.num_entries),
     )
 
 
@@ -77,6 +90,11 @@ class _TakenRows:
         self._slots: list[int] = []
         self._gates: list[float] = []
 
+    @property
+    def num_entries(self) -> int:
+        """N."""
+        return len(self._slots)
+
     def add(self, request: Request, slots: tuple[AdapterSlot, ...], begin: int, end: int, first_row: int) -> None:
         """Add the tokens begin : end of a request; token n is row first_row + n."""
         if not request.adapters and request.mixture is None:
@@ -89,7 +107,7 @@ class _TakenRows:
             for slot, use in zip(slots[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        num_before = len(self._slots)
+        first_entry = len(self._slots)
         for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, end):
             of_row = [(plane, use.gate) for planes, use in map(uses.__getitem__, acting) for plane in planes]
             self._run_ends.append(first_row + last)
@@ -97,10 +115,11 @@ class _TakenRows:
             self._slots += [plane for plane, _ in of_row] * (last - first)
             self._gates += [gate for _, gate in of_row] * (last - first)
         if request.mixture is None:
-            self.routed.skip(len(self._slots) - num_before)
+            self.routed.skip()
         else:
             num_planes = [len(planes) for planes, _ in uses]
-            self.routed.add(request, request.mixture, slots[-1], num_planes, (first_row + begin, first_row + end))
+            rows = first_row + begin, first_row + end
+            self.routed.add(request, request.mixture, slots[-1], num_planes, rows, first_entry)
 
     def entries(self, rows: Tensor) -> Entries | None:
         """Return the entries of the rows 0 to T - 1; None if no row has an adapter."""
@@ -111,27 +130,6 @@ class _TakenRows:
         offsets[1:] = torch.tensor(self._entries_per_row)[run_of_row].cumsum(0)
         slots = torch.tensor(self._slots, dtype=torch.int32)
         return Entries(offsets, slots, torch.tensor(self._gates, dtype=torch.float32))
-
-
-def _paging(
-    scheduled: Sequence[Scheduled],
-    query_start: Tensor,
-    spans: Sequence[Sequence[int]],
-    places: Tensor,
-    request_of_row: Tensor,
-    block_size: int,
-) -> Paging:
-    """spans: lengths, by request. places: of each row in its request's blocks."""
-    blocks = [request.virtual_blocks + request.blocks for request, _ in scheduled]
-    block_tables = _table(blocks, torch.int32)
-    block_of_row = places // block_size
-    return Paging(
-        places + (block_tables[request_of_row, block_of_row] - block_of_row) * block_size,
-        query_start,
-        torch.tensor([request.num_computed_tokens + count for request, count in scheduled], dtype=torch.int32),
-        _table(spans, torch.int32),
-        block_tables,
-    )
 
 
 def _span_gates(

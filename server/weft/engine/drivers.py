@@ -10,7 +10,7 @@ from torch import Tensor
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine.transfer import Transfer
 from weft.kernels.selection import Kernels
-from weft.kernels.step import Entries, RoutedRun, Step, entries_at
+from weft.kernels.step import Entries, RoutedRun, Step, entries_at, row_of_entry
 from weft.methods import mixture
 from weft.methods.driver import ReferenceDriver, Router, Segment
 from weft.methods.inject import Driver
@@ -91,19 +91,14 @@ def segments(slots: SlotTable, entries: Entries, gates: Tensor) -> Iterator[Segm
 
     entries: on the host. gates: float32 [N] on the device, read when a site is computed, since routers write them.
     """
-    row_of_entry = _rows_of(entries)
+    row_of = row_of_entry(entries)
     for number in entries.slots.unique().tolist():
         if number not in slots:  # a further row of an adapter with several
             continue
         slot = AdapterSlot(number)
         places = (entries.slots == slot).nonzero()[:, 0]
-        rows, places = row_of_entry[places].to(gates.device), places.to(gates.device)
+        rows, places = row_of[places].to(gates.device), places.to(gates.device)
         yield Segment(slots.method(slot), slots.params(slot), rows, partial(torch.index_select, gates, 0, places))
-
-
-def _rows_of(entries: Entries) -> Tensor:
-    """Return the row of each entry: int64 [N]."""
-    return torch.searchsorted(entries.offsets[1:], torch.arange(len(entries.slots), dtype=torch.int32), right=True)
 
 
 def routers(slots: SlotTable, entries: Entries, there: Step) -> Iterator[Router]:
@@ -111,10 +106,10 @@ def routers(slots: SlotTable, entries: Entries, there: Step) -> Iterator[Router]
     routing = there.routing
     if routing is None:
         return
+    row_of = row_of_entry(entries)
     for run in routing.runs:
         first, end = int(entries.offsets[run.first]), int(entries.offsets[run.last])
-        rows = _rows_of(entries)[first:end] - run.first
-        yield _Router(slots, run, there, slice(first, end), rows)
+        yield _Router(slots, run, there, slice(first, end), row_of[first:end] - run.first)
 
 
 class _Router:

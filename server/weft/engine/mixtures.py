@@ -110,7 +110,7 @@ class RoutedRows:
         self.spans: list[Sequence[int]] = []
         self._states = states
         self._runs: list[RoutedRun] = []
-        self._experts: list[int] = []
+        self._experts: list[tuple[int, list[int], int]] = []  # of each run: first entry, experts of a row, rows
         self._num_traced = 0
 
     def __len__(self) -> int:
@@ -121,10 +121,9 @@ class RoutedRows:
         """Whether a router gates virtual positions."""
         return any(self.spans)
 
-    def skip(self, num_entries: int = 0) -> None:
-        """Add a request without a mixture; no router makes the gates of its entries."""
+    def skip(self) -> None:
+        """Add a request without a mixture."""
         self.spans.append(())
-        self._experts += [-1] * num_entries
 
     def add(
         self,
@@ -133,6 +132,7 @@ class RoutedRows:
         router: AdapterSlot,
         num_planes: Sequence[int],
         rows: tuple[int, int],
+        first_entry: int,
     ) -> None:
         """Add a request; num_planes: entries that each of its uses with deltas takes of every row."""
         assert self._states is not None
@@ -140,7 +140,7 @@ class RoutedRows:
         digests = sorted(use.generation for use in request.adapters)
         experts = [digests.index(use.generation) for use in request.adapters if not use.num_virtual_tokens]
         of_row = [expert for expert, count in zip(experts, num_planes, strict=True) for _ in range(count)]
-        self._experts += of_row * (last - first)
+        self._experts.append((first_entry, of_row, last - first))
         self.spans.append([digests.index(use.generation) for use in request.spans])
         traced_at = -1
         if mixture.sight is not GateSight.NONE:
@@ -158,14 +158,17 @@ class RoutedRows:
             )
         )
 
-    def routing(self, span_experts: Tensor | None) -> Routing | None:
-        """Return what was gathered, or None if no request has a mixture."""
+    def routing(self, span_experts: Tensor | None, num_entries: int) -> Routing | None:
+        """Return what was gathered of a step of so many entries, or None if no request has a mixture."""
         if not self._runs or self._states is None:
             return None
+        experts = torch.full((num_entries,), -1, dtype=torch.int32)
+        for first, of_row, num_rows in self._experts:
+            experts[first : first + len(of_row) * num_rows] = torch.tensor(of_row * num_rows, dtype=torch.int32)
         return Routing(
             tuple(self._runs),
             torch.tensor([run.row() for run in self._runs], dtype=torch.int64),
-            torch.tensor(self._experts, dtype=torch.int32),
+            experts,
             span_experts,
             torch.zeros(self._states.num_layers, self._num_traced) if self._num_traced else None,
         )

@@ -164,6 +164,12 @@ def lone_request(kv_slots: Tensor, blocks: Sequence[int], num_context: int) -> P
     )
 
 
+def row_of_entry(entries: Entries) -> Tensor:
+    """Return the row of each entry: int32 [N]; T if it belongs to none."""
+    numbers = torch.arange(len(entries.slots), dtype=torch.int32, device=entries.slots.device)
+    return torch.searchsorted(entries.offsets[1:], numbers, right=True, out_int32=True)
+
+
 def entries_at(entries: Entries, rows: Tensor) -> tuple[Entries, Tensor]:
     """Return the entries of some rows as if those were the step, and where they lie in `entries`: int64 [N].
 

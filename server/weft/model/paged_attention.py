@@ -102,50 +102,39 @@ class ReferenceAttend(NamedTuple):
     ) -> Tensor:
         """Store the step's keys and values in `layer` and attend; [T, Hq, D]."""
         pools = self.pool_keys[layer], self.pool_values[layer]
-        return _attend(pools, paging, query, key, value, scale, window, softcap)
-
-
-def _attend(
-    pools: tuple[Tensor, Tensor],
-    paging: Paging,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    block_size, device = pools[0].shape[1], query.device
-    keys, values = (pool.flatten(0, 1) for pool in pools)  # [slots, H, D]
-    keys[paging.kv_slots] = key
-    values[paging.kv_slots] = value
-    out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    wide, groups = torch.promote_types(query.dtype, torch.float32), query.shape[1] // keys.shape[1]
-    starts = paging.query_start.tolist()
-    for b, rows, seen in _sights(paging):
-        lengths = torch.cat([paging.virtual_lens[b], paging.context_lens[b, None]]).long()  # the real tokens come last
-        holes = -lengths % block_size
-        span = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # of each key
-        key_position = seen[span].nonzero()[:, 0]  # [K]
-        span = span[key_position]
-        logical = key_position + (holes.cumsum(0) - holes)[span]  # counts the holes before
-        slots = paging.block_tables[b].long()[logical // block_size] * block_size + logical % block_size
-        q = query[rows].to(wide).transpose(0, 1)  # [Hq, N, D]
-        k = keys[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)  # [Hq, K, D]
-        v = values[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)
-        scores = q @ k.mT * scale  # [Hq, N, K]
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        if paging.log_gates is not None:
-            scores = scores + F.pad(paging.log_gates[rows].to(wide), (0, 1))[:, span]
-        query_position = lengths.sum() + rows - starts[b + 1]
-        distance = query_position[:, None] - key_position[None, :]  # [N, K]
-        hidden = distance < 0
-        if window:
-            hidden |= distance >= window
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out[rows] = (weights @ v).transpose(0, 1).to(out.dtype)
-    return out
+        block_size, device = pools[0].shape[1], query.device
+        keys, values = (pool.flatten(0, 1) for pool in pools)  # [slots, H, D]
+        keys[paging.kv_slots] = key
+        values[paging.kv_slots] = value
+        out = torch.empty(query.shape, dtype=query.dtype, device=device)
+        wide, groups = torch.promote_types(query.dtype, torch.float32), query.shape[1] // keys.shape[1]
+        starts = paging.query_start.tolist()
+        for b, rows, seen in _sights(paging):
+            lengths = torch.cat(
+                [paging.virtual_lens[b], paging.context_lens[b, None]]
+            ).long()  # the real tokens come last
+            holes = -lengths % block_size
+            span = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # of each key
+            key_position = seen[span].nonzero()[:, 0]  # [K]
+            span = span[key_position]
+            logical = key_position + (holes.cumsum(0) - holes)[span]  # counts the holes before
+            slots = paging.block_tables[b].long()[logical // block_size] * block_size + logical % block_size
+            q = query[rows].to(wide).transpose(0, 1)  # [Hq, N, D]
+            k = keys[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)  # [Hq, K, D]
+            v = values[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)
+            scores = q @ k.mT * scale  # [Hq, N, K]
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            if paging.log_gates is not None:
+                scores = scores + F.pad(paging.log_gates[rows].to(wide), (0, 1))[:, span]
+            query_position = lengths.sum() + rows - starts[b + 1]
+            distance = query_position[:, None] - key_position[None, :]  # [N, K]
+            hidden = distance < 0
+            if window:
+                hidden |= distance >= window
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            out[rows] = (weights @ v).transpose(0, 1).to(out.dtype)
+        return out
 
 
 def _sights(paging: Paging) -> Iterator[tuple[int, Tensor, Tensor]]:

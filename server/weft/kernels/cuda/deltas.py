@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weft.kernels.cuda import lone_rows, networks, tiles
 from weft.kernels.cuda.call import GROUP_MAX, RANKS, Call, num_parts_of
-from weft.kernels.step import Entries
+from weft.kernels.step import Entries, row_of_entry
 from weft.methods.protocol import DeltaKind
 
 ROW_DTYPES = (torch.float32, torch.bfloat16)
@@ -65,8 +65,7 @@ def rows_of(entries: Entries) -> Rows:
         raise ValueError("offsets: needs T + 1 elements, given 0")
     if len(slots) != len(gates):
         raise ValueError(f"gates: needs one for each of {len(slots)} slots, given {len(gates)}")
-    numbers = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
-    return Rows(entries, torch.searchsorted(offsets[1:], numbers, right=True, out_int32=True))
+    return Rows(entries, row_of_entry(entries))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,8 @@ def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
     """Fill `call.hidden` from `x`: of LoRAs, from rows [T, I]; of networks, from their own, [N, O]."""
     size = x.shape[1]
     _shrink[(call.num_entries, call.group * call.width // RANKS, call.num_parts)](
-        x, x.stride(0), call.rows_of, *call.entries[1:], call.table, call.table.stride(0), call.hidden,
+        x, x.stride(0), call.rows_of,
+        call.entries.slots, call.entries.gates, call.table, call.table.stride(0), call.hidden,
         call.num_rows, call.num_entries, call.width, size, part_size_of(size, call.num_parts, _BLOCK),
         GROUP=call.group, NETWORKS=of_networks, WEIGHT=call.weight, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip

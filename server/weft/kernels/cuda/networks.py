@@ -31,7 +31,8 @@ def fill(call: Call, y: Tensor, residual: Tensor) -> None:
     """Write what the networks read to `call.z`; `residual` [T, O] may be anything where none of them reads it."""
     width = triton.next_power_of_2(call.size_out)
     _fill[(call.num_entries,)](
-        y, y.stride(0), residual, residual.stride(0), call.rows_of, *call.entries[1:], call.table, call.z,
+        y, y.stride(0), residual, residual.stride(0), call.rows_of,
+        call.entries.slots, call.entries.gates, call.table, call.z,
         call.num_rows, call.size_out, WIDTH=width, num_warps=_warps_of(width),
     )  # fmt: skip
 
@@ -40,7 +41,8 @@ def finish(call: Call, y: Tensor) -> None:
     """Write the deltas of the normed kind to `call.z`, once `call.hidden` is there."""
     width = triton.next_power_of_2(call.size_out)
     _finish[(call.num_entries,)](
-        y, y.stride(0), call.rows_of, *call.entries[1:], call.table, call.hidden, call.z,
+        y, y.stride(0), call.rows_of,
+        call.entries.slots, call.entries.gates, call.table, call.hidden, call.z,
         call.num_rows, call.num_entries, call.width, call.size_out,
         WEIGHT=call.weight, PARTS=call.num_parts, WIDTH=width, num_warps=_warps_of(width),
     )  # fmt: skip
