@@ -78,7 +78,7 @@ class DecodeLoop:
             block_size=_BLOCK_SIZE,
             adapter_bytes=num_slots * loras.size_bytes,
             kernels=select(base.device, base.dtype),
-            num_recorded_rows=max_num_seqs if record else 0,
+            num_captured_rows=max_num_seqs if record else 0,
         )
         self.runner.spans = []
         self.requests: dict[RequestId, Request] = {}

@@ -174,11 +174,11 @@ class Quantity(NamedTuple):
 
 
 DECODE = Quantity(f"decode step, {NUM_ROWS} rows", 5, FixedSteps.decode)
-PLAIN = DECODE._replace(what=f"{DECODE.what}, not recorded", of=plain)
+PLAIN = DECODE._replace(what=f"{DECODE.what}, not captured", of=plain)
 MIXTURES = DECODE._replace(what=f"decode step, {NUM_ROWS} mixtures of four LoRAs")
-MIXTURES_PLAIN = PLAIN._replace(what=f"{MIXTURES.what}, not recorded")
+MIXTURES_PLAIN = PLAIN._replace(what=f"{MIXTURES.what}, not captured")
 ALONE = DECODE._replace(what="decode step, 1 row")
-ALONE_PLAIN = PLAIN._replace(what=f"{ALONE.what}, not recorded")
+ALONE_PLAIN = PLAIN._replace(what=f"{ALONE.what}, not captured")
 PREFILL = Quantity(f"prefill, {NUM_PROMPT:,} tokens", 1, FixedSteps.prefill)
 
 
@@ -230,20 +230,20 @@ _ALL = DECODE, PLAIN, PREFILL
 _ALONE = ALONE, ALONE_PLAIN
 _GROUPS = "q, k and v, gate and up held as one"
 STEPS = [
-    *_of_steps("recorded", "decode steps recorded", forms.UNRECORDED, quantities=[DECODE]),
-    *_of_steps("recorded", "decode steps recorded", forms.UNRECORDED, quantities=[MIXTURES], rows=mixtures),
+    *_of_steps("captured", "decode steps captured", forms.UNCAPTURED, quantities=[DECODE]),
+    *_of_steps("captured", "decode steps captured", forms.UNCAPTURED, quantities=[MIXTURES], rows=mixtures),
     *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALL),
     *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALONE, rows=one_lora),
     *_of_steps("product", "own packed product, beside torch's", without("packing"), quantities=[DECODE, PREFILL]),
     *_of_steps("onednn", "own packed product, beside oneDNN's", forms.ONEDNN_PRODUCT, quantities=[DECODE, PREFILL]),
     *_of_steps("norms", "a norm in one call", without("norms"), quantities=_ALL),
     *_of_steps("gates", "a gate in one call", without("gates"), quantities=_ALL),
-    *_of_steps("deltas", "kernels of deltas", forms.REFERENCE_DRIVER, forms.UNRECORDED, quantities=[PLAIN, PREFILL]),
+    *_of_steps("deltas", "kernels of deltas", forms.REFERENCE_DRIVER, forms.UNCAPTURED, quantities=[PLAIN, PREFILL]),
     *_of_steps(
         "routers",
         "kernel of routers",
         forms.TORCH_ROUTERS,
-        forms.UNRECORDED,
+        forms.UNCAPTURED,
         quantities=[MIXTURES_PLAIN],
         rows=mixtures,
     ),
@@ -251,7 +251,7 @@ STEPS = [
         "attention",
         "kernel of paged attention",
         forms.REFERENCE_ATTENTION,
-        forms.UNRECORDED,
+        forms.UNCAPTURED,
         quantities=[PLAIN, PREFILL],
     ),
     *_of_steps(

@@ -113,7 +113,7 @@ class FixedSteps:
             block_size=_BLOCK_SIZE,
             adapter_bytes=_ADAPTER_BYTES,
             kernels=kernels,
-            num_recorded_rows=num_rows,
+            num_captured_rows=num_rows,
         )
         self._stepper = Stepper(self._runner, _BLOCK_SIZE)
         self._runner.warm_up()

@@ -50,7 +50,7 @@ def without(*parts: str) -> Form:
 
 
 def plain(form: Form) -> Form:
-    """The same, its decode steps unrecorded, as are those in which someone's prompt is read."""
+    """The same, its decode steps uncaptured, as are those in which someone's prompt is read."""
     return form._replace(changes=tuple(dict.fromkeys((*form.changes, _unrecorded))))
 
 
@@ -63,7 +63,7 @@ def _for_onednn(base: Base) -> None:
 
 
 def _unrecorded(kernels: Kernels) -> Kernels:
-    return replace(kernels, recorder=None)
+    return replace(kernels, capture=None)
 
 
 def _reference_driver(kernels: Kernels) -> Kernels:
@@ -128,18 +128,17 @@ def _all_alike(slots: Any) -> _AllAlike:
 
 
 def _asked_everywhere(kernels: Kernels) -> Kernels:
-    make, decide = kernels.driver, kernels.decisions
+    make, decide = kernels.driver, kernels.capture_key
     assert make is not None
-    assert decide is not None
     return replace(
         kernels,
         driver=lambda slots, step: make(_all_alike(slots), step),
-        decisions=lambda slots, entries: decide(_all_alike(slots), entries),
+        capture_key=lambda slots, entries: decide(_all_alike(slots), entries),
     )
 
 
-UNRECORDED = plain(WHOLE)
-REFERENCE_DRIVER = plain(Form(changes=(_reference_driver,)))  # it reads on the host what cannot be recorded,
+UNCAPTURED = plain(WHOLE)
+REFERENCE_DRIVER = plain(Form(changes=(_reference_driver,)))  # it reads on the host what cannot be captured,
 REFERENCE_ATTENTION = plain(Form(changes=(_reference_attention,)))  # and so does this
 TORCH_ROUTERS = plain(Form(changes=(_routed_by_torch,)))
 ONEDNN_PRODUCT = Form(instead=(("packing", _for_onednn),))

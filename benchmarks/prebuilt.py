@@ -93,7 +93,7 @@ def _opened(wanted: str) -> library.Library:
 
 
 def _use(loaded: library.Library) -> None:
-    """Let these kernels compute from here on, also in what is recorded; others that were recorded keep theirs."""
+    """Let these kernels compute from here on, also in what is captured; others that were captured keep theirs."""
     vars(library)["load"] = lambda: loaded
 
 

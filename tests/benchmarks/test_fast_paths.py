@@ -13,7 +13,7 @@ import torch
 from benchmarks import fast_paths, forms, models, results
 from benchmarks.fast_paths import Bench, Differs, Line, measure
 from benchmarks.fixed_steps import NUM_PROMPT, FixedSteps, PromptAgain, loras, loras_at_q, mixtures
-from benchmarks.forms import UNRECORDED, Form, plain, without
+from benchmarks.forms import UNCAPTURED, Form, plain, without
 
 from tests.benchmarks.test_turns import TINY
 from weft.config import EngineConfig
@@ -132,7 +132,7 @@ _ONEDNN = plain(forms.ONEDNN_PRODUCT)
 @pytest.mark.parametrize(
     ("form", "changed"),
     [
-        (UNRECORDED, {}),
+        (UNCAPTURED, {}),
         (plain(without("groups", "gates")), {"weft_linear": 7, "weft_gate": 0}),
         (plain(without("packing")), {"weft_linear": 0}),
         (_ONEDNN, {"weft_linear": 0}),
@@ -172,15 +172,15 @@ def test_kernels_that_have_nothing_to_add_are_asked_everywhere(bench: Bench) -> 
 
 
 def test_gates_that_torch_makes_are_those_of_the_kernel(bench: Bench) -> None:
-    steps = [bench.steps(form, mixtures) for form in (UNRECORDED, forms.TORCH_ROUTERS)]
+    steps = [bench.steps(form, mixtures) for form in (UNCAPTURED, forms.TORCH_ROUTERS)]
     assert [_kernels_of(FixedSteps.decode, one)["weft_route"] for one in steps] == [LAYERS, 0]
     assert [_kernels_of(FixedSteps.decode, one)["weft_post"] for one in steps] == [7 * LAYERS] * 2
     wanted, got = (one.decode().float().clone() for one in steps)
     assert (got - wanted).norm() < 1e-2 * wanted.norm()
-    assert (bench.steps(UNRECORDED, loras).decode() - wanted).norm() > 1e-2 * wanted.norm(), "negative control"
+    assert (bench.steps(UNCAPTURED, loras).decode() - wanted).norm() > 1e-2 * wanted.norm(), "negative control"
 
 
-def test_recorded_steps_ask_no_model(bench: Bench) -> None:
+def test_captured_steps_ask_no_model(bench: Bench) -> None:
     assert not _kernels_of(FixedSteps.decode, bench.steps(forms.WHOLE, loras)), "they are told again in one call"
     assert _kernels_of(FixedSteps.prefill, bench.steps(forms.WHOLE, loras))
 

@@ -53,7 +53,7 @@ Taken = Sequence[Part] | Blend
 class Decoding:
     """A runner and its requests."""
 
-    def __init__(self, base: Base, kernels: Kernels, *, num_recorded_rows: int = 0, num_kv_blocks: int = 256) -> None:
+    def __init__(self, base: Base, kernels: Kernels, *, num_captured_rows: int = 0, num_kv_blocks: int = 256) -> None:
         self.base = base
         self.blocks = BlockManager(num_kv_blocks, BLOCK_SIZE, enable_prefix_caching=False)
         self.runner = ModelRunner(
@@ -62,7 +62,7 @@ class Decoding:
             block_size=BLOCK_SIZE,
             adapter_bytes=1 << 28,
             kernels=kernels,
-            num_recorded_rows=num_recorded_rows,
+            num_captured_rows=num_captured_rows,
         )
         self.requests: list[Request] = []
         self._stepper = Stepper(self.runner, BLOCK_SIZE)

@@ -39,8 +39,8 @@ from weft.engine.request import (
     canonical,
 )
 from weft.engine.token_ranges import Ranges
-from weft.engine.transfer import HERE
 from weft.errors import WeftError
+from weft.kernels.device import IN_PLACE
 from weft.kernels.step import Step
 from weft.methods import ia3, mixture, prefix, prompt
 from weft.methods.protocol import Adapter, BaseShape, Site, SoftRows, Virtual
@@ -197,7 +197,7 @@ class FakeRunner:
     """
 
     def __init__(self, *, block_size: int, capacity_bytes: int = 1 << 20) -> None:
-        self.transfer = HERE
+        self.transfer = IN_PLACE
         self.slots = SlotTable(num_sites=len(SHAPE.sites), capacity_bytes=capacity_bytes, device=torch.device("cpu"))
         self.cells: dict[int, TokenCell | VirtualCell] = {}
         self.violations: list[str] = []

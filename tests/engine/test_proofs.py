@@ -1,4 +1,4 @@
-"""A recorder that needs proof is asked only after steps were seen to read nothing on the host; and room is made for it.
+"""A capture that needs proof is asked only after steps were seen to read nothing on the host; and room is made for it.
 
 Real models compute on a CPU, whose kernels read entries of adapters on the host: here steps are the base's alone.
 tests/kernels/test_cuda_driver.py has those with adapters, with the kernels for CUDA.
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from tests import tiny
 from tests.engine.decoding import Decoding
-from tests.engine.test_graphs import Recorder
+from tests.engine.test_captured import Capturer
 from weft.config import ModelConfig, Quantization
-from weft.engine import graphs as engine_graphs
-from weft.engine.graphs import Graphs
+from weft.engine.capture import captured as engine_capture
+from weft.engine.capture.captured import CapturedSteps
+from weft.kernels.capture import Replay
 from weft.kernels.faults import CaptureLost
-from weft.kernels.recording import Replay
 from weft.kernels.selection import select
 from weft.model import loader, paged_attention, serving_form
 
 
-class Proven(Recorder):
-    """A recorder that a read on the host would harm, as it does CUDA graphs."""
+class Proven(Capturer):
+    """A capture that a read on the host would harm, as it does CUDA graphs."""
 
     needs_proof = True
 
@@ -50,35 +50,35 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
     return _load(tmp_path_factory, Quantization.NONE, "llama")
 
 
-def _decodings(base: loader.Base, recorder: Recorder, num_recorded_rows: int = 32) -> tuple[Decoding, Decoding]:
+def _decodings(base: loader.Base, capture: Capturer, num_captured_rows: int = 32) -> tuple[Decoding, Decoding]:
     kernels = select(base.device, base.dtype)
     if kernels.driver is None:
         pytest.skip("no compiler for the kernels")
-    recorded = replace(kernels, recorder=lambda: recorder)
-    return Decoding(base, kernels), Decoding(base, recorded, num_recorded_rows=num_recorded_rows)
+    captured = replace(kernels, capture=lambda: capture)
+    return Decoding(base, kernels), Decoding(base, captured, num_captured_rows=num_captured_rows)
 
 
-def _graphs(decoding: Decoding) -> Graphs:
-    assert decoding.runner._graphs is not None
-    return decoding.runner._graphs
+def _captured(decoding: Decoding) -> CapturedSteps:
+    assert decoding.runner._captured is not None
+    return decoding.runner._captured
 
 
 # -- proofs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_models_whose_steps_stay_on_the_device_are_recorded(
+def test_models_whose_steps_stay_on_the_device_are_captured(
     tmp_path_factory: pytest.TempPathFactory, architecture: str
 ) -> None:
     base = _load(tmp_path_factory, Quantization.NONE, architecture)
-    recorder = Proven()
-    plain, recorded = _decodings(base, recorder)
-    recorded.runner.warm_up()
-    for decoding in (plain, recorded):
+    capture = Proven()
+    plain, captured = _decodings(base, capture)
+    captured.runner.warm_up()
+    for decoding in (plain, captured):
         decoding.start([[], [], []])
     for _ in range(2):
-        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
-    assert recorder.num_recorded == 2, "of one row, when it was tried, and of four"
+        torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert capture.num_captured == 2, "of one row, when it was tried, and of four"
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {
@@ -100,50 +100,50 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 def test_models_that_read_on_the_host_never_meet_the_recorder(
     base: loader.Base, name: str, tries: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorder = Proven()
-    plain, unrecorded = _decodings(base, recorder)
+    capture = Proven()
+    plain, uncaptured = _decodings(base, capture)
     norm = base.model.get_submodule("model.norm")
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: READS[name](forward(x)))
     caplog.set_level(logging.WARNING)
     if tries:
-        unrecorded.runner.warm_up()
-    for decoding in (plain, unrecorded):
+        uncaptured.runner.warm_up()
+    for decoding in (plain, uncaptured):
         decoding.start([[], []])
-    assert unrecorded.step().equal(plain.step())
-    assert recorder.num_recorded == 0
-    assert unrecorded.runner._graphs is None
-    assert "cannot be recorded" in caplog.text
+    assert uncaptured.step().equal(plain.step())
+    assert capture.num_captured == 0
+    assert uncaptured.runner._captured is None
+    assert "cannot be captured" in caplog.text
     assert "test_proofs.py" in caplog.text, "where it reads"
 
 
 def test_a_read_that_comes_with_more_rows_is_found_then(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Proven()
-    plain, recorded = _decodings(base, recorder)
+    capture = Proven()
+    plain, captured = _decodings(base, capture)
     norm = base.model.get_submodule("model.norm")
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: forward(x) if x.shape[1] < 3 else forward(x) * x.sign().max().item())
-    for decoding in (plain, recorded):
+    for decoding in (plain, captured):
         decoding.start([[] for _ in range(4)])
-    for kept, num_recorded in (([0], 1), ([0, 1], 2), ([0, 1, 2, 3], 2)):
-        torch.testing.assert_close(recorded.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
-        assert recorder.num_recorded == num_recorded
-    assert recorded.runner._graphs is None
+    for kept, num_captured in (([0], 1), ([0, 1], 2), ([0, 1, 2, 3], 2)):
+        torch.testing.assert_close(captured.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
+        assert capture.num_captured == num_captured
+    assert captured.runner._captured is None
 
 
 @pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.INT8])
-def test_quantized_bases_are_recorded(
+def test_quantized_bases_are_captured(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, quantization: Quantization
 ) -> None:
     # bitsandbytes' product for CPUs with AVX-512 reads its code table on the host; that for CUDA does not.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
-    recorder = Proven()
-    plain, recorded = _decodings(_load(tmp_path_factory, quantization, "llama"), recorder)
-    for decoding in (plain, recorded):
+    capture = Proven()
+    plain, captured = _decodings(_load(tmp_path_factory, quantization, "llama"), capture)
+    for decoding in (plain, captured):
         decoding.start([[], [], []])
-    wanted, got = plain.step(), recorded.step()
+    wanted, got = plain.step(), captured.step()
     assert (got - wanted).norm() / wanted.norm() < 3e-2
-    assert recorder.num_recorded == 1
+    assert capture.num_captured == 1
 
 
 def test_int8_that_looks_for_outliers_is_not(
@@ -153,37 +153,37 @@ def test_int8_that_looks_for_outliers_is_not(
     base = _load(tmp_path_factory, Quantization.INT8, "llama")
     products: list[Any] = [module for module in base.model.modules() if isinstance(module, Linear8bitLt)]
     products[-1].state.threshold = 6.0
-    recorder = Proven()
-    _, unrecorded = _decodings(base, recorder)
+    capture = Proven()
+    _, uncaptured = _decodings(base, capture)
     caplog.set_level(logging.WARNING)
-    unrecorded.runner.warm_up()
-    assert recorder.num_recorded == 0
-    assert unrecorded.runner._graphs is None
+    uncaptured.runner.warm_up()
+    assert capture.num_captured == 0
+    assert uncaptured.runner._captured is None
     assert "is_nonzero" in caplog.text
 
 
 def test_one_proof_serves_all_widths_of_block_tables(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     proven = []
-    prove = engine_graphs.host_reads.prove
+    prove = engine_capture.host_reads.prove
 
     def counted(function: Callable[[], object], device: torch.device) -> None:
         proven.append(device)
         prove(function, device)
 
-    monkeypatch.setattr(engine_graphs.host_reads, "prove", counted)
-    recorder = Proven()
-    kernels = replace(select(base.device, base.dtype), recorder=lambda: recorder, records_ahead=True)
-    decoding = Decoding(base, kernels, num_recorded_rows=4)
+    monkeypatch.setattr(engine_capture.host_reads, "prove", counted)
+    capture = Proven()
+    kernels = replace(select(base.device, base.dtype), capture=lambda: capture, captures_ahead=True)
+    decoding = Decoding(base, kernels, num_captured_rows=4)
     decoding.runner.warm_up()
-    assert recorder.num_recorded == 6, "of 1, 2 and 4 rows, in two widths"
+    assert capture.num_captured == 6, "of 1, 2 and 4 rows, in two widths"
     assert len(proven) == 3
 
 
 # -- room --------------------------------------------------------------------------------------------------------------
 
 
-class Room(Recorder):
-    """A device with room for so many recordings, which raises `error` where another is one too many."""
+class Room(Capturer):
+    """A device with room for so many captures, which raises `error` where another is one too many."""
 
     def __init__(self, size: int, error: Exception) -> None:
         super().__init__()
@@ -208,28 +208,28 @@ def _out_of_memory() -> Exception:
 @pytest.mark.parametrize("error", [_out_of_memory(), torch.AcceleratorError("CUDA error: out of memory")])
 def test_the_older_half_makes_room(base: loader.Base, error: Exception) -> None:
     room = Room(4, error)
-    plain, recorded = _decodings(base, room)
-    for decoding in (plain, recorded):
+    plain, captured = _decodings(base, room)
+    for decoding in (plain, captured):
         decoding.start([[] for _ in range(24)])
     for rows in (1, 2, 4, 8, 16, 24, 16, 8):
-        torch.testing.assert_close(recorded.step(range(rows)), plain.step(range(rows)), rtol=1e-4, atol=1e-5)
-    assert [shape.rows for shape in _graphs(recorded).shapes] == [4, 24, 16, 8]
-    assert room.num_recorded == 6
+        torch.testing.assert_close(captured.step(range(rows)), plain.step(range(rows)), rtol=1e-4, atol=1e-5)
+    assert [shape.rows for shape in _captured(captured).shapes] == [4, 24, 16, 8]
+    assert room.num_captured == 6
     assert room.num_tried == 7, "1 and 2 went for 16"
 
 
 def test_where_nothing_makes_room_steps_run_plainly_and_it_is_tried_again(
     base: loader.Base, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_graphs, "_PATIENCE", 5)
+    monkeypatch.setattr(engine_capture, "_PATIENCE", 5)
     caplog.set_level(logging.WARNING)
     room = Room(0, _out_of_memory())
-    plain, recorded = _decodings(base, room)
-    for decoding in (plain, recorded):
+    plain, captured = _decodings(base, room)
+    for decoding in (plain, captured):
         decoding.start([[], [], []])
 
     def step() -> None:
-        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
 
     step()
     assert room.num_tried == 2, "once more with what there was gone"
@@ -242,33 +242,33 @@ def test_where_nothing_makes_room_steps_run_plainly_and_it_is_tried_again(
     room.size = 1
     for _ in range(7):
         step()
-    assert room.num_recorded == 1
-    assert len(_graphs(recorded)) == 1
+    assert room.num_captured == 1
+    assert len(_captured(captured)) == 1
 
 
-def test_what_is_recorded_is_replayed_while_others_wait_for_room(base: loader.Base) -> None:
+def test_what_is_captured_is_replayed_while_others_wait_for_room(base: loader.Base) -> None:
     room = Room(99, _out_of_memory())
-    plain, recorded = _decodings(base, room)
-    for decoding in (plain, recorded):
+    plain, captured = _decodings(base, room)
+    for decoding in (plain, captured):
         decoding.start([[], [], []])
     for kept in ([0], [0, 1]):
-        recorded.step(kept)
+        captured.step(kept)
         plain.step(kept)
     room.size = 0
     for kept in ([0, 1, 2], [0, 1], [0, 1, 2]):
-        torch.testing.assert_close(recorded.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
-    assert [shape.rows for shape in _graphs(recorded).shapes] == [2]
+        torch.testing.assert_close(captured.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
+    assert [shape.rows for shape in _captured(captured).shapes] == [2]
     assert room.num_tried == 4
 
 
 def test_memory_that_the_first_call_lacks_is_made_too(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dry run is the first that takes memory."""
-    recorder = Proven()
-    plain, recorded = _decodings(base, recorder)
-    for decoding in (plain, recorded):
+    capture = Proven()
+    plain, captured = _decodings(base, capture)
+    for decoding in (plain, captured):
         decoding.start([[], [], []])
     for kept in ([0], [0, 1]):
-        recorded.step(kept)
+        captured.step(kept)
         plain.step(kept)
     norm = base.model.get_submodule("model.norm")
     forward, failures = norm.forward, [_out_of_memory()]
@@ -280,15 +280,15 @@ def test_memory_that_the_first_call_lacks_is_made_too(base: loader.Base, monkeyp
 
     wanted = plain.step()
     monkeypatch.setattr(norm, "forward", once_too_little)
-    torch.testing.assert_close(recorded.step(), wanted, rtol=1e-4, atol=1e-5)
-    assert [shape.rows for shape in _graphs(recorded).shapes] == [2, 4]
+    torch.testing.assert_close(captured.step(), wanted, rtol=1e-4, atol=1e-5)
+    assert [shape.rows for shape in _captured(captured).shapes] == [2, 4]
 
 
-def test_steps_are_not_recorded_later_that_could_not_be_tried(base: loader.Base) -> None:
+def test_steps_are_not_captured_later_that_could_not_be_tried(base: loader.Base) -> None:
     room = Room(0, _out_of_memory())
-    _, recorded = _decodings(base, room)
-    recorded.runner.warm_up()
-    assert recorded.runner._graphs is None
+    _, captured = _decodings(base, room)
+    captured.runner.warm_up()
+    assert captured.runner._captured is None
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,8 @@ def test_steps_are_not_recorded_later_that_could_not_be_tried(base: loader.Base)
     ],
 )
 def test_what_is_fatal_comes_out(base: loader.Base, error: Exception) -> None:
-    _, recorded = _decodings(base, Room(0, error))
-    recorded.start([[], []])
+    _, captured = _decodings(base, Room(0, error))
+    captured.start([[], []])
     with pytest.raises(RuntimeError) as raised:
-        recorded.step()
+        captured.step()
     assert raised.value is error

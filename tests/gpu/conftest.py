@@ -1,4 +1,4 @@
-"""A base on the GPU, and kernels whose steps can be recorded."""
+"""A base on the GPU, and kernels whose steps can be captured."""
 
 from collections.abc import Iterator
 
@@ -29,8 +29,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
 @pytest.fixture(scope="session")
 def kernels(base: loader.Base) -> Kernels:
     chosen = select(base.device, base.dtype)
-    if chosen.recorder is None:
-        pytest.skip(f"steps with the kernels {chosen.name} cannot be recorded")
+    if chosen.capture is None:
+        pytest.skip(f"steps with the kernels {chosen.name} cannot be captured")
     return chosen
 
 

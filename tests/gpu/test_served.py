@@ -1,18 +1,18 @@
 """On a GPU: bases in the forms in which they are served, 16-bit and quantized, with groups, adapters and mixtures.
 
-The bodies are those of tests/kernels/test_cpu_tape.py (tests/engine/recorded.py).
+The bodies are those of tests/kernels/test_cpu_capture.py (tests/engine/captured.py).
 """
 
 import pytest
 
-from tests.engine.recorded import (
+from tests.engine.captured import (
     ALL,
     NAMES,
     Held,
+    check_captured_many,
+    check_captured_mix,
     check_groups,
     check_kernels,
-    check_recorded_many,
-    check_recorded_mix,
     served,
 )
 from weft.kernels.selection import Kernels, select
@@ -28,7 +28,7 @@ def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     held: Held = request.param
     base = served(tmp_path_factory.mktemp("served"), held, "cuda")
     kernels = select(base.device, base.dtype)
-    assert kernels.recorder is not None
+    assert kernels.capture is not None
     return base, kernels, held
 
 
@@ -41,8 +41,8 @@ def test_prompts_of_compositions_and_mixtures_give_the_references_logits(given: 
 
 
 def test_replayed_graphs_give_the_logits_and_gates_of_plain_steps(given: Served) -> None:
-    check_recorded_mix(*given)
+    check_captured_mix(*given)
 
 
 def test_graphs_of_many_rows_do(given: Served) -> None:
-    check_recorded_many(*given)
+    check_captured_many(*given)

@@ -1,4 +1,4 @@
-"""On a GPU: recorded steps give the logits of plain ones, and the host waits for nothing but the results."""
+"""On a GPU: captured steps give the logits of plain ones, and the host waits for nothing but the results."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests import tiny
 from tests.engine.decoding import Decoding, Part
 from weft.engine import sampler
 from weft.engine.request import Request, RequestId, SamplingParams
-from weft.engine.transfer import HERE, transfer_to
+from weft.kernels.device import IN_PLACE, transfer_to
 from weft.kernels.selection import Kernels
 from weft.model import loader
 
@@ -28,20 +28,20 @@ def _parts(base: loader.Base) -> list[list[Part]]:
 
 
 def test_replayed_graphs_give_the_logits_of_plain_steps(base: loader.Base, kernels: Kernels) -> None:
-    plain, recorded = Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=32)
-    for decoding in (plain, recorded):
+    plain, captured = Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=32)
+    for decoding in (plain, captured):
         decoding.start(_parts(base))
     for step in range(20):
-        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-3, atol=1e-4, msg=f"step {step}")
-    graphs = recorded.runner._graphs
+        torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-3, atol=1e-4, msg=f"step {step}")
+    graphs = captured.runner._captured
     assert graphs is not None
     assert len(graphs) == 1
 
 
-def test_the_host_does_not_wait_in_a_recorded_step(
+def test_the_host_does_not_wait_in_a_captured_step(
     base: loader.Base, kernels: Kernels, request: pytest.FixtureRequest
 ) -> None:
-    decoding = Decoding(base, kernels, num_recorded_rows=32)
+    decoding = Decoding(base, kernels, num_captured_rows=32)
     decoding.start(_parts(base))
     decoding.step()
     request.getfixturevalue("no_waiting")
@@ -69,10 +69,10 @@ def test_tensors_go_up_and_come_back(request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("no_waiting")
     given = [torch.randn(7), torch.arange(9), torch.empty(0, 3, dtype=torch.int32)]
     for number in range(20):  # each buffer is written again while the device may read the other
-        moved = transfer.up([tensor + number for tensor in given])
+        moved = transfer.to_device([tensor + number for tensor in given])
         assert all(one.device == DEVICE for one in moved)
         for one, tensor in zip(moved, given, strict=True):
-            assert transfer.down(one).equal(tensor + number)
+            assert transfer.to_host(one).equal(tensor + number)
 
 
 def test_the_sampler_chooses_what_it_chooses_on_a_cpu(request: pytest.FixtureRequest) -> None:
@@ -94,7 +94,7 @@ def test_the_sampler_chooses_what_it_chooses_on_a_cpu(request: pytest.FixtureReq
             for row, params in enumerate(wishes)
         ]
 
-    wanted = sampler.sample(logits, requests(), HERE)
+    wanted = sampler.sample(logits, requests(), IN_PLACE)
     transfer = transfer_to(DEVICE)
     request.getfixturevalue("no_waiting")
     got = sampler.sample(there, requests(), transfer)

@@ -17,14 +17,14 @@ def _table(base: loader.Base) -> SlotTable:
     return SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 30, device=DEVICE)
 
 
-def test_a_slot_holds_its_adapter_after_join(base: loader.Base) -> None:
+def test_a_slot_holds_its_adapter_after_wait(base: loader.Base) -> None:
     adapter = tiny.random_lora(base.shape, rank=8, seed=1)
     laid_out = slab.build(adapter, base.shape, dtype=torch.float32, pinned=True)
     assert laid_out.buffer.is_pinned()
     slots = _table(base)
     slot = slots.put(laid_out)
     assert slot is not None
-    slots.join()
+    slots.wait()
     for name, params in slots.params(slot).items():
         assert params.a.device == DEVICE
         torch.testing.assert_close(params.a.cpu(), adapter.sites[name].a)
@@ -37,7 +37,7 @@ def test_a_copy_does_not_wait_for_what_is_computed(base: loader.Base) -> None:
     torch.cuda.synchronize()
     torch.cuda._sleep(_CYCLES)
     slots.put(laid_out)
-    slots._upload._copied.synchronize()  # pyright: ignore[reportAttributeAccessIssue]  # a SideStream
+    slots._transfer._staged.synchronize()  # pyright: ignore[reportAttributeAccessIssue]  # a CudaTransfer
     assert not torch.cuda.current_stream().query(), "the copy is there and the computation still runs"
     torch.cuda.synchronize()
 
@@ -45,12 +45,12 @@ def test_a_copy_does_not_wait_for_what_is_computed(base: loader.Base) -> None:
 def test_a_step_comes_after_the_copies_before_it(base: loader.Base) -> None:
     slots = _table(base)
     laid_out = slab.build(tiny.random_lora(base.shape, rank=64, seed=1), base.shape, dtype=torch.float32, pinned=True)
-    upload = slots._upload
-    with torch.cuda.stream(upload._stream):  # pyright: ignore[reportAttributeAccessIssue]  # a SideStream
+    transfer = slots._transfer
+    with torch.cuda.stream(transfer._stream):  # pyright: ignore[reportAttributeAccessIssue]  # a CudaTransfer
         torch.cuda._sleep(_CYCLES)  # the copy comes late
     slot = slots.put(laid_out)
     assert slot is not None
-    slots.join()
+    slots.wait()
     there = slots._held[slot].buffer.clone()  # what a step would read
     torch.cuda.synchronize()
     assert there.cpu().equal(laid_out.buffer)
@@ -64,7 +64,7 @@ def test_memory_of_a_dropped_slot_is_not_reused_while_a_step_reads_it(base: load
     )
     slot = slots.put(first)
     assert slot is not None
-    slots.join()
+    slots.wait()
     torch.cuda._sleep(_CYCLES)
     read = slots._held[slot].buffer.clone()  # the step is behind its computation
     slots.drop(slot)

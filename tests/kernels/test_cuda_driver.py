@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.engine.decoding import Blend, Decoding, Part
-from tests.engine.test_graphs import Recorder, mixed
+from tests.engine.test_captured import Capturer, mixed
 from tests.kernels.interpreted import DEVICE, INTERPRETED
 from tests.kernels.partial_steps import step_of
 from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
@@ -79,20 +79,20 @@ def test_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
         torch.testing.assert_close(torch.tensor(gates.tokens), torch.tensor(theirs.tokens), rtol=0, atol=1e-5)
 
 
-def test_recorded_steps_are_those_of_the_reference(base: loader.Base) -> None:
+def test_captured_steps_are_those_of_the_reference(base: loader.Base) -> None:
     """Padded with rows and entries that are nobody's."""
-    recorder = Recorder()
+    capture = Capturer()
     plain = Decoding(base, REFERENCE)
-    recorded = Decoding(base, replace(CUDA, recorder=lambda: recorder), num_recorded_rows=8)
+    captured = Decoding(base, replace(CUDA, capture=lambda: capture), num_captured_rows=8)
     network = tiny.random_bottleneck(base.shape, BottleneckConfig(form=Form.PARALLEL, size=3), seed=2)
-    for decoding in (plain, recorded):
+    for decoding in (plain, captured):
         decoding.start([[Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5), Part(network, 1.0)], [], []])
     for _ in range(2):
-        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
-    assert recorder.num_recorded == 1
+        torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert capture.num_captured == 1
 
 
-class Proven(Recorder):
+class Proven(Capturer):
     """As CUDA graphs are."""
 
     needs_proof = True
@@ -112,50 +112,50 @@ def _launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_launches_nothing")
 def test_steps_with_adapters_are_proven_to_read_nothing_on_the_host(base: loader.Base) -> None:
     """Of every method, mixtures among them, whose router is asked in each layer; in products of a few sites at once."""
-    recorder = Proven()
-    kernels = replace(CUDA, attend=attention.Attend, recorder=lambda: recorder)
-    recorded = Decoding(base, kernels, num_recorded_rows=32)
+    capture = Proven()
+    kernels = replace(CUDA, attend=attention.Attend, capture=lambda: capture)
+    captured = Decoding(base, kernels, num_captured_rows=32)
     blends = [Blend(one.experts, one.mixture, one.bounds) for one in mixtures(base.shape, seed=2)[1:4]]
-    recorded.start([*mixed(base.shape, 14, seed=1), *blends])
-    recorded.step()
-    assert recorder.num_recorded == 1
-    recorded.step([0])
-    assert recorder.num_recorded == 2
+    captured.start([*mixed(base.shape, 14, seed=1), *blends])
+    captured.step()
+    assert capture.num_captured == 1
+    captured.step([0])
+    assert capture.num_captured == 2
 
 
 @pytest.mark.usefixtures("_launches_nothing")
 def test_a_driver_that_reads_its_entries_is_found(base: loader.Base) -> None:
     """Negative control: as the reference driver and the driver for CPUs do."""
-    recorder, make = Proven(), DriverFactory(torch.float32)
+    capture, make = Proven(), DriverFactory(torch.float32)
 
     def reading(slots: Any, step: Any) -> Any:
         assert step.entries is not None
         assert min(step.entries.slots.tolist()) >= 0
         return make(slots, step)
 
-    kernels = replace(CUDA, driver=reading, attend=attention.Attend, recorder=lambda: recorder)
-    unrecorded = Decoding(base, kernels, num_recorded_rows=8)
-    unrecorded.start([[Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)], []])
-    unrecorded.step([1])
-    assert recorder.num_recorded == 1, "of the base alone"
-    unrecorded.step()
-    assert recorder.num_recorded == 1
-    assert unrecorded.runner._graphs is None
+    kernels = replace(CUDA, driver=reading, attend=attention.Attend, capture=lambda: capture)
+    uncaptured = Decoding(base, kernels, num_captured_rows=8)
+    uncaptured.start([[Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)], []])
+    uncaptured.step([1])
+    assert capture.num_captured == 1, "of the base alone"
+    uncaptured.step()
+    assert capture.num_captured == 1
+    assert uncaptured.runner._captured is None
 
 
-def test_recorded_steps_of_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
+def test_captured_steps_of_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
     """With runs that are nobody's, and a trace that is wider than what is traced."""
-    recorder = Recorder()
+    capture = Capturer()
     plain = Decoding(base, REFERENCE)
-    kernels = replace(CUDA, recorder=lambda: recorder)
-    recorded = Decoding(base, kernels, num_recorded_rows=8)
+    kernels = replace(CUDA, capture=lambda: capture)
+    captured = Decoding(base, kernels, num_captured_rows=8)
     blends = [Blend(one.experts, one.mixture, one.bounds) for one in mixtures(base.shape, seed=2)[1:4]]
-    for decoding in (plain, recorded):
+    for decoding in (plain, captured):
         decoding.start([*blends, [], [Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)]])
     for _ in range(2):
-        torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
-    assert recorder.num_recorded == 1
-    for mine, theirs in zip(recorded.end()[:3], plain.end()[:3], strict=True):
+        torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    assert capture.num_captured == 1
+    for mine, theirs in zip(captured.end()[:3], plain.end()[:3], strict=True):
         assert mine is not None
         assert theirs is not None
         torch.testing.assert_close(torch.tensor(mine.tokens), torch.tensor(theirs.tokens), rtol=0, atol=1e-5)
@@ -246,7 +246,7 @@ def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.
 
 
 def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
-    """After every put and drop, at one address until it grows; and the outline says what is there."""
+    """After every put and drop, at one address until it grows; and the capture key says what is there."""
     table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 28, device=DEVICE)
     ranks, held = set(), []
     for seed in range(10):
@@ -262,10 +262,10 @@ def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
         assert torch.equal(table.device_table.cpu(), table.table)
         assert table.device_table.data_ptr() != table.table.data_ptr()
         assert (table.device_table.data_ptr() == at) is (table.table.shape[1] == size)
-        assert table.outline.table_at == table.device_table.data_ptr()
-        assert table.outline.rank == -(-max(ranks) // 16) * 16
+        assert table.capture_key.table_at == table.device_table.data_ptr()
+        assert table.capture_key.rank == -(-max(ranks) // 16) * 16
     assert table.table.shape[1] > 8
-    kinds = memoryview(table.outline.kinds).cast("H")
+    kinds = memoryview(table.capture_key.kinds).cast("H")
     found = {index: {int(kind) for kind in table.table[index, :, 0]} - {0} for index in range(len(kinds))}
     assert {index: {kind for kind in DeltaKind if kinds[index] >> kind & 1} for index in found} == found
     for slot in held:
@@ -273,7 +273,7 @@ def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
         table.drop(slot)
         assert torch.equal(table.device_table.cpu(), table.table)
     assert not table.device_table.any()
-    assert not any(memoryview(table.outline.kinds).cast("H"))
+    assert not any(memoryview(table.capture_key.kinds).cast("H"))
 
 
 def test_cuda_gets_its_kernels_where_they_know_the_dtype(caplog: pytest.LogCaptureFixture) -> None:

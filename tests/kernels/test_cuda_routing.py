@@ -82,7 +82,7 @@ def given(
         traced += rows * num
         row += rows
     table.append([row, row, slot, 0, 0, -1])
-    slots.join()
+    slots.wait()
     hidden = torch.randn(row, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return Given(
         hidden=hidden.to(DEVICE),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels import host_reads
-from weft.kernels.recording import Unrecordable
+from weft.kernels.capture import NotCapturable
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 X, AT, MASK = torch.randn(4, 3), torch.tensor([0, 2]), torch.tensor([True, False, True, True])
@@ -99,7 +99,7 @@ def _name(case: object) -> str | None:
 
 @pytest.mark.parametrize(("name", "function"), [*READS.items(), *SENDS.items()], ids=_name)
 def test_what_needs_the_host_is_refused(name: str, function: Callable[[], object]) -> None:
-    with torch.inference_mode(), pytest.raises(Unrecordable, match=r"test_host_reads\.py:\d+"):
+    with torch.inference_mode(), pytest.raises(NotCapturable, match=r"test_host_reads\.py:\d+"):
         host_reads.prove(function, CPU)
 
 
@@ -112,7 +112,7 @@ def test_what_stays_on_the_device_passes(name: str, function: Callable[[], objec
 
 
 def test_after_a_proof_nobody_watches() -> None:
-    with pytest.raises(Unrecordable):
+    with pytest.raises(NotCapturable):
         host_reads.prove(lambda: X.tolist(), CPU)
     assert len(X.tolist()) == 4
     assert AT[0].item() == 0
@@ -125,7 +125,7 @@ def test_an_error_that_is_caught_counts() -> None:
         except Exception:
             return 0.0
 
-    with pytest.raises(Unrecordable, match="scalar"):
+    with pytest.raises(NotCapturable, match="scalar"):
         host_reads.prove(careful, CPU)
 
 
@@ -167,7 +167,7 @@ OF_THE_HOST: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
 def test_what_moves_between_host_and_device_is_refused(moves: Callable[[Tensor], object]) -> None:
     """Among it an index that lies on the host."""
-    with torch.inference_mode(), pytest.raises(Unrecordable):
+    with torch.inference_mode(), pytest.raises(NotCapturable):
         host_reads.prove(lambda: moves(torch.empty(4, 3, device=META)), META)
 
 
@@ -185,7 +185,7 @@ def test_kernels_that_are_written_in_python_are_looked_into(threshold: float, re
     with torch.inference_mode():
         linear(x)
         if reads:
-            with pytest.raises(Unrecordable, match="is_nonzero"):
+            with pytest.raises(NotCapturable, match="is_nonzero"):
                 host_reads.prove(lambda: linear(x), CPU)
         else:
             host_reads.prove(lambda: linear(x), CPU)

@@ -1,6 +1,6 @@
-"""A recorded step of mixtures gives, told again, what the model gives: logits, and the gates that requests look at.
+"""A captured step of mixtures gives, told again, what the model gives: logits, and the gates that requests look at.
 
-A step meets rows of other mixtures than it was recorded with, or none of them, and padding beside them.
+A step meets rows of other mixtures than it was captured with, or none of them, and padding beside them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 
 from tests import tiny
 from tests.engine.decoding import Blend, Decoding, Part, Taken
-from tests.engine.test_graphs import Forgetful
+from tests.engine.test_captured import Forgetful
 from tests.mixing.test_mixture import Mixed, made, mixtures
 from weft.engine.request import Gates
 from weft.kernels.cpu import library
@@ -30,7 +30,7 @@ def _blend(mixed: Mixed) -> Blend:
 
 def _decodings(base: loader.Base) -> tuple[Decoding, Decoding]:
     kernels = select(base.device, base.dtype)
-    return Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=NUM_ROWS_MAX)
+    return Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=NUM_ROWS_MAX)
 
 
 def _crowd(base: BaseShape, seed: int) -> list[Taken]:
@@ -48,28 +48,28 @@ def _assert_same(got: Sequence[Gates | None], wanted: Sequence[Gates | None]) ->
             torch.testing.assert_close(torch.tensor(mine.tokens), torch.tensor(theirs.tokens), rtol=1e-4, atol=1e-5)
 
 
-def test_recorded_steps_of_mixtures_give_the_logits_and_gates_of_plain_ones(base: loader.Base) -> None:
-    plain, recorded = _decodings(base)
-    for decoding in (plain, recorded):
+def test_captured_steps_of_mixtures_give_the_logits_and_gates_of_plain_ones(base: loader.Base) -> None:
+    plain, captured = _decodings(base)
+    for decoding in (plain, captured):
         decoding.start(_crowd(base.shape, seed=1))
     everybody = list(range(len(plain.requests)))
     for kept in [everybody] * 20 + [everybody[:9], everybody[3:], [0], [11], [5], everybody]:
-        torch.testing.assert_close(recorded.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
-    graphs = recorded.runner._graphs
+        torch.testing.assert_close(captured.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
+    graphs = captured.runner._captured
     assert graphs is not None
     assert any(shape.routed is not None and shape.routed.has_spans for shape in graphs.shapes)
-    assert sum(shape.routed is None for shape in graphs.shapes) <= 1, "what has a mixture is recorded as such"
-    gates, wanted = recorded.end(), plain.end()
+    assert sum(shape.routed is None for shape in graphs.shapes) <= 1, "what has a mixture is captured as such"
+    gates, wanted = captured.end(), plain.end()
     _assert_same(gates, wanted)
     assert sum(one is not None for one in gates) == 12
 
 
 def test_other_mixtures_find_the_recording_of_the_first(base: loader.Base) -> None:
     """As many experts and rows: routers, wishes and what they read are told by address."""
-    plain, recorded = _decodings(base)
+    plain, captured = _decodings(base)
     sizes = []
     for seed in range(3):
-        for decoding in (plain, recorded):
+        for decoding in (plain, captured):
             decoding.start(
                 [
                     _blend(
@@ -86,9 +86,9 @@ def test_other_mixtures_find_the_recording_of_the_first(base: loader.Base) -> No
                 ]
             )
         for _ in range(3):
-            torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
-        _assert_same(recorded.end(), plain.end())
-        graphs = recorded.runner._graphs
+            torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
+        _assert_same(captured.end(), plain.end())
+        graphs = captured.runner._captured
         assert graphs is not None
         sizes.append(len(graphs))
     assert sizes == [1, 1, 1]
@@ -98,7 +98,7 @@ def test_a_replay_that_forgets_its_inputs_is_noticed(base: loader.Base) -> None:
     """Negative control."""
     kernels = select(base.device, base.dtype)
     plain = Decoding(base, kernels)
-    forgetful = Decoding(base, replace(kernels, recorder=Forgetful), num_recorded_rows=NUM_ROWS_MAX)
+    forgetful = Decoding(base, replace(kernels, capture=Forgetful), num_captured_rows=NUM_ROWS_MAX)
     for decoding in (plain, forgetful):
         decoding.start(_crowd(base.shape, seed=2))
     torch.testing.assert_close(forgetful.step(), plain.step(), rtol=1e-4, atol=1e-5)

@@ -10,24 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.kernels.device import Part
 from weft.methods import mixture
 from weft.methods.mixture import Mixture, MixtureConfig
 from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed, Virtual
 
 _ALIGNMENT = 64  # bytes: a cache line, and what vector loads like
-
-
-class Part(NamedTuple):
-    """A tensor inside the buffer."""
-
-    offset: int  # bytes
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """The tensor, as a view of `buffer` (uint8)."""
-        count = int(torch.Size(self.shape).numel())
-        return buffer[self.offset : self.offset + count * self.dtype.itemsize].view(self.dtype).view(self.shape)
 
 
 class SlabEntry(NamedTuple):

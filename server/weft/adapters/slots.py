@@ -10,37 +10,24 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NewType
+from typing import Any, NewType
 
 import torch
 from torch import Tensor
 
 from weft.adapters.slab import Slab
-from weft.adapters.upload import upload_to
+from weft.kernels.device import transfer_to
+from weft.kernels.slot_tables import CaptureKey, SlotTables
 from weft.methods.mixture import MixtureConfig, MixtureParams
 from weft.methods.protocol import DeltaKind, Method, Packed
 
 AdapterSlot = NewType("AdapterSlot", int)
 
 _COLUMNS = 4  # kind, rank, address of the first tensor, address of the second
-_ROUTER_COLUMNS = 8  # as in SlotTable.routers
+_ROUTER_COLUMNS = 8  # as in SlotTables.routers
 _RANKS = 16
 _CHOICES = 128
 _NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
-
-
-class Outline(NamedTuple):
-    """All that a driver may decide from without looking at a row: while it is the same, so are a step's launches.
-
-    table_at: where kernels find `SlotTable.device_table`. rank: no plane has a larger one; a multiple of 16, so that a
-    resident less or more seldom changes it. kinds: by site, the set of kinds of its planes, uint16 with bit `kind`.
-    choices: no router has more; a power of two, at least 128.
-    """
-
-    table_at: int
-    rank: int
-    kinds: bytes
-    choices: int
 
 
 class _Held:
@@ -53,42 +40,39 @@ class _Held:
         self.params: Mapping[str, Any] | None = None
 
 
-class SlotTable:
-    """Slots of one base.
+class SlotTable(SlotTables):
+    """Slots of one base, and the tables that kernels read.
 
-    table: int64 [num_sites, S, 4], the kernels' view: (kind, rank, address, address) of every plane at every site.
-    device_table: the same, in the device's memory; it stays where it is until S grows.
-    routers: int64 [S, 8], the kernels' view of mixtures: address of W float32 [M, C, hidden], elements from one layer's
-        W to the next (0 where all share one), hidden, experts, choices C, top_k, flags (1 normalize, 2 absolute,
-        4 rms_norm), and τ as the bits of a float32; zeros in a slot that holds none.
-    device_routers: the same, in the device's memory; it moves with `device_table`.
-    num_entries: by site, how many planes do anything there.
-    outputs_at, inputs_at: by plane, the sites where it adds to the output, or scales the input: bit `site.index`.
-    num_residual_readers: how many planes, over all sites, read the residual stream.
+    num_entries: by site, how many planes act there.
     planes: the planes of every slot that has more than one, its own number first.
-    capacity_bytes bounds the sum of the buffers; S grows as needed and costs 32 bytes a site.
+    capacity_bytes: bounds the sum of the buffers. S grows as needed and costs 32 bytes a site.
     """
 
     def __init__(self, *, num_sites: int, capacity_bytes: int, device: torch.device) -> None:
-        self.table = torch.zeros(num_sites, 8, _COLUMNS, dtype=torch.int64)
-        self.device_table = self.table.to(device, copy=True)
-        self.routers = torch.zeros(8, _ROUTER_COLUMNS, dtype=torch.int64)
-        self.device_routers = self.routers.to(device, copy=True)
-        self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
-        self._upload = upload_to(device)
-        self.planes: dict[AdapterSlot, tuple[int, ...]] = {}
-        self._held: dict[AdapterSlot, _Held] = {}
-        self._free = list(reversed(range(8)))
-        self.num_entries = [0] * num_sites
-        self.outputs_at: dict[int, int] = {}
-        self.inputs_at: dict[int, int] = {}
-        self.num_residual_readers = 0
+        table = torch.zeros(num_sites, 8, _COLUMNS, dtype=torch.int64)
+        routers = torch.zeros(8, _ROUTER_COLUMNS, dtype=torch.int64)
         self._num_of_kind = [[0] * len(DeltaKind) for _ in range(num_sites)]
         self._kinds = array("H", bytes(2 * num_sites))
         self._ranks: Counter[int] = Counter()
         self._choices: Counter[int] = Counter()
-        self._outline: Outline | None = None
+        device_table = table.to(device, copy=True)
+        super().__init__(
+            table=table,
+            device_table=device_table,
+            routers=routers,
+            device_routers=routers.to(device, copy=True),
+            outputs_at={},
+            inputs_at={},
+            num_residual_readers=0,
+            capture_key=self._key(device_table),
+        )
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self.num_entries = [0] * num_sites
+        self.planes: dict[AdapterSlot, tuple[int, ...]] = {}
+        self._transfer = transfer_to(device)
+        self._held: dict[AdapterSlot, _Held] = {}
+        self._free = list(reversed(range(8)))
 
     def __len__(self) -> int:
         return len(self._held)
@@ -102,21 +86,12 @@ class SlotTable:
         """What the budget has left."""
         return self.capacity_bytes - self.used_bytes
 
-    @property
-    def outline(self) -> Outline:
-        """What launches depend on."""
-        if self._outline is None:
-            rank = -(-max(self._ranks, default=0) // _RANKS) * _RANKS
-            choices = max(_CHOICES, 1 << (max(self._choices, default=1) - 1).bit_length())
-            self._outline = Outline(self.device_table.data_ptr(), rank, self._kinds.tobytes(), choices)
-        return self._outline
-
-    def join(self) -> None:
-        """What is computed from now on finds the weights of every slot that was filled before."""
-        self._upload.join()
+    def wait(self) -> None:
+        """Let all later work on the device find the weights of every slot that was filled before."""
+        self._transfer.wait()
 
     def put(self, slab: Slab) -> AdapterSlot | None:
-        """Copy an adapter into a slot, to be read after `join`; None where the budget has no room for it now."""
+        """Copy an adapter into a slot, to be read after `wait`; return None if the budget has no room for it now."""
         if slab.buffer.nbytes > self.free_bytes:
             return None
         while len(self._free) < slab.num_planes:
@@ -125,7 +100,7 @@ class SlotTable:
         slot = AdapterSlot(planes[0])
         if len(planes) > 1:
             self.planes[slot] = planes
-        buffer = self._upload.start(slab.buffer)
+        buffer = self._transfer.stage(slab.buffer)
         self._held[slot] = _Held(slab, buffer)
         self.used_bytes += slab.buffer.nbytes
         start = buffer.data_ptr()
@@ -179,8 +154,12 @@ class SlotTable:
             held.params = {} if unpack is None else {site: unpack(planes) for site, planes in packed.items()}
         return held.params
 
+    def _key(self, device_table: Tensor) -> CaptureKey:
+        rank = -(-max(self._ranks, default=0) // _RANKS) * _RANKS
+        choices = max(_CHOICES, 1 << (max(self._choices, default=1) - 1).bit_length())
+        return CaptureKey(device_table.data_ptr(), rank, self._kinds.tobytes(), choices)
+
     def _count(self, slab: Slab, step: int) -> None:
-        self._outline = None
         self._ranks[max((entry.rank for entry in slab.entries), default=0)] += step
         self._ranks = +self._ranks
         if slab.router is not None:
@@ -194,6 +173,7 @@ class SlotTable:
             self.num_entries[entry.site_index] += step
             if entry.kind.reads_residual:
                 self.num_residual_readers += step
+        self.capture_key = self._key(self.device_table)
 
     def _mirror(self, planes: Sequence[int]) -> None:
         """Bring the device's tables up to date, in order with the steps that read them."""
@@ -207,7 +187,6 @@ class SlotTable:
         grown[:, :capacity] = self.table
         self.table = grown
         self.device_table = grown.to(self.device_table.device, copy=True)
-        self._outline = None
         routers = torch.zeros(2 * capacity, _ROUTER_COLUMNS, dtype=torch.int64)
         routers[:capacity] = self.routers
         self.routers = routers

@@ -109,7 +109,7 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
         block_size=config.engine.block_size,
         adapter_bytes=config.residency.device_bytes,
         kernels=kernels,
-        num_recorded_rows=config.engine.max_num_seqs,
+        num_captured_rows=config.engine.max_num_seqs,
     )
     runner.warm_up()
     # Beside its virtual positions an adapter needs one token to read and one to write.

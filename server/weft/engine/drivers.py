@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot, SlotTable
-from weft.engine.transfer import Transfer
+from weft.kernels.device import Transfer
 from weft.kernels.selection import Kernels
 from weft.kernels.step import Entries, RoutedRun, Step, entries_at, row_of_entry
 from weft.methods import mixture
@@ -69,7 +69,7 @@ def driver_of(
     at_head, places = entries_at(step.entries, step.sample_rows)
     if not len(at_head.slots):
         return ByRows(body, ReferenceDriver(()))
-    *moved, places = transfer.up([*at_head, places])
+    *moved, places = transfer.to_device([*at_head, places])
     head_there = there._replace(entries=Entries(*moved), routing=None)
     head = _of_rows(kernels, slots, at_head, head_there)
     if there.routing is None:

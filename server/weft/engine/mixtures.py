@@ -68,7 +68,7 @@ class MixtureStates:
         steering = None
         if mixture.bounds:
             bounds = torch.tensor(mixture.bounds, dtype=torch.float32).mT.contiguous()
-            (steering,) = self._runner.transfer.up([bounds])
+            (steering,) = self._runner.transfer.to_device([bounds])
         pooled = self._runner.mean_embedding(request.prompt_token_ids) if mixture.reads_prompt else None
         self._of[request] = _MixtureState(steering, pooled)
 

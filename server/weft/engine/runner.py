@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slots import SlotTable
-from weft.engine import padding
+from weft.engine.capture.captured import CapturedSteps, bring_trace
+from weft.engine.capture.shapes import StepShape, common_shapes, empty, num_scratch_blocks, probe, shape_of
 from weft.engine.drivers import driver_of
-from weft.engine.graphs import Graphs, bring_trace
-from weft.engine.padding import StepShape, empty, num_scratch_blocks, shape_of
-from weft.engine.transfer import Transfer, transfer_to
 from weft.errors import AdapterUnusable
-from weft.kernels.recording import Unrecordable
+from weft.kernels.capture import NotCapturable
+from weft.kernels.device import Transfer, transfer_to
 from weft.kernels.selection import Kernels
 from weft.kernels.step import Step, leaves, lone_request, with_leaves
 from weft.methods.protocol import SiteKind, SoftRows, Virtual, VirtualKV
@@ -26,8 +25,8 @@ from weft.model.paged_attention import KVCache, Paged, ReferenceAttend
 
 _log = logging.getLogger(__name__)
 
-_PROBE_STEPS = 3  # the first is what is recorded; in the last, positions matter
-_RECORDING_ERROR_MAX = 0.01
+_PROBE_STEPS = 3  # the first is captured; positions matter in the last
+_CAPTURE_ERROR_MAX = 0.01
 
 
 class Runner(Protocol):
@@ -49,18 +48,20 @@ class Runner(Protocol):
         ...
 
     def forward(self, step: Step) -> Tensor:
-        """Compute a step; logits [number of sample rows, V], until the next step. A mixture's gates and their trace
-        are written."""
+        """Compute a step; return logits [number of sample rows, V], valid until the next step.
+
+        Writes the gates of mixtures and their trace.
+        """
         ...
 
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
-        """The mean of the rows of the input embedding: float32 [E], where routers read it."""
+        """Return the mean of the tokens' rows of the input embedding: float32 [E], on the device of the routers."""
         ...
 
     def write_virtual(self, blocks: list[int], virtual: Virtual) -> None:
-        """Store an adapter's virtual positions in the KV pool; rows go through the base alone, at 0 to P - 1.
+        """Store an adapter's virtual positions in the KV pool; soft rows go through the base alone, at 0 to P - 1.
 
-        Raises AdapterUnusable where that makes numbers that are not finite.
+        Raises AdapterUnusable if the result is not finite.
         """
         ...
 
@@ -68,7 +69,7 @@ class Runner(Protocol):
 class ModelRunner:
     """The real one: a loaded base, its KV pool and its adapter slots.
 
-    num_recorded_rows: decode steps of up to so many rows are recorded and replayed, where the kernels can be recorded.
+    num_captured_rows: the largest decode step that is captured and replayed, if the kernels can be captured.
     """
 
     def __init__(
@@ -79,15 +80,15 @@ class ModelRunner:
         block_size: int,
         adapter_bytes: int,
         kernels: Kernels,
-        num_recorded_rows: int = 0,
+        num_captured_rows: int = 0,
     ) -> None:
         self.transfer = transfer_to(base.device)
         self.slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=adapter_bytes, device=base.device)
         self._base = base
         self._heads = [site.index for site in base.shape.of_kind(SiteKind.HEAD)]
         self._kernels = kernels
-        self._num_recorded_rows = num_recorded_rows if kernels.recorder is not None else 0
-        num_scratch = num_scratch_blocks(self._num_recorded_rows, block_size)
+        self._num_captured_rows = num_captured_rows if kernels.capture is not None else 0
+        num_scratch = num_scratch_blocks(self._num_captured_rows, block_size)
         self._cache = KVCache.allocate(
             num_layers=base.shape.num_layers,
             num_blocks=num_kv_blocks + num_scratch,
@@ -98,11 +99,11 @@ class ModelRunner:
             device=base.device,
         )
         self._attend = (kernels.attend or ReferenceAttend)(self._cache.keys, self._cache.values)
-        self._graphs: Graphs | None = None
-        if kernels.recorder is not None and num_recorded_rows:
-            self._graphs = Graphs(
+        self._captured: CapturedSteps | None = None
+        if kernels.capture is not None and num_captured_rows:
+            self._captured = CapturedSteps(
                 lambda there: self._compute(there, there),
-                kernels.recorder(),
+                kernels.capture(),
                 self.transfer,
                 device=base.device,
                 first_scratch_block=num_kv_blocks,
@@ -115,42 +116,42 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """See that recorded steps are right, where steps are recorded at all, and record those that will come."""
-        if self._graphs is None:
+        """Verify that captured steps are right, if steps are captured at all, and capture the usual ones ahead."""
+        if self._captured is None:
             return
-        error = self._recording_error()
+        error = self._capture_error()
         if error is None:
-            self._graphs = None  # no step is recorded that nobody could try
+            self._captured = None  # a capture that cannot be verified is not used
             return
-        if not error < _RECORDING_ERROR_MAX:
-            _log.error("runner: recorded decode steps are off by %.3g; steps run unrecorded, more slowly", error)
-            self._graphs = None
+        if not error < _CAPTURE_ERROR_MAX:
+            _log.error("runner: captured decode steps are off by %.3g; steps run uncaptured, more slowly", error)
+            self._captured = None
             return
-        if not self._kernels.records_ahead:
+        if not self._kernels.captures_ahead:
             return
-        shapes = padding.common_shapes(self._num_recorded_rows)
+        shapes = common_shapes(self._num_captured_rows)
         for done, shape in enumerate(shapes, start=1):
             if self._replay(empty(), shape) is None:
                 return
-            _log.info("runner: recorded %d of %d decode steps, of %d rows", done, len(shapes), shape.rows)
+            _log.info("runner: captured decode step %d of %d, with %d rows", done, len(shapes), shape.rows)
 
-    def _recording_error(self) -> float | None:
-        """How far a recorded step is from a plain one, on tokens and positions that it was not recorded with; relative.
+    def _capture_error(self) -> float | None:
+        """Return the relative error of a captured step, on tokens and positions that it was not captured with.
 
-        None where steps turn out not to be recordable, or have no room to be.
+        None if steps cannot be captured, or there is no room.
         """
         block, block_size = self._cache.keys[0].shape[0] - 1, self._cache.block_size
-        steps = [padding.probe(1 + place, place, block, block_size) for place in range(min(_PROBE_STEPS, block_size))]
-        plain, recorded = torch.empty(0), None
+        steps = [probe(1 + place, place, block, block_size) for place in range(min(_PROBE_STEPS, block_size))]
+        plain, captured = torch.empty(0), None
         for step in steps:
             plain = self._run(step).float()
         for step in steps:
-            shape = self._recorded_shape(step)
-            recorded = None if shape is None else self._replay(step, shape)
-            if recorded is None:
+            shape = self._captured_shape(step)
+            captured = None if shape is None else self._replay(step, shape)
+            if captured is None:
                 return None
-        assert recorded is not None
-        return float((recorded.float() - plain).norm() / plain.norm())
+        assert captured is not None
+        return float((captured.float() - plain).norm() / plain.norm())
 
     @torch.inference_mode()
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
@@ -159,44 +160,42 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
-        self.slots.join()
-        shape = self._recorded_shape(step)
+        self.slots.wait()
+        shape = self._captured_shape(step)
         logits = None if shape is None else self._replay(step, shape)
         return self._run(step) if logits is None else logits
 
-    def _recorded_shape(self, step: Step) -> StepShape | None:
-        """What a step is recorded as; None where it is not to be."""
-        if self._graphs is None or step.num_rows > self._num_recorded_rows:
+    def _captured_shape(self, step: Step) -> StepShape | None:
+        """Return the shape to capture a step as; None if it must run uncaptured."""
+        if self._captured is None or step.num_rows > self._num_captured_rows:
             return None
-        outline, decisions = self.slots.outline, self._kernels.decisions
-        if decisions is not None and step.entries is not None:
-            outline = outline._replace(rank=0, choices=0, kinds=decisions(self.slots, step.entries.slots))
-        return shape_of(step, outline)
+        key = None if step.entries is None else self._kernels.capture_key(self.slots, step.entries.slots)
+        return shape_of(step, key)
 
     def _replay(self, step: Step, shape: StepShape) -> Tensor | None:
-        """The logits of a recorded step; None where it is to run as others do.
+        """Return the logits of a captured step; None if it must run uncaptured.
 
-        That is for want of room, or from now on, where steps turn out not to be recordable.
+        That is so for want of room, or from now on if steps turn out not to be capturable.
         """
-        if self._graphs is None:
+        if self._captured is None:
             return None
         try:
-            return self._graphs.run(step, shape)
-        except Unrecordable as error:
-            _log.warning("runner: decode steps cannot be recorded (%s); they run as others do, more slowly", error)
-            self._graphs = None
+            return self._captured.run(step, shape)
+        except NotCapturable as error:
+            _log.warning("runner: decode steps cannot be captured (%s); they run uncaptured, more slowly", error)
+            self._captured = None
             return None
 
     def _run(self, step: Step) -> Tensor:
-        there = with_leaves(step, self.transfer.up(leaves(step)))
+        there = with_leaves(step, self.transfer.to_device(leaves(step)))
         logits = self._compute(step, there)
         bring_trace(step, there, self.transfer)
         return logits
 
     def _compute(self, step: Step, there: Step) -> Tensor:
-        """Logits of a step that is on the host as `step` and on the device as `there`.
+        """Return the logits of a step that is on the host as `step` and on the device as `there`.
 
-        Of a decode step only tensors of `there` are looked at, and none of them on the host.
+        A decode step reads only the device copy, never from the host, so that it can be captured.
         """
         driver = driver_of(self._kernels, self.slots, step, there, self.transfer, self._heads)
         with self._base.context.use(driver):
@@ -218,7 +217,7 @@ class ModelRunner:
                 self._compute_virtual(blocks, rows)
 
     def _compute_virtual(self, blocks: list[int], rows: Tensor) -> None:
-        """One step of one request whose real tokens the rows are: its keys end up where virtual ones are read."""
+        """Compute the rows as real tokens of a single request, which stores their keys where virtual ones are read."""
         device, num_rows = self._base.device, len(rows)
         slots = self._cache.slots(blocks, num_rows)
         paging = lone_request(slots, blocks, num_rows)

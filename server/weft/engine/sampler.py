@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from weft.engine.request import Request, SampledToken, TokenLogprob
-from weft.engine.transfer import HERE, Transfer
+from weft.kernels.device import IN_PLACE, Transfer
 
 _NOT_FINITE = -1  # instead of a token
 _LARGEST = torch.finfo(torch.float32).max
@@ -34,7 +34,7 @@ class _Wishes(NamedTuple):
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HERE) -> list[SampledToken | None]:
+def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = IN_PLACE) -> list[SampledToken | None]:
     """The next token of each request; None where its row of `logits` [B, V] is not finite.
 
     transfer: the way to the logits' device.
@@ -43,9 +43,9 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HER
     host = _wishes(requests, logits.shape[-1])
     if host is None:
         largest = logits.float().argmax(-1)  # of bfloat16 it takes four times as long
-        told = transfer.down(torch.where(finite, largest, _NOT_FINITE))
+        told = transfer.to_host(torch.where(finite, largest, _NOT_FINITE))
         return [None if token == _NOT_FINITE else SampledToken(token) for token in told.tolist()]
-    wishes = _Wishes(*transfer.up(host))
+    wishes = _Wishes(*transfer.to_device(host))
     raw = logits = logits.float()
     if len(wishes.seen):
         logits = _penalize_repetition(logits, wishes.seen, wishes.penalties)
@@ -60,7 +60,7 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = HER
     if len(wishes.asked):
         num_top = max(request.params.logprobs or 0 for request in requests)
         made += _logprobs(raw[wishes.asked], chosen[wishes.asked], num_top)
-    tokens, *told = transfer.down(torch.cat(made)).split([len(part) for part in made])
+    tokens, *told = transfer.to_host(torch.cat(made)).split([len(part) for part in made])
     logprobs = _read_logprobs(told, host.asked.tolist(), requests)
     return [
         None if token == _NOT_FINITE else SampledToken(token, *logprobs.get(row, (None, ())))

@@ -2,7 +2,7 @@
 
 Such a read waits for the device, which a capture cannot do, and what it decides a replay would not decide again; what a
 step sends from the host a replay would send again from memory that is somebody else's by then. A capture that fails on
-it may cost the process (recording.py), so a step runs once under watch first, uncaptured.
+it may cost the process (capture.py), so a step runs once under watch first, uncaptured.
 
 Two modes of torch see more than one. A dispatch mode sees operations, also inside those that are made of others and
 inside kernels that are written in Python, as some of bitsandbytes are. A function mode sees calls: those that become no
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weft.kernels.recording import Unrecordable
+from weft.kernels.capture import NotCapturable
 
 _aten = torch.ops.aten
 _TORCHS_OWN = frozenset({"aten", "prims", "prim"})
@@ -57,7 +57,7 @@ _INDEXING_CALLS = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 
 def prove(function: Callable[[], object], device: torch.device) -> None:
-    """Call the function once; raise Unrecordable, naming call and place, where it makes the host read or send.
+    """Call the function once; raise NotCapturable, naming call and place, where it makes the host read or send.
 
     device: whose tensors are meant. Where that is a CPU, every tensor is one of the device, and nothing ever moves:
     then a call of to() counts where it names the host by a string.
@@ -73,7 +73,7 @@ class _Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.kind = device.type
-        self._found: Unrecordable | None = None
+        self._found: NotCapturable | None = None
 
     def is_there(self, value: object) -> bool:
         """Whether a tensor is on the device."""
@@ -85,7 +85,7 @@ class _Watch:
 
     def refuse(self, what: object, why: str) -> NoReturn:
         """Note the first that was found, and end the call."""
-        error = Unrecordable(f"{what} {why} ({_place()})")
+        error = NotCapturable(f"{what} {why} ({_place()})")
         self._found = self._found or error
         raise error
 

@@ -1,27 +1,17 @@
 """The CPU kernels in the engine's terms: a driver of adapter rows, and paged attention."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weft.kernels.cpu import attention, deltas, routing
+from weft.kernels.slot_tables import CaptureKey, SlotTables
 from weft.kernels.step import Paging, Step
 from weft.methods.inject import apply_each
 from weft.methods.protocol import Site
-
-
-class Slots(Protocol):
-    """What the driver reads of a slot table."""
-
-    table: Tensor  # int64 [num_sites, S, 4]
-    outputs_at: Mapping[int, int]  # by plane: the sites, as bits, where it adds to the output
-    inputs_at: Mapping[int, int]  # and where it scales the input
-    routers: Tensor  # int64 [S, 8]
-    num_residual_readers: int  # slots that read the residual stream at some site, counted for each
 
 
 class DriverFactory:
@@ -32,7 +22,7 @@ class DriverFactory:
         self._table: Tensor | None = None
         self._sites: dict[int, deltas.Site] = {}
 
-    def __call__(self, slots: Slots, step: Step) -> "CpuDriver":
+    def __call__(self, slots: SlotTables, step: Step) -> "CpuDriver":
         if self._table is not slots.table:
             self._table, self._sites = slots.table, {}
         return CpuDriver(self, slots, step)
@@ -51,13 +41,14 @@ class DriverFactory:
         return found
 
 
-def decisions(slots: Slots, slot_of_entry: Tensor) -> bytes:
-    """All that a step's driver decides from what its entries' slots hold, and where they lie."""
+def capture_key(slots: SlotTables, slot_of_entry: Tensor) -> CaptureKey:
+    """Return all that a step's driver decides from its entries' slots, as `kinds`; kernels read the rest themselves."""
     outputs_at, inputs_at = _acting(slots, slot_of_entry)
-    return b"%x %x %d %d" % (outputs_at, inputs_at, slots.num_residual_readers > 0, slots.table.shape[1])
+    decided = b"%x %x %d %d" % (outputs_at, inputs_at, slots.num_residual_readers > 0, slots.table.shape[1])
+    return slots.capture_key._replace(rank=0, kinds=decided, choices=0)
 
 
-def _acting(slots: Slots, slot_of_entry: Tensor) -> tuple[int, int]:
+def _acting(slots: SlotTables, slot_of_entry: Tensor) -> tuple[int, int]:
     """The sites, as bits, where some entry adds to the output, and where one scales the input."""
     planes = set(slot_of_entry.tolist())
     outputs_at = reduce(or_, map(slots.outputs_at.__getitem__, planes), 0)
@@ -69,7 +60,7 @@ class CpuDriver:
 
     __slots__ = ("_factory", "_inputs_at", "_log_target", "_outputs_at", "_routing", "_rows", "_slots", "_target")
 
-    def __init__(self, factory: DriverFactory, slots: Slots, step: Step) -> None:
+    def __init__(self, factory: DriverFactory, slots: SlotTables, step: Step) -> None:
         entries = step.entries
         assert entries is not None
         self._factory = factory

@@ -53,10 +53,10 @@ _STATUSES = {  # lanes.h
 }
 
 
-Note = Callable[[str, bytes, tuple[object, ...]], None]
-"""Is told a kernel's name, its record, and what that points at and is to stay."""
+LogCall = Callable[[str, bytes, tuple[object, ...]], None]
+"""Takes a kernel's name, its record, and the objects that the record points at."""
 
-_note: ContextVar[Note | None] = ContextVar("_note", default=None)
+_log_call: ContextVar[LogCall | None] = ContextVar("_log_call", default=None)
 
 
 class Library(NamedTuple):
@@ -133,28 +133,28 @@ def functions() -> ctypes.CDLL:
 
 
 def run(kernel: str, record: bytes, *held: object) -> None:
-    """Call a kernel with its packed record; raises what its status means.
+    """Call a kernel with its packed record; raise the error that its status means.
 
-    held: what the record points at and outlives the call, beside rows of a step.
+    held: the objects that the record points at and that outlive the call, beside the rows of a step.
     """
-    _answer(getattr(functions(), kernel)(record))
-    note = _note.get()
-    if note is not None:
-        note(kernel, record, held)
+    _require_ok(getattr(functions(), kernel)(record))
+    log_call = _log_call.get()
+    if log_call is not None:
+        log_call(kernel, record, held)
 
 
 @contextmanager
-def noting(note: Note) -> Iterator[None]:
-    """Tell `note` of every kernel that this thread calls, once it has run."""
-    before = _note.set(note)
+def logging_to(log_call: LogCall) -> Iterator[None]:
+    """Log every kernel that this thread calls, after it has run."""
+    before = _log_call.set(log_call)
     try:
         yield
     finally:
-        _note.reset(before)
+        _log_call.reset(before)
 
 
 def replay_of(calls: Sequence[tuple[str, bytes]]) -> Callable[[], None]:
-    """The kernel calls in one call, with the same records; what these point at has to be there whenever it is made."""
+    """Return the kernel calls as one call, with the same records, whose operands must still exist when it is made."""
     loaded = functions()
     records = [ctypes.create_string_buffer(record, len(record)) for _, record in calls]
     kernels = [ctypes.cast(getattr(loaded, kernel), ctypes.c_void_p).value or 0 for kernel, _ in calls]
@@ -163,11 +163,11 @@ def replay_of(calls: Sequence[tuple[str, bytes]]) -> Callable[[], None]:
     record = struct.pack("=2q", table.buffer_info()[0], len(calls))  # WeftReplay in replay.cpp
 
     def replay(held: tuple[object, ...] = (records, table)) -> None:
-        _answer(loaded.weft_replay(record))
+        _require_ok(loaded.weft_replay(record))
 
     return replay
 
 
-def _answer(status: int) -> None:
+def _require_ok(status: int) -> None:
     if status:
         raise MemoryError(_STATUSES[status]) if status == 1 else ValueError(_STATUSES[status])

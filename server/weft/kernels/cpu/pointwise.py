@@ -1,4 +1,4 @@
-"""torch's own operations on small tensors as kernel calls: what a recorded step has between the kernels proper.
+"""torch's own operations on small tensors as kernel calls: what a captured step has between the kernels proper.
 
 The bits are torch's: computed in float32, rounded once. float32 and bfloat16, up to 5 dimensions.
 """

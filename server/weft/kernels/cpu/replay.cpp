@@ -8,7 +8,7 @@ struct WeftCall {
     const void *record;
 };
 
-// Records of 64-bit numbers (see tape.py). Ends at the first kernel that answers with another status than OK.
+// Records of 64-bit numbers (see capture.py). Ends at the first kernel that answers with another status than OK.
 struct WeftReplay {
     const WeftCall *calls;
     int64_t count;

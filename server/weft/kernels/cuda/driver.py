@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weft.kernels.cuda import deltas
 from weft.kernels.cuda.call import GROUP_MAX
-from weft.kernels.cuda.routing import Routers, Sources
+from weft.kernels.cuda.routing import Routers
+from weft.kernels.slot_tables import CaptureKey, SlotTables
 from weft.kernels.step import Step
 from weft.methods.inject import apply_each
 from weft.methods.protocol import DeltaKind, Site
@@ -20,58 +20,27 @@ _ONLY_INPUTS = 1 << DeltaKind.SCALE_INPUT
 _ALONE = sum(1 << kind for kind in deltas.ALONE)
 
 
-class Outline(Protocol):
-    """All that launches depend on beside shapes."""
-
-    @property
-    def rank(self) -> int:
-        """The largest of any slot."""
-        ...
-
-    @property
-    def choices(self) -> int:
-        """No router has more; a power of two."""
-        ...
-
-    @property
-    def kinds(self) -> bytes:
-        """By site, uint16 with a bit for each kind that a slot has there."""
-        ...
-
-
-class Slots(Sources, Protocol):
-    """What the driver reads of a slot table."""
-
-    device_table: Tensor  # int64 [num_sites, S, 4], on the device
-    num_residual_readers: int  # slots that read the residual stream at some site, counted for each
-
-    @property
-    def outline(self) -> Outline:
-        """Another object whenever it may have changed."""
-        ...
-
-
 class DriverFactory:
     """Makes one driver per step; looks at each site again only when what slots hold has changed."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._outline: Outline | None = None
+        self._key: CaptureKey | None = None
         self._table = torch.empty(0)
         self._kinds = memoryview(b"").cast("H")
         self._sites: dict[tuple[int, int], deltas.Site] = {}
 
-    def __call__(self, slots: Slots, step: Step) -> "CudaDriver":
+    def __call__(self, slots: SlotTables, step: Step) -> "CudaDriver":
         """The step is on the device, and is read when kernels run, not before."""
-        outline = slots.outline
-        if self._outline is not outline:
-            self._outline = outline
+        key = slots.capture_key
+        if self._key is not key:
+            self._key = key
             self._table = slots.device_table
-            self._kinds = memoryview(outline.kinds).cast("H")
+            self._kinds = memoryview(key.kinds).cast("H")
             self._sites = {}
         assert step.entries is not None
         rows = deltas.rows_of(step.entries)
-        routers = None if step.routing is None else Routers(slots, step, outline.choices)
+        routers = None if step.routing is None else Routers(slots, step, key.choices)
         return CudaDriver(self, slots, rows, routers)
 
     def kinds(self, sites: Sequence[Site]) -> int:
@@ -84,14 +53,14 @@ class DriverFactory:
         key = first.index, len(sites)
         found = self._sites.get(key)
         if found is None:
-            assert self._outline is not None
+            assert self._key is not None
             found = self._sites[key] = deltas.Site(
                 table=self._table[first.index : first.index + len(sites)],
                 size_in=first.in_features,
                 sizes_out=tuple(site.out_features for site in sites),
                 weight_dtype=self._dtype,
                 kinds=self.kinds(sites),
-                rank=self._outline.rank,
+                rank=self._key.rank,
             )
         return found
 
@@ -101,7 +70,7 @@ class CudaDriver:
 
     __slots__ = ("_factory", "_needs_residual", "_routers", "_rows")
 
-    def __init__(self, factory: DriverFactory, slots: Slots, rows: deltas.Rows, routers: Routers | None) -> None:
+    def __init__(self, factory: DriverFactory, slots: SlotTables, rows: deltas.Rows, routers: Routers | None) -> None:
         self._factory = factory
         self._needs_residual = slots.num_residual_readers > 0
         self._rows = rows

@@ -11,14 +11,13 @@ Choices are taken one after another, so that a row's bits do not depend on how m
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-from typing import Protocol
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.cuda.tables import BY_STEP, matrix_at
+from weft.kernels.slot_tables import SlotTables
 from weft.kernels.step import Step
 
 _BLOCK = 1024  # hidden numbers of one turn
@@ -27,14 +26,8 @@ _BY_STEP = (*BY_STEP, "layer", "run_of", "runs", "num_runs", "routers", "experts
 _NAN = tl.constexpr(float("nan"))
 _NORM_EPS = tl.constexpr(1e-6)
 _INFINITY = tl.constexpr(float("inf"))
-_NORMALIZE, _ABSOLUTE, _RMS_NORM = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # flags of SlotTable.routers
-_RUN, _ROUTER = tl.constexpr(6), tl.constexpr(8)  # columns of Routing.table and of SlotTable.routers
-
-
-class Sources(Protocol):
-    """Whoever has the routers."""
-
-    device_routers: Tensor  # int64 [S, 8], SlotTable.routers on the device
+_NORMALIZE, _ABSOLUTE, _RMS_NORM = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # flags of SlotTables.routers
+_RUN, _ROUTER = tl.constexpr(6), tl.constexpr(8)  # columns of Routing.table and of SlotTables.routers
 
 
 class Routers:
@@ -43,7 +36,7 @@ class Routers:
     num_choices: a power of two, and no router of `slots` has more. All tensors are on the device.
     """
 
-    def __init__(self, slots: Sources, step: Step, num_choices: int) -> None:
+    def __init__(self, slots: SlotTables, step: Step, num_choices: int) -> None:
         assert step.entries is not None
         assert step.routing is not None
         self._routers = slots.device_routers

@@ -1,4 +1,4 @@
-"""A recorded step on the CPU gives, told again, what the model gives: for any base, adapters, and numbers."""
+"""A captured step on the CPU gives, told again, what the model gives: for any base, adapters, and numbers."""
 
 import logging
 from collections.abc import Callable
@@ -10,25 +10,25 @@ import pytest
 import torch
 from tests import tiny
 from tests.calls import counted
-from tests.engine.decoding import Decoding, Part
-from tests.engine.recorded import (
+from tests.engine.captured import (
     ALL,
     BFLOAT16,
     FLOAT32,
     NAMES,
     Held,
+    check_captured_many,
+    check_captured_mix,
     check_groups,
     check_kernels,
-    check_recorded_many,
-    check_recorded_mix,
     served,
 )
-from tests.engine.test_graphs import Forgetful, mixed
+from tests.engine.decoding import Decoding, Part
+from tests.engine.test_captured import Forgetful, mixed
 from torch import Tensor
 
-from weft.kernels.cpu import elementwise, library, pointwise, tape
-from weft.kernels.cpu.tape import Arena, Tapes
-from weft.kernels.recording import Unrecordable
+from weft.kernels.capture import NotCapturable
+from weft.kernels.cpu import elementwise, library, pointwise
+from weft.kernels.cpu.capture import Arena, CpuCapture
 from weft.kernels.selection import select
 from weft.model import loader
 
@@ -37,9 +37,9 @@ pytestmark = pytest.mark.skipif(not library.available(), reason="no compiler for
 Function = Callable[[], Tensor]
 
 
-def _decodings(base: loader.Base, num_recorded_rows: int = 32) -> tuple[Decoding, Decoding]:
+def _decodings(base: loader.Base, num_captured_rows: int = 32) -> tuple[Decoding, Decoding]:
     kernels = select(base.device, base.dtype)
-    return Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=num_recorded_rows)
+    return Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=num_captured_rows)
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -47,9 +47,9 @@ def _decodings(base: loader.Base, num_recorded_rows: int = 32) -> tuple[Decoding
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("held", ALL, ids=NAMES)
-def test_recorded_steps_give_the_logits_of_plain_ones(tmp_path: Path, architecture: str, held: Held) -> None:
+def test_captured_steps_give_the_logits_of_plain_ones(tmp_path: Path, architecture: str, held: Held) -> None:
     base = served(tmp_path, held, "cpu", architecture)
-    check_recorded_mix(base, select(base.device, base.dtype), held)
+    check_captured_mix(base, select(base.device, base.dtype), held)
 
 
 @pytest.mark.parametrize("held", ALL, ids=NAMES)
@@ -59,75 +59,75 @@ def test_what_is_served_is_what_it_should_be(tmp_path: Path, held: Held) -> None
     kernels = select(base.device, base.dtype)
     check_groups(base)
     check_kernels(base, kernels, held)
-    check_recorded_many(base, kernels, held)
+    check_captured_many(base, kernels, held)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_steps_are_tried_before_they_are_recorded_for_requests(tmp_path: Path, architecture: str) -> None:
+def test_steps_are_tried_before_they_are_captured_for_requests(tmp_path: Path, architecture: str) -> None:
     base = served(tmp_path, FLOAT32, "cpu", architecture)
-    plain, recorded = _decodings(base)
-    recorded.runner.warm_up()
-    for decoding in (plain, recorded):
+    plain, captured = _decodings(base)
+    captured.runner.warm_up()
+    for decoding in (plain, captured):
         decoding.start(mixed(base.shape, 13, seed=1))
-    torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
-    graphs = recorded.runner._graphs
-    assert graphs is not None, "steps are recorded"
+    torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    graphs = captured.runner._captured
+    assert graphs is not None, "steps are captured"
     assert len(graphs) == 2, "of one row, when it was tried, and of sixteen"
 
 
-def test_a_recorded_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
+def test_a_captured_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
     """Where every product is the kernels': their rows do not depend on the padding."""
     base = served(tmp_path, BFLOAT16, "cpu")
     if not any(type(module).__name__ == "PackedLinear" for module in base.model.modules()):
         pytest.skip("this processor has no product of bfloat16 pairs")
-    plain, recorded = _decodings(base)
-    for decoding in (plain, recorded):
+    plain, captured = _decodings(base)
+    for decoding in (plain, captured):
         decoding.start(mixed(base.shape, 11, seed=2))
     for _ in range(3):
-        assert recorded.step().equal(plain.step())
+        assert captured.step().equal(plain.step())
 
 
-def test_steps_are_recorded_where_onednn_holds_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_captured_where_onednn_holds_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor without a product of bfloat16 pairs: tensors in its own layout have no storage to look at."""
     monkeypatch.setattr("weft.kernels.cpu.gemm.available", lambda: False)
     base = served(tmp_path, BFLOAT16, "cpu")
     if not any(type(module).__name__ == "OneDnnLinear" for module in base.model.modules()):
         pytest.skip("a torch without oneDNN")
-    plain, recorded = _decodings(base)
-    recorded.runner.warm_up()
-    for decoding in (plain, recorded):
+    plain, captured = _decodings(base)
+    captured.runner.warm_up()
+    for decoding in (plain, captured):
         decoding.start(mixed(base.shape, 11, seed=2))
     for _ in range(3):
-        wanted, got = plain.step(), recorded.step()
+        wanted, got = plain.step(), captured.step()
         assert (got - wanted).norm() / wanted.norm() < 3e-2
-    assert recorded.runner._graphs is not None
+    assert captured.runner._captured is not None
 
 
-def test_recordings_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path) -> None:
-    """They take turns, with other adapters each time, and an unrecorded step between them."""
+def test_captures_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path) -> None:
+    """They take turns, with other adapters each time, and an uncaptured step between them."""
     base = served(tmp_path, FLOAT32, "cpu")
-    plain, recorded = _decodings(base, num_recorded_rows=8)
-    for decoding in (plain, recorded):
+    plain, captured = _decodings(base, num_captured_rows=8)
+    for decoding in (plain, captured):
         decoding.start(mixed(base.shape, 13, seed=3))
     for kept in (range(8), range(3), [9], range(12), range(4, 12), range(3), [9], range(13), range(8)):
-        torch.testing.assert_close(recorded.step(list(kept)), plain.step(list(kept)), rtol=1e-4, atol=1e-5)
-    for decoding in (plain, recorded):
+        torch.testing.assert_close(captured.step(list(kept)), plain.step(list(kept)), rtol=1e-4, atol=1e-5)
+    for decoding in (plain, captured):
         decoding.end()
         decoding.start([[Part(tiny.random_lora(base.shape, rank=5, seed=seed), 1.0)] for seed in range(8)])
         decoding.step()
-    torch.testing.assert_close(recorded.step(), plain.step(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_does_not_follow_its_inputs_is_found_before_any_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Negative control of the try-out: a replay that gives what was recorded."""
+    """Negative control of the try-out: a replay that gives what was captured."""
     base = served(tmp_path, FLOAT32, "cpu")
-    kernels = replace(select(base.device, base.dtype), recorder=Forgetful)
-    plain, forgetful = Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=8)
+    kernels = replace(select(base.device, base.dtype), capture=Forgetful)
+    plain, forgetful = Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=8)
     forgetful.runner.warm_up()
-    assert forgetful.runner._graphs is None
-    assert "recorded decode steps are off" in caplog.text
+    assert forgetful.runner._captured is None
+    assert "captured decode steps are off" in caplog.text
     for decoding in (plain, forgetful):
         decoding.start([[], []])
     assert forgetful.step().equal(plain.step())
@@ -137,36 +137,36 @@ def test_steps_that_read_numbers_on_the_way_run_unrecorded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = served(tmp_path, FLOAT32, "cpu")
-    plain, unrecorded = _decodings(base)
+    plain, uncaptured = _decodings(base)
     norm = base.model.get_submodule("model.norm")
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: forward(x) * (1 if x.abs().sum() > 0 else 0))
     caplog.set_level(logging.WARNING)
-    unrecorded.runner.warm_up()
-    assert unrecorded.runner._graphs is None
-    assert "cannot be recorded" in caplog.text
+    uncaptured.runner.warm_up()
+    assert uncaptured.runner._captured is None
+    assert "cannot be captured" in caplog.text
     assert "is_nonzero" in caplog.text
-    for decoding in (plain, unrecorded):
+    for decoding in (plain, uncaptured):
         decoding.start([[], []])
-    assert unrecorded.step().equal(plain.step())
+    assert uncaptured.step().equal(plain.step())
 
 
-def test_a_recorded_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: Path) -> None:
+def test_a_captured_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: Path) -> None:
     base = served(tmp_path, FLOAT32, "cpu")
     calls = []
     for num_adapters in (1, 16, 64):
-        _, recorded = _decodings(base, num_recorded_rows=64)
-        recorded.start(
+        _, captured = _decodings(base, num_captured_rows=64)
+        captured.start(
             [[Part(tiny.random_lora(base.shape, rank=1 + row % 16, seed=row % num_adapters), 1.0)] for row in range(64)]
         )
-        recorded.step()
-        for request in recorded.requests:
+        captured.step()
+        for request in captured.requests:
             request.output.append(5)
-        step = recorded.built(recorded.requests)
-        calls.append(counted(lambda step=step, runner=recorded.runner: runner.forward(step))[1])
+        step = captured.built(captured.requests)
+        calls.append(counted(lambda step=step, runner=captured.runner: runner.forward(step))[1])
     assert calls[0] == calls[1] == calls[2]
     assert not [name for name in calls[0] if name.startswith("modeling_llama.py")]
-    assert calls[0]["tape.py:Tapes.__call__.<locals>.replay"] == 1
+    assert calls[0]["capture.py:CpuCapture.__call__.<locals>.replay"] == 1
     assert calls[0].total() < 500
 
 
@@ -174,9 +174,9 @@ def test_a_recorded_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: P
 
 
 def _again(function: Function, inputs: list[Tensor]) -> None:
-    """Recorded once, it follows its inputs."""
+    """Captured once, it follows its inputs."""
     with torch.inference_mode():
-        replay = Tapes()(function)
+        replay = CpuCapture()(function)
         for _ in range(3):
             for one in inputs:
                 one.copy_(torch.randn(one.shape)) if one.is_floating_point() else one.add_(1).remainder_(3)
@@ -229,8 +229,8 @@ def test_integers_and_what_has_no_elements_pass() -> None:
 def test_what_depends_on_numbers_is_refused(reads: Callable[[Tensor], Tensor]) -> None:
     with torch.inference_mode():
         x = torch.randn(5)
-        with pytest.raises(Unrecordable):
-            Tapes()(lambda: reads(x))
+        with pytest.raises(NotCapturable):
+            CpuCapture()(lambda: reads(x))
 
 
 def test_a_kernel_that_refuses_ends_the_replay_with_its_reason() -> None:
@@ -244,7 +244,7 @@ def test_a_kernel_that_refuses_ends_the_replay_with_its_reason() -> None:
             attention.store(key, key, cache, slots)
             return key + key
 
-        replay = Tapes()(function)
+        replay = CpuCapture()(function)
         slots[0] = 99
         with pytest.raises(ValueError, match="kv_slots"):
             replay()
@@ -261,7 +261,7 @@ def test_constants_stay_while_a_recording_does() -> None:
         def function() -> Tensor:
             return x + torch.tensor([3.0] * 64)
 
-        replay = Tapes()(function)
+        replay = CpuCapture()(function)
         others = [torch.full((64,), 7.0) for _ in range(200)]  # would take the constant's memory
         assert replay().equal(torch.full((64,), 4.0))
         del others
@@ -293,7 +293,7 @@ def test_a_place_is_taken_again_once_nobody_holds_it() -> None:
 
 def test_memory_of_a_step_does_not_grow_with_its_layers() -> None:
     def num_bytes(layers: int) -> int:
-        tapes = Tapes()
+        tapes = CpuCapture()
         with torch.inference_mode():
             x, gain = torch.randn(16, 256), torch.ones(256)
 
@@ -361,11 +361,11 @@ def test_operations_that_no_kernel_knows_are_left_to_torch(operation: str, args:
 
 
 def test_no_recording_is_made_where_none_is_asked_for() -> None:
-    """Kernels run outside a tape are noted nowhere, also after one."""
+    """Kernels that run outside a capture are not logged, also after one."""
     noted: list[str] = []
     x, gain = torch.ones(1, 8), torch.ones(8)
-    with library.noting(lambda kernel, *_: noted.append(kernel)):
+    with library.logging_to(lambda kernel, *_: noted.append(kernel)):
         elementwise.rms_norm(x, gain, 1e-6)
     elementwise.rms_norm(x, gain, 1e-6)
     assert noted == ["weft_rms_norm"]
-    assert tape.Tapes()._arena.num_bytes == 0
+    assert CpuCapture()._arena.num_bytes == 0

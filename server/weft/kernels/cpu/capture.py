@@ -1,9 +1,9 @@
-"""Decode steps recorded on the CPU: what a model tells the kernels, noted once and told again without the model.
+"""CPU counterpart of CUDA graphs: captures a decode step's kernel calls and replays them without Python of the model.
 
-A step of a small model is hundreds of kernels of some microseconds each, and model code takes as long to ask for them.
-A tape notes every kernel call with its packed record, and every operation of torch with its tensors; runs of kernels
-are then one call. Tensors lie in an arena where they stay; a place is taken again, in the same order as when it was
-recorded, once nobody held it any more.
+A step of a small model consists of hundreds of kernels of a few microseconds each, and the model's Python code takes as
+long to call them. A capture logs every kernel call with its packed record, and every operation of torch with its
+tensors; a replay makes one call for each sequence of kernels. Tensors lie in an arena and stay there. As in the
+captured step, a place is used again once no tensor is left in it.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from weft.kernels.capture import NotCapturable, Replay
 from weft.kernels.cpu import library, pointwise
-from weft.kernels.recording import Replay, Unrecordable
 
 _ALIGNMENT = 64  # bytes: a cache line
 _aten = torch.ops.aten
@@ -30,30 +30,30 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     }
 )
-_LOOKS_AT_KINDS = frozenset({_aten._has_compatible_shallow_copy_type.default})  # of tensors, not at what they hold
+_LOOKS_AT_KINDS = frozenset({_aten._has_compatible_shallow_copy_type.default})  # of tensors, not at their elements
 
 
 class Arena:
-    """Memory of recorded steps. They share it, since one ends before the next begins: each takes places from the start.
+    """The memory of captured steps. They share it, since one ends before the next begins: each starts with all places.
 
-    What a recording hands out is free again when the last tensor over it is gone.
+    A place is free again when the last tensor in it is gone.
     """
 
     def __init__(self) -> None:
-        self._places: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # memory, and where its aligned part begins
-        self._taken: dict[int, weakref.ref[Any]] = {}  # by place: what the tensors over it hold
+        self._places: list[tuple[ctypes.Array[ctypes.c_char], int]] = []  # memory, and the offset of its aligned part
+        self._taken: dict[int, weakref.ref[Any]] = {}  # by place: the buffer that its tensors hold
 
     @property
     def num_bytes(self) -> int:
-        """What all places take."""
+        """Bytes of all places."""
         return sum(len(memory) for memory, _ in self._places)
 
     def begin(self) -> None:
-        """A recording begins; nothing of it holds a place yet."""
+        """Begin a capture, with all places free."""
         self._taken = {}
 
     def like(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same shape, strides and dtype, its elements whatever was there."""
+        """Return a tensor of the same shape, strides and dtype; its elements are not set."""
         num_bytes = (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
         place = self._place(num_bytes)
         memory, begin = self._places[place]
@@ -62,12 +62,12 @@ class Arena:
         return torch.frombuffer(held, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies here."""
+        """Return whether a tensor lies in the arena."""
         at = tensor.untyped_storage().data_ptr()
         return any(0 <= at - ctypes.addressof(memory) < len(memory) for memory, _ in self._places)
 
     def _place(self, num_bytes: int) -> int:
-        """The smallest free place of so many bytes, or a new one."""
+        """Return the smallest free place of at least `num_bytes`, or a new one."""
         free = (
             place
             for place, (memory, _) in enumerate(self._places)
@@ -81,10 +81,10 @@ class Arena:
         return len(self._places) - 1
 
 
-class Tapes:
-    """Records functions on the CPU (kernels/recording.py, Record)."""
+class CpuCapture:
+    """Captures functions on the CPU (kernels/capture.py, Capture)."""
 
-    needs_proof = False  # a tape sees what is read while it notes, and what it noted is dropped then
+    needs_proof = False  # it sees reads while it captures, and can drop the capture
 
     def __init__(self) -> None:
         self._arena = Arena()
@@ -92,15 +92,15 @@ class Tapes:
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         if not self._is_warm:
-            function()  # what is done in a first call only, such as packing a weight, is not to be recorded
+            function()  # work of a first call only, such as packing a weight, stays out of the capture
             self._is_warm = True
         self._arena.begin()
-        tape = _Tape(self._arena)
-        with library.noting(tape.note), tape:
+        log = _CallLog(self._arena)
+        with library.logging_to(log.add), log:
             result = function()
-        steps = tape.steps()
+        steps = log.steps()
 
-        def replay(kept: Sequence[object] = tape.kept) -> Tensor:
+        def replay(kept: Sequence[object] = log.kept) -> Tensor:
             for step in steps:
                 step()
             return result
@@ -108,32 +108,32 @@ class Tapes:
         return replay
 
 
-class _Tape(TorchDispatchMode):
-    """What was asked for, in order."""
+class _CallLog(TorchDispatchMode):
+    """The calls of kernels and operations, in order."""
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()
         self._arena = arena
-        self._noted: list[Callable[[], object] | tuple[str, bytes]] = []
+        self._calls: list[Callable[[], object] | tuple[str, bytes]] = []
         self.kept: list[object] = []
 
-    def note(self, kernel: str, record: bytes, held: tuple[object, ...]) -> None:
-        """A kernel was called."""
-        self._noted.append((kernel, record))
+    def add(self, kernel: str, record: bytes, held: tuple[object, ...]) -> None:
+        """Log a kernel call; `held` keeps its operands alive."""
+        self._calls.append((kernel, record))
         self.kept += held
 
     def steps(self) -> list[Callable[[], object]]:
-        """What to call, one after another, to do it all again."""
+        """Return the functions that repeat the step, in order."""
         made: list[Callable[[], object]] = []
         run: list[tuple[str, bytes]] = []
-        for noted in [*self._noted, lambda: None]:
-            if isinstance(noted, tuple):
-                run.append(noted)
+        for call in [*self._calls, lambda: None]:
+            if isinstance(call, tuple):
+                run.append(call)
                 continue
             if run:
                 made.append(library.replay_of(run))
                 run = []
-            made.append(noted)
+            made.append(call)
         return made[:-1]
 
     def __torch_dispatch__(
@@ -141,7 +141,7 @@ class _Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if _has_open_shape(operation, args):
-            raise Unrecordable(f"{operation}: the shape of what it makes depends on what tensors hold")
+            raise NotCapturable(f"{operation}: the shape of its result depends on the elements of tensors")
         if operation._schema.is_mutable:
             return self._change(operation, args, kwargs)
         result = operation(*args, **kwargs)
@@ -149,7 +149,7 @@ class _Tape(TorchDispatchMode):
             return result
         made = [result] if isinstance(result, Tensor) else result
         if not isinstance(made, (tuple, list)) or not all(one is None or isinstance(one, Tensor) for one in made):
-            raise Unrecordable(f"{operation}: what follows may depend on the {type(result).__name__} that it gives")
+            raise NotCapturable(f"{operation}: later steps may depend on the {type(result).__name__} that it returns")
         if operation in _ALLOCATIONS:
             return self._held(result)
         if all(one is None or _is_view(one, args, kwargs) for one in made):
@@ -159,7 +159,7 @@ class _Tape(TorchDispatchMode):
         return self._several(operation, args, kwargs, made)
 
     def _held(self, result: Tensor) -> Tensor:
-        """A place for what an operation makes."""
+        """Return a place in the arena for the result of an operation."""
         if result.numel():
             return self._arena.like(result)
         self.kept.append(result)
@@ -171,7 +171,7 @@ class _Tape(TorchDispatchMode):
             self._keep(args)
         else:
             held.copy_(result)
-            self._noted.append(lambda: held.copy_(operation(*args, **kwargs)))
+            self._calls.append(lambda: held.copy_(operation(*args, **kwargs)))
         return held
 
     def _several(
@@ -184,30 +184,30 @@ class _Tape(TorchDispatchMode):
                 if here is not None:
                     here.copy_(there)
 
-        self._noted.append(again)
+        self._calls.append(again)
         return held
 
     def _change(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if operation is _aten.copy_.default and pointwise.compute(operation, args, kwargs, args[0]):
             self._keep(args)
             return args[0]
-        self._noted.append(lambda: operation(*args, **kwargs))
+        self._calls.append(lambda: operation(*args, **kwargs))
         return operation(*args, **kwargs)
 
     def _keep(self, args: Sequence[Any]) -> None:
-        """A kernel's record has the addresses of its operands; those outside the arena are to stay."""
+        """Keep operands outside the arena alive: a kernel's record has their addresses."""
         self.kept += [one for one in tree_leaves(args) if isinstance(one, Tensor) and not self._arena.holds(one)]
 
 
 def _has_open_shape(operation: Any, args: Sequence[Any]) -> bool:
-    """Whether what a tensor holds decides on the shape of the result: an index does only where it is a mask."""
+    """Return whether the elements of a tensor decide the shape of the result; an index does so only if it is a mask."""
     if operation is _aten.index.Tensor:
         return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
     return torch.Tag.dynamic_output_shape in operation.tags
 
 
 def _is_view(result: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a result lies where an operand does; oneDNN's own tensors lie nowhere that others can."""
+    """Return whether a result shares the memory of an operand; oneDNN's own tensors share none."""
     at = result.untyped_storage().data_ptr()
     given = (one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and not one.is_mkldnn)
     return any(one.untyped_storage().data_ptr() == at for one in given)

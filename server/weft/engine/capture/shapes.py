@@ -1,10 +1,9 @@
-"""Decode steps of nearly the same size made exactly the same size, so that what is captured for one serves all.
+"""Pad decode steps of similar size to the same shape, so that one capture serves them all.
 
-A *decode step* has one row for each request, and every row samples. Padding rows come after the real ones: they have
-no adapters, store their keys in scratch blocks that no request owns, see nothing but one position there, and nobody
-looks at their logits. Padding entries are the last row's, of the last entry's slot with gate 0, which adds nothing,
-and no expert's. Padding runs of mixtures are of no rows. Where a block table is wider than its request, and a trace
-than what is traced, it holds what is never read.
+A *decode step* has one row for each request, and every row samples. Padding rows come after the real ones: they have no
+adapters, store their keys in scratch blocks that no request owns, see one position there, and their logits are never
+read. Padding entries belong to the last row, with the last entry's slot and gate 0, which adds nothing, and to no
+expert. Padding runs of mixtures have no rows. The unused columns of a block table or a trace are never read.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weft.adapters.slots import Outline
+from weft.kernels.slot_tables import CaptureKey
 from weft.kernels.step import Entries, Paging, Routing, Step, lone_request
 
 _TABLE_WIDTHS = (16, 64)  # of steps that are common: up to 1,024 tokens in blocks of 16
@@ -21,7 +20,7 @@ _SPACED = 16  # from here on there is a size between two powers of two
 
 
 class RoutedShape(NamedTuple):
-    """Of a step's mixtures. runs: room for requests. traced: room for gates in a layer's trace; 0 for no trace."""
+    """Room for a step's mixtures. runs: requests. traced: gates in a layer's trace; 0 for no trace."""
 
     runs: int
     traced: int
@@ -29,9 +28,9 @@ class RoutedShape(NamedTuple):
 
 
 class StepShape(NamedTuple):
-    """What a captured step was captured for; steps of the same shape differ in the contents of their tensors alone.
+    """What a step is captured for; steps of the same shape differ in the contents of their tensors alone.
 
-    entries: room for entries of adapter rows; 0 where no row has any. outline: of the slot table, where a row has an
+    entries: room for entries of adapter rows; 0 if no row has any. key: of the slot tables; None if no row has an
     adapter. routed: None without mixtures.
     """
 
@@ -40,12 +39,12 @@ class StepShape(NamedTuple):
     spans: int
     has_log_gates: bool
     entries: int
-    outline: Outline | None
+    key: CaptureKey | None
     routed: RoutedShape | None = None
 
 
-def shape_of(step: Step, outline: Outline) -> StepShape | None:
-    """The shape that a step is padded to. None where it is no decode step."""
+def shape_of(step: Step, key: CaptureKey | None) -> StepShape | None:
+    """Return the shape that a step is padded to; None if it is no decode step. key: None if no row has an adapter."""
     paging, entries, routing = step.paging, step.entries, step.routing
     if not step.samples_all or len(paging.context_lens) != step.num_rows:
         return None
@@ -58,7 +57,7 @@ def shape_of(step: Step, outline: Outline) -> StepShape | None:
         spans=_power_of_two(num_spans) if num_spans else 0,
         has_log_gates=paging.log_gates is not None,
         entries=max(size, step_size(num_entries)) if num_entries else 0,
-        outline=None if entries is None else outline,
+        key=key,
         routed=None if routing is None else _routed_shape(routing),
     )
 
@@ -72,47 +71,47 @@ def _routed_shape(routing: Routing) -> RoutedShape:
 
 
 def common_shapes(num_rows_max: int) -> list[StepShape]:
-    """Steps that will come without doubt, the largest first: of the base alone, with contexts that are not long."""
+    """Return the shapes that every server needs, the largest first: the base alone, with contexts of usual length."""
     return [
-        StepShape(rows=rows, table_width=width, spans=0, has_log_gates=False, entries=0, outline=None)
+        StepShape(rows=rows, table_width=width, spans=0, has_log_gates=False, entries=0, key=None)
         for rows in reversed(step_sizes(num_rows_max))
         for width in reversed(_TABLE_WIDTHS)
     ]
 
 
 def empty() -> Step:
-    """A step without rows, which is nothing but padding once it is padded."""
+    """Return a step without rows: padded, it consists of padding."""
     whole = torch.zeros(0, dtype=torch.int64)
     starts, lens, spans, tables = (torch.zeros(shape, dtype=torch.int32) for shape in ((1,), (0,), (0, 0), (0, 1)))
     return Step(whole, whole, whole, Paging(whole, starts, lens, spans, tables))
 
 
 def probe(token_id: int, position: int, block: int, block_size: int) -> Step:
-    """The step of a lone request in one block: its token at `position`, and those before it."""
+    """Return the decode step of a single request in one block: its token at `position` sees those before it."""
     place = torch.tensor([block * block_size + position])
     paging = lone_request(place, [block], position + 1)
     return Step(torch.tensor([token_id]), torch.tensor([position]), torch.tensor([0]), paging)
 
 
 def step_size(num_rows: int) -> int:
-    """How many rows a decode step of `num_rows` is padded to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, …"""
+    """Return how many rows a decode step of `num_rows` is padded to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, …"""
     size = _power_of_two(num_rows)
     between = size * 3 // 4
     return between if between >= num_rows and between > _SPACED else size
 
 
 def step_sizes(num_rows_max: int) -> list[int]:
-    """Every size that steps of up to `num_rows_max` rows have, rising."""
+    """Return every size of steps of up to `num_rows_max` rows, rising."""
     return sorted({step_size(num_rows) for num_rows in range(1, num_rows_max + 1)})
 
 
 def num_scratch_blocks(num_rows_max: int, block_size: int) -> int:
-    """Blocks that steps of nothing but padding rows, of up to `num_rows_max`, write to, each row in its own place."""
+    """Return how many blocks the padding rows of a step of up to `num_rows_max` rows need, one place for each row."""
     return -(-step_size(num_rows_max) // block_size) if num_rows_max else 0
 
 
 def pad(step: Step, shape: StepShape, *, first_scratch_block: int, block_size: int) -> Step:
-    """The step with the rows, entries, spans and table columns of `shape` (see `shape_of`)."""
+    """Return the step with the rows, entries, spans and table columns of `shape` (see `shape_of`)."""
     missing = shape.rows - step.num_rows
     scratch = torch.arange(missing)
     new_spans = shape.spans - step.paging.virtual_lens.shape[1]
@@ -130,7 +129,7 @@ def pad(step: Step, shape: StepShape, *, first_scratch_block: int, block_size: i
 def _pad_paging(
     paging: Paging, shape: StepShape, around_spans: tuple[int, int, int, int], scratch: Tensor, block_size: int
 ) -> Paging:
-    """around_spans: what of spans and rows is added, as F.pad takes it. scratch: KV slots of the added rows."""
+    """Pad the paging. around_spans: the spans and rows to add, as F.pad takes them. scratch: KV slots of added rows."""
     kv_slots, _, context_lens, virtual_lens, block_tables, log_gates = paging
     num_rows, missing = len(kv_slots), len(scratch)
     tables = F.pad(block_tables, (0, shape.table_width - block_tables.shape[1], 0, missing))
@@ -156,9 +155,9 @@ def _pad_entries(entries: Entries, shape: StepShape, missing: int) -> Entries:
 def _pad_routing(routing: Routing, shape: StepShape, around_spans: tuple[int, int, int, int]) -> Routing:
     assert shape.routed is not None
     table, experts, span_experts, trace = routing.table, routing.experts, routing.span_experts, routing.trace
-    nobody = torch.tensor([shape.rows, shape.rows, int(table[-1, 2]), 0, 0, -1])
+    no_rows = torch.tensor([shape.rows, shape.rows, int(table[-1, 2]), 0, 0, -1])
     return routing._replace(
-        table=torch.cat([table, nobody.expand(shape.routed.runs - len(table), -1)]),
+        table=torch.cat([table, no_rows.expand(shape.routed.runs - len(table), -1)]),
         experts=F.pad(experts, (0, shape.entries - len(experts)), value=-1),
         span_experts=None if span_experts is None else F.pad(span_experts, around_spans, value=-1),
         trace=None if trace is None else F.pad(trace, (0, shape.routed.traced - trace.shape[1])),
@@ -166,7 +165,7 @@ def _pad_routing(routing: Routing, shape: StepShape, around_spans: tuple[int, in
 
 
 def _table_width(num_blocks: int) -> int:
-    """By fours: kernels are done at once with columns that hold nothing, and every width is recorded by itself."""
+    """Return a width for block tables. Widths grow fourfold: empty columns cost little, another capture costs more."""
     width = _TABLE_WIDTHS[0]
     while width < num_blocks:
         width *= 4
@@ -174,5 +173,5 @@ def _table_width(num_blocks: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest that is not below `number`."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

@@ -1,6 +1,6 @@
 """Bodies of tests that a CPU and a GPU run alike: what is served, in the form in which it is, equals what it has to.
 
-tests/kernels/test_cpu_tape.py runs them with the kernels for CPUs and tapes, tests/gpu with those for CUDA and graphs.
+tests/kernels/test_cpu_capture.py runs them with the kernels for CPUs, tests/gpu with those for CUDA and graphs.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.engine.decoding import Blend, Decoding, Taken
-from tests.engine.test_graphs import mixed
+from tests.engine.test_captured import mixed
 from tests.mixing.test_composition import mixes, rows
 from tests.mixing.test_mixture import mixtures
 from tests.serving import Row, Step
@@ -68,31 +68,31 @@ def check_groups(base: loader.Base) -> None:
     assert len(found) == (0 if base.quantization is Quantization.INT8 else 2 * base.shape.num_layers)
 
 
-def check_recorded(base: loader.Base, kernels: Kernels, held: Held, requests: Sequence[Taken], *, steps: int) -> None:
-    """Recorded steps give the logits, and mixtures the gates, of plain ones, and there is one recording."""
-    plain, recorded = Decoding(base, kernels), Decoding(base, kernels, num_recorded_rows=128)
-    for decoding in (plain, recorded):
+def check_captured(base: loader.Base, kernels: Kernels, held: Held, requests: Sequence[Taken], *, steps: int) -> None:
+    """Captured steps give the logits, and mixtures the gates, of plain ones, and there is one capture."""
+    plain, captured = Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=128)
+    for decoding in (plain, captured):
         decoding.start(requests)
     for step in range(steps):
-        assert _error(recorded.step(), plain.step()) < held.off, f"step {step}"
-    graphs = recorded.runner._graphs
-    assert graphs is not None, "steps are recorded"
+        assert _error(captured.step(), plain.step()) < held.off, f"step {step}"
+    graphs = captured.runner._captured
+    assert graphs is not None, "steps are captured"
     assert len(graphs) == 1
-    for mine, theirs in zip(recorded.end(), plain.end(), strict=True):
+    for mine, theirs in zip(captured.end(), plain.end(), strict=True):
         assert (mine is None) is (theirs is None)
         if mine is not None and theirs is not None:
             torch.testing.assert_close(torch.tensor(mine.tokens), torch.tensor(theirs.tokens), rtol=0, atol=held.off)
 
 
-def check_recorded_mix(base: loader.Base, kernels: Kernels, held: Held, *, steps: int = 20) -> None:
+def check_captured_mix(base: loader.Base, kernels: Kernels, held: Held, *, steps: int = 20) -> None:
     """Of adapters of every method and of mixtures, over the edge of a block."""
     taken = [*mixed(base.shape, 13, seed=1), *blends(base.shape, all_kept=held is not FLOAT32)]
-    check_recorded(base, kernels, held, taken, steps=steps)
+    check_captured(base, kernels, held, taken, steps=steps)
 
 
-def check_recorded_many(base: loader.Base, kernels: Kernels, held: Held) -> None:
+def check_captured_many(base: loader.Base, kernels: Kernels, held: Held) -> None:
     """Of more rows than the products for few rows take."""
-    check_recorded(base, kernels, held, [*mixed(base.shape, 9, seed=3), *([] for _ in range(62))], steps=3)
+    check_captured(base, kernels, held, [*mixed(base.shape, 9, seed=3), *([] for _ in range(62))], steps=3)
 
 
 def check_kernels(base: loader.Base, kernels: Kernels, held: Held) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from weft.engine.transfer import HERE, Frame, transfer_to
+from weft.kernels.device import IN_PLACE, Frame, transfer_to
 
 TENSORS = [
     torch.arange(5),
@@ -26,13 +26,13 @@ def test_a_frame_has_room_for_everything_and_nothing_overlaps() -> None:
 
 
 def test_the_host_moves_nothing_unless_it_is_told_where_to() -> None:
-    assert all(moved is given for moved, given in zip(HERE.up(TENSORS), TENSORS, strict=True))
-    assert HERE.down(TENSORS[0]) is TENSORS[0]
+    assert all(moved is given for moved, given in zip(IN_PLACE.to_device(TENSORS), TENSORS, strict=True))
+    assert IN_PLACE.to_host(TENSORS[0]) is TENSORS[0]
     buffer = torch.zeros(1 << 10, dtype=torch.uint8)
-    moved = HERE.up(TENSORS, buffer)
+    moved = IN_PLACE.to_device(TENSORS, buffer)
     assert all(one.equal(given) for one, given in zip(moved, TENSORS, strict=True))
     assert all(view.equal(given) for view, given in zip(Frame.of(TENSORS).views(buffer), TENSORS, strict=True))
 
 
 def test_a_cpu_is_reached_directly() -> None:
-    assert type(transfer_to(torch.device("cpu"))) is type(HERE)
+    assert type(transfer_to(torch.device("cpu"))) is type(IN_PLACE)

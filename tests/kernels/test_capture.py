@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels import faults
-from weft.kernels.recording import CudaGraphs, Replay, Unrecordable, survives_failure
+from weft.kernels.capture import CudaGraphs, NotCapturable, Replay, survives_failure
 
 OLD, NEW = "2.11.0+cu130", "2.12.0"
 _NOT_PERMITTED = "CUDA error: operation not permitted when stream is capturing"
@@ -104,7 +104,7 @@ def test_errors_before_a_capture_come_out_as_they_are(error: Exception, torch_ve
     ],
 )
 def test_a_failed_capture_means_unrecordable_or_the_end(within: Exception | None, end: Exception | None) -> None:
-    with pytest.raises(Unrecordable) as raised:
+    with pytest.raises(NotCapturable) as raised:
         _record(Device(within=within, end=end), NEW)
     assert str(within or end) in str(raised.value), "the cause, not what its end says"
     assert not faults.is_fatal(raised.value)

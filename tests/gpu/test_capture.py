@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.kernels.test_host_reads import MOVES, OF_THE_HOST
 from weft.kernels import host_reads
-from weft.kernels.recording import Cuda, CudaGraphs, Unrecordable, survives_failure
+from weft.kernels.capture import CudaDevice, CudaGraphs, NotCapturable, survives_failure
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
 def test_what_moves_is_refused(moves: Callable[[Tensor], object]) -> None:
-    with torch.inference_mode(), pytest.raises(Unrecordable):
+    with torch.inference_mode(), pytest.raises(NotCapturable):
         host_reads.prove(lambda: moves(torch.zeros(4, 3, device=DEVICE)), DEVICE)
 
 
@@ -46,7 +46,7 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was() -> None:
         return x * x.sum().item() if len(calls) > 1 else x + 1
 
     record = CudaGraphs()
-    with pytest.raises(Unrecordable):
+    with pytest.raises(NotCapturable):
         record(reads_the_second_time)
     assert torch.cuda.current_stream() == stream
     torch.cuda.synchronize()
@@ -57,7 +57,7 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was() -> None:
 
 
 def test_a_warm_up_says_what_it_took() -> None:
-    device, num_bytes = Cuda(), 64 << 20
+    device, num_bytes = CudaDevice(), 64 << 20
     taken = device.warm_up(lambda: torch.zeros(num_bytes, dtype=torch.uint8, device=DEVICE).sum())
     assert num_bytes <= taken < 2 * num_bytes
     held = torch.zeros(8 * num_bytes, dtype=torch.uint8, device=DEVICE)
