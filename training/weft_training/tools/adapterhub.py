@@ -90,11 +90,6 @@ _TENSOR = re.compile(
 _SUBLAYERS = {"attention": "attention", "output": "mlp"}
 
 
-def is_config(config: Mapping[str, Any]) -> bool:
-    """Whether this is that library's adapter_config.json: PEFT's has a `peft_type`."""
-    return "peft_type" not in config and "config" in config and "model_type" in config
-
-
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
     """The adapter, fitted to `base`, as if it had been written in our own form."""
     schema.check(config, _OUTER, limits)
