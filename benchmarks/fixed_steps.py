@@ -1,4 +1,4 @@
-"""Work that is the same every time it is asked for, so that only who computes it makes a difference.
+"""Steps and prompts that repeat exactly, so that two ways of computing them can be compared.
 
 A step writes keys and values where it wrote them before, and reads what it read before: it may be computed again and
 again, and its logits are the same.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
+from benchmarks.driven_engine import DrivenEngine
 from benchmarks.models import prompts
 from weft.adapters import slab
 from weft.adapters.identifiers import Generation
@@ -20,8 +21,7 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.config import EngineConfig
 from weft.engine.block_manager import BlockManager, cache_root
-from weft.engine.engine import Engine, EngineCallbacks
-from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
+from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
 from weft.engine.stepper import Stepper
@@ -30,7 +30,6 @@ from weft.kernels.step import Step
 from weft.methods import mixture
 from weft.methods.mixture import Expert, Mixture, MixtureConfig
 from weft.methods.protocol import Adapter
-from weft.metrics import Metrics
 from weft.model.loader import Base
 
 NUM_ROWS = 16
@@ -186,14 +185,12 @@ class PromptAgain:
         self._runner = _KeepingRunner(
             base, num_kv_blocks=num_blocks, block_size=config.block_size, adapter_bytes=0, kernels=kernels
         )
-        self._events: list[TokenEvent] = []
-        self._engine = Engine(
+        self._engine = DrivenEngine(
             self._runner,
             config,
             num_kv_blocks=num_blocks,
             max_model_len=NUM_PROMPT + 1,
-            callbacks=EngineCallbacks(events=self._events.extend, load=lambda generation: None),
-            metrics=Metrics(),
+            slab_of={}.__getitem__,
         )
         self._prompt = tuple(prompts(1, NUM_PROMPT)[0])
         self._root = cache_root("", base.shape.digest, ())
@@ -217,10 +214,6 @@ class PromptAgain:
                 arrival_s=time.monotonic(),
             )
         )
-        self._events.clear()
-        while not self._events:
-            self._engine.turn()
-        (event,) = self._events
-        if event.finish is None or event.finish.error is not None:
-            raise RuntimeError(f"the prompt did not end in a token: {event}")
+        while not self._engine.drive():
+            pass
         return self._runner.logits

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.interleaved import ScenarioResult
 from benchmarks.metrics import METRICS
-from benchmarks.turns import RowResult
 
 Entry = Mapping[str, Any]
 """A row as the file has it."""
@@ -19,19 +19,19 @@ DEFAULT_MODEL = "bench-80m"
 """In bfloat16, it is not named in the table."""
 
 
-def entry(result: RowResult, conditions: Mapping[str, str], command: str) -> Entry:
+def entry(result: ScenarioResult, conditions: Mapping[str, str], command: str) -> Entry:
     """A row for the file."""
-    row, ours = result.row, result.row.ours
+    scenario, ours = result.scenario, result.scenario.ours
     return {
-        "name": row.name,
-        "what": row.what,
-        "model": row.model,
-        "quantization": row.quantization,
+        "name": scenario.name,
+        "what": scenario.what,
+        "model": scenario.model,
+        "quantization": scenario.quantization,
         "num_requests": len(ours.trace.requests),
         "num_prompt_tokens": sum(len(request.prompt) for request in ours.trace.requests),
         "num_new_tokens": ours.trace.num_new_tokens,
         "turns": result.turns,
-        "point": None if row.point is None else row.point._asdict(),
+        "point": None if scenario.point is None else scenario.point._asdict(),
         "sides": [asdict(side) for side in result.sides],
         "ratios": [
             {

@@ -1,12 +1,12 @@
-"""What of a trace is due, for a backend that steps its engine itself. Standard library alone."""
+"""When the requests of a trace arrive, for a backend that steps its engine itself. Standard library alone."""
 
 import time
 
 from benchmarks import workload
 
 
-class Due:
-    """What of a trace is still to come, counted from `started_s` on the monotonic clock."""
+class Arrivals:
+    """The requests and registrations of a trace that are still to come; `started_s` is on the monotonic clock."""
 
     def __init__(self, trace: workload.Trace, started_s: float) -> None:
         self._started_s = started_s
