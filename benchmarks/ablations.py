@@ -50,12 +50,12 @@ def without(*parts: str) -> Ablation:
 
 
 def plain(ablation: Ablation) -> Ablation:
-    """The same, its decode steps unrecorded, as are those in which someone's prompt is read."""
+    """Also compute decode steps unrecorded, as steps with prompts in them are."""
     return ablation._replace(changes=tuple(dict.fromkeys((*ablation.changes, _unrecorded))))
 
 
 def _leave(base: Base) -> None:
-    """The base stays as it is."""
+    """Leave the base as it is."""
 
 
 def _for_onednn(base: Base) -> None:
@@ -75,7 +75,7 @@ def _reference_attention(kernels: Kernels) -> Kernels:
 
 
 class _RoutedByTorch(NamedTuple):
-    """A driver to which mixtures are rows like others, and their gates as torch makes them, request by request."""
+    """A driver whose mixtures get their gates from torch, request by request, and are otherwise rows like any."""
 
     driver: Driver
     routers: Sequence[Router]
@@ -110,7 +110,7 @@ def _routed_by_torch(kernels: Kernels) -> Kernels:
 
 
 class _AllAlike(NamedTuple):
-    """Slots of which each seems to act wherever one of them does (kernels/cpu/driver.py, Slots)."""
+    """Slots that all seem to act at every site where any of them does."""
 
     table: Tensor
     outputs_at: Mapping[int, int]

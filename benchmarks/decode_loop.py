@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 class _TimedRunner(ModelRunner):
-    """Notes when the device begins and ends each step; reading the notes waits for the device, so it comes later."""
+    """Record when the device begins and ends each step. Reading the records waits for the device, so it comes later."""
 
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
@@ -104,7 +104,7 @@ class DecodeLoop:
         return Step(now - begin, num_tokens, 0.0)
 
     def run(self, *, until: Callable[[], bool]) -> list[Step]:
-        """Steps until something holds, each with what the device did in it."""
+        """Run steps until a condition holds; each has its device time."""
         self.runner.spans = []
         steps: list[Step] = []
         while not until():
@@ -119,14 +119,14 @@ class DecodeLoop:
         ]
 
     def all_have(self, count: int) -> bool:
-        """Whether every request has as many tokens, or has ended."""
+        """Tell whether every request has `count` tokens, or has ended."""
         return all(
             len(self.tokens_at[name]) >= count or request.status is RequestStatus.FINISHED
             for name, request in self.requests.items()
         )
 
     def num_unfinished(self) -> int:
-        """Requests that have not ended."""
+        """Count the requests that have not ended."""
         return sum(request.status is not RequestStatus.FINISHED for request in self.requests.values())
 
     def clear(self) -> None:
@@ -138,5 +138,5 @@ class DecodeLoop:
         self.tokens_at.clear()
 
     def close(self) -> None:
-        """No more steps."""
+        """Stop the engine."""
         self._engine.stop()

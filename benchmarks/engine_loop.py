@@ -23,13 +23,13 @@ _NAP_S = 0.001
 
 
 class Held(NamedTuple):
-    """An adapter that the engine can have."""
+    """An adapter in host memory, which the engine loads when a request needs it."""
 
     generation: Generation
     read: Ingested
 
     def use(self, gate: float = 1.0) -> AdapterUse:
-        """How a request names it."""
+        """Return how a request names it."""
         return AdapterUse(self.generation, gate, self.read.info.num_virtual_tokens)
 
 
@@ -70,7 +70,7 @@ class EngineLoop:
         *,
         salt: str,
     ) -> Request:
-        """A greedy request of exactly `num_new_tokens`."""
+        """Make a greedy request of exactly `num_new_tokens`."""
         return Request(
             request_id=RequestId(str(next(self._ids))),
             prompt_token_ids=tuple(prompt),
@@ -82,7 +82,7 @@ class EngineLoop:
         )
 
     def run(self, requests: Sequence[tuple[float, Request]]) -> list[list[float]]:
-        """When each token of each request came; each is submitted when it is due on the monotonic clock, in order.
+        """Submit each request at its time on the monotonic clock, in order; return when each of its tokens came.
 
         Raises what a request ended with.
         """
@@ -102,5 +102,5 @@ class EngineLoop:
 
 
 def generation_of(path: Path) -> Generation:
-    """What the engine loop calls the adapter in a directory."""
+    """Name the adapter in a directory, for the engine."""
     return Generation(hashlib.sha256(str(path).encode()).hexdigest())

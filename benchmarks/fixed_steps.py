@@ -58,7 +58,7 @@ def loras(base: Base) -> Rows:
 
 
 def one_lora(base: Base) -> Rows:
-    """The first of `loras` alone: a row for whom every call counts."""
+    """The first of `loras` alone: one row, whose step is so short that every call shows."""
     return Rows([models.made(models.lora_of(RANK), base.shape, 0)])
 
 
@@ -145,11 +145,11 @@ class FixedSteps:
         self.decode()  # records it
 
     def decode(self) -> Tensor:
-        """The logits of the decode step [rows, V], until the next step."""
+        """Compute the decode step; its logits [rows, V] are valid until the next step."""
         return self._runner.forward(self._decode)
 
     def prefill(self) -> Tensor:
-        """The logits of the prompt's last token [1, V]."""
+        """Compute the prompt; the logits of its last token [1, V]."""
         return self._runner.forward(self._prompt)
 
     def _place(self, laid_out: Slab) -> AdapterSlot:
@@ -158,7 +158,7 @@ class FixedSteps:
         return slot
 
     def _step(self, requests: Sequence[Request]) -> Step:
-        """The step that computes everything of the requests that is not computed yet."""
+        """Build the step that computes all tokens of the requests that are not computed yet."""
         for request in requests:
             assert self._blocks.grow(request, request.num_tokens), "the pool is room for all"
         scheduled = [Scheduled(request, request.num_tokens - request.num_computed_tokens) for request in requests]
@@ -166,7 +166,7 @@ class FixedSteps:
 
 
 class _KeepingRunner(ModelRunner):
-    """Keeps the logits of the last step, and how many rows it had."""
+    """Keep the logits of the last step, and how many rows it had."""
 
     logits: Tensor
     num_rows: int
@@ -178,7 +178,7 @@ class _KeepingRunner(ModelRunner):
 
 
 class PromptAgain:
-    """An engine that is asked the same prompt of NUM_PROMPT tokens, and for one token, every time."""
+    """An engine that gets the same prompt of NUM_PROMPT tokens every time, and makes one token."""
 
     def __init__(self, base: Base, kernels: Kernels, config: EngineConfig) -> None:
         num_blocks = 1 + NUM_PROMPT // config.block_size
@@ -199,11 +199,11 @@ class PromptAgain:
 
     @property
     def num_rows(self) -> int:
-        """Of the step that made the token."""
+        """Rows of the step that made the token."""
         return self._runner.num_rows
 
     def ask(self) -> Tensor:
-        """Until the token is there; its logits [1, V]."""
+        """Submit the prompt and run until the token is there; its logits [1, V]."""
         self._num_asked += 1
         self._engine.submit(
             Request(

@@ -27,7 +27,7 @@ _SLOT_SHARE = 1.02  # of an adapter's file: slots are aligned to 64 bytes for ea
 
 
 class Key(NamedTuple):
-    """What makes two sides the same worker."""
+    """Identify a worker: sides with equal keys share one."""
 
     backend: str
     spec: LoadSpec
@@ -35,7 +35,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A side over its turns; `failure` says why there are none, or no more.
+    """A side over its turns; `failure` says why turns are missing.
 
     notes: medians of the numbers that the backend gave beside its records.
     same_first_tokens: how many requests began with the token that ours gave, where both tell and were asked the same.
@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """Ours ÷ another side's number, turn by turn; None where one of them has none."""
+    """Ours ÷ another side's number, turn by turn; None if one of them has none."""
 
     beside: str
     goal: Goal
@@ -65,7 +65,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioResult:
-    """A scenario that was measured; ours is the first of `sides`."""
+    """A measured scenario; ours is the first of `sides`."""
 
     scenario: Scenario
     turns: int
@@ -74,14 +74,14 @@ class ScenarioResult:
 
 
 Tick = Callable[[str, int], None]
-"""Told what goes on, and how many runs have ended since the last call."""
+"""Takes what is running, and how many runs have ended since the last call."""
 
 Start = Callable[[Key, Path, Tick], Remote]
 """Starts the worker of a key, with a log at this path."""
 
 
 def start(key: Key, log: Path, tick: Tick) -> Remote:
-    """The backend of the catalog, in its own environment. Raises Cannot where there is none, and NotMade."""
+    """Start a backend of the catalog in its own environment. Raises Cannot if there is none, and NotMade."""
     if key.backend not in BACKENDS:
         raise Cannot(f"it is not one of {', '.join(BACKENDS)}")
     entry = BACKENDS[key.backend]
@@ -117,7 +117,7 @@ class Bench:
         shutil.rmtree(self._traces)
 
     def measure(self, scenario: Scenario, turns: int) -> ScenarioResult:
-        """The scenario's sides in turn, `turns` times, after a shorter run of each that does not count."""
+        """Run the scenario's sides in turn, `turns` times, after a shorter run of each that does not count."""
         self._tick(f"{scenario.name}: making what it holds", 0)
         keys = [self._key(scenario, side) for side in scenario.sides]
         for key in set(self._remotes) - set(keys):
@@ -162,7 +162,7 @@ class Bench:
         self._versions[key] = self._remotes[key].load(key.spec, limit_s=_LOAD_LIMIT_S)
 
     def _attempt(self, one: "_Runs", trace: workload.Trace, what: str) -> Outcome | None:
-        """A run, its worker loaded before; None where the side fails or has failed."""
+        """Load the worker and run; None if the side fails or has failed."""
         about = f"{one.scenario}: {label(one.side)}, {what}"
         self._tick(about, 0)
         try:
@@ -203,7 +203,7 @@ class Bench:
 
 @dataclass(slots=True)
 class _Runs:
-    """A side on its way: the `number`-th of its scenario."""
+    """The runs of one side so far: the `number`-th of its scenario."""
 
     scenario: str
     number: int
@@ -214,14 +214,14 @@ class _Runs:
 
 
 def label(side: Side) -> str:
-    """How tables name a side."""
+    """Return the name of a side in tables."""
     entry = BACKENDS.get(side.backend)
     name = side.backend if entry is None else entry.label
     return f"{name}, {side.label}" if side.label else name
 
 
 def _warm(trace: workload.Trace) -> workload.Trace:
-    """The same requests, soon done, with no registrations."""
+    """Return the same requests with short answers, and no registrations."""
     requests = [
         workload.Request(
             arrival_s=0.0,

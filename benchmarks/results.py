@@ -1,6 +1,6 @@
-"""What the suite leaves behind: one JSON file of rows, each with the conditions it was measured under, and a table.
+"""The suite's results: one JSON file of rows, each with the conditions of its measurement, and a table.
 
-A file that is there keeps the rows that were not measured anew, so the whole can be made in several calls.
+An existing file keeps the rows that are not measured again, so the whole can be made in several calls.
 """
 
 import json
@@ -20,7 +20,7 @@ DEFAULT_MODEL = "bench-80m"
 
 
 def entry(result: ScenarioResult, conditions: Mapping[str, str], command: str) -> Entry:
-    """A row for the file."""
+    """Make a row for the file."""
     scenario, ours = result.scenario, result.scenario.ours
     return {
         "name": scenario.name,
@@ -48,7 +48,7 @@ def entry(result: ScenarioResult, conditions: Mapping[str, str], command: str) -
 
 
 def store(entries: Sequence[Entry], path: Path) -> list[Entry]:
-    """Put rows into a file in place of those of the same names; all that are there then."""
+    """Put rows into a file in place of those of the same names; return all rows of the file."""
     known = {one["name"]: one for one in read(path)} if path.exists() else {}
     known |= {one["name"]: one for one in entries}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def store(entries: Sequence[Entry], path: Path) -> list[Entry]:
 
 
 def read(path: Path) -> list[Entry]:
-    """The rows of a file."""
+    """Return the rows of a file."""
     return json.loads(path.read_text())["rows"]
 
 
@@ -66,7 +66,7 @@ NUM_NAMES = 3
 
 
 def cells(entries: Sequence[Entry]) -> list[list[str]]:
-    """The table: a line for each ratio. Points of plots are no lines."""
+    """Return the table, with a line for each ratio; points of plots have none."""
     found = [HEAD]
     for one in entries:
         if one["point"] is not None:
@@ -78,7 +78,7 @@ def cells(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:
-    """Why what is not in the table is not: a line each."""
+    """Say why sides are missing from the table, a line each."""
     return [
         f"{one['name']}, {side['label']}: {side['failure']}"
         for one in entries
@@ -88,7 +88,7 @@ def failures(entries: Sequence[Entry]) -> list[str]:
 
 
 def misses(entries: Sequence[Entry], limits: Mapping[tuple[str, str], str]) -> list[str]:
-    """By how much each missed bound was missed, and what stands in the way: a line each.
+    """Say by how much bounds were missed, and what stands in the way, a line each.
 
     limits: by row and metric, what stands in the way of its bound.
     """

