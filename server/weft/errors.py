@@ -11,8 +11,7 @@
     ├── DeadlineExceeded      DEADLINE_EXCEEDED   the caller's time ran out
     ├── Cancelled             CANCELLED           the caller went away
     ├── Unavailable           UNAVAILABLE         draining, or the engine is gone; another attempt elsewhere is safe
-    ├── DataLoss              DATA_LOSS           a stored blob no longer has its digest
-    └── Unsupported           UNIMPLEMENTED       the call exists and this server does not offer it
+    └── DataLoss              DATA_LOSS           a stored blob no longer has its digest
 
 An error is transport-free: it carries a canonical code, a stable `reason`, the metadata that its text repeats,
 and, only where another attempt can help, a retry delay. The text names the field, the rule, the limit and the given
@@ -40,7 +39,6 @@ class Code(StrEnum):
     CANCELLED = "CANCELLED"
     UNAVAILABLE = "UNAVAILABLE"
     DATA_LOSS = "DATA_LOSS"
-    UNIMPLEMENTED = "UNIMPLEMENTED"
     INTERNAL = "INTERNAL"
 
 
@@ -152,9 +150,3 @@ class DataLoss(WeftError):
     """Stored bytes no longer match their digest."""
 
     code = Code.DATA_LOSS
-
-
-class Unsupported(WeftError):
-    """The call is part of the contract and not offered here."""
-
-    code = Code.UNIMPLEMENTED

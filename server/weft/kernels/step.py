@@ -182,3 +182,8 @@ def entries_at(entries: Entries, rows: Tensor) -> tuple[Entries, Tensor]:
     places = torch.arange(int(kept[-1]))
     places += (starts - kept[:-1])[torch.searchsorted(kept[1:], places, right=True)]
     return Entries(kept.int(), entries.slots[places], entries.gates[places]), places
+
+
+def shown(given: Tensor) -> str:
+    """Describe a tensor in an error about an argument."""
+    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from weft.config import ModelConfig
-from weft.methods import arrow, lora
+from weft.methods import lora
 from weft.methods.bottleneck import BottleneckConfig
 from weft.methods.lora import LoraConfig
 from weft.methods.mixture import Level
@@ -37,6 +37,7 @@ from weft_training.mixture import MixtureModel, MixtureTrainConfig, TrainedMixtu
 from weft_training.output import read_mixture
 from weft_training.progress import ProgressBar
 from weft_training.shipped import BASE
+from weft_training.tools import arrow
 from weft_training.trainer import train
 
 EXPERTS = Path("build/mixtures")

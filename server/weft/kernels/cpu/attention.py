@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
-from weft.kernels.step import Paging
+from weft.kernels.step import Paging, shown
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE_MAX = 256
@@ -40,13 +40,13 @@ class Cache:
             if given.dim() != 4 or given.dtype not in _DTYPES or not given.is_cpu or not given.is_contiguous():
                 raise ValueError(
                     f"{name}: needs contiguous [num_blocks, block_size, Hkv, D] float32 or bfloat16 on the CPU, "
-                    f"given {_shown(given)}"
+                    f"given {shown(given)}"
                 )
         if keys.shape != values.shape or keys.dtype is not values.dtype:
-            raise ValueError(f"values: needs the shape and dtype of keys, {_shown(keys)}, given {_shown(values)}")
+            raise ValueError(f"values: needs the shape and dtype of keys, {shown(keys)}, given {shown(values)}")
         if keys.numel() == 0 or keys.shape[3] % 8 or keys.shape[3] > _HEAD_SIZE_MAX:
             raise ValueError(
-                f"keys: needs D a multiple of 8 up to {_HEAD_SIZE_MAX} and no empty dimension, given {_shown(keys)}"
+                f"keys: needs D a multiple of 8 up to {_HEAD_SIZE_MAX} and no empty dimension, given {shown(keys)}"
             )
         object.__setattr__(self, "packed", (keys.data_ptr(), values.data_ptr(), *keys.shape))
 
@@ -90,7 +90,7 @@ def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
     key_strides = _check_heads("key", key, (num_tokens, kv_heads, head_size), cache)
     value_strides = _check_heads("value", value, (num_tokens, kv_heads, head_size), cache)
     if kv_slots.dtype is not torch.int64 or kv_slots.shape != (num_tokens,) or not kv_slots.is_contiguous():
-        raise ValueError(f"kv_slots: needs contiguous [{num_tokens}] int64, given {_shown(kv_slots)}")
+        raise ValueError(f"kv_slots: needs contiguous [{num_tokens}] int64, given {shown(kv_slots)}")
     library.run(
         "weft_store",
         _pack_store(
@@ -125,7 +125,7 @@ def attend(
     if query_heads < 1 or query_heads % kv_heads:
         raise ValueError(f"query: needs a multiple of the {kv_heads} KV heads, given {query_heads} heads")
     if not out.is_contiguous():
-        raise ValueError(f"out: needs to be contiguous, given {_shown(out)}")
+        raise ValueError(f"out: needs to be contiguous, given {shown(out)}")
     if window < 0 or not softcap >= 0.0:
         raise ValueError(f"window, softcap: need 0 (none) or more, given {window}, {softcap}")
     library.run(
@@ -143,20 +143,16 @@ def attend(
 def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> None:
     if given.shape != shape or given.dtype is not dtype or not given.is_cpu or not given.is_contiguous():
         needed = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: needs contiguous {list(shape)} {needed} on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs contiguous {list(shape)} {needed} on the CPU, given {shown(given)}")
 
 
 def _check_heads(name: str, given: Tensor, shape: tuple[int, int, int], cache: Cache) -> tuple[int, ...]:
     """The strides of `given`."""
     strides = given.stride()
     if given.shape != shape or given.dtype is not cache.keys.dtype or not given.is_cpu:
-        raise ValueError(f"{name}: needs {list(shape)} {cache.keys.dtype} on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs {list(shape)} {cache.keys.dtype} on the CPU, given {shown(given)}")
     if strides[2] != 1:
-        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {shown(given)}")
     if given.requires_grad:
         raise ValueError(f"{name}: carries a gradient, which the kernels do not")
     return strides
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
-from weft.kernels.step import Entries
+from weft.kernels.step import Entries, shown
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 _pack = struct.Struct("=18q").pack  # WeftDeltas in deltas.cpp
@@ -72,7 +72,7 @@ class Site:
         table = self.table
         is_right = table.dtype is torch.int64 and table.dim() == 2 and table.shape[1] == 4
         if not (is_right and table.is_cpu and table.is_contiguous()):
-            raise ValueError(f"table: needs contiguous [S, 4] int64 on the CPU, given {_shown(table)}")
+            raise ValueError(f"table: needs contiguous [S, 4] int64 on the CPU, given {shown(table)}")
         if self.weight_dtype not in _ROW_DTYPES:
             raise ValueError(f"weight_dtype: needs float32 or bfloat16, given {self.weight_dtype}")
         if self.size_in < 1 or self.size_out < 1:
@@ -146,22 +146,18 @@ def _run(
 
 def _check_vector(name: str, given: Tensor, dtype: torch.dtype) -> None:
     if given.dim() != 1 or given.dtype is not dtype or not given.is_cpu or not given.is_contiguous():
-        raise ValueError(f"{name}: needs a contiguous vector of {dtype} on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous vector of {dtype} on the CPU, given {shown(given)}")
 
 
 def _check_rows(name: str, given: Tensor, rows: Packed, size: int) -> tuple[int, bool]:
     """The row stride of `given`, and whether it is bfloat16."""
     shape, strides, dtype = given.shape, given.stride(), given.dtype
     if shape != (rows.num_rows, size) and shape != (1, rows.num_rows, size):
-        raise ValueError(f"{name}: needs [{rows.num_rows}, {size}], given {_shown(given)}")
+        raise ValueError(f"{name}: needs [{rows.num_rows}, {size}], given {shown(given)}")
     if dtype not in _ROW_DTYPES or not given.is_cpu:
-        raise ValueError(f"{name}: needs float32 or bfloat16 on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs float32 or bfloat16 on the CPU, given {shown(given)}")
     if strides[-1] != 1 and size != 1:
-        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {shown(given)}")
     if given.requires_grad:
         raise ValueError(f"{name}: carries a gradient, which the kernels do not; train with the reference driver")
     return strides[-2], dtype is torch.bfloat16
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

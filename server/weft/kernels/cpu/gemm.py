@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
+from weft.kernels.step import shown
 
 _pack = struct.Struct("=9q").pack  # WeftLinear in gemm.cpp
 _LANES, _BLOCKS, _CHUNK = 16, 4, 512  # gemm.cpp
@@ -37,7 +38,7 @@ def available() -> bool:
 def pack(weight: Tensor) -> Weight:
     """Lay out a weight [O, I] bfloat16, in new memory; what a group or pair lacks is zero."""
     if weight.dim() != 2 or weight.dtype is not torch.bfloat16 or not weight.is_cpu or 0 in weight.shape:
-        raise ValueError(f"weight: needs [O, I] bfloat16 on the CPU, given {_shown(weight)}")
+        raise ValueError(f"weight: needs [O, I] bfloat16 on the CPU, given {shown(weight)}")
     size_out, size_in = weight.shape
     groups, pairs = -(-size_out // _GROUP), -(-size_in // 2)
     whole = weight.detach().contiguous()
@@ -65,11 +66,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     x: [..., I] bfloat16, any row stride. bias: [O] bfloat16, contiguous.
     """
     if x.dtype is not torch.bfloat16 or not x.is_cpu or x.shape[-1] != weight.size_in:
-        raise ValueError(f"x: needs [..., {weight.size_in}] bfloat16 on the CPU, given {_shown(x)}")
+        raise ValueError(f"x: needs [..., {weight.size_in}] bfloat16 on the CPU, given {shown(x)}")
     if bias is not None and (
         bias.shape != (weight.size_out,) or bias.dtype is not torch.bfloat16 or not bias.is_contiguous()
     ):
-        raise ValueError(f"bias: needs contiguous [{weight.size_out}] bfloat16, given {_shown(bias)}")
+        raise ValueError(f"bias: needs contiguous [{weight.size_out}] bfloat16, given {shown(bias)}")
     if x.requires_grad:
         raise ValueError("x: carries a gradient, which the kernels do not; train with the base as it was loaded")
     rows, stride = (x, weight.size_in) if x.is_contiguous() else _rows(x)
@@ -118,7 +119,3 @@ def _chunks(packed: Weight, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
         there = whole.view(torch.int32)[:, first : first + size].unflatten(0, (-1, _BLOCKS, _LANES))
         views.append((here, there.transpose(-1, -2)))
     return views
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weft.kernels.cuda import lone_rows, networks, tiles
 from weft.kernels.cuda.call import GROUP_MAX, RANKS, Call, num_parts_of
-from weft.kernels.step import Entries, row_of_entry
+from weft.kernels.step import Entries, row_of_entry, shown
 from weft.methods.protocol import DeltaKind
 
 ROW_DTYPES = (torch.float32, torch.bfloat16)
@@ -58,7 +58,7 @@ def rows_of(entries: Entries) -> Rows:
     offsets, slots, gates = entries
     for (name, given), dtype in zip(entries._asdict().items(), _ENTRY_DTYPES, strict=True):
         if given.dim() != 1 or given.dtype is not dtype or not given.is_contiguous():
-            raise ValueError(f"{name}: needs a contiguous vector of {dtype}, given {_shown(given)}")
+            raise ValueError(f"{name}: needs a contiguous vector of {dtype}, given {shown(given)}")
         if given.device != offsets.device:
             raise ValueError(f"{name}: needs the device of offsets, {offsets.device}, given {given.device}")
     if len(offsets) < 1:
@@ -91,7 +91,7 @@ class Site:
     def __post_init__(self) -> None:
         table = self.table
         if table.dtype is not torch.int64 or table.dim() != 3 or table.shape[2] != 4 or not table.is_contiguous():
-            raise ValueError(f"table: needs contiguous [G, S, 4] int64, given {_shown(table)}")
+            raise ValueError(f"table: needs contiguous [G, S, 4] int64, given {shown(table)}")
         if not len(self.sizes_out) == len(table) <= GROUP_MAX:
             raise ValueError(
                 f"sizes_out: needs one for each of {len(table)} sites, up to {GROUP_MAX}, given {self.sizes_out}"
@@ -183,18 +183,14 @@ def _rows(name: str, given: Tensor, rows: Rows, size: int, dtype: torch.dtype) -
     """`given` as [T, size]."""
     shape = rows.num_rows, size
     if given.shape != shape and given.shape != (1, *shape):
-        raise ValueError(f"{name}: needs {list(shape)}, given {_shown(given)}")
+        raise ValueError(f"{name}: needs {list(shape)}, given {shown(given)}")
     if given.dtype is not dtype:
         raise ValueError(f"{name}: needs the dtype of x, {dtype}, given {given.dtype}")
     device = rows.entries.offsets.device
     if dtype not in ROW_DTYPES or given.device != device:
-        raise ValueError(f"{name}: needs float32 or bfloat16 on {device}, given {_shown(given)}")
+        raise ValueError(f"{name}: needs float32 or bfloat16 on {device}, given {shown(given)}")
     if given.stride(-1) != 1 and size != 1:
-        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {shown(given)}")
     if given.requires_grad:
         raise ValueError(f"{name}: carries a gradient, which the kernels do not; train with the reference driver")
     return given[0] if given.dim() == 3 else given
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -1,4 +1,4 @@
-"""PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`. AdapterHub's configs are read too.
+"""PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`.
 
 `read` takes parsed data (the trust boundary in weft/adapters parses it); `write` makes a directory that PEFT loads.
 An adapter made by Weft names its base's digest in the safetensors metadata, and is refused on other weights.
@@ -17,7 +17,6 @@ from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import (
     adalora,
-    adapterhub,
     base_binding,
     beft,
     bottleneck,
@@ -26,9 +25,9 @@ from weft.methods.checkpoint import (
     prefix,
     prompt,
     safetensors_file,
-    xlora,
 )
 from weft.methods.protocol import Adapter, BaseShape
+from weft.v1.adapter_files import CONVERT_COMMAND
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,6 +71,11 @@ _CONVERTIBLE = frozenset(
         "WAVEFT",
     }
 )
+_XLORA_ADVICE = (
+    "X-LoRA reads its scalings off a first pass through the whole base, two passes a token: register its LoRA "
+    "directories by themselves, and gate them with a mixture (`weft adapters arrow`, or `weft train` with "
+    "adapter.method mixture)"
+)
 
 
 def read(
@@ -86,8 +90,6 @@ def read(
     Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
     """
     require_served(config)
-    if adapterhub.is_config(config):
-        return adapterhub.read(config, tensors, base, limits)
     trained_held_as(config, metadata, base)
     return _FORMATS[config["peft_type"]].read(config, tensors, base, limits)
 
@@ -101,16 +103,24 @@ def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base
 def require_served(config: Mapping[str, Any]) -> None:
     """Raise InvalidAdapter for a type that is not served, with PEFT's way to one that is, or with what is served."""
     peft_type = config.get("peft_type")
-    if adapterhub.is_config(config) or (isinstance(peft_type, str) and peft_type in _FORMATS):
+    name = peft_type if isinstance(peft_type, str) else ""
+    if name in _FORMATS:
         return
-    if peft_type == xlora.PEFT_TYPE:
-        raise xlora.refusal("adapter_config.peft_type")
     advice = f"served are {', '.join(_FORMATS)}"
-    if isinstance(peft_type, str) and peft_type in _CONVERTIBLE:
+    if is_adapterhub(config):
+        advice = f"AdapterHub's directories are converted first: {CONVERT_COMMAND}"
+    elif name == "XLORA":
+        advice = _XLORA_ADVICE
+    elif name in _CONVERTIBLE:
         advice = "PEFT's save_as_lora(path, model, rank=...) writes a LoRA that comes close to it"
     raise InvalidAdapter.rule(
         "FEATURE_UNSUPPORTED", "adapter_config.peft_type", f"is not served; {advice}", given=peft_type
     )
+
+
+def is_adapterhub(config: Mapping[str, Any]) -> bool:
+    """Tell whether this is the adapter_config.json of AdapterHub's `adapters` library: PEFT's has a `peft_type`."""
+    return "peft_type" not in config and "config" in config and "model_type" in config
 
 
 def load(path: Path, base: BaseShape, limits: AdapterLimits) -> Adapter:

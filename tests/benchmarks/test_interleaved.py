@@ -1,4 +1,4 @@
-"""Rows, measured with scripted backends whose numbers are known, and once with real ones on a tiny model."""
+"""Scenarios, measured with scripted backends whose numbers are known, and once with real ones on a tiny model."""
 
 import sys
 from dataclasses import replace
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from benchmarks import models, results, workload
 from benchmarks.backends.remote import Remote
+from benchmarks.interleaved import Bench, Key, ScenarioResult, Tick
 from benchmarks.models import Hold, lora_of
-from benchmarks.rows import Goal, Other, Row, Side, at_least, at_most
-from benchmarks.turns import Bench, Key, RowResult, Tick
+from benchmarks.scenarios import Goal, Other, Scenario, Side, at_least, at_most
 from benchmarks.workload import Trace
 
 NUM_NEW = 4
@@ -40,13 +40,15 @@ def scripted(key: Key, log: Path, tick: Tick) -> Remote:
     return Remote([sys.executable, "-m", "tests.benchmarks.scripted_worker"], log=log, threads=1)
 
 
-def row(*wishes: str, goals: tuple[Goal, ...] = (at_least(1.5, 3.0), at_most(0.4, 0.1, "step_ms"))) -> Row:
+def scenario(*wishes: str, goals: tuple[Goal, ...] = (at_least(1.5, 3.0), at_most(0.4, 0.1, "step_ms"))) -> Scenario:
     """Sides of one backend each, the first of which serves."""
     others = tuple(Other(Side(backend=wish, trace=asking(wish)), goals) for wish in wishes)
-    return Row(name="scripted", what="three requests", ours=Side(backend="ours", trace=asking("serves")), others=others)
+    return Scenario(
+        name="scripted", what="three requests", ours=Side(backend="ours", trace=asking("serves")), others=others
+    )
 
 
-def measure(one: Row, folder: Path, turns: int = 2) -> tuple[RowResult, list[tuple[str, int]]]:
+def measure(one: Scenario, folder: Path, turns: int = 2) -> tuple[ScenarioResult, list[tuple[str, int]]]:
     ticks: list[tuple[str, int]] = []
     with Bench(lambda text, runs: ticks.append((text, runs)), folder=folder, start=scripted) as bench:
         return bench.measure(replace(one, model="tiny"), turns), ticks
@@ -54,7 +56,7 @@ def measure(one: Row, folder: Path, turns: int = 2) -> tuple[RowResult, list[tup
 
 def test_known_numbers(folder: Path) -> None:
     """A token a second beside one in two: 3 · 4 tokens in 4 s, 12 in 8 s."""
-    found, ticks = measure(row("is slow"), folder)
+    found, ticks = measure(scenario("is slow"), folder)
     ours, slow = found.sides
     assert ours.numbers["output_tokens_per_s"].turns == (3.0, 3.0)
     assert slow.numbers["output_tokens_per_s"].turns == (1.5, 1.5)
@@ -72,7 +74,7 @@ def test_known_numbers(folder: Path) -> None:
 
 
 def test_sides_take_turns(folder: Path) -> None:
-    _, ticks = measure(row("is slow"), folder)
+    _, ticks = measure(scenario("is slow"), folder)
     begun = [text for text, runs in ticks if not runs]
     assert begun == [
         "scripted: making what it holds",
@@ -95,7 +97,7 @@ def test_sides_take_turns(folder: Path) -> None:
     ],
 )
 def test_who_fails_is_left_out_and_says_why(folder: Path, wish: str, expected: str) -> None:
-    found, _ = measure(row(wish, "is slow"), folder)
+    found, _ = measure(scenario(wish, "is slow"), folder)
     ours, broken, slow = found.sides
     assert expected in broken.failure
     assert not broken.numbers
@@ -112,7 +114,7 @@ def test_who_fails_is_left_out_and_says_why(folder: Path, wish: str, expected: s
 
 def test_a_backend_that_nobody_knows(folder: Path) -> None:
     with Bench(lambda text, runs: None, folder=folder) as bench:
-        found = bench.measure(replace(row(), ours=Side(backend="nobody", trace=asking("serves")), model="tiny"), 1)
+        found = bench.measure(replace(scenario(), ours=Side(backend="nobody", trace=asking("serves")), model="tiny"), 1)
     assert found.sides[0].failure.startswith("it is not one of weft, ")
 
 
@@ -130,7 +132,7 @@ def test_weft_and_peft(folder: Path) -> None:
     )
     weft = Side(backend="weft", trace=trace, holds=(hold,))
     others = tuple(Other(replace(weft, backend=name), (Goal(),)) for name in ("weft-in-process", "peft"))
-    one = Row(name="tiny", what="four requests", ours=weft, others=others, model="tiny", max_model_len=64)
+    one = Scenario(name="tiny", what="four requests", ours=weft, others=others, model="tiny", max_model_len=64)
     with Bench(lambda text, runs: None, folder=folder) as bench:
         found = bench.measure(one, 1)
     assert [side.failure for side in found.sides] == ["", "", ""]

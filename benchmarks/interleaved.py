@@ -1,7 +1,7 @@
-"""Measures rows: starts the workers, lets the sides take turns, and keeps what each said.
+"""Measure the sides of a scenario in turns, each in a worker process, so that drift of the machine falls on all alike.
 
-A worker lives as long as the rows that follow each other ask for it, so sides that hold the same share one process. A
-side that fails or cannot is left out from there on; the others go on.
+A worker lives as long as consecutive scenarios need it, so sides that hold the same share one process. A side that
+fails is left out from there on; the others go on.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from benchmarks.backends.catalog import BACKENDS
 from benchmarks.backends.remote import Failed, Remote
 from benchmarks.backends.worker import Cannot, LoadSpec, Outcome
 from benchmarks.metrics import Spread
-from benchmarks.rows import Goal, Row, Side
+from benchmarks.scenarios import Goal, Scenario, Side
 
 HERE = Path(__file__).resolve().parent
 _LOAD_LIMIT_S = 600.0
@@ -27,7 +27,7 @@ _SLOT_SHARE = 1.02  # of an adapter's file: slots are aligned to 64 bytes for ea
 
 
 class Key(NamedTuple):
-    """What makes two sides the same worker."""
+    """Identify a worker: sides with equal keys share one."""
 
     backend: str
     spec: LoadSpec
@@ -35,7 +35,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A side over its turns; `failure` says why there are none, or no more.
+    """A side over its turns; `failure` says why turns are missing.
 
     notes: medians of the numbers that the backend gave beside its records.
     same_first_tokens: how many requests began with the token that ours gave, where both tell and were asked the same.
@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """Ours ÷ another side's number, turn by turn; None where one of them has none."""
+    """Ours ÷ another side's number, turn by turn; None if one of them has none."""
 
     beside: str
     goal: Goal
@@ -64,24 +64,24 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowResult:
-    """A row that was measured; ours is the first of `sides`."""
+class ScenarioResult:
+    """A measured scenario; ours is the first of `sides`."""
 
-    row: Row
+    scenario: Scenario
     turns: int
     sides: tuple[Measured, ...]
     ratios: tuple[Ratio, ...]
 
 
 Tick = Callable[[str, int], None]
-"""Told what goes on, and how many runs have ended since the last call."""
+"""Takes what is running, and how many runs have ended since the last call."""
 
 Start = Callable[[Key, Path, Tick], Remote]
 """Starts the worker of a key, with a log at this path."""
 
 
 def start(key: Key, log: Path, tick: Tick) -> Remote:
-    """The backend of the catalog, in its own environment. Raises Cannot where there is none, and NotMade."""
+    """Start a backend of the catalog in its own environment. Raises Cannot if there is none, and NotMade."""
     if key.backend not in BACKENDS:
         raise Cannot(f"it is not one of {', '.join(BACKENDS)}")
     entry = BACKENDS[key.backend]
@@ -116,14 +116,15 @@ class Bench:
             self._close(key)
         shutil.rmtree(self._traces)
 
-    def measure(self, row: Row, turns: int) -> RowResult:
-        """The row's sides in turn, `turns` times, after a shorter run of each that does not count."""
-        self._tick(f"{row.name}: making what it holds", 0)
-        keys = [self._key(row, side) for side in row.sides]
+    def measure(self, scenario: Scenario, turns: int) -> ScenarioResult:
+        """Run the scenario's sides in turn, `turns` times, after a shorter run of each that does not count."""
+        self._tick(f"{scenario.name}: making what it holds", 0)
+        keys = [self._key(scenario, side) for side in scenario.sides]
         for key in set(self._remotes) - set(keys):
             self._close(key)
         runs = [
-            _Runs(row.name, number, side, key) for number, (side, key) in enumerate(zip(row.sides, keys, strict=True))
+            _Runs(scenario.name, number, side, key)
+            for number, (side, key) in enumerate(zip(scenario.sides, keys, strict=True))
         ]
         for one in runs:
             self._attempt(one, _warm(one.side.trace), "warm")
@@ -133,23 +134,23 @@ class Bench:
                 if outcome is not None:
                     one.outcomes.append(outcome)
         sides = tuple(self._measured(one, runs[0]) for one in runs)
-        return RowResult(row=row, turns=turns, sides=sides, ratios=_ratios(row, sides))
+        return ScenarioResult(scenario=scenario, turns=turns, sides=sides, ratios=_ratios(scenario, sides))
 
-    def _key(self, row: Row, side: Side) -> Key:
-        adapters = [one for hold in side.holds for one in hold.make(row.model, folder=self._models)]
+    def _key(self, scenario: Scenario, side: Side) -> Key:
+        adapters = [one for hold in side.holds for one in hold.make(scenario.model, folder=self._models)]
         for hold in side.brings:
-            hold.make(row.model, folder=self._models)
+            hold.make(scenario.model, folder=self._models)
         device_bytes = None
         if side.device_slots is not None:
             weights = Path(adapters[0][1]) / "adapter_model.safetensors"
             device_bytes = int(side.device_slots * _SLOT_SHARE * weights.stat().st_size)
         spec = LoadSpec(
-            model=str(models.base(row.model, folder=self._models)),
+            model=str(models.base(scenario.model, folder=self._models)),
             adapters=tuple(adapters),
             threads=self._threads,
             max_num_seqs=side.max_num_seqs,
-            max_model_len=row.max_model_len,
-            quantization=row.quantization,
+            max_model_len=scenario.max_model_len,
+            quantization=scenario.quantization,
             adapter_device_bytes=device_bytes,
         )
         return Key(side.backend, spec)
@@ -161,8 +162,8 @@ class Bench:
         self._versions[key] = self._remotes[key].load(key.spec, limit_s=_LOAD_LIMIT_S)
 
     def _attempt(self, one: "_Runs", trace: workload.Trace, what: str) -> Outcome | None:
-        """A run, its worker loaded before; None where the side fails or has failed."""
-        about = f"{one.row}: {label(one.side)}, {what}"
+        """Load the worker and run; None if the side fails or has failed."""
+        about = f"{one.scenario}: {label(one.side)}, {what}"
         self._tick(about, 0)
         try:
             return None if one.failure else self._run(one, trace, what)
@@ -176,7 +177,7 @@ class Bench:
 
     def _run(self, one: "_Runs", trace: workload.Trace, what: str) -> Outcome:
         self._load(one.key)
-        salt = f"{one.row} {one.number} {what}"
+        salt = f"{one.scenario} {one.number} {what}"
         path = workload.write(trace, self._traces / f"{salt.replace(' ', '-')}.jsonl")
         return self._remotes[one.key].run(trace, path, salt=salt, limit_s=_RUN_LIMIT_S)
 
@@ -202,9 +203,9 @@ class Bench:
 
 @dataclass(slots=True)
 class _Runs:
-    """A side on its way: the `number`-th of its row."""
+    """The runs of one side so far: the `number`-th of its scenario."""
 
-    row: str
+    scenario: str
     number: int
     side: Side
     key: Key
@@ -213,14 +214,14 @@ class _Runs:
 
 
 def label(side: Side) -> str:
-    """How tables name a side."""
+    """Return the name of a side in tables."""
     entry = BACKENDS.get(side.backend)
     name = side.backend if entry is None else entry.label
     return f"{name}, {side.label}" if side.label else name
 
 
 def _warm(trace: workload.Trace) -> workload.Trace:
-    """The same requests, soon done, with no registrations."""
+    """Return the same requests with short answers, and no registrations."""
     requests = [
         workload.Request(
             arrival_s=0.0,
@@ -233,11 +234,11 @@ def _warm(trace: workload.Trace) -> workload.Trace:
     return workload.Trace(requests=tuple(requests))
 
 
-def _ratios(row: Row, sides: Sequence[Measured]) -> tuple[Ratio, ...]:
+def _ratios(scenario: Scenario, sides: Sequence[Measured]) -> tuple[Ratio, ...]:
     ours, *others = sides
     return tuple(
         Ratio(beside=measured.label, goal=goal, ratio=_ratio(ours, measured, goal.metric))
-        for other, measured in zip(row.others, others, strict=True)
+        for other, measured in zip(scenario.others, others, strict=True)
         for goal in other.goals
     )
 

@@ -1,4 +1,4 @@
-"""Several LoRAs in one file: what of their weighted updates is kept where they are added, module by module.
+"""Merge several LoRAs into one, module by module: the rules for adding their weighted updates.
 
     ΔW = Σ wᵢ ΔWᵢ,    ΔWᵢ = scalingᵢ · Bᵢ Aᵢ
 
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """One module's update. kept: its Frobenius norm over that of what it stands for; below 1 where rank was cut."""
+    """One module's update. kept: its Frobenius norm ÷ that of the update before truncation; below 1 if rank was cut."""
 
     params: LoraParams
     kept: float
@@ -48,9 +48,9 @@ Rule = Callable[[Sequence[Part]], Merged]
 
 
 def merge(adapters: Sequence[tuple[Adapter, float]], rule: Rule) -> tuple[Adapter, float]:
-    """One LoRA of scaling 1, in float32, and the least share that any module kept; modules are merged one by one.
+    """Return one LoRA of scaling 1, in float32, and the least share of its norm that any module kept.
 
-    Raises ValueError where an adapter is no LoRA, or an activated one, or nothing is left.
+    Raises ValueError if an adapter is no LoRA, or an activated one, or if nothing is left of the sum.
     """
     for index, (adapter, _) in enumerate(adapters):
         if adapter.method is not lora.METHOD:
@@ -68,7 +68,7 @@ def merge(adapters: Sequence[tuple[Adapter, float]], rule: Rule) -> tuple[Adapte
 
 
 def exact(parts: Sequence[Part]) -> Merged:
-    """Adds what the composition of the parts adds."""
+    """Stack A and B, so that the result adds what the composition of the parts adds."""
     a = torch.cat([params.a.float() for params, _ in parts])
     b = torch.cat([params.b.float() * (weight * params.scaling) for params, weight in parts], dim=1)
     biases = [params.bias.float() * (weight * params.scaling) for params, weight in parts if params.bias is not None]
@@ -76,7 +76,7 @@ def exact(parts: Sequence[Part]) -> Merged:
 
 
 def svd(parts: Sequence[Part], *, rank: int) -> Merged:
-    """No matrix of the base's size is made: singular values of Q_B R_B R_Aᵀ Q_Aᵀ are those of R_B R_Aᵀ."""
+    """Truncate the sum to `rank`, by the singular values of the small R_B R_Aᵀ, which Q_B R_B R_Aᵀ Q_Aᵀ shares."""
     (a, b, _, bias), _ = exact(parts)
     q_b, r_b = torch.linalg.qr(b.double())  # [O, Q], [Q, R]
     q_a, r_a = torch.linalg.qr(a.double().mT)  # [I, P], [P, R]
@@ -85,44 +85,40 @@ def svd(parts: Sequence[Part], *, rank: int) -> Merged:
 
 
 def magnitude_prune(parts: Sequence[Part], *, rank: int, density: float) -> Merged:
-    """The sum of trimmed updates."""
-    return _merged(parts, rank, lambda updates, weights: _sum([trim(one, density) for one in updates], weights))
+    """Add trimmed updates."""
+    return _merged(parts, rank, lambda update: trim(update, density), _sum)
 
 
 def ties(parts: Sequence[Part], *, rank: int, density: float) -> Merged:
-    """Trimmed updates, of which at each entry those of the elected sign are averaged."""
-    return _merged(parts, rank, lambda updates, weights: elected_mean([trim(one, density) for one in updates], weights))
+    """Trim the updates, and at each entry average those of the elected sign."""
+    return _merged(parts, rank, lambda update: trim(update, density), elected_mean)
 
 
 def dare_linear(parts: Sequence[Part], *, rank: int, density: float, generator: torch.Generator) -> Merged:
-    """The sum of updates with random entries dropped."""
-    return _merged(
-        parts, rank, lambda updates, weights: _sum([drop(one, density, generator) for one in updates], weights)
-    )
+    """Add updates with random entries dropped."""
+    return _merged(parts, rank, lambda update: drop(update, density, generator), _sum)
 
 
 def dare_ties(parts: Sequence[Part], *, rank: int, density: float, generator: torch.Generator) -> Merged:
-    """Updates with random entries dropped, of which at each entry those of the elected sign are averaged."""
-    return _merged(
-        parts, rank, lambda updates, weights: elected_mean([drop(one, density, generator) for one in updates], weights)
-    )
+    """Drop random entries of the updates, and at each entry average those of the elected sign."""
+    return _merged(parts, rank, lambda update: drop(update, density, generator), elected_mean)
 
 
 def trim(update: Tensor, density: float) -> Tensor:
-    """`update` with all but its largest entries at 0; `density`, rounded down, is the share that stays."""
+    """Set all but the largest entries of `update` to 0; `density`, rounded down, is the share that stays."""
     flat = update.reshape(-1)
     kept = flat.abs().topk(int(density * len(flat))).indices
     return torch.zeros_like(flat).scatter(0, kept, flat[kept]).view_as(update)
 
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Each entry is 0, or with probability `density` itself over `density`: the expected update is `update`."""
+    """Keep each entry with probability `density`, divided by `density`, else 0: the expectation is `update`."""
     kept = torch.bernoulli(torch.full_like(update, density), generator=generator)
     return update * kept / density
 
 
 def elected_mean(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """At each entry the mean of wᵢ · updateᵢ over those whose sign is that of the unweighted sum (+ where it is 0)."""
+    """Average, at each entry, wᵢ · updateᵢ over those with the sign of the unweighted sum (+ if the sum is 0)."""
     sign = torch.where(_sum(updates, [1.0] * len(updates)) >= 0, 1.0, -1.0)
     agreeing = [update.sign() == sign for update in updates]
     total = _sum([update * agrees for update, agrees in zip(updates, agreeing, strict=True)], weights)
@@ -130,8 +126,14 @@ def elected_mean(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _merged(
-    parts: Sequence[Part], rank: int, combined: Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+    parts: Sequence[Part],
+    rank: int,
+    thin: Callable[[Tensor], Tensor],
+    combine: Callable[[Sequence[Tensor], Sequence[float]], Tensor],
 ) -> Merged:
+    def combined(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return combine([thin(update) for update in updates], weights)
+
     weights = [weight for _, weight in parts]
     update = combined([(p.b.float() @ p.a.float()) * p.scaling for p, _ in parts], weights)  # [O, I]
     params, kept = _truncated(update, rank)
@@ -151,7 +153,7 @@ def _sum(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _truncated(update: Tensor, rank: int) -> Merged:
-    """The nearest matrix of at most that rank; its singular values are in B."""
+    """Return the nearest matrix of at most that rank, with its singular values in B."""
     u, s, vh = torch.linalg.svd(update, full_matrices=False)
     whole = s.norm().item()
     kept = s[:rank].norm().item() / whole if whole else 1.0
@@ -159,7 +161,7 @@ def _truncated(update: Tensor, rank: int) -> Merged:
 
 
 def _config(sites: dict[str, LoraParams]) -> LoraConfig:
-    """Alpha is the rank everywhere; modules of another rank than most are named in the patterns."""
+    """Make alpha the rank everywhere, and name the modules of a rank other than most in the patterns."""
     ranks = [params.rank for params in sites.values()]
     usual = max(ranks, key=ranks.count)
     others = {name: params.rank for name, params in sites.items() if params.rank != usual}

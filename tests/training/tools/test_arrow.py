@@ -6,20 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tests import tiny
 from weft.adapters.versions import generation_at
 from weft.cli import app
 from weft.config import AdapterLimits, ModelConfig, Quantization
-from weft.methods import arrow, mixture
-from weft.methods.arrow import NormReader
+from weft.methods import mixture
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.lora import LoraParams
 from weft.model import loader
 from weft.model.loader import Base
+from weft_training.tools import arrow
+from weft_training.tools.arrow import NormReader
 
 READERS = {
     "llama": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from tests import tiny
 from tests.cli.conftest import Weft
+from transformers import AutoModelForCausalLM
+
 from weft.cli import adapter_directory
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from tests import tiny
 from tests.cli.conftest import Weft
-from tests.methods.test_bottleneck import hub_adapter
+from tests.training.tools import adapterhub_files
+
 from weft.config import AdapterLimits, ModelConfig, Quantization
-from weft.methods.checkpoint import directory
 from weft.model import loader
+from weft_training import adapter
+from weft_training.tools import adapterhub
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
     """A directory with AdapterHub's config, and what its tensors are."""
-    config, tensors, _ = hub_adapter("double_seq_bn", "model.layers")
+    config, tensors, _ = adapterhub_files.made("double_seq_bn", "model.layers")
     path = tmp_path / "hub"
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps(config))
@@ -45,9 +46,7 @@ def test_a_bottleneck_of_adapterhub_is_converted_exactly(
     assert result.exit_code == 0, result.stderr
     assert "ours: bottleneck," in result.stdout
     held = loader.load(ModelConfig(path=base_path, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
-    wanted = directory.read(config, tensors, {}, held.shape, AdapterLimits())
-    from weft_training import adapter
-
+    wanted = adapterhub.read(config, tensors, held.shape, AdapterLimits())
     again = adapter.read(tmp_path / "ours", held.shape)
     assert again.config == wanted.config
     assert all(torch.equal(one, other) for one, other in zip(again.tensors(), wanted.tensors(), strict=True))

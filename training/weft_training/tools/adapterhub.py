@@ -1,12 +1,12 @@
-"""AdapterHub's bottleneck adapters (the `adapters` library): read, never written.
+"""Read AdapterHub's bottleneck adapters (its `adapters` library), for conversion into Weft's own form.
 
     <layer>.{attention_adapters|output_adapters}.adapters.<name>.adapter_down.0.{weight (R, H), bias (R)}
     <layer>.….adapter_up.{weight (H, R), bias (H)}
     with `ln_before`: adapter_down.0 is the LN, adapter_down.1 the matrix, and adapter_norm_before the LN once more
 
-What of its three forms is meant follows from the config as in that library on bases whose norms come before sublayers:
-`is_parallel` reads r, `original_ln_before` reads h + r, neither reads h. What would mean something else here is refused
-by its key.
+Which of its three forms an adapter has follows from the config, as in that library on bases whose norms come before
+sublayers: `is_parallel` reads r, `original_ln_before` reads h + r, neither reads h. A setting that would mean something
+else here is refused by its key.
 """
 
 import re
@@ -22,53 +22,30 @@ from weft.methods.bottleneck import Activation, BottleneckConfig, Form
 from weft.methods.checkpoint import bottleneck, scan, schema
 from weft.methods.protocol import Adapter, BaseShape
 
-_LAYER_NORM_EPS = 1e-5  # torch.nn.LayerNorm's, which that library leaves alone
+_LAYER_NORM_EPS = 1e-5  # torch.nn.LayerNorm's, which that library does not change
 _ACTIVATIONS = {"relu": Activation.RELU, "gelu": Activation.GELU, "swish": Activation.SILU, "silu": Activation.SILU}
+_PREFIX = "config."
+
+
+def _inner(names: str) -> frozenset[str]:
+    return frozenset(f"{_PREFIX}{name}" for name in names.split())
+
+
 _OUTER = schema.Schema(
     used=frozenset({"config"}),
     inert=frozenset({"name", "model_name", "model_type", "model_class", "hidden_size", "version", "config_id"}),
     fixed={},
 )
-_PREFIX = "config."
 _INNER = schema.Schema(
-    used=frozenset(
-        f"{_PREFIX}{key}"
-        for key in (
-            "mh_adapter",
-            "output_adapter",
-            "reduction_factor",
-            "non_linearity",
-            "original_ln_before",
-            "ln_before",
-            "is_parallel",
-            "scaling",
-            "leave_out",
-        )
+    used=_inner(
+        "mh_adapter output_adapter reduction_factor non_linearity original_ln_before ln_before is_parallel scaling "
+        "leave_out"
     ),
-    inert=frozenset(
-        f"{_PREFIX}{key}"
-        for key in (
-            # For training alone.
-            "init_weights",
-            "init_weights_seed",
-            "dropout",
-            "stochastic_depth",
-            # Without `ln_after`, `inv_adapter`, `phm_layer`, which are refused below, these have no meaning.
-            "adapter_residual_before_ln",
-            "inv_adapter_reduction_factor",
-            "phm_dim",
-            "factorized_phm_W",
-            "shared_W_phm",
-            "shared_phm_rule",
-            "factorized_phm_rule",
-            "phm_c_init",
-            "phm_init_range",
-            "learn_phm",
-            "hypercomplex_nonlinearity",
-            "phm_rank",
-            "phm_bias",
-        )
-    ),
+    # For training alone; or without meaning where ln_after, inv_adapter and phm_layer are off, as they must be.
+    inert=_inner("init_weights init_weights_seed dropout stochastic_depth")
+    | _inner("adapter_residual_before_ln inv_adapter_reduction_factor phm_dim factorized_phm_W shared_W_phm")
+    | _inner("shared_phm_rule factorized_phm_rule phm_c_init phm_init_range learn_phm hypercomplex_nonlinearity")
+    | _inner("phm_rank phm_bias"),
     fixed={
         f"{_PREFIX}{key}": allowed
         for key, allowed in {
@@ -90,13 +67,8 @@ _TENSOR = re.compile(
 _SUBLAYERS = {"attention": "attention", "output": "mlp"}
 
 
-def is_config(config: Mapping[str, Any]) -> bool:
-    """Whether this is that library's adapter_config.json: PEFT's has a `peft_type`."""
-    return "peft_type" not in config and "config" in config and "model_type" in config
-
-
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
-    """The adapter, fitted to `base`, as if it had been written in our own form."""
+    """Return the adapter, fitted to `base`, as Weft's own form would hold it."""
     schema.check(config, _OUTER, limits)
     inner = config.get("config")
     if not isinstance(inner, dict):
@@ -154,7 +126,7 @@ def _config(inner: Mapping[str, Any], base: BaseShape) -> BottleneckConfig:
 
 
 def _reduction(value: Any, base: BaseShape, left_out: tuple[int, ...]) -> tuple[float, dict[int, float]]:
-    """The factor of all layers, and of those that have their own. A map needs a default unless it names every layer."""
+    """Return the factor of all layers, and of layers with their own. A map names every layer, or has a default."""
     key = "config.reduction_factor"
     if not isinstance(value, dict):
         return bottleneck.number(value, key, "RANK_INVALID", above=0), {}
@@ -171,7 +143,7 @@ def _reduction(value: Any, base: BaseShape, left_out: tuple[int, ...]) -> tuple[
 
 
 def _parts(tensors: Mapping[str, Tensor], base: BaseShape, *, has_norm: bool) -> dict[str, dict[str, Tensor]]:
-    """Tensors by site and by our own ending."""
+    """Group tensors by site and by Weft's own name endings."""
     site_of = {(site.layer, site.sublayer): site.name for site in base.sites.values() if site.sublayer}
     matrix = "adapter_down.1" if has_norm else "adapter_down.0"
     endings = {matrix: "bottleneck_down", "adapter_up": "bottleneck_up"}

@@ -1,7 +1,7 @@
-"""Weft without one of its fast paths, for benchmarks alone: no option of the product says any of this.
+"""Ablations: Weft without one of its fast paths. The product has no option for them.
 
-A path is taken away by doing something else in place of a part of the serving form, or by giving the runner other
-kernels. What stands on the path goes with it, and then goes from the other side too.
+An ablation replaces a part of the serving form, or gives the runner other kernels. What depends on the path goes with
+it, and then is missing on the other side of the comparison too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,44 +25,44 @@ from weft.model.serving_form import Part
 Change = Callable[[Kernels], Kernels]
 
 
-class Form(NamedTuple):
-    """How a process computes.
+class Ablation(NamedTuple):
+    """What to change about a server before it computes.
 
-    instead: parts of the serving form, by name, and what is done in their place.
-    changes: what is done, one after another, to the kernels that were selected, before the runner gets them.
+    instead: parts of the serving form, by name, and what replaces them.
+    changes: applied in order to the selected kernels, before the runner gets them.
     """
 
     instead: tuple[tuple[str, Part], ...] = ()
     changes: tuple[Change, ...] = ()
 
     def kernels(self, selected: Kernels) -> Kernels:
-        """What the runner gets."""
+        """Return the kernels that the runner gets."""
         return reduce(lambda kernels, change: change(kernels), self.changes, selected)
 
 
-WHOLE = Form()
-"""As a server does."""
+WHOLE = Ablation()
+"""Nothing is taken away: as a server computes."""
 
 
-def without(*parts: str) -> Form:
-    """Without parts of the serving form."""
-    return Form(instead=tuple((part, _leave) for part in parts))
+def without(*parts: str) -> Ablation:
+    """Leave parts of the serving form out."""
+    return Ablation(instead=tuple((part, _leave) for part in parts))
 
 
-def plain(form: Form) -> Form:
-    """The same, its decode steps uncaptured, as are those in which someone's prompt is read."""
-    return form._replace(changes=tuple(dict.fromkeys((*form.changes, _unrecorded))))
+def plain(ablation: Ablation) -> Ablation:
+    """Also compute decode steps uncaptured, as steps with prompts in them are."""
+    return ablation._replace(changes=tuple(dict.fromkeys((*ablation.changes, _uncaptured))))
 
 
 def _leave(base: Base) -> None:
-    """The base stays as it is."""
+    """Leave the base as it is."""
 
 
 def _for_onednn(base: Base) -> None:
     packed.lay_out(base.model, packed.OneDnnLinear)
 
 
-def _unrecorded(kernels: Kernels) -> Kernels:
+def _uncaptured(kernels: Kernels) -> Kernels:
     return replace(kernels, capture=None)
 
 
@@ -75,7 +75,7 @@ def _reference_attention(kernels: Kernels) -> Kernels:
 
 
 class _RoutedByTorch(NamedTuple):
-    """A driver to which mixtures are rows like others, and their gates as torch makes them, request by request."""
+    """A driver whose mixtures get their gates from torch, request by request, and are otherwise rows like any."""
 
     driver: Driver
     routers: Sequence[Router]
@@ -110,7 +110,7 @@ def _routed_by_torch(kernels: Kernels) -> Kernels:
 
 
 class _AllAlike(NamedTuple):
-    """Slots of which each seems to act wherever one of them does (kernels/cpu/driver.py, Slots)."""
+    """Slots that all seem to act at every site where any of them does."""
 
     table: Tensor
     outputs_at: Mapping[int, int]
@@ -138,8 +138,8 @@ def _asked_everywhere(kernels: Kernels) -> Kernels:
 
 
 UNCAPTURED = plain(WHOLE)
-REFERENCE_DRIVER = plain(Form(changes=(_reference_driver,)))  # it reads on the host what cannot be captured,
-REFERENCE_ATTENTION = plain(Form(changes=(_reference_attention,)))  # and so does this
-TORCH_ROUTERS = plain(Form(changes=(_routed_by_torch,)))
-ONEDNN_PRODUCT = Form(instead=(("packing", _for_onednn),))
-ASKED_EVERYWHERE = Form(changes=(_asked_everywhere,))
+REFERENCE_DRIVER = plain(Ablation(changes=(_reference_driver,)))  # it reads on the host what cannot be captured,
+REFERENCE_ATTENTION = plain(Ablation(changes=(_reference_attention,)))  # and so does this
+TORCH_ROUTERS = plain(Ablation(changes=(_routed_by_torch,)))
+ONEDNN_PRODUCT = Ablation(instead=(("packing", _for_onednn),))
+ASKED_EVERYWHERE = Ablation(changes=(_asked_everywhere,))

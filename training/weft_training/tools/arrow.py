@@ -1,16 +1,16 @@
-"""Arrow: a router that nobody trains, made of LoRA experts (Ostapenko et al. 2024, arXiv:2405.11157, section 4.2).
+"""Arrow: a router made of LoRA experts, without training (Ostapenko et al. 2024, arXiv:2405.11157, section 4.2).
 
     ΔW = scaling · B A = U S Vᵀ        logits = |V₀ᵀ h| / τ        gates = softmax over the top k
 
-V₀, the direction of the input that an expert's update changes most, is its row. Deviations: the paper, and PEFT after
-it, gate each module by its own input. Here a layer has one gate for all that an expert does in it, so
+V₀, the input direction that an expert's update amplifies most, is the expert's row. Deviations: the paper and PEFT gate
+each module by its own input. Here a layer has one gate for everything that an expert does in it, so
 
-- the updates of all modules of the layer that read a norm of the residual stream are stacked before V₀ is taken, which
-  is the direction that they change most together; what reads anything else (o_proj, down_proj) has no say;
-- a norm's gain g is folded in, ΔW diag(g), since the router reads h / rms(h) and not each norm's output; where the norm
-  takes the mean away, so does ΔW. Modules behind a layer's second norm are asked about the state that enters the layer.
+- the updates of all modules of the layer that read a norm of the residual stream are stacked before V₀ is taken. V₀ is
+  the direction that they amplify most together; modules with other inputs (o_proj, down_proj) do not count;
+- a norm's gain g is folded in, ΔW diag(g), since the router reads h / rms(h) and not each norm's output. If the norm
+  subtracts the mean, so does ΔW. Modules after a layer's second norm are judged by the state that enters the layer.
 
-An expert without such a module in a layer gets a row of zeros, the least logit there is.
+An expert without such a module in a layer gets a row of zeros, the least possible logit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from weft.methods.protocol import BaseShape
 class NormReader(NamedTuple):
     """A site whose input is a norm of the residual stream: x = gain ⊙ h / rms(h), up to a constant.
 
-    gain: float64 [hidden]. centers: whether the norm takes the mean of h away first.
+    gain: float64 [hidden]. centers: whether the norm first subtracts the mean of h.
     """
 
     site: str
@@ -39,14 +39,14 @@ class NormReader(NamedTuple):
 
 
 def config(num_experts: int, *, top_k: int, temperature: float) -> MixtureConfig:
-    """The gates that Arrow's rows are made for. Raises ValueError for numbers that no mixture has."""
+    """Return the mixture config that Arrow's rows suit. Raises ValueError for numbers that no mixture may have."""
     return MixtureConfig(num_experts=num_experts, top_k=top_k, temperature=temperature, rms_norm=True, absolute=True)
 
 
 def norm_readers(model: Any, shape: BaseShape) -> list[NormReader]:
-    """Which sites read a norm, as two tokens show: by what goes in, not by names. `model` is wrapped and at rest.
+    """Find the sites that read a norm, by their inputs on a run over two tokens. `model` is wrapped and idle.
 
-    Raises ValueError where no module does, as where norms come after sublayers only.
+    Raises ValueError if no module does, as when norms only follow sublayers.
     """
     layers = sublayers.layers_of(model, list(shape.sites.values()))
     normed: list[tuple[nn.Module, Tensor]] = []
@@ -83,9 +83,9 @@ def norm_readers(model: Any, shape: BaseShape) -> list[NormReader]:
 
 
 def _gain(norm: nn.Module, like: Tensor) -> tuple[Tensor, bool]:
-    """The norm's gain, whatever its class calls it, and whether it takes the mean away.
+    """Measure the norm's gain, and whether it subtracts the mean, without reading attributes of its class.
 
-    ±1 in turn has mean 0 and mean square 1, so norm(±x) = ±g ⊙ x + bias; a constant added to x shows the mean.
+    Alternating ±1 has mean 0 and mean square 1, so norm(±x) = ±g ⊙ x + bias; a constant added to x shows the mean.
     """
     x = torch.ones_like(like[..., :1, :])
     x[..., 1::2] = -1
@@ -97,9 +97,9 @@ def _gain(norm: nn.Module, like: Tensor) -> tuple[Tensor, bool]:
 def router(
     readers: Sequence[NormReader], experts: Sequence[Mapping[str, LoraParams]], shape: BaseShape
 ) -> MixtureParams:
-    """A row for each expert in each layer, [L, N, hidden]. experts: the parameters of each by site.
+    """Return a row for each expert in each layer, [L, N, hidden]. experts: the parameters of each by site.
 
-    Raises ValueError for an expert that no layer has a row for.
+    Raises ValueError for an expert without a row in any layer.
     """
     weight = torch.zeros(shape.num_layers, len(experts), len(readers[0].gain))
     for layer in range(shape.num_layers):
@@ -113,7 +113,7 @@ def router(
 
 
 def direction(updates: Sequence[tuple[NormReader, LoraParams]]) -> Tensor | float:
-    """The unit vector [hidden] that the stacked updates change most; 0 where there are none.
+    """Return the unit vector [hidden] that the stacked updates amplify most; 0 if there are none.
 
     With B = Q R the right singular vectors of B A are those of R A, which has as few rows as the rank.
     """
