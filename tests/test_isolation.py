@@ -20,7 +20,7 @@ from tests.serving import Row, Step
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
 from weft.kernels.selection import REFERENCE, Kernels, select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.catalog import METHODS
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape

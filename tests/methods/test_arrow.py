@@ -17,7 +17,7 @@ from weft.methods import arrow, mixture
 from weft.methods.arrow import NormReader
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixture_files
-from weft.methods.lora import LoraParams
+from weft.methods.lora.math import LoraParams
 from weft.model import loader
 from weft.model.loader import Base
 

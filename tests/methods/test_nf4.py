@@ -15,7 +15,7 @@ from tests import tiny
 from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.inject import AdaptedLinear
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention

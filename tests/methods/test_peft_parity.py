@@ -20,7 +20,7 @@ from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.checkpoint import directory
-from weft.methods.checkpoint import lora as lora_files
+from weft.methods.lora import files as lora_files
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 from weft.model import loader, paged_attention
 

@@ -25,7 +25,7 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, Kernels, select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.checkpoint import directory
 from weft.methods.inject import AdaptedLinear
 from weft.methods.protocol import Adapter, BaseShape, SiteKind

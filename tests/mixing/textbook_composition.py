@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from weft.methods.bitfit import BitfitParams
-from weft.methods.bottleneck import BottleneckParams
-from weft.methods.dora import DoraParams
-from weft.methods.ia3 import Ia3Params
-from weft.methods.lora import LoraParams
-from weft.methods.prefix import PrefixParams
-from weft.methods.prompt import PromptParams
+from weft.methods.bitfit.math import BitfitParams
+from weft.methods.bottleneck.math import BottleneckParams
+from weft.methods.dora.math import DoraParams
+from weft.methods.ia3.math import Ia3Params
+from weft.methods.lora.math import LoraParams
+from weft.methods.prefix.math import PrefixParams
+from weft.methods.prompt.math import PromptParams
 from weft.methods.protocol import Adapter
 
 Composition = Sequence[tuple[Adapter, float]]

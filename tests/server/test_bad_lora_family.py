@@ -184,7 +184,7 @@ def test_row(case: _Case, server: LiveServer, good: _Good, sources: Sources) -> 
 def test_an_untrained_dora_has_no_effect(server: LiveServer, sources: Sources) -> None:
     """B is zero and every length is the base's own, which only the base's weight can tell."""
     made = tiny.random_dora(sources.base, rank=4, seed=74)
-    untrained = {name: dora.init(made.config, sources.base.sites[name]) for name in made.sites}
+    untrained = {name: dora.math.init(made.config, sources.base.sites[name]) for name in made.sites}
     parts = Parts.of(replace(made, sites=untrained), sources.base)
     path = parts.files().write(sources.root / "spoiled-family" / "untrained")
     refused(lambda: server.client.register("spoiled", path), "INVALID_ARGUMENT", "ADAPTER_NO_EFFECT", retry=False)

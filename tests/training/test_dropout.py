@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from weft.config import ModelConfig, Quantization
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.checkpoint import directory
-from weft.methods.dora import DoraConfig
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
+from weft.methods.dora.math import DoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.protocol import MethodConfig
 from weft_training import adapter, base, data
-from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.data import Example, collate
 from weft_training.recipe import load, options

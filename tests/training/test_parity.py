@@ -15,19 +15,19 @@ from transformers import AutoModelForCausalLM
 
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
-from weft.methods.bitfit import BitfitConfig
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bitfit.math import BitfitConfig
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.checkpoint import directory
-from weft.methods.dora import DoraConfig
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft.methods.prompt import PromptConfig, PromptInit
-from weft.methods.protocol import Adapter, BaseShape
-from weft.methods.ptuning import Encoder, PtuningConfig
+from weft.methods.dora.math import DoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.prompt.math import PromptConfig, PromptInit
+from weft.methods.protocol import Adapter, BaseShape, MethodConfig
+from weft.methods.ptuning.math import Encoder, PtuningConfig
 from weft.model import loader, paged_attention
 from weft_training import adapter, base
-from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.data import Example, Row, collate, encode
 from weft_training.trainer import train

@@ -8,8 +8,8 @@ import yaml
 from typer.testing import CliRunner
 
 from weft.config import Quantization
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
 from weft_training import command
 from weft_training.adapter import USUAL
 from weft_training.config import Schedule

@@ -18,15 +18,16 @@ from typer.testing import CliRunner
 from weft.config import ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import directory
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft.methods.prompt import PromptConfig, PromptInit
-from weft.methods.ptuning import Encoder, PtuningConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.prompt.math import PromptConfig, PromptInit
+from weft.methods.protocol import MethodConfig
+from weft.methods.ptuning.math import Encoder, PtuningConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, command, plan
-from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
+from weft_training.adapter import USUAL, AdaptedModel
 from weft_training.config import Optimizer, SaveDtype, TrainConfig
 from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step

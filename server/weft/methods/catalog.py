@@ -6,10 +6,7 @@ from types import MappingProxyType
 from weft.methods import bitfit, bottleneck, dora, ia3, lora, mixture, prefix, prompt, ptuning
 from weft.methods.protocol import Method
 
-_ALL = (
-    *(lora.METHOD, dora.METHOD, bitfit.METHOD, ia3.METHOD, bottleneck.METHOD),
-    *(prefix.METHOD, prompt.METHOD, ptuning.METHOD),
-)
+_FOLDERS = (lora, dora, bitfit, ia3, bottleneck, prefix, prompt, ptuning)
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+METHODS: Mapping[str, Method] = MappingProxyType({folder.METHOD.name: folder.METHOD for folder in _FOLDERS})
 KINDS = frozenset({*METHODS, mixture.METHOD.name})
