@@ -48,6 +48,7 @@ def _adapters(base: BaseShape) -> dict[str, Adapter]:
         "dora": tiny.random_dora(base, rank=4, seed=22),
         "dora-head": tiny.random_dora(base, rank=1, seed=23, targets=("lm_head",)),
         "bitfit": tiny.random_bitfit(base, seed=24),
+        "vera": tiny.random_vera(base, rank=5, seed=29),
     }
     bottlenecks = {
         f"bottleneck-{form.value}": tiny.random_bottleneck(base, BottleneckConfig(form=form, size=3 + i), seed=25 + i)

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning, vera
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 
 VOCAB_SIZE = 128
@@ -110,6 +110,21 @@ def random_dora(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ..
                 b=torch.randn(params.b.shape, generator=generator) * 0.2, magnitude=params.magnitude * stretch
             )
     return Adapter(method=dora.METHOD, config=config, sites=sites)
+
+
+def random_vera(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] = ()) -> Adapter:
+    """A VeRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
+    generator = torch.Generator().manual_seed(seed)
+    config = vera.math.VeraConfig(rank=rank, target_modules=targets)
+    begun = vera.math.begin(config, base, generator)
+    sites = {
+        name: params._replace(
+            lambda_d=torch.randn(rank, generator=generator),
+            lambda_b=torch.randn(len(params.lambda_b), generator=generator),
+        )
+        for name, params in begun.sites.items()
+    }
+    return Adapter(method=vera.METHOD, config=begun.config, sites=sites)
 
 
 def random_bitfit(

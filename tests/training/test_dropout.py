@@ -18,6 +18,7 @@ from weft.methods.dora.math import DoraConfig
 from weft.methods.ia3.math import Ia3Config
 from weft.methods.lora.math import LoraConfig
 from weft.methods.protocol import MethodConfig
+from weft.methods.vera.math import VeraConfig
 from weft_training import adapter, base, data
 from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
@@ -31,6 +32,7 @@ EXAMPLES = [Example(f"{word} = ", word[::-1]) for word in ("abc", "dragon", "loo
 CONFIGS: dict[str, Callable[[float], MethodConfig]] = {
     "lora": lambda dropout: LoraConfig(rank=4, dropout=dropout),
     "dora": lambda dropout: DoraConfig(rank=4, dropout=dropout),
+    "vera": lambda dropout: VeraConfig(rank=4, dropout=dropout),
     **{f"bottleneck, {form}": lambda dropout, form=form: BottleneckConfig(form=form, dropout=dropout) for form in Form},
 }
 

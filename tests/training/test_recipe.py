@@ -58,7 +58,7 @@ def test_there_is_a_recipe_for_every_method() -> None:
     assert methods >= set(USUAL)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "bitfit", "bottleneck"])
 def test_every_method_of_modules_takes_layers(tmp_path: Path, method: str) -> None:
     text = WHOLE.replace("method: lora", f"method: {method}\n  layers: [2, 3]")
     text = text.replace("  rank: 4\n  rank_pattern: {down_proj: 2}\n", "")

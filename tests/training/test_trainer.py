@@ -44,6 +44,7 @@ NUM_STEPS = {"ptuning": 80}  # a random encoder first leads all rows to one plac
 LEARNING_RATES = {
     "lora": 2e-2,
     "dora": 2e-2,
+    "vera": 1e-1,
     "bitfit": 1e-1,
     "bottleneck": 2e-2,
     "ia3": 2e-1,
@@ -437,7 +438,7 @@ def test_importing_the_command_stays_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "vera", "prefix", "bottleneck"])
 def test_an_adapter_is_written_in_the_dtype_that_is_asked_for(fit: Callable[..., TrainResult], method: str) -> None:
     whole, half = (
         load_file(

@@ -63,10 +63,17 @@ def read(path: Path, shape: BaseShape) -> Adapter:
 
 
 def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapter:
-    """The same adapter with `function` of every parameter tensor."""
+    """The same adapter with `function` of every parameter tensor; what its sites share frozen follows to the device."""
+    moved: dict[int, Any] = {}
 
     def convert(params: Any) -> Any:
         changed = {name: function(value) for name, value in params._asdict().items() if isinstance(value, Tensor)}
+        device = next(iter(changed.values())).device
+        for name, frozen in params._asdict().items():
+            if isinstance(frozen, tuple):
+                if id(frozen) not in moved:
+                    moved[id(frozen)] = type(frozen)(*(tensor.to(device) for tensor in frozen))
+                changed[name] = moved[id(frozen)]
         return params._replace(**changed)
 
     sites = {name: convert(params) for name, params in adapter.sites.items()}
