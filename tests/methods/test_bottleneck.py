@@ -21,7 +21,7 @@ from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods import bottleneck
-from weft.methods.bottleneck import Activation, BottleneckConfig, BottleneckParams, Form
+from weft.methods.bottleneck.math import Activation, BottleneckConfig, BottleneckParams, Form
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader, paged_attention
@@ -124,8 +124,8 @@ def test_an_untrained_adapter_changes_nothing(llama: loader.Base) -> None:
     for form in Form:
         config = BottleneckConfig(form=form, reduction_factor=4)
         sites = {
-            site.name: bottleneck.init(config, site, torch.Generator().manual_seed(0))
-            for site in bottleneck.places(config, llama.shape.sites.values())
+            site.name: bottleneck.math.init(config, site, torch.Generator().manual_seed(0))
+            for site in bottleneck.math.places(config, llama.shape.sites.values())
         }
         untrained = Adapter(method=bottleneck.METHOD, config=config, sites=sites)
         got = step.logits([Row(PROMPTS[1], untrained)])[0]

@@ -128,9 +128,9 @@ class Adapter(_message.Message):
     Other content under the same id is another generation.
     """
     method: _builtins.str
-    """What kind of adapter it is: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "bitfit", "ia3", "bottleneck",
-    "prefix", "prompt", "ptuning" or "mixture". `ModelInfo.methods` lists what this server takes; expect names to be
-    added.
+    """What kind of adapter it is: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "vera", "bitfit", "ia3",
+    "bottleneck", "prefix", "prompt", "ptuning" or "mixture". `ModelInfo.methods` lists what this server takes; expect
+    names to be added.
     """
     state: Global___AdapterState.ValueType
     """Whether requests can use it."""

@@ -16,7 +16,7 @@ from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.methods import mixture
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixture_files
-from weft.methods.lora import LoraParams
+from weft.methods.lora.math import LoraParams
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training.tools import arrow

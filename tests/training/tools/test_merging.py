@@ -18,7 +18,7 @@ from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
 from weft.methods import lora
 from weft.methods.checkpoint import directory
-from weft.methods.lora import LoraParams
+from weft.methods.lora.math import LoraParams
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 from weft_training.tools import merging

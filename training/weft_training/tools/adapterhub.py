@@ -18,8 +18,10 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods.bottleneck import Activation, BottleneckConfig, Form
-from weft.methods.checkpoint import bottleneck, scan, schema
+from weft.methods.bottleneck import METHOD
+from weft.methods.bottleneck import files as bottleneck
+from weft.methods.bottleneck.math import Activation, BottleneckConfig, Form
+from weft.methods.checkpoint import scan, schema
 from weft.methods.protocol import Adapter, BaseShape
 
 _LAYER_NORM_EPS = 1e-5  # torch.nn.LayerNorm's, which that library does not change
@@ -77,7 +79,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
         )
     schema.check({f"{_PREFIX}{key}": value for key, value in inner.items()}, _INNER, limits)
     parts = _parts(tensors, base, has_norm=schema.boolean(inner, "ln_before", "CONFIG_INVALID"))
-    return bottleneck.fitted(_config(inner, base), parts, tensors, base, limits)
+    fitted = bottleneck.fitted(_config(inner, base), parts, tensors, base, limits)
+    return Adapter(method=METHOD, **fitted._asdict())
 
 
 def _config(inner: Mapping[str, Any], base: BaseShape) -> BottleneckConfig:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from weft.methods import sublayers
 from weft.methods.inject import AdaptedLinear
-from weft.methods.lora import LoraParams
+from weft.methods.lora.math import LoraParams
 from weft.methods.mixture import MixtureConfig, MixtureParams
 from weft.methods.protocol import BaseShape
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from weft.methods import lora, targets
-from weft.methods.lora import LoraConfig, LoraParams
+from weft.methods.lora.math import LoraConfig, LoraParams
 from weft.methods.protocol import Adapter
 
 

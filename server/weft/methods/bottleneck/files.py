@@ -14,19 +14,24 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods import bottleneck
-from weft.methods.bottleneck import Activation, BottleneckConfig, BottleneckParams, Form
+from weft.methods.bottleneck import math as bottleneck
+from weft.methods.bottleneck.math import Activation, BottleneckConfig, BottleneckParams, Form
 from weft.methods.checkpoint import scan, schema
-from weft.methods.protocol import Adapter, BaseShape, Site
+from weft.methods.protocol import Adapter, BaseShape, Fitted, Site
 
 FORMAT = 1
 _MATRICES = ("bottleneck_down.weight", "bottleneck_down.bias", "bottleneck_up.weight", "bottleneck_up.bias")
 _NORMS = ("bottleneck_norm.weight", "bottleneck_norm.bias")
+SCHEMA = schema.Schema(
+    used=schema.words(
+        "bottleneck_format form activation sublayers reduction_factor reduction_factors size leave_out scaling "
+        "has_norm norm_eps"
+    ),
+)
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
-    """Check everything and give the adapter; tensors keep the dtype they were stored in."""
-    schema.check(config, schema.BOTTLENECK, limits)
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
+    """Check everything; tensors keep the dtype they were stored in."""
     if type(config.get("bottleneck_format")) is not int or config["bottleneck_format"] != FORMAT:
         raise InvalidAdapter.rule(
             "FEATURE_UNSUPPORTED",
@@ -35,17 +40,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
             limit=FORMAT,
             given=config.get("bottleneck_format"),
         )
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        split = scan.split_key(key, (*_MATRICES, *_NORMS))
-        if split is None:
-            raise scan.refuse_unknown(key, "bottleneck")
-        module, ending = split
-        if ending in parts.setdefault(module, {}):
-            raise InvalidAdapter.rule(
-                "PAIR_INCOMPLETE", key, "names a tensor that another name names too", given=module
-            )
-        parts[module][ending] = tensor
+    by_module = scan.group(tensors, (*_MATRICES, *_NORMS), "bottleneck")
+    parts = {module: {end: tensor for end, (_, tensor) in found.items()} for module, found in by_module.items()}
     scan.require_sites(parts, base)
     return fitted(_config(config), parts, tensors, base, limits)
 
@@ -56,12 +52,12 @@ def fitted(
     tensors: Mapping[str, Tensor],
     base: BaseShape,
     limits: AdapterLimits,
-) -> Adapter:
+) -> Fitted:
     """The adapter of `parts`, tensors by site name and ending, checked against the base.
 
     tensors: all of the file, by the names they have there.
     """
-    require_places(config, base)
+    bottleneck.require_places(config, base)
     places = {site.name: site for site in bottleneck.places(config, base.sites.values())}
     _require_tensors(parts, places, base)
     params: dict[str, BottleneckParams] = {}
@@ -70,7 +66,7 @@ def fitted(
     scan.check_values(tensors, limits)
     if config.form is not Form.PARALLEL and all(_is_idle(p) for p in params.values()):
         raise scan.no_effect("bottleneck")
-    return Adapter(method=bottleneck.METHOD, config=config, sites=params)
+    return Fitted(config, params)
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -92,8 +88,7 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
     }
     tensors = {}
     for module, params in adapter.sites.items():
-        values = (params.down, params.down_bias, params.up, params.up_bias, params.norm, params.norm_bias)
-        for ending, value in zip((*_MATRICES, *_NORMS), values, strict=True):
+        for ending, value in zip((*_MATRICES, *_NORMS), params, strict=False):  # the fields begin in this order
             if value is not None:
                 tensors[scan.full_key(module, ending)] = value
     return keys, tensors
@@ -166,41 +161,6 @@ def _member(config: Mapping[str, Any], key: str, members: Iterable[str]) -> str:
     return value
 
 
-def require_places(config: BottleneckConfig, base: BaseShape) -> None:
-    """InvalidAdapter where the base has no place for what the config names, or no residual for a form that reads it."""
-    ends = [site for site in base.sites.values() if site.sublayer]
-    for sublayer in config.sublayers:
-        if not any(site.sublayer == sublayer for site in ends):
-            raise InvalidAdapter.rule(
-                "FEATURE_UNSUPPORTED",
-                "adapter_config.sublayers",
-                f"must name sublayers whose output goes from a linear module to the residual stream as it is; "
-                f"{base.name} has others",
-                given=sublayer,
-            )
-    places = bottleneck.places(config, ends)
-    for site in places:
-        if config.form.reads_residual and not site.norm:
-            raise InvalidAdapter.rule(
-                "FEATURE_UNSUPPORTED",
-                "adapter_config.form",
-                f"needs sublayers that begin with a norm of the residual stream; that of {site.name} does not",
-                limit=", ".join(form for form in Form if not form.reads_residual),
-                given=config.form.value,
-            )
-    num_layers = 1 + max(site.layer for site in ends if site.layer is not None)
-    for key, layers in (("leave_out", config.leave_out), ("reduction_factors", config.reduction_factors)):
-        for layer in layers:
-            if layer >= num_layers:
-                raise InvalidAdapter.rule(
-                    "CONFIG_INVALID", f"adapter_config.{key}", "names no layer", limit=num_layers - 1, given=layer
-                )
-    if not places:
-        raise InvalidAdapter.rule(
-            "CONFIG_INVALID", "adapter_config.leave_out", "leaves no layer", given=list(config.leave_out)
-        )
-
-
 def _require_tensors(given: Collection[str], places: Mapping[str, Site], base: BaseShape) -> None:
     """Tensors at every place that the config names, and at no other."""
     for module in given:
@@ -258,18 +218,8 @@ def _params(
         raise InvalidAdapter.rule(
             "PAIR_INCOMPLETE", site.name, "must have one dtype", given=" and ".join(sorted(map(str, dtypes)))
         )
-    return BottleneckParams(
-        down=parts["bottleneck_down.weight"],
-        down_bias=parts["bottleneck_down.bias"],
-        up=parts["bottleneck_up.weight"],
-        up_bias=parts["bottleneck_up.bias"],
-        norm=parts.get("bottleneck_norm.weight"),
-        norm_bias=parts.get("bottleneck_norm.bias"),
-        form=config.form,
-        activation=config.activation,
-        scaling=config.scaling,
-        norm_eps=config.norm_eps,
-    )
+    values = (parts.get(ending) for ending in (*_MATRICES, *_NORMS))
+    return BottleneckParams._make((*values, config.form, config.activation, config.scaling, config.norm_eps))
 
 
 def _is_idle(params: BottleneckParams) -> bool:

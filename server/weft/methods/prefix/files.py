@@ -10,21 +10,30 @@ from typing import Any
 from torch import Tensor
 
 from weft.config import AdapterLimits
-from weft.methods import prefix
-from weft.methods.checkpoint import schema, virtual
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods.checkpoint import virtual
+from weft.methods.checkpoint.schema import Schema, words
+from weft.methods.prefix.math import PrefixConfig, PrefixParams
+from weft.methods.protocol import Adapter, BaseShape, Fitted
+
+SCHEMA = Schema(
+    used=words("num_virtual_tokens"),
+    inert=virtual.INERT | words("encoder_hidden_size prefix_projection init_weights"),
+    fixed=virtual.FIXED,
+)
+# Prefix tuning that was trained without an MLP; how many positions were frozen then means nothing now.
+CARTRIDGE = Schema(
+    used=words("num_virtual_tokens"), inert=virtual.INERT | words("num_frozen_tokens"), fixed=virtual.FIXED
+)
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
-    """Check everything and give the adapter."""
-    schema.check(config, schema.CARTRIDGE if config["peft_type"] == "CARTRIDGE" else schema.PREFIX, limits)
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
+    """Check everything."""
     width = 2 * base.num_layers * base.num_kv_heads * base.head_dim
     rows = virtual.read_rows(
         config, tensors, limits, method="prefix", width=width, width_is="2 · layers · kv heads · head dim"
     )
     shape = (len(rows), base.num_layers, 2, base.num_kv_heads, base.head_dim)
-    read_config = prefix.PrefixConfig(num_virtual_tokens=len(rows))
-    return Adapter(method=prefix.METHOD, config=read_config, sites={}, prefix=prefix.PrefixParams(rows.reshape(shape)))
+    return Fitted(PrefixConfig(num_virtual_tokens=len(rows)), prefix=PrefixParams(rows.reshape(shape)))
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:

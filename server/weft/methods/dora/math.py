@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.methods import lora
 from weft.methods.count import Count, Term, gather
-from weft.methods.lora import LoraConfig, LoraParams
-from weft.methods.protocol import BaseShape, BaseWeight, DeltaKind, Drop, Method, Packed, ReadBase, Site, keep
+from weft.methods.lora import math as lora
+from weft.methods.lora.math import LoraConfig, LoraParams
+from weft.methods.protocol import BaseShape, BaseWeight, DeltaKind, Drop, Packed, ReadBase, Site, keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +129,8 @@ def is_identity(params: DoraParams) -> bool:
     return bool(((fold(params).scale - 1).abs() <= torch.finfo(torch.bfloat16).eps).all())
 
 
-def _rank(params: DoraParams) -> int:
-    return params.a.shape[0]
-
-
 def count(config: DoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """LoRA's r(I + O), and a length for each of O rows, at every site."""
     del base
     lengths = (Term(str(site.out_features), site.out_features) for site in sites)
     return gather("Σ R(I + O) + Σ O", [*(lora.term(config, site) for site in sites), *lengths])
-
-
-METHOD = Method(name="dora", peft_type="LORA", post=delta, pack=pack, unpack=unpack, rank=_rank, count=count)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.methods import targets
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site, SiteKind
+from weft.methods.protocol import BaseShape, DeltaKind, Fitted, Packed, Site, SiteKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +39,17 @@ class BitfitParams(NamedTuple):
     is_norm: bool = False
 
 
-def init(config: BitfitConfig, site: Site, generator: torch.Generator | None = None) -> BitfitParams:
-    """Zeros: the delta starts at exactly zero. `generator` is unused; every method's `init` takes one."""
-    del config, generator
+def init(config: BitfitConfig, site: Site) -> BitfitParams:
+    """Zeros: the delta starts at exactly zero."""
+    del config
     return BitfitParams(torch.zeros(site.out_features), site.kind is SiteKind.NORM)
+
+
+def begin(config: BitfitConfig, base: BaseShape, generator: torch.Generator) -> Fitted:
+    """Zeros at every site that the config means; nothing is drawn."""
+    del generator
+    config, sites = targets.place(config, base, tuple(SiteKind), usual=(SiteKind.LINEAR, SiteKind.NORM))
+    return Fitted(config, {site.name: init(config, site) for site in sites})
 
 
 def delta(params: BitfitParams, x: Tensor, y: Tensor) -> Tensor:
@@ -66,6 +74,3 @@ def count(config: BitfitConfig, sites: Sequence[Site], base: BaseShape) -> Count
     """O at every site."""
     del config, base
     return gather("Σ O", (Term(str(site.out_features), site.out_features) for site in sites))
-
-
-METHOD = Method(name="bitfit", peft_type="BEFT", post=delta, pack=pack, unpack=unpack, count=count)

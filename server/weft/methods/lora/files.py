@@ -1,8 +1,8 @@
-"""LoRA and DoRA in PEFT's form: `P.lora_A.weight` (r, in), `P.lora_B.weight` (out, r); r, lora_alpha, their patterns.
+"""LoRA in PEFT's form: `P.lora_A.weight` (r, in), `P.lora_B.weight` (out, r); r, lora_alpha, their patterns.
 
 `alora_invocation_tokens` make an activated LoRA, whose delta begins in the prompt (methods/activation.py).
-With lora_bias there is `P.lora_B.bias` (out,), with use_dora `P.lora_magnitude_vector` (out,). Beside a head's matrices
-PEFT saves the head itself, `P.base_layer.weight`: it is checked against the base's and not kept.
+With lora_bias there is `P.lora_B.bias` (out,). Beside a head's matrices PEFT saves the head itself,
+`P.base_layer.weight`: it is checked against the base's and not kept.
 """
 
 import math
@@ -15,80 +15,104 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods import dora, lora, targets
-from weft.methods.checkpoint import base_bias, scan, schema
-from weft.methods.protocol import Adapter, BaseShape, BaseWeight, ReadBase, Site, SiteKind
+from weft.methods import targets
+from weft.methods.checkpoint import scan, schema
+from weft.methods.lora import base_bias
+from weft.methods.lora import math as lora
+from weft.methods.protocol import Adapter, BaseShape, BaseWeight, Fitted, Site, SiteKind
 
-_A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
+_A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _HEAD = "base_layer.weight"
 _INVOCATION = "alora_invocation_tokens"
 _PATTERN_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_.")
+SCHEMA = schema.Schema(
+    used=schema.words(
+        "r lora_alpha use_rslora use_dora lora_bias bias rank_pattern alpha_pattern alora_invocation_tokens"
+    ),
+    inert=schema.words(
+        "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out lora_dropout loftq_config "
+        "eva_config corda_config lora_ga_config qalora_group_size ensure_weight_tying"
+    ),
+    fixed={
+        "modules_to_save": (None, []),
+        "trainable_token_indices": (None,),
+        "velora_config": (None,),
+        "use_qalora": (None, False),
+        "monteclora_config": (None,),
+        "layer_replication": (None,),
+        "target_parameters": (None, []),
+        "use_bdlora": (None, False),
+        "arrow_config": (None,),
+        "kasa_config": (None,),
+        # The other initializations (PiSSA, OLoRA, CorDA, LoftQ …) also change the base: their files mean another base.
+        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+    },
+    advice={
+        "init_lora_weights": "an initialization that also changes the base: save it as a plain LoRA with PEFT's "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=the untrained adapter's directory)"
+    },
+)
+# What only a plain LoRA has: other forms fix these keys.
+PLAIN_ONLY: Mapping[str, tuple[Any, ...]] = {"lora_bias": (None, False), "bias": (None, "none"), _INVOCATION: (None,)}
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
-    """Check everything and give the adapter; tensors keep the dtype they were stored in."""
-    schema.check(config, schema.LORA, limits)
-    rank = read_rank(config.get("r"), "r", limits)
-    alpha = read_alpha(config.get("lora_alpha", 8), "lora_alpha")
-    ranks = {k: read_rank(v, f"rank_pattern[{k}]", limits) for k, v in _pattern(config, "rank_pattern").items()}
-    alphas = {k: read_alpha(v, f"alpha_pattern[{k}]") for k, v in _pattern(config, "alpha_pattern").items()}
-    use_rslora = schema.boolean(config, "use_rslora", "CONFIG_INVALID")
-    use_dora = schema.boolean(config, "use_dora", "CONFIG_INVALID")
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
+    """Check everything; tensors keep the dtype they were stored in."""
+    schema.boolean(config, "use_dora", "CONFIG_INVALID")
     lora_bias = schema.boolean(config, "lora_bias", "CONFIG_INVALID")
-    if use_dora and lora_bias:
-        raise InvalidAdapter.rule(
-            "FEATURE_UNSUPPORTED", "adapter_config.lora_bias", "must be false beside use_dora", given=True
-        )
-    method = "DoRA" if use_dora else "LoRA"
-    invocation = _read_invocation(config, base, limits, use_dora=use_dora)
+    invocation = _read_invocation(config, base, limits)
+    replaced, tensors = base_bias.split(config, tensors)
+    settings, params, found = read_products(config, tensors, base, limits, "LoRA", (_BIAS,) if lora_bias else ())
+    if lora_bias:
+        biases = {module: vector(found[module][_BIAS], base.sites[module]) for module in params}
+        params = {module: held._replace(bias=biases[module]) for module, held in params.items()}
+    scan.check_values(dict(replaced.values()), limits)
+    if replaced:
+        params = base_bias.add(replaced, params, base)
+    if all(map(is_empty, params.values())):
+        raise scan.no_effect("LoRA")
+    read_config = lora.LoraConfig(**settings, lora_bias=lora_bias or bool(replaced), invocation_tokens=invocation)
+    return Fitted(read_config, params)
 
-    replaced, tensors = base_bias.split(config, tensors, use_dora=use_dora)
-    endings = (_A, _B, *((_BIAS,) if lora_bias else ()), *((_MAGNITUDE,) if use_dora else ()))
-    by_module = group(tensors, endings, method, passing=_HEAD)
-    sites = scan.require_sites(by_module, base, SiteKind.LINEAR, SiteKind.HEAD, method=method)
-    config_of = dora.DoraConfig if use_dora else lora.LoraConfig
-    read_config = config_of(
-        rank=rank,
-        alpha=alpha,
-        use_rslora=use_rslora,
-        lora_bias=lora_bias or bool(replaced),
-        target_modules=targets.describe(sites, base),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        invocation_tokens=invocation,
-    )
+
+def read_products(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base: BaseShape,
+    limits: AdapterLimits,
+    method: str,
+    others: tuple[str, ...],
+) -> tuple[dict[str, Any], dict[str, lora.LoraParams], Mapping[str, Mapping[str, tuple[str, Tensor]]]]:
+    """Read what LoRA and DoRA have in common: the config's settings, the products by site, and all that each site has.
+
+    method: what errors call the adapter. others: endings of what a site has beside A and B.
+    """
+    settings = {
+        "rank": read_rank(config.get("r"), "r", limits),
+        "alpha": read_alpha(config.get("lora_alpha", 8), "lora_alpha"),
+        "use_rslora": schema.boolean(config, "use_rslora", "CONFIG_INVALID"),
+        "rank_pattern": {
+            k: read_rank(v, f"rank_pattern[{k}]", limits) for k, v in _pattern(config, "rank_pattern").items()
+        },
+        "alpha_pattern": {
+            k: read_alpha(v, f"alpha_pattern[{k}]") for k, v in _pattern(config, "alpha_pattern").items()
+        },
+    }
+    by_module = scan.group(tensors, (_A, _B, *others), method, passing=_HEAD)
+    sites = scan.require_sites(by_module, base, *lora.SITES, method=method)
+    read_config = lora.LoraConfig(**settings)
     params: dict[str, lora.LoraParams] = {}
-    magnitudes: dict[str, Tensor] = {}
     for module, site in sites.items():
         found = by_module[module]
-        require_complete(module, found, endings)
+        require_complete(module, found, (_A, _B, *others))
         (a_key, a), (b_key, b) = found[_A], found[_B]
         require_product(site, a_key, a, b_key, b, lora.rank_at(read_config, module))
         scaling = lora.scaling_at(read_config, module)
         require_scale(scaling, limits)
-        bias = None
-        if lora_bias:
-            bias = _vector(found[_BIAS], site)
-        if use_dora:
-            magnitudes[module] = _vector(found[_MAGNITUDE], site)
-        params[module] = lora.LoraParams(a, b, scaling, bias)
+        params[module] = lora.LoraParams(a, b, scaling)
     scan.check_values({key: tensor for key, tensor in tensors.items() if not key.endswith("." + _HEAD)}, limits)
-    scan.check_values(dict(replaced.values()), limits)
-    if replaced:
-        params = base_bias.add(replaced, params, sites)
     _require_own_head(tensors, base)
-    changes_nothing = all(is_empty(p) for p in params.values())
-    if not use_dora:
-        if changes_nothing:
-            raise scan.no_effect(method)
-        return Adapter(method=lora.METHOD, config=read_config, sites=params)
-    with_lengths = {
-        module: dora.DoraParams(p.a, p.b, magnitudes[module], p.scaling, _way_to_base(sites[module]))
-        for module, p in params.items()
-    }
-    if changes_nothing and all(map(dora.is_identity, with_lengths.values())):
-        raise scan.no_effect(method)
-    return Adapter(method=dora.METHOD, config=read_config, sites=with_lengths)
+    return {**settings, "target_modules": targets.describe(sites, base)}, params, by_module
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -104,7 +128,7 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
         "lora_dropout": config.dropout,
         "lora_bias": config.lora_bias,
         "bias": "none",
-        "use_dora": isinstance(config, dora.DoraConfig),
+        "use_dora": False,
     }
     if config.invocation_tokens:
         keys[_INVOCATION] = list(config.invocation_tokens)
@@ -112,31 +136,9 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
     for module, params in adapter.sites.items():
         tensors[scan.full_key(module, _A)] = params.a
         tensors[scan.full_key(module, _B)] = params.b
-        if isinstance(params, dora.DoraParams):
-            tensors[scan.full_key(module, _MAGNITUDE)] = params.magnitude
-        elif params.bias is not None:
+        if config.lora_bias:
             tensors[scan.full_key(module, _BIAS)] = params.bias
     return keys, tensors
-
-
-def group(
-    tensors: Mapping[str, Tensor], endings: tuple[str, ...], method: str, *, passing: str | None = None
-) -> dict[str, dict[str, tuple[str, Tensor]]]:
-    """By module and ending, the (key, tensor) that has them; `passing` is an ending that is left out."""
-    by_module: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        split = scan.split_key(key, (*endings, passing) if passing else endings)
-        if split is None:
-            raise scan.refuse_unknown(key, method)
-        module, ending = split
-        if ending == passing:
-            continue
-        if ending in by_module.setdefault(module, {}):
-            raise InvalidAdapter.rule(
-                "PAIR_INCOMPLETE", key, "names a matrix that another tensor names too", given=module
-            )
-        by_module[module][ending] = (key, tensor)
-    return by_module
 
 
 def require_complete(module: str, found: Mapping[str, tuple[str, Tensor]], endings: tuple[str, ...]) -> None:
@@ -189,19 +191,11 @@ def is_empty(params: lora.LoraParams) -> bool:
     return not has_product and (params.bias is None or scan.is_zero(params.bias))
 
 
-def _vector(found: tuple[str, Tensor], site: Site) -> Tensor:
+def vector(found: tuple[str, Tensor], site: Site) -> Tensor:
+    """One number for each of the site's outputs, or DIM_MISMATCH."""
     key, tensor = found
     scan.require_shape(key, tensor, (site.out_features,))
     return tensor
-
-
-def _way_to_base(site: Site) -> ReadBase:
-    """How the base's weight is read at a site; every loaded base has a way."""
-    if site.read_base is None:
-        raise InvalidAdapter.rule(
-            "FEATURE_UNSUPPORTED", "adapter_config.use_dora", "needs the base's weights, which are not here", given=True
-        )
-    return site.read_base
 
 
 def _require_own_head(tensors: Mapping[str, Tensor], base: BaseShape) -> None:
@@ -259,18 +253,14 @@ def read_alpha(value: Any, key: str) -> float:
     return float(value)
 
 
-def _read_invocation(
-    config: Mapping[str, Any], base: BaseShape, limits: AdapterLimits, *, use_dora: bool
-) -> tuple[int, ...]:
+def _read_invocation(config: Mapping[str, Any], base: BaseShape, limits: AdapterLimits) -> tuple[int, ...]:
     """Token ids of the base's vocabulary, at least one; () where the key is absent or null."""
     given = config.get(_INVOCATION)
     if given is None:
         return ()
     key = f"adapter_config.{_INVOCATION}"
-    # PEFT gives the two together no meaning, and lets replaced biases act before the invocation too.
-    for other, is_there in (("use_dora", use_dora), ("bias", config.get("bias") not in (None, "none"))):
-        if is_there:
-            raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, f"must be unset beside {other}", given=given)
+    if config.get("bias") not in (None, "none"):  # PEFT lets replaced biases act before the invocation too
+        raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, "must be unset beside bias", given=given)
     if not isinstance(given, list) or not 1 <= len(given) <= limits.num_invocation_tokens_max:
         count = len(given) if isinstance(given, list) else given
         raise InvalidAdapter.rule(

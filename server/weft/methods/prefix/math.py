@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, Method, Site, VirtualKV
+from weft.methods.protocol import BaseShape, Site, VirtualKV
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,3 @@ def norms(params: PrefixParams) -> dict[str, float]:
         found[f"‖P_K‖, layer {layer}"] = keys.float().norm().item()
         found[f"‖P_V‖, layer {layer}"] = values.float().norm().item()
     return found
-
-
-METHOD = Method(name="prefix", peft_type="PREFIX_TUNING", virtual=virtual, count=count, norms=norms)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, Method, Site, SoftRows
+from weft.methods.protocol import BaseShape, Site, SoftRows
 
 
 class PromptInit(StrEnum):
@@ -73,6 +73,3 @@ def count(config: PromptConfig, sites: Sequence[Site], base: BaseShape) -> Count
 def rows_of(num_rows: int, base: BaseShape) -> Count:
     """Rows of the embedding's width E."""
     return gather("P·E", [Term(f"{num_rows}·{base.embedding_size}", num_rows * base.embedding_size)])
-
-
-METHOD = Method(name="prompt", peft_type="PROMPT_TUNING", virtual=virtual, count=count)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import scan
-from weft.methods.lora import LoraParams
-from weft.methods.protocol import Site
+from weft.methods.lora.math import LoraParams
+from weft.methods.protocol import BaseShape, Site
 
 _BIAS = "base_layer.bias"
 _KEY = "adapter_config.bias"
@@ -23,17 +23,13 @@ _KEY = "adapter_config.bias"
 Replaced = Mapping[str, tuple[str, Tensor]]  # by module: the key, and the new bias
 
 
-def split(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, use_dora: bool
-) -> tuple[Replaced, Mapping[str, Tensor]]:
+def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Replaced, Mapping[str, Tensor]]:
     """The replaced biases, and the other tensors. Refuses biases of modules that the LoRA leaves alone."""
     form = config.get("bias")
     if form in (None, "none"):
         return {}, tensors
     if form not in ("lora_only", "all"):
         raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", _KEY, "must be none, lora_only or all", given=form)
-    if use_dora:
-        raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", _KEY, "must be none beside use_dora", given=form)
     replaced: dict[str, tuple[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -56,14 +52,14 @@ def split(
     return replaced, rest
 
 
-def add(replaced: Replaced, params: Mapping[str, LoraParams], sites: Mapping[str, Site]) -> dict[str, LoraParams]:
+def add(replaced: Replaced, params: Mapping[str, LoraParams], base: BaseShape) -> dict[str, LoraParams]:
     """The same updates with what the biases have changed; where one has a bias, PEFT's form wants all to have one."""
     for module, (key, _) in replaced.items():
         if module not in params:
             raise InvalidAdapter.rule("PAIR_INCOMPLETE", key, "needs lora_A and lora_B beside it", given=module)
     result = {}
-    for module, site in sites.items():
-        held = params[module]
+    for module, held in params.items():
+        site = base.sites[module]
         bias = torch.zeros(site.out_features) if held.bias is None else held.bias.float()
         if module in replaced:
             bias = bias + _change(site, *replaced[module], held.scaling)

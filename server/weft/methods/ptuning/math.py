@@ -12,9 +12,9 @@ from enum import StrEnum
 
 import torch
 
-from weft.methods import prompt
 from weft.methods.count import Count
-from weft.methods.protocol import BaseShape, Method, Site
+from weft.methods.prompt import math as prompt
+from weft.methods.protocol import BaseShape, Site
 
 
 class Encoder(StrEnum):
@@ -46,6 +46,3 @@ def count(config: PtuningConfig, sites: Sequence[Site], base: BaseShape) -> Coun
     """What is saved and served: the rows. The encoder's own parameters are gone by then."""
     del sites
     return prompt.rows_of(config.num_virtual_tokens, base)
-
-
-METHOD = Method(name="ptuning", peft_type="P_TUNING", virtual=prompt.virtual, count=count)

@@ -15,7 +15,7 @@ here they are 2rd + r + d, and 2d more with the LN. `parallel` has no zero-delta
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weft.errors import InvalidAdapter
+from weft.methods import targets
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, DeltaKind, Drop, Method, Packed, Site, keep, require_dropout
+from weft.methods.protocol import BaseShape, DeltaKind, Drop, Fitted, Packed, Site, keep, require_dropout
 
 
 class Form(StrEnum):
@@ -134,6 +136,55 @@ def init(config: BottleneckConfig, site: Site, generator: torch.Generator | None
     )
 
 
+def require_places(config: BottleneckConfig, base: BaseShape) -> None:
+    """InvalidAdapter where the base has no place for what the config names, or no residual for a form that reads it."""
+    ends = [site for site in base.sites.values() if site.sublayer]
+    for sublayer in config.sublayers:
+        if not any(site.sublayer == sublayer for site in ends):
+            raise InvalidAdapter.rule(
+                "FEATURE_UNSUPPORTED",
+                "adapter_config.sublayers",
+                f"must name sublayers whose output goes from a linear module to the residual stream as it is; "
+                f"{base.name} has others",
+                given=sublayer,
+            )
+    chosen = places(config, ends)
+    for site in chosen:
+        if config.form.reads_residual and not site.norm:
+            raise InvalidAdapter.rule(
+                "FEATURE_UNSUPPORTED",
+                "adapter_config.form",
+                f"needs sublayers that begin with a norm of the residual stream; that of {site.name} does not",
+                limit=", ".join(form for form in Form if not form.reads_residual),
+                given=config.form.value,
+            )
+    num_layers = 1 + max(site.layer for site in ends if site.layer is not None)
+    for key, layers in (("leave_out", config.leave_out), ("reduction_factors", config.reduction_factors)):
+        for layer in layers:
+            if layer >= num_layers:
+                raise InvalidAdapter.rule(
+                    "CONFIG_INVALID", f"adapter_config.{key}", "names no layer", limit=num_layers - 1, given=layer
+                )
+    if not chosen:
+        raise InvalidAdapter.rule(
+            "CONFIG_INVALID", "adapter_config.leave_out", "leaves no layer", given=list(config.leave_out)
+        )
+
+
+def begin(config: BottleneckConfig, base: BaseShape, generator: torch.Generator) -> Fitted:
+    """An untrained network at every place, with `layers` worked into `leave_out`."""
+    targets.require_layers(config.layers, base)
+    if config.layers:
+        others = set(range(base.num_layers)).difference(config.layers)
+        config = replace(config, layers=(), leave_out=tuple(sorted(others.union(config.leave_out))))
+    require_places(config, base)
+    sites = places(config, base.sites.values())
+    for layer in config.reduction_factors:
+        if all(site.layer != layer for site in sites):
+            raise ValueError(f"reduction_factors: must name layers that have adapters, given {layer}")
+    return Fitted(config, {site.name: init(config, site, generator) for site in sites})
+
+
 def delta(params: BottleneckParams, h: Tensor, r: Tensor | None, drop: Drop = keep) -> Tensor:
     """What the adapter adds to the sublayer's output `h` [*T, H]; `r` [*T, H] is the residual that entered it.
 
@@ -219,14 +270,6 @@ def unpack(packed: tuple[Packed, ...]) -> BottleneckParams:
     )
 
 
-def _rank(params: BottleneckParams) -> int:
-    return len(params.down)
-
-
-def _reads_residual(params: BottleneckParams) -> bool:
-    return params.form.reads_residual
-
-
 def count(config: BottleneckConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """2RH + R + H after every sublayer, and 2H more with the LN."""
     del base
@@ -238,15 +281,3 @@ def count(config: BottleneckConfig, sites: Sequence[Site], base: BaseShape) -> C
         return Term(numbers, 2 * rank * features + rank + num_vectors * features)
 
     return gather("Σ (2·R·H + R + H [+ 2·H])", map(term, sites))
-
-
-METHOD = Method(
-    name="bottleneck",
-    peft_type="BOTTLENECK",
-    after=delta,
-    pack=pack,
-    unpack=unpack,
-    rank=_rank,
-    reads_residual=_reads_residual,
-    count=count,
-)

@@ -8,7 +8,7 @@ has one vector per key, value and feed-forward site, so d_kv + d_kv + d_ff numbe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor
 
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
+from weft.methods.protocol import BaseShape, DeltaKind, Fitted, Packed, Site, SiteKind
+
+# The paper's sites by what bases call them: keys and values, fused or apart, and the feed-forward input last. GPT-2 has
+# one name for the ends of both sublayers, so there the attention's is scaled too.
+MODULES = (("k_proj", "v_proj", "down_proj"), ("qkv_proj", "down_proj"), ("c_attn", "c_proj"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +46,27 @@ class Ia3Params(NamedTuple):
     is_feedforward: bool
 
 
-def init(config: Ia3Config, site: Site, generator: torch.Generator | None = None) -> Ia3Params:
-    """Ones: the delta starts at exactly zero. `generator` is unused; every method's `init` takes one."""
-    del generator
+def init(config: Ia3Config, site: Site) -> Ia3Params:
+    """Ones: the delta starts at exactly zero."""
     is_feedforward = targets.any_names(config.feedforward_modules, site.name)
     return Ia3Params(torch.ones(site.in_features if is_feedforward else site.out_features), is_feedforward)
+
+
+def fit(config: Ia3Config, base: BaseShape) -> Ia3Config:
+    """The config with the paper's sites as the base calls them."""
+    suffixes = {site.suffix for site in base.sites.values()}
+    for modules in MODULES:
+        if suffixes >= set(modules):
+            return replace(config, target_modules=modules, feedforward_modules=modules[-1:])
+    raise ValueError(f"target_modules: must be given for ia3 on this base, which has {', '.join(sorted(suffixes))}")
+
+
+def begin(config: Ia3Config, base: BaseShape, generator: torch.Generator) -> Fitted:
+    """Ones at every site that the config means; nothing is drawn."""
+    del generator
+    config, sites = targets.place(config, base, (SiteKind.LINEAR,))
+    targets.require_named("feedforward_modules", config.feedforward_modules, sites)
+    return Fitted(config, {site.name: init(config, site) for site in sites})
 
 
 def pre(params: Ia3Params, x: Tensor) -> Tensor | None:
@@ -88,6 +108,3 @@ def count(config: Ia3Config, sites: Sequence[Site], base: BaseShape) -> Count:
 def norms(params: Ia3Params) -> dict[str, float]:
     """The distance from the vector that scales nothing."""
     return {"‖l - 1‖": (params.scale.float() - 1).norm().item()}
-
-
-METHOD = Method(name="ia3", peft_type="IA3", pre=pre, post=post, pack=pack, unpack=unpack, count=count, norms=norms)

@@ -7,16 +7,22 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods import ia3, targets
-from weft.methods.checkpoint import scan, schema
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods import targets
+from weft.methods.checkpoint import scan
+from weft.methods.checkpoint.schema import Schema, words
+from weft.methods.ia3.math import Ia3Config, Ia3Params
+from weft.methods.protocol import Adapter, BaseShape, Fitted
 
 _L = "ia3_l"
+SCHEMA = Schema(
+    used=words("target_modules feedforward_modules"),
+    inert=words("exclude_modules fan_in_fan_out init_ia3_weights"),
+    fixed={"modules_to_save": (None, [])},
+)
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Adapter:
-    """Check everything and give the adapter."""
-    schema.check(config, schema.IA3, limits)
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
+    """Check everything."""
     feedforward = _names(config, "feedforward_modules")
     named = _names(config, "target_modules")
     if named is not None and feedforward is not None and not feedforward <= named:
@@ -26,32 +32,21 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
             "must be a subset of target_modules",
             given=", ".join(sorted(feedforward - named)),
         )
-    by_module: dict[str, tuple[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        split = scan.split_key(key, (_L,))
-        if split is None:
-            raise scan.refuse_unknown(key, "IA³")
-        if split[0] in by_module:
-            raise InvalidAdapter.rule(
-                "PAIR_INCOMPLETE", key, "names a vector that another tensor names too", given=split[0]
-            )
-        by_module[split[0]] = (key, tensor)
-
-    params: dict[str, ia3.Ia3Params] = {}
+    by_module = scan.group(tensors, (_L,), "IA³")
+    params: dict[str, Ia3Params] = {}
     for module, site in scan.require_sites(by_module, base).items():
-        key, tensor = by_module[module]
+        key, tensor = by_module[module][_L]
         if feedforward is None:  # a pattern, never compiled: the shape decides
             is_feedforward = tuple(tensor.shape) == (1, site.in_features)
         else:
             is_feedforward = targets.any_names(feedforward, module)
         scan.require_shape(key, tensor, (1, site.in_features) if is_feedforward else (site.out_features, 1))
-        params[module] = ia3.Ia3Params(tensor.reshape(-1), is_feedforward)
+        params[module] = Ia3Params(tensor.reshape(-1), is_feedforward)
     scan.check_values(tensors, limits)
     if all(scan.is_zero(p.scale - 1) for p in params.values()):
         raise scan.no_effect("IA³")
     names, inputs = _described(params, base)
-    read_config = ia3.Ia3Config(target_modules=tuple(names), feedforward_modules=tuple(inputs))
-    return Adapter(method=ia3.METHOD, config=read_config, sites=params)
+    return Fitted(Ia3Config(target_modules=tuple(names), feedforward_modules=tuple(inputs)), params)
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -65,7 +60,7 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
     return keys, tensors
 
 
-def _described(params: Mapping[str, ia3.Ia3Params], base: BaseShape) -> tuple[list[str], list[str]]:
+def _described(params: Mapping[str, Ia3Params], base: BaseShape) -> tuple[list[str], list[str]]:
     """(target_modules, feedforward_modules), the second a part of the first, as PEFT wants it."""
     inputs = targets.describe([module for module, p in params.items() if p.is_feedforward], base)
     outputs = targets.describe([module for module, p in params.items() if not p.is_feedforward], base)

@@ -13,16 +13,18 @@ values that are spaced as a normal distribution is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
-from weft.methods.protocol import BaseShape, DeltaKind, Drop, Method, Packed, Site, keep, require_dropout
+from weft.methods.protocol import BaseShape, DeltaKind, Drop, Fitted, Packed, Site, SiteKind, keep, require_dropout
+
+SITES = (SiteKind.LINEAR, SiteKind.HEAD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,14 @@ def init(config: LoraConfig, site: Site, generator: torch.Generator | None = Non
     return LoraParams(a, b, scaling_at(config, site.name), bias)
 
 
+def begin(config: LoraConfig, base: BaseShape, generator: torch.Generator, start: Callable[..., Any] = init) -> Fitted:
+    """What `start` makes at every site that the config means."""
+    config, sites = targets.place(config, base, SITES)
+    targets.require_decisive("rank_pattern", config.rank_pattern, sites)
+    targets.require_decisive("alpha_pattern", config.alpha_pattern, sites)
+    return Fitted(config, {site.name: start(config, site, generator) for site in sites})
+
+
 def delta(params: LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
     """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
 
@@ -143,12 +153,3 @@ def norms(params: LoraParams) -> dict[str, float]:
     a, b = params.a.double(), params.b.double()
     squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
     return {"‖ΔW‖": params.scaling * squared.sqrt().item()}
-
-
-def _rank(params: LoraParams) -> int:
-    return params.rank
-
-
-METHOD = Method(
-    name="lora", peft_type="LORA", post=delta, pack=pack, unpack=unpack, rank=_rank, count=count, norms=norms
-)
