@@ -1,9 +1,9 @@
 """Attention over a paged KV cache on the CPU: decode and chunked prefill in one call.
 
-Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size,
-S spans of virtual positions at most, P positions in all spans of a request. A query row's bits depend on its own query,
-keys and log-gates alone: not on the other requests, T, B, S, the width of the block table, the block size, the number
-of threads, or how its prompt was cut into chunks.
+Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size, at
+most S spans of virtual positions per request, P positions in all spans of a request. A query row's bits depend on its
+own query, keys and log-gates alone: not on the other requests, T, B, S, the width of the block table, the block size,
+the number of threads, or how its prompt was cut into chunks.
 """
 
 import struct
@@ -59,7 +59,7 @@ class Packed(NamedTuple):
 
 
 def pack(paging: Paging) -> Packed:
-    """Check the paging of a step on the CPU. Raises ValueError that names what does not fit."""
+    """Check the paging of a step on the CPU. Raises ValueError naming the argument that does not fit."""
     _, query_start, context_lens, virtual_lens, block_tables, log_gates = paging
     num_requests = context_lens.shape[0] if context_lens.dim() else 0
     num_spans = virtual_lens.shape[-1] if virtual_lens.dim() else 0
@@ -80,7 +80,7 @@ def pack(paging: Paging) -> Packed:
 def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
     """Write the new keys and values into the cache, in place.
 
-    Semantics: cache.keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise; no slot may come twice.
+    Semantics: cache.keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise; no slot may occur twice.
 
     key, value: [T, Hkv, D] of the cache's dtype, any token and head strides, D contiguous.
     kv_slots: [T] int64, contiguous; block * block_size + offset.
@@ -107,11 +107,11 @@ def attend(
 ) -> None:
     """Write the attention of each query row over its request's stored keys to `out`, in place.
 
-    Semantics: with s(q, k) = scale * (q . k), or softcap * tanh(scale * (q . k) / softcap) where softcap is not 0,
-      plus log_gates[t, i] where k is in span i,
+    Semantics: with s(q, k) = scale * (q . k), or softcap * tanh(scale * (q . k) / softcap) if softcap is not 0,
+      plus log_gates[t, i] if k is in span i,
       out[t, h] = sum over visible k of softmax(s(query[t, h], .))[k] * value[k], in float32, rounded once;
       query head h reads KV head h // (Hq / Hkv). The query at real index n sees every virtual position and the real
-      tokens 0 .. n; with a window, of those only the ones less than `window` positions back, where virtual position j
+      tokens 0 .. n; with a window, only those of them less than `window` positions back, where virtual position j
       of a span is at j + the lengths of the spans before it, and real token n at P + n.
     This step's keys must be stored before.
 
@@ -147,7 +147,7 @@ def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...], dtype: tor
 
 
 def _check_heads(name: str, given: Tensor, shape: tuple[int, int, int], cache: Cache) -> tuple[int, ...]:
-    """The strides of `given`."""
+    """Return the strides of `given`, after checking it."""
     strides = given.stride()
     if given.shape != shape or given.dtype is not cache.keys.dtype or not given.is_cpu:
         raise ValueError(f"{name}: needs {list(shape)} {cache.keys.dtype} on the CPU, given {shown(given)}")
