@@ -32,7 +32,7 @@ _SOURCES = (
     "replay.cpp",
     "overflow.cpp",
 )
-_HEADERS = ("lanes.h",)
+_HEADERS = tuple(sorted(path.name for path in _HERE.glob("*.h")))
 _FLAGS = ("-std=gnu++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
 _NATIVE = ("-march=native",)
 _BUILD_S_MAX = 300

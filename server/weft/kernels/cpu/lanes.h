@@ -13,10 +13,20 @@
 #include <immintrin.h>
 #endif
 
-// A loop over a number known to the compiler, unrolled so that what it indexes stays in registers.
-#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < count; i++)
-
 namespace weft {
+
+// Calls body(0) .. body(N - 1), unrolled so that arrays indexed by the number stay in registers.
+template <int N, class Body>
+[[gnu::always_inline]] static inline void each(Body body) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) body(i);
+}
+
+// Calls body(i, j) for every i < N and, within it, every j < M.
+template <int N, int M, class Body>
+[[gnu::always_inline]] static inline void each(Body body) {
+    each<N>([&](int i) { each<M>([&](int j) { body(i, j); }); });
+}
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -175,6 +185,26 @@ static inline void store_part(T *to, int64_t count, Unit v) {
 template <class T>
 constexpr Order order_of() {
     return sizeof(T) == 2 ? SPLIT : NATURAL;
+}
+
+// Calls step(i, take, put) for every unit of `size` elements; the last may be a part of one.
+template <Order ORDER, class Step>
+static inline void each_unit(int64_t size, Step step) {
+    int64_t i = 0;
+    for (; i + UNIT <= size; i += UNIT)
+        step(
+            i, [](auto *from) { return load<ORDER>(from); }, [](auto *to, Unit v) { store<ORDER>(to, v); });
+    if (i < size)
+        step(
+            i, [&](auto *from) { return load_part<ORDER>(from, size - i); },
+            [&](auto *to, Unit v) { store_part<ORDER>(to, size - i, v); });
+}
+
+// Calls body with an element of the type that a record's flag names.
+template <class Body>
+static inline void with_type(bool is_bf16, const Body &body) {
+    if (is_bf16) body(bf16{});
+    else body(float{});
 }
 
 // What a C function here answers: 0, or the reason why it wrote nothing.
