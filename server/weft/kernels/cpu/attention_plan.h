@@ -15,7 +15,7 @@ constexpr int64_t CHUNK_ROWS = 64;  // query rows that share the packing of a ti
 
 struct Paging {
     const int32_t *query_start, *context_lens, *virtual_lens, *block_tables;
-    const float *log_gates;  // by query row and span; null if all are 0
+    const float *log_gates;                                        // by query row and span; null if all are 0
     int64_t num_requests, table_stride, num_spans, num_gate_rows;  // the stride: columns of the block table
 
     int64_t queries(int64_t request) const { return int64_t(query_start[request + 1]) - query_start[request]; }

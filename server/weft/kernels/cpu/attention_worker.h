@@ -132,7 +132,8 @@ class Worker {
                 list_next(tile, item, h, is_causal);
                 gather(tile, h, rows);
                 for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-                    RowGroup here = {(h - item.head_begin) * rows + r, int(std::min<int64_t>(TILE_ROWS, rows - r)), {}, {}, {}};
+                    RowGroup here = {
+                        (h - item.head_begin) * rows + r, int(std::min<int64_t>(TILE_ROWS, rows - r)), {}, {}, {}};
                     for (int i = 0; i < here.count; i++) {
                         const int64_t query = (r + i) / group, p = position + query;
                         const int64_t end = is_causal ? p + 1 : keys_end;

@@ -78,7 +78,8 @@ struct Phases {
         const Rows<X> to = y.from(block.row);
         const int64_t end = std::min(o + CHUNK, entries.out);
         float *own = scratch + block.scratch_begin;
-        if (block.rows == BLOCK_ROWS) return weft::expand<BLOCK_ROWS, 2, W>(entries, block, 0, own, to, o, end, prefetch);
+        if (block.rows == BLOCK_ROWS)
+            return weft::expand<BLOCK_ROWS, 2, W>(entries, block, 0, own, to, o, end, prefetch);
         for (int32_t r = 0; r < block.rows; r++)
             if (block.is_live[r]) weft::expand<1, 4, W>(entries, block, r, own, to.from(r), o, end, prefetch);
     }

@@ -10,7 +10,7 @@
 namespace weft {
 namespace {
 
-constexpr int BLOCK_ROWS = 4;         // rows of a block
+constexpr int BLOCK_ROWS = 4;   // rows of a block
 constexpr int RANKS = 8;        // ranks of a shrink task
 constexpr int64_t CHUNK = 256;  // outputs of an expand task
 
@@ -19,7 +19,7 @@ struct Scratch {
     float *begin;
     int64_t rows, rank, out;
 
-    Rows<float> hidden() const { return {begin, rank}; }           // [rows, rank]
+    Rows<float> hidden() const { return {begin, rank}; }          // [rows, rank]
     Rows<float> z() const { return {begin + rows * rank, out}; }  // [rows, out]
 
     static int64_t size(const SlotCell &cell, int64_t rows, int64_t out) {
@@ -31,10 +31,10 @@ struct Scratch {
 struct Block {
     int64_t row;
     int32_t rows, entries;
-    int64_t scratch_begin;  // its entries' scratch, one after another
-    int32_t weights;        // how many ranges the plan lists before its own
-    bool is_first;          // its slots are not those of the block before
-    bool is_live[BLOCK_ROWS];     // the row has an entry that adds something
+    int64_t scratch_begin;     // its entries' scratch, one after another
+    int32_t weights;           // how many ranges the plan lists before its own
+    bool is_first;             // its slots are not those of the block before
+    bool is_live[BLOCK_ROWS];  // the row has an entry that adds something
 
     const SlotCell &cell(const Entries &all, int32_t entry) const { return all.cell(row, entry); }
     bool is_used(const Entries &all, int32_t entry) const {  // whether the entry adds something to one of the rows
@@ -78,8 +78,10 @@ struct Plan {
             const SlotCell &cell = block.cell(entries, e);
             if (!cell.adds_to_output()) continue;
             scratch_size += Scratch::size(cell, rows, entries.out);
-            for (int32_t r = 0; r < rows; r++) block.is_live[r] |= entries.gate(row + r, e) != 0.0f;
-            if (!block.is_used(entries, e)) continue;
+            bool is_used = false;
+            for (int32_t r = 0; r < rows; r++)
+                if (entries.gate(row + r, e) != 0.0f) is_used = block.is_live[r] = true;
+            if (!is_used) continue;
             if (is_first) list(cell, entries.in, entries.out, weight_size, block.weights);
             const int64_t products = cell.products(entries.in, entries.out);
             cost += 1 + products;

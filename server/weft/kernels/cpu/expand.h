@@ -12,9 +12,18 @@ struct OutputTile {
     static constexpr Order ORDER = order_of<W>();
 
     const Entries &entries;
-    const int64_t row, o, part;
+    const int64_t o, part;
     WeightPrefetcher &prefetch;
+    const int32_t *slots;   // of the rows' entries
+    const float *gates[R];  // of each row's entries
     Unit base[R][U], total[R][U];
+
+    OutputTile(const Entries &entries, int64_t row, int64_t o, int64_t part, WeightPrefetcher &prefetch)
+        : entries(entries), o(o), part(part), prefetch(prefetch), slots(entries.slots + entries.offsets[row]) {
+        each<R>([&](int r) { gates[r] = entries.gates + entries.offsets[row + r]; });
+    }
+
+    const SlotCell &cell(int32_t entry) const { return entries.table[slots[entry]]; }
 
     template <class T>
     Unit take(const T *from) const {
@@ -23,13 +32,13 @@ struct OutputTile {
 
     bool is_used(int32_t entry) const {
         bool is_used = false;
-        each<R>([&](int r) { is_used |= entries.gate(row + r, entry) != 0.0f; });
+        each<R>([&](int r) { is_used |= gates[r][entry] != 0.0f; });
         return is_used;
     }
 
     // A row without the entry, whose gate is 0, keeps its bits.
     void add(int32_t entry, int r, int u, Unit delta) {
-        const float gate = entries.gate(row + r, entry);
+        const float gate = gates[r][entry];
         if (gate == 0.0f) return;
         total[r][u].lo = fma(gate, delta.lo, total[r][u].lo);
         total[r][u].hi = fma(gate, delta.hi, total[r][u].hi);
@@ -64,8 +73,7 @@ struct OutputTile {
         });
     }
 
-    void add_entry(int32_t entry, Rows<const float> hidden, Rows<const float> z) {
-        const SlotCell &cell = entries.cell(row, entry);
+    void add_entry(int32_t entry, const SlotCell &cell, Rows<const float> hidden, Rows<const float> z) {
         if (cell.kind == BOTTLENECK_NORMED) {
             each<U>([&](int u) { each<R>([&](int r) { add(entry, r, u, take(z.row(r) + o + u * UNIT)); }); });
         } else if (cell.has_hidden()) {
@@ -84,13 +92,13 @@ struct OutputTile {
 template <int R, int U, class W, class X>
 [[gnu::flatten]] void expand_tile(const Entries &entries, const Block &block, int32_t first, float *scratch, Rows<X> y,
                                   int64_t o, int64_t part, WeightPrefetcher &prefetch) {
-    OutputTile<R, U, W> tile = {entries, block.row + first, o, part, prefetch, {}, {}};
+    OutputTile<R, U, W> tile(entries, block.row + first, o, part, prefetch);
     each<R, U>([&](int r, int u) { tile.total[r][u] = tile.base[r][u] = tile.take(y.row(r) + o + u * UNIT); });
     for (int32_t e = 0; e < block.entries; e++) {
-        const SlotCell &cell = block.cell(entries, e);
+        const SlotCell &cell = tile.cell(e);
         const Scratch own = {scratch, block.rows, cell.rank, entries.out};
         scratch += Scratch::size(cell, block.rows, entries.out);
-        if (tile.is_used(e)) tile.add_entry(e, own.hidden().from(first), own.z().from(first));
+        if (tile.is_used(e)) tile.add_entry(e, cell, own.hidden().from(first), own.z().from(first));
     }
     each<R>([&](int r) {
         if (!block.is_live[first + r]) return;
@@ -106,8 +114,7 @@ template <int R, int U, class W, class X>
 template <int R, int U, class W, class X>
 void expand(const Entries &entries, const Block &block, int32_t first, float *scratch, Rows<X> y, int64_t o,
             int64_t end, WeightPrefetcher &prefetch) {
-    for (; o + U * UNIT <= end; o += U * UNIT)
-        expand_tile<R, U, W>(entries, block, first, scratch, y, o, 0, prefetch);
+    for (; o + U * UNIT <= end; o += U * UNIT) expand_tile<R, U, W>(entries, block, first, scratch, y, o, 0, prefetch);
     for (; o + UNIT <= end; o += UNIT) expand_tile<R, 1, W>(entries, block, first, scratch, y, o, 0, prefetch);
     if (o < end) expand_tile<R, 1, W>(entries, block, first, scratch, y, o, end - o, prefetch);
 }

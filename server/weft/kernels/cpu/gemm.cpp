@@ -81,7 +81,7 @@ static void tile_of(const uint32_t *w, int64_t pairs, const uint32_t *x, bool is
 }
 
 typedef void (*Tile)(const uint32_t *, int64_t, const uint32_t *, bool, float *);
-constexpr Tile TILES[] = {tile_of<1>,  tile_of<2>,  tile_of<3>,  tile_of<4>, tile_of<5>,  tile_of<6>,
+constexpr Tile TILES[] = {tile_of<1>,  tile_of<2>,  tile_of<3>,  tile_of<4>,  tile_of<5>,  tile_of<6>,
                           tile_of<7>,  tile_of<8>,  tile_of<9>,  tile_of<10>, tile_of<11>, tile_of<12>,
                           tile_of<13>, tile_of<14>, tile_of<15>, tile_of<16>};
 

@@ -50,8 +50,9 @@ static inline void multiply(Rows<const float> hidden, const W *b, int64_t out, i
         each<U>([&](int u) {
             const Unit w = take(b + k * out + u * UNIT);
             each<R>([&](int r) {
-                sums[r][u].lo = fma(hidden.row(r)[k], w.lo, sums[r][u].lo);
-                sums[r][u].hi = fma(hidden.row(r)[k], w.hi, sums[r][u].hi);
+                const float h = hidden.row(r)[k];
+                sums[r][u].lo = fma(h, w.lo, sums[r][u].lo);
+                sums[r][u].hi = fma(h, w.hi, sums[r][u].hi);
             });
         });
     }

@@ -55,8 +55,7 @@ class WeightPrefetcher {
 // as a tile of attention takes to compute.
 class LinePrefetcher {
   public:
-    explicit LinePrefetcher(int64_t lines_max)
-        : lines(lines_max + STEP), next(lines.data()), end(next), last(next) {}
+    explicit LinePrefetcher(int64_t lines_max) : lines(lines_max + STEP), next(lines.data()), end(next), last(next) {}
 
     void clear() { next = end = last = lines.data(); }
     void add(const void *line) { *last++ = (const char *)line; }
