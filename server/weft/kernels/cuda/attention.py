@@ -3,9 +3,9 @@
 Shapes as in kernels/cpu/attention.py: T query rows, B requests, Hq query heads, Hkv KV heads, D head size, S spans. The
 softmax is float32; products take the pool's dtype and are added up in float32.
 
-A *tile* (kernels/cuda/steps.py) is what a program computes: consecutive query rows of one request, times the query
-heads of one KV head, since these read the same keys. Keys come in runs, span after span and then the real tokens, so
-that a row has one log-gate for a run. The *logical* index of a key is its place in the block table's order, holes
+A *tile* (kernels/cuda/attention_plan.py) is what a program computes: consecutive query rows of one request, times the
+query heads of one KV head, since these read the same keys. Keys come in runs, span after span and then the real tokens,
+so that a row has one log-gate for a run. The *logical* index of a key is its place in the block table's order, holes
 counted.
 
 A request's only row is computed by many programs, each for its share of the logical keys, and `_join` adds their sums
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda.steps import Plan, Tiles, plan
+from weft.kernels.cuda.attention_plan import Plan, Tiles, plan
 from weft.kernels.step import Paging
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cuda import deltas
-from weft.kernels.cuda.call import GROUP_MAX
+from weft.kernels.cuda.launch import GROUP_MAX
 from weft.kernels.cuda.routing import Routers, Sources
 from weft.kernels.step import Step
 from weft.methods.inject import apply_each
