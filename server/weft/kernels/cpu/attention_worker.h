@@ -115,8 +115,8 @@ class Worker {
     }
 
     // The keys 0 .. keys_end - 1 of one span, or the real ones. Counted like them, the item's first query is at
-    // `position`; a query sees the keys less than a window before it and, if `is_causal`, none after it. `gates` has the
-    // log-gate of the item's first query, and a row of spans further the next one's; null means 0 for all.
+    // `position`; a query sees the keys less than a window before it and, if `is_causal`, none after it. `gates` has
+    // the log-gate of the item's first query, and a row of spans further the next one's; null means 0 for all.
     void walk(const Item &item, const int32_t *blocks, int64_t keys_end, int64_t position, bool is_causal,
               const float *gates) {
         const int64_t window = call.window ? call.window : std::numeric_limits<int64_t>::max() / 2;
@@ -172,8 +172,8 @@ class Worker {
         prefetch.close();
     }
 
-    // Points `values` at the tile's rows and packs its keys. Rows outside from .. to - 1 are never read: zeros stand for
-    // them.
+    // Points `values` at the tile's rows and packs its keys. Rows outside from .. to - 1 are never read: zeros stand
+    // for them.
     void gather(const Tile &tile, int64_t h, int64_t rows) {
         auto point = [&](const void *side, const T **at) {
             std::fill_n(at, TILE, padded_row(TILE));

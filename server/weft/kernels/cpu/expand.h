@@ -14,16 +14,13 @@ struct OutputTile {
     const Entries &entries;
     const int64_t o, part;
     WeightPrefetcher &prefetch;
-    const int32_t *slots;   // of the rows' entries
     const float *gates[R];  // of each row's entries
     Unit base[R][U], total[R][U];
 
     OutputTile(const Entries &entries, int64_t row, int64_t o, int64_t part, WeightPrefetcher &prefetch)
-        : entries(entries), o(o), part(part), prefetch(prefetch), slots(entries.slots + entries.offsets[row]) {
+        : entries(entries), o(o), part(part), prefetch(prefetch) {
         each<R>([&](int r) { gates[r] = entries.gates + entries.offsets[row + r]; });
     }
-
-    const SlotCell &cell(int32_t entry) const { return entries.table[slots[entry]]; }
 
     template <class T>
     Unit take(const T *from) const {
@@ -94,8 +91,9 @@ template <int R, int U, class W, class X>
                                   int64_t o, int64_t part, WeightPrefetcher &prefetch) {
     OutputTile<R, U, W> tile(entries, block.row + first, o, part, prefetch);
     each<R, U>([&](int r, int u) { tile.total[r][u] = tile.base[r][u] = tile.take(y.row(r) + o + u * UNIT); });
+    const int32_t *slots = entries.slots + entries.offsets[block.row];  // all rows of the block have the same
     for (int32_t e = 0; e < block.entries; e++) {
-        const SlotCell &cell = tile.cell(e);
+        const SlotCell &cell = entries.table[slots[e]];
         const Scratch own = {scratch, block.rows, cell.rank, entries.out};
         scratch += Scratch::size(cell, block.rows, entries.out);
         if (tile.is_used(e)) tile.add_entry(e, cell, own.hidden().from(first), own.z().from(first));

@@ -1,4 +1,4 @@
-// What model code computes between kernels, element by element: sums, products, negations and copies of strided tensors.
+// What model code computes between kernels, element by element: sums, products, negations, copies of strided tensors.
 //
 // Each as torch has it: in float32, rounded once. One thread: a decode step's tensors are small.
 #include "lanes.h"
