@@ -1,6 +1,7 @@
 # Every target does its own set-up; .venv/.installed says that the environment is current.
 PYTHON ?= python3
 BIN := .venv/bin
+CPP := $(wildcard server/weft/kernels/cpu/*.cpp server/weft/kernels/cpu/*.h)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help setup demo demo-real serve test check format protos families wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
@@ -32,10 +33,10 @@ test: .venv/.installed ## Run every test, in a process for each core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup tests
 
 check: .venv/.installed ## Everything CI checks without running the product
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/buf lint protos && $(BIN)/buf format --diff --exit-code protos && $(BIN)/python protos/generate.py --check
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/buf lint protos && $(BIN)/buf format --diff --exit-code protos && $(BIN)/clang-format --dry-run --Werror $(CPP) && $(BIN)/python protos/generate.py --check
 
-format: .venv/.installed ## Format Python and protos
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/buf format --write protos
+format: .venv/.installed ## Format Python, C++ and protos
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CPP) && $(BIN)/buf format --write protos
 
 protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 	$(BIN)/python protos/generate.py

@@ -12,8 +12,6 @@ LONGER = {
     "benchmarks/gpu.py": 496,
     "server/weft/api/generation.py": 488,
     "server/weft/engine/engine.py": 457,
-    "server/weft/kernels/cpu/attention.cpp": 596,
-    "server/weft/kernels/cpu/deltas.cpp": 753,
     "tests/engine/test_engine.py": 891,
     "tests/server/test_bad_adapters.py": 759,
 }

@@ -46,6 +46,8 @@ def test_the_wheel_carries_kernels_for_old_systems(wheels: dict[str, Wheel], tmp
             archive.extractall(site)
     libraries = sorted((site / "weft/kernels/cpu/prebuilt").iterdir())
     assert {path.stem for path in libraries} == set(instruction_sets())
+    sources = {path.name for path in Path(build.__file__).parent.iterdir() if path.suffix in (".cpp", ".h")}
+    assert sources <= {path.name for path in (site / "weft/kernels/cpu").iterdir()}
     for path in libraries:
         content = path.read_bytes()
         assert b"\0GLIBC_2.2.5\0" in content  # what is searched for is found

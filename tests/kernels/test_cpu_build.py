@@ -1,6 +1,7 @@
 """The cache of compiled kernels: whole or absent, nobody else's, and of the content that was written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,21 @@ def test_what_is_there_and_whole_is_not_compiled_again(cache: Path) -> None:
     before = path.stat()
     assert build.native(cache) == path
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_change_in_any_source_or_header_is_compiled(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(os.environ["CXX"]).write_text(_SLOW_COMPILER.replace("sleep 0.2 && ", ""))
+    sources = tmp_path / "sources"
+    shutil.copytree(Path(build.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "_HERE", sources)
+    changed = [path for path in sources.iterdir() if path.suffix in (".cpp", ".h")]
+    seen = {build.native(cache)}
+    for path in changed:
+        path.write_text(f"{path.read_text()}// changed\n")
+        seen.add(build.native(cache))
+    assert len(seen) == 1 + len(changed) > 10
 
 
 @pytest.mark.parametrize("content", ["", "who", "Whole"], ids=["empty", "truncated", "tampered"])

@@ -1,6 +1,7 @@
 """The CPU delta kernels against float64, and the promise that a row's bits are its own."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -428,6 +429,13 @@ def test_misuse_is_named() -> None:
         with pytest.raises(ValueError, match=text):
             call()
     assert torch.equal(y, before)
+
+
+def test_the_kinds_of_the_kernels_are_those_of_the_methods() -> None:
+    header = Path(deltas.__file__).with_name("slot_cell.h").read_text()
+    [words] = re.findall(r"enum DeltaKind : int64_t \{(.*?)\};", header, re.DOTALL)
+    kinds = [(name, int(value)) for name, value in re.findall(r"^ *(\w+) = (\d+),", words, re.MULTILINE)]
+    assert kinds == [(kind.name, kind.value) for kind in DeltaKind]
 
 
 def openmp_runtimes() -> set[str]:

@@ -8,7 +8,7 @@ import torch
 from tests.kernels.interpreted import DEVICE
 from torch import Tensor
 
-from weft.kernels.cuda import attention, steps
+from weft.kernels.cuda import attention, attention_plan
 from weft.kernels.step import Paging
 from weft.model.paged_attention import KVCache, ReferenceAttend
 
@@ -231,9 +231,9 @@ def test_splits_are_joined_in_order_and_change_little() -> None:
             assert_near(out, expected)
 
 
-def planned(given: Step) -> steps.Plan:
+def planned(given: Step) -> attention_plan.Plan:
     shape = given.shape
-    return steps.plan(
+    return attention_plan.plan(
         given.paging,
         num_rows=len(given.query), query_heads=shape.query_heads, kv_heads=shape.kv_heads,
         head_bytes=shape.head_size * given.query.element_size(), block_size=shape.block_size,
@@ -242,11 +242,11 @@ def planned(given: Step) -> steps.Plan:
 
 def test_splits_follow_from_shapes() -> None:
     """A lone request gets small ones, a large batch large ones, and programs stay bounded."""
-    assert steps.split_of(8, 16) == 128
-    assert steps.split_of(8, 8192) == 128
-    assert steps.split_of(256, 8192) == 256
-    assert steps.split_of(2048, 8192) == 2048
-    assert steps.split_of(10**6, 8192) == 8192
+    assert attention_plan.split_of(8, 16) == 128
+    assert attention_plan.split_of(8, 8192) == 128
+    assert attention_plan.split_of(256, 8192) == 256
+    assert attention_plan.split_of(2048, 8192) == 2048
+    assert attention_plan.split_of(10**6, 8192) == 8192
 
 
 @pytest.mark.parametrize("num_rows", [0, 3, 40, 400])
@@ -257,7 +257,7 @@ def test_every_row_of_a_request_is_in_one_tile(num_rows: int) -> None:
     num_requests = len(starts) - 1
     lengths = torch.ones(num_requests, dtype=torch.int32)
     for rows in (num_rows, num_rows + 5):
-        plan = steps.plan(
+        plan = attention_plan.plan(
             Paging(torch.empty(0), query_start, lengths, torch.zeros(num_requests, 0), torch.zeros(num_requests, 4)),
             num_rows=rows, query_heads=12, kv_heads=2, head_bytes=128, block_size=16,
         )  # fmt: skip

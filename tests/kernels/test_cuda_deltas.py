@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.kernels import step
-from weft.kernels.cuda import deltas, lone_rows
+from weft.kernels.cuda import deltas, per_row
 from weft.methods.protocol import DeltaKind
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -81,10 +81,10 @@ def _seed() -> None:
     torch.manual_seed(7)
 
 
-@pytest.fixture(params=["lone rows", "tiles"])
+@pytest.fixture(params=["per row", "tiles"])
 def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two programs runs, whatever the number of rows."""
-    monkeypatch.setattr(deltas, "LONE_ROWS_MAX", {"lone rows": 1 << 30, "tiles": 0}[request.param])
+    monkeypatch.setattr(deltas, "PER_ROW_MAX", {"per row": 1 << 30, "tiles": 0}[request.param])
     return request.param
 
 
@@ -291,7 +291,7 @@ def test_long_inputs_are_summed_in_parts() -> None:
 def launches_of(call: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that a call launches, by name."""
     launched: list[str] = []
-    kind = type(lone_rows._expand)
+    kind = type(per_row._expand)
     take = kind.__getitem__
 
     def counting(kernel: object, grid: object) -> object:

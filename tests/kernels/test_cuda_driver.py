@@ -55,7 +55,7 @@ def test_compositions_are_those_of_the_reference(base: loader.Base) -> None:
 
 
 def test_tiles_are_the_reference_too(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deltas, "LONE_ROWS_MAX", 0)
+    monkeypatch.setattr(deltas, "PER_ROW_MAX", 0)
     assert_same(base, [Row(row.tokens[:6], adapters=row.adapters) for row in rows(mixes(base.shape, seed=5, count=3))])
 
 
@@ -180,9 +180,9 @@ def launches_of_a_step(table: SlotTable, base: loader.Base, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
             patch.setattr(torch.Tensor, name, refuse)
-        patch.setattr(deltas.lone_rows, "shrink", lambda *_, **__: launched.append("shrink"))
-        patch.setattr(deltas.lone_rows, "expand", lambda *_: launched.append("expand"))
-        patch.setattr(deltas.lone_rows, "scale_inputs", lambda *_: launched.append("scale_inputs"))
+        patch.setattr(deltas.per_row, "shrink", lambda *_, **__: launched.append("shrink"))
+        patch.setattr(deltas.per_row, "expand", lambda *_: launched.append("expand"))
+        patch.setattr(deltas.per_row, "scale_inputs", lambda *_: launched.append("scale_inputs"))
         driver = DriverFactory(torch.float32)(table, step)
         for site, x in zip(sites, inputs, strict=True):
             driver.apply(site, lambda x, site=site: x.new_zeros(1, num_rows, site.out_features), x)

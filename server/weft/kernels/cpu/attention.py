@@ -18,8 +18,8 @@ from weft.kernels.step import Paging, shown
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE_MAX = 256
-_pack_store = struct.Struct("=16q").pack  # StoreCall in attention.cpp
-_pack_attend = struct.Struct("=9q2d15q").pack  # Call in attention.cpp
+_pack_store = struct.Struct("=16q").pack  # StoreCall in paged_cache.h
+_pack_attend = struct.Struct("=9q2d15q").pack  # AttendCall in attention_plan.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Cache:
 
     keys: Tensor
     values: Tensor
-    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # Cache in attention.cpp
+    packed: tuple[int, ...] = field(init=False, repr=False, compare=False)  # Cache in paged_cache.h
 
     def __post_init__(self) -> None:
         keys, values = self.keys, self.values
@@ -52,7 +52,7 @@ class Cache:
 
 
 class Packed(NamedTuple):
-    """A step's paging, checked once, and its record for the kernels (Batch in attention.cpp)."""
+    """A step's paging, checked once, and its record for the kernels (Paging in attention_plan.h)."""
 
     paging: Paging
     numbers: tuple[int, ...]

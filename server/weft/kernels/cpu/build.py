@@ -33,7 +33,7 @@ _SOURCES = (
     "replay.cpp",
     "overflow.cpp",
 )
-_HEADERS = ("lanes.h",)
+_HEADERS = tuple(sorted(path.name for path in _HERE.glob("*.h")))  # all of them: each may be in any source
 _FLAGS = ("-std=gnu++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fPIC", "-fvisibility=default")
 _NATIVE = ("-march=native",)
 _BUILD_S_MAX = 300

@@ -52,8 +52,8 @@ class Site:
 
     table: [S, 4] int64, contiguous: kind, rank, address of A or l or b, address of B. By kind:
       LORA          A: [rank, I], B: [rank, O], row-major, of `weight_dtype`; B is transposed and includes the scaling
-      OUTPUT_SCALE  l: [O] float32
-      INPUT_SCALE   l: [I] float32
+      SCALE_OUTPUT  l: [O] float32
+      SCALE_INPUT   l: [I] float32
       BIAS          b: [O] float32
       BOTTLENECK…   A: [2 · rank, O] of `weight_dtype`, row-major: W_down, then W_up transposed, including its scaling;
                     the second address: float32, one after another: activation (0 ReLU, 1 GELU, 2 SiLU), whether there
@@ -87,7 +87,7 @@ def post(x: Tensor, y: Tensor, rows: Packed, site: Site, residual: Tensor | None
 
     Semantics: y[t] += sum over the entries n of row t of gates[n] * delta(x[t], y[t]), with A, B, l, b of slots[n]:
       LORA          delta = (x[t] @ A.T) @ B
-      OUTPUT_SCALE  delta = (l - 1) * y[t]
+      SCALE_OUTPUT  delta = (l - 1) * y[t]
       BIAS          delta = b
       BOTTLENECK    delta = f(y[t]), and by kind f(y[t] + r[t]), f(r[t]), LN(y[t] + f(y[t])) - y[t], where
                     f(z) = act(LN(z) @ W_down.T + b_down) @ W_up.T + b_up; in the last kind f has no LN
@@ -115,7 +115,7 @@ def pre(x: Tensor, out: Tensor, rows: Packed, site: Site) -> None:
     """Write the input of the base weight: `x` with the gated input scales of each row's adapters.
 
     Semantics: out[t] = x[t] + sum over the entries n of row t of gates[n] * (l - 1) * x[t], with l of slots[n] if its
-    kind is INPUT_SCALE; any other kind adds nothing. Summed in float32, rounded once; every row is written.
+    kind is SCALE_INPUT; any other kind adds nothing. Summed in float32, rounded once; every row is written.
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
     out: like x, any row stride, sharing no memory with it; written in place.

@@ -14,28 +14,17 @@ enum Activation : int64_t { SILU = 0, GELU_TANH = 1 };
 // Elements under which waking a second thread costs more than it saves; an exponential costs as much as eight products.
 constexpr int64_t NORM_SERIAL_BELOW = 48 << 10, GATE_SERIAL_BELOW = 6 << 10;
 
-// Calls step(i, take, put) for every unit of a row.
-template <class Step>
-static inline void each_unit(int64_t size, Step step) {
-    int64_t i = 0;
-    for (; i + UNIT <= size; i += UNIT)
-        step(i, [](auto *from) { return load<NATURAL>(from); }, [](auto *to, Unit v) { store<NATURAL>(to, v); });
-    if (i < size)
-        step(i, [&](auto *from) { return load_part<NATURAL>(from, size - i); },
-             [&](auto *to, Unit v) { store_part<NATURAL>(to, size - i, v); });
-}
-
 // out = x * gain / sqrt(mean(x * x) + eps)
 template <class X>
 void rms_norm(const X *x, const float *gain, float eps, int64_t size, X *out) {
     f32x16 acc = {};
-    each_unit(size, [&](int64_t i, auto take, auto) {
+    each_unit<NATURAL>(size, [&](int64_t i, auto take, auto) {
         Unit v = take(x + i);
         acc = fma(v.lo, v.lo, acc);
         acc = fma(v.hi, v.hi, acc);
     });
     const float scale = 1.0f / std::sqrt(sum(acc) / float(size) + eps);
-    each_unit(size, [&](int64_t i, auto take, auto put) {
+    each_unit<NATURAL>(size, [&](int64_t i, auto take, auto put) {
         Unit v = take(x + i), g = take(gain + i);
         put(out + i, Unit{v.lo * scale * g.lo, v.hi * scale * g.hi});
     });
@@ -55,7 +44,7 @@ static inline f32x16 gelu_tanh(f32x16 v) {
 // out = act(gate) * up
 template <class X>
 void gate(const X *g, const X *up, Activation activation, int64_t size, X *out) {
-    each_unit(size, [&](int64_t i, auto take, auto put) {
+    each_unit<NATURAL>(size, [&](int64_t i, auto take, auto put) {
         Unit a = take(g + i), b = take(up + i);
         if (activation == SILU) put(out + i, Unit{silu(a.lo) * b.lo, silu(a.hi) * b.hi});
         else put(out + i, Unit{gelu_tanh(a.lo) * b.lo, gelu_tanh(a.hi) * b.hi});
@@ -99,27 +88,25 @@ struct WeftGate {
 int weft_rms_norm(const WeftNorm *given) {
     using namespace weft;
     const WeftNorm &g = *given;
-    auto go = [&](auto element) {
+    with_type(g.is_bf16, [&](auto element) {
         using X = decltype(element);
         each_row(g.rows, int(g.threads), g.rows * g.size < NORM_SERIAL_BELOW, [&](int64_t t) {
             rms_norm((const X *)g.x + t * g.x_stride, g.gain, float(g.eps), g.size, (X *)g.out + t * g.size);
         });
-    };
-    g.is_bf16 ? go(bf16{}) : go(float{});
+    });
     return OK;
 }
 
 int weft_gate(const WeftGate *given) {
     using namespace weft;
     const WeftGate &g = *given;
-    auto go = [&](auto element) {
+    with_type(g.is_bf16, [&](auto element) {
         using X = decltype(element);
         each_row(g.rows, int(g.threads), g.rows * g.size < GATE_SERIAL_BELOW, [&](int64_t t) {
             gate((const X *)g.gate + t * g.gate_stride, (const X *)g.up + t * g.up_stride, Activation(g.activation),
                  g.size, (X *)g.out + t * g.size);
         });
-    };
-    g.is_bf16 ? go(bf16{}) : go(float{});
+    });
     return OK;
 }
 

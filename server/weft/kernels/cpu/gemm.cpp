@@ -52,23 +52,21 @@ static inline f32x16 dot(f32x16 acc, u32x16 w, u32x16 x) {
 template <int R, int U>
 static void tile(const uint32_t *w, int64_t w_stride, const uint32_t *x, int64_t pairs, bool is_first, float *acc) {
     f32x16 sums[R][U];
-    EACH(r, R)
-        EACH(u, U) sums[r][u] = is_first ? f32x16{} : read<f32x16>(acc + (r * U + u) * LANES);
+    each<R, U>([&](int r, int u) { sums[r][u] = is_first ? f32x16{} : read<f32x16>(acc + (r * U + u) * LANES); });
     const uint32_t *next = w + U * w_stride;
     for (int64_t k = 0; k < pairs; k++, w += LANES, x += LANES) {
         u32x16 weights[U];
-        EACH(u, U) {
+        each<U>([&](int u) {
             weights[u] = read<u32x16>(w + u * w_stride);
             _mm_prefetch((const char *)next, _MM_HINT_T1);
             next += LANES;
-        }
-        EACH(r, R) {
+        });
+        each<R>([&](int r) {
             const u32x16 row = (u32x16)_mm512_set1_epi32(int(x[r]));
-            EACH(u, U) sums[r][u] = dot(sums[r][u], weights[u], row);
-        }
+            each<U>([&](int u) { sums[r][u] = dot(sums[r][u], weights[u], row); });
+        });
     }
-    EACH(r, R)
-        EACH(u, U) write(acc + (r * U + u) * LANES, sums[r][u]);
+    each<R, U>([&](int r, int u) { write(acc + (r * U + u) * LANES, sums[r][u]); });
 }
 
 // How many blocks a tile of so many rows takes at once: as many sums as registers hold, of few rows' enough to hide the
@@ -83,7 +81,7 @@ static void tile_of(const uint32_t *w, int64_t pairs, const uint32_t *x, bool is
 }
 
 typedef void (*Tile)(const uint32_t *, int64_t, const uint32_t *, bool, float *);
-constexpr Tile TILES[] = {tile_of<1>,  tile_of<2>,  tile_of<3>,  tile_of<4>, tile_of<5>,  tile_of<6>,
+constexpr Tile TILES[] = {tile_of<1>,  tile_of<2>,  tile_of<3>,  tile_of<4>,  tile_of<5>,  tile_of<6>,
                           tile_of<7>,  tile_of<8>,  tile_of<9>,  tile_of<10>, tile_of<11>, tile_of<12>,
                           tile_of<13>, tile_of<14>, tile_of<15>, tile_of<16>};
 
@@ -118,16 +116,16 @@ static void arrange(const Problem &p, int64_t row, int64_t rows, uint32_t *to) {
             for (int64_t r = 0; r < rows; r++) a[r] = read<u32x16>(from + r * p.x_stride);
         else
             for (int64_t r = 0; r < rows; r++) memcpy(&a[r], from + r * p.x_stride, left * sizeof(bf16));
-        EACH(times, 2) {
-            EACH(r, 8) {
+        each<2>([&](int) {
+            each<8>([&](int r) {
                 b[2 * r] = __builtin_shuffle(a[r], a[r + 8], FIRST);
                 b[2 * r + 1] = __builtin_shuffle(a[r], a[r + 8], SECOND);
-            }
-            EACH(r, 8) {
+            });
+            each<8>([&](int r) {
                 a[2 * r] = __builtin_shuffle(b[r], b[r + 8], FIRST);
                 a[2 * r + 1] = __builtin_shuffle(b[r], b[r + 8], SECOND);
-            }
-        }
+            });
+        });
         for (int64_t k = 0; k < pairs; k++, to += LANES) write(to, a[k]);
     }
 }

@@ -13,10 +13,20 @@
 #include <immintrin.h>
 #endif
 
-// A loop over a number known to the compiler, unrolled so that what it indexes stays in registers.
-#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < count; i++)
-
 namespace weft {
+
+// Calls body(0) .. body(N - 1), unrolled so that arrays indexed by the number stay in registers.
+template <int N, class Body>
+[[gnu::always_inline]] static inline void each(Body body) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) body(i);
+}
+
+// Calls body(i, j) for every i < N and, within it, every j < M.
+template <int N, int M, class Body>
+[[gnu::always_inline]] static inline void each(Body body) {
+    each<N>([&](int i) { each<M>([&](int j) { body(i, j); }); });
+}
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -56,7 +66,9 @@ static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-    struct Halves { __m256 lo, hi; };
+    struct Halves {
+        __m256 lo, hi;
+    };
     Halves x = bits_as<Halves>(a), y = bits_as<Halves>(b), z = bits_as<Halves>(c);
     return bits_as<f32x16>(Halves{_mm256_fmadd_ps(x.lo, y.lo, z.lo), _mm256_fmadd_ps(x.hi, y.hi, z.hi)});
 #else
@@ -78,7 +90,7 @@ static inline float sum(f32x16 v) {
 // e^x for x <= 0, to 2 units in the last place; exactly 1 at 0 and exactly 0 below the smallest normal number.
 static inline f32x16 exp_of(f32x16 x) {
     const f32x16 lowest = splat(-87.0f);
-    f32x16 z = x < lowest ? lowest : x;  // a NaN passes
+    f32x16 z = x < lowest ? lowest : x;                               // a NaN passes
     f32x16 shifted = fma(splat(1.44269504f), z, splat(12582912.0f));  // 1.5 * 2^23: its last bits are round(z / ln 2)
     f32x16 n = shifted - 12582912.0f;
     f32x16 r = fma(splat(-0.693359375f), n, z);
@@ -175,6 +187,25 @@ static inline void store_part(T *to, int64_t count, Unit v) {
 template <class T>
 constexpr Order order_of() {
     return sizeof(T) == 2 ? SPLIT : NATURAL;
+}
+
+// Calls step(i, take, put) for every unit of `size` elements; the last may be a part of one.
+template <Order ORDER, class Step>
+static inline void each_unit(int64_t size, Step step) {
+    int64_t i = 0;
+    for (; i + UNIT <= size; i += UNIT)
+        step(i, [](auto *from) { return load<ORDER>(from); }, [](auto *to, Unit v) { store<ORDER>(to, v); });
+    if (i < size)
+        step(
+            i, [&](auto *from) { return load_part<ORDER>(from, size - i); },
+            [&](auto *to, Unit v) { store_part<ORDER>(to, size - i, v); });
+}
+
+// Calls body with an element of the type that a record's flag names.
+template <class Body>
+static inline void with_type(bool is_bf16, const Body &body) {
+    if (is_bf16) body(bf16{});
+    else body(float{});
 }
 
 // What a C function here answers: 0, or the reason why it wrote nothing.

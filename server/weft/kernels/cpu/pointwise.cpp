@@ -1,4 +1,4 @@
-// What model code computes between kernels, element by element: sums, products, negations and copies of strided tensors.
+// What model code computes between kernels, element by element: sums, products, negations, copies of strided tensors.
 //
 // Each as torch has it: in float32, rounded once. One thread: a decode step's tensors are small.
 #include "lanes.h"
@@ -76,8 +76,10 @@ static void each_line(const Pointwise &p, Line line, int dim, const char *a, con
 extern "C" int weft_pointwise(const weft::Pointwise *given) {
     using namespace weft;
     const Pointwise &p = *given;
-    const Line line = p.a.is_bf16 ? p.out.is_bf16 ? line_of<bf16, bf16>(p.operation) : line_of<bf16, float>(p.operation)
-                                  : p.out.is_bf16 ? line_of<float, bf16>(p.operation) : line_of<float, float>(p.operation);
+    Line line = nullptr;
+    with_type(p.a.is_bf16, [&](auto from) {
+        with_type(p.out.is_bf16, [&](auto to) { line = line_of<decltype(from), decltype(to)>(p.operation); });
+    });
     each_line(p, line, 0, (const char *)p.a.at, (const char *)p.b.at, (char *)p.out.at);
     return OK;
 }

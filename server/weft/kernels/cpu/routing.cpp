@@ -215,7 +215,7 @@ int weft_route(const WeftRouting *given) {
         each(omp_get_thread_num(), omp_get_num_threads());
     };
     try {
-        g.is_bf16 ? go(bf16{}) : go(float{});
+        with_type(g.is_bf16, go);
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
     }

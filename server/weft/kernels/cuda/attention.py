@@ -3,10 +3,10 @@
 Shapes as in kernels/cpu/attention.py: T query rows, B requests, Hq query heads, Hkv KV heads, D head size, S spans. The
 softmax is float32; products take the pool's dtype and accumulate in float32.
 
-A *tile* (kernels/cuda/steps.py) is the work of one program: consecutive query rows of one request, times the query
-heads of one KV head, since these read the same keys. Keys come in runs, span after span and then the real tokens, so
-that a row has one log-gate for each run. The *logical* index of a key is its place in the block table's order, counting
-holes.
+A *tile* (kernels/cuda/attention_plan.py) is the work of one program: consecutive query rows of one request, times the
+query heads of one KV head, since these read the same keys. Keys come in runs, span after span and then the real tokens,
+so that a row has one log-gate for each run. The *logical* index of a key is its place in the block table's order,
+counting holes.
 
 If a request has a single row, many programs compute it, each for its share of the logical keys, and `_join` adds their
 sums in order. A row's bits depend on its own query, keys and gates, on its place among its request's rows, and on
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda.steps import Plan, Tiles, plan
+from weft.kernels.cuda.attention_plan import Plan, Tiles, plan
 from weft.kernels.step import Paging
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -18,8 +18,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda import lone_rows, networks, tiles
-from weft.kernels.cuda.call import GROUP_MAX, RANKS, Call, num_parts_of
+from weft.kernels.cuda import bottleneck, per_row, tiles
+from weft.kernels.cuda.launch import GROUP_MAX, RANKS, Launch, num_parts_of
 from weft.kernels.step import Entries, row_of_entry, shown
 from weft.methods.protocol import DeltaKind
 
@@ -29,11 +29,11 @@ _WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 # The L2 cache supplies an adapter's weights to every row but the first. Up to this many rows that costs less than
 # tiles, which take their slots one after another; in decode every row may have its own slot.
-LONE_ROWS_MAX = 256
+PER_ROW_MAX = 256
 
-_NETWORKS = tuple(kind for kind in DeltaKind if kind >= DeltaKind.BOTTLENECK)
-ALONE = (DeltaKind.SCALE_INPUT, *_NETWORKS)
-_WITH_HIDDEN = (DeltaKind.LORA, *_NETWORKS)
+_BOTTLENECKS = tuple(kind for kind in DeltaKind if kind >= DeltaKind.BOTTLENECK)
+ALONE = (DeltaKind.SCALE_INPUT, *_BOTTLENECKS)
+_WITH_HIDDEN = (DeltaKind.LORA, *_BOTTLENECKS)
 
 
 class Rows(NamedTuple):
@@ -76,7 +76,7 @@ class Site:
         rewritten between calls, within `kinds` and `rank`. Its owner keeps the weights alive, aligned to 16 bytes.
     sizes_out: of each module; O is their sum.
     weight_dtype: float32 or bfloat16; of every A and B of the table.
-    kinds: all kinds in the table, and perhaps more; they decide which kernels run. Bit k is for kind k. Networks and
+    kinds: all kinds in the table, and perhaps more; they decide which kernels run. Bit k is for kind k. Bottlenecks and
         scales of inputs are only for a single module.
     rank: at least the rank of every slot.
     """
@@ -101,9 +101,9 @@ class Site:
         if self.size_in < 1 or min(self.sizes_out) < 1:
             raise ValueError(f"size_in, sizes_out: need at least 1, given {self.size_in}, {self.sizes_out}")
         if len(table) > 1 and self.has(*ALONE):
-            raise ValueError(f"kinds: networks and scales of inputs need a site of their own, given {self.kinds:b}")
+            raise ValueError(f"kinds: bottlenecks and scales of inputs need a site of their own, given {self.kinds:b}")
         if self.rank < 1 and self.has(*_WITH_HIDDEN):
-            raise ValueError(f"rank: needs at least 1 where LoRAs or networks are, given {self.rank}")
+            raise ValueError(f"rank: needs at least 1 if LoRAs or bottlenecks are there, given {self.rank}")
 
     @property
     def size_out(self) -> int:
@@ -118,7 +118,7 @@ class Site:
 def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None = None) -> None:
     """Add the gated deltas of each row's adapters to its base output `y`, in place.
 
-    Semantics: kernels/cpu/deltas.py::post. Among up to `LONE_ROWS_MAX` rows, a row's bits depend on its own numbers
+    Semantics: kernels/cpu/deltas.py::post. Among up to `PER_ROW_MAX` rows, a row's bits depend on its own numbers
     alone; among more, also on its place in the batch, but never on what neighbours hold.
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
@@ -133,16 +133,16 @@ def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None =
         raise ValueError("residual: needs one, since the site has kinds that read it, given none")
     if not rows.num_entries or not rows.num_rows:
         return
-    call = _call(rows, site)
-    kernels = lone_rows if rows.num_rows <= LONE_ROWS_MAX else tiles
+    launch = _launch(rows, site)
+    kernels = per_row if rows.num_rows <= PER_ROW_MAX else tiles
     if site.has(DeltaKind.LORA):
-        kernels.shrink(call, x, of_networks=False)
-    if site.has(*_NETWORKS):
-        networks.fill(call, y, y if residual is None else residual)
-        kernels.shrink(call, call.z, of_networks=True)
+        kernels.shrink(launch, x, of_bottlenecks=False)
+    if site.has(*_BOTTLENECKS):
+        bottleneck.fill(launch, y, y if residual is None else residual)
+        kernels.shrink(launch, launch.z, of_bottlenecks=True)
         if site.has(DeltaKind.BOTTLENECK_NORMED):
-            networks.finish(call, y)
-    kernels.expand(call, y)
+            bottleneck.finish(launch, y)
+    kernels.expand(launch, y)
 
 
 def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
@@ -158,17 +158,17 @@ def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
     if x.data_ptr() == out.data_ptr() and rows.num_rows:
         raise ValueError("out: needs memory of its own, given x")
     if rows.num_rows:
-        lone_rows.scale_inputs(x, out, *rows.entries, site.table)
+        per_row.scale_inputs(x, out, *rows.entries, site.table)
 
 
-def _call(rows: Rows, site: Site) -> Call:
+def _launch(rows: Rows, site: Site) -> Launch:
     """Return a call with new scratch memory, which PyTorch's allocator keeps in order with the stream's work."""
     device, num_entries = rows.entries.offsets.device, rows.num_entries
     width = -(-site.rank // RANKS) * RANKS if site.has(*_WITH_HIDDEN) else RANKS
-    num_parts = num_parts_of(max(site.size_in, site.size_out) if site.has(*_NETWORKS) else site.size_in)
+    num_parts = num_parts_of(max(site.size_in, site.size_out) if site.has(*_BOTTLENECKS) else site.size_in)
     hidden = num_parts, len(site.table), num_entries, width
-    z = (num_entries, site.size_out) if site.has(*_NETWORKS) else (0, site.size_out)
-    return Call(
+    z = (num_entries, site.size_out) if site.has(*_BOTTLENECKS) else (0, site.size_out)
+    return Launch(
         rows_of=rows.rows_of,
         entries=rows.entries,
         table=site.table,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cuda import deltas
-from weft.kernels.cuda.call import GROUP_MAX
+from weft.kernels.cuda.launch import GROUP_MAX
 from weft.kernels.cuda.routing import Routers
 from weft.kernels.slot_tables import CaptureKey, SlotTables
 from weft.kernels.step import Step

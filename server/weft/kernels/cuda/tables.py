@@ -17,7 +17,7 @@ LORA = tl.constexpr(int(DeltaKind.LORA))
 SCALE_OUTPUT = tl.constexpr(int(DeltaKind.SCALE_OUTPUT))
 SCALE_INPUT = tl.constexpr(int(DeltaKind.SCALE_INPUT))
 BIAS = tl.constexpr(int(DeltaKind.BIAS))
-BOTTLENECK = tl.constexpr(int(DeltaKind.BOTTLENECK))  # it and every later kind is a network
+BOTTLENECK = tl.constexpr(int(DeltaKind.BOTTLENECK))  # it and every later kind is a bottleneck adapter
 BOTTLENECK_SUM = tl.constexpr(int(DeltaKind.BOTTLENECK_SUM))
 BOTTLENECK_RESIDUAL = tl.constexpr(int(DeltaKind.BOTTLENECK_RESIDUAL))
 BOTTLENECK_NORMED = tl.constexpr(int(DeltaKind.BOTTLENECK_NORMED))
@@ -71,27 +71,27 @@ def matrix_at(address, DTYPE: tl.constexpr):
 
 @triton.jit
 def expansion_of(kind, rank, a, b, size_out, WEIGHT: tl.constexpr):
-    """Return where B [rank, O] of a LoRA begins, or W_up [rank, O] of a network, which follows its W_down."""
+    """Return where B [rank, O] of a LoRA begins, or W_up [rank, O] of a bottleneck, which follows its W_down."""
     up = a + rank.to(tl.int64) * size_out * (WEIGHT.primitive_bitwidth // 8)
     return matrix_at(tl.where(kind == LORA, b, up), WEIGHT)
 
 
 @triton.jit
 def down_bias_of(b):
-    """Return a pointer to b_down [rank] of a network's vectors; b_up [O], the LN's gain [O] and bias [O] follow it."""
+    """Return a pointer to b_down [rank] of a bottleneck's vectors; b_up [O] and the LN's gain and bias [O] follow it."""
     return b.to(tl.pointer_type(tl.float32)) + _HEADER
 
 
 @triton.jit
 def norm_of(b):
-    """Return whether a network has a LN, and its eps."""
+    """Return whether a bottleneck has a LN, and its eps."""
     vectors = b.to(tl.pointer_type(tl.float32))
     return tl.load(vectors + 1) != 0.0, tl.load(vectors + 2)
 
 
 @triton.jit
 def activate(b, v):
-    """Return σ(v) of the network whose vectors are at `b`."""
+    """Return σ(v) of the bottleneck whose vectors are at `b`."""
     activation = tl.load(b.to(tl.pointer_type(tl.float32))).to(tl.int32)
     result = tl.where(v < 0.0, 0.0, v)  # keeps a NaN
     result = tl.where(activation == _GELU, 0.5 * v * (1.0 + tl.erf(v * 0.70710678118654752)), result)

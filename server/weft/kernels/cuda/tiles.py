@@ -2,7 +2,7 @@
 
 A tile takes its rows' entries by their place, and at each place one slot after another. A tile inside a prompt has one
 slot there, and reads its weights once, on tensor cores. The rows that share a slot are found on the device. Sums have
-the order of kernels/cuda/lone_rows.py, in the blocks of tensor cores. What a row's neighbours hold never changes its
+the order of kernels/cuda/per_row.py, in the blocks of tensor cores. What a row's neighbours hold never changes its
 bits.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda.call import RANKS, Call, part_size_of
+from weft.kernels.cuda.launch import RANKS, Launch, part_size_of
 from weft.kernels.cuda.tables import (
     BIAS,
     BOTTLENECK,
@@ -38,22 +38,23 @@ _OUTPUTS = 128  # per program of expand
 _NO_SLOT = tl.constexpr(2**31 - 1)
 
 
-def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
-    """Do the same as kernels/cuda/lone_rows.py."""
+def shrink(launch: Launch, x: Tensor, *, of_bottlenecks: bool) -> None:
+    """Do the same as kernels/cuda/per_row.py."""
     size = x.shape[1]
-    _shrink[(triton.cdiv(call.num_rows, _ROWS), call.group * call.width // RANKS, call.num_parts)](
-        x, x.stride(0), *call.entries, call.table, call.table.stride(0), call.hidden,
-        call.num_rows, call.num_entries, call.width, size, part_size_of(size, call.num_parts, _INPUTS),
-        GROUP=call.group, NETWORKS=of_networks, WEIGHT=call.weight, ROWS=_ROWS, RANKS=RANKS, BLOCK=_INPUTS, num_warps=4,
+    _shrink[(triton.cdiv(launch.num_rows, _ROWS), launch.group * launch.width // RANKS, launch.num_parts)](
+        x, x.stride(0), *launch.entries, launch.table, launch.table.stride(0), launch.hidden,
+        launch.num_rows, launch.num_entries, launch.width, size, part_size_of(size, launch.num_parts, _INPUTS),
+        GROUP=launch.group, OF_BOTTLENECKS=of_bottlenecks, WEIGHT=launch.weight,
+        ROWS=_ROWS, RANKS=RANKS, BLOCK=_INPUTS, num_warps=4,
     )  # fmt: skip
 
 
-def expand(call: Call, y: Tensor) -> None:
-    """Do the same as kernels/cuda/lone_rows.py."""
-    _expand[(triton.cdiv(call.num_rows, _ROWS), call.num_output_blocks(_OUTPUTS))](
-        y, y.stride(0), *call.entries, call.table, call.table.stride(0), call.hidden, call.z,
-        call.num_rows, call.num_entries, call.width, *call.three_sizes,
-        GROUP=call.group, WEIGHT=call.weight, PARTS=call.num_parts,
+def expand(launch: Launch, y: Tensor) -> None:
+    """Do the same as kernels/cuda/per_row.py."""
+    _expand[(triton.cdiv(launch.num_rows, _ROWS), launch.num_output_blocks(_OUTPUTS))](
+        y, y.stride(0), *launch.entries, launch.table, launch.table.stride(0), launch.hidden, launch.z,
+        launch.num_rows, launch.num_entries, launch.width, *launch.three_sizes,
+        GROUP=launch.group, WEIGHT=launch.weight, PARTS=launch.num_parts,
         ROWS=_ROWS, RANKS=RANKS, BLOCK=_OUTPUTS, num_warps=4,
     )  # fmt: skip
 
@@ -77,10 +78,10 @@ def _taken(slots, gates, table, n, has_entry):
 @triton.jit(do_not_specialize=BY_STEP)
 def _shrink(
     x, x_stride, offsets, slots, gates, table, table_stride, hidden, num_rows, num_entries, width, size, part_size,
-    GROUP: tl.constexpr, NETWORKS: tl.constexpr, WEIGHT: tl.constexpr,
+    GROUP: tl.constexpr, OF_BOTTLENECKS: tl.constexpr, WEIGHT: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; for networks, `x` has a row for every entry."""
+    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; for bottlenecks, `x` has a row for every entry."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_blocks = width // RANKS
     site = tl.program_id(1) // num_blocks
@@ -93,13 +94,13 @@ def _shrink(
     for place in range(tl.max(counts, 0)):
         n = first_entry + place
         _gate, slot, kind = _taken(slots, gates, table, n, place < counts)
-        pending = kind >= BOTTLENECK if NETWORKS else kind == LORA
+        pending = kind >= BOTTLENECK if OF_BOTTLENECKS else kind == LORA
         while tl.max(pending.to(tl.int32), 0) > 0:
             this = tl.min(tl.where(pending, slot, _NO_SLOT), 0)
             mine = pending & (slot == this)
             _kind, rank, a, _b = line_of(table, this)
             if first_rank < rank:
-                from_x = x + (n if NETWORKS else rows).to(tl.int64)[:, None] * x_stride
+                from_x = x + (n if OF_BOTTLENECKS else rows).to(tl.int64)[:, None] * x_stride
                 from_a = matrix_at(a, WEIGHT) + k[None, :] * size
                 total = tl.zeros([ROWS, RANKS], tl.float32)
                 for begin in range(part * part_size, tl.minimum((part + 1) * part_size, size), BLOCK):

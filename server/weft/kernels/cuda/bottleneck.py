@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda.call import Call
+from weft.kernels.cuda.launch import Launch
 from weft.kernels.cuda.tables import (
     BOTTLENECK,
     BOTTLENECK_NORMED,
@@ -27,24 +27,24 @@ from weft.kernels.cuda.tables import (
 )
 
 
-def fill(call: Call, y: Tensor, residual: Tensor) -> None:
-    """Write the networks' inputs to `call.z`; `residual` [T, O] may hold anything if no network reads it."""
-    width = triton.next_power_of_2(call.size_out)
-    _fill[(call.num_entries,)](
-        y, y.stride(0), residual, residual.stride(0), call.rows_of,
-        call.entries.slots, call.entries.gates, call.table, call.z,
-        call.num_rows, call.size_out, WIDTH=width, num_warps=_warps_of(width),
+def fill(launch: Launch, y: Tensor, residual: Tensor) -> None:
+    """Write the bottlenecks' inputs to `launch.z`; `residual` [T, O] may hold anything if no bottleneck reads it."""
+    width = triton.next_power_of_2(launch.size_out)
+    _fill[(launch.num_entries,)](
+        y, y.stride(0), residual, residual.stride(0), launch.rows_of,
+        launch.entries.slots, launch.entries.gates, launch.table, launch.z,
+        launch.num_rows, launch.size_out, WIDTH=width, num_warps=_warps_of(width),
     )  # fmt: skip
 
 
-def finish(call: Call, y: Tensor) -> None:
-    """Write the deltas of the normed kind to `call.z`, once `call.hidden` is filled."""
-    width = triton.next_power_of_2(call.size_out)
-    _finish[(call.num_entries,)](
-        y, y.stride(0), call.rows_of,
-        call.entries.slots, call.entries.gates, call.table, call.hidden, call.z,
-        call.num_rows, call.num_entries, call.width, call.size_out,
-        WEIGHT=call.weight, PARTS=call.num_parts, WIDTH=width, num_warps=_warps_of(width),
+def finish(launch: Launch, y: Tensor) -> None:
+    """Write the deltas of the normed kind to `launch.z`, once `launch.hidden` is filled."""
+    width = triton.next_power_of_2(launch.size_out)
+    _finish[(launch.num_entries,)](
+        y, y.stride(0), launch.rows_of,
+        launch.entries.slots, launch.entries.gates, launch.table, launch.hidden, launch.z,
+        launch.num_rows, launch.num_entries, launch.width, launch.size_out,
+        WEIGHT=launch.weight, PARTS=launch.num_parts, WIDTH=width, num_warps=_warps_of(width),
     )  # fmt: skip
 
 

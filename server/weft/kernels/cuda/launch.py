@@ -7,13 +7,13 @@ from torch import Tensor
 from weft.kernels.step import Entries
 
 
-class Call(NamedTuple):
+class Launch(NamedTuple):
     """Sizes as in kernels/cuda/deltas.py: T rows, N entries, G sites of a group, I in and O out.
 
     rows_of: int32 [N], the row of each of `entries`. table: int64 [G, S, 4].
     hidden: float32 [parts, G, N, R]: for every entry with a rank, the products A x over each part of the inputs; R is
         the largest rank in whole blocks of `RANKS`, and the last block of an entry's rank is filled up with zeros.
-    z: float32 [N, O], each entry's whole row (kernels/cuda/networks.py); without elements if there are no networks.
+    z: float32 [N, O], each entry's whole row (kernels/cuda/bottleneck.py); empty without bottlenecks.
     sizes_out: of each site of the group.
     weight: Triton's dtype of every A and B.
     """

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.cuda.call import RANKS, Call, part_size_of
+from weft.kernels.cuda.launch import RANKS, Launch, part_size_of
 from weft.kernels.cuda.tables import (
     BIAS,
     BOTTLENECK,
@@ -34,23 +34,23 @@ from weft.kernels.cuda.tables import (
 _BLOCK = 256  # inputs per iteration of shrink's loop; outputs per program of expand
 
 
-def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
-    """Fill `call.hidden` from `x`: for LoRAs, rows [T, I]; for networks, rows of their own, [N, O]."""
+def shrink(launch: Launch, x: Tensor, *, of_bottlenecks: bool) -> None:
+    """Fill `launch.hidden` from `x`: for LoRAs, rows [T, I]; for bottlenecks, rows of their own, [N, O]."""
     size = x.shape[1]
-    _shrink[(call.num_entries, call.group * call.width // RANKS, call.num_parts)](
-        x, x.stride(0), call.rows_of,
-        call.entries.slots, call.entries.gates, call.table, call.table.stride(0), call.hidden,
-        call.num_rows, call.num_entries, call.width, size, part_size_of(size, call.num_parts, _BLOCK),
-        GROUP=call.group, NETWORKS=of_networks, WEIGHT=call.weight, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
+    _shrink[(launch.num_entries, launch.group * launch.width // RANKS, launch.num_parts)](
+        x, x.stride(0), launch.rows_of,
+        launch.entries.slots, launch.entries.gates, launch.table, launch.table.stride(0), launch.hidden,
+        launch.num_rows, launch.num_entries, launch.width, size, part_size_of(size, launch.num_parts, _BLOCK),
+        GROUP=launch.group, OF_BOTTLENECKS=of_bottlenecks, WEIGHT=launch.weight, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
-def expand(call: Call, y: Tensor) -> None:
+def expand(launch: Launch, y: Tensor) -> None:
     """Add all deltas to `y` [T, O], in place."""
-    _expand[(call.num_rows, call.num_output_blocks(_BLOCK))](
-        y, y.stride(0), *call.entries, call.table, call.table.stride(0), call.hidden, call.z,
-        call.num_entries, call.width, *call.three_sizes,
-        GROUP=call.group, WEIGHT=call.weight, PARTS=call.num_parts, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
+    _expand[(launch.num_rows, launch.num_output_blocks(_BLOCK))](
+        y, y.stride(0), *launch.entries, launch.table, launch.table.stride(0), launch.hidden, launch.z,
+        launch.num_entries, launch.width, *launch.three_sizes,
+        GROUP=launch.group, WEIGHT=launch.weight, PARTS=launch.num_parts, RANKS=RANKS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -65,9 +65,9 @@ def scale_inputs(x: Tensor, out: Tensor, offsets: Tensor, slots: Tensor, gates: 
 @triton.jit(do_not_specialize=BY_STEP)
 def _shrink(
     x, x_stride, rows_of, slots, gates, table, table_stride, hidden, num_rows, num_entries, width, size, part_size,
-    GROUP: tl.constexpr, NETWORKS: tl.constexpr, WEIGHT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, OF_BOTTLENECKS: tl.constexpr, WEIGHT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; for networks, `x` has a row for every entry."""
+    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; for bottlenecks, `x` has a row for every entry."""
     n = tl.program_id(0)
     num_blocks = width // RANKS
     site = tl.program_id(1) // num_blocks
@@ -77,11 +77,11 @@ def _shrink(
     row = tl.load(rows_of + n)
     if (row < num_rows) & (tl.load(gates + n) != 0.0):
         kind, rank, a, _ = line_of(table, tl.load(slots + n))
-        is_mine = kind >= BOTTLENECK if NETWORKS else kind == LORA
+        is_mine = kind >= BOTTLENECK if OF_BOTTLENECKS else kind == LORA
         if is_mine & (first_rank < rank):
             k = first_rank + tl.arange(0, RANKS)
             lanes = tl.arange(0, BLOCK)
-            from_x = x + (n if NETWORKS else row).to(tl.int64) * x_stride
+            from_x = x + (n if OF_BOTTLENECKS else row).to(tl.int64) * x_stride
             from_a = matrix_at(a, WEIGHT) + k[:, None] * size
             total = tl.zeros([RANKS, BLOCK], tl.float32)
             for begin in range(part * part_size, tl.minimum((part + 1) * part_size, size), BLOCK):

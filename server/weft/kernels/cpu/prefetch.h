@@ -1,0 +1,85 @@
+// Two ways to ask memory for what is used soon. The processor guesses little here: an adapter's weights are short, a
+// cache's blocks lie anywhere, and several rows are read side by side.
+#pragma once
+
+#include "lanes.h"
+
+#include <vector>
+
+namespace weft {
+namespace {
+
+constexpr int64_t LINE = 64;  // bytes that memory gives at a time
+
+struct ByteRange {
+    const char *begin, *end;
+};
+
+// Asks for ranges of weights in the order of their use, DISTANCE bytes before it: one line for each that is used.
+class WeightPrefetcher {
+  public:
+    WeightPrefetcher() = default;  // asks for nothing
+    WeightPrefetcher(const ByteRange *next, const ByteRange *last) : next(next), last(last), behind(DISTANCE) {}
+
+    // N units of 32 weights are about to be used. The first request is for these very weights. It asks for twice as
+    // much as is used until it is DISTANCE ahead: at once, that much would delay the first uses.
+    template <int N, class W>
+    void units(const W *) {
+        constexpr int BYTES = N * UNIT * int(sizeof(W));
+        ask<BYTES>();
+        if (behind > 0) {
+            behind -= BYTES;
+            ask<BYTES>();
+        }
+    }
+
+  private:
+    static constexpr int64_t DISTANCE = 40 << 10;  // bytes
+
+    const char *at = nullptr, *end = nullptr;
+    const ByteRange *next = nullptr, *last = nullptr;
+    int64_t behind = 0;  // bytes
+
+    template <int BYTES>
+    void ask() {
+        if (at >= end) {
+            if (next == last) return;
+            at = next->begin, end = next->end, next++;
+        }
+        each<BYTES / LINE>([&](int n) { __builtin_prefetch(at + n * LINE, 0, 2); });
+        at += BYTES;
+    }
+};
+
+// Asks for a list of single lines, a few at a time between computations: all at once they would wait for memory as long
+// as a tile of attention takes to compute.
+class LinePrefetcher {
+  public:
+    explicit LinePrefetcher(int64_t lines_max) : lines(lines_max + STEP), next(lines.data()), end(next), last(next) {}
+
+    void clear() { next = end = last = lines.data(); }
+    void add(const void *line) { *last++ = (const char *)line; }
+
+    // Makes what was added available, filled up to whole steps.
+    void close() {
+        for (; (last - next) % STEP; last++) *last = last[-1];
+        end = last;
+    }
+
+    template <int COUNT>
+    void ask() {
+        static_assert(STEP % COUNT == 0, "as many as are left, or none");
+        if (next == end) return;
+        each<COUNT>([&](int i) { __builtin_prefetch(next[i], 0, 2); });
+        next += COUNT;
+    }
+
+  private:
+    static constexpr int STEP = 8;
+
+    std::vector<const char *> lines;
+    const char **next, **end, **last;
+};
+
+}  // namespace
+}  // namespace weft
