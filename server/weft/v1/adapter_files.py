@@ -1,4 +1,4 @@
-"""The two files that each kind of adapter has, as an upload names them: what it is, as JSON, and its tensors."""
+"""The two files of each kind of adapter, as an upload names them: its description as JSON, and its tensors."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,13 +14,13 @@ class FilePair(NamedTuple):
 PEFT_FILES = FilePair("adapter_config.json", "adapter_model.safetensors")
 MIXTURE_FILES = FilePair("mixture_config.json", "mixture_router.safetensors")
 PAIRS = (PEFT_FILES, MIXTURE_FILES)
-# What PEFT may have written in the place of its weights: never read here.
+# Pickles that PEFT may have written instead of weights; they are never read here.
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt")
 CONFIG_FILES = frozenset(pair.config for pair in PAIRS)
 
 
 def pickle_refused(name: str) -> str:
-    """The rule that the pickle `name` breaks, and how its owner converts it."""
+    """Return the rule that the pickle `name` breaks, and how its owner can convert it."""
     return (
         "safetensors only; a pickle is refused, as reading it can run code: where you trust it, convert it with "
         f"safetensors.torch.save_file(torch.load('{name}', weights_only=True), '{PEFT_FILES.weights}')"
@@ -28,6 +28,6 @@ def pickle_refused(name: str) -> str:
 
 
 def pair_of(names: Iterable[str]) -> FilePair | None:
-    """The pair that these files are, no more and no less."""
+    """Return the pair that consists of exactly these files, if there is one."""
     listed = sorted(names)
     return next((pair for pair in PAIRS if sorted(pair) == listed), None)
