@@ -1,4 +1,4 @@
-"""What of a trace is due, for a backend that steps its engine itself. Standard library alone."""
+"""Due parts of a trace, for a backend that steps its engine itself. Standard library only."""
 
 import time
 
@@ -6,7 +6,7 @@ from benchmarks import workload
 
 
 class Due:
-    """What of a trace is still to come, counted from `started_s` on the monotonic clock."""
+    """The part of a trace that is still to come, counted from `started_s` on the monotonic clock."""
 
     def __init__(self, trace: workload.Trace, started_s: float) -> None:
         self._started_s = started_s
@@ -14,25 +14,25 @@ class Due:
         self._registrations = list(trace.registrations)[::-1]
 
     def is_left(self) -> bool:
-        """Whether requests are still to come; registrations after the last one never take place."""
+        """Return whether requests are still to come; registrations after the last one never take place."""
         return bool(self._requests)
 
     def requests(self) -> list[tuple[int, workload.Request]]:
-        """Those due by now, each once, with their places in the trace."""
+        """Return the requests due by now, each once, with their indices in the trace."""
         now = []
         while self._requests and self._requests[-1][1].arrival_s <= self._passed_s():
             now.append(self._requests.pop())
         return now
 
     def registrations(self) -> list[workload.Registration]:
-        """Those due by now, each once."""
+        """Return the registrations due by now, each once."""
         now = []
         while self._registrations and self._registrations[-1].arrival_s <= self._passed_s():
             now.append(self._registrations.pop())
         return now
 
     def wait(self) -> None:
-        """Until the next request."""
+        """Sleep until the next request is due."""
         if self._requests:
             time.sleep(max(0.0, self._requests[-1][1].arrival_s - self._passed_s()))
 
