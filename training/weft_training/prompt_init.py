@@ -1,4 +1,4 @@
-"""Prompt rows that begin as tokens of the base: where prompt tuning starts best (Lester et al. 2021, section 3.2)."""
+"""Initialization of prompt rows from token embeddings: prompt tuning's best start (Lester et al. 2021, section 3.2)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from weft.model.loader import Base
 
 @torch.no_grad()
 def token_rows(config: PromptConfig, base: Base, generator: torch.Generator) -> Tensor:
-    """Float32 [P, E]: what the embedding module gives for each token, its scale included.
+    """Return the embedding module's output for each token, its scale included, float32 [P, E].
 
     Raises ValueError for a text without tokens.
     """
@@ -18,7 +18,7 @@ def token_rows(config: PromptConfig, base: Base, generator: torch.Generator) -> 
 
 
 def _token_ids(config: PromptConfig, base: Base, generator: torch.Generator) -> Tensor:
-    """[P]: drawn from the whole vocabulary, or those of the text, repeated or cut."""
+    """Return token ids [P]: drawn from the whole vocabulary, or those of the text, repeated or cut."""
     length = config.num_virtual_tokens
     if config.prompt_init is PromptInit.VOCABULARY:
         return torch.randint(base.vocab_size, (length,), generator=generator)
