@@ -1,4 +1,4 @@
-"""The engine driven in this thread, without a server around it: what a step costs, scheduler and sampler included."""
+"""What each step of an engine costs, scheduler and sampler included, and how much of it the device computed."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,31 +6,21 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.driven_engine import DrivenEngine
 from benchmarks.gpu_base import Loras
 from weft.adapters.identifiers import Generation
 from weft.config import EngineConfig
-from weft.engine.engine import Engine, EngineCallbacks
-from weft.engine.request import (
-    AdapterUse,
-    Finish,
-    FinishReason,
-    Request,
-    RequestId,
-    RequestStatus,
-    SamplingParams,
-    TokenEvent,
-)
+from weft.engine.request import AdapterUse, FinishReason, Request, RequestId, RequestStatus, SamplingParams
 from weft.engine.runner import ModelRunner
 from weft.kernels import step as steps
 from weft.kernels.selection import select
-from weft.metrics import Metrics
 from weft.model.loader import Base
 
 _BLOCK_SIZE = 16
 
 
 class Step(NamedTuple):
-    """One turn of the engine. device_s: what of it the device computed; 0 on a CPU."""
+    """One step of the engine. device_s: how much of `seconds` the device computed; 0 on a CPU."""
 
     seconds: float
     num_tokens: int
@@ -38,7 +28,7 @@ class Step(NamedTuple):
 
 
 class _TimedRunner(ModelRunner):
-    """Notes when the device begins and ends each step; reading the notes waits for the device, so it comes later."""
+    """Record when the device begins and ends each step. Reading the records waits for the device, so it comes later."""
 
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
@@ -62,8 +52,6 @@ class DecodeLoop:
     def __init__(
         self, base: Base, loras: Loras, *, max_num_seqs: int, num_slots: int, max_model_len: int, record: bool = True
     ) -> None:
-        self._base = base
-        self._loras = loras
         per_request = -(-max_model_len // _BLOCK_SIZE)
         num_kv_blocks = per_request * (max_num_seqs + 1)
         config = EngineConfig(
@@ -83,16 +71,13 @@ class DecodeLoop:
         self.runner.spans = []
         self.requests: dict[RequestId, Request] = {}
         self.tokens_at: dict[RequestId, list[float]] = {}
-        self._failure: Finish | None = None
-        self._loads: list[Generation] = []
         self._num_requests = 0
-        self.engine = Engine(
+        self._engine = DrivenEngine(
             self.runner,
             config,
             num_kv_blocks=num_kv_blocks,
             max_model_len=max_model_len,
-            callbacks=EngineCallbacks(events=self._take, load=self._loads.append),
-            metrics=Metrics(),
+            slab_of=lambda generation: loras.slab(int(generation)),
         )
 
     def submit(self, adapter: int, prompt: Sequence[int], num_new_tokens: int) -> RequestId:
@@ -103,28 +88,23 @@ class DecodeLoop:
         params = SamplingParams(temperature=0.0, max_new_tokens=num_new_tokens)
         request = Request(request_id=request_id, prompt_token_ids=tuple(prompt), params=params, adapters=uses)
         self.requests[request_id], self.tokens_at[request_id] = request, []
-        self.engine.submit(request)
+        self._engine.submit(request)
         return request_id
 
     def step(self) -> Step:
-        """One turn: loads that were asked for are answered from the host's memory first."""
+        """Run one step."""
         begin = time.perf_counter()
-        for generation in self._loads:
-            self.engine.loaded(generation, self._loras.slab(int(generation)))
-        self._loads.clear()
-        self.engine.turn()
+        self._engine.drive()
         now, num_tokens = time.perf_counter(), 0
         for request_id, request in self.requests.items():
             at = self.tokens_at[request_id]
             new = len(request.output) - len(at)
             at += [now] * new
             num_tokens += new
-        if self._failure is not None:
-            raise RuntimeError(f"a request of the benchmark failed: {self._failure.error}")
         return Step(now - begin, num_tokens, 0.0)
 
     def run(self, *, until: Callable[[], bool]) -> list[Step]:
-        """Steps until something holds, each with what the device did in it."""
+        """Run steps until a condition holds; each has its device time."""
         self.runner.spans = []
         steps: list[Step] = []
         while not until():
@@ -139,29 +119,24 @@ class DecodeLoop:
         ]
 
     def all_have(self, count: int) -> bool:
-        """Whether every request has as many tokens, or has ended."""
+        """Tell whether every request has `count` tokens, or has ended."""
         return all(
             len(self.tokens_at[name]) >= count or request.status is RequestStatus.FINISHED
             for name, request in self.requests.items()
         )
 
     def num_unfinished(self) -> int:
-        """Requests that have not ended."""
+        """Count the requests that have not ended."""
         return sum(request.status is not RequestStatus.FINISHED for request in self.requests.values())
 
     def clear(self) -> None:
         """End every request; adapters stay."""
         for request_id in self.requests:
-            self.engine.end(request_id, FinishReason.CANCELLED)
-        self.engine.turn()
+            self._engine.end(request_id, FinishReason.CANCELLED)
+        self._engine.drive()
         self.requests.clear()
         self.tokens_at.clear()
 
     def close(self) -> None:
-        """No more steps."""
-        self.engine.stop()
-
-    def _take(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            if event.finish is not None and event.finish.reason is FinishReason.ERROR:
-                self._failure = event.finish
+        """Stop the engine."""
+        self._engine.stop()

@@ -1,4 +1,4 @@
-"""Weft's engine without a server: requests go in and tokens come out on the caller's thread."""
+"""A model and adapters as a server holds them, and a trace of requests through its engine, without gRPC."""
 
 import hashlib
 import time
@@ -8,15 +8,14 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.driven_engine import DrivenEngine
 from weft.adapters.identifiers import Generation
 from weft.adapters.ingest import Ingested
 from weft.adapters.slab import Slab
 from weft.api.serve import build_model
 from weft.config import WeftConfig
 from weft.engine.block_manager import cache_root
-from weft.engine.engine import Engine, EngineCallbacks
-from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
-from weft.metrics import Metrics
+from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams
 from weft.model import threads
 from weft.v1.adapter_files import pair_of
 
@@ -24,13 +23,13 @@ _NAP_S = 0.001
 
 
 class Held(NamedTuple):
-    """An adapter that the engine can have."""
+    """An adapter in host memory, which the engine loads when a request needs it."""
 
     generation: Generation
     read: Ingested
 
     def use(self, gate: float = 1.0) -> AdapterUse:
-        """How a request names it."""
+        """Return how a request names it."""
         return AdapterUse(self.generation, gate, self.read.info.num_virtual_tokens)
 
 
@@ -40,16 +39,14 @@ class EngineLoop:
     def __init__(self, config: WeftConfig) -> None:
         self.model, runner = build_model(config)
         threads.compute_with(self.model.num_threads)
-        self._engine = Engine(
+        self._slabs: dict[Generation, Slab] = {}
+        self._engine = DrivenEngine(
             runner,
             config.engine,
             num_kv_blocks=self.model.plan.num_kv_blocks,
             max_model_len=self.model.facts.max_model_len,
-            callbacks=EngineCallbacks(events=self._came, load=self._fetch),
-            metrics=Metrics(),
+            slab_of=self._slabs.__getitem__,
         )
-        self._slabs: dict[Generation, Slab] = {}
-        self._events: list[tuple[float, list[TokenEvent]]] = []
         self._ids = count()
 
     def hold(self, path: Path) -> Held:
@@ -73,7 +70,7 @@ class EngineLoop:
         *,
         salt: str,
     ) -> Request:
-        """A greedy request of exactly `num_new_tokens`."""
+        """Make a greedy request of exactly `num_new_tokens`."""
         return Request(
             request_id=RequestId(str(next(self._ids))),
             prompt_token_ids=tuple(prompt),
@@ -85,7 +82,7 @@ class EngineLoop:
         )
 
     def run(self, requests: Sequence[tuple[float, Request]]) -> list[list[float]]:
-        """When each token of each request came; each is submitted when it is due on the monotonic clock, in order.
+        """Submit each request at its time on the monotonic clock, in order; return when each of its tokens came.
 
         Raises what a request ended with.
         """
@@ -95,26 +92,15 @@ class EngineLoop:
         while left:
             while waiting and waiting[0][0] <= time.monotonic():
                 self._engine.submit(waiting.popleft()[1])
-            self._engine.turn()
-            if not self._events and waiting:
+            events = self._engine.drive()
+            if not events and waiting:
                 time.sleep(_NAP_S)
-            for came_s, events in self._events:
-                for event in events:
-                    token_s[event.request_id] += [came_s] * len(event.tokens)
-                    if event.finish is not None:
-                        left -= 1
-                        if event.finish.error is not None:
-                            raise event.finish.error
-            self._events.clear()
+            for came_s, event in events:
+                token_s[event.request_id] += [came_s] * len(event.tokens)
+                left -= event.finish is not None
         return list(token_s.values())
-
-    def _came(self, events: list[TokenEvent]) -> None:
-        self._events.append((time.monotonic(), events))
-
-    def _fetch(self, generation: Generation) -> None:
-        self._engine.loaded(generation, self._slabs[generation])
 
 
 def generation_of(path: Path) -> Generation:
-    """What the engine loop calls the adapter in a directory."""
+    """Name the adapter in a directory, for the engine."""
     return Generation(hashlib.sha256(str(path).encode()).hexdigest())

@@ -1,6 +1,6 @@
 """What each fast path gains: the whole beside the whole without it, `make bench-paths`.
 
-Two instances stand side by side, alike but for the one path (forms.py), and compute the same thing, call by call in
+Two instances stand side by side, alike but for the one path (ablations.py), and compute the same thing, call by call in
 turns, so that what else the machine does falls on both. A turn's gain is the median time without the path ÷ that with
 it. Answers are compared first: a path that changes them by more than rounding is refused.
 """
@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks import forms, metrics, models, report, results, workload
+from benchmarks import ablations, metrics, models, report, results, workload
+from benchmarks.ablations import WHOLE, Ablation, plain, without
 from benchmarks.backends.weft_grpc import WeftGrpc
 from benchmarks.backends.worker import LoadSpec
 from benchmarks.fixed_steps import (
@@ -39,7 +40,6 @@ from benchmarks.fixed_steps import (
     mixtures,
     one_lora,
 )
-from benchmarks.forms import WHOLE, Form, plain, without
 from benchmarks.metrics import Spread
 from benchmarks.results import Entry
 from weft.config import EngineConfig, ModelConfig, Quantization
@@ -103,7 +103,7 @@ class Bench:
         self._path = models.base(model, folder=folder)
         self._bases: dict[tuple[tuple[str, Part], ...], Base] = {}
         self._rows: dict[Callable[[Base], Rows], Rows] = {}
-        self._steps: dict[tuple[Form, Callable[[Base], Rows]], FixedSteps] = {}
+        self._steps: dict[tuple[Ablation, Callable[[Base], Rows]], FixedSteps] = {}
         self._open = ExitStack()
 
     def __enter__(self) -> "Bench":
@@ -112,29 +112,29 @@ class Bench:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def held(self, form: Form) -> tuple[Base, Kernels]:
-        """A base in this form, and the kernels that its runner gets."""
-        if form.instead not in self._bases:
+    def held(self, ablation: Ablation) -> tuple[Base, Kernels]:
+        """Return an ablated base, and the kernels that its runner gets."""
+        if ablation.instead not in self._bases:
             config = ModelConfig(path=self._path, quantization=Quantization.NONE, device="cpu", dtype="bfloat16")
             base = loader.load(config, attention=paged_attention.ATTENTION)
             parts = serving_form.parts(_selected(base))
-            for name, part in form.instead:
+            for name, part in ablation.instead:
                 assert name in parts, name
                 parts[name] = part
             for part in parts.values():
                 part(base)
-            self._bases[form.instead] = base
-        base = self._bases[form.instead]
-        return base, form.kernels(_selected(base))
+            self._bases[ablation.instead] = base
+        base = self._bases[ablation.instead]
+        return base, ablation.kernels(_selected(base))
 
-    def steps(self, form: Form, rows: Callable[[Base], Rows]) -> FixedSteps:
-        """Steps that are computed in this form."""
-        if (form, rows) not in self._steps:
-            base, kernels = self.held(form)
+    def steps(self, ablation: Ablation, rows: Callable[[Base], Rows]) -> FixedSteps:
+        """Return steps that are computed under an ablation."""
+        if (ablation, rows) not in self._steps:
+            base, kernels = self.held(ablation)
             if rows not in self._rows:
                 self._rows[rows] = rows(base)
-            self._steps[form, rows] = FixedSteps(base, kernels, self._rows[rows])
-        return self._steps[form, rows]
+            self._steps[ablation, rows] = FixedSteps(base, kernels, self._rows[rows])
+        return self._steps[ablation, rows]
 
     def server(self, *options: str) -> WeftGrpc:
         """A `weft serve` with these options, and no adapters."""
@@ -165,12 +165,12 @@ def _selected(base: Base) -> Kernels:
 
 
 class Quantity(NamedTuple):
-    """Something of FixedSteps. num_calls: in a turn. of: the form that is measured, of the one that is given."""
+    """Something of FixedSteps. num_calls: in a turn. of: the ablation that is measured, of the one that is given."""
 
     what: str
     num_calls: int
     compute: Callable[[FixedSteps], Tensor]
-    of: Callable[[Form], Form] = lambda form: form
+    of: Callable[[Ablation], Ablation] = lambda ablation: ablation
 
 
 DECODE = Quantity(f"decode step, {NUM_ROWS} rows", 5, FixedSteps.decode)
@@ -185,16 +185,16 @@ PREFILL = Quantity(f"prefill, {NUM_PROMPT:,} tokens", 1, FixedSteps.prefill)
 def _of_steps(
     name: str,
     path: str,
-    removed: Form,
-    beside: Form = WHOLE,
+    removed: Ablation,
+    beside: Ablation = WHOLE,
     *,
     quantities: Sequence[Quantity],
     rows: Callable[[Base], Rows] = loras,
 ) -> list[Line]:
     """A path's lines. beside: the side that has the path."""
 
-    def computing(form: Form, quantity: Quantity, bench: Bench) -> Compute:
-        return partial(quantity.compute, bench.steps(quantity.of(form), rows))
+    def computing(ablation: Ablation, quantity: Quantity, bench: Bench) -> Compute:
+        return partial(quantity.compute, bench.steps(quantity.of(ablation), rows))
 
     return [
         Line(name, path, one.what, one.num_calls, partial(computing, beside, one), partial(computing, removed, one))
@@ -230,34 +230,36 @@ _ALL = DECODE, PLAIN, PREFILL
 _ALONE = ALONE, ALONE_PLAIN
 _GROUPS = "q, k and v, gate and up held as one"
 STEPS = [
-    *_of_steps("captured", "decode steps captured", forms.UNCAPTURED, quantities=[DECODE]),
-    *_of_steps("captured", "decode steps captured", forms.UNCAPTURED, quantities=[MIXTURES], rows=mixtures),
+    *_of_steps("captured", "decode steps captured", ablations.UNCAPTURED, quantities=[DECODE]),
+    *_of_steps("captured", "decode steps captured", ablations.UNCAPTURED, quantities=[MIXTURES], rows=mixtures),
     *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALL),
     *_of_steps("groups", _GROUPS, without("groups", "gates"), without("gates"), quantities=_ALONE, rows=one_lora),
     *_of_steps("product", "own packed product, beside torch's", without("packing"), quantities=[DECODE, PREFILL]),
-    *_of_steps("onednn", "own packed product, beside oneDNN's", forms.ONEDNN_PRODUCT, quantities=[DECODE, PREFILL]),
+    *_of_steps("onednn", "own packed product, beside oneDNN's", ablations.ONEDNN_PRODUCT, quantities=[DECODE, PREFILL]),
     *_of_steps("norms", "a norm in one call", without("norms"), quantities=_ALL),
     *_of_steps("gates", "a gate in one call", without("gates"), quantities=_ALL),
-    *_of_steps("deltas", "kernels of deltas", forms.REFERENCE_DRIVER, forms.UNCAPTURED, quantities=[PLAIN, PREFILL]),
+    *_of_steps(
+        "deltas", "kernels of deltas", ablations.REFERENCE_DRIVER, ablations.UNCAPTURED, quantities=[PLAIN, PREFILL]
+    ),
     *_of_steps(
         "routers",
         "kernel of routers",
-        forms.TORCH_ROUTERS,
-        forms.UNCAPTURED,
+        ablations.TORCH_ROUTERS,
+        ablations.UNCAPTURED,
         quantities=[MIXTURES_PLAIN],
         rows=mixtures,
     ),
     *_of_steps(
         "attention",
         "kernel of paged attention",
-        forms.REFERENCE_ATTENTION,
-        forms.UNCAPTURED,
+        ablations.REFERENCE_ATTENTION,
+        ablations.UNCAPTURED,
         quantities=[PLAIN, PREFILL],
     ),
     *_of_steps(
         "asked",
         "kernels asked only where rows have something",
-        forms.ASKED_EVERYWHERE,
+        ablations.ASKED_EVERYWHERE,
         quantities=[DECODE, PLAIN],
         rows=loras_at_q,
     ),

@@ -1,4 +1,4 @@
-"""Work that is the same every time it is asked for, so that only who computes it makes a difference.
+"""Steps and prompts that repeat exactly, so that two ways of computing them can be compared.
 
 A step writes keys and values where it wrote them before, and reads what it read before: it may be computed again and
 again, and its logits are the same.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
+from benchmarks.driven_engine import DrivenEngine
 from benchmarks.models import prompts
 from weft.adapters import slab
 from weft.adapters.identifiers import Generation
@@ -20,8 +21,7 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.config import EngineConfig
 from weft.engine.block_manager import BlockManager, cache_root
-from weft.engine.engine import Engine, EngineCallbacks
-from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
+from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
 from weft.engine.stepper import Stepper
@@ -30,7 +30,6 @@ from weft.kernels.step import Step
 from weft.methods import mixture
 from weft.methods.mixture import Expert, Mixture, MixtureConfig
 from weft.methods.protocol import Adapter
-from weft.metrics import Metrics
 from weft.model.loader import Base
 
 NUM_ROWS = 16
@@ -59,7 +58,7 @@ def loras(base: Base) -> Rows:
 
 
 def one_lora(base: Base) -> Rows:
-    """The first of `loras` alone: a row for whom every call counts."""
+    """The first of `loras` alone: one row, whose step is so short that every call shows."""
     return Rows([models.made(models.lora_of(RANK), base.shape, 0)])
 
 
@@ -146,11 +145,11 @@ class FixedSteps:
         self.decode()  # records it
 
     def decode(self) -> Tensor:
-        """The logits of the decode step [rows, V], until the next step."""
+        """Compute the decode step; its logits [rows, V] are valid until the next step."""
         return self._runner.forward(self._decode)
 
     def prefill(self) -> Tensor:
-        """The logits of the prompt's last token [1, V]."""
+        """Compute the prompt; the logits of its last token [1, V]."""
         return self._runner.forward(self._prompt)
 
     def _place(self, laid_out: Slab) -> AdapterSlot:
@@ -159,7 +158,7 @@ class FixedSteps:
         return slot
 
     def _step(self, requests: Sequence[Request]) -> Step:
-        """The step that computes everything of the requests that is not computed yet."""
+        """Build the step that computes all tokens of the requests that are not computed yet."""
         for request in requests:
             assert self._blocks.grow(request, request.num_tokens), "the pool is room for all"
         scheduled = [Scheduled(request, request.num_tokens - request.num_computed_tokens) for request in requests]
@@ -167,7 +166,7 @@ class FixedSteps:
 
 
 class _KeepingRunner(ModelRunner):
-    """Keeps the logits of the last step, and how many rows it had."""
+    """Keep the logits of the last step, and how many rows it had."""
 
     logits: Tensor
     num_rows: int
@@ -179,21 +178,19 @@ class _KeepingRunner(ModelRunner):
 
 
 class PromptAgain:
-    """An engine that is asked the same prompt of NUM_PROMPT tokens, and for one token, every time."""
+    """An engine that gets the same prompt of NUM_PROMPT tokens every time, and makes one token."""
 
     def __init__(self, base: Base, kernels: Kernels, config: EngineConfig) -> None:
         num_blocks = 1 + NUM_PROMPT // config.block_size
         self._runner = _KeepingRunner(
             base, num_kv_blocks=num_blocks, block_size=config.block_size, adapter_bytes=0, kernels=kernels
         )
-        self._events: list[TokenEvent] = []
-        self._engine = Engine(
+        self._engine = DrivenEngine(
             self._runner,
             config,
             num_kv_blocks=num_blocks,
             max_model_len=NUM_PROMPT + 1,
-            callbacks=EngineCallbacks(events=self._events.extend, load=lambda generation: None),
-            metrics=Metrics(),
+            slab_of={}.__getitem__,
         )
         self._prompt = tuple(prompts(1, NUM_PROMPT)[0])
         self._root = cache_root("", base.shape.digest, ())
@@ -202,11 +199,11 @@ class PromptAgain:
 
     @property
     def num_rows(self) -> int:
-        """Of the step that made the token."""
+        """Rows of the step that made the token."""
         return self._runner.num_rows
 
     def ask(self) -> Tensor:
-        """Until the token is there; its logits [1, V]."""
+        """Submit the prompt and run until the token is there; its logits [1, V]."""
         self._num_asked += 1
         self._engine.submit(
             Request(
@@ -217,10 +214,6 @@ class PromptAgain:
                 arrival_s=time.monotonic(),
             )
         )
-        self._events.clear()
-        while not self._events:
-            self._engine.turn()
-        (event,) = self._events
-        if event.finish is None or event.finish.error is not None:
-            raise RuntimeError(f"the prompt did not end in a token: {event}")
+        while not self._engine.drive():
+            pass
         return self._runner.logits

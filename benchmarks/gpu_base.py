@@ -133,9 +133,9 @@ class Loras:
 
     def __init__(self, base: BaseShape, device: torch.device, *, rank: int, num_buffers: int) -> None:
         suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
-        config = lora.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=suffixes)
+        config = lora.math.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=suffixes)
         sites = {
-            site.name: lora.LoraParams(
+            site.name: lora.math.LoraParams(
                 torch.zeros(rank, site.in_features), torch.zeros(site.out_features, rank), config.alpha / rank
             )
             for site in base.of_kind(SiteKind.LINEAR)

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from benchmarks import report
 from weft.config import ModelConfig
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft_training.adapter import USUAL, MethodConfig
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.protocol import MethodConfig
+from weft_training.adapter import USUAL
 from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.document import table

@@ -92,10 +92,10 @@ def prefill_deltas(num_rows: int, rank: int, size_in: int, size_out: int) -> Cas
 
 def decode_bottlenecks(num_slots: int, size: int, features: int) -> Case:
     """One row for each of `num_slots` bottleneck adapters."""
-    config = bottleneck.BottleneckConfig(size=size, has_norm=False)
+    config = bottleneck.math.BottleneckConfig(size=size, has_norm=False)
     site = Site(0, "down_proj", features, features, sublayer="mlp", layer=0)
-    networks = [bottleneck.init(config, site)._replace(up=torch.randn(features, size)) for _ in range(num_slots)]
-    packed = [bottleneck.pack(network, BFLOAT16)[0] for network in networks]
+    networks = [bottleneck.math.init(config, site)._replace(up=torch.randn(features, size)) for _ in range(num_slots)]
+    packed = [bottleneck.math.pack(network, BFLOAT16)[0] for network in networks]
     table = torch.tensor(
         [[p.kind, p.rank, p.first.data_ptr(), p.second.data_ptr()] for p in packed if p.second is not None]
     )
@@ -111,7 +111,7 @@ def decode_bottlenecks(num_slots: int, size: int, features: int) -> Case:
 
     def loop() -> None:
         for row, network in enumerate(networks):
-            bottleneck.delta(network, y[row], None)
+            bottleneck.math.delta(network, y[row], None)
 
     return Case(
         f"bottlenecks, {num_slots} slots of one row, size {size}, {features}",

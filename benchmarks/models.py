@@ -158,21 +158,21 @@ def made(kind: Kind, shape: BaseShape, seed: int) -> Adapter:
 def _lora(kind: Kind, shape: BaseShape, generator: torch.Generator) -> Adapter:
     linear = shape.of_kind(SiteKind.LINEAR)
     suffixes = tuple(sorted({site.suffix for site in linear}))
-    config = lora.LoraConfig(rank=kind.rank, alpha=2.0 * kind.rank, target_modules=suffixes)
+    config = lora.math.LoraConfig(rank=kind.rank, alpha=2.0 * kind.rank, target_modules=suffixes)
     sites = {}
     for site in linear:
-        params = lora.init(config, site, generator)
+        params = lora.math.init(config, site, generator)
         sites[site.name] = params._replace(b=0.02 * torch.randn(params.b.shape, generator=generator))
     return Adapter(method=lora.METHOD, config=config, sites=sites)
 
 
 def _ia3(kind: Kind, shape: BaseShape, generator: torch.Generator) -> Adapter:
     del kind
-    config = ia3.Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",))
+    config = ia3.math.Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",))
     sites = {}
     for site in shape.of_kind(SiteKind.LINEAR):
         if site.suffix in config.target_modules:
-            params = ia3.init(config, site)
+            params = ia3.math.init(config, site)
             noise = torch.randn(params.scale.shape, generator=generator)
             sites[site.name] = params._replace(scale=1 + 0.1 * noise)
     return Adapter(method=ia3.METHOD, config=config, sites=sites)
@@ -180,16 +180,16 @@ def _ia3(kind: Kind, shape: BaseShape, generator: torch.Generator) -> Adapter:
 
 def _prefix(kind: Kind, shape: BaseShape, generator: torch.Generator) -> Adapter:
     del kind
-    config = prefix.PrefixConfig(num_virtual_tokens=_NUM_VIRTUAL_TOKENS)
-    return Adapter(method=prefix.METHOD, config=config, sites={}, prefix=prefix.init(config, shape, generator))
+    config = prefix.math.PrefixConfig(num_virtual_tokens=_NUM_VIRTUAL_TOKENS)
+    return Adapter(method=prefix.METHOD, config=config, sites={}, prefix=prefix.math.init(config, shape, generator))
 
 
 def _bottleneck(kind: Kind, shape: BaseShape, generator: torch.Generator) -> Adapter:
     del kind
-    config = bottleneck.BottleneckConfig(reduction_factor=_REDUCTION_FACTOR, has_norm=False)
+    config = bottleneck.math.BottleneckConfig(reduction_factor=_REDUCTION_FACTOR, has_norm=False)
     sites = {}
-    for site in bottleneck.places(config, shape.sites.values()):
-        params = bottleneck.init(config, site, generator)
+    for site in bottleneck.math.places(config, shape.sites.values()):
+        params = bottleneck.math.init(config, site, generator)
         sites[site.name] = params._replace(up=0.02 * torch.randn(params.up.shape, generator=generator))
     return Adapter(method=bottleneck.METHOD, config=config, sites=sites)
 

@@ -1,6 +1,6 @@
-"""What the suite leaves behind: one JSON file of rows, each with the conditions it was measured under, and a table.
+"""The suite's results: one JSON file of rows, each with the conditions of its measurement, and a table.
 
-A file that is there keeps the rows that were not measured anew, so the whole can be made in several calls.
+An existing file keeps the rows that are not measured again, so the whole can be made in several calls.
 """
 
 import json
@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.interleaved import ScenarioResult
 from benchmarks.metrics import METRICS
-from benchmarks.turns import RowResult
 
 Entry = Mapping[str, Any]
 """A row as the file has it."""
@@ -19,19 +19,19 @@ DEFAULT_MODEL = "bench-80m"
 """In bfloat16, it is not named in the table."""
 
 
-def entry(result: RowResult, conditions: Mapping[str, str], command: str) -> Entry:
-    """A row for the file."""
-    row, ours = result.row, result.row.ours
+def entry(result: ScenarioResult, conditions: Mapping[str, str], command: str) -> Entry:
+    """Make a row for the file."""
+    scenario, ours = result.scenario, result.scenario.ours
     return {
-        "name": row.name,
-        "what": row.what,
-        "model": row.model,
-        "quantization": row.quantization,
+        "name": scenario.name,
+        "what": scenario.what,
+        "model": scenario.model,
+        "quantization": scenario.quantization,
         "num_requests": len(ours.trace.requests),
         "num_prompt_tokens": sum(len(request.prompt) for request in ours.trace.requests),
         "num_new_tokens": ours.trace.num_new_tokens,
         "turns": result.turns,
-        "point": None if row.point is None else row.point._asdict(),
+        "point": None if scenario.point is None else scenario.point._asdict(),
         "sides": [asdict(side) for side in result.sides],
         "ratios": [
             {
@@ -48,7 +48,7 @@ def entry(result: RowResult, conditions: Mapping[str, str], command: str) -> Ent
 
 
 def store(entries: Sequence[Entry], path: Path) -> list[Entry]:
-    """Put rows into a file in place of those of the same names; all that are there then."""
+    """Put rows into a file in place of those of the same names; return all rows of the file."""
     known = {one["name"]: one for one in read(path)} if path.exists() else {}
     known |= {one["name"]: one for one in entries}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def store(entries: Sequence[Entry], path: Path) -> list[Entry]:
 
 
 def read(path: Path) -> list[Entry]:
-    """The rows of a file."""
+    """Return the rows of a file."""
     return json.loads(path.read_text())["rows"]
 
 
@@ -66,7 +66,7 @@ NUM_NAMES = 3
 
 
 def cells(entries: Sequence[Entry]) -> list[list[str]]:
-    """The table: a line for each ratio. Points of plots are no lines."""
+    """Return the table, with a line for each ratio; points of plots have none."""
     found = [HEAD]
     for one in entries:
         if one["point"] is not None:
@@ -78,7 +78,7 @@ def cells(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:
-    """Why what is not in the table is not: a line each."""
+    """Say why sides are missing from the table, a line each."""
     return [
         f"{one['name']}, {side['label']}: {side['failure']}"
         for one in entries
@@ -88,7 +88,7 @@ def failures(entries: Sequence[Entry]) -> list[str]:
 
 
 def misses(entries: Sequence[Entry], limits: Mapping[tuple[str, str], str]) -> list[str]:
-    """By how much each missed bound was missed, and what stands in the way: a line each.
+    """Say by how much bounds were missed, and what stands in the way, a line each.
 
     limits: by row and metric, what stands in the way of its bound.
     """

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import plots, report, results, rows, sweeps
+from benchmarks import plots, report, results, scenarios, sweeps
+from benchmarks.interleaved import Bench
 from benchmarks.results import Entry
-from benchmarks.turns import Bench
 from weft_training.demo.document import insert, markdown, table
 
 _MARKER = "bench"
@@ -32,25 +32,25 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help=f"put the table into this file, after <!-- {_MARKER} -->")
     parser.add_argument("--plots", type=Path, help="draw the plots of that file's rows into this folder")
     options = parser.parse_args()
-    listed = rows.short() if options.short else [*rows.whole(), *sweeps.points()]
+    listed = scenarios.short() if options.short else [*scenarios.whole(), *sweeps.points()]
     try:
-        chosen = rows.named(listed, options.only)
+        chosen = scenarios.named(listed, options.only)
     except ValueError as error:
         parser.error(str(error))
     if options.list:
-        print("\n".join(row.name for row in chosen))
+        print("\n".join(scenario.name for scenario in chosen))
         return
-    turns = options.turns or (rows.SHORT if options.short else rows.WHOLE).turns
+    turns = options.turns or (scenarios.SHORT if options.short else scenarios.WHOLE).turns
     found = []
     for one in measured(chosen, turns, Console(stderr=True)):
         found.append(one)
         if options.json is not None:
-            results.store([one], options.json)  # who ends it early keeps the rows that were done
+            results.store([one], options.json)  # an early end keeps the rows that are done
     entries = found if options.json is None else results.read(options.json)
     console = Console()
     if len(results.cells(found)) > 1:
         console.print(table("Weft beside the others", results.cells(found), num_names=results.NUM_NAMES))
-    for line in [*results.failures(found), *results.misses(found, rows.LIMITS)]:
+    for line in [*results.failures(found), *results.misses(found, scenarios.LIMITS)]:
         console.print(line, highlight=False, markup=False)
     console.print(_under(found), highlight=False)
     if options.table is not None:
@@ -61,11 +61,11 @@ def main() -> None:
         plots.draw(entries, options.plots)
 
 
-def measured(chosen: list[rows.Row], turns: int, console: Console) -> Iterator[Entry]:
-    """Every row as it is done, with a bar for the runs."""
+def measured(chosen: list[scenarios.Scenario], turns: int, console: Console) -> Iterator[Entry]:
+    """Measure the scenarios; yield the row of each as it is done, with a progress bar for the runs."""
     command = " ".join(["python -m benchmarks.suite", *sys.argv[1:]])
     conditions = report.conditions()
-    total = sum((turns + 1) * len(row.sides) for row in chosen)
+    total = sum((turns + 1) * len(scenario.sides) for scenario in chosen)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
@@ -74,20 +74,20 @@ def measured(chosen: list[rows.Row], turns: int, console: Console) -> Iterator[E
             progress.update(task, description=text, advance=runs)
 
         with Bench(tick) as bench:
-            for row in chosen:
-                yield results.entry(bench.measure(row, turns), conditions, command)
+            for scenario in chosen:
+                yield results.entry(bench.measure(scenario, turns), conditions, command)
 
 
 def _block(entries: list[Entry]) -> str:
     table_of_all = markdown(results.cells(entries), num_names=results.NUM_NAMES)
-    untold = [
-        f"- {line.splitlines()[0]}" for line in [*results.misses(entries, rows.LIMITS), *results.failures(entries)]
+    remarks = [
+        f"- {line.splitlines()[0]}" for line in [*results.misses(entries, scenarios.LIMITS), *results.failures(entries)]
     ]
-    return "\n\n".join(filter(None, [table_of_all, "\n".join(untold), _under(entries)]))
+    return "\n\n".join(filter(None, [table_of_all, "\n".join(remarks), _under(entries)]))
 
 
 def _under(entries: list[Entry]) -> str:
-    """The conditions of the rows, each that differs."""
+    """Return the conditions of the rows, equal ones once."""
     lines = {f"{report.line(one['conditions'])}, median of {one['turns']} turns, `{one['command']}`" for one in entries}
     return "\n".join(sorted(lines))
 

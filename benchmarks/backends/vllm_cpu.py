@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import workload
 from benchmarks.backends import lora_directory, worker
-from benchmarks.backends.due import Due
+from benchmarks.backends.arrivals import Arrivals
 from benchmarks.backends.worker import Cannot, LoadSpec, Outcome, Record
 
 if TYPE_CHECKING:
@@ -80,16 +80,16 @@ class VllmCpu:
         if trace.registrations and not self._adapters:
             raise Cannot("an engine that was started without LoRA takes none")
         started_s = time.monotonic()
-        due = Due(trace, started_s)
+        arrivals = Arrivals(trace, started_s)
         tokens: list[list[int]] = [[] for _ in trace.requests]
         token_s: list[list[float]] = [[] for _ in trace.requests]
-        while due.is_left() or self._running.has_unfinished_requests():
-            for number, request in due.requests():
+        while arrivals.is_left() or self._running.has_unfinished_requests():
+            for number, request in arrivals.requests():
                 self._add(number, request, salt)
-            for one in due.registrations():
+            for one in arrivals.registrations():
                 self._running.add_lora(self._named(one.adapter_id, one.path))
             if not self._running.has_unfinished_requests():
-                due.wait()
+                arrivals.wait()
                 continue
             for output in self._running.step():
                 _take(output, tokens, token_s)

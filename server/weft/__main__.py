@@ -1,4 +1,4 @@
-"""`python -m weft` is the command `weft`."""
+"""Run the command `weft` as `python -m weft`."""
 
 from weft.cli import main
 

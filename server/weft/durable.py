@@ -1,7 +1,7 @@
-"""The few file operations that survive a crash: what the store and what is kept in a user's cache are written with.
+"""The few file operations that survive a crash, for the store and for the user's cache.
 
-A file is created in a directory nobody reads, written, fsynced, renamed to where it is read, and the directory that
-received it is fsynced. After that order, and not before, a caller may be told that something is stored.
+A file is created in a directory that no reader uses, written, fsynced, and renamed to its final path; then the
+directory that received it is fsynced. Only after this may a call report that something is stored.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from weft import failpoints
 
-NOT_REGULAR = frozenset({errno.ELOOP, errno.ENXIO, errno.ENOTDIR})  # what opening a link, FIFO or socket answers
+NOT_REGULAR = frozenset({errno.ELOOP, errno.ENXIO, errno.ENOTDIR})  # errors of opening a link, FIFO or socket
 
 _LOCK_POLL_S = 0.005
 
@@ -30,7 +30,7 @@ class StillLocked(TimeoutError):
 
 
 def create(path: Path) -> int:
-    """A new, empty, owner-only file for writing; never an existing one and never through a link."""
+    """Create a new, empty, owner-only file for writing, never over an existing one and never through a link."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with _undone(fd, path):
         failpoints.hit("after_tmp_open")
@@ -38,7 +38,7 @@ def create(path: Path) -> int:
 
 
 def create_locked(path: Path) -> int:
-    """A new file that is locked as long as its descriptor, or a process that has it, lives."""
+    """Create a file that stays locked as long as its descriptor, or a process that has it, lives."""
     fd = create(path)
     with _undone(fd, path):
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -47,7 +47,7 @@ def create_locked(path: Path) -> int:
 
 @contextlib.contextmanager
 def _undone(fd: int, path: Path) -> Iterator[None]:
-    """Take the new file away again if the block fails."""
+    """Remove the new file if the block fails."""
     try:
         yield
     except BaseException:
@@ -58,7 +58,7 @@ def _undone(fd: int, path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """For reading; never through a link, and OSError ELOOP for anything that is not a file."""
+    """Open a file for reading, never through a link. Raises OSError ELOOP for anything that is not a regular file."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -83,7 +83,7 @@ def sync(fd: int) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make the content of a file durable that a library wrote."""
+    """Make the content of a file that a library wrote durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         sync(fd)
@@ -110,7 +110,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory of our own, where nobody exchanges names for links meanwhile."""
+    """Remove one of our own directories, in which no other program swaps names for links meanwhile."""
     with os.scandir(path) as entries:
         children = list(entries)
     for child in children:
@@ -123,9 +123,9 @@ def remove_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
-    """Exclude every other thread and process that locks `path`. The kernel lets go of it when a holder dies.
+    """Exclude every other thread and process that locks `path`. The kernel releases the lock when its holder dies.
 
-    Raises StillLocked where another holds it for all of `timeout_s`.
+    Raises StillLocked if another holder keeps it for all of `timeout_s`.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -140,13 +140,13 @@ def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
 
 
 def release(fd: int) -> None:
-    """Close a descriptor whose data nobody counts on, so that there is no failure worth telling."""
+    """Close a descriptor whose data no longer matters, ignoring failure."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether any open descriptor, of this process or another, holds a lock on the file `path`."""
+    """Return whether any open descriptor, of this process or another, holds a lock on the file `path`."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return not _try_lock(fd)

@@ -4,19 +4,18 @@
     ├── InvalidRequest        INVALID_ARGUMENT    a field breaks its rule
     │   └── InvalidAdapter    INVALID_ARGUMENT    an adapter's files break a rule
     ├── AdapterNotFound       NOT_FOUND           no such adapter id or generation
-    ├── AdapterExists         ALREADY_EXISTS      the id is taken and replacing was not asked for
+    ├── AdapterExists         ALREADY_EXISTS      the id is taken and replacing was not requested
     ├── AdapterConflict       ABORTED             lost a race: stale expected generation, unregistered while queued
     ├── AdapterUnusable       FAILED_PRECONDITION the adapter is loading, draining, quarantined, of another base
     ├── Overloaded            RESOURCE_EXHAUSTED  a queue, quota or pool is full
     ├── DeadlineExceeded      DEADLINE_EXCEEDED   the caller's time ran out
     ├── Cancelled             CANCELLED           the caller went away
     ├── Unavailable           UNAVAILABLE         draining, or the engine is gone; another attempt elsewhere is safe
-    ├── DataLoss              DATA_LOSS           a stored blob no longer has its digest
-    └── Unsupported           UNIMPLEMENTED       the call exists and this server does not offer it
+    └── DataLoss              DATA_LOSS           a stored blob no longer has its digest
 
-An error is transport-free: it carries a canonical code, a stable `reason`, the metadata that its text repeats,
-and, only where another attempt can help, a retry delay. The text names the field, the rule, the limit and the given
-value; it never holds server paths, other tenants' names, prompts or tracebacks.
+An error is transport-free. It carries a canonical code, a stable `reason`, the metadata that its text repeats, and,
+only if another attempt can help, a retry delay. The text names the field, the rule, the limit and the given value; it
+never contains server paths, other tenants' names, prompts or tracebacks.
 """
 
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ _GIVEN_CHARACTERS_MAX = 64
 
 
 class Code(StrEnum):
-    """The canonical gRPC code names this tree uses (google/rpc/code.proto)."""
+    """Canonical gRPC code names that this tree uses (google/rpc/code.proto)."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     NOT_FOUND = "NOT_FOUND"
@@ -40,12 +39,11 @@ class Code(StrEnum):
     CANCELLED = "CANCELLED"
     UNAVAILABLE = "UNAVAILABLE"
     DATA_LOSS = "DATA_LOSS"
-    UNIMPLEMENTED = "UNIMPLEMENTED"
     INTERNAL = "INTERNAL"
 
 
 def shown(value: object) -> str:
-    """`value` as an error may show it: control characters escaped, at most 64 characters."""
+    """Return `value` as an error may show it: control characters escaped, at most 64 characters."""
     text = value if isinstance(value, str) else repr(value)
     text = text[: _GIVEN_CHARACTERS_MAX + 1].encode("unicode_escape").decode("ascii")
     return text if len(text) <= _GIVEN_CHARACTERS_MAX else text[: _GIVEN_CHARACTERS_MAX - 1] + "…"
@@ -54,11 +52,11 @@ def shown(value: object) -> str:
 class WeftError(Exception):
     """Base of the tree.
 
-    reason: UPPER_SNAKE, stable across releases; what programs compare.
+    reason: UPPER_SNAKE, stable across releases; for programs to compare.
     message: for people.
-    field: path of the offending field (`sampling.temperature`), or "" where no single field is at fault.
+    field: path of the offending field (`sampling.temperature`), or "" if no single field is at fault.
     metadata: the variable parts of the message (`limit`, `given` …), as strings.
-    retry_after_s: set only where the same call can succeed later.
+    retry_after_s: set only if the same call can succeed later.
     """
 
     code = Code.INTERNAL
@@ -90,18 +88,18 @@ class InvalidRequest(WeftError):
 
     @classmethod
     def rule(cls, reason: str, field: str, rule: str, *, given: object, limit: object = None) -> Self:
-        """`field`: rule[, limit …], given …: the one way the texts of broken rules are made."""
+        """Return an error with the text "field: rule (limit …), given …", the form of all texts of broken rules."""
         metadata = {"given": given} if limit is None else {"limit": limit, "given": given}
         bounds = "" if limit is None else f" (limit {shown(limit)})"
         return cls(reason, f"{field}: {rule}{bounds}, given {shown(given)}", field=field, metadata=metadata)
 
 
 class InvalidAdapter(InvalidRequest):
-    """An adapter's files break a rule; nothing of them was kept."""
+    """An adapter's files break a rule; none of them was kept."""
 
 
 class AdapterNotFound(WeftError):
-    """No such adapter. Unknown and foreign ids answer alike."""
+    """No such adapter. Unknown and foreign ids get the same error."""
 
     code = Code.NOT_FOUND
 
@@ -119,7 +117,7 @@ class AdapterConflict(WeftError):
 
 
 class AdapterUnusable(WeftError):
-    """The adapter exists and cannot serve now."""
+    """The adapter exists but cannot serve now."""
 
     code = Code.FAILED_PRECONDITION
 
@@ -143,7 +141,7 @@ class Cancelled(WeftError):
 
 
 class Unavailable(WeftError):
-    """This server cannot take the call; trying again, here or on another replica, is safe."""
+    """This server cannot take the call. Trying again, here or on another replica, is safe."""
 
     code = Code.UNAVAILABLE
 
@@ -152,9 +150,3 @@ class DataLoss(WeftError):
     """Stored bytes no longer match their digest."""
 
     code = Code.DATA_LOSS
-
-
-class Unsupported(WeftError):
-    """The call is part of the contract and not offered here."""
-
-    code = Code.UNIMPLEMENTED

@@ -1,7 +1,7 @@
 """Named points at which a test may stop the store: WEFT_FAILPOINT="name=action" or "name=action:n".
 
-The action (kill, raise, enospc or eio) happens at the n-th time the point is reached, n from 1, once per process. The
-variable is read at import; without it `hit` is an empty function. Every name below is reached by the crash tests.
+The action (kill, raise, enospc or eio) happens the n-th time that the point is reached, counting from 1, once per
+process. The variable is read at import; without it, `hit` is an empty function. The crash tests reach every name below.
 """
 
 import errno
@@ -22,17 +22,17 @@ NAMES = frozenset(
         "before_manifest",  # the version is in place, no manifest names it
         "after_manifest_before_ack",
         "before_remove",
-        "after_remove",  # the manifest is gone, not yet surely
+        "after_remove",  # the manifest is gone, but not yet durably
         "before_gc_unlink",  # an unreferenced version was moved to staging/
         "after_gc_unlink",
-        "before_sweep",  # recovery is about to take one orphan away
+        "before_sweep",  # recovery is about to remove one orphan
         "after_sweep",
     }
 )
 
 
 class FailpointError(RuntimeError):
-    """What the action `raise` raises: a bug of ours, in the middle of the store."""
+    """Raised by the action `raise`, to simulate a bug of ours in the middle of the store."""
 
 
 def _armed(spec: str) -> tuple[str, str, int]:
@@ -56,7 +56,7 @@ if spec := os.environ.get("WEFT_FAILPOINT"):
     _name, _action, _left = _armed(spec)
 
     def hit(name: str) -> None:
-        """Act if `name` is the armed point and this is its hour."""
+        """Act if `name` is the armed point and has now been reached n times."""
         global _left
         if name == _name:
             _left -= 1
@@ -66,4 +66,4 @@ if spec := os.environ.get("WEFT_FAILPOINT"):
 else:
 
     def hit(name: str) -> None:
-        """Nothing: no failpoint is armed."""
+        """Do nothing, since no failpoint is armed."""

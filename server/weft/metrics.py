@@ -7,7 +7,7 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own: two servers in one process do not mix."""
+    """The metrics of one server, in its own registry, so that two servers in one process do not mix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -20,7 +20,7 @@ class Metrics:
             "weft_requests", "Generate requests that ended, by finish reason.", ["finish_reason"], registry=r
         )
         for reason in ("stop", "length", "cancelled", "error"):
-            self.requests.labels(reason)  # from the start at 0, so that a rate sees the first one too
+            self.requests.labels(reason)  # starts at 0, so that a rate counts the first one too
         self.rejections = Counter(
             "weft_request_rejections", "Generate requests that were not accepted, by reason.", ["reason"], registry=r
         )

@@ -39,22 +39,24 @@ def lora_adapter(rank: int, seed: int = 0, sites: Sequence[str] = ("q", "down"))
         site = SHAPE.sites[name]
         a = torch.randn(rank, site.in_features, generator=generator)
         b = torch.randn(site.out_features, rank, generator=generator)
-        params[name] = lora.LoraParams(a, b, 0.25 + seed)
-    return Adapter(method=lora.METHOD, config=lora.LoraConfig(), sites=params)
+        params[name] = lora.math.LoraParams(a, b, 0.25 + seed)
+    return Adapter(method=lora.METHOD, config=lora.math.LoraConfig(), sites=params)
 
 
 def ia3_adapter(seed: int = 0) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     params = {
-        "k": ia3.Ia3Params(torch.randn(SHAPE.sites["k"].out_features, generator=generator), False),
-        "down": ia3.Ia3Params(torch.randn(SHAPE.sites["down"].in_features, generator=generator), True),
+        "k": ia3.math.Ia3Params(torch.randn(SHAPE.sites["k"].out_features, generator=generator), False),
+        "down": ia3.math.Ia3Params(torch.randn(SHAPE.sites["down"].in_features, generator=generator), True),
     }
-    return Adapter(method=ia3.METHOD, config=ia3.Ia3Config(), sites=params)
+    return Adapter(method=ia3.METHOD, config=ia3.math.Ia3Config(), sites=params)
 
 
 def prefix_adapter(length: int) -> Adapter:
-    params = prefix.init(prefix.PrefixConfig(num_virtual_tokens=length), SHAPE, torch.Generator().manual_seed(0))
-    return Adapter(method=prefix.METHOD, config=prefix.PrefixConfig(), sites={}, prefix=params)
+    params = prefix.math.init(
+        prefix.math.PrefixConfig(num_virtual_tokens=length), SHAPE, torch.Generator().manual_seed(0)
+    )
+    return Adapter(method=prefix.METHOD, config=prefix.math.PrefixConfig(), sites={}, prefix=params)
 
 
 def laid_out(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Slab:

@@ -1,4 +1,4 @@
-"""Each form takes away the path that it says, and no answer; a path that changes answers is refused."""
+"""Each ablation takes away the path that it says, and no answer; a path that changes answers is refused."""
 
 import sys
 from collections import Counter
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import fast_paths, forms, models, results
+from benchmarks import ablations, fast_paths, models, results
+from benchmarks.ablations import UNCAPTURED, Ablation, plain, without
 from benchmarks.fast_paths import Bench, Differs, Line, measure
 from benchmarks.fixed_steps import NUM_PROMPT, FixedSteps, PromptAgain, loras, loras_at_q, mixtures
-from benchmarks.forms import UNCAPTURED, Form, plain, without
 
-from tests.benchmarks.test_turns import TINY
+from tests.benchmarks.test_interleaved import TINY
 from weft.config import EngineConfig
 from weft.kernels.cpu import gemm, library
 from weft.kernels.selection import Kernels
@@ -61,11 +61,16 @@ def _adding_nothing(kernels: Kernels) -> Kernels:
 
 @pytest.mark.parametrize("quantity", [fast_paths.DECODE, fast_paths.PREFILL], ids=["decode", "prefill"])
 def test_a_path_that_changes_answers_is_refused(bench: Bench, quantity: fast_paths.Quantity) -> None:
-    def side(form: Form, bench: Bench) -> fast_paths.Compute:
-        return partial(quantity.compute, bench.steps(form, loras))
+    def side(ablation: Ablation, bench: Bench) -> fast_paths.Compute:
+        return partial(quantity.compute, bench.steps(ablation, loras))
 
     line = Line(
-        "", "wrong", "deltas", 1, partial(side, forms.WHOLE), partial(side, plain(Form(changes=(_adding_nothing,))))
+        "",
+        "wrong",
+        "deltas",
+        1,
+        partial(side, ablations.WHOLE),
+        partial(side, plain(Ablation(changes=(_adding_nothing,)))),
     )
     with pytest.raises(
         Differs, match=r"wrong, deltas: the answers with and without it differ by 0\.\d+, at most 0\.03"
@@ -126,11 +131,11 @@ def _kernels_of(compute: Callable[[FixedSteps], torch.Tensor], steps: FixedSteps
     return found
 
 
-_ONEDNN = plain(forms.ONEDNN_PRODUCT)
+_ONEDNN = plain(ablations.ONEDNN_PRODUCT)
 
 
 @pytest.mark.parametrize(
-    ("form", "changed"),
+    ("ablation", "changed"),
     [
         (UNCAPTURED, {}),
         (plain(without("groups", "gates")), {"weft_linear": 7, "weft_gate": 0}),
@@ -138,13 +143,13 @@ _ONEDNN = plain(forms.ONEDNN_PRODUCT)
         (_ONEDNN, {"weft_linear": 0}),
         (plain(without("norms")), {"weft_rms_norm": 0}),
         (plain(without("gates")), {"weft_gate": 0}),
-        (forms.REFERENCE_DRIVER, {"weft_post": 0}),
-        (forms.REFERENCE_ATTENTION, {"weft_attend": 0, "weft_store": 0}),
+        (ablations.REFERENCE_DRIVER, {"weft_post": 0}),
+        (ablations.REFERENCE_ATTENTION, {"weft_attend": 0, "weft_store": 0}),
     ],
 )
-def test_what_is_taken_away_is_not_asked(bench: Bench, form: Form, changed: dict[str, int]) -> None:
+def test_what_is_taken_away_is_not_asked(bench: Bench, ablation: Ablation, changed: dict[str, int]) -> None:
     """Kernels of a layer, in a decode step; beside them the last norm, and the head's product."""
-    if form == _ONEDNN and not multiplies_bfloat16():
+    if ablation == _ONEDNN and not multiplies_bfloat16():
         pytest.skip("oneDNN multiplies no bfloat16 here")
     if not gemm.available():
         changed = {**changed, "weft_linear": 0}
@@ -159,20 +164,20 @@ def test_what_is_taken_away_is_not_asked(bench: Bench, form: Form, changed: dict
     }
     once = {"weft_rms_norm", "weft_linear"}
     expected = {name: LAYERS * count + (name in once) for name, count in per_layer.items() if count}
-    assert _kernels_of(FixedSteps.decode, bench.steps(form, loras)) == expected
+    assert _kernels_of(FixedSteps.decode, bench.steps(ablation, loras)) == expected
 
 
 def test_kernels_that_have_nothing_to_add_are_asked_everywhere(bench: Bench) -> None:
     asked, everywhere = (
-        _kernels_of(FixedSteps.decode, bench.steps(plain(form), loras_at_q))
-        for form in (forms.WHOLE, forms.ASKED_EVERYWHERE)
+        _kernels_of(FixedSteps.decode, bench.steps(plain(ablation), loras_at_q))
+        for ablation in (ablations.WHOLE, ablations.ASKED_EVERYWHERE)
     )
     assert (asked["weft_post"], everywhere["weft_post"]) == (LAYERS, 7 * LAYERS)
     assert (asked["weft_pre"], everywhere["weft_pre"]) == (0, LAYERS)
 
 
 def test_gates_that_torch_makes_are_those_of_the_kernel(bench: Bench) -> None:
-    steps = [bench.steps(form, mixtures) for form in (UNCAPTURED, forms.TORCH_ROUTERS)]
+    steps = [bench.steps(ablation, mixtures) for ablation in (UNCAPTURED, ablations.TORCH_ROUTERS)]
     assert [_kernels_of(FixedSteps.decode, one)["weft_route"] for one in steps] == [LAYERS, 0]
     assert [_kernels_of(FixedSteps.decode, one)["weft_post"] for one in steps] == [7 * LAYERS] * 2
     wanted, got = (one.decode().float().clone() for one in steps)
@@ -181,14 +186,14 @@ def test_gates_that_torch_makes_are_those_of_the_kernel(bench: Bench) -> None:
 
 
 def test_captured_steps_ask_no_model(bench: Bench) -> None:
-    assert not _kernels_of(FixedSteps.decode, bench.steps(forms.WHOLE, loras)), "they are told again in one call"
-    assert _kernels_of(FixedSteps.prefill, bench.steps(forms.WHOLE, loras))
+    assert not _kernels_of(FixedSteps.decode, bench.steps(ablations.WHOLE, loras)), "they are told again in one call"
+    assert _kernels_of(FixedSteps.prefill, bench.steps(ablations.WHOLE, loras))
 
 
 def test_of_a_known_prompt_the_last_block_is_computed(bench: Bench) -> None:
     rows = []
     for caching in (True, False):
-        again = PromptAgain(*bench.held(forms.WHOLE), EngineConfig(max_num_seqs=1, enable_prefix_caching=caching))
+        again = PromptAgain(*bench.held(ablations.WHOLE), EngineConfig(max_num_seqs=1, enable_prefix_caching=caching))
         again.ask()
         rows.append(again.num_rows)
     assert rows == [16, NUM_PROMPT]

@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from benchmarks import workload
 from benchmarks.backends import lora_directory, mistral_directory, tensor_file, vocabulary
-from benchmarks.backends.due import Due
+from benchmarks.backends.arrivals import Arrivals
 from benchmarks.backends.worker import Cannot
 from safetensors.torch import save_file
 
@@ -73,11 +73,11 @@ def test_what_is_due_comes_once_and_in_order() -> None:
     brought = workload.Registration(arrival_s=0.0, adapter_id="one", path="/one")
     far = workload.Registration(arrival_s=1e9, adapter_id="far", path="/far")
     trace = workload.Trace(requests=(request(0.0), request(0.0), request(0.05)), registrations=(brought, far))
-    due = Due(trace, time.monotonic())
-    assert [number for number, _ in due.requests()] == [0, 1]
-    assert due.requests() == [], "the third is still to come"
-    assert due.registrations() == [brought]
-    assert due.registrations() == []
-    due.wait()
-    assert [number for number, _ in due.requests()] == [2]
-    assert not due.is_left()
+    arrivals = Arrivals(trace, time.monotonic())
+    assert [number for number, _ in arrivals.requests()] == [0, 1]
+    assert arrivals.requests() == [], "the third is still to come"
+    assert arrivals.registrations() == [brought]
+    assert arrivals.registrations() == []
+    arrivals.wait()
+    assert [number for number, _ in arrivals.requests()] == [2]
+    assert not arrivals.is_left()

@@ -6,10 +6,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from benchmarks import metrics, plots, report, results, rows, sweeps
+from benchmarks import metrics, plots, report, results, scenarios, sweeps
 from benchmarks.backends.catalog import BACKENDS
 from benchmarks.backends.worker import Outcome, Record
-from benchmarks.rows import Goal, at_least, at_most
+from benchmarks.scenarios import Goal, at_least, at_most
 
 
 def outcome(*records: tuple[float, list[float]]) -> Outcome:
@@ -80,8 +80,13 @@ def test_what_is_missed_is_told_with_its_reason() -> None:
 
 
 def test_limits_are_those_of_rows_and_their_bounds() -> None:
-    bounded = {(row.name, goal.metric) for row in rows.whole() for other in row.others for goal in other.goals}
-    assert set(rows.LIMITS) <= bounded
+    bounded = {
+        (scenario.name, goal.metric)
+        for scenario in scenarios.whole()
+        for other in scenario.others
+        for goal in other.goals
+    }
+    assert set(scenarios.LIMITS) <= bounded
 
 
 def entry(name: str, *, tokens_per_s: float = 100.0, point: tuple[str, float] | None = None) -> dict[str, Any]:
@@ -160,24 +165,24 @@ def test_plots_draw_the_points_there_are(tmp_path: Path) -> None:
 
 
 def test_every_row_has_a_name_of_its_own() -> None:
-    for listed in (rows.short(), [*rows.whole(), *sweeps.points()]):
-        names = [row.name for row in listed]
+    for listed in (scenarios.short(), [*scenarios.whole(), *sweeps.points()]):
+        names = [scenario.name for scenario in listed]
         assert len(set(names)) == len(names)
-    assert all(side.backend in BACKENDS for row in rows.short() for side in row.sides)
+    assert all(side.backend in BACKENDS for scenario in scenarios.short() for side in scenario.sides)
 
 
 def test_rows_are_chosen_by_name() -> None:
-    assert [row.name for row in rows.named(rows.whole(), ["grpc", "base"])] == ["base", "grpc"]
-    assert len(rows.named(rows.whole(), [])) == len(rows.whole())
+    assert [scenario.name for scenario in scenarios.named(scenarios.whole(), ["grpc", "base"])] == ["base", "grpc"]
+    assert len(scenarios.named(scenarios.whole(), [])) == len(scenarios.whole())
     with pytest.raises(ValueError, match=r"only: must be one of .*, given 'fast'"):
-        rows.named(rows.whole(), ["fast"])
+        scenarios.named(scenarios.whole(), ["fast"])
 
 
 def test_sides_of_a_row_answer_the_same_lengths() -> None:
     """What a ratio compares has the same prompts and answers, whatever the adapters."""
-    for row in rows.whole():
-        lengths = [[(len(one.prompt), one.num_new_tokens) for one in side.trace.requests] for side in row.sides]
-        assert all(one == lengths[0] for one in lengths), row.name
+    for scenario in scenarios.whole():
+        lengths = [[(len(one.prompt), one.num_new_tokens) for one in side.trace.requests] for side in scenario.sides]
+        assert all(one == lengths[0] for one in lengths), scenario.name
 
 
 def test_the_conditions_name_the_machine_and_the_commit() -> None:

@@ -80,14 +80,14 @@ class FakeAdapter(NamedTuple):
 
     def slab(self) -> Slab:
         if self.is_soft:
-            params = prompt.PromptParams(torch.full((self.num_virtual, 1), float(self.watermark)))
-            adapter = Adapter(method=prompt.METHOD, config=prompt.PromptConfig(), sites={}, prefix=params)
+            params = prompt.math.PromptParams(torch.full((self.num_virtual, 1), float(self.watermark)))
+            adapter = Adapter(method=prompt.METHOD, config=prompt.math.PromptConfig(), sites={}, prefix=params)
         elif self.num_virtual:
-            params = prefix.PrefixParams(torch.full((self.num_virtual, 1, 2, 1, 1), float(self.watermark)))
-            adapter = Adapter(method=prefix.METHOD, config=prefix.PrefixConfig(), sites={}, prefix=params)
+            params = prefix.math.PrefixParams(torch.full((self.num_virtual, 1, 2, 1, 1), float(self.watermark)))
+            adapter = Adapter(method=prefix.METHOD, config=prefix.math.PrefixConfig(), sites={}, prefix=params)
         else:
-            params = ia3.Ia3Params(torch.full((16 * self.units,), float(self.watermark)), False)
-            adapter = Adapter(method=ia3.METHOD, config=ia3.Ia3Config(), sites={f"site{self.units}": params})
+            params = ia3.math.Ia3Params(torch.full((16 * self.units,), float(self.watermark)), False)
+            adapter = Adapter(method=ia3.METHOD, config=ia3.math.Ia3Config(), sites={f"site{self.units}": params})
         return slab.build(adapter, SHAPE, dtype=torch.float32)
 
 

@@ -17,7 +17,7 @@ from weft.config import ModelConfig, Quantization
 from weft.engine.capture import shapes
 from weft.kernels.capture import NotCapturable, Replay
 from weft.kernels.selection import select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader, paged_attention
 

@@ -26,7 +26,7 @@ from weft.kernels.cuda import attention, deltas
 from weft.kernels.cuda.driver import DriverFactory
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.kernels.step import Entries
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, DeltaKind, SiteKind
 from weft.model import loader, paged_attention
 

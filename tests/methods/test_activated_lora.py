@@ -20,7 +20,7 @@ from weft.engine.token_ranges import OPEN, TokenRange
 from weft.kernels.selection import REFERENCE, select
 from weft.methods import activation
 from weft.methods.checkpoint import directory
-from weft.methods.lora import LoraConfig
+from weft.methods.lora.math import LoraConfig
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 

@@ -15,7 +15,7 @@ from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods import bitfit
-from weft.methods.checkpoint import beft, directory
+from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
 from weft_training import adapter as adapters
@@ -94,7 +94,7 @@ def test_peft_loads_a_file_with_a_norm_bias_without_the_norm(tmp_path: Path) -> 
     config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
     shape = loader.load(config, attention="eager").shape
     made = tiny.random_bitfit(shape, seed=3)
-    norm = {"model.norm": bitfit.BitfitParams(torch.ones(64), is_norm=True)}
+    norm = {"model.norm": bitfit.math.BitfitParams(torch.ones(64), is_norm=True)}
     logits = []
     for name, sites in (("plain", made.sites), ("norm", {**made.sites, **norm})):
         directory.write(Adapter(method=bitfit.METHOD, config=made.config, sites=sites), tmp_path / name, shape)
@@ -120,22 +120,22 @@ def test_peft_loads_a_file_with_a_norm_bias_without_the_norm(tmp_path: Path) -> 
     ],
 )
 def test_wrong_files_are_refused(changes: dict[str, torch.Tensor], flag: bool, reason: str, base: loader.Base) -> None:
-    config, tensors = beft.write(tiny.random_bitfit(base.shape, seed=4), base.shape)
+    config, tensors = bitfit.files.write(tiny.random_bitfit(base.shape, seed=4), base.shape)
     if any("ln_1.beft_bias" in key or "c_attn.weft" in key for key in changes):  # in place of the right tensor
         right = next(k for k in tensors if k.rpartition(".")[0] == next(iter(changes)).rpartition(".")[0])
         del tensors[right]
     config["weft_norm_biases"] = flag
     with pytest.raises(InvalidAdapter) as refused:
-        beft.read(config, {**tensors, **changes}, base.shape, AdapterLimits())
+        bitfit.files.read(config, {**tensors, **changes}, base.shape, AdapterLimits())
     assert refused.value.reason == reason
     config["weft_norm_biases"] = True  # the control: what was not changed is right
-    _, tensors = beft.write(tiny.random_bitfit(base.shape, seed=4), base.shape)
-    assert beft.read(config, tensors, base.shape, AdapterLimits())
+    _, tensors = bitfit.files.write(tiny.random_bitfit(base.shape, seed=4), base.shape)
+    assert bitfit.files.read(config, tensors, base.shape, AdapterLimits())
 
 
 def test_biases_that_are_all_zero_have_no_effect(base: loader.Base) -> None:
     made = tiny.random_bitfit(base.shape, seed=5)
-    config, tensors = beft.write(made, base.shape)
+    config, tensors = bitfit.files.write(made, base.shape)
     with pytest.raises(InvalidAdapter) as refused:
-        beft.read(config, {k: torch.zeros_like(t) for k, t in tensors.items()}, base.shape, AdapterLimits())
+        bitfit.files.read(config, {k: torch.zeros_like(t) for k, t in tensors.items()}, base.shape, AdapterLimits())
     assert refused.value.reason == "ADAPTER_NO_EFFECT"

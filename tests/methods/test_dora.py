@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weft.methods import base_weight, dora
 from weft.methods.base_weight import ReadModule
-from weft.methods.dora import DoraConfig, DoraParams
+from weft.methods.dora.math import DoraConfig, DoraParams
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import BaseShape, BaseWeight, DeltaKind, Site
 
@@ -44,7 +44,7 @@ def textbook(params: DoraParams, base: nn.Linear, x: Tensor) -> Tensor:
 def test_the_delta_is_the_formula(has_bias: bool) -> None:
     base = module(bias=has_bias)
     params, x = params_at(base), random(2, 3, I, seed=6)
-    out = base(x) + dora.delta(params, x, base(x))
+    out = base(x) + dora.math.delta(params, x, base(x))
     torch.testing.assert_close(out, textbook(params, base, x), atol=1e-12, rtol=0)
     assert (out - base(x)).abs().max() > 0.1
 
@@ -53,12 +53,12 @@ def test_the_delta_is_the_formula(has_bias: bool) -> None:
 def test_what_is_packed_is_what_is_trained(has_bias: bool) -> None:
     base = module(bias=has_bias)
     params, x = params_at(base), random(4, I, seed=6)
-    packed = dora.pack(params, torch.float32)
+    packed = dora.math.pack(params, torch.float32)
     kinds = [DeltaKind.LORA, DeltaKind.SCALE_OUTPUT, *([DeltaKind.BIAS] if has_bias else [])]
     assert [plane.kind for plane in packed] == kinds
     y = base(x).float()
-    served = dora.delta(dora.unpack(packed), x.float(), y)
-    torch.testing.assert_close(served, dora.delta(params, x.float(), y), atol=1e-5, rtol=0)
+    served = dora.math.delta(dora.math.unpack(packed), x.float(), y)
+    torch.testing.assert_close(served, dora.math.delta(params, x.float(), y), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -66,18 +66,18 @@ def test_it_starts_at_zero(use_rslora: bool) -> None:
     base = module(dtype=torch.float32)
     site = Site(0, "layers.0.proj", I, O, read_base=ReadModule(base))
     config = DoraConfig(rank=3, alpha=12.0, use_rslora=use_rslora)
-    params = dora.init(config, site, torch.Generator().manual_seed(1))
+    params = dora.math.init(config, site, torch.Generator().manual_seed(1))
     x = random(4, I, seed=6).float()
-    assert not dora.delta(params, x, base(x)).any()
-    assert dora.is_identity(params)
-    assert not dora.is_identity(params._replace(magnitude=params.magnitude * 1.02))
+    assert not dora.math.delta(params, x, base(x)).any()
+    assert dora.math.is_identity(params)
+    assert not dora.math.is_identity(params._replace(magnitude=params.magnitude * 1.02))
     moved = params._replace(b=torch.ones_like(params.b))
-    assert dora.delta(moved, x, base(x)).abs().max() > 0.1
+    assert dora.math.delta(moved, x, base(x)).abs().max() > 0.1
 
 
 def test_a_site_that_is_only_described_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layers.0.proj: DoRA needs the base's weight"):
-        dora.init(DoraConfig(), Site(0, "layers.0.proj", I, O))
+        dora.math.init(DoraConfig(), Site(0, "layers.0.proj", I, O))
 
 
 def test_the_lengths_are_a_constant_to_the_gradient() -> None:
@@ -113,7 +113,7 @@ def test_a_row_of_zeros_stays_and_has_a_finite_gradient() -> None:
     a = held.a.clone().requires_grad_()
     magnitude = held.magnitude.clone().requires_grad_()
     x = random(4, I, seed=6)
-    out = dora.delta(held._replace(a=a, magnitude=magnitude), x, base(x))
+    out = dora.math.delta(held._replace(a=a, magnitude=magnitude), x, base(x))
     assert not out[:, 1].any()
     grads = torch.autograd.grad(out.square().sum(), (a, magnitude))
     assert all(grad.isfinite().all() for grad in grads)
@@ -122,7 +122,7 @@ def test_a_row_of_zeros_stays_and_has_a_finite_gradient() -> None:
 def test_lengths_do_not_depend_on_the_blocks_they_are_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
     base = nn.Linear(32, 640, bias=False, dtype=torch.float32).requires_grad_(False)
     site = Site(0, "s", 32, 640, read_base=ReadModule(base))
-    whole = dora.init(DoraConfig(rank=2), site).magnitude
+    whole = dora.math.init(DoraConfig(rank=2), site).magnitude
     monkeypatch.setattr(base_weight, "_BLOCK_ELEMENTS", 1)
     sizes: list[int] = []
 
@@ -132,7 +132,7 @@ def test_lengths_do_not_depend_on_the_blocks_they_are_taken_in(monkeypatch: pyte
     assert site.read_base is not None
     site.read_base(count)
     assert sizes == [64] * 10
-    torch.testing.assert_close(dora.init(DoraConfig(rank=2), site).magnitude, whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(dora.math.init(DoraConfig(rank=2), site).magnitude, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(whole, base.weight.norm(dim=1), atol=1e-6, rtol=0)
 
 
@@ -157,11 +157,11 @@ def test_the_base_is_read_where_the_shape_says() -> None:
     routed = shape.read_through(run)
     assert routed.sites == shape.sites, "the way to a weight is no part of what a site is"
     config = DoraConfig(rank=2)
-    direct = dora.init(config, site, torch.Generator().manual_seed(1))
+    direct = dora.math.init(config, site, torch.Generator().manual_seed(1))
     assert not ran
-    through = dora.init(config, routed.sites["s"], torch.Generator().manual_seed(1))
+    through = dora.math.init(config, routed.sites["s"], torch.Generator().manual_seed(1))
     assert ran == ["run"]
     assert torch.equal(direct.magnitude, through.magnitude)
-    dora.fold(through)
+    dora.math.fold(through)
     assert ran == ["run", "run"]
     assert routed.sites["t"].read_base is None

@@ -36,17 +36,17 @@ def random(*shape: int, seed: int) -> Tensor:
 BASE = Base(random(O, I, seed=1), random(O, seed=2))
 
 
-def lora_params(seed: int, rank: int) -> lora.LoraParams:
-    return lora.LoraParams(random(rank, I, seed=seed), random(O, rank, seed=seed + 50), 0.5 + seed % 3)
+def lora_params(seed: int, rank: int) -> lora.math.LoraParams:
+    return lora.math.LoraParams(random(rank, I, seed=seed), random(O, rank, seed=seed + 50), 0.5 + seed % 3)
 
 
-def ia3_params(seed: int, *, feedforward: bool) -> ia3.Ia3Params:
-    return ia3.Ia3Params(1 + random(I if feedforward else O, seed=seed), feedforward)
+def ia3_params(seed: int, *, feedforward: bool) -> ia3.math.Ia3Params:
+    return ia3.math.Ia3Params(1 + random(I if feedforward else O, seed=seed), feedforward)
 
 
 ADAPTERS: dict[str, tuple[Method, Any]] = {
     "lora-bias": (lora.METHOD, lora_params(8, 2)._replace(bias=random(O, seed=60))),
-    "bitfit": (bitfit.METHOD, bitfit.BitfitParams(random(O, seed=61))),
+    "bitfit": (bitfit.METHOD, bitfit.math.BitfitParams(random(O, seed=61))),
     "lora-r1": (lora.METHOD, lora_params(3, 1)),
     "lora-r4": (lora.METHOD, lora_params(4, 4)),
     "ia3-output": (ia3.METHOD, ia3_params(5, feedforward=False)),
@@ -60,17 +60,17 @@ def textbook_row(x: Tensor, uses: Sequence[tuple[str, float]]) -> Tensor:
     x_prime = x.clone()
     for name, gate in uses:
         params = ADAPTERS[name][1]
-        if isinstance(params, ia3.Ia3Params) and params.is_feedforward:
+        if isinstance(params, ia3.math.Ia3Params) and params.is_feedforward:
             x_prime = x_prime + gate * (params.scale * x - x)
     y = BASE.weight @ x_prime + BASE.bias
     out = y.clone()
     for name, gate in uses:
         params = ADAPTERS[name][1]
-        if isinstance(params, lora.LoraParams):
+        if isinstance(params, lora.math.LoraParams):
             out = out + gate * params.scaling * (
                 params.b @ (params.a @ x) + (0 if params.bias is None else params.bias)
             )
-        elif isinstance(params, bitfit.BitfitParams):
+        elif isinstance(params, bitfit.math.BitfitParams):
             out = out + gate * params.bias
         elif not params.is_feedforward:
             out = out + gate * (params.scale * y - y)
@@ -166,7 +166,7 @@ def _spy(seen: list[tuple[Tensor, Tensor | None]]) -> Method:
         seen.append((x.clone(), y.clone()))
         return params.sum().expand_as(y)
 
-    return Method(name="spy", peft_type="SPY", pre=pre, post=post)
+    return Method(name="spy", pre=pre, post=post)
 
 
 def test_every_delta_sees_the_input_and_the_base_output_never_another_delta() -> None:
@@ -218,9 +218,9 @@ def test_the_order_of_segments_does_not_matter() -> None:
 def _through_driver(rows: Tensor | None, gates: Tensor | None) -> Callable[..., Tensor]:
     def out(x: Tensor, a: Tensor, b: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
         segments = [
-            Segment(lora.METHOD, {SITE.name: lora.LoraParams(a, b, 2.0)}, rows, gates),
-            Segment(ia3.METHOD, {SITE.name: ia3.Ia3Params(scale_in, True)}, rows, gates),
-            Segment(ia3.METHOD, {SITE.name: ia3.Ia3Params(scale_out, False)}, rows, gates),
+            Segment(lora.METHOD, {SITE.name: lora.math.LoraParams(a, b, 2.0)}, rows, gates),
+            Segment(ia3.METHOD, {SITE.name: ia3.math.Ia3Params(scale_in, True)}, rows, gates),
+            Segment(ia3.METHOD, {SITE.name: ia3.math.Ia3Params(scale_out, False)}, rows, gates),
         ]
         return ReferenceDriver(segments).apply(SITE, BASE, x)
 

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.inject import AdaptedLinear
 from weft.methods.protocol import Adapter, SiteKind
 from weft.model import loader, paged_attention
@@ -52,7 +52,7 @@ def _dequantized(path: Path, double_quant: bool) -> loader.Base:
 
 
 @pytest.mark.parametrize(
-    "kind", ["base", "lora", "lora, bias", "dora", "bitfit", "ia3", "prefix", "prompt", "ptuning", "bottleneck"]
+    "kind", ["base", "lora", "lora, bias", "dora", "vera", "bitfit", "ia3", "prefix", "prompt", "ptuning", "bottleneck"]
 )
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_methods_on_nf4_equal_methods_on_dequantized_weights(
@@ -92,6 +92,8 @@ def _adapter(kind: str, base: loader.Base) -> Adapter | None:
             return tiny.random_lora(base.shape, rank=4, seed=4, lora_bias=True)
         case "dora":
             return tiny.random_dora(base.shape, rank=8, seed=5)
+        case "vera":
+            return tiny.random_vera(base.shape, rank=8, seed=8)
         case "bitfit":
             return tiny.random_bitfit(base.shape, seed=6)
         case "ia3":

@@ -62,6 +62,8 @@ _SERVED: Mapping[str, tuple[Callable[[], peft.PeftConfig], str]] = {
     "dora": (lambda: _lora(use_dora=True), "dora"),
     "dora-rslora": (lambda: _lora(use_dora=True, use_rslora=True), "dora"),
     "activated-lora": (lambda: _lora(alora_invocation_tokens=[5, 6]), "lora"),
+    "vera": (lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=_QV, r=4), "vera"),
+    "vera-r256": (lambda: peft.VeraConfig(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]), "vera"),
     "adalora": (
         lambda: peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=_QV, init_r=6, target_r=4, total_step=10),
         "lora",
@@ -104,6 +106,14 @@ _LATER: Mapping[str, _Refused] = {
         lambda: _lora(target_parameters=["q_proj.weight"], target_modules=["v_proj"]),
         ("target_parameters", "target_modules"),
     ),
+    "vera-without-projection": _Refused(
+        lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=_QV, r=4, save_projection=False),
+        ("adapter_config.save_projection", "save it again with save_projection=True"),
+    ),
+    "vera-with-biases": _Refused(
+        lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=_QV, r=4, bias="vera_only"),
+        ("adapter_config.bias", "unset or 'none'"),
+    ),
     "seq-cls": _Refused(lambda: _lora(task_type="FEATURE_EXTRACTION"), ("task_type", "CAUSAL_LM")),
     "rank-512": _Refused(lambda: _lora(r=512), ("adapter_config.r", "limit 256", "--adapter-rank-max")),
     "large-scale": _Refused(lambda: _lora(r=1, lora_alpha=65), ("lora_alpha", "limit 64", "--adapter-scaling-max")),
@@ -114,7 +124,6 @@ _OTHER_TYPES: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "LOKR": lambda: peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=_QV, r=4),
     "OFT": lambda: peft.OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], oft_block_size=8),
     "BOFT": lambda: peft.BOFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], boft_block_size=4),
-    "VERA": lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4),
     "LN_TUNING": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
     "ADAPTION_PROMPT": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1),
     "TRAINABLE_TOKENS": lambda: peft.TrainableTokensConfig(

@@ -20,13 +20,19 @@ from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.checkpoint import directory
-from weft.methods.checkpoint import lora as lora_files
+from weft.methods.lora import files as lora_files
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
 from weft.model import loader, paged_attention
 
 
 def _with_head(base: BaseShape) -> tuple[str, ...]:
     return tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR, SiteKind.HEAD)}))
+
+
+def _unequal(base: BaseShape) -> tuple[str, ...]:
+    """Modules that differ in both of their sizes."""
+    suffixes = {site.suffix for site in base.of_kind(SiteKind.LINEAR)}
+    return tuple(sorted(suffixes & {"v_proj", "qkv_proj", "c_attn", "down_proj", "c_proj"}))
 
 
 _ADAPTERS: dict[str, Callable[[BaseShape], Adapter]] = {
@@ -38,6 +44,8 @@ _ADAPTERS: dict[str, Callable[[BaseShape], Adapter]] = {
     "lora-head": lambda base: tiny.random_lora(base, rank=3, seed=10, targets=("lm_head",)),
     "lora-all-and-head": lambda base: tiny.random_lora(base, rank=2, seed=11, targets=_with_head(base)),
     "dora-head": lambda base: tiny.random_dora(base, rank=2, seed=12, targets=_with_head(base)),
+    "vera-r3": lambda base: tiny.random_vera(base, rank=3, seed=13),
+    "vera-unequal": lambda base: tiny.random_vera(base, rank=40, seed=14, targets=_unequal(base)),
     "ia3": lambda base: tiny.random_ia3(base, seed=3),
     "prefix-5": lambda base: tiny.random_prefix(base, length=5, seed=4),
     "prefix-16": lambda base: tiny.random_prefix(base, length=16, seed=5),
@@ -248,6 +256,22 @@ def test_peft_made_adalora_is_read_as_the_lora_it_is(
     # It is written as LoRA, and is the same again.
     directory.write(adapter, tmp_path / "lora", base.shape)
     _assert_read_exactly(tmp_path / "lora", base, architecture, "lora")
+
+
+def test_peft_made_vera_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:
+    suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
+    config = peft.VeraConfig(
+        r=6, target_modules=suffixes, task_type="CAUSAL_LM", fan_in_fan_out=architecture[0] == "gpt2"
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    _move(model)
+    model.save_pretrained(str(tmp_path))
+    adapter = _assert_read_exactly(tmp_path, base, architecture, "vera")
+    assert adapter.num_parameters == model.get_nb_trainable_parameters()[0]  # the projection is not trained
+    # It is written with its projection, and is the same again.
+    directory.write(adapter, tmp_path / "again", base.shape)
+    _assert_read_exactly(tmp_path / "again", base, architecture, "vera")
 
 
 def test_peft_made_beft_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ from tests import tiny
 from weft.adapters import slab
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.methods import targets
-from weft.methods.bitfit import BitfitConfig
-from weft.methods.bottleneck import BottleneckConfig
+from weft.methods.bitfit.math import BitfitConfig
+from weft.methods.bottleneck.math import BottleneckConfig
 from weft.methods.checkpoint import directory
-from weft.methods.dora import DoraConfig
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
-from weft.methods.protocol import Adapter, BaseShape, SiteKind
+from weft.methods.dora.math import DoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.protocol import Adapter, BaseShape, MethodConfig, SiteKind
 from weft.model import loader
-from weft_training.adapter import MethodConfig, initial
+from weft_training.adapter import initial
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 

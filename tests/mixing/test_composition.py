@@ -25,7 +25,7 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, Kernels, select
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.checkpoint import directory
 from weft.methods.inject import AdaptedLinear
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
@@ -46,6 +46,7 @@ MAKERS: dict[str, Callable[[BaseShape, random.Random, int], Adapter]] = {
     "lora, bias": lambda base, dice, seed: tiny.random_lora(base, rank=dice.choice(_RANKS), seed=seed, lora_bias=True),
     "lora, head": lambda base, dice, seed: tiny.random_lora(base, rank=3, seed=seed, targets=("lm_head",)),
     "dora": lambda base, dice, seed: tiny.random_dora(base, rank=dice.choice(_RANKS), seed=seed),
+    "vera": lambda base, dice, seed: tiny.random_vera(base, rank=dice.choice(_RANKS), seed=seed),
     "bitfit": lambda base, dice, seed: tiny.random_bitfit(base, seed=seed),
     "ia3": lambda base, dice, seed: tiny.random_ia3(base, seed=seed),
     "bottleneck": lambda base, dice, seed: tiny.random_bottleneck(
@@ -156,7 +157,7 @@ def test_the_mixes_are_what_they_should_be(base: loader.Base) -> None:
     parts = [part for mix in mixes(base.shape, seed=1) for part in mix.parts]
     assert {len(mix.parts) for mix in mixes(base.shape, seed=1)} == set(range(1, _PARTS_MAX + 1))
     names = {adapter.method.name for adapter, _ in parts}
-    assert names >= {"lora", "dora", "bitfit", "ia3", "bottleneck"}
+    assert names >= {"lora", "dora", "vera", "bitfit", "ia3", "bottleneck"}
     assert names & set(VIRTUAL)
     counts = [sum(a.prefix is not None for a, _ in mix.parts) for mix in mixes(base.shape, seed=1)]
     assert {0, 1, 2} < set(counts)

@@ -16,14 +16,15 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from weft.methods.bitfit import BitfitParams
-from weft.methods.bottleneck import BottleneckParams
-from weft.methods.dora import DoraParams
-from weft.methods.ia3 import Ia3Params
-from weft.methods.lora import LoraParams
-from weft.methods.prefix import PrefixParams
-from weft.methods.prompt import PromptParams
+from weft.methods.bitfit.math import BitfitParams
+from weft.methods.bottleneck.math import BottleneckParams
+from weft.methods.dora.math import DoraParams
+from weft.methods.ia3.math import Ia3Params
+from weft.methods.lora.math import LoraParams
+from weft.methods.prefix.math import PrefixParams
+from weft.methods.prompt.math import PromptParams
 from weft.methods.protocol import Adapter
+from weft.methods.vera.math import VeraParams
 
 Composition = Sequence[tuple[Adapter, float]]
 Weight = float | Tensor  # of a delta: one for all tokens, or [N, 1], one for each
@@ -132,6 +133,9 @@ def _delta(module: nn.Module, params: Any, x: Tensor, y: Tensor, r: Tensor | Non
             stretch = magnitude.to(x) / (weight + update).norm(dim=1)
             # m (W₀ + ΔW) x / ‖W₀ + ΔW‖ - W₀x, where the base output y stands for W₀x.
             return (stretch - 1) * (y - bias) + stretch * F.linear(x, update)
+        case VeraParams(lambda_d, lambda_b, _, (a, b)):
+            narrow = F.linear(x, a[:, : x.shape[-1]].to(x)) * lambda_d.to(x)
+            return F.linear(narrow, b[: len(lambda_b)].to(x)) * lambda_b.to(x)
         case BitfitParams(bias):
             return bias.to(y).expand_as(y)
         case Ia3Params(scale, _):

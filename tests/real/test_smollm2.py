@@ -114,7 +114,7 @@ _METHODS: Mapping[str, Callable[[BaseShape], Adapter]] = {
     "dora": lambda shape: tiny.random_dora(shape, rank=4, seed=2, targets=("o_proj",)),
     "ia3": lambda shape: tiny.random_ia3(shape, seed=3),
     "bitfit": lambda shape: tiny.random_bitfit(shape, seed=4),
-    "bottleneck": lambda shape: tiny.random_bottleneck(shape, bottleneck.BottleneckConfig(size=16), seed=5),
+    "bottleneck": lambda shape: tiny.random_bottleneck(shape, bottleneck.math.BottleneckConfig(size=16), seed=5),
     "prefix": lambda shape: tiny.random_prefix(shape, length=6, seed=6),
     "prompt": lambda shape: tiny.random_prompt(shape, length=5, seed=7),
     "ptuning": lambda shape: tiny.random_ptuning(shape, length=4, seed=8),

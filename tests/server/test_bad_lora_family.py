@@ -30,6 +30,7 @@ class _Good(NamedTuple):
     dora: Parts
     bitfit: Parts
     adalora: Parts
+    vera: Parts
 
 
 class _Case(NamedTuple):
@@ -55,6 +56,7 @@ def good(sources: Sources) -> _Good:
             adalora,
             {"format": "pt"},
         ),
+        vera=Parts.of(tiny.random_vera(base, rank=8, seed=75), base),
     )
 
 
@@ -94,6 +96,16 @@ def _added(**tensors: Tensor) -> Callable[[_Good], Files]:
     return lambda good: good.lora.with_tensors(
         {**good.lora.tensors, **{"base_model.model." + name.replace("__", "."): t for name, t in tensors.items()}}
     )
+
+
+def _frozen(**changes: Tensor | None) -> Callable[[_Good], Files]:
+    """VeRA with another projection, or without a part of it."""
+
+    def make(good: _Good) -> Files:
+        changed = {**good.vera.tensors, **{f"base_model.{name}": tensor for name, tensor in changes.items()}}
+        return good.vera.with_tensors({name: tensor for name, tensor in changed.items() if tensor is not None})
+
+    return make
 
 
 _NAN = torch.full((64,), float("nan"))
@@ -143,6 +155,26 @@ CASES = [
     ),
     _Case("53-adalora-dora", "FEATURE_UNSUPPORTED", _config("adalora", use_dora=True), ("use_dora",)),
     _Case("54-adalora", "PAIR_INCOMPLETE", _without("adalora", "lora_E"), ("lora_E",)),
+    _Case("49-vera", "RANK_INVALID", _config("vera", r=0), ("adapter_config.r",)),
+    _Case("50-vera", "RANK_TOO_LARGE", _config("vera", r=257), ("limit 256", "given 257")),
+    _Case("51-vera", "RANK_MISMATCH", _config("vera", r=4), ("vera_A", "limit 4", "given 8")),
+    _Case(
+        "53-vera", "FEATURE_UNSUPPORTED", _config("vera", save_projection=False), ("adapter_config.save_projection",)
+    ),
+    _Case("54-vera", "PAIR_INCOMPLETE", _without("vera", "vera_lambda_d"), ("vera_lambda_d",)),
+    _Case("54-vera-a", "PAIR_INCOMPLETE", _frozen(vera_A=None), ("base_model.vera_A", "save_projection=True")),
+    _Case("55-vera", "MODULE_UNKNOWN", lambda g: _renamed(g.vera, "layers.1.", "layers.9."), ("layers.9.",)),
+    _Case("55-vera-c", "TENSOR_UNKNOWN", _frozen(vera_C=torch.ones(8)), ("base_model.vera_C",)),
+    _Case("57-vera-a", "DIM_MISMATCH", _frozen(vera_A=torch.ones(8, 127)), ("[8, 128]", "[8, 127]")),
+    _Case("57-vera-b", "DIM_MISMATCH", _frozen(vera_B=torch.ones(128)), ("[128, 8]", "[128]")),
+    _Case("57-vera", "DIM_MISMATCH", _with("vera", vera_lambda_b=torch.ones(32)), ("[64]", "[32]")),
+    _Case("59-vera", "NON_FINITE", _with("vera", vera_lambda_b=_NAN), ("vera_lambda_b",)),
+    _Case("59-vera-a", "NON_FINITE", _frozen(vera_A=_NAN[:8, None].expand(8, 128).clone()), ("vera_A",)),
+    _Case("60-vera", "WEIGHT_OUT_OF_RANGE", _with("vera", vera_lambda_d=torch.full((8,), 6e4)), ("vera_lambda_d",)),
+    _Case("60-vera-times-a", "WEIGHT_OUT_OF_RANGE", _frozen(vera_A=torch.full((8, 128), 900.0)), ("vera_lambda_d",)),
+    _Case("62-vera-zero", "ADAPTER_NO_EFFECT", _every("vera", lambda name, t: t * ("lambda_b" not in name))),
+    _Case("62-vera-a-zero", "ADAPTER_NO_EFFECT", _frozen(vera_A=torch.zeros(8, 128))),
+    _Case("62-vera-larger", "", _frozen(vera_A=torch.ones(8, 200))),  # of a run that adapted larger modules
     _Case("54-dora", "PAIR_INCOMPLETE", _without("dora", "lora_magnitude_vector"), ("lora_magnitude_vector",)),
     _Case("54-bias", "PAIR_INCOMPLETE", _without("biased", "lora_B.bias"), ("lora_B.bias",)),
     _Case("55-bitfit", "MODULE_UNKNOWN", lambda g: _renamed(g.bitfit, "layers.1.", "layers.9."), ("layers.9.",)),
@@ -184,7 +216,7 @@ def test_row(case: _Case, server: LiveServer, good: _Good, sources: Sources) -> 
 def test_an_untrained_dora_has_no_effect(server: LiveServer, sources: Sources) -> None:
     """B is zero and every length is the base's own, which only the base's weight can tell."""
     made = tiny.random_dora(sources.base, rank=4, seed=74)
-    untrained = {name: dora.init(made.config, sources.base.sites[name]) for name in made.sites}
+    untrained = {name: dora.math.init(made.config, sources.base.sites[name]) for name in made.sites}
     parts = Parts.of(replace(made, sites=untrained), sources.base)
     path = parts.files().write(sources.root / "spoiled-family" / "untrained")
     refused(lambda: server.client.register("spoiled", path), "INVALID_ARGUMENT", "ADAPTER_NO_EFFECT", retry=False)

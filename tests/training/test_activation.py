@@ -13,8 +13,8 @@ from torch import Tensor
 from weft.config import ModelConfig, Quantization
 from weft.engine.token_ranges import OPEN, TokenRange
 from weft.kernels.selection import select
-from weft.methods.dora import DoraConfig
-from weft.methods.lora import LoraConfig
+from weft.methods.dora.math import DoraConfig
+from weft.methods.lora.math import LoraConfig
 from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader, paged_attention
 from weft_training import activation, base

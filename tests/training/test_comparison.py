@@ -43,16 +43,16 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     path = tiny.save_base(tmp_path)
     base = loader.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
     sites = [site for site in base.shape.sites.values() if ".layers." in site.name]
-    count = lora.count(lora.LoraConfig(rank=8, rank_pattern={"k_proj": 2}), sites, base.shape)
+    count = lora.math.count(lora.math.LoraConfig(rank=8, rank_pattern={"k_proj": 2}), sites, base.shape)
     layer = 8 * (2 * (64 + 64) + (64 + 32) + 2 * (64 + 128) + (128 + 64)) + 2 * (64 + 32)
     assert count.total == 2 * layer
     assert "2 × 2·(64 + 32)" in count.numbers
 
     scaled = [site for site in sites if site.suffix in ("k_proj", "v_proj", "down_proj")]
-    count = ia3.count(ia3.Ia3Config(feedforward_modules=("down_proj",)), scaled, base.shape)
+    count = ia3.math.count(ia3.math.Ia3Config(feedforward_modules=("down_proj",)), scaled, base.shape)
     assert (count.total, count.numbers) == (2 * (32 + 32 + 128), "4 × 32 + 2 × 128")
 
-    count = prefix.count(prefix.PrefixConfig(num_virtual_tokens=5), (), base.shape)
+    count = prefix.math.count(prefix.math.PrefixConfig(num_virtual_tokens=5), (), base.shape)
     assert (count.total, count.numbers) == (2 * 5 * 2 * 2 * 16, "2·5·2·2·16")
 
 
@@ -93,13 +93,13 @@ def test_norms_say_how_far_an_adapter_is_from_nothing(tmp_path: Path) -> None:
     base = loader.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
     for params in tiny.random_lora(base.shape, rank=3, seed=1).sites.values():
         expected = (params.scaling * params.b @ params.a).norm().item()
-        assert lora.norms(params)["‖ΔW‖"] == pytest.approx(expected, rel=1e-5)
+        assert lora.math.norms(params)["‖ΔW‖"] == pytest.approx(expected, rel=1e-5)
         assert expected > 0.1
     for params in tiny.random_ia3(base.shape, seed=2).sites.values():
-        assert ia3.norms(params)["‖l - 1‖"] == pytest.approx((params.scale - 1).norm().item())
+        assert ia3.math.norms(params)["‖l - 1‖"] == pytest.approx((params.scale - 1).norm().item())
     embeddings = tiny.random_prefix(base.shape, length=7, seed=3).prefix
-    by_layer = prefix.norms(embeddings)
+    by_layer = prefix.math.norms(embeddings)
     assert len(by_layer) == 2 * base.shape.num_layers
     assert math.hypot(*by_layer.values()) == pytest.approx(embeddings.embeddings.norm().item())
     untrained = adapter.initial(adapter.usual("lora", base.shape), base.shape, torch.Generator())
-    assert {norm for params in untrained.sites.values() for norm in lora.norms(params).values()} == {0.0}
+    assert {norm for params in untrained.sites.values() for norm in lora.math.norms(params).values()} == {0.0}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.config import ModelConfig, Quantization
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
 from weft_training import adapter, base
 from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig

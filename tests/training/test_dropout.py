@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from weft.config import ModelConfig, Quantization
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.checkpoint import directory
-from weft.methods.dora import DoraConfig
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
+from weft.methods.dora.math import DoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.protocol import MethodConfig
+from weft.methods.vera.math import VeraConfig
 from weft_training import adapter, base, data
-from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.data import Example, collate
 from weft_training.recipe import load, options
@@ -30,6 +32,7 @@ EXAMPLES = [Example(f"{word} = ", word[::-1]) for word in ("abc", "dragon", "loo
 CONFIGS: dict[str, Callable[[float], MethodConfig]] = {
     "lora": lambda dropout: LoraConfig(rank=4, dropout=dropout),
     "dora": lambda dropout: DoraConfig(rank=4, dropout=dropout),
+    "vera": lambda dropout: VeraConfig(rank=4, dropout=dropout),
     **{f"bottleneck, {form}": lambda dropout, form=form: BottleneckConfig(form=form, dropout=dropout) for form in Form},
 }
 

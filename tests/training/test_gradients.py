@@ -75,8 +75,8 @@ def test_lora(use_rslora: bool) -> None:
     [r, d] exists only where k = r; the transpose of B stands on the left.
     """
     x, weight = draw(T, I), draw(O, I)
-    s = lora.scaling(6.0, R, use_rslora=use_rslora)
-    params = lora.LoraParams(draw(R, I), draw(O, R), s)
+    s = lora.math.scaling(6.0, R, use_rslora=use_rslora)
+    params = lora.math.LoraParams(draw(R, I), draw(O, R), s)
     loss = loss_of(adapted(lora.METHOD, params, weight, x))
     of_a, of_b, of_weight = gradients(loss, params.a, params.b, weight)
     assert_equal(of_a, s * params.b.mT @ of_weight)
@@ -126,10 +126,19 @@ def test_bottleneck(activation: str) -> None:
     sigma = ACTIVATIONS[activation]
     h, down, down_bias, up, up_bias = draw(T, I), draw(R, I), draw(R), draw(I, R), draw(I)
     z = h @ down.mT + down_bias  # [T, R]
-    params = bottleneck.BottleneckParams(
-        down, down_bias, up, up_bias, None, None, bottleneck.Form.SERIAL, bottleneck.Activation(activation), 1.0, 1e-5
+    params = bottleneck.math.BottleneckParams(
+        down,
+        down_bias,
+        up,
+        up_bias,
+        None,
+        None,
+        bottleneck.math.Form.SERIAL,
+        bottleneck.math.Activation(activation),
+        1.0,
+        1e-5,
     )
-    total = h + bottleneck.delta(params, h, None)
+    total = h + bottleneck.math.delta(params, h, None)
     loss = loss_of(total)
     g, of_up, of_down, of_up_bias, of_down_bias = gradients(loss, total, up, down, up_bias, down_bias)
     (slope,) = gradients(sigma(z).sum(), z)  # σ'(z)
@@ -146,7 +155,7 @@ def test_bottleneck(activation: str) -> None:
 def test_ia3_on_outputs() -> None:
     """y = l ⊙ W₀x:  ∂L/∂l = Σ_t G ⊙ W₀x."""
     x, weight, scale = draw(T, I), draw(O, I), draw(O)
-    y = adapted(ia3.METHOD, ia3.Ia3Params(scale, is_feedforward=False), weight, x)
+    y = adapted(ia3.METHOD, ia3.math.Ia3Params(scale, is_feedforward=False), weight, x)
     g, of_scale = gradients(loss_of(y), y, scale)
     assert_equal(of_scale, (g * (x @ weight.mT)).sum(0))
     assert differ(of_scale, (g * y).sum(0))
@@ -155,7 +164,7 @@ def test_ia3_on_outputs() -> None:
 def test_ia3_on_inputs() -> None:
     """y = W₀(l ⊙ x):  ∂L/∂l = Σ_t (G W₀) ⊙ x."""
     x, weight, scale = draw(T, I), draw(O, I), draw(I)
-    y = adapted(ia3.METHOD, ia3.Ia3Params(scale, is_feedforward=True), weight, x)
+    y = adapted(ia3.METHOD, ia3.math.Ia3Params(scale, is_feedforward=True), weight, x)
     g, of_scale = gradients(loss_of(y), y, scale)
     assert_equal(of_scale, (g @ weight * x).sum(0))
     assert differ(of_scale, (g @ weight * scale * x).sum(0))
@@ -172,7 +181,7 @@ def test_prefix() -> None:
     P, L, H, D = 3, 2, 2, 4
     embeddings = draw(P, L, 2, H, D)
     query, own_keys, own_values = draw(L, H, T, D), draw(L, H, T, D), draw(L, H, T, D)
-    virtual = prefix.virtual(prefix.PrefixParams(embeddings))
+    virtual = prefix.math.virtual(prefix.math.PrefixParams(embeddings))
     keys, values = (t.transpose(1, 2) for t in virtual)  # [L, H, P, D]
     causal = torch.ones(T, P + T, dtype=torch.bool).tril(P)
     out = F.scaled_dot_product_attention(
@@ -249,10 +258,12 @@ def test_functions_are_differentiable_in_all_they_take(name: str, shape: BaseSha
 
 def test_gradcheck_sees_a_missing_path() -> None:
     """The control: LoRA with a B that no gradient reaches."""
-    params = lora.LoraParams(draw(R, I), draw(O, R), 2.0)
+    params = lora.math.LoraParams(draw(R, I), draw(O, R), 2.0)
 
     def wrong(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        return lora.delta(lora.LoraParams(a, b.detach() + 0 * b, 2.0), x, torch.zeros(T, O, dtype=torch.float64))
+        return lora.math.delta(
+            lora.math.LoraParams(a, b.detach() + 0 * b, 2.0), x, torch.zeros(T, O, dtype=torch.float64)
+        )
 
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(wrong, (params.a, params.b, draw(T, I)), fast_mode=True)

@@ -17,14 +17,14 @@ from weft.config import ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import directory
 from weft.methods.driver import ReferenceDriver, Segment
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.protocol import Adapter, BaseShape, MethodConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, joint_command, joint_model
-from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.data import Example, InvalidData, Row, collate
 from weft_training.history import Diverged

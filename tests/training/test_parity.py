@@ -15,19 +15,20 @@ from transformers import AutoModelForCausalLM
 
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
-from weft.methods.bitfit import BitfitConfig
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bitfit.math import BitfitConfig
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.checkpoint import directory
-from weft.methods.dora import DoraConfig
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft.methods.prompt import PromptConfig, PromptInit
-from weft.methods.protocol import Adapter, BaseShape
-from weft.methods.ptuning import Encoder, PtuningConfig
+from weft.methods.dora.math import DoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.prompt.math import PromptConfig, PromptInit
+from weft.methods.protocol import Adapter, BaseShape, MethodConfig
+from weft.methods.ptuning.math import Encoder, PtuningConfig
+from weft.methods.vera.math import VeraConfig
 from weft.model import loader, paged_attention
 from weft_training import adapter, base
-from weft_training.adapter import AdaptedModel, MethodConfig
+from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.data import Example, Row, collate, encode
 from weft_training.trainer import train
@@ -50,6 +51,8 @@ CONFIGS: dict[str, MethodConfig] = {
     ),
     "lora, head": LoraConfig(rank=4, target_modules=("v_proj", "lm_head")),
     "dora, head": DoraConfig(rank=2, target_modules=("lm_head",)),
+    "vera": VeraConfig(rank=6),
+    "vera, modules": VeraConfig(rank=5, target_modules=("k_proj", "down_proj"), layers=(1,), d_initial=0.3),
     "bitfit": BitfitConfig(),
     "ia3": Ia3Config(target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)),
     "prefix": PrefixConfig(num_virtual_tokens=5),
@@ -106,6 +109,7 @@ RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
     "lora": lambda shape: tiny.random_lora(shape, rank=3, seed=1),
     "lora, bias": lambda shape: tiny.random_lora(shape, rank=2, seed=4, lora_bias=True),
     "dora": lambda shape: tiny.random_dora(shape, rank=3, seed=5),
+    "vera": lambda shape: tiny.random_vera(shape, rank=3, seed=13),
     "head": lambda shape: tiny.random_lora(shape, rank=2, seed=7, targets=("lm_head",)),
     "bitfit": lambda shape: tiny.random_bitfit(shape, seed=6),
     "ia3": lambda shape: tiny.random_ia3(shape, seed=2),

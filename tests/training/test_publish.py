@@ -17,7 +17,7 @@ from weft.adapters.store import AdapterStore
 from weft.cli import app as weft_app
 from weft.client import Client
 from weft.config import AdapterLimits, ModelConfig, Quantization, ServerConfig, WeftConfig
-from weft.methods.lora import LoraConfig
+from weft.methods.lora.math import LoraConfig
 from weft_training import command, plan
 from weft_training.comparison import compare
 from weft_training.config import Optimizer

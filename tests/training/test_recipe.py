@@ -8,8 +8,8 @@ import yaml
 from typer.testing import CliRunner
 
 from weft.config import Quantization
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
 from weft_training import command
 from weft_training.adapter import USUAL
 from weft_training.config import Schedule
@@ -58,7 +58,7 @@ def test_there_is_a_recipe_for_every_method() -> None:
     assert methods >= set(USUAL)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "bitfit", "bottleneck"])
 def test_every_method_of_modules_takes_layers(tmp_path: Path, method: str) -> None:
     text = WHOLE.replace("method: lora", f"method: {method}\n  layers: [2, 3]")
     text = text.replace("  rank: 4\n  rank_pattern: {down_proj: 2}\n", "")

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from weft.config import ModelConfig
-from weft.methods.bottleneck import BottleneckConfig
+from weft.methods.bottleneck.math import BottleneckConfig
 from weft.methods.checkpoint import directory
-from weft.methods.lora import LoraConfig
+from weft.methods.lora.math import LoraConfig
 from weft_training import checkpoint
 from weft_training.config import TrainConfig
 from weft_training.data import Example

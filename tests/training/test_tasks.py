@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from weft_training.demo.corpus import Row, listing, prose, rows
 from weft_training.demo.evaluate import exact_match
-from weft_training.demo.tasks import TASKS, Example, Split, Task, examples, prompt, split_of, stream
+from weft_training.demo.tasks import TASKS, Example, Split, Task, examples, prompt, sample_letters, split_of, stream
 from weft_training.demo.tokenizer import EOS, EOS_ID, PAD, UNK_ID, build_tokenizer
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "weft-demo"
@@ -55,7 +55,7 @@ def test_functions(name: str, given: str, expected: str) -> None:
 def test_there_are_enough_tasks_of_each_kind() -> None:
     learned = [task for task in TASKS.values() if not task.held_out]
     assert len(learned) >= 10
-    assert sum(task.is_letters for task in learned) >= 7
+    assert sum(task.sample is sample_letters for task in learned) >= 7
     assert {name for name, task in TASKS.items() if task.held_out} == {"swap", "zigzag"}
 
 
@@ -87,7 +87,9 @@ def test_splits_share_no_input(task: Task) -> None:
 
 @pytest.mark.parametrize("split", [Split.TRAIN, Split.TEST])
 def test_letter_tasks_ask_the_same_inputs(split: Split) -> None:
-    asked = [[one.input for one in examples(task, 20, 0, split)] for task in TASKS.values() if task.is_letters]
+    asked = [
+        [one.input for one in examples(task, 20, 0, split)] for task in TASKS.values() if task.sample is sample_letters
+    ]
     assert all(inputs == asked[0] for inputs in asked)
     assert all(3 <= len(text) <= 8 and set(text) <= set(string.ascii_lowercase) for text in asked[0])
 

@@ -18,15 +18,16 @@ from typer.testing import CliRunner
 from weft.config import ModelConfig, Quantization
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import directory
-from weft.methods.ia3 import Ia3Config
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft.methods.prompt import PromptConfig, PromptInit
-from weft.methods.ptuning import Encoder, PtuningConfig
+from weft.methods.ia3.math import Ia3Config
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.prompt.math import PromptConfig, PromptInit
+from weft.methods.protocol import MethodConfig
+from weft.methods.ptuning.math import Encoder, PtuningConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, command, plan
-from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
+from weft_training.adapter import USUAL, AdaptedModel
 from weft_training.config import Optimizer, SaveDtype, TrainConfig
 from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step
@@ -43,6 +44,7 @@ NUM_STEPS = {"ptuning": 80}  # a random encoder first leads all rows to one plac
 LEARNING_RATES = {
     "lora": 2e-2,
     "dora": 2e-2,
+    "vera": 1e-1,
     "bitfit": 1e-1,
     "bottleneck": 2e-2,
     "ia3": 2e-1,
@@ -436,7 +438,7 @@ def test_importing_the_command_stays_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "vera", "prefix", "bottleneck"])
 def test_an_adapter_is_written_in_the_dtype_that_is_asked_for(fit: Callable[..., TrainResult], method: str) -> None:
     whole, half = (
         load_file(

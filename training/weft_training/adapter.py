@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,131 +13,37 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weft.config import AdapterLimits
-from weft.methods import bitfit, bottleneck, dora, ia3, lora, prefix, prompt, ptuning, targets
+from weft.methods.catalog import METHODS
 from weft.methods.checkpoint import directory
-from weft.methods.checkpoint.bottleneck import require_places
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.inject import Driver
-from weft.methods.protocol import Adapter, BaseShape, Drop, Method, SiteKind, SoftRows, VirtualKV
+from weft.methods.protocol import Adapter, BaseShape, Drop, Method, MethodConfig, SoftRows, VirtualKV
 from weft.model.loader import Base
 from weft_training import activation, prompt_init, reparameterization
 from weft_training.reparameterization import Reparameterization
 
-SiteConfig = lora.LoraConfig | dora.DoraConfig | ia3.Ia3Config | bitfit.BitfitConfig
-VirtualConfig = prefix.PrefixConfig | prompt.PromptConfig | ptuning.PtuningConfig
-MethodConfig = SiteConfig | VirtualConfig | bottleneck.BottleneckConfig
-
-
-class _Kind(NamedTuple):
-    """A method and how its parameters begin: at a site, or, for virtual positions, for the whole base.
-
-    takes: the kinds of sites that it acts on where it is told to; usual: where it is told nothing.
-    """
-
-    method: Method
-    init: Callable[..., Any]
-    takes: tuple[SiteKind, ...] = (SiteKind.LINEAR,)
-    usual: tuple[SiteKind, ...] = (SiteKind.LINEAR,)
-
-
-_WITH_HEAD = (SiteKind.LINEAR, SiteKind.HEAD)
-
-
-_KINDS: Mapping[type, _Kind] = MappingProxyType(
-    {
-        lora.LoraConfig: _Kind(lora.METHOD, lora.init, _WITH_HEAD),
-        dora.DoraConfig: _Kind(dora.METHOD, dora.init, _WITH_HEAD),
-        bitfit.BitfitConfig: _Kind(bitfit.METHOD, bitfit.init, tuple(SiteKind), (SiteKind.LINEAR, SiteKind.NORM)),
-        ia3.Ia3Config: _Kind(ia3.METHOD, ia3.init),
-        prefix.PrefixConfig: _Kind(prefix.METHOD, prefix.init),
-        prompt.PromptConfig: _Kind(prompt.METHOD, prompt.init),
-        ptuning.PtuningConfig: _Kind(ptuning.METHOD, ptuning.init),
-        bottleneck.BottleneckConfig: _Kind(bottleneck.METHOD, bottleneck.init),
-    }
-)
-
-# What a method is trained with when nothing else is said, by its name. IA³'s sites are the paper's, named as in models
-# of the Llama type.
-USUAL: Mapping[str, MethodConfig] = MappingProxyType(
-    {
-        lora.METHOD.name: lora.LoraConfig(),
-        dora.METHOD.name: dora.DoraConfig(),
-        bitfit.METHOD.name: bitfit.BitfitConfig(),
-        ia3.METHOD.name: ia3.Ia3Config(
-            target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",)
-        ),
-        prefix.METHOD.name: prefix.PrefixConfig(),
-        prompt.METHOD.name: prompt.PromptConfig(),
-        ptuning.METHOD.name: ptuning.PtuningConfig(),
-        bottleneck.METHOD.name: bottleneck.BottleneckConfig(),
-    }
-)
-
-
-# IA³'s sites by what bases call them: keys and values, fused or apart, and the feed-forward input last. GPT-2 has one
-# name for the ends of both sublayers, so there the attention's is scaled too.
-_IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("qkv_proj", "down_proj"), ("c_attn", "c_proj"))
+# What a method is trained with if nothing else is said, by its name.
+USUAL: Mapping[str, MethodConfig] = MappingProxyType({name: method.usual for name, method in METHODS.items()})
 
 
 def usual(method: str, shape: BaseShape) -> MethodConfig:
-    """`USUAL`, with modules called as this base calls them; ValueError where it has none that the method knows."""
-    config = USUAL[method]
-    if not isinstance(config, ia3.Ia3Config):
-        return config
-    suffixes = {site.suffix for site in shape.sites.values()}
-    for modules in _IA3_MODULES:
-        if suffixes >= set(modules):
-            return replace(config, target_modules=modules, feedforward_modules=modules[-1:])
-    raise ValueError(
-        f"target_modules: must be given for {method} on this base, which has {', '.join(sorted(suffixes))}"
-    )
+    """`USUAL`, with modules called as this base calls them; ValueError if it has none that the method knows."""
+    return METHODS[method].fit(USUAL[method], shape)
 
 
 def method_of(config: MethodConfig) -> Method:
     """The method that `config` configures."""
-    return _KINDS[type(config)].method
+    return next(method for method in METHODS.values() if type(method.usual) is type(config))
 
 
 def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) -> Adapter:
     """Return an untrained adapter for a base.
 
-    Empty `target_modules` means every linear module, for BitFit every norm too.
-    Its config is resolved: `target_modules` are all that it touches, and `layers` and `exclude` are worked in.
-    Raises ValueError for a name, an index or a pattern that means nothing on this base, and InvalidAdapter where a
-    bottleneck has no place.
+    Empty `target_modules` means every linear module, for BitFit every norm too. Raises what `Method.begin` raises.
     """
-    kind = _KINDS[type(config)]
-    if kind.method.virtual is not None:
-        return Adapter(method=kind.method, config=config, sites={}, prefix=kind.init(config, shape, generator))
-    if isinstance(config, bottleneck.BottleneckConfig):
-        targets.require_layers(config.layers, shape)
-        if config.layers:
-            others = set(range(shape.num_layers)).difference(config.layers)
-            config = replace(config, layers=(), leave_out=tuple(sorted(others.union(config.leave_out))))
-        require_places(config, shape)
-        places = bottleneck.places(config, shape.sites.values())
-        for layer in config.reduction_factors:
-            if all(site.layer != layer for site in places):
-                raise ValueError(f"reduction_factors: must name layers that have adapters, given {layer}")
-        params = {site.name: kind.init(config, site, generator) for site in places}
-        return Adapter(method=kind.method, config=config, sites=params)
-    config = cast(SiteConfig, config)
-    usual = tuple(sorted({site.suffix for site in shape.of_kind(*kind.usual)}))
-    sites = targets.select(
-        shape.of_kind(*kind.takes),
-        shape,
-        targets=config.target_modules or usual,
-        layers=config.layers,
-        exclude=config.exclude,
-    )
-    if isinstance(config, lora.LoraConfig):
-        targets.require_decisive("rank_pattern", config.rank_pattern, sites)
-        targets.require_decisive("alpha_pattern", config.alpha_pattern, sites)
-    if isinstance(config, ia3.Ia3Config):
-        targets.require_named("feedforward_modules", config.feedforward_modules, sites)
-    params = {site.name: kind.init(config, site, generator) for site in sites}
-    resolved = replace(config, target_modules=targets.describe(params, shape), layers=(), exclude=())
-    return Adapter(method=kind.method, config=resolved, sites=params)
+    method = method_of(config)
+    assert method.begin is not None
+    return Adapter(method=method, **method.begin(config, shape, generator)._asdict())
 
 
 def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "AdaptedModel":
@@ -146,9 +52,8 @@ def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "Adap
     Raises ValueError for a target that no site is called, or an `init_text` without tokens.
     """
     adapter = initial(config, base.shape, generator)
-    if isinstance(config, prompt.PromptConfig) and config.prompt_init is not prompt.PromptInit.RANDOM:
-        rows = prompt_init.token_rows(config, base, generator)
-        adapter = replace(adapter, prefix=prompt.PromptParams(rows))
+    rows = prompt_init.begin(config, base, generator)
+    adapter = adapter if rows is None else replace(adapter, prefix=rows)
     return AdaptedModel(base, adapter, reparameterization.begin(config, base.shape, generator))
 
 
@@ -158,10 +63,17 @@ def read(path: Path, shape: BaseShape) -> Adapter:
 
 
 def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapter:
-    """The same adapter with `function` of every parameter tensor."""
+    """The same adapter with `function` of every parameter tensor; what its sites share frozen follows to the device."""
+    moved: dict[int, Any] = {}
 
     def convert(params: Any) -> Any:
         changed = {name: function(value) for name, value in params._asdict().items() if isinstance(value, Tensor)}
+        device = next(iter(changed.values())).device
+        for name, frozen in params._asdict().items():
+            if isinstance(frozen, tuple):
+                if id(frozen) not in moved:
+                    moved[id(frozen)] = type(frozen)(*(tensor.to(device) for tensor in frozen))
+                changed[name] = moved[id(frozen)]
         return params._replace(**changed)
 
     sites = {name: convert(params) for name, params in adapter.sites.items()}

@@ -18,9 +18,10 @@ from weft.adapters import slab
 from weft.adapters.slots import SlotTable
 from weft.kernels.selection import select
 from weft.kernels.step import Entries, Step, lone_request
-from weft.methods import prefix
+from weft.methods.catalog import METHODS
 from weft.methods.count import Count, efficiency_ratio
 from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.prefix.math import PrefixParams
 from weft.methods.protocol import Adapter
 from weft.model.loader import Base
 from weft_training import adapter as adapters
@@ -134,8 +135,8 @@ def _served(base: Base, adapter: Adapter, inputs: Mapping[str, Tensor]) -> Calla
         with torch.no_grad():
             virtual = AdaptedModel(base, adapter).virtual()
         assert virtual is not None
-        computed = prefix.PrefixParams(torch.stack([part.transpose(0, 1) for part in virtual], dim=2))
-        model = AdaptedModel(base, replace(adapter, method=prefix.METHOD, prefix=computed))
+        computed = PrefixParams(torch.stack([part.transpose(0, 1) for part in virtual], dim=2))
+        model = AdaptedModel(base, replace(adapter, method=METHODS["prefix"], prefix=computed))
         return lambda: model(**inputs)
     laid_out = slab.build(adapter, base.shape, dtype=base.dtype)
     slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=laid_out.size_bytes, device=base.device)

@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
-from weft.methods.prompt import PromptConfig, PromptInit
+from weft.methods.prompt.math import PromptConfig, PromptInit, PromptParams
 from weft.model.loader import Base
 
 
 @torch.no_grad()
-def token_rows(config: PromptConfig, base: Base, generator: torch.Generator) -> Tensor:
-    """Return the embedding module's output for each token, its scale included, float32 [P, E].
+def begin(config: object, base: Base, generator: torch.Generator) -> PromptParams | None:
+    """Return the embedding module's output for each token, scaled, float32 [P, E]; None for other configs.
 
     Raises ValueError for a text without tokens.
     """
+    if not isinstance(config, PromptConfig) or config.prompt_init is PromptInit.RANDOM:
+        return None
     ids = _token_ids(config, base, generator).to(base.device)
-    return base.model.get_input_embeddings()(ids).float()
+    return PromptParams(base.model.get_input_embeddings()(ids).float())
 
 
 def _token_ids(config: PromptConfig, base: Base, generator: torch.Generator) -> Tensor:

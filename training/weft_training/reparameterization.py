@@ -15,10 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from weft.methods.prefix import PrefixConfig, PrefixParams
-from weft.methods.prompt import PromptParams
+from weft.methods.prefix.math import PrefixConfig, PrefixParams
+from weft.methods.prompt.math import PromptParams
 from weft.methods.protocol import BaseShape
-from weft.methods.ptuning import Encoder, PtuningConfig
+from weft.methods.ptuning.math import Encoder, PtuningConfig
 
 
 class Reparameterization(Protocol):

@@ -5,10 +5,11 @@ from types import MappingProxyType
 
 import torch
 
+from weft.methods.protocol import MethodConfig
 from weft.model.loader import Base
 from weft_training import adapter as adapters
 from weft_training import mixture
-from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
+from weft_training.adapter import USUAL, AdaptedModel
 from weft_training.mixture import MixtureModel, MixtureTrainConfig
 
 TrainedConfig = MethodConfig | MixtureTrainConfig

@@ -1,7 +1,6 @@
-"""`adapter_config.json` as data: an object of plain JSON values, and nothing that could be read in two ways.
+"""Read `adapter_config.json` as data: an object of plain JSON values, with nothing that could be read in two ways.
 
-What the keys mean is `weft.methods.checkpoint`'s business. Here nothing is imported, compiled or looked up because of
-what the file says.
+`weft.methods.checkpoint` interprets the keys. Here the file's contents never cause an import, compilation or look-up.
 """
 
 from weft.adapters.strict_json import DuplicateKeyFault, JsonFault, parse_object
@@ -15,7 +14,7 @@ _DEPTH_MAX = 16  # PEFT's own files reach 3
 
 
 def read_config(data: bytes, limits: AdapterLimits, *, field: str = CONFIG_FILE) -> dict[str, object]:
-    """The object in `data`, all numbers finite, or InvalidAdapter CONFIG_INVALID; `field` is the file's name there."""
+    """Return the object in `data`, all numbers finite, or raise InvalidAdapter CONFIG_INVALID, which names `field`."""
     if len(data) > limits.config_bytes_max:
         raise InvalidAdapter.rule(
             "CONFIG_INVALID", field, "has too many bytes", limit=limits.config_bytes_max, given=len(data)

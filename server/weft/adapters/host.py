@@ -1,4 +1,4 @@
-"""Host memory between disk and device: slabs of adapters, longest unused out first. Safe from any thread."""
+"""Host memory between disk and device: a thread-safe LRU cache of adapters' slabs."""
 
 import threading
 from collections import OrderedDict
@@ -8,7 +8,7 @@ from weft.adapters.slab import Slab
 
 
 class HostCache:
-    """At most `capacity_bytes` of slabs; a slab that is larger than all of it is not kept."""
+    """At most `capacity_bytes` of slabs. A slab larger than that is not kept."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
@@ -25,7 +25,7 @@ class HostCache:
         return self._used_bytes
 
     def get(self, generation: Generation) -> Slab | None:
-        """The slab, now the most recently used one."""
+        """Return the slab, now the most recently used one, or None."""
         with self._lock:
             slab = self._slabs.get(generation)
             if slab is not None:
@@ -33,7 +33,7 @@ class HostCache:
             return slab
 
     def put(self, generation: Generation, slab: Slab) -> None:
-        """Keep a slab, letting older ones go."""
+        """Keep a slab, evicting older ones as needed."""
         with self._lock:
             self._drop(generation)
             if slab.size_bytes > self._capacity_bytes:
@@ -44,7 +44,7 @@ class HostCache:
                 self._drop(next(iter(self._slabs)))
 
     def drop(self, generation: Generation) -> int:
-        """Let a slab go; returns its bytes."""
+        """Drop a slab; return its bytes."""
         with self._lock:
             return self._drop(generation)
 

@@ -1,11 +1,11 @@
-"""Adapter ids, generations and references: the one place where they are checked.
+"""Adapter ids, generations and references, checked here and nowhere else.
 
     adapter id   [a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?   the public name; at most 63 characters, no dots, no slashes
     generation   64 lower-case hex digits              the sha256 of the content (`weft.adapters.versions`)
     reference    adapter_id or adapter_id@generation
 
-The alphabet holds no character that means something to a file system, a shell, a log line or a URL, and no two ids
-look alike: an upper-case, decomposed or look-alike spelling is refused, never normalized into another id.
+The alphabet has no character with a meaning to a file system, a shell, a log line or a URL, and no two ids look alike:
+an upper-case, decomposed or look-alike spelling is refused, never normalized into another id.
 """
 
 import re
@@ -25,7 +25,7 @@ _GENERATION = re.compile("[0-9a-f]{64}")
 
 
 class AdapterReference(NamedTuple):
-    """What a request names: an id, and exactly one of its generations where `generation` is given."""
+    """The adapter that a request names: an id, and exactly one of its generations if `generation` is given."""
 
     adapter_id: AdapterId
     generation: Generation | None
@@ -35,7 +35,10 @@ class AdapterReference(NamedTuple):
 
 
 def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_id") -> AdapterId:
-    """`value`, or InvalidRequest ID_INVALID / ID_RESERVED. No adapter may take the name of `base_model`."""
+    """Return `value` as an id. No adapter may take the name of `base_model`.
+
+    Raises InvalidRequest ID_INVALID or ID_RESERVED.
+    """
     if not value.strip():
         raise InvalidRequest("ID_INVALID", f"{field}: must not be empty", field=field, metadata={"given": value})
     if len(value) > ADAPTER_ID_CHARACTERS_MAX:
@@ -53,19 +56,22 @@ def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_
 
 
 def is_generation(value: str) -> bool:
-    """For names that are found, not given."""
+    """Return whether a name that was found, not given, is a generation."""
     return _GENERATION.fullmatch(value) is not None
 
 
 def check_generation(value: str, *, field: str = "generation") -> Generation:
-    """`value`, or InvalidRequest ID_INVALID. Abbreviations are refused: a generation names content exactly."""
+    """Return `value` as a generation.
+
+    Raises InvalidRequest ID_INVALID, also for an abbreviation, because a generation names content exactly.
+    """
     if not is_generation(value):
         raise InvalidRequest.rule("ID_INVALID", field, "must be 64 lower-case hex digits", given=value)
     return Generation(value)
 
 
 def parse_reference(value: str, *, base_model: str = "", field: str = "adapter_id") -> AdapterReference:
-    """Take `adapter_id` or `adapter_id@generation` apart; each part under its own rule."""
+    """Split `adapter_id` or `adapter_id@generation`, and check each part by its own rule."""
     adapter_id, at, generation = value.partition("@")
     return AdapterReference(
         check_adapter_id(adapter_id, base_model=base_model, field=field),
@@ -74,11 +80,11 @@ def parse_reference(value: str, *, base_model: str = "", field: str = "adapter_i
 
 
 def abbreviated(generation: Generation) -> str:
-    """For people and log lines only; no call accepts it back."""
+    """Return the beginning of a generation, for people and log lines only; no call accepts it back."""
     return shown(generation[:12])
 
 
 def _names_of(base_model: str) -> frozenset[str]:
-    """The base's name, its last path component, and their lower-case twins, which are the spellings ids can have."""
+    """Return the base's name, its last path component, and both in lower case, which ids could equal."""
     last = base_model.rpartition("/")[2]
     return frozenset({base_model, base_model.lower(), last, last.lower()})

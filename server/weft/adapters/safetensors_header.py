@@ -1,10 +1,10 @@
-"""The header of a safetensors file, read strictly: what passes here means one thing to every reader.
+"""Read the header of a safetensors file strictly: a header that passes means the same to every reader.
 
     u64 little-endian N | N bytes of JSON, padded with spaces | tensor bytes, without a gap, to the end of the file
 
-Stricter than the format: no key twice at any level, no other key than dtype, shape and data_offsets, only F16, BF16
-and F32, no empty tensor, no byte that belongs to no tensor, bounded sizes. Nothing is allocated by what the file
-claims: sizes are Python integers, compared with the real size of the file before a byte beyond the header is read.
+Stricter than the format: no duplicate key at any level, no key other than dtype, shape and data_offsets, only F16, BF16
+and F32, no empty tensor, no byte outside a tensor, bounded sizes. The file's claims allocate nothing: sizes are Python
+integers, compared with the real size of the file before any byte beyond the header is read.
 """
 
 import io
@@ -56,14 +56,14 @@ class TensorEntry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """tensors: by name, in the order of their bytes. metadata: opaque text, never to be rendered or obeyed."""
+    """tensors: by name, in the order of their bytes. metadata: opaque text, never rendered or obeyed."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
 
 
 def read_header(source: BinaryIO | bytes, limits: AdapterLimits, *, field: str = WEIGHTS_FILE) -> Header:
-    """The checked header of a whole file, or InvalidAdapter; `field` is the file's name in its errors."""
+    """Return the checked header of a whole file, or raise InvalidAdapter; `field` is the file's name in its errors."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     file_bytes = file.seek(0, os.SEEK_END)
     raw = _raw_header(file, file_bytes, limits, field)
@@ -81,7 +81,7 @@ def read_header(source: BinaryIO | bytes, limits: AdapterLimits, *, field: str =
 
 
 def _raw_header(file: BinaryIO, file_bytes: int, limits: AdapterLimits, field: str) -> bytes:
-    """The header's bytes, read only once their number is known to be small and present."""
+    """Return the header's bytes, read only once their number is known to be small and all are present."""
     if file_bytes < _LENGTH_BYTES:
         raise InvalidAdapter.rule(
             "HEADER_TOO_SHORT", field, "must have at least 8 bytes", limit=_LENGTH_BYTES, given=file_bytes
@@ -122,7 +122,7 @@ def _foreign_format(opening: bytes) -> str:
 
 
 def _parsed(raw: bytes, limits: AdapterLimits, field: str) -> dict[str, object]:
-    """The header as JSON; the numbers of tensors, keys and values are bounded before the parser builds any."""
+    """Return the header as JSON; the numbers of tensors, keys and values are bounded before the parser builds any."""
     if not raw.rstrip(b" ").endswith(b"}"):
         raise InvalidAdapter("HEADER_INVALID", f"{field}: header must end with }} and spaces", field=field)
     num_described = raw.count(b'"data_offsets"')
@@ -175,7 +175,7 @@ def _metadata(given: object, limits: AdapterLimits, field: str) -> dict[str, str
 
 
 def _entry(name: str, given: object, data_begin: int, field: str) -> TensorEntry:
-    """One tensor's description, checked by itself; how tensors lie beside each other is `_check_layout`'s."""
+    """Return one tensor's description, checked by itself; `_check_layout` checks how tensors lie side by side."""
 
     def refused(reason: str, rule: str, value: object) -> InvalidAdapter:
         return InvalidAdapter(
@@ -212,7 +212,7 @@ def _entry(name: str, given: object, data_begin: int, field: str) -> TensorEntry
 
 
 def _check_layout(entries: list[TensorEntry], data_begin: int, file_bytes: int, field: str) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
+    """Raise InvalidAdapter unless every byte after the header belongs to exactly one tensor."""
     expected = data_begin
     for entry in entries:
         if entry.begin != expected:

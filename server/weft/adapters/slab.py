@@ -15,11 +15,11 @@ from weft.methods import mixture
 from weft.methods.mixture import Mixture, MixtureConfig
 from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed, Virtual
 
-_ALIGNMENT = 64  # bytes: a cache line, and what vector loads like
+_ALIGNMENT = 64  # bytes: a cache line, and what vector loads prefer
 
 
 class SlabEntry(NamedTuple):
-    """One kind of delta that the adapter makes at one site; where it makes several, each lies in a plane of its own."""
+    """One kind of delta that the adapter makes at one site; if it makes several there, each has its own plane."""
 
     site_index: int
     site_name: str
@@ -30,7 +30,7 @@ class SlabEntry(NamedTuple):
     second: Part | None
 
     def packed(self, buffer: Tensor) -> Packed:
-        """The entry's tensors as views of `buffer`."""
+        """Return the entry's tensors as views of `buffer`."""
         second = None if self.second is None else self.second.view(buffer)
         return Packed(self.kind, self.rank, self.first.view(buffer), second)
 
@@ -44,13 +44,13 @@ class RouterEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slab:
-    """An adapter ready for a slot. `virtual` is in the base's dtype, which is the KV cache's too."""
+    """An adapter ready for a slot. `virtual` has the base's dtype, which is also that of the KV cache."""
 
     method: Method
     buffer: Tensor  # uint8 [bytes], on the host
     entries: tuple[SlabEntry, ...]
     virtual: Virtual | None
-    kv_bytes: int  # what its virtual positions take in the KV cache, whole blocks not counted
+    kv_bytes: int  # of its virtual positions in the KV cache, not rounded up to whole blocks
     router: RouterEntry | None = None
 
     @property
@@ -59,7 +59,7 @@ class Slab:
 
     @property
     def num_planes(self) -> int:
-        """How many rows of the slot table it takes."""
+        """Number of rows of the slot table that the adapter takes."""
         return 1 + max((entry.plane for entry in self.entries), default=0)
 
     @property
@@ -70,7 +70,7 @@ class Slab:
 
 
 def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool = False) -> Slab:
-    """Lay `adapter` out for slots of `dtype`; pinned: in memory that a CUDA device copies from by itself."""
+    """Lay out `adapter` for slots of `dtype`. pinned: in memory that a CUDA device can copy from by itself."""
     placed: list[tuple[Part, Tensor]] = []
     entries: list[SlabEntry] = []
     offset = 0
@@ -101,7 +101,7 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool
 
 
 def build_router(given: Mixture, *, pinned: bool = False) -> Slab:
-    """Lay a mixture's router out: it stays float32, whatever the slots' dtype; pinned: as in `build`."""
+    """Lay out a mixture's router, which stays float32 whatever the slots' dtype. pinned: as in `build`."""
     weight = given.params.weight.float().contiguous()
     part = Part(0, tuple(weight.shape), weight.dtype)
     buffer = torch.zeros(-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)

@@ -1,9 +1,9 @@
-"""Device memory of adapters: which slot holds whose weights.
+"""Device memory of adapters: which slot holds which adapter's weights.
 
 A slot is storage, not mathematics: one contiguous buffer per adapter, of its own size, so nothing is padded to a
 largest rank and bytes alone decide what fits. Kernels find weights through `table`, one row per site and plane; the
-reference driver gets views. An adapter that makes several kinds of delta at one site takes a plane for each; its slot
-is called by its first plane. Only the engine thread calls this.
+reference driver gets views. An adapter that makes several kinds of delta at one site takes a plane for each, and its
+slot has the number of the first. Only the engine thread calls this.
 """
 
 import struct
@@ -45,7 +45,7 @@ class SlotTable(SlotTables):
 
     num_entries: by site, how many planes act there.
     planes: the planes of every slot that has more than one, its own number first.
-    capacity_bytes: bounds the sum of the buffers. S grows as needed and costs 32 bytes a site.
+    capacity_bytes: bounds the sum of the buffers. S grows as needed, at 32 bytes per site.
     """
 
     def __init__(self, *, num_sites: int, capacity_bytes: int, device: torch.device) -> None:
@@ -78,20 +78,20 @@ class SlotTable(SlotTables):
         return len(self._held)
 
     def __contains__(self, number: object) -> bool:
-        """Whether a row of the table is a slot, and not a further row of an adapter with several."""
+        """Return whether a row of the table is a slot, and not a further row of an adapter with several."""
         return number in self._held
 
     @property
     def free_bytes(self) -> int:
-        """What the budget has left."""
+        """Bytes of the budget that are free."""
         return self.capacity_bytes - self.used_bytes
 
     def wait(self) -> None:
-        """Let all later work on the device find the weights of every slot that was filled before."""
+        """Order all later work on the device after the copies to every slot that was filled before."""
         self._transfer.wait()
 
     def put(self, slab: Slab) -> AdapterSlot | None:
-        """Copy an adapter into a slot, to be read after `wait`; return None if the budget has no room for it now."""
+        """Copy an adapter into a slot, readable after `wait`; return None if the budget has no room for it now."""
         if slab.buffer.nbytes > self.free_bytes:
             return None
         while len(self._free) < slab.num_planes:
@@ -120,7 +120,7 @@ class SlotTable(SlotTables):
         return slot
 
     def drop(self, slot: AdapterSlot) -> int:
-        """Free a slot; returns its bytes. The caller knows that no running request uses it."""
+        """Free a slot; return its bytes. The caller ensures that no running request uses it."""
         held = self._held.pop(slot)
         planes = self.planes.pop(slot, (slot,))
         for plane in planes:
@@ -134,21 +134,21 @@ class SlotTable(SlotTables):
         return held.slab.buffer.nbytes
 
     def method(self, slot: AdapterSlot) -> Method:
-        """The method whose parameters the slot holds."""
+        """Return the method whose parameters the slot holds."""
         return self._held[slot].method
 
     def router(self, slot: AdapterSlot) -> tuple[MixtureConfig, MixtureParams]:
-        """The router of a mixture's slot, as a view of device memory."""
+        """Return the router of a mixture's slot, as a view of device memory."""
         held = self._held[slot]
         assert held.slab.router is not None, slot
         return held.slab.router.config, MixtureParams(held.slab.router.weight.view(held.buffer))
 
     def params(self, slot: AdapterSlot) -> Mapping[str, Any]:
-        """The slot's parameters by site name, as views of device memory: what the reference driver reads."""
+        """Return the slot's parameters by site name, as views of device memory, for the reference driver."""
         held = self._held[slot]
         if held.params is None:
             packed: dict[str, tuple[Packed, ...]] = {}
-            for entry in held.slab.entries:  # of a site, in the order of their planes
+            for entry in held.slab.entries:  # those of a site come in the order of their planes
                 packed[entry.site_name] = (*packed.get(entry.site_name, ()), entry.packed(held.buffer))
             unpack = held.method.unpack
             held.params = {} if unpack is None else {site: unpack(planes) for site, planes in packed.items()}
@@ -168,7 +168,7 @@ class SlotTable(SlotTables):
         for entry in slab.entries:
             counts = self._num_of_kind[entry.site_index]
             counts[entry.kind] += step
-            if counts[entry.kind] == max(step, 0):  # the first has come, or the last has gone
+            if counts[entry.kind] == max(step, 0):  # the first has been added, or the last removed
                 self._kinds[entry.site_index] ^= 1 << entry.kind
             self.num_entries[entry.site_index] += step
             if entry.kind.reads_residual:

@@ -15,11 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from weft import durable
-from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.errors import AdapterUnusable, InvalidAdapter, InvalidRequest
-from weft.methods.checkpoint import xlora
-from weft.v1.adapter_files import PICKLES, pickle_refused
+from weft.v1.adapter_files import FOREIGN_FILES, foreign_refused
 
 OWN_DIRECTORIES = frozenset({"catalog", "versions", "staging"})
 
@@ -54,11 +52,9 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
     try:
         fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
     except InvalidAdapter as error:
-        found = [other for other in PICKLES if name == WEIGHTS_FILE and holds(directory, other)]
-        if error.reason == "SOURCE_NOT_FOUND" and name == CONFIG_FILE and holds(directory, xlora.CONFIG_FILE):
-            raise xlora.refusal(xlora.CONFIG_FILE) from None
+        found = [other for other in FOREIGN_FILES if name == WEIGHTS_FILE and holds(directory, other)]
         if error.reason == "SOURCE_NOT_FOUND" and found:
-            raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, pickle_refused(found[0]), given=found[0]) from None
+            raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, foreign_refused(found[0]), given=found[0]) from None
         raise
     file = os.fdopen(fd, "rb", buffering=0)
     with contextlib.ExitStack() as undo:

@@ -1,4 +1,4 @@
-"""What a failure of the store's own files is called."""
+"""Turn failures of the store's own files into Weft's errors."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ def storage_errors() -> Iterator[None]:
 
 
 def named(error: OSError) -> WeftError:
-    """The error of ours for `error`. It names the cause and, unlike the OSError, no path."""
+    """Return Weft's error for `error`. It names the cause and, unlike the OSError, no path."""
     if isinstance(error, StillLocked):
         return Unavailable(
             "STORE_UNAVAILABLE",

@@ -4,9 +4,9 @@
     versions/<generation>/        the files of a generation, never changed
     staging/                      work in progress, worthless after a crash
 
-What is acknowledged survives kill -9 and power loss; what is not leaves the old state. Reading takes no lock. Every
-change runs under one lock that the kernel drops with its holder, so several processes may share a directory, and
-a manifest changes only if it still says what the caller believed. The format is documented in adapters_store/README.md.
+An acknowledged change survives kill -9 and power loss; any other leaves the old state. Reading takes no lock. Every
+change runs under one lock that the kernel releases when its holder dies, so several processes may share a directory. A
+manifest changes only if it still says what the caller believed. The format is documented in adapters_store/README.md.
 Everything here blocks on the disk: call it from a worker thread.
 """
 
@@ -44,7 +44,7 @@ from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES
 
 
 class Recovery(NamedTuple):
-    """What a start found. An id is in `manifests` or in a problem, never in both."""
+    """Findings of a start. An id is in `manifests` or in a problem, never in both."""
 
     manifests: dict[AdapterId, Manifest]
     problems: tuple[Problem, ...]
@@ -52,7 +52,7 @@ class Recovery(NamedTuple):
 
 
 class AdapterStore:
-    """One directory of adapters. It holds no state of its own: threads and processes may share it freely."""
+    """One directory of adapters. It holds no state of its own, so threads and processes may share it freely."""
 
     def __init__(
         self,
@@ -73,9 +73,9 @@ class AdapterStore:
     # Reading
 
     def recover(self) -> Recovery:
-        """Make the directories, take away what crashes left, read the catalog. To be called before anything else.
+        """Make the directories, remove what crashes left, and read the catalog. Call this before anything else.
 
-        A bad entry becomes a problem, never a failure; a store that cannot be written is still read.
+        A bad entry becomes a problem, never a failure. A store that cannot be written is still read.
         """
         problems: list[Problem] = []
         num_orphans = 0
@@ -105,21 +105,24 @@ class AdapterStore:
         return Recovery(healthy, tuple(problems), num_orphans)
 
     def read_catalog(self) -> Catalog:
-        """Every manifest as it is now, changes by other processes included. An id in a problem is not a removed id."""
+        """Return every manifest as it is now, with other processes' changes. An id in a problem is not a removed id."""
         return read_catalog(self._catalog)
 
     def read_manifest(self, adapter_id: AdapterId) -> Manifest:
-        """AdapterNotFound without one, DataLoss MANIFEST_CORRUPT if it cannot be trusted."""
+        """Return the manifest of an id.
+
+        Raises AdapterNotFound if there is none, DataLoss MANIFEST_CORRUPT if it cannot be trusted.
+        """
         manifest = find_manifest(self._catalog, adapter_id)
         if manifest is None:
             raise no_adapter(adapter_id)
         return manifest
 
     def open_version(self, generation: Generation, *, verify: bool = True) -> StoredVersion:
-        """The files of a generation, hashed again unless told otherwise.
+        """Return the files of a generation, hashed again if `verify` is set.
 
-        DataLoss BLOB_CORRUPT if they are not what they were, or gone while a manifest names them; AdapterNotFound if
-        the store has no such generation, which is also what a lost race against replace and collect looks like.
+        Raises DataLoss BLOB_CORRUPT if they have changed, or are gone while a manifest names them; AdapterNotFound if
+        the store has no such generation, which also results from losing a race against replace and collect.
         """
         with storage_errors():
             version = self._open(generation, verify=verify)
@@ -132,7 +135,7 @@ class AdapterStore:
     # Staging
 
     def stage(self) -> Staging:
-        """A private directory for an upload: `with store.stage() as staging`, then `open_file`, `seal`, `commit`."""
+        """Return a private upload directory: `with store.stage() as staging`, then `open_file`, `seal`, `commit`."""
         token = secrets.token_hex(16)
         owner_path = self._staging / f"{token}.lock"
         with self._changing():  # so that no recovery sees the directory before its owner's lock
@@ -147,9 +150,9 @@ class AdapterStore:
         return staging
 
     def stage_copy(self, source: str) -> Staging:
-        """A staging that holds a copy of the directory `source`, PEFT's or a mixture's.
+        """Return a staging that holds a copy of the directory `source`, PEFT's or a mixture's.
 
-        Nothing but the two files is looked at; where there are both kinds, those of the mixture.
+        Nothing but the two files is read; if both kinds are there, those of the mixture.
         """
         with contextlib.ExitStack() as undo:
             staging = undo.enter_context(self.stage())
@@ -176,10 +179,10 @@ class AdapterStore:
     ) -> Manifest:
         """Bind `adapter_id` to the staged content; when this returns, the binding is durable.
 
-        The id may be free, or bound to the same content already; to other content with `replace`; to exactly
-        `expected_generation` where that is given. Else AdapterExists or AdapterConflict. Content that the store has
-        already is kept once, and put right if it had rotted. After Overloaded or Unavailable the old binding stands,
-        unless the last step, making the new one durable, was what failed: then either may be found.
+        The id may be free, or already bound to the same content; with `replace`, bound to other content; with
+        `expected_generation`, bound to exactly that. Otherwise raises AdapterExists or AdapterConflict. Content that
+        the store already has is kept once, and repaired if it has rotted. After Overloaded or Unavailable the old
+        binding stands, unless it was the last step that failed, making the new one durable: then either may be found.
         """
         manifest = Manifest(
             adapter_id=adapter_id,
@@ -214,14 +217,14 @@ class AdapterStore:
         return manifest
 
     def set_pinned(self, adapter_id: AdapterId, pinned: bool) -> Manifest:
-        """Change that field alone. AdapterNotFound without the id."""
+        """Change `pinned` alone. Raises AdapterNotFound if there is no such id."""
         with self._changing():
             changed = dataclasses.replace(self.read_manifest(adapter_id), pinned=pinned)
             self._replace_manifest(changed)
         return changed
 
     def remove(self, adapter_id: AdapterId, *, expected_generation: Generation | None = None) -> None:
-        """Unbind the id, durably; its version stays until it is collected. A corrupt manifest can be removed too."""
+        """Unbind the id durably; its version stays until it is collected. A corrupt manifest can be removed too."""
         with self._changing():
             if expected_generation is not None:
                 require_expected(adapter_id, expected_generation, self.read_manifest(adapter_id))
@@ -234,9 +237,9 @@ class AdapterStore:
             durable.sync_directory(self._catalog)
 
     def collect(self, live_generations: Collection[Generation]) -> tuple[Generation, ...]:
-        """Delete the versions that no manifest and no element of `live_generations` names, and no process has open.
+        """Delete versions that no manifest and no element of `live_generations` names, and that no process has open.
 
-        Nothing is deleted while a manifest is unreadable: it may name any of them.
+        Nothing is deleted while a manifest is unreadable, since it may name any of them.
         """
         problems: list[Problem] = []
         with self._changing():
@@ -245,7 +248,7 @@ class AdapterStore:
             raise Unavailable(problems[0].reason, problems[0].message)
         return removed
 
-    # Inside; what changes anything is called under the lock
+    # Internal; methods that change anything are called under the lock
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
@@ -256,11 +259,11 @@ class AdapterStore:
             yield
 
     def _version_path(self, generation: Generation) -> Path:
-        """The one way from a generation to a path."""
+        """Return the path of a generation; no other code makes one."""
         return self._versions / check_generation(generation)
 
     def _current(self, adapter_id: AdapterId, *, or_corrupt: bool) -> Manifest | None:
-        """What a commit finds. An unconditional replacement also replaces what cannot be read."""
+        """Return the manifest that a commit finds. An unconditional replacement also replaces an unreadable one."""
         try:
             return find_manifest(self._catalog, adapter_id)
         except DataLoss:
@@ -282,7 +285,7 @@ class AdapterStore:
         return version
 
     def _fault_of(self, manifest: Manifest) -> str:
-        """What can be seen without reading the files: that they are there, and their size."""
+        """Return the fault that shows in the files' presence and size, without reading them; "" if there is none."""
         try:
             with os.scandir(self._version_path(manifest.generation)) as entries:
                 size_bytes = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
@@ -293,7 +296,7 @@ class AdapterStore:
         return f"generation {abbreviated(manifest.generation)}: has {size_bytes} bytes instead of {manifest.size_bytes}"
 
     def _place(self, staged: StagedVersion) -> None:
-        """Let `versions/` hold the staged content, whole and durable."""
+        """Make `versions/` hold the staged content, whole and durable."""
         target = self._version_path(staged.generation)
         try:
             version = self._open(staged.generation, verify=True)
@@ -308,7 +311,7 @@ class AdapterStore:
 
     def _replace_manifest(self, manifest: Manifest) -> None:
         data = manifest.encode()
-        decode(data, manifest.adapter_id)  # what could not be read back is not written
+        decode(data, manifest.adapter_id)  # never write what could not be read back
         temporary = self._staging / f"{secrets.token_hex(16)}.json"
         try:
             fd = durable.create(temporary)
@@ -324,7 +327,7 @@ class AdapterStore:
             raise
 
     def _unreferenced(self, live_generations: Collection[Generation]) -> set[Generation]:
-        """The versions nobody names; none at all while a manifest is unreadable."""
+        """Return the versions that nothing names; none at all while a manifest is unreadable."""
         manifests, problems = self.read_catalog()
         if any(problem.adapter_id is not None for problem in problems):
             return set()
@@ -344,7 +347,7 @@ class AdapterStore:
         return tuple(removed)
 
     def _take_away(self, directory: Path) -> None:
-        """Remove a version: out of sight at once, off the disk after that."""
+        """Remove a version, first from view and then from the disk."""
         trash = self._staging / secrets.token_hex(16)
         os.rename(directory, trash)
         failpoints.hit("before_gc_unlink")
@@ -352,7 +355,7 @@ class AdapterStore:
         failpoints.hit("after_gc_unlink")
 
     def _sweep_staging(self, problems: list[Problem]) -> int:
-        """Remove what belongs to no living process; returns how many uploads and temporary files that was."""
+        """Remove the leftovers of dead processes; return how many uploads and temporary files there were."""
         swept: set[str] = set()
         for name in sorted(os.listdir(self._staging)):  # "<token>" before "<token>.lock"
             token = name.partition(".")[0]
@@ -368,7 +371,7 @@ class AdapterStore:
                 failpoints.hit("after_sweep")
                 swept.add(token)
             except FileNotFoundError:
-                continue  # its owner was just taking it away
+                continue  # its owner was just removing it
             except OSError as error:
                 problems.append(_left_over(f"staging/{name}", error))
         return len(swept)

@@ -1,8 +1,8 @@
-"""JSON objects from strangers: UTF-8, every key once, only finite numbers, bounded depth.
+"""Parse untrusted JSON objects: UTF-8, every key once, only finite numbers, bounded depth.
 
-Python's parser alone keeps the last of two equal keys, reads NaN, turns 1e999 into infinity, recurses as deep as the
-text, and accepts half a surrogate pair. So the depth is measured first, by a few passes over the bytes that never
-recurse, and the rest is refused by the parser's hooks.
+Python's parser by itself keeps the last of two equal keys, reads NaN, turns 1e999 into infinity, recurses as deep as
+the text, and accepts half a surrogate pair. So a few passes over the bytes, which never recurse, measure the depth
+first, and the parser's hooks refuse the rest.
 """
 
 import json
@@ -16,7 +16,7 @@ _BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 class JsonFault(ValueError):
-    """What is wrong with the text, as the rest of a sentence that starts with its name."""
+    """A fault of the text; the message continues a sentence that starts with the text's name."""
 
 
 class DuplicateKeyFault(JsonFault):
@@ -28,12 +28,12 @@ class DuplicateKeyFault(JsonFault):
 
 
 def outside_strings(data: bytes) -> bytes:
-    """`data` without its strings. A backslash is legal only inside of them, so escaped quotes can go first."""
+    """Return `data` without its strings. A backslash is legal only inside a string, so escaped quotes can go first."""
     return b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
 
 
 def parse_object(data: bytes, *, depth_max: int) -> dict[str, object]:
-    """The object that `data` is, or JsonFault; an object inside a list inside an object has depth 3."""
+    """Return the object in `data`, or raise JsonFault; an object inside a list inside an object has depth 3."""
     if data.startswith(_BYTE_ORDER_MARKS):
         raise JsonFault("starts with a byte order mark")
     try:
@@ -60,7 +60,7 @@ def parse_object(data: bytes, *, depth_max: int) -> dict[str, object]:
 
 def _is_deeper(bare: bytes, depth_max: int) -> bool:
     brackets = bare.translate(_ONE_KIND_OF_BRACKET, _NOT_BRACKETS)
-    for _ in range(depth_max):  # each round takes the innermost pairs away
+    for _ in range(depth_max):  # each round removes the innermost pairs
         brackets = brackets.replace(b"()", b"")
     return bool(brackets)
 

@@ -1,10 +1,10 @@
-"""The content of an adapter: what a generation is, how one comes into being, how one is read back.
+"""The content of an adapter: how a generation is computed, staged and read back.
 
     generation = sha256( "weft generation 1\\n" | u64 n | for each of the n files, by name:
                          u64 length of name | name | u64 size | sha256 of its bytes )       u64 is big-endian
 
-The files count byte for byte: a config that means the same in other spelling is another generation. That keeps the
-digest free of any opinion about JSON, and reproducible with nothing but sha256.
+The files count byte for byte: a config with the same meaning in another spelling is another generation. So the digest
+is free of any opinion about JSON, and can be reproduced with nothing but sha256.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class FileDigest(NamedTuple):
 
 
 def generation_of(files: Iterable[FileDigest]) -> Generation:
-    """The digest of the files together. Every part is framed by its length, so no two sets of files collide."""
+    """Return the digest of the files together. Every part is framed by its length, so no two sets of files collide."""
     ordered = sorted(files)
     digest = hashlib.sha256(_DOMAIN + _u64(len(ordered)))
     for file in ordered:
@@ -49,7 +49,10 @@ def generation_of(files: Iterable[FileDigest]) -> Generation:
 
 
 def generation_at(directory: Path) -> Generation:
-    """What registering a directory makes of it. FileNotFoundError where it holds no pair of files."""
+    """Return the generation that registering a directory yields.
+
+    Raises FileNotFoundError if it holds no pair of files.
+    """
     files = []
     for name in next((pair for pair in PAIRS if (directory / pair.config).is_file()), PAIRS[0]):
         with (directory / name).open("rb") as file:
@@ -63,7 +66,7 @@ def _u64(value: int) -> bytes:
 
 
 class StagedFile:
-    """A file on its way in: written in order, hashed as it is written, durable when `close` returns."""
+    """An incoming file: written in order, hashed as it is written, durable when `close` returns."""
 
     def __init__(self, path: Path, size_max: int) -> None:
         with storage_errors():
@@ -76,7 +79,7 @@ class StagedFile:
 
     @property
     def digest(self) -> FileDigest:
-        """Of the bytes written so far."""
+        """Digest of the bytes written so far."""
         return FileDigest(self.name, self.size_bytes, self._sha256.hexdigest())
 
     def write(self, chunk: bytes) -> None:
@@ -87,7 +90,7 @@ class StagedFile:
         self.size_bytes += len(chunk)
 
     def require_room(self, num_bytes: int) -> None:
-        """Refuse what would not fit, before it is read or sent."""
+        """Raise InvalidAdapter if `num_bytes` more would not fit, before they are read or sent."""
         size_bytes = self.size_bytes + num_bytes
         if size_bytes > self._size_max:
             reason = "CONFIG_INVALID" if self.name in CONFIG_FILES else "ADAPTER_TOO_LARGE"
@@ -101,7 +104,7 @@ class StagedFile:
         self.is_complete = True
 
     def abandon(self) -> None:
-        """Let go of the file unfinished; it goes with its staging directory."""
+        """Close the file unfinished; it is removed with its staging directory."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             durable.release(fd)
@@ -128,23 +131,23 @@ class StagedVersion(NamedTuple):
         return sum(file.size_bytes for file in self.files)
 
     def open(self, name: str) -> BufferedReader:
-        """For the checks between staging and commit; nobody else writes here."""
+        """Open a file for the checks between staging and commit; no other code writes here."""
         with storage_errors():
             return durable.open_regular(self.directory / name)
 
 
 class Staging:
-    """A private directory for files on their way in. Leaving the `with` block takes away what was not committed."""
+    """A private directory for incoming files. Leaving the `with` block removes what was not committed."""
 
     def __init__(self, directory: Path, owner_path: Path, owner_fd: int, limits: AdapterLimits) -> None:
         self.directory = directory
         self._owner_path = owner_path
-        self._owner_fd = owner_fd  # its lock tells other processes' recovery that this directory is alive
+        self._owner_fd = owner_fd  # its lock shows other processes' recovery that this directory is alive
         self._limits = limits
         self._files: list[StagedFile] = []
 
     def open_file(self, name: str, size_max: int | None = None) -> StagedFile:
-        """A new file; at most `size_max` bytes where that is below the limit of its kind."""
+        """Create a file of at most `size_max` bytes, or at most the limit of its kind if that is lower."""
         if not _FILE_NAME.fullmatch(name):
             raise ValueError(f"a version has no file named {name!r}")
         limit = self._limits.config_bytes_max if name in CONFIG_FILES else self._limits.file_bytes_max
@@ -153,7 +156,7 @@ class Staging:
         return file
 
     def seal(self) -> StagedVersion:
-        """Make the set of files durable and name it. Every file must be closed by now."""
+        """Make the set of files durable and name it. Every file must already be closed."""
         if not self._files or not all(file.is_complete for file in self._files):
             raise ValueError("a version is sealed once all of its files are closed")
         with storage_errors():
@@ -162,7 +165,7 @@ class Staging:
         return StagedVersion(generation_of(files), files, self.directory)
 
     def discard(self) -> None:
-        """Leave nothing behind; what cannot be removed now, recovery removes."""
+        """Leave nothing behind; recovery removes what cannot be removed now."""
         for file in self._files:
             file.abandon()
         if self._owner_fd < 0:
@@ -193,7 +196,7 @@ class StoredVersion:
         return sum(os.fstat(file.fileno()).st_size for file in self.files.values())
 
     def verify(self) -> None:
-        """Hash everything again, through the descriptors that are read from later. DataLoss BLOB_CORRUPT."""
+        """Hash all files again, through the descriptors read later. Raises DataLoss BLOB_CORRUPT if any has changed."""
         found: list[FileDigest] = []
         for name, file in self.files.items():
             file.seek(0)
@@ -215,7 +218,10 @@ class StoredVersion:
 
 
 def open_stored(directory: Path, generation: Generation) -> StoredVersion:
-    """Every file in `directory`; FileNotFoundError where there is no such directory, DataLoss where it is not ours."""
+    """Open every file in `directory`.
+
+    Raises FileNotFoundError if there is no such directory, DataLoss if it holds anything but files, or none.
+    """
     version = StoredVersion(generation, {})
     try:
         for name in sorted(os.listdir(directory)):
@@ -239,12 +245,12 @@ def corrupt(generation: Generation, what: str) -> DataLoss:
 
 
 def is_open(directory: Path) -> bool:
-    """Whether any process has a file of this version open."""
+    """Return whether any process has a file of this version open."""
     return any(durable.is_locked(directory / name) for name in os.listdir(directory))
 
 
 def copy_file(source: BinaryIO, target: StagedFile) -> None:
-    """Copy from an open file, which must hold still meanwhile. CHECKSUM_MISMATCH if it does not."""
+    """Copy from an open file, which must not change meanwhile. Raises InvalidAdapter CHECKSUM_MISMATCH if it does."""
     before = os.fstat(source.fileno())
     target.require_room(before.st_size)
     while chunk := source.read(_COPY_BYTES):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli import arrow, convert, merge
+from weft.cli import handover
 from weft.cli.connection import JsonOption, ServerOption, connected
 from weft.cli.output import console, label, moment, print_facts, print_json, print_line, print_table, size
 from weft.v1.endpoint import DEFAULT_SERVER
@@ -21,9 +21,12 @@ app = typer.Typer(
     help="Register, list, move and remove the adapters of a server.", no_args_is_help=True, rich_markup_mode=None
 )
 
-app.command(name="convert")(convert.command)
-app.command(name="merge")(merge.command)
-app.command(name="arrow")(arrow.command)
+for _name, _help in {
+    "convert": "Convert an adapter, such as AdapterHub's bottlenecks, to a form that servers take.",
+    "merge": "Merge LoRAs into one, a PEFT directory that any server takes.",
+    "arrow": "Make an Arrow router of LoRA adapters: their own directions, and no training.",
+}.items():
+    app.command(_name, help=_help, **handover.SETTINGS)(handover.tool(_name))
 
 AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
 ExpectedGeneration = Annotated[str | None, typer.Option(metavar="G", help="Only if the id is at this generation.")]

@@ -1,6 +1,7 @@
-"""`weft train`, `weft train-many`, `weft demo`: `weft_training` gets all their arguments, and is imported only then."""
+"""Commands of `weft_training`, which gets all their arguments and is imported only then: training, demo, tools."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -31,6 +32,15 @@ def train_many(context: typer.Context) -> None:
 def demo(context: typer.Context) -> None:
     """Show what Weft does, on the demo base."""
     raise typer.Exit(imported("weft_training.demo.tour").main(context.args) or 0)
+
+
+def tool(name: str) -> Callable[[typer.Context], None]:
+    """Return the command `weft adapters NAME`, which needs no server and nothing of the train extra."""
+
+    def hand_over(context: typer.Context) -> None:
+        imported("weft_training.tools.commands").app(args=[name, *context.args], prog_name="weft adapters")
+
+    return hand_over
 
 
 def imported(module: str) -> Any:

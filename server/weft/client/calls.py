@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpa
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES, PICKLES, pickle_refused
+from weft.v1.adapter_files import FOREIGN_FILES, MIXTURE_FILES, PEFT_FILES, foreign_refused
 from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
 from weft.v1.adapter_service_pb2 import (
     GetAdapterRequest,
@@ -242,9 +242,9 @@ def upload(
     """
     is_mixture = (Path(directory) / MIXTURE_FILES.config).exists()
     if not is_mixture and not (Path(directory) / PEFT_FILES.weights).exists():
-        for pickle in (Path(directory) / name for name in PICKLES):
-            if pickle.exists():
-                raise FileNotFoundError(errno.ENOENT, pickle_refused(pickle.name), str(pickle))
+        for foreign in (Path(directory) / name for name in FOREIGN_FILES):
+            if foreign.exists():
+                raise FileNotFoundError(errno.ENOENT, foreign_refused(foreign.name), str(foreign))
     files = [_upload_file(Path(directory) / name) for name in (MIXTURE_FILES if is_mixture else PEFT_FILES)]
     header = UploadHeader(
         adapter_id=adapter_id,

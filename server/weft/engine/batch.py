@@ -1,6 +1,6 @@
 """Flatten a scheduled step into the tensors of `kernels/step.py`.
 
-Python's work is per request and per token range; what is per token is vectorized.
+Python works per request and per token range; work per token is vectorized.
 """
 
 import math
@@ -29,18 +29,18 @@ def build(
 ) -> Step:
     """Return the step of the scheduled requests.
 
-    planes: those of every slot that has more than one (adapters/slots.py).
-    mixtures: state of the requests with a mixture, whose router's slot is the last of theirs.
+    planes: of every slot that has more than one (adapters/slots.py).
+    mixtures: state of the requests with a mixture; the slot of a mixture's router is the last of its request's.
     """
     input_ids: list[int] = []
     starts, sample_rows, spans = [0], [], []
-    # A row's number and one of these make its position, and its place in the request's blocks, holes included.
+    # Added to a row's number, these give its position, and its place in the request's blocks, holes included.
     to_position, to_place = [], []
     taken = _TakenRows(planes, mixtures)
     for request, num_tokens in scheduled:
         begin = request.num_computed_tokens
         input_ids += request.token_ids(begin, begin + num_tokens)
-        first_row = starts[-1] - begin  # the row of token 0, were all of them computed
+        first_row = starts[-1] - begin  # the row that token 0 would have
         starts.append(starts[-1] + num_tokens)
         lengths = [use.num_virtual_tokens for use in request.spans]
         spans.append(lengths)
@@ -52,7 +52,7 @@ def build(
 
     query_start = torch.tensor(starts, dtype=torch.int32)
     rows = torch.arange(starts[-1])
-    # By search: repeat_interleave wakes every thread, however little there is to do.
+    # searchsorted, because repeat_interleave wakes every thread, however little work there is.
     request_of_row = torch.searchsorted(query_start[1:], rows.int(), right=True)
     positions, places = torch.tensor([to_position, to_place])[:, request_of_row] + rows
     virtual_lens = _table(spans, torch.int32)
@@ -80,7 +80,7 @@ def build(
 
 
 class _TakenRows:
-    """Gathers which rows take which adapters, request by request."""
+    """Gathers which rows use which adapters, request by request."""
 
     def __init__(self, planes: Planes, mixtures: MixtureStates | None) -> None:
         self.routed = RoutedRows(mixtures)
@@ -142,14 +142,14 @@ def _span_gates(
     log_gates = _table([[math.log(gate) for gate in of_request] for of_request in gates], torch.float32)
     if not routed.has_spans:
         return log_gates[request_of_row], None
-    # Plus one, since a table is filled up with zeros.
+    # Plus one, because tables are padded with zeros.
     experts = [[expert + 1 for expert in of_request] for of_request in routed.spans]
     span_experts = _table(experts, torch.int32, log_gates.shape[1])[request_of_row] - 1
     return log_gates[request_of_row], span_experts
 
 
 def _table(lines: Sequence[Sequence[float]], dtype: torch.dtype, width: int | None = None) -> Tensor:
-    """Return the lines [lines, width], each filled up with zeros; width: of the longest, if not given."""
+    """Return the lines as a table [lines, width], padded with zeros; width: of the longest line if not given."""
     if width is None:
         width = max(map(len, lines))
     filled = [[*line, *[0] * (width - len(line))] for line in lines]

@@ -1,4 +1,4 @@
-"""Accounting of KV blocks: who holds which, and which full blocks can be shared. No tensors here.
+"""Accounting of KV blocks: which requests hold which, and which full blocks can be shared. No tensors here.
 
 A full block of real tokens is keyed by what made it, never by a name or a slot:
 
@@ -7,10 +7,10 @@ A full block of real tokens is keyed by what made it, never by a name or a slot:
     key_i = H(key_{i-1}, tokens of block i, what acts in parts of it),   key_{-1} = root
 
 An adapter with token ranges enters the keys of the blocks that hold such tokens, with its generation, gate and the
-places within the block. So what comes before is keyed as without it, and shared with requests that never name it; what
-comes after is told apart by the chain.
+places within the block. So earlier blocks have the same keys as without it, and are shared with requests that never
+name it; later blocks differ through the chain.
 
-A block with references is never reused. A keyed block without references stays in the cache until its place is needed,
+A block with references is never reused. A keyed block without references stays in the cache until its memory is needed,
 oldest first. Virtual positions (prefix adapters) live in blocks of their own, which their owner and its requests hold.
 """
 
@@ -32,10 +32,10 @@ def cache_root(
     mixture: MixtureUse | None = None,
     prompt: Sequence[int] = (),
 ) -> bytes:
-    """The root of a request's block keys. Every part is length-framed, so no two different inputs run together.
+    """Return the root of a request's block keys. Every part is length-framed, so that no two different inputs collide.
 
     Adapters with token ranges are left out: they enter block by block (`block_key`).
-    prompt: counts only where a mixture's gates come of all of it: then prompts share blocks only where they are equal.
+    prompt: counts only if a mixture's gates depend on all of it; prompts then share blocks only if they are equal.
     """
     digest = hashlib.sha256(b"weft-kv-1")
     for part in (salt, base_digest):
@@ -43,7 +43,7 @@ def cache_root(
     for use in adapters:
         if not use.ranges:
             digest.update(_identity(use))
-    if mixture is not None:  # behind a mark that begins no generation's length
+    if mixture is not None:  # after a mark that cannot be the length of a generation
         digest.update(b"mixture " + mixture.generation.encode() + struct.pack("<Q", len(mixture.bounds)))
         for bound in mixture.bounds:
             digest.update(struct.pack("<?dd", *bound))
@@ -53,9 +53,9 @@ def cache_root(
 
 
 def block_key(parent: bytes, tokens: Sequence[int], acting: Iterable[AdapterUse] = ()) -> bytes:
-    """The key of a full block that follows the block keyed `parent`.
+    """Return the key of a full block that follows the block keyed `parent`.
 
-    acting: the adapters that act in some of its tokens, with ranges that count from the block's first token.
+    acting: the adapters that act on some of its tokens, with ranges that count from the block's first token.
     """
     digest = hashlib.sha256(parent + struct.pack(f"<{len(tokens)}q", *tokens))
     for use in acting:
@@ -69,7 +69,7 @@ def _identity(use: AdapterUse) -> bytes:
 
 
 def _acting(uses: Iterable[AdapterUse], begin: int, end: int) -> Iterator[AdapterUse]:
-    """Those of the adapters with token ranges that act in begin : end, with ranges that count from `begin`."""
+    """Yield the adapters whose token ranges meet begin : end, with ranges that count from `begin`."""
     for use in uses:
         here = token_ranges.clip(use.ranges, begin, end)
         if here:
@@ -77,7 +77,7 @@ def _acting(uses: Iterable[AdapterUse], begin: int, end: int) -> Iterator[Adapte
 
 
 class BlockManager:
-    """Hands out the blocks of one KV pool; the engine thread is its only caller."""
+    """Hands out the blocks of one KV pool. Only the engine thread calls it."""
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
@@ -93,27 +93,27 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be handed out now, cached ones included."""
+        """Number of blocks that can be handed out now, cached ones included."""
         return len(self._free) + len(self._idle)
 
     @property
     def num_used_blocks(self) -> int:
-        """Blocks that somebody references."""
+        """Number of blocks with references."""
         return self.num_blocks - self.num_free_blocks
 
     @property
     def num_cached_blocks(self) -> int:
-        """Blocks that a later request can share."""
+        """Number of blocks that a later request can share."""
         return len(self._key_of)
 
     def count(self, num_tokens: int) -> int:
-        """How many blocks hold so many tokens."""
+        """Return how many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def match(self, request: Request) -> int:
-        """Give a request without blocks the longest cached beginning of its tokens; returns how many tokens that is.
+        """Give a request without blocks the longest cached prefix of its tokens; return how many tokens that is.
 
-        At least one token is left to compute: the step needs a row to sample from.
+        At least one token is left to compute, because the step needs a row to sample from.
         """
         assert not request.blocks
         assert request.num_computed_tokens == 0
@@ -132,7 +132,10 @@ class BlockManager:
         return len(request.blocks) * size
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        """Give the request blocks for its first `num_tokens` real tokens; False, unchanged, where the pool is short."""
+        """Give the request blocks for its first `num_tokens` real tokens.
+
+        Returns False, changing nothing, if the pool is short.
+        """
         missing = self.count(num_tokens) - len(request.blocks)
         if missing > self.num_free_blocks:
             return False
@@ -160,14 +163,14 @@ class BlockManager:
                     self._blocks_of_generation.setdefault(generation, set()).add(block)
 
     def distrust(self, request: Request) -> None:
-        """Unkey every block the request uses: nobody shares them from now on."""
+        """Unkey every block that the request uses, so that it is not shared from now on."""
         for block in request.blocks:
             if block in self._key_of:
                 self._forget(block)
 
     def release(self, request: Request) -> None:
-        """Take the blocks of the request's own tokens back; they are computed again if it runs again."""
-        # Last block first: a chain is evicted from its end, so what stays is still reachable.
+        """Take back the blocks of the request's own tokens, which are computed again if it runs again."""
+        # Last block first: a chain is evicted from its end, so the rest stays reachable.
         for block in reversed(request.blocks):
             self._drop(block)
         request.blocks = []
@@ -175,30 +178,30 @@ class BlockManager:
         request.num_computed_tokens = 0
 
     def take_virtual(self, num_tokens: int) -> list[int] | None:
-        """Blocks for `num_tokens` virtual positions, referenced once by their owner; None where the pool is short."""
+        """Return blocks for `num_tokens` virtual positions, with their owner's reference; None if the pool is short."""
         count = self.count(num_tokens)
         if count > self.num_free_blocks:
             return None
         return [self._take() for _ in range(count)]
 
     def share_virtual(self, request: Request, blocks: Sequence[int]) -> None:
-        """Let the request use virtual blocks beside their owner."""
+        """Let the request use virtual blocks along with their owner."""
         for block in blocks:
             self._reference(block)
         request.virtual_blocks.extend(blocks)
 
     def unshare_virtual(self, request: Request) -> None:
-        """The request's use of its virtual blocks ends."""
+        """End the request's use of its virtual blocks."""
         self.drop_virtual(request.virtual_blocks)
         request.virtual_blocks = []
 
     def drop_virtual(self, blocks: Iterable[int]) -> None:
-        """One reference to each of these virtual blocks ends."""
+        """Drop one reference to each of these virtual blocks."""
         for block in blocks:
             self._drop(block)
 
     def purge(self, generation: Generation) -> int:
-        """Forget every cached block that an adapter's content made; returns how many there were."""
+        """Forget every cached block that an adapter's content contributed to; return how many there were."""
         blocks = self._blocks_of_generation.pop(generation, set())
         for block in list(blocks):
             self._forget(block)
@@ -208,7 +211,7 @@ class BlockManager:
         return len(blocks)
 
     def _key(self, request: Request, start: int, parent: bytes) -> bytes:
-        """The key of the request's full block that begins with token `start`."""
+        """Return the key of the request's full block that begins with token `start`."""
         end = start + self.block_size
         return block_key(parent, request.token_ids(start, end), _acting(request.adapters, start, end))
 
@@ -245,7 +248,7 @@ class BlockManager:
                     del self._blocks_of_generation[generation]
 
     def check(self) -> None:
-        """Assert the accounting: every block is free, idle or referenced, in one way only, and keys lead to blocks."""
+        """Assert that every block is either free, idle or referenced, and that keys and blocks lead to each other."""
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free)
         assert not free & idle

@@ -1,7 +1,7 @@
-"""From tokens to text, one request at a time; runs on the event loop, not in the engine.
+"""Turn tokens into text, one request at a time. This runs on the event loop, not in the engine.
 
-Text is held back while it ends in half a character or in what may become a stop string. What was given is never taken
-back, also where a byte-fallback decoder, after more tokens, would read earlier bytes differently.
+Text is held back while it ends in half a character or in a possible beginning of a stop string. Text once returned is
+never taken back, even if a byte-fallback decoder, after more tokens, would read earlier bytes differently.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-_INCOMPLETE = "\ufffd"  # what decoders make of half a character
-_CHARACTER_TOKENS = 3  # that half a character can be of: UTF-8 has at most four bytes
-_PENDING_TOKENS_MAX = 8  # that are held back; without a bound undecodable bytes would cost the square of their number
-_CONTEXT_TOKENS = 8  # of the prompt; a character and the word before it
+_INCOMPLETE = "\ufffd"  # decoders' output for half a character
+_CHARACTER_TOKENS = 3  # tokens that half a character can have: UTF-8 has at most four bytes
+_PENDING_TOKENS_MAX = 8  # held back; without a bound, undecodable bytes would cost the square of their number
+_CONTEXT_TOKENS = 8  # of the prompt: a character and the word before it
 
 
 class Piece(NamedTuple):
-    """Text that is certain now, the stop string that ended it, if one did, and how many tokens it took till then."""
+    """Text that is certain now, the stop string that ended it, if any, and the number of tokens up to there."""
 
     text: str
     stop: str | None = None
@@ -26,8 +26,8 @@ class Piece(NamedTuple):
 class Detokenizer:
     """The text of one answer. `stops` are matched from the token after `min_new_tokens` on; the earliest match wins.
 
-    continued: the tokens that the answer goes on from. Decoders of the SentencePiece kind drop the space before the
-    first word they see, which in a continuation is not the first.
+    continued: the tokens that the answer continues. SentencePiece decoders drop the space before the first word that
+        they see, which in a continuation is not the first word.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Detokenizer:
         self._held = ""
 
     def add(self, token_ids: Sequence[int]) -> Piece:
-        """More tokens; after a piece with `stop` the answer is over, and tokens after its last count for nothing."""
+        """Add tokens; return the text that is now certain. `stop` ends the answer, and later tokens are ignored."""
         if not self._stops:
             return Piece(self._decoder.add(token_ids), None, len(token_ids))
         text = ""
@@ -58,7 +58,7 @@ class Detokenizer:
         return Piece(text, None, len(token_ids))
 
     def _match(self, new: str) -> tuple[str, str | None]:
-        """What is certain once the text of one more token has come, and the stop string that ends it."""
+        """Return the text that is certain after one more token's text, and the stop string that ends it."""
         self._uncounted -= 1
         if self._uncounted >= 0:
             return new, None
@@ -73,13 +73,13 @@ class Detokenizer:
         return text[: len(text) - keep], None
 
     def flush(self) -> str:
-        """What was held back for a stop string or a character that did not come."""
+        """Return the text held back for a stop string or a character that was never completed."""
         text, self._held = self._held + self._decoder.flush(), ""
         return text
 
 
 class _Decoder:
-    """Tokens to text, as the tokenizer decodes them together: a token is read after those of the last complete text."""
+    """Decodes tokens as the tokenizer decodes them together: each after the tokens of the last complete text."""
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -87,13 +87,13 @@ class _Decoder:
         self._num_read = 0  # how many of them are in that text
         self._read = ""  # that text
         before = self._decode(list(context))
-        if not before.endswith(_INCOMPLETE):  # half a character of the prompt is nobody's
+        if not before.endswith(_INCOMPLETE):  # half a character of the prompt is not part of the answer
             self._tokens, self._num_read, self._read = list(context), len(context), before
 
     def add(self, token_ids: Sequence[int]) -> str:
         self._tokens += token_ids
         text = self._decode(self._tokens)
-        if text.endswith(_INCOMPLETE) and len(token_ids) > 1:  # what is whole of it comes now
+        if text.endswith(_INCOMPLETE) and len(token_ids) > 1:  # return its complete part now
             del self._tokens[len(self._tokens) - len(token_ids) :]
             return "".join(self.add([token_id]) for token_id in token_ids)
         num_new = len(self._tokens) - self._num_read
@@ -116,7 +116,7 @@ class _Decoder:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest ending of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

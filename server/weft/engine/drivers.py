@@ -1,4 +1,4 @@
-"""Which driver computes a step: the kernels' or the reference, for all rows and for the rows that the head sees."""
+"""Choose the driver of a step: the kernels' or the reference, for all rows and for the rows that the head sees."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,7 +20,7 @@ from weft.methods.protocol import Site, SiteKind
 class ByRows(NamedTuple):
     """A driver of all rows of a step, and one of its sample rows, which are all that the output head sees.
 
-    renew: called before the head's driver is asked, if routers have changed gates since it was made.
+    renew: called before the head's driver runs, if routers have changed gates since it was made.
     """
 
     body: Driver
@@ -29,12 +29,12 @@ class ByRows(NamedTuple):
 
     @property
     def needs_residual(self) -> bool:
-        """Whether the body does; no sublayer ends at the head."""
+        """Whether the body needs the residual; no sublayer ends at the head."""
         return self.body.needs_residual
 
     @property
     def routes(self) -> bool:
-        """Whether the body does; the head takes the last layer's gates."""
+        """Whether the body routes; the head takes the last layer's gates."""
         return self.body.routes
 
     def enter(self, layer: int, hidden: Tensor) -> None:
@@ -50,7 +50,7 @@ class ByRows(NamedTuple):
         return self.head.apply(site, base, x, residual)
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """Return the body's outputs: the head reads nothing that others read."""
+        """Return the body's outputs, since the head shares its input with no other site."""
         return self.body.apply_group(sites, base, x)
 
 
@@ -87,7 +87,7 @@ def _of_rows(kernels: Kernels, slots: SlotTable, entries: Entries, there: Step) 
 
 
 def segments(slots: SlotTable, entries: Entries, gates: Tensor) -> Iterator[Segment]:
-    """Yield what the reference driver reads: the rows of each slot.
+    """Yield the segments that the reference driver reads: the rows of each slot.
 
     entries: on the host. gates: float32 [N] on the device, read when a site is computed, since routers write them.
     """
@@ -102,7 +102,7 @@ def segments(slots: SlotTable, entries: Entries, gates: Tensor) -> Iterator[Segm
 
 
 def routers(slots: SlotTable, entries: Entries, there: Step) -> Iterator[Router]:
-    """Yield what writes the gates of each request with a mixture, layer by layer; `entries` are on the host."""
+    """Yield the router of each request with a mixture, which writes its gates in each layer. `entries`: on the host."""
     routing = there.routing
     if routing is None:
         return
@@ -116,7 +116,7 @@ class _Router:
     """Writes the gates of one request's rows for each layer, as kernels do (kernels/cpu/routing.cpp)."""
 
     def __init__(self, slots: SlotTable, run: RoutedRun, there: Step, entries: slice, rows: Tensor) -> None:
-        """entries: of the run's rows. rows: of each entry, counted from the run's first."""
+        """entries: of the run's rows. rows: of each entry, counted from the run's first row."""
         assert there.entries is not None
         assert there.routing is not None
         self._config, self._params = slots.router(AdapterSlot(run.slot))

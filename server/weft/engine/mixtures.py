@@ -1,6 +1,6 @@
-"""Per-request mixture state: pooled prompt embedding, gate bounds, recorded gates; and a step's rows with routed gates.
+"""Per-request mixture state (pooled prompt embedding, gate bounds, recorded gates), and a step's rows of mixtures.
 
-Only the engine thread calls this. Nothing here is done for a request without a mixture.
+Only the engine thread calls this. A request without a mixture costs nothing here.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from weft.kernels.step import RoutedRun, Routing
 
 
 class _MixtureState:
-    """One request's. until: the first of its tokens whose gates are not recorded; none is recorded twice."""
+    """The state of one request. until: the first of its tokens whose gates are not recorded; none is recorded twice."""
 
     def __init__(self, steering: Tensor | None, pooled: Tensor | None) -> None:
         self.steering = steering
@@ -58,7 +58,7 @@ class MixtureStates:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the base."""
+        """Number of layers of the base."""
         return self._runner.num_layers
 
     def begin(self, request: Request, mixture: MixtureUse) -> None:
@@ -73,15 +73,15 @@ class MixtureStates:
         self._of[request] = _MixtureState(steering, pooled)
 
     def steering(self, request: Request) -> Tensor | None:
-        """float32 [3, N], as `RoutedRun` has it."""
+        """Return the bounds, float32 [3, N], as in `RoutedRun`; None if there are none."""
         return self._of[request].steering
 
     def pooled(self, request: Request) -> Tensor | None:
-        """float32 [hidden]."""
+        """Return the pooled prompt, float32 [hidden]; None if the router reads the rows."""
         return self._of[request].pooled
 
     def record(self, scheduled: Sequence[Scheduled], routing: Routing) -> None:
-        """Add the gates of a step whose trace is written; call it before the requests' counters move."""
+        """Add the gates of a step whose trace is written. Call it before the requests' counters move."""
         if routing.trace is None:
             return
         seen = [request for request, _ in scheduled if request.mixture is not None]
@@ -95,7 +95,7 @@ class MixtureStates:
             self._of[request].record(request.num_computed_tokens, gates, keep=keep)
 
     def end(self, request: Request) -> Gates | None:
-        """Drop the request's state and return the gates that were recorded."""
+        """Drop the request's state; return the recorded gates."""
         state = self._of.pop(request, None)
         return None if state is None else state.recorded()
 
@@ -103,7 +103,7 @@ class MixtureStates:
 class RoutedRows:
     """Gathers the rows of mixtures while a step is built, request by request.
 
-    spans: for each request of the step, which experts bring its virtual positions; () without a mixture.
+    spans: for each request of the step, which experts provide its virtual positions; () without a mixture.
     """
 
     def __init__(self, states: MixtureStates | None) -> None:
@@ -134,7 +134,7 @@ class RoutedRows:
         rows: tuple[int, int],
         first_entry: int,
     ) -> None:
-        """Add a request; num_planes: entries that each of its uses with deltas takes of every row."""
+        """Add a request. num_planes: entries per row of each of its uses with deltas."""
         assert self._states is not None
         first, last = rows
         digests = sorted(use.generation for use in request.adapters)
@@ -159,7 +159,7 @@ class RoutedRows:
         )
 
     def routing(self, span_experts: Tensor | None, num_entries: int) -> Routing | None:
-        """Return what was gathered of a step of so many entries, or None if no request has a mixture."""
+        """Return the gathered rows of a step with `num_entries` entries, or None if no request has a mixture."""
         if not self._runs or self._states is None:
             return None
         experts = torch.full((num_entries,), -1, dtype=torch.int32)

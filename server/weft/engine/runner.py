@@ -1,4 +1,4 @@
-"""The narrow waist: one model call per step.
+"""The one model call of a step.
 
 Everything above (scheduler, sampler, streams) meets the model only through `Runner`; tests put a scripted one here.
 """
@@ -30,16 +30,16 @@ _CAPTURE_ERROR_MAX = 0.01
 
 
 class Runner(Protocol):
-    """What the engine asks of the device. Only the engine thread calls it."""
+    """The operations that the engine needs on the device. Only the engine thread calls them."""
 
     @property
     def slots(self) -> SlotTable:
-        """Where adapters live."""
+        """Slots of the adapters."""
         ...
 
     @property
     def transfer(self) -> Transfer:
-        """The way to the device that logits are on, and back."""
+        """Copies to and from the device that holds the logits."""
         ...
 
     @property
@@ -67,7 +67,7 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """The real one: a loaded base, its KV pool and its adapter slots.
+    """The real runner: a loaded base, its KV pool and its adapter slots.
 
     num_captured_rows: the largest decode step that is captured and replayed, if the kernels can be captured.
     """
@@ -116,7 +116,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Verify that captured steps are right, if steps are captured at all, and capture the usual ones ahead."""
+        """Verify that captured steps are correct, if steps are captured at all, and capture the usual ones ahead."""
         if self._captured is None:
             return
         error = self._capture_error()
@@ -175,7 +175,7 @@ class ModelRunner:
     def _replay(self, step: Step, shape: StepShape) -> Tensor | None:
         """Return the logits of a captured step; None if it must run uncaptured.
 
-        That is so for want of room, or from now on if steps turn out not to be capturable.
+        This happens if there is no room, and from then on if steps turn out not to be capturable.
         """
         if self._captured is None:
             return None
@@ -217,7 +217,7 @@ class ModelRunner:
                 self._compute_virtual(blocks, rows)
 
     def _compute_virtual(self, blocks: list[int], rows: Tensor) -> None:
-        """Compute the rows as real tokens of a single request, which stores their keys where virtual ones are read."""
+        """Compute the rows as real tokens of one request, which stores their keys where virtual ones are read."""
         device, num_rows = self._base.device, len(rows)
         slots = self._cache.slots(blocks, num_rows)
         paging = lone_request(slots, blocks, num_rows)

@@ -1,4 +1,4 @@
-"""One step from what is scheduled to its logits: what the engine, the test drivers and the benchmarks call alike."""
+"""Compute one step, from the scheduled requests to logits, for the engine, test drivers and benchmarks alike."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ SlotsOf = Mapping[Request, tuple[AdapterSlot, ...]]
 
 
 class Stepper:
-    """Computes steps on a runner. mixtures: state of the requests that have one, from their first step on."""
+    """Computes steps on a runner. mixtures: state of the requests with a mixture, from their first step on."""
 
     def __init__(self, runner: Runner, block_size: int) -> None:
         self.mixtures = MixtureStates(runner)
@@ -31,7 +31,7 @@ class Stepper:
         return batch.build(scheduled, slots_of, self._block_size, self._runner.slots.planes, self.mixtures)
 
     def compute(self, scheduled: Sequence[Scheduled], slots_of: SlotsOf) -> Tensor:
-        """Return the logits [number of requests that sample, V], which stay until the next step.
+        """Return the logits [number of requests that sample, V], valid until the next step.
 
         Call it before the requests' counters move.
         """

@@ -1,6 +1,6 @@
-"""Where in a request an adapter acts: half-open ranges of real token indices, in order, none touching the next.
+"""The ranges of a request in which an adapter acts: half-open, of real token indices, in order, none touching the next.
 
-    gate[t, k] = weight of k where t is in the ranges of k, 0 elsewhere
+    gate[t, k] = weight of k if t is in the ranges of k, 0 otherwise
 
 Prompt and generated tokens count alike; virtual positions do not count. No ranges at all mean every token.
 """
@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-OPEN = 2**31 - 1  # an end beyond every token
+OPEN = 2**31 - 1  # an end after every token
 
 
 class TokenRange(NamedTuple):
@@ -23,7 +23,7 @@ Ranges = tuple[TokenRange, ...]
 
 
 def normal(ranges: Iterable[TokenRange]) -> Ranges:
-    """The one spelling of ordered, disjoint ranges: those that touch are one, and all tokens are ()."""
+    """Return the canonical form of ordered, disjoint ranges: touching ranges become one, and all tokens are ()."""
     merged: list[TokenRange] = []
     for one in ranges:
         if merged and merged[-1].end == one.begin:
@@ -33,14 +33,14 @@ def normal(ranges: Iterable[TokenRange]) -> Ranges:
 
 
 def clip(ranges: Iterable[TokenRange], begin: int, end: int = OPEN) -> list[TokenRange]:
-    """What of some ranges lies in begin : end; here no ranges are no tokens."""
+    """Return the parts of some ranges that lie in begin : end. Here, no ranges mean no tokens."""
     return [
         TokenRange(max(one.begin, begin), min(one.end, end)) for one in ranges if one.begin < end and begin < one.end
     ]
 
 
 def runs(of: Sequence[Ranges], begin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
-    """begin : end cut wherever one of the ranges begins or ends: (first, one past the last, which of `of` act there).
+    """Cut begin : end wherever a range begins or ends: yield (first, one past the last, which of `of` act there).
 
     The work is per range, not per token.
     """

@@ -1,4 +1,4 @@
-"""Capture what a device is told to do, to have it done again without telling it anew."""
+"""Capture a device's work once, and replay it without issuing it again."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,18 +10,18 @@ from weft.kernels import faults
 
 _HEADROOM_BYTES = 512 << 20
 """Left free by captures: steps with prompts need it for activations, dequantized weights and sorted logits, and CUDA
-for the graphs themselves."""
+needs it for the graphs themselves."""
 _SURVIVES_FROM = (2, 12)  # of torch: github.com/pytorch/pytorch/pull/180395
 
 Replay = Callable[[], Tensor]
-"""Computes the captured step from the current contents of its inputs; the result is the same tensor every time."""
+"""Computes the captured step from the current contents of its inputs. The result is the same tensor every time."""
 
 
 class NotCapturable(Exception):
     """The function did something that cannot be captured. It can still be called directly.
 
-    Raised by a proof before a capture, by a capture that can be dropped, or after a failed capture on a torch that
-    survives one; the memory of that capture may then be lost.
+    Raised by a proof before a capture, by a capture that can be dropped, or after a failed capture if torch survives
+    one. The memory of that capture may then be lost.
     """
 
 
@@ -30,12 +30,15 @@ class Capture(Protocol):
 
     @property
     def needs_proof(self) -> bool:
-        """Whether a failure does harm, so that the function must first be proved to read nothing on the host
+        """Whether a failed capture does harm, so that the function must first be proved to read nothing on the host
         (host_reads.py)."""
         ...
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
-        """Capture. Raises NotCapturable, torch.OutOfMemoryError, and what is fatal for the device (faults.py)."""
+        """Capture the function.
+
+        Raises NotCapturable, torch.OutOfMemoryError, and errors that are fatal for the device (faults.py).
+        """
         ...
 
 
@@ -43,20 +46,20 @@ class CaptureDevice(Protocol):
     """The device operations that a capture needs."""
 
     def warm_up(self, function: Callable[[], Tensor]) -> int:
-        """Call the function once; return the bytes that it took at most, beside those taken before."""
+        """Call the function once; return its peak memory in bytes, beyond what was already allocated."""
         ...
 
     def room_bytes(self) -> int:
-        """Return how many bytes a capture may still take."""
+        """Return how many more bytes a capture may take."""
         ...
 
     def capture(self, function: Callable[[], Tensor]) -> Replay:
-        """Call the function and capture its kernel calls instead of computing them."""
+        """Call the function, capturing its kernel calls instead of executing them."""
         ...
 
 
 class CudaGraphs:
-    """Captures CUDA graphs. They share memory: a replay overwrites the results of those before it.
+    """Captures CUDA graphs. They share memory: a replay overwrites the results of earlier ones.
 
     torch_version: decides whether a failed capture is fatal.
     """
@@ -68,7 +71,9 @@ class CudaGraphs:
         self._torch_version = torch_version
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
-        """Capture. Raises OutOfMemoryError before the capture begins, since running out within one may be fatal; errors
+        """Capture the function.
+
+        Raises OutOfMemoryError before the capture begins, since running out of memory during one may be fatal; errors
         of the device as they are; CaptureLost; NotCapturable.
         """
         wanted = self._device.warm_up(function) + _HEADROOM_BYTES
@@ -99,7 +104,7 @@ class CudaDevice:
         self._aside = torch.cuda.Stream()
 
     def warm_up(self, function: Callable[[], Tensor]) -> int:
-        """Keep what only a first call does out of the capture: compiling, libraries' workspaces."""
+        """Keep what only a first call does (compiling, libraries' workspaces) out of the capture."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._aside.wait_stream(torch.cuda.current_stream())
@@ -109,13 +114,13 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated() - before
 
     def room_bytes(self) -> int:
-        """Count the driver's free memory and what torch holds unused, which the pool of the graphs can use."""
+        """Count the driver's free memory and the unused memory that torch holds, which the graphs' pool can use."""
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
     def capture(self, function: Callable[[], Tensor]) -> Replay:
-        """Use mode thread_local, because threads that load adapters pin memory at the same time."""
+        """Capture in mode thread_local, because threads that load adapters pin memory at the same time."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -132,9 +137,9 @@ class CudaDevice:
 
 
 def survives_failure(torch_version: str) -> bool:
-    """Return whether a torch ("2.13.0+cu130") can go on after a capture that failed.
+    """Return whether this torch ("2.13.0+cu130") can go on after a failed capture.
 
-    Before 2.12 its allocator assumes for ever that the capture is still running, and a later wait ends the process.
+    Before 2.12 its allocator assumes forever that the capture is still running, and a later wait ends the process.
     """
     major, minor = torch_version.split(".")[:2]
     return (int(major), int(minor)) >= _SURVIVES_FROM

@@ -1,6 +1,6 @@
-"""To the device and back: a step's tensors, its results, and adapters' weights.
+"""Copies to the device and back: a step's tensors, its results, and adapters' weights.
 
-A step's tensors go in one copy, and only results are waited for.
+A step's tensors travel in one copy, and the host waits only for results.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ class Part(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Where tensors lie, one behind the other, in a buffer of bytes."""
+    """Layout of tensors, one after another, in a buffer of bytes."""
 
     parts: tuple[Part, ...]
     size_bytes: int
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Frame":
-        """Return a frame for tensors of these shapes and dtypes."""
+        """Return the frame for tensors of these shapes and dtypes."""
         parts, offset = [], 0
         for tensor in tensors:
             parts.append(Part(offset, tuple(tensor.shape), tensor.dtype))
@@ -49,27 +49,27 @@ class Transfer(Protocol):
     """Copies between the host and one device. Only the engine thread uses it."""
 
     def to_device(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> list[Tensor]:
-        """Return the tensors on the device, in order with its work; the host does not wait.
+        """Return the tensors on the device, in order with its work. The host does not wait.
 
-        into: uint8 on the device, where they are placed as `Frame.of` says; None allocates.
+        into: uint8 on the device; the tensors are placed in it as `Frame.of` says. None allocates.
         """
         ...
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """Return the tensor on the host; wait until the device has computed it."""
+        """Return the tensor on the host, after waiting until the device has computed it."""
         ...
 
     def stage(self, buffer: Tensor) -> Tensor:
-        """Start to copy a buffer beside the device's other work; return the copy, to be read after `wait`."""
+        """Start to copy a buffer beside the device's other work. Return the copy, which can be read after `wait`."""
         ...
 
     def wait(self) -> None:
-        """Order all later work on the device after the copies that `stage` started; the host does not wait."""
+        """Order all later work on the device after the copies that `stage` started. The host does not wait."""
         ...
 
 
 class InPlace:
-    """The host is the device: tensors stay where they are, unless `into` says otherwise."""
+    """The host as its own device: tensors stay where they are unless `into` is given."""
 
     def to_device(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> list[Tensor]:
         if into is None:
@@ -93,29 +93,29 @@ IN_PLACE: Transfer = InPlace()
 
 
 class _Side:
-    """One of two host buffers: the host writes the next step into one while the device may still read the other."""
+    """One of two host buffers: the host fills one for the next step while the device may still read the other."""
 
     def __init__(self) -> None:
         self._host = torch.empty(0, dtype=torch.uint8)
         self._was_read = torch.cuda.Event()
 
     def buffer(self, size_bytes: int) -> Tensor:
-        """Wait until the device has read the buffer, and return it."""
+        """Wait until the device has read the buffer, then return it."""
         self._was_read.synchronize()
         if len(self._host) < size_bytes:
             self._host = torch.empty(2 * size_bytes, dtype=torch.uint8, pin_memory=True)
         return self._host[:size_bytes]
 
     def mark_read(self) -> None:
-        """Note that the device reads the buffer with the work queued so far."""
+        """Record that the work queued so far reads the buffer."""
         self._was_read.record()
 
 
 class CudaTransfer:
-    """Copies to a CUDA device: steps through pinned memory on the current stream, adapters on a stream of their own.
+    """Copies to a CUDA device: steps through pinned memory on the current stream, adapters on a separate stream.
 
-    A buffer for `stage` should be pinned: the driver first copies any other memory to pinned memory, and the host
-    waits for that.
+    A buffer for `stage` should be pinned. The driver first copies any other memory to pinned memory, and the host waits
+    for that.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -148,7 +148,7 @@ class CudaTransfer:
 
     def stage(self, buffer: Tensor) -> Tensor:
         with torch.cuda.stream(self._stream):
-            there = torch.empty_like(buffer, device=self._device)  # from this stream's memory: no step writes it
+            there = torch.empty_like(buffer, device=self._device)  # from this stream's memory: no step writes to it
             there.copy_(buffer, non_blocking=True)
             self._staged.record()
         there.record_stream(torch.cuda.current_stream(self._device))  # not reused before steps have read it

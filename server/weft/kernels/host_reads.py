@@ -1,12 +1,12 @@
-"""Seeing that a step asks for nothing of what tensors on a device hold, and sends nothing there, before it is captured.
+"""Prove, before a step is captured, that the host neither reads the device's tensors in it nor sends any there.
 
-Such a read waits for the device, which a capture cannot do, and what it decides a replay would not decide again; what a
-step sends from the host a replay would send again from memory that is somebody else's by then. A capture that fails on
-it may cost the process (capture.py), so a step runs once under watch first, uncaptured.
+A read waits for the device, which a capture cannot do, and a replay would not repeat a decision based on it. A replay
+would also repeat a send, from memory that is used for something else by then. A capture that fails on either may cost
+the process (capture.py), so a step first runs once, watched and uncaptured.
 
-Two modes of torch see more than one. A dispatch mode sees operations, also inside those that are made of others and
-inside kernels that are written in Python, as some of bitsandbytes are. A function mode sees calls: those that become no
-operation (`tolist()` and `numpy()` of memory that the host can read), and those that make tensors of Python's numbers.
+Two modes of torch see more than one. A dispatch mode sees operations, even within composite ones and within kernels
+written in Python, such as some of bitsandbytes. A function mode sees calls: those that become no operation (`tolist()`
+and `numpy()` of memory that the host can read), and those that make tensors from Python's numbers.
 """
 
 import traceback
@@ -27,7 +27,7 @@ _TORCHS_OWN = frozenset({"aten", "prims", "prim"})
 _KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA, "meta": torch._C.DispatchKey.Meta}
 _SKIPPED = (str(Path(torch.__file__).parent), __file__)
 
-# Beside those that torch tags as such.
+# Besides those that torch tags as such.
 _READING_OPERATIONS = frozenset({_aten.is_nonzero.default, _aten._linalg_check_errors.default})
 _INDEXING = frozenset({_aten.index.Tensor, _aten._unsafe_index.Tensor})
 _WRITING_AT = frozenset(
@@ -57,46 +57,46 @@ _INDEXING_CALLS = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 
 def prove(function: Callable[[], object], device: torch.device) -> None:
-    """Call the function once; raise NotCapturable, naming call and place, where it makes the host read or send.
+    """Call the function once. Raise NotCapturable, with call and place, if the host reads from or sends to the device.
 
-    device: whose tensors are meant. Where that is a CPU, every tensor is one of the device, and nothing ever moves:
-    then a call of to() counts where it names the host by a string.
+    device: the device whose tensors are watched. If it is a CPU, every tensor is on the device and nothing ever moves;
+        a call of to() then counts if it names the host by a string.
     """
     watch = _Watch(device)
     with _Operations(watch), _Calls(watch):
         function()
-    watch.require_nothing()  # whoever called may have caught the error
+    watch.require_nothing()  # a caller may have caught the error
 
 
 class _Watch:
-    """What was found on a device."""
+    """A watched device, and the first read or send found on it."""
 
     def __init__(self, device: torch.device) -> None:
         self.kind = device.type
         self._found: NotCapturable | None = None
 
     def is_there(self, value: object) -> bool:
-        """Whether a tensor is on the device."""
+        """Return whether a value is a tensor on the device."""
         return isinstance(value, Tensor) and value.device.type == self.kind
 
     def has_any(self, values: object) -> bool:
-        """Whether a tensor among arguments is on the device."""
+        """Return whether any tensor among the arguments is on the device."""
         return any(map(self.is_there, tree_leaves(values)))
 
     def refuse(self, what: object, why: str) -> NoReturn:
-        """Note the first that was found, and end the call."""
+        """Raise NotCapturable, and keep the first one raised."""
         error = NotCapturable(f"{what} {why} ({_place()})")
         self._found = self._found or error
         raise error
 
     def require_nothing(self) -> None:
-        """Raise what was found."""
+        """Raise the first NotCapturable, if there was one."""
         if self._found is not None:
             raise self._found
 
 
 def _place() -> str:
-    """The innermost line that is not torch's."""
+    """Return the innermost line outside torch."""
     for frame, line in traceback.walk_stack(None):
         if not frame.f_code.co_filename.startswith(_SKIPPED):
             return f"{Path(frame.f_code.co_filename).name}:{line}"
@@ -104,7 +104,7 @@ def _place() -> str:
 
 
 class _Calls(TorchFunctionMode):
-    """What Python asks of tensors."""
+    """Refuses calls from Python that read or send."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -137,13 +137,13 @@ def _names_host(argument: object) -> bool:
 
 
 def _has_numbers(index: object) -> bool:
-    """Whether an index holds numbers that torch makes a tensor of: a list, or an array."""
+    """Return whether an index holds numbers that torch turns into a tensor: a list, or an array."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(part, Iterable) and not isinstance(part, Tensor) for part in parts)
 
 
 class _Operations(TorchDispatchMode):
-    """What is asked of the device."""
+    """Refuses operations that read, send, or make shapes from values."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Operations(TorchDispatchMode):
         return operation(*args, **kwargs)
 
     def _key(self, operation: Any) -> Any:
-        """Under which a library's kernel for the device is registered, if it is."""
+        """Return the key under which a library registers its kernel for the device; None if it has none."""
         keys = (_KEYS.get(self._watch.kind), torch._C.DispatchKey.CompositeExplicitAutograd)
         return next((key for key in keys if key is not None and operation.has_kernel_for_dispatch_key(key)), None)
 
@@ -179,7 +179,7 @@ class _Operations(TorchDispatchMode):
         if operation in _READING_OPERATIONS or torch.Tag.data_dependent_output in operation.tags:
             watch.refuse(operation, "reads a tensor on the host")
         has_open_shape = torch.Tag.dynamic_output_shape in operation.tags
-        if has_open_shape and kwargs.get("output_size") is None:  # repeat_interleave is told it
+        if has_open_shape and kwargs.get("output_size") is None:  # repeat_interleave is given it
             watch.refuse(operation, "makes a shape of what tensors hold")
         return None
 

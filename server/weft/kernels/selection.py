@@ -1,7 +1,7 @@
-"""Which implementation computes the deltas and attention on a device.
+"""Select the implementation that computes the deltas and attention on a device.
 
-Kernels are faster equals of the reference (methods/driver.py, model/paged_attention.py). The reference itself runs on a
-device that has no kernels.
+Kernels compute the same as the reference (methods/driver.py, model/paged_attention.py), faster. The reference itself
+runs on a device that has no kernels.
 """
 
 import logging
@@ -34,11 +34,11 @@ class Kernels:
     driver: makes a step's driver from the slot tables and the step on the device; None for the reference driver.
     attend: makes paged attention (model/paged_attention.py, Attend) for a KV pool's (keys, values); None for the
         reference.
-    capture: makes what captures decode steps (kernels/capture.py); None if driver or attention cannot be captured.
+    capture: makes the `Capture` of decode steps (kernels/capture.py); None if driver or attention cannot be captured.
     captures_ahead: whether a capture takes so long that the usual steps are captured before the first request.
-    capture_key: all that a step's driver decides from beside shapes, given the slot of each entry: int32 [N].
-    rms_norm, gate: what model/elementwise.py puts into the model; None leaves it as it is.
-    nf4: what model/nf4_linear.py puts into the model; None leaves it as it is.
+    capture_key: everything besides shapes on which a step's driver bases decisions, given each entry's slot: int32 [N].
+    rms_norm, gate: functions that model/elementwise.py puts into the model; None leaves it as it is.
+    nf4: the function that model/nf4_linear.py puts into the model; None leaves it as it is.
     """
 
     name: str

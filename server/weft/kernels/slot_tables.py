@@ -1,4 +1,4 @@
-"""What kernels read of the adapter slots: tables of addresses, and what launches may depend on."""
+"""The adapter slots as kernels read them: tables of addresses, and everything that launches may depend on."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class CaptureKey(NamedTuple):
-    """All that a driver may decide from without reading a row: as long as it is equal, so are a step's launches.
+    """Everything a driver may base decisions on without reading a row. While it is equal, so are a step's launches.
 
     table_at: address of `SlotTables.device_table`.
-    rank: no table row has a larger one; a multiple of 16, so that a resident more or less seldom changes it.
+    rank: at least the rank of every table row; a multiple of 16, so that one adapter more or less seldom changes it.
     kinds: by site, the set of kinds of its table rows, uint16 with bit `kind`.
-    choices: no router has more; a power of two, at least 128.
+    choices: at least the choices of every router; a power of two, at least 128.
     """
 
     table_at: int
@@ -23,17 +23,17 @@ class CaptureKey(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class SlotTables:
-    """The slots of one base as kernels see them. `adapters/slots.py` writes it, between steps.
+    """The slots of one base as kernels see them. `adapters/slots.py` writes them, between steps.
 
     table: int64 [num_sites, S, 4]: (kind, rank, address, address) of every table row at every site.
-    device_table: the same in the device's memory; it stays where it is until S grows.
+    device_table: the same in the device's memory; it moves only when S grows.
     routers: int64 [S, 8], one row for each mixture: address of W float32 [M, C, hidden], elements from one layer's W to
         the next (0 if all share one), hidden, experts, choices C, top_k, flags (1 normalize, 2 absolute, 4 rms_norm),
         and τ as the bits of a float32; zeros for a slot without a router.
     device_routers: the same in the device's memory; it moves with `device_table`.
     outputs_at, inputs_at: by table row, the sites where it adds to the output, or scales the input: bit `site.index`.
     num_residual_readers: how many table rows, summed over the sites, read the residual stream.
-    capture_key: another object whenever launches may change.
+    capture_key: replaced by another object whenever launches may change.
     """
 
     table: Tensor

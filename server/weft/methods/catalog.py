@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from weft.methods import bitfit, bottleneck, dora, ia3, lora, mixture, prefix, prompt, ptuning
+from weft.methods import bitfit, bottleneck, dora, ia3, lora, mixture, prefix, prompt, ptuning, vera
 from weft.methods.protocol import Method
 
-_ALL = (
-    *(lora.METHOD, dora.METHOD, bitfit.METHOD, ia3.METHOD, bottleneck.METHOD),
-    *(prefix.METHOD, prompt.METHOD, ptuning.METHOD),
-)
+_FOLDERS = (lora, dora, vera, bitfit, ia3, bottleneck, prefix, prompt, ptuning)
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+METHODS: Mapping[str, Method] = MappingProxyType({folder.METHOD.name: folder.METHOD for folder in _FOLDERS})
 KINDS = frozenset({*METHODS, mixture.METHOD.name})

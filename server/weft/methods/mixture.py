@@ -189,4 +189,4 @@ def balance_loss(chances: Tensor, chosen: Tensor) -> Tensor:
     return num_experts * (share * chances[:, :num_experts].mean(0)).sum()
 
 
-METHOD = Method(name="mixture", peft_type="MIXTURE")
+METHOD = Method(name="mixture")

@@ -19,14 +19,16 @@ tuning), or the embedding rows that the base makes them from (prompt tuning).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
 from enum import IntEnum, StrEnum
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from weft.config import AdapterLimits
+from weft.methods.checkpoint.schema import Schema
 from weft.methods.count import Count
 
 T = TypeVar("T")
@@ -204,10 +206,44 @@ def tensor_norms(params: Any) -> Mapping[str, float]:
     }
 
 
+class MethodConfig(Protocol):
+    """A method's settings: a frozen dataclass, whose fields are the keys of a recipe."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+class Fitted(NamedTuple):
+    """An adapter's config and parameters: by site, and of its virtual positions."""
+
+    config: Any
+    sites: Mapping[str, Any] = {}
+    prefix: Any = None
+
+
+class Format(NamedTuple):
+    """One of the forms in which PEFT writes a method's adapters.
+
+    peft_type, schema: what adapter_config.json calls it, and what its other keys may be.
+    read: check a file's config, which has passed the schema, and its tensors. Raises InvalidAdapter.
+    switch: a key of the config that is true in this form, if others have the same peft_type.
+    """
+
+    peft_type: str
+    schema: Schema
+    read: Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseShape, AdapterLimits], Fitted]
+    switch: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One PEFT method: its name and its pure functions. `Any` is the method's own parameter NamedTuple.
+    """One PEFT method: its name, its settings, its pure functions and its files. `Any` is its own parameter NamedTuple.
 
+    usual: its config if nothing else is said; its type is the method's. fit(usual, base) names its modules as the base
+        does, and raises ValueError for a base that has none of them.
+    begin(config, base, generator) makes an untrained adapter, whose config is resolved: `target_modules` are all that
+        it touches, `layers` and `exclude` are worked in. It raises ValueError for a setting that means nothing on the
+        base, and InvalidAdapter if a bottleneck has no place.
+    formats, write: the forms that are read, and what writes the first of them: its config's keys and its tensors.
     pack(params, dtype) lays one site's parameters out for slots, as one or more kinds of delta whose sum is the
         method's; unpack is its inverse, as views.
     virtual(params) gives the virtual positions of a method that adds some.
@@ -218,7 +254,11 @@ class Method:
     """
 
     name: str
-    peft_type: str
+    usual: Any = None
+    fit: Callable[[Any, BaseShape], Any] = lambda config, base: config
+    begin: Callable[[Any, BaseShape, torch.Generator], Fitted] | None = None
+    formats: tuple[Format, ...] = ()
+    write: Callable[["Adapter", BaseShape], tuple[dict[str, Any], dict[str, Tensor]]] | None = None
     pre: Callable[[Any, Tensor], Tensor | None] | None = None
     post: Callable[[Any, Tensor, Tensor], Tensor | None] | None = None
     after: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None

@@ -4,10 +4,12 @@ The one place that says so, for initial parameters, counts, training and files.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from weft.methods.protocol import BaseShape, Site
+from weft.methods.protocol import BaseShape, Site, SiteKind
 
+C = TypeVar("C")
 V = TypeVar("V")
 
 
@@ -83,6 +85,20 @@ def select(
         field = "exclude" if exclude else "layers"
         raise ValueError(f"{field}: must leave a module to adapt; none of target_modules is left")
     return found
+
+
+def place(
+    config: C, base: BaseShape, takes: Collection[SiteKind], usual: Collection[SiteKind] = (SiteKind.LINEAR,)
+) -> tuple[C, list[Site]]:
+    """Spell `target_modules` out, and give the sites: those of `takes` that the config names, else all of `usual`.
+
+    Raises what `select` raises.
+    """
+    given: Any = config
+    named = given.target_modules or tuple(sorted({site.suffix for site in base.of_kind(*usual)}))
+    sites = select(base.of_kind(*takes), base, targets=named, layers=given.layers, exclude=given.exclude)
+    modules = describe([site.name for site in sites], base)
+    return replace(given, target_modules=modules, layers=(), exclude=()), sites
 
 
 def require_layers(layers: Iterable[int], base: BaseShape) -> None:

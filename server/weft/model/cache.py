@@ -1,7 +1,7 @@
-"""Directories of the user's cache that take long to make: made once, and there only if they are whole.
+"""Directories in the user's cache that take long to make: each is made once, and exists only when complete.
 
-.lock                 held while .making-* come, go, and take their names
-.making-TOKEN/        in the making; worthless when its maker is gone
+.lock                 held while .making-* are created, removed or renamed
+.making-TOKEN/        being made; worthless when its maker is gone
 .making-TOKEN.lock    locked as long as its maker lives
 NAME/                 complete and durable
 """
@@ -22,9 +22,9 @@ _LOCK_TIMEOUT_S = 30.0
 def directory(
     root: Path, name: str, make: Callable[[Path], None], *, is_complete: Callable[[Path], bool] = Path.is_dir
 ) -> Path:
-    """Return `name` of `root`, made by `make` in an empty directory where it is not there or not complete.
+    """Return directory `name` of `root`; unless it is there and complete, `make` first fills an empty one.
 
-    What makers left that were killed is removed first. Raises what `make` raises, and OSError of the cache's own files.
+    Leftovers of killed makers are removed first. Raises what `make` raises, and OSError of the cache's own files.
     """
     target = root / name
     if is_complete(target):
@@ -56,14 +56,14 @@ def _alone(root: Path) -> AbstractContextManager[None]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what belongs to no living process."""
+    """Remove the leftovers of processes that are gone."""
     for path in sorted(root.glob(f"{_IN_THE_MAKING}*")):
         owner_path = _owner_path(path)
         try:
             if durable.is_locked(owner_path):
                 continue
         except FileNotFoundError:
-            pass  # of a version that locked nothing, or its owner is just taking it away
+            pass  # of a version that locked nothing, or its owner is just removing it
         if path == owner_path:
             path.unlink(missing_ok=True)
         else:

@@ -1,7 +1,7 @@
-"""The files of a checkpoint directory: there and whole, or one sentence of what was found, why not, and what to do.
+"""Check that a checkpoint directory's files are there and whole; if not, say what was found, why not, and what to do.
 
-It is asked before a library reads them, whose own message names no file or no remedy, and before weights are read for
-minutes. That a tensor is missing shows when they are read (model/loader.py).
+This runs before a library reads them, since the library's errors name no file or no remedy, and before weights are read
+for minutes. A missing tensor shows only when they are read (model/loader.py).
 """
 
 import json
@@ -12,16 +12,16 @@ _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of a large file
+_POINTER = b"version https://git-lfs"  # stands in place of a large file in a clone without git-lfs
 _HEADER_SIZE_BYTES = 8  # of a safetensors file: the length of its header, little endian
-_HEADER_BYTES_MAX = 100 << 20  # what safetensors reads at most
+_HEADER_BYTES_MAX = 100 << 20  # the most that safetensors reads
 _AGAIN = "download it again"
 
 
 def require_config(directory: Path) -> dict[str, Any]:
-    """Return what config.json says.
+    """Return the contents of config.json.
 
-    Raises FileNotFoundError where there is none and ValueError where it is no JSON object.
+    Raises FileNotFoundError if there is none, and ValueError if it is not a JSON object.
     """
     if not (directory / _CONFIG).is_file():
         ggufs = sorted(directory.glob("*.gguf"))
@@ -48,7 +48,7 @@ def require_files(directory: Path) -> None:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the directory is a checkpoint that `require_config` and `require_files` pass."""
+    """Return whether the directory passes `require_config` and `require_files`."""
     try:
         require_config(directory)
         require_files(directory)
@@ -58,9 +58,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def weights(directory: Path) -> list[Path]:
-    """Return the weight files that are read, in the order of their names: no second copy of them in another layout.
+    """Return the weight files to read, sorted by name, without a second copy of them in another layout.
 
-    Raises FileNotFoundError where one is missing, ValueError where their index cannot be read.
+    Raises FileNotFoundError if one is missing, ValueError if their index cannot be read.
     """
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]

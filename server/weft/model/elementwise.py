@@ -1,8 +1,8 @@
-"""The norms of a base and the gates of its MLPs, each computed by one kernel call.
+"""Compute each norm of a base, and each gate of its MLPs, in one kernel call.
 
-Model code spells a norm in six operations and a gate in two, each of which writes a tensor. A module is given another
-`forward` only where it was seen to compute the formula: on noise, in the base's own dtype. Everything else of it stays:
-its class, its parameters, its name, its hooks. For serving only: kernels carry no gradient.
+Model code computes a norm in six operations and a gate in two, each of which writes a tensor. A module gets another
+`forward` only if it was seen to compute the formula, on noise and in the base's own dtype. Everything else stays: its
+class, its parameters, its name, its hooks. For serving only: kernels carry no gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_SCALES = (1.0, 1e-3)  # of the noise: at the second one eps counts
+_SCALES = (1.0, 1e-3)  # of the noise: at the second one, eps counts
 
 
 @torch.inference_mode()
 def fuse_norms(model: nn.Module, rms_norm: RmsNorm) -> int:
-    """Give the RMS norms of a model the kernel; how many there are."""
+    """Replace the RMS norms of a model with the kernel; return how many were replaced."""
     fused = 0
     for _, norm in sublayers.norms(model):
         found = _rms_norm_of(norm)
@@ -40,7 +40,7 @@ def fuse_norms(model: nn.Module, rms_norm: RmsNorm) -> int:
 
 @torch.inference_mode()
 def fuse_gates(model: nn.Module, gate: Gate) -> int:
-    """Give the gated MLPs of a model, whose projections are held as one, the kernel; how many there are."""
+    """Replace gated MLPs whose projections are held as one with the kernel; return how many were replaced."""
     fused = 0
     for mlp, group, down in _gated(model):
         found = _gate_of(mlp, group, down)
@@ -51,7 +51,7 @@ def fuse_gates(model: nn.Module, gate: Gate) -> int:
 
 
 def _rms_norm_of(norm: nn.Module) -> tuple[Tensor, float] | None:
-    """(gain, eps) where the module is x · gain / √(mean(x²) + eps)."""
+    """Return (gain, eps) if the module is x · gain / √(mean(x²) + eps)."""
     weight: Any = norm.weight
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float) or getattr(norm, "bias", None) is not None:
@@ -63,7 +63,7 @@ def _rms_norm_of(norm: nn.Module) -> tuple[Tensor, float] | None:
 
 
 def _gate_of(mlp: nn.Module, group: LinearGroup, down: nn.Module) -> tuple[str, int] | None:
-    """(activation, which of the group's two it is of) where the module is down(act(one) · other)."""
+    """Return (activation, which of the group's two outputs it applies to) if the module is down(act(one) · other)."""
     size = group.sites[0].in_features
     weight: Any = group.whole.weight
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
@@ -78,7 +78,7 @@ def _gate_of(mlp: nn.Module, group: LinearGroup, down: nn.Module) -> tuple[str, 
 
 
 def _gated(model: nn.Module) -> Iterator[tuple[nn.Module, LinearGroup, nn.Module]]:
-    """Modules that hold a group of two and one linear site more, as wide as each of the two."""
+    """Yield modules that hold a group of two and one more linear site, whose input is as wide as each of the two."""
     for parent in model.modules():
         children = dict(parent.named_children())
         groups = {child.group for child in children.values() if isinstance(child, GroupedLinear)}
@@ -97,7 +97,7 @@ def _noise(like: Tensor) -> list[Tensor]:
 
 
 def _is_close(given: Tensor, wanted: Tensor) -> bool:
-    """What differs is rounding to the module's dtype, some times on the way."""
+    """Return whether the two differ by no more than a few roundings to the module's dtype."""
     error = (given.float() - wanted).norm()
     return bool(error <= 4 * torch.finfo(given.dtype).eps * wanted.norm())
 

@@ -1,6 +1,6 @@
-"""The table of model families: which are served as transformers and PEFT compute them, and which are refused.
+"""The table of model families: those served as transformers and PEFT compute them, and those refused.
 
-It is measured, never written by hand: `make families` makes it, and tests/families holds it to be true.
+It is measured, never written by hand: `make families` makes it, and tests/families checks it.
 """
 
 import json
@@ -12,12 +12,12 @@ _FILE = "families.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One tiny configuration of a family and what became of it.
+    """One tiny configuration of a family and its outcome.
 
     family, variant: transformers' model type, and what is particular about the configuration.
     base: "equal" or "refused".
     lora: "equal", "equal on attention" or "refused": PEFT's LoRA on all linear modules, or on those of attention alone.
-    note: the refusal, as one sentence; "" where base and LoRA are equal.
+    note: the refusal, as one sentence; "" if base and LoRA are equal.
     """
 
     family: str

@@ -1,10 +1,10 @@
 """Refuse, before any weight is read, a base whose kind of model Weft does not compute.
 
 Weft flattens all requests of a step into one sequence and keeps their rows apart in one place: the attention function
-that it gives to transformers (model/paged_attention.py). A model is served only if nothing else connects its rows. What
-is looked at: transformers' own statement that a class takes its attention from AttentionInterface, the types of layers
-that its configuration lists, and its modules, built without weights. What passes here is still compared with the
-model's own attention once its weights are there (model/self_test.py).
+that it gives to transformers (model/paged_attention.py). A model is served only if nothing else connects its rows.
+Three things are checked: transformers' own statement that a class takes its attention from AttentionInterface, the
+types of layers that its configuration lists, and its modules, built without weights. A model that passes is still
+compared with its own attention once its weights are loaded (model/self_test.py).
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ _QUANTIZATION_SERVED = "bitsandbytes"
 
 
 class BaseRefused(ValueError):
-    """A base cannot be served; the text is one sentence: what was found, why that is not served, what to do."""
+    """A base that cannot be served. The text is one sentence: what was found, why that is not served, what to do."""
 
     def __init__(self, name: str, found: str, remedy: str = _REMEDY) -> None:
         super().__init__(f"model: {name} {found}; {remedy}")
@@ -41,7 +41,7 @@ class BaseRefused(ValueError):
 
 @contextmanager
 def refusing(name: str, attempt: str) -> Iterator[None]:
-    """Turn whatever model code raises inside into a BaseRefused: a traceback helps nobody who brings a model."""
+    """Turn any exception from model code into a BaseRefused, because its traceback would not help the user."""
     try:
         yield
     except (BaseRefused, OSError, MemoryError, torch.OutOfMemoryError):
@@ -51,7 +51,7 @@ def refusing(name: str, attempt: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What a library raised, on one line of bounded length."""
+    """Return what a library raised, on one line of bounded length."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_CHARACTERS_MAX]
 
 

@@ -1,7 +1,7 @@
-"""Linear modules that read one input, held as one: a product and a call of the deltas for q, k and v, not three.
+"""Hold linear modules that share an input as one: one product and one call of the deltas, not three, for q, k and v.
 
-Which modules these are is seen on the model itself: on a run over two tokens they are asked one after another with the
-same tensor. For serving only: what trains asks each site by itself.
+The groups are found on the model itself: in a run over two tokens, their members are called one after another with the
+same tensor. For serving only: training calls each site by itself.
 """
 
 import copy
@@ -19,11 +19,11 @@ from weft.methods import sublayers
 from weft.methods.inject import AdapterContext, GroupedLinear, LinearGroup
 from weft.methods.protocol import Site, SiteKind
 
-_TILE_ROWS = 32  # of bitsandbytes' packed layout: members of a 4-bit weight begin with one
+_TILE_ROWS = 32  # of bitsandbytes' packed layout: members of a 4-bit weight begin at a tile
 
 
 def fuse(model: Any, context: AdapterContext) -> int:
-    """Hold the linear modules of a wrapped model that read one input as one, in place; how many groups there are."""
+    """Hold linear modules of a wrapped model that read the same input as one, in place; return the number of groups."""
     fused = 0
     for sites in shared_inputs(model, context):
         members = [model.get_submodule(site.name) for site in sites]
@@ -39,7 +39,7 @@ def fuse(model: Any, context: AdapterContext) -> int:
 
 
 def shared_inputs(model: Any, context: AdapterContext) -> list[tuple[Site, ...]]:
-    """Linear sites of one parent that are asked one after another with the same tensor; two of them at least."""
+    """Return runs of two or more linear sites of one parent that are called one after another with the same tensor."""
     seen: list[tuple[Site, Tensor]] = []
     with context.use(_Watch(seen)):
         sublayers.run_on_two_tokens(model)
@@ -58,14 +58,14 @@ def _parent(site: Site) -> str:
 
 
 class _Watch(NamedTuple):
-    """A driver that notes what each site is asked, and answers zeros: no weight is read."""
+    """A driver that notes each site's input and returns zeros, so that no weight is read."""
 
     seen: list[tuple[Site, Tensor]]
     needs_residual: bool = False
     routes: bool = False
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """Nothing is routed."""
+        """Do nothing, since nothing is routed."""
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         del base, residual
@@ -73,12 +73,12 @@ class _Watch(NamedTuple):
         return x.new_zeros(*x.shape[:-1], site.out_features)
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """One after another; nothing is grouped yet."""
+        """Apply the sites one after another; nothing is grouped yet."""
         return [self.apply(site, base, x) for site in sites]
 
 
 def _stacked(modules: Sequence[Any]) -> nn.Module | None:
-    """One module with the outputs of all, side by side; None where they are not of a kind that can be stacked."""
+    """Return one module with all their outputs side by side; None if modules of this kind cannot be stacked."""
     if len({(type(module), module.bias is None) for module in modules}) > 1:
         return None
     if all(type(module) is nn.Linear for module in modules):
@@ -89,7 +89,7 @@ def _stacked(modules: Sequence[Any]) -> nn.Module | None:
 
 
 def _stacked_4bit(modules: Sequence[Any]) -> nn.Module | None:
-    """Rows of a 4-bit weight follow one another, each in whole blocks; scales that are quantized themselves do not."""
+    """Stack the rows of 4-bit weights, each in whole blocks; scales that are quantized themselves cannot be stacked."""
     states: list[bnb.QuantState] = [module.weight.quant_state for module in modules]
     first = states[0]
     whole_blocks = all(module.in_features % first.blocksize == 0 for module in modules)
@@ -101,7 +101,7 @@ def _stacked_4bit(modules: Sequence[Any]) -> nn.Module | None:
     state.absmax = torch.cat([one.absmax for one in states])
     state.shape = torch.Size((sum(module.out_features for module in modules), modules[0].in_features))
     data = torch.cat([module.weight.data.reshape(-1, 1) for module in modules])
-    made: Any = Params4bit  # typed as the Parameter that it is, which takes less
+    made: Any = Params4bit  # typed as a plain Parameter, which takes fewer arguments
     weight = made(
         data,
         quant_state=state,
@@ -115,7 +115,7 @@ def _stacked_4bit(modules: Sequence[Any]) -> nn.Module | None:
 
 
 def _with(made: Any, modules: Sequence[Any], weight: Tensor, **options: Any) -> nn.Module:
-    """A module of that class with this weight and all biases."""
+    """Return a module of class `made` with this weight and all biases."""
     biased = modules[0].bias is not None
     size_out = sum(module.out_features for module in modules)
     whole = made(modules[0].in_features, size_out, bias=biased, device="meta", **options)

@@ -1,9 +1,9 @@
-"""The base model: the only place that calls `from_pretrained`.
+"""Read the base model and wrap it. Only this module calls `from_pretrained`.
 
-A Hugging Face causal-LM directory that passes model/gate.py; weights from safetensors only, no code from the directory.
-`read` gives it as transformers has it, `wrap` makes a base of it; what serves or trains proves it between the two and
-after them (model/self_test.py). Its linear modules, its output head and its norms with a bias come wrapped
-(methods/inject.py).
+A base is a Hugging Face causal-LM directory that passes model/gate.py. Its weights come from safetensors only, and no
+code of the directory runs. `read` returns the model as transformers has it, and `wrap` makes a base of it, in which
+linear modules, the output head and norms with a bias are wrapped (methods/inject.py). Servers and trainers run the
+self-test between the two and after them (model/self_test.py).
 """
 
 import hashlib
@@ -35,7 +35,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """A loaded base model and what the rest of the program must know of it."""
+    """A loaded base model, with everything that the rest of the program needs from it."""
 
     model: Any  # transformers' PreTrainedModel; its forward is typed too loosely to help
     context: AdapterContext
@@ -50,7 +50,7 @@ class Base:
 
 
 class WeightBytes(NamedTuple):
-    """What the weights of a base take: those held quantized, and all others, `experts` among them.
+    """Bytes that the weights of a base take: those held quantized, and all others, `experts` among them.
 
     experts: weights of experts that transformers holds as bare parameters, which bitsandbytes does not quantize.
     """
@@ -61,7 +61,7 @@ class WeightBytes(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> "WeightBytes":
-        """Count the parameters of a model; the scales of quantized ones are not among them."""
+        """Count the parameters of a model, without the scales of quantized ones."""
         quantized = unquantized = experts = 0
         for name, parameter in model.named_parameters():
             size = parameter.numel() * parameter.element_size()
@@ -75,7 +75,7 @@ class WeightBytes(NamedTuple):
 
 
 class CacheShape(NamedTuple):
-    """What the keys, and the values, of one token are in the KV cache."""
+    """Shape of one token's keys, and of its values, in the KV cache."""
 
     num_layers: int
     num_kv_heads: int
@@ -94,16 +94,16 @@ class Checkpoint:
     dtype: torch.dtype
     held_as: str = ""
     same_weights: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    rope_factors: str = ""  # of `model`, once it was fixed to some (model/rope.py)
+    rope_factors: str = ""  # of `model`, once fixed (model/rope.py)
 
     @property
     def max_model_len(self) -> int:
-        """Positions that the model was made for."""
+        """Number of positions that the model was made for."""
         return self.model.config.get_text_config().max_position_embeddings
 
     @property
     def cache_shape(self) -> CacheShape:
-        """The shape of its KV cache, as its configuration has it."""
+        """Shape of the KV cache, from the model's configuration."""
         text_config = self.model.config.get_text_config()
         num_heads = text_config.num_attention_heads
         return CacheShape(
@@ -114,12 +114,12 @@ class Checkpoint:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * math.prod(self.cache_shape) * self.dtype.itemsize
 
 
 def load(config: ModelConfig, *, attention: str) -> Base:
-    """Read the base and wrap it as it is, without its self-test: for commands that compute no requests with it."""
+    """Read the base and wrap it without its self-test, for commands that compute no requests with it."""
     return wrap(read(config, attention=attention))
 
 
@@ -127,7 +127,7 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
     """Read the base from disk. `attention` names a registered attention implementation.
 
     Raises FileNotFoundError or ValueError for a directory without a whole checkpoint, BaseRefused for a kind of model
-    that is not served (model/gate.py) or cannot be read, and ValueError where the model does not fit the knobs.
+    that is not served (model/gate.py) or cannot be read, and ValueError if the model does not fit the settings.
     """
     path, name = source.resolve(Path(config.path))
     given = checkpoint_files.require_config(path)
@@ -154,7 +154,7 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    model, loading = read  # its type does not tell of output_loading_info
+    model, loading = read  # its type does not cover output_loading_info
     _require_all_read(name, loading["missing_keys"])
     held_as = config.quantization.value + ("-double" if config.double_quant else "")
     digests = fingerprints(path)
@@ -171,13 +171,14 @@ def read(config: ModelConfig, *, attention: str) -> Checkpoint:
 
 
 def _read_config(path: Path, name: str, given: Mapping[str, Any]) -> Any:
-    """Read config.json, which says what is `given`.
+    """Read config.json, whose contents are `given`.
 
-    Raises BaseRefused where transformers knows no such model, only by code of the directory, or not with these values.
+    Raises BaseRefused if transformers has no such model, or has it only through code in the directory, or not with
+    these values.
     """
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the configuration classes of some hundred models raise
+    except Exception as error:  # the configuration classes of some hundred models may raise anything
         if "auto_map" in given:
             raise gate.BaseRefused(name, "brings model code of its own, which Weft does not run") from error
         kind = given.get("model_type", "nameless")
@@ -189,7 +190,7 @@ def _read_config(path: Path, name: str, given: Mapping[str, Any]) -> Any:
 
 
 def _read_tokenizer(path: Path, name: str) -> Any:
-    """Read the tokenizer; BaseRefused where transformers cannot. Before the weights, which take minutes."""
+    """Read the tokenizer before the weights, which take minutes. Raises BaseRefused if transformers cannot read it."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers' own errors are bare Exceptions
@@ -201,7 +202,7 @@ def _read_tokenizer(path: Path, name: str) -> Any:
 
 
 def _require_all_read(name: str, missing: Collection[str]) -> None:
-    """Raise BaseRefused where transformers filled weights with random numbers because no file has them."""
+    """Raise BaseRefused if transformers filled weights with random numbers because no file has them."""
     if missing:
         raise gate.BaseRefused(
             name,
@@ -211,7 +212,7 @@ def _require_all_read(name: str, missing: Collection[str]) -> None:
 
 
 def wrap(checkpoint: Checkpoint) -> Base:
-    """Make a base of a checkpoint, whose model is changed in place: frozen, in evaluation mode, its sites wrapped."""
+    """Make a base of a checkpoint, changing its model in place: frozen, in evaluation mode, its sites wrapped."""
     model = checkpoint.model
     model.eval().requires_grad_(False)
     text_config = model.config.get_text_config()
@@ -219,7 +220,7 @@ def wrap(checkpoint: Checkpoint) -> Base:
     with gate.refusing(checkpoint.name, "run on two tokens"):
         sites = sublayers.mark(model, adapter_sites(model, head=model.get_output_embeddings()))
     inject(model, sites, context, sublayers.layers_of(model, sites))
-    embedding: Any = model.get_input_embeddings()  # its width is not the hidden size everywhere (OPT)
+    embedding: Any = model.get_input_embeddings()  # its width is not always the hidden size (OPT)
     shape = BaseShape(
         sites={site.name: site for site in sites},
         **checkpoint.cache_shape._asdict(),
@@ -245,7 +246,7 @@ def wrap(checkpoint: Checkpoint) -> Base:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda) means here."""
+    """Return the device that `name` (auto, cpu, cuda) means here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -254,10 +255,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def fingerprints(path: Path) -> dict[str, str]:
-    """The base's digest for each way to hold its weights: sha256 over that way and the digests of the weight files.
+    """Return the base's digest for each way to hold its weights: sha256 over that way and the weight files' digests.
 
-    An adapter names the one that it was trained on, so every base with its weights knows that digest as one of its own.
-    The architecture is in it through config.json's bytes.
+    An adapter names the digest of the base that it was trained on, so a base recognizes the digests of all ways to hold
+    its weights. The architecture is included through the bytes of config.json.
     """
     files = [*checkpoint_files.weights(path), path / "config.json"]
     with ThreadPoolExecutor() as pool:
@@ -277,7 +278,7 @@ def _file_digest(path: Path) -> str:
 def _quantization_config(
     config: ModelConfig, dtype: torch.dtype, unaligned: Sequence[str]
 ) -> BitsAndBytesConfig | None:
-    """Return how transformers quantizes; modules that NF4 cannot hold (`unaligned`) stay as they are."""
+    """Return the quantization for transformers; modules that NF4 cannot hold (`unaligned`) stay as they are."""
     match config.quantization:
         case Quantization.NF4:
             return BitsAndBytesConfig(
@@ -288,8 +289,8 @@ def _quantization_config(
                 bnb_4bit_use_double_quant=config.double_quant,
             )
         case Quantization.INT8:
-            # LLM.int8's outlier columns are taken over all rows of a batch: a threshold would let neighbours change
-            # a request's numbers.
+            # LLM.int8 finds outlier columns over all rows of a batch: with a threshold, neighbours would change a
+            # request's numbers.
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
         case Quantization.NONE:
             return None
@@ -309,9 +310,9 @@ def _resolve_dtype(config: ModelConfig, device: torch.device, hf_config: Any) ->
 
 
 def _unaligned(skeleton: nn.Module, device: torch.device) -> list[str]:
-    """Return the linear modules that bitsandbytes' NF4 on a CPU cannot multiply with, such as a gate of one output.
+    """Return the linear modules that bitsandbytes' NF4 on a CPU cannot multiply with, such as a gate with one output.
 
-    Where there are any, with those that transformers leaves out by default: a list of ours replaces its own.
+    If there are any, those that transformers leaves out by default follow, because our list replaces its own.
     """
     if device.type != "cpu":
         return []
@@ -324,7 +325,7 @@ def _unaligned(skeleton: nn.Module, device: torch.device) -> list[str]:
 
 
 def _require_alignment(quantization: Quantization, device: torch.device, hf_config: Any) -> None:
-    """bitsandbytes' packed CPU kernel needs in % 64 = 0 and out % 32 = 0, and says so only by crashing."""
+    """Raise ValueError if bitsandbytes' packed CPU kernel would crash: it needs in % 64 = 0 and out % 32 = 0."""
     if quantization is not Quantization.NF4 or device.type != "cpu":
         return
     text_config = hf_config.get_text_config()

@@ -1,10 +1,11 @@
-"""Linear modules of an NF4 base on CUDA: for few rows a product that reads the weight as it is stored.
+"""Linear modules of an NF4 base on CUDA: for few rows, a product that reads the weight as it is stored.
 
-bitsandbytes has such a product too, but on an H100 it goes over to writing out the whole weight in 16 bits, and reading
-that, from 6 to 33 rows on, by shape. That is right for prompts; a decode step has up to 64 rows here before it happens.
+bitsandbytes has such a product too. But on an H100, from 6 to 33 rows on, depending on shape, it writes out the whole
+weight in 16 bits and reads that instead. This is right for prompts; here, a decode step may have up to 64 rows before
+it happens.
 
-A *shadow* is that 16-bit weight, kept: it spends free memory on steps of more rows, with the bits they have without it.
-All layers are read once a step, so which of them have one is not chosen: the first that fit into the budget.
+A *shadow* is that 16-bit weight, kept: it spends free memory to speed up steps of more rows, whose bits stay the same.
+Every layer is read once a step, so it does not matter which layers have one: the first that fit into the budget do.
 """
 
 import logging
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _log = logging.getLogger(__name__)
-_BLOCK_SIZE = 64  # weights of a scale, as bitsandbytes has it unless told otherwise
+_BLOCK_SIZE = 64  # weights per scale, bitsandbytes' default
 _ROWS_MAX = 64
 
 # (x [M, I], packed uint8, scales float32, code float32 [16], bias [O] or None) -> [M, O], for M up to 64:
@@ -28,7 +29,7 @@ Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Nf4Linear(Linear4bit):
-    """A bitsandbytes module, over the same storage, with another product for up to 64 rows and maybe a shadow."""
+    """A bitsandbytes module over the same storage, with another product for up to 64 rows and optionally a shadow."""
 
     def __init__(self, linear: Any, product: Product, shadow: Tensor | None = None) -> None:
         super().__init__(
@@ -47,7 +48,7 @@ class Nf4Linear(Linear4bit):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., O] for `x` [..., I]."""
+        """Return [..., O] for `x` [..., I]."""
         rows = x.numel() // self.in_features
         if rows <= _ROWS_MAX:
             state = _state(self)
@@ -60,9 +61,9 @@ class Nf4Linear(Linear4bit):
 
 
 def expand_scales(model: nn.Module) -> int:
-    """Hold scales that are quantized themselves as float32, in place; how many modules had such.
+    """Hold scales that are quantized themselves as float32, in place; return how many modules had such scales.
 
-    They cost 15 to 20 % of a step otherwise, and modules with them are not held as one (model/groups.py).
+    Otherwise they cost 15 to 20 % of a step, and modules with them are not held as one (model/groups.py).
     """
     expanded = 0
     for module in model.modules():
@@ -75,9 +76,9 @@ def expand_scales(model: nn.Module) -> int:
 
 
 def replace(model: nn.Module, product: Product, *, shadow_bytes: int = 0) -> int:
-    """Replace the NF4 modules of a model that the product knows, in place; how many there were.
+    """Replace the NF4 modules of a model that the product supports, in place; return how many were replaced.
 
-    shadow_bytes: for shadows of all of them together.
+    shadow_bytes: budget for the shadows of all modules together.
     """
     found = [
         (module, name, child)
@@ -103,12 +104,12 @@ def replace(model: nn.Module, product: Product, *, shadow_bytes: int = 0) -> int
 
 
 def _state(linear: Any) -> Any:
-    """How bitsandbytes holds the weight; bnb.QuantState, whose fields are typed as they may be before they are set."""
+    """Return the weight's bnb.QuantState, as Any: its fields are typed as they may be before they are set."""
     return linear.weight.quant_state
 
 
 def _is_known(linear: Any) -> bool:
-    """Whether it holds NF4 in bytes, with blocks of 64 that end where rows do and scales in float32."""
+    """Return whether the weight is NF4 in bytes, in blocks of 64 that end where rows end, with float32 scales."""
     state = _state(linear)
     return (
         state.quant_type == "nf4"

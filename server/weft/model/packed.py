@@ -1,10 +1,9 @@
-"""Linear modules of an unquantized base on a CPU, their weights laid out once in the order in which they are read.
+"""Linear modules of an unquantized base on a CPU, with weights laid out once in the order in which they are read.
 
-torch lays a bfloat16 weight out anew in every call, which for a handful of rows costs as much as the product itself.
-Where the processor multiplies bfloat16 pairs the product is our own (kernels/cpu/gemm.py), elsewhere oneDNN's. Both sum
-in float32; a bias is added before that is rounded, not after. Packed weights have no gradient, so this is for serving
-only. A head that shares its weight with the embedding is held twice: rows are looked up in the one, and multiplied with
-the other.
+torch lays out a bfloat16 weight again in every call, which for a handful of rows costs as much as the product itself.
+If the processor multiplies pairs of bfloat16, the product is our own (kernels/cpu/gemm.py), otherwise oneDNN's. Both
+sum in float32, and add a bias before rounding, not after. Packed weights have no gradient, so this is for serving only.
+A head that shares its weight with the embedding is held twice: one copy for looking up rows, the other for the product.
 """
 
 from typing import cast
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 
 from weft.kernels.cpu import gemm
 
-_ROWS_EXPECTED = 16  # what oneDNN's layout is chosen for; it serves any number
+_ROWS_EXPECTED = 16  # the number that oneDNN's layout is chosen for; any other works too
 
 
 class PackedLinear(nn.Module):
-    """The product and bias of an nn.Linear, by our own kernel."""
+    """The product and bias of an nn.Linear, computed by our own kernel."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -31,48 +30,48 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [O, I] as it was, in new memory: for looking at, not for the hot path."""
+        """The original weight [O, I], in new memory: for inspection, not for the hot path."""
         return gemm.unpack(self._packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., O] for `x` [..., I]."""
+        """Return [..., O] for `x` [..., I]."""
         return gemm.linear(x, self._packed, self.bias)
 
 
 class OneDnnLinear(PackedLinear):
-    """The same by oneDNN, whose product has torch's bits."""
+    """The same, computed by oneDNN, whose product has torch's bits."""
 
     def _lay_out(self, weight: Tensor) -> None:
         self._reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED)
 
     @property
     def weight(self) -> Tensor:
-        """The weight [O, I] as it was, in new memory: for looking at, not for the hot path."""
+        """The original weight [O, I], in new memory: for inspection, not for the hot path."""
         return cast(Tensor, self._reordered.to_dense())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., O] for `x` [..., I]."""
+        """Return [..., O] for `x` [..., I]."""
         return torch.ops.mkldnn._linear_pointwise(x, self._reordered, self.bias, "none", [], "")
 
 
 def pack(model: nn.Module) -> int:
-    """Lay out the weights of a model for the best product that there is (`lay_out`); how many there were."""
+    """Lay out the weights of a model for the best available product (`lay_out`); return how many there were."""
     if gemm.available():
         return lay_out(model, PackedLinear)
     return lay_out(model, OneDnnLinear) if multiplies_bfloat16() else 0
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this processor.
+    """Return whether oneDNN multiplies bfloat16 on this processor.
 
-    It needs AVX-512. With AVX2 alone it refuses, and torch's own product takes 4 times as long as in float32 for 16
-    rows, and 8 times for 600 (1536 × 576, one core of an EPYC).
+    It needs AVX-512. With AVX2 alone it refuses, and torch's own product then takes 4 times as long as in float32 for
+    16 rows, and 8 times for 600 (1536 × 576, one core of an EPYC).
     """
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def lay_out(model: nn.Module, kind: type[PackedLinear]) -> int:
-    """Replace every plain bfloat16 nn.Linear of a model on a CPU, in place; how many there were."""
+    """Replace every plain bfloat16 nn.Linear of a model on a CPU, in place; return how many there were."""
     found = [
         (module, name, child)
         for module in model.modules()

@@ -1,15 +1,15 @@
-"""Paged keys and values, and the attention function that is given to transformers.
+"""Paged keys and values, and the attention function that transformers calls.
 
-One step is one flattened sequence [1, T]; which rows belong to which request travels as one argument, `paged`, that
-transformers hands through to the attention function. No mask is ever built.
+One step is one flattened sequence [1, T]. Which rows belong to which request travels in one argument, `paged`, which
+transformers passes on to the attention function. No mask is ever built.
 
-A request's *block table* lists its blocks in order. First come its *spans*: the virtual positions (prefix, prompt) of
-one adapter each, in blocks that every request of the adapter shares. Span s has P_s positions in ceil(P_s / block_size)
-blocks; what is left of the last is a hole that is never read. The real tokens begin at the block after all spans.
-Positions count without the holes: p(span s, index j) = P_0 + … + P_{s-1} + j, p(real n) = ΣP + n.
+A request's *block table* lists its blocks in order. First come its *spans*: each holds the virtual positions (prefix,
+prompt) of one adapter, in blocks that every request of the adapter shares. Span s has P_s positions in ceil(P_s /
+block_size) blocks; the rest of its last block is a hole that is never read. The real tokens begin at the block after
+all spans. Positions count without the holes: p(span s, index j) = P_0 + … + P_{s-1} + j, p(real n) = ΣP + n.
 
-A span of weight w counts w times in the softmax: the *log-gate* log w is added to its scores. Each row has its own; at
--inf it does not see the span, whatever the span holds.
+A span of weight w counts w times in the softmax: the *log-gate* log w is added to its scores. Each row has its own
+log-gate. At -inf the row does not see the span, whatever the span holds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +46,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Zeroed pools."""
+        """Allocate zeroed pools."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
         values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
@@ -57,15 +57,15 @@ class KVCache:
         return self.keys[0].shape[1]
 
     def slots(self, blocks: list[int], num_tokens: int) -> Tensor:
-        """Where the first `num_tokens` tokens of `blocks` are stored: int64 [num_tokens]."""
+        """Return where the first `num_tokens` tokens of `blocks` are stored: int64 [num_tokens]."""
         index = torch.tensor(blocks, device=self.keys[0].device)
         slots = index[:, None] * self.block_size + torch.arange(self.block_size, device=index.device)
         return slots.reshape(-1)[:num_tokens]
 
     def is_finite(self, slots: Tensor) -> bool:
-        """Whether every layer's keys and values in `slots` are numbers."""
+        """Return whether every layer's keys and values in `slots` are finite."""
         found = [pool.flatten(0, 1)[slots].isfinite().all() for pool in (*self.keys, *self.values)]
-        return bool(torch.stack(found).all())  # asked for all at once: the host waits for the device here
+        return bool(torch.stack(found).all())  # one read for all, because the host waits for the device here
 
     def write_virtual(self, blocks: list[int], keys: Tensor, values: Tensor) -> None:
         """Store virtual positions, keys and values [L, P, H, D], in `blocks`."""
@@ -81,7 +81,7 @@ Attend = Callable[[Paging, int, Tensor, Tensor, Tensor, float, int, float], Tens
 
 
 class ReferenceAttend(NamedTuple):
-    """The textbook, in float32 at least: softmax(scale · Q Kᵀ + log-gates) V over what each query may see.
+    """The textbook formula, in float32 or wider: softmax(scale · Q Kᵀ + log-gates) V over what each query may see.
 
     pool_keys, pool_values: one tensor per layer, [num_blocks, block_size, H, D].
     """
@@ -100,7 +100,7 @@ class ReferenceAttend(NamedTuple):
         window: int,
         softcap: float,
     ) -> Tensor:
-        """Store the step's keys and values in `layer` and attend; [T, Hq, D]."""
+        """Store the step's keys and values in `layer`, and return the attention [T, Hq, D]."""
         pools = self.pool_keys[layer], self.pool_values[layer]
         block_size, device = pools[0].shape[1], query.device
         keys, values = (pool.flatten(0, 1) for pool in pools)  # [slots, H, D]
@@ -117,7 +117,7 @@ class ReferenceAttend(NamedTuple):
             span = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # of each key
             key_position = seen[span].nonzero()[:, 0]  # [K]
             span = span[key_position]
-            logical = key_position + (holes.cumsum(0) - holes)[span]  # counts the holes before
+            logical = key_position + (holes.cumsum(0) - holes)[span]  # counts the holes before it
             slots = paging.block_tables[b].long()[logical // block_size] * block_size + logical % block_size
             q = query[rows].to(wide).transpose(0, 1)  # [Hq, N, D]
             k = keys[slots].to(wide).transpose(0, 1).repeat_interleave(groups, 0)  # [Hq, K, D]
@@ -138,7 +138,7 @@ class ReferenceAttend(NamedTuple):
 
 
 def _sights(paging: Paging) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Rows of a request that see the same: (request, rows int64 [N], bool [S + 1]: each span, and the real tokens)."""
+    """Yield rows of a request that see the same: (request, rows int64 [N], bool [S + 1] for spans and real tokens)."""
     num_spans, device = paging.virtual_lens.shape[1], paging.kv_slots.device
     for b, (first, end) in enumerate(pairwise(paging.query_start.tolist())):
         rows = torch.arange(first, end, device=device)
@@ -153,14 +153,14 @@ def _sights(paging: Paging) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """What a step hands through the model: its paging and how this device attends."""
+    """The argument that a step passes through the model: its paging, and how this device attends."""
 
     paging: Paging
     attend: Attend
 
 
 def register() -> None:
-    """Make ATTENTION known to transformers; it registers no mask, so none is built."""
+    """Register ATTENTION with transformers, without a mask, so that none is built."""
     AttentionInterface.register(ATTENTION, _forward)
 
 

@@ -1,9 +1,9 @@
-"""Fix rotary frequencies that a model would choose anew in every forward pass.
+"""Fix rotary frequencies that a model would otherwise choose again in every forward pass.
 
 Longrope (Ding et al. 2024, arXiv:2402.13753) has one set of factors for short sequences and one for long ones, and
-dynamic NTK stretches its base with the length. transformers takes as the length the largest position of the whole
-flattened step, so a long request would change the numbers of its neighbours. A server decides once instead, by the
-longest request that it admits: that is what a model does alone at that length, and no row depends on another.
+dynamic NTK stretches its base with the length. transformers takes the largest position of the whole flattened step as
+the length, so a long request would change the numbers of its neighbours. A server decides once instead, by the longest
+request that it admits. This is what a model alone does at that length, and no row depends on another.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _FIXED = "default"  # transformers recomputes nothing for a module of this type
 
 
 class _Rotary(NamedTuple):
-    """One set of frequencies: of a module, or of one type of layers of a module."""
+    """One set of frequencies: of a module, or of one layer type in a module."""
 
     module: Any
     kind: str
@@ -24,7 +24,7 @@ class _Rotary(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Which frequencies were chosen ("longrope: long factors"), and why; "" where none depend on the length."""
+    """The chosen frequencies ("longrope: long factors"), and the reason; "" if none depend on the length."""
 
     name: str
     reason: str

@@ -3,12 +3,12 @@
     expect(model, …)     before the model is wrapped: its own eager attention, each request alone and whole
     require(base, …)     afterwards, as it serves: both requests flattened into one sequence, in chunks, over pages
 
-Whatever connects rows of different requests (attention outside AttentionInterface, convolutions, frequencies that
-follow the longest request), loses what an earlier chunk stored or counts positions otherwise changes the logits. The
+The logits change if anything connects rows of different requests (attention outside AttentionInterface, convolutions,
+frequencies that follow the longest request), loses what an earlier chunk stored, or counts positions differently. The
 second request sits at the last positions that are served, where frequencies that depend on the length would differ.
 
-Quantized modules answer with their weight dequantized to float32 in `expect`: bitsandbytes' own products are what is
-tested, not what is trusted. So a base that fails was computed wrongly or too coarsely, and is refused either way.
+In `expect`, quantized modules compute with their weight dequantized to float32: bitsandbytes' own products are tested,
+not trusted. So a base that fails was computed wrongly or too coarsely, and is refused either way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ _LENGTHS = (29, 11)  # tokens of the two requests
 _NUM_DRAWS = 4
 _BLOCK_SIZE = 16
 _BLOCKS = ((3, 0), (1,))  # of each request, in no order
-# Steps as (request, first token, end) each: prompts in chunks, beside one another in either order, and single tokens.
+# Steps, each of (request, first token, end): prompts in chunks, side by side in either order, and single tokens.
 _STEPS = (((0, 0, 13), (1, 0, 4)), ((1, 4, 10), (0, 13, 14)), ((0, 14, 28),), ((0, 28, 29), (1, 10, 11)))
 
 MakeAttend = Callable[[Sequence[Tensor], Sequence[Tensor]], Attend]
@@ -42,10 +42,10 @@ Part = tuple[int, int, int]
 
 
 class Tolerance(NamedTuple):
-    """What rounding explains, as a share of the logits' norm.
+    """Differences that rounding explains, as a share of the logits' norm.
 
-    attention: between served and eager attention, over the very same linear modules.
-    products: between the model as it serves and as it was loaded, quantized weights dequantized to float32.
+    attention: between served and eager attention, over the same linear modules.
+    products: between the model as it serves and as it was loaded, with quantized weights dequantized to float32.
     """
 
     attention: float
@@ -61,15 +61,15 @@ class Request(NamedTuple):
 
 
 Expected = tuple[tuple[Request, Request], ...]
-"""Draws of two requests each. A base passes with one of them: a mixture of experts may send a row to other experts
-where rounding decides a near tie, which is luck, and a base that is computed wrongly fails with all."""
+"""Draws of two requests each. A base passes if one draw passes. A mixture of experts may send a row to other experts
+when rounding decides a near tie, which is luck; a base that is computed wrongly fails with all draws."""
 
 
 def tolerance(dtype: torch.dtype, quantization: Quantization) -> Tolerance:
     """Return the tolerance of a base.
 
-    Set from the tiny families of tests/families and a real model of 30 layers. Equal ones reach 2e-6 in float32, in
-    bfloat16 0.04 unquantized, 0.06 in NF4, and 0.15 in int8, which rounds inputs to 8 bits in each layer. Wrong ones
+    Set from the tiny families of tests/families and a real model of 30 layers. Correct ones reach 2e-6 in float32; in
+    bfloat16, 0.04 unquantized, 0.06 in NF4, and 0.15 in int8, which rounds inputs to 8 bits in each layer. Wrong ones
     (bloom, codegen, lfm2 …) begin at 0.31, and a position that is off by one in a chunk at 0.19.
     """
     if dtype is torch.float32 and quantization is Quantization.NONE:
@@ -85,9 +85,9 @@ def tolerance(dtype: torch.dtype, quantization: Quantization) -> Tolerance:
 
 @torch.inference_mode()
 def expect(model: Any, *, max_model_len: int) -> Expected:
-    """Compute requests by transformers' `model` itself, each alone, with eager attention.
+    """Compute each request alone, by transformers' `model` itself with eager attention.
 
-    The model is not wrapped yet, and is left as it was. Raises BaseRefused where its own forward pass fails.
+    The model must not be wrapped yet, and is left as it was. Raises BaseRefused if its own forward pass fails.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
@@ -103,7 +103,7 @@ def expect(model: Any, *, max_model_len: int) -> Expected:
 
 @torch.inference_mode()
 def require(base: Base, expected: Expected, make_attend: MakeAttend | None = None) -> None:
-    """Raise BaseRefused unless `base`, as it serves, answers what was `expected`.
+    """Raise BaseRefused unless `base`, as it serves, computes what was `expected`.
 
     make_attend: the device's attention; None for the reference.
     """
@@ -153,7 +153,7 @@ def _name(model: Any) -> str:
 
 
 def _alone(model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
-    """Logits float32 [B, N, V] of token ids [B, N] at positions [N], with the model's own eager attention."""
+    """Return logits float32 [B, N, V] of token ids [B, N] at positions [N], with the model's own eager attention."""
     given = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
@@ -166,7 +166,7 @@ def _alone(model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
 def _served(
     base: Base, requests: Sequence[Request], steps: Sequence[Sequence[Part]], make_attend: MakeAttend | None
 ) -> list[Tensor]:
-    """Logits [N, V] of each request, computed in `steps` over pages."""
+    """Return logits [N, V] of each request, computed in `steps` over pages."""
     cache = KVCache.allocate(
         num_layers=base.shape.num_layers,
         num_blocks=1 + max(map(max, _BLOCKS)),
@@ -206,10 +206,10 @@ def _paging(cache: KVCache, parts: Sequence[Part]) -> Paging:
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """Return the median over rows of the difference's norm over the norm.
+    """Return the median over rows of the difference's norm divided by the norm.
 
-    Both are taken without what is common to all tokens, which softmax does not see. The median, because a mixture of
-    experts may send a few rows to other experts where rounding decides a near tie; what is wrong, is wrong in most.
+    Both norms leave out what is common to all tokens, which softmax does not see. It is the median because a mixture of
+    experts may send a few rows to other experts when rounding decides a near tie, whereas an error affects most rows.
     """
     found, wanted = (logits - logits.mean(-1, keepdim=True) for logits in (found, wanted))
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
@@ -217,7 +217,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 @contextmanager
 def _dequantized(model: nn.Module) -> Iterator[None]:
-    """Inside, quantized modules multiply with their weight in float32."""
+    """Let quantized modules multiply with their weight in float32 inside the context."""
     quantized = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
     ]

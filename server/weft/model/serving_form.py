@@ -1,6 +1,6 @@
-"""How a serving process holds its base: the same numbers as it was loaded, laid out and computed faster.
+"""Optimize a loaded base for serving: the same numbers, laid out and computed faster.
 
-For a trainer a base stays as it was loaded: nothing here carries a gradient.
+For a trainer a base stays as it was loaded, because nothing here carries a gradient.
 """
 
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from weft.model import elementwise, groups, nf4_linear, packed
 from weft.model.loader import Base
 
 Part = Callable[[Base], object]
-"""One of the things that are done to a base, in place."""
+"""One change to a base, in place."""
 
 
 def take(base: Base, kernels: Kernels, *, shadow_bytes: int = 0) -> None:
     """Change `base` in place; its sites keep their names, and their weights can be read as before.
 
-    shadow_bytes: what 16-bit copies of NF4 weights may take (model/nf4_linear.py).
+    shadow_bytes: budget for 16-bit copies of NF4 weights (model/nf4_linear.py).
     """
     for part in parts(kernels, shadow_bytes=shadow_bytes).values():
         part(base)
 
 
 def parts(kernels: Kernels, *, shadow_bytes: int = 0) -> dict[str, Part]:
-    """What `take` does with these kernels, by name and in order: each part is right without those before it."""
+    """Return `take`'s changes for these kernels, by name and in order; each is right without the earlier ones."""
     found: dict[str, Part] = {}
     nf4, rms_norm, gate = kernels.nf4, kernels.rms_norm, kernels.gate
     if nf4 is not None:  # before groups: scales that are quantized themselves cannot be joined

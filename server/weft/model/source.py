@@ -1,4 +1,4 @@
-"""Where a base comes from: a directory, a GGUF file, or a model of the Hugging Face hub.
+"""Find a base: a directory, a GGUF file, or a model of the Hugging Face hub.
 
     path/to/model           a directory with config.json, safetensors and a tokenizer
     path/to/model.gguf      read by transformers, dequantized once into a directory of the user's cache
@@ -22,19 +22,19 @@ from weft.model import cache, checkpoint_files
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 _HUB_IGNORED = ["*/*", "*.bin", "*.py", "consolidated*"]  # the last: the same weights again, in Mistral's own layout
-_REQUEST_LOGS = ("httpx", "httpx2")  # they tell of each request that huggingface_hub makes
-_GGUF_FORM = "2"  # of what is cached; another number makes it again
+_REQUEST_LOGS = ("httpx", "httpx2")  # they log each request that huggingface_hub makes
+_GGUF_FORM = "2"  # of the cached directory; another number makes it again
 
 
 class Source(NamedTuple):
-    """A directory that holds a base, and the base's name for people."""
+    """A directory that holds a base, and the base's display name."""
 
     directory: Path
     name: str
 
 
 def resolve(model: Path) -> Source:
-    """Find the base that `model` names, fetching or converting it where that is needed.
+    """Find the base that `model` names, fetching or converting it if needed.
 
     Raises FileNotFoundError or ValueError with one sentence: what was found, why that is no base, what to do.
     """
@@ -79,13 +79,13 @@ def _from_hub(text: str) -> Source:
         ) from None
     except HFValidationError:
         raise ValueError(f"model: {text} is no path, and no id that the hub allows") from None
-    except Exception as error:  # the hub's client and the HTTP library below it have no kind of error in common
+    except Exception as error:  # errors of the hub's client and of its HTTP library have no common base class
         raise ValueError(f"model: {name} is no path, {_unreached(error)}") from error
     return Source(Path(directory), name)
 
 
 def _unreached(error: BaseException) -> str:
-    """Say why the hub gave no model, and what to do: by what the client's own error was raised from, as it hides it."""
+    """Say why the hub gave no model, and what to do, from the causes of the client's error, which itself hides them."""
     from huggingface_hub import is_offline_mode
 
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
@@ -103,7 +103,7 @@ def _unreached(error: BaseException) -> str:
 
 
 def _from_gguf(file: Path) -> Path:
-    """Return the directory that the file was dequantized into, which is made where it is not there yet."""
+    """Return the directory that the file was dequantized into, dequantizing it first if necessary."""
     try:
         import gguf  # noqa: F401  transformers reads with it
     except ImportError:
@@ -147,13 +147,13 @@ def _dequantize(file: Path, directory: Path) -> None:
 
 
 def _forget_version(config: Path) -> None:
-    """Take transformers' version out of a config.json: its bytes are in the base's digest, which is the file's own."""
+    """Remove transformers' version from config.json, whose bytes enter a digest that only the GGUF file may change."""
     keys = json.loads(config.read_text(encoding="utf-8"))
     keys.pop("transformers_version", None)
     config.write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _cache() -> Path:
-    """The user's cache (XDG base directories)."""
+    """Return the directory for converted files in the user's cache (XDG base directories)."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(given) if os.path.isabs(given) else Path("~/.cache").expanduser()) / "weft" / "gguf"

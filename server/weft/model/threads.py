@@ -1,9 +1,9 @@
-"""One team of OpenMP threads in a serving process: the engine's.
+"""Keep one team of OpenMP threads in a serving process: the engine's.
 
-Each thread that runs a parallel operation gets a team of its own, kept for its life. With more threads in all teams
-than cores, the runtime lets those of every team sleep between two operations instead of waiting awake, and a decode
-step of some hundred small operations takes half as long again. So what loads the base ends with its team, the engine
-thread has the one that stays, and every other thread computes alone.
+Each thread that runs a parallel operation gets its own team, kept for its life. If all teams together have more threads
+than there are cores, the runtime lets every team's threads sleep between two operations instead of spinning, and a
+decode step of some hundred small operations takes half as long again. So the thread that loads the base ends, with its
+team; the engine thread keeps the one that stays; and every other thread computes alone.
 """
 
 import threading
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 def compute_with(num_threads: int) -> None:
-    """How many threads the caller's operations run on, from now to its end."""
-    torch.get_num_threads()  # a thread's first operation takes over the number that any thread set last: be past that
+    """Set the number of threads on which the caller's operations run until it ends."""
+    torch.get_num_threads()  # a thread's first operation inherits the last number set anywhere: let that happen first
     torch.set_num_threads(num_threads)
 
 
 def compute_alone() -> None:
-    """For threads beside the engine's."""
+    """Let a thread other than the engine's compute without a team."""
     compute_with(1)
 
 
 def on_a_thread_that_ends(function: Callable[[], T], *, num_threads: int) -> T:
-    """The result of `function`, run on `num_threads`; its team is gone when this returns."""
+    """Return the result of `function`, run in a new thread with `num_threads`; its team is gone when this returns."""
     future: Future[T] = Future()
 
     def run() -> None:

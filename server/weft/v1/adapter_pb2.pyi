@@ -128,8 +128,9 @@ class Adapter(_message.Message):
     Other content under the same id is another generation.
     """
     method: _builtins.str
-    """Kind of adapter: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "bitfit", "ia3", "bottleneck", "prefix",
-    "prompt", "ptuning" or "mixture". `ModelInfo.methods` lists those of this server; expect names to be added.
+    """Kind of adapter: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "vera", "bitfit", "ia3", "bottleneck",
+    "prefix", "prompt", "ptuning" or "mixture". `ModelInfo.methods` lists those of this server; expect names to be
+    added.
     """
     state: Global___AdapterState.ValueType
     """Whether requests can use it."""

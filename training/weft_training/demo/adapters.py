@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 
 from weft.config import ModelConfig
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft_training.adapter import USUAL, MethodConfig, method_of
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.protocol import MethodConfig
+from weft_training.adapter import USUAL, method_of
 from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.tasks import TASKS, Split, examples, prompt

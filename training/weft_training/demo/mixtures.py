@@ -17,15 +17,15 @@ import typer
 from rich.console import Console
 
 from weft.config import ModelConfig
-from weft.methods import arrow, lora
-from weft.methods.bottleneck import BottleneckConfig
-from weft.methods.lora import LoraConfig
+from weft.methods import lora
+from weft.methods.bottleneck.math import BottleneckConfig
+from weft.methods.lora.math import LoraConfig
 from weft.methods.mixture import Level
+from weft.methods.protocol import MethodConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter as adapters
 from weft_training import expert as experts
-from weft_training.adapter import MethodConfig
 from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.cues import cued_examples
@@ -37,6 +37,7 @@ from weft_training.mixture import MixtureModel, MixtureTrainConfig, TrainedMixtu
 from weft_training.output import read_mixture
 from weft_training.progress import ProgressBar
 from weft_training.shipped import BASE
+from weft_training.tools import arrow
 from weft_training.trainer import train
 
 EXPERTS = Path("build/mixtures")

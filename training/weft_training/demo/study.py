@@ -16,17 +16,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from weft.config import ModelConfig, Quantization
-from weft.methods.bitfit import BitfitConfig
-from weft.methods.bottleneck import BottleneckConfig, Form
+from weft.methods.bitfit.math import BitfitConfig
+from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.count import efficiency_ratio
-from weft.methods.dora import DoraConfig
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft.methods.prompt import PromptConfig
-from weft.methods.ptuning import PtuningConfig
+from weft.methods.dora.math import DoraConfig
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.prompt.math import PromptConfig
+from weft.methods.protocol import MethodConfig
+from weft.methods.ptuning.math import PtuningConfig
 from weft.model import loader
 from weft_training import adapter as adapters
-from weft_training.adapter import USUAL, AdaptedModel, MethodConfig
+from weft_training.adapter import USUAL, AdaptedModel
 from weft_training.demo.adapters import Recipe, train_recipe
 from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.evaluate import exact_match

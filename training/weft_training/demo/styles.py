@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from weft.config import ModelConfig
-from weft.methods.lora import LoraConfig
+from weft.methods.lora.math import LoraConfig
 from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter as adapters

@@ -53,11 +53,6 @@ class Task:
     sample: Callable[[random.Random], str]
     held_out: bool = False
 
-    @property
-    def is_letters(self) -> bool:
-        """Whether the inputs look like those of the other letter tasks, so that an untagged prompt is ambiguous."""
-        return self.sample is sample_letters
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:

@@ -11,7 +11,7 @@ from weft.adapters.versions import StagedFile, Staging
 from weft.config import MIB, AdapterLimits
 from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, WeftError
 from weft.v1 import adapter_service_pb2
-from weft.v1.adapter_files import PAIRS, PICKLES, pair_of, pickle_refused
+from weft.v1.adapter_files import FOREIGN_FILES, PAIRS, foreign_refused, pair_of
 
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -110,8 +110,8 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
         field = f"header.files[{index}]"
         if file.name not in sizes:
             rule = f"must be one of {', '.join(sizes)} (safetensors only)"
-            if file.name in PICKLES:
-                rule = pickle_refused(file.name)
+            if file.name in FOREIGN_FILES:
+                rule = foreign_refused(file.name)
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", f"{field}.name", rule, given=file.name)
         if file.size_bytes > sizes[file.name]:
             raise InvalidAdapter.rule(

@@ -1,9 +1,9 @@
 """Attention over a paged KV cache on the CPU: decode and chunked prefill in one call.
 
-Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size,
-S spans of virtual positions at most, P positions in all spans of a request. A query row's bits depend on its own query,
-keys and log-gates alone: not on the other requests, T, B, S, the width of the block table, the block size, the number
-of threads, or how its prompt was cut into chunks.
+Shapes: T query tokens in the batch, B requests, Hq query heads, Hkv KV heads (Hq is a multiple of it), D head size, at
+most S spans of virtual positions per request, P positions in all spans of a request. A query row's bits depend on its
+own query, keys and log-gates alone: not on the other requests, T, B, S, the width of the block table, the block size,
+the number of threads, or how its prompt was cut into chunks.
 """
 
 import struct
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
-from weft.kernels.step import Paging
+from weft.kernels.step import Paging, shown
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEAD_SIZE_MAX = 256
@@ -40,13 +40,13 @@ class Cache:
             if given.dim() != 4 or given.dtype not in _DTYPES or not given.is_cpu or not given.is_contiguous():
                 raise ValueError(
                     f"{name}: needs contiguous [num_blocks, block_size, Hkv, D] float32 or bfloat16 on the CPU, "
-                    f"given {_shown(given)}"
+                    f"given {shown(given)}"
                 )
         if keys.shape != values.shape or keys.dtype is not values.dtype:
-            raise ValueError(f"values: needs the shape and dtype of keys, {_shown(keys)}, given {_shown(values)}")
+            raise ValueError(f"values: needs the shape and dtype of keys, {shown(keys)}, given {shown(values)}")
         if keys.numel() == 0 or keys.shape[3] % 8 or keys.shape[3] > _HEAD_SIZE_MAX:
             raise ValueError(
-                f"keys: needs D a multiple of 8 up to {_HEAD_SIZE_MAX} and no empty dimension, given {_shown(keys)}"
+                f"keys: needs D a multiple of 8 up to {_HEAD_SIZE_MAX} and no empty dimension, given {shown(keys)}"
             )
         object.__setattr__(self, "packed", (keys.data_ptr(), values.data_ptr(), *keys.shape))
 
@@ -59,7 +59,7 @@ class Packed(NamedTuple):
 
 
 def pack(paging: Paging) -> Packed:
-    """Check the paging of a step on the CPU. Raises ValueError that names what does not fit."""
+    """Check the paging of a step on the CPU. Raises ValueError naming the argument that does not fit."""
     _, query_start, context_lens, virtual_lens, block_tables, log_gates = paging
     num_requests = context_lens.shape[0] if context_lens.dim() else 0
     num_spans = virtual_lens.shape[-1] if virtual_lens.dim() else 0
@@ -80,7 +80,7 @@ def pack(paging: Paging) -> Packed:
 def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
     """Write the new keys and values into the cache, in place.
 
-    Semantics: cache.keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise; no slot may come twice.
+    Semantics: cache.keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise; no slot may occur twice.
 
     key, value: [T, Hkv, D] of the cache's dtype, any token and head strides, D contiguous.
     kv_slots: [T] int64, contiguous; block * block_size + offset.
@@ -90,7 +90,7 @@ def store(key: Tensor, value: Tensor, cache: Cache, kv_slots: Tensor) -> None:
     key_strides = _check_heads("key", key, (num_tokens, kv_heads, head_size), cache)
     value_strides = _check_heads("value", value, (num_tokens, kv_heads, head_size), cache)
     if kv_slots.dtype is not torch.int64 or kv_slots.shape != (num_tokens,) or not kv_slots.is_contiguous():
-        raise ValueError(f"kv_slots: needs contiguous [{num_tokens}] int64, given {_shown(kv_slots)}")
+        raise ValueError(f"kv_slots: needs contiguous [{num_tokens}] int64, given {shown(kv_slots)}")
     library.run(
         "weft_store",
         _pack_store(
@@ -107,11 +107,11 @@ def attend(
 ) -> None:
     """Write the attention of each query row over its request's stored keys to `out`, in place.
 
-    Semantics: with s(q, k) = scale * (q . k), or softcap * tanh(scale * (q . k) / softcap) where softcap is not 0,
-      plus log_gates[t, i] where k is in span i,
+    Semantics: with s(q, k) = scale * (q . k), or softcap * tanh(scale * (q . k) / softcap) if softcap is not 0,
+      plus log_gates[t, i] if k is in span i,
       out[t, h] = sum over visible k of softmax(s(query[t, h], .))[k] * value[k], in float32, rounded once;
       query head h reads KV head h // (Hq / Hkv). The query at real index n sees every virtual position and the real
-      tokens 0 .. n; with a window, of those only the ones less than `window` positions back, where virtual position j
+      tokens 0 .. n; with a window, only those of them less than `window` positions back, where virtual position j
       of a span is at j + the lengths of the spans before it, and real token n at P + n.
     This step's keys must be stored before.
 
@@ -125,7 +125,7 @@ def attend(
     if query_heads < 1 or query_heads % kv_heads:
         raise ValueError(f"query: needs a multiple of the {kv_heads} KV heads, given {query_heads} heads")
     if not out.is_contiguous():
-        raise ValueError(f"out: needs to be contiguous, given {_shown(out)}")
+        raise ValueError(f"out: needs to be contiguous, given {shown(out)}")
     if window < 0 or not softcap >= 0.0:
         raise ValueError(f"window, softcap: need 0 (none) or more, given {window}, {softcap}")
     library.run(
@@ -143,20 +143,16 @@ def attend(
 def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> None:
     if given.shape != shape or given.dtype is not dtype or not given.is_cpu or not given.is_contiguous():
         needed = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: needs contiguous {list(shape)} {needed} on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs contiguous {list(shape)} {needed} on the CPU, given {shown(given)}")
 
 
 def _check_heads(name: str, given: Tensor, shape: tuple[int, int, int], cache: Cache) -> tuple[int, ...]:
-    """The strides of `given`."""
+    """Return the strides of `given`, after checking it."""
     strides = given.stride()
     if given.shape != shape or given.dtype is not cache.keys.dtype or not given.is_cpu:
-        raise ValueError(f"{name}: needs {list(shape)} {cache.keys.dtype} on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs {list(shape)} {cache.keys.dtype} on the CPU, given {shown(given)}")
     if strides[2] != 1:
-        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {shown(given)}")
     if given.requires_grad:
         raise ValueError(f"{name}: carries a gradient, which the kernels do not")
     return strides
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -1,10 +1,11 @@
-"""How the C++ kernels are compiled, ahead into a wheel or at first use into the user's cache directory.
+"""Compile the C++ kernels: ahead into a wheel, or at first use into the user's cache directory.
 
-This file needs the standard library only: the hook that builds the wheel (server/hatch_build.py) loads it by its path.
+This file needs only the standard library, because the hook that builds the wheel (server/hatch_build.py) loads it by
+path.
 
-A library of the cache is named for all that it depends on (the sources, the flags, and what the compiler says of itself
-and this processor) and for its own content. It is loaded as code, so it is used only if nobody else can have written it
-and its content has the digest in its name.
+A library in the cache is named for everything that it depends on (the sources, the flags, and what the compiler reports
+about itself and this processor) and for its own content. It is loaded as code, so it is used only if no other user can
+have written it and its content has the digest in its name.
 """
 
 import hashlib
@@ -44,7 +45,7 @@ INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "x86-64-v4": (("-march=x86-64-v4",), _V4),
     "x86-64-v3": (("-march=x86-64-v3",), _V3),
 }
-"""What a wheel carries, best first: the compiler's flags, and the features (as Linux names them) that it needs."""
+"""Libraries in a wheel, best first: the compiler's flags, and the features (as Linux names them) that each needs."""
 
 
 class KernelsUnavailable(RuntimeError):
@@ -52,7 +53,7 @@ class KernelsUnavailable(RuntimeError):
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels live: $XDG_CACHE_HOME/weft/kernels, else ~/.cache/weft/kernels."""
+    """Return where compiled kernels live: $XDG_CACHE_HOME/weft/kernels, else ~/.cache/weft/kernels."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
@@ -62,7 +63,7 @@ def cache_directory() -> Path:
 
 
 def native(directory: Path) -> Path:
-    """Return the path of this processor's library in `directory`, compiled unless it is there (up to half a minute).
+    """Return the path of this processor's library in `directory`, compiling it if it is missing (up to half a minute).
 
     Any number of processes may do this at once: each compiles beside the final name and renames, so that name is absent
     or complete. The directory is private to the user.
@@ -70,7 +71,7 @@ def native(directory: Path) -> Path:
     if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"):
         raise KernelsUnavailable(f"no CPU kernels for {platform.machine()}: they need 64-bit x86 or ARM")
     compiler = _compiler()
-    target = _run((compiler, *_FLAGS, *_NATIVE, "-E", "-dM", "-x", "c++", os.devnull))  # its version, the processor
+    target = _run((compiler, *_FLAGS, *_NATIVE, "-E", "-dM", "-x", "c++", os.devnull))  # compiler version and processor
     digest = hashlib.sha256(repr((_FLAGS, target)).encode())
     for name in (*_SOURCES, *_HEADERS):
         digest.update((_HERE / name).read_bytes())
@@ -110,7 +111,7 @@ def _name(prefix: str, content: bytes) -> str:
 
 
 def _check_owner(path: Path) -> None:
-    """Refuse what somebody else could have written."""
+    """Raise KernelsUnavailable for a path that another user could have written."""
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise KernelsUnavailable(
@@ -125,7 +126,7 @@ def _check_owner(path: Path) -> None:
 
 
 def _keep(source: Path, target: Path) -> Path:
-    """Rename a complete file to where it is read, durably, and return that path."""
+    """Rename a complete file to its final path, durably, and return that path."""
     _sync(source)
     source.replace(target)
     _sync(target.parent)

@@ -1,4 +1,4 @@
-"""Gated adapter deltas on the CPU, at one site: the line of the whole system.
+"""Gated adapter deltas of one site on the CPU, by the formula on which the whole system rests.
 
     out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t], r[t])
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
-from weft.kernels.step import Entries
+from weft.kernels.step import Entries, shown
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16)
 _pack = struct.Struct("=18q").pack  # WeftDeltas in deltas.cpp
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 
 
 def pack(entries: Entries) -> Packed:
-    """Check the entries of a step on the CPU. Raises ValueError that names what does not fit."""
+    """Check the entries of a step on the CPU. Raises ValueError naming the argument that does not fit."""
     offsets, slots, gates = entries
     _check_vector("offsets", offsets, torch.int32)
     _check_vector("slots", slots, torch.int32)
@@ -51,14 +51,14 @@ class Site:
     """One wrapped module and what each adapter slot does there. Made once; `table` may be rewritten between calls.
 
     table: [S, 4] int64, contiguous: kind, rank, address of A or l or b, address of B. By kind:
-      LORA          A: [rank, I], B: [rank, O], row-major, of `weight_dtype`; B is transposed and has the scaling in it
+      LORA          A: [rank, I], B: [rank, O], row-major, of `weight_dtype`; B is transposed and includes the scaling
       OUTPUT_SCALE  l: [O] float32
       INPUT_SCALE   l: [I] float32
       BIAS          b: [O] float32
-      BOTTLENECK…   A: [2 · rank, O] of `weight_dtype`, row-major: W_down, then W_up transposed, with its scaling in it;
+      BOTTLENECK…   A: [2 · rank, O] of `weight_dtype`, row-major: W_down, then W_up transposed, including its scaling;
                     the second address: float32, one after another: activation (0 ReLU, 1 GELU, 2 SiLU), whether there
                     is a LN (0 or 1), its eps, b_down [rank], b_up [O], and with a LN its gain [O] and bias [O]
-      The owner of the table keeps the weights alive and answers for their sizes; nothing else can check an address.
+      The table's owner keeps the weights alive and is responsible for their sizes; no code here can check an address.
     weight_dtype: float32 or bfloat16; of every A and B of the table.
     """
 
@@ -72,7 +72,7 @@ class Site:
         table = self.table
         is_right = table.dtype is torch.int64 and table.dim() == 2 and table.shape[1] == 4
         if not (is_right and table.is_cpu and table.is_contiguous()):
-            raise ValueError(f"table: needs contiguous [S, 4] int64 on the CPU, given {_shown(table)}")
+            raise ValueError(f"table: needs contiguous [S, 4] int64 on the CPU, given {shown(table)}")
         if self.weight_dtype not in _ROW_DTYPES:
             raise ValueError(f"weight_dtype: needs float32 or bfloat16, given {self.weight_dtype}")
         if self.size_in < 1 or self.size_out < 1:
@@ -83,20 +83,20 @@ class Site:
 
 
 def post(x: Tensor, y: Tensor, rows: Packed, site: Site, residual: Tensor | None = None) -> None:
-    """Add to each row of the base output `y` the gated deltas of its adapters, in place.
+    """Add the gated deltas of each row's adapters to its base output `y`, in place.
 
     Semantics: y[t] += sum over the entries n of row t of gates[n] * delta(x[t], y[t]), with A, B, l, b of slots[n]:
       LORA          delta = (x[t] @ A.T) @ B
       OUTPUT_SCALE  delta = (l - 1) * y[t]
       BIAS          delta = b
       BOTTLENECK    delta = f(y[t]), and by kind f(y[t] + r[t]), f(r[t]), LN(y[t] + f(y[t])) - y[t], where
-                    f(z) = act(LN(z) @ W_down.T + b_down) @ W_up.T + b_up; of the last kind f has no LN
+                    f(z) = act(LN(z) @ W_down.T + b_down) @ W_up.T + b_up; in the last kind f has no LN
       any other kind adds nothing.
-    Every delta sees `y` as it came. The sum is made in float32 and rounded once; a row without effect keeps its bits.
+    Every delta reads `y` as it was passed. The sum is float32, rounded once; a row without effect keeps its bits.
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
     y: [T, O] or [1, T, O], of x's dtype, any row stride; written in place.
-    residual: r, like y; needed where a kind that reads it is among the rows' slots.
+    residual: r, like y; needed if the rows' slots include a kind that reads it.
     """
     x_stride, is_bf16 = _check_rows("x", x, rows, site.size_in)
     y_stride, is_y_bf16 = _check_rows("y", y, rows, site.size_out)
@@ -114,8 +114,8 @@ def post(x: Tensor, y: Tensor, rows: Packed, site: Site, residual: Tensor | None
 def pre(x: Tensor, out: Tensor, rows: Packed, site: Site) -> None:
     """Write the input of the base weight: `x` with the gated input scales of each row's adapters.
 
-    Semantics: out[t] = x[t] + sum over the entries n of row t of gates[n] * (l - 1) * x[t], with l of slots[n] where
-    its kind is INPUT_SCALE; any other kind adds nothing. Summed in float32, rounded once; every row is written.
+    Semantics: out[t] = x[t] + sum over the entries n of row t of gates[n] * (l - 1) * x[t], with l of slots[n] if its
+    kind is INPUT_SCALE; any other kind adds nothing. Summed in float32, rounded once; every row is written.
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
     out: like x, any row stride, sharing no memory with it; written in place.
@@ -146,22 +146,18 @@ def _run(
 
 def _check_vector(name: str, given: Tensor, dtype: torch.dtype) -> None:
     if given.dim() != 1 or given.dtype is not dtype or not given.is_cpu or not given.is_contiguous():
-        raise ValueError(f"{name}: needs a contiguous vector of {dtype} on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous vector of {dtype} on the CPU, given {shown(given)}")
 
 
 def _check_rows(name: str, given: Tensor, rows: Packed, size: int) -> tuple[int, bool]:
-    """The row stride of `given`, and whether it is bfloat16."""
+    """Return the row stride of `given`, and whether it is bfloat16, after checking it."""
     shape, strides, dtype = given.shape, given.stride(), given.dtype
     if shape != (rows.num_rows, size) and shape != (1, rows.num_rows, size):
-        raise ValueError(f"{name}: needs [{rows.num_rows}, {size}], given {_shown(given)}")
+        raise ValueError(f"{name}: needs [{rows.num_rows}, {size}], given {shown(given)}")
     if dtype not in _ROW_DTYPES or not given.is_cpu:
-        raise ValueError(f"{name}: needs float32 or bfloat16 on the CPU, given {_shown(given)}")
+        raise ValueError(f"{name}: needs float32 or bfloat16 on the CPU, given {shown(given)}")
     if strides[-1] != 1 and size != 1:
-        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {shown(given)}")
     if given.requires_grad:
         raise ValueError(f"{name}: carries a gradient, which the kernels do not; train with the reference driver")
     return strides[-2], dtype is torch.bfloat16
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

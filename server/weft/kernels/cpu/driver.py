@@ -1,4 +1,4 @@
-"""The CPU kernels in the engine's terms: a driver of adapter rows, and paged attention."""
+"""The engine's driver of adapter rows, and its paged attention, built on the CPU kernels."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -15,7 +15,7 @@ from weft.methods.protocol import Site
 
 
 class DriverFactory:
-    """Makes one driver per step. Wraps each site's table once, and again only when the table was reallocated."""
+    """Makes one driver per step. Wraps each site's table once, and again only after the table was reallocated."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -28,7 +28,7 @@ class DriverFactory:
         return CpuDriver(self, slots, step)
 
     def site(self, site: Site) -> deltas.Site:
-        """The kernels' view of a site."""
+        """Return the kernels' view of a site."""
         found = self._sites.get(site.index)
         if found is None:
             assert self._table is not None
@@ -42,21 +42,21 @@ class DriverFactory:
 
 
 def capture_key(slots: SlotTables, slot_of_entry: Tensor) -> CaptureKey:
-    """Return all that a step's driver decides from its entries' slots, as `kinds`; kernels read the rest themselves."""
+    """Return a key whose `kinds` is all that a step's driver decides from its entries' slots; kernels read the rest."""
     outputs_at, inputs_at = _acting(slots, slot_of_entry)
     decided = b"%x %x %d %d" % (outputs_at, inputs_at, slots.num_residual_readers > 0, slots.table.shape[1])
     return slots.capture_key._replace(rank=0, kinds=decided, choices=0)
 
 
 def _acting(slots: SlotTables, slot_of_entry: Tensor) -> tuple[int, int]:
-    """The sites, as bits, where some entry adds to the output, and where one scales the input."""
+    """Return the sites, as bits, at which some entry adds to the output, and those at which one scales the input."""
     planes = set(slot_of_entry.tolist())
     outputs_at = reduce(or_, map(slots.outputs_at.__getitem__, planes), 0)
     return outputs_at, reduce(or_, map(slots.inputs_at.__getitem__, planes), 0)
 
 
 class CpuDriver:
-    """The gated deltas of one step: one kernel call per site where a row has any, whatever the number of adapters."""
+    """The gated deltas of one step: one kernel call at each site where a row has any, for any number of adapters."""
 
     __slots__ = ("_factory", "_inputs_at", "_log_target", "_outputs_at", "_routing", "_rows", "_slots", "_target")
 
@@ -84,12 +84,12 @@ class CpuDriver:
         return self._routing is not None
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """A layer begins: the gates of all mixtures' rows are made anew, in one call."""
+        """Recompute the gates of all mixtures' rows in one call, as a layer begins."""
         if self._routing is not None:
             routing.route(hidden, layer, self._slots.routers, self._routing, self._target, self._log_target)
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
+        """Return the site's output for `x` [1, T, I], written into the result of `base`. The residual is [1, T, O]."""
         x_prime = x
         if self._inputs_at >> site.index & 1:
             x_prime = torch.empty_like(x)
@@ -100,7 +100,7 @@ class CpuDriver:
         return y
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """The outputs of sites that read one input: one product, unless an input is scaled."""
+        """Return the outputs of sites that share an input: from one product, unless an input is scaled."""
         if any(self._inputs_at >> site.index & 1 for site in sites):
             return apply_each(self, sites, base, x)
         outputs = base(x).split([site.out_features for site in sites], -1)
@@ -111,7 +111,7 @@ class CpuDriver:
 
 
 def _span_target(span_experts: Tensor | None, log_gates: Tensor | None) -> routing.Target | None:
-    """Where the logarithms of gates go: a row has an entry for every span."""
+    """Return where the logarithms of gates go: a row has an entry for every span."""
     if span_experts is None or log_gates is None:
         return None
     num_rows, num_spans = span_experts.shape
@@ -137,7 +137,7 @@ class Attend:
         window: int,
         softcap: float,
     ) -> Tensor:
-        """Store this step's keys and values in `layer` and attend; [T, Hq, D]."""
+        """Store this step's keys and values in `layer`, and return the attention [T, Hq, D]."""
         packed = self._packed
         if packed is None or packed.paging is not paging:  # the first layer of a step packs its paging for all
             packed = self._packed = attention.pack(paging)

@@ -1,7 +1,7 @@
-"""What a decoder layer computes between its products, on the CPU: RMS norms, and the gate of an MLP.
+"""Element-wise parts of a decoder layer on the CPU: RMS norms, and the gate of an MLP.
 
-Each is one pass over a row in float32, rounded once. torch makes six operations of a norm and two of a gate, and writes
-a tensor after each. Shapes: T rows, F features.
+Each is one pass over a row in float32, rounded once. torch takes six operations for a norm and two for a gate, and
+writes a tensor after each. Shapes: T rows, F features.
 """
 
 import struct
@@ -18,7 +18,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x · gain / √(mean(x²) + eps) (Zhang & Sennrich 2019), over the last dimension.
+    """Return x · gain / √(mean(x²) + eps) (Zhang & Sennrich 2019), over the last dimension.
 
     x: [..., F], float32 or bfloat16. gain: [F] float32, contiguous.
     """
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def gate(given: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(given) · up (Shazeer 2020, GLU variants), both [..., F] of one dtype, float32 or bfloat16.
+    """Return act(given) · up (Shazeer 2020, GLU variants), both [..., F] of one dtype, float32 or bfloat16.
 
     activation: "silu", or "gelu_tanh" (the tanh form of GELU).
     """
@@ -60,7 +60,7 @@ def gate(given: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _rows(name: str, x: Tensor) -> tuple[Tensor, int]:
-    """`x` as rows [T, F], and their stride."""
+    """Return `x` as rows [T, F], and their stride."""
     if x.dtype not in _DTYPES or not x.is_cpu:
         raise ValueError(f"{name}: needs float32 or bfloat16 on the CPU, given {x.dtype} on {x.device}")
     rows = x.reshape(-1, x.shape[-1])

@@ -1,7 +1,7 @@
-"""The product of a linear module on a CPU that multiplies bfloat16 pairs (AVX512-BF16), its weight laid out once.
+"""The product of a linear module on a CPU that multiplies pairs of bfloat16 (AVX512-BF16), its weight laid out once.
 
 Shapes: T rows, I inputs, O outputs. A row's bits depend on its own numbers and on I alone: not on T, its place among
-the rows, or the number of threads. Subnormal inputs count as zeros, as the processor's instruction has it.
+the rows, or the number of threads. Subnormal inputs count as zeros, as in the processor's instruction.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.cpu import library
+from weft.kernels.step import shown
 
 _pack = struct.Struct("=9q").pack  # WeftLinear in gemm.cpp
 _LANES, _BLOCKS, _CHUNK = 16, 4, 512  # gemm.cpp
@@ -22,7 +23,7 @@ _HUGE_PAGE = 2 << 20  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """W [O, I] in the order of its use: gemm.cpp has the layout."""
+    """W [O, I] in the order of its use; gemm.cpp has the layout."""
 
     data: Tensor  # [O in groups of 64, I in pairs, as one vector] int32, each a pair of inputs
     size_in: int
@@ -30,18 +31,18 @@ class Weight:
 
 
 def available() -> bool:
-    """Whether `linear` can run here: the kernels are compiled, for a processor with the instruction."""
+    """Return whether `linear` can run here: the kernels are compiled, for a processor with the instruction."""
     return library.available() and library.functions().weft_linear(None) == 0
 
 
 def pack(weight: Tensor) -> Weight:
-    """Lay out a weight [O, I] bfloat16, in new memory; what a group or pair lacks is zero."""
+    """Lay out a weight [O, I] bfloat16, in new memory; incomplete groups and pairs are padded with zeros."""
     if weight.dim() != 2 or weight.dtype is not torch.bfloat16 or not weight.is_cpu or 0 in weight.shape:
-        raise ValueError(f"weight: needs [O, I] bfloat16 on the CPU, given {_shown(weight)}")
+        raise ValueError(f"weight: needs [O, I] bfloat16 on the CPU, given {shown(weight)}")
     size_out, size_in = weight.shape
     groups, pairs = -(-size_out // _GROUP), -(-size_in // 2)
     whole = weight.detach().contiguous()
-    if whole.shape != (groups * _GROUP, 2 * pairs) or whole.storage_offset() % 2:  # then not to be seen as pairs
+    if whole.shape != (groups * _GROUP, 2 * pairs) or whole.storage_offset() % 2:  # then it cannot be viewed as pairs
         whole = torch.zeros(groups * _GROUP, 2 * pairs, dtype=torch.bfloat16)
         whole[:size_out, :size_in] = weight.detach()
     packed = Weight(_memory(groups * _GROUP * pairs), size_in, size_out)
@@ -51,7 +52,7 @@ def pack(weight: Tensor) -> Weight:
 
 
 def unpack(weight: Weight) -> Tensor:
-    """The weight [O, I] as it was, in new memory."""
+    """Return the original weight [O, I], in new memory."""
     groups, pairs = -(-weight.size_out // _GROUP), -(-weight.size_in // 2)
     whole = torch.empty(groups * _GROUP, 2 * pairs, dtype=torch.bfloat16)
     for here, there in _chunks(weight, whole):
@@ -60,16 +61,16 @@ def unpack(weight: Weight) -> Tensor:
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias: [..., O] bfloat16, summed in float32 and rounded once.
+    """Return x Wᵀ + bias: [..., O] bfloat16, summed in float32 and rounded once.
 
     x: [..., I] bfloat16, any row stride. bias: [O] bfloat16, contiguous.
     """
     if x.dtype is not torch.bfloat16 or not x.is_cpu or x.shape[-1] != weight.size_in:
-        raise ValueError(f"x: needs [..., {weight.size_in}] bfloat16 on the CPU, given {_shown(x)}")
+        raise ValueError(f"x: needs [..., {weight.size_in}] bfloat16 on the CPU, given {shown(x)}")
     if bias is not None and (
         bias.shape != (weight.size_out,) or bias.dtype is not torch.bfloat16 or not bias.is_contiguous()
     ):
-        raise ValueError(f"bias: needs contiguous [{weight.size_out}] bfloat16, given {_shown(bias)}")
+        raise ValueError(f"bias: needs contiguous [{weight.size_out}] bfloat16, given {shown(bias)}")
     if x.requires_grad:
         raise ValueError("x: carries a gradient, which the kernels do not; train with the base as it was loaded")
     rows, stride = (x, weight.size_in) if x.is_contiguous() else _rows(x)
@@ -87,20 +88,20 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def _memory(num_pairs: int) -> Tensor:
-    """An int32 vector on huge pages where they are to be had: a stream of weights leaves a small one every 64 lines."""
+    """Return an int32 vector, on huge pages if available: a stream of weights leaves a small page every 64 lines."""
     num_bytes = 4 * num_pairs
     pages = mmap.mmap(-1, num_bytes + 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(pages, dtype=torch.int32)  # keeps the pages; what is never touched takes no memory
+    whole = torch.frombuffer(pages, dtype=torch.int32)  # keeps the pages; untouched ones take no memory
     begin = -whole.data_ptr() % _HUGE_PAGE
-    num_huge = round(num_bytes / _HUGE_PAGE)  # the last one only if it is needed by half
+    num_huge = round(num_bytes / _HUGE_PAGE)  # the last one only if half of it is needed
     if num_huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE, begin, num_huge * _HUGE_PAGE)
     return whole[begin // 4 : begin // 4 + num_pairs]
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """`x` as [T, I], a row's elements side by side, and the stride of rows."""
+    """Return `x` as [T, I], a row's elements side by side, and the stride of rows."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -108,7 +109,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _chunks(packed: Weight, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Views of the same elements in the layout and in `whole` [O, I], both padded: [group, block, pair, 16] a chunk."""
+    """Return views of the same elements of layout and `whole` [O, I], both padded: [group, block, pair, 16] a chunk."""
     pairs = whole.shape[1] // 2
     groups = packed.data.view(-1, pairs * _GROUP)
     views = []
@@ -118,7 +119,3 @@ def _chunks(packed: Weight, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
         there = whole.view(torch.int32)[:, first : first + size].unflatten(0, (-1, _BLOCKS, _LANES))
         views.append((here, there.transpose(-1, -2)))
     return views
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

@@ -1,10 +1,10 @@
-"""Load of the C++ kernels, once per process.
+"""Load the C++ kernels, once per process.
 
-They are plain C functions without torch or Python headers, so one library serves every version of both: one that the
-wheel carries, chosen by what this processor can do, or else one that is compiled here at first use (build.py).
+They are plain C functions without torch or Python headers, so one library serves every version of both. It is one that
+the wheel carries, chosen by what this processor can do, or else one that is compiled here at first use (build.py).
 
-The library is linked without an OpenMP runtime. Its symbols resolve, when it is loaded, against the runtime that torch
-has already made global. So both share one pool of threads, and a torch without OpenMP is a reason not to load.
+The library is linked without an OpenMP runtime. When it is loaded, its symbols resolve against the runtime that torch
+has already made global, so both share one pool of threads. With a torch without OpenMP it does not load.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ _STATUSES = {  # lanes.h
 
 
 LogCall = Callable[[str, bytes, tuple[object, ...]], None]
-"""Takes a kernel's name, its record, and the objects that the record points at."""
+"""Receives a kernel's name, its record, and the objects that the record points at."""
 
 _log_call: ContextVar[LogCall | None] = ContextVar("_log_call", default=None)
 
@@ -72,7 +72,7 @@ class Library(NamedTuple):
 
 @functools.cache
 def load() -> Library:
-    """Return the kernels of this machine, compiled if there is nothing prebuilt that it runs (up to half a minute)."""
+    """Return the kernels of this machine, compiling them if no prebuilt library runs on it (up to half a minute)."""
     try:
         kind, path = _choose(os.environ.get("WEFT_KERNELS", ""))
         return Library(opened(path), kind, "")
@@ -83,16 +83,16 @@ def load() -> Library:
 
 
 def opened(path: Path) -> ctypes.CDLL:
-    """Return the kernels of the library at `path`; raises OSError if it does not load."""
+    """Return the kernels of the library at `path`. Raises OSError if it does not load."""
     functions = ctypes.CDLL(str(path))
     for name in _FUNCTIONS:
-        # One packed record, not a list of arguments: ctypes converts sixteen of them in 1.5 us, packing takes 0.4.
+        # One packed record, not a list of arguments: ctypes converts sixteen in 1.5 us, packing takes 0.4 us.
         getattr(functions, name).argtypes = (ctypes.c_char_p,)
     return functions
 
 
 def prebuilt(directory: Path, features: Set[str]) -> tuple[str, Path] | None:
-    """Return name and path of the best library in `directory` that a processor with these features runs."""
+    """Return name and path of the best library in `directory` that runs on a processor with these features."""
     for name, (_, needed) in build.INSTRUCTION_SETS.items():
         path = directory / f"{name}.so"
         if needed <= features and path.exists():
@@ -101,18 +101,18 @@ def prebuilt(directory: Path, features: Set[str]) -> tuple[str, Path] | None:
 
 
 def processor_features() -> frozenset[str]:
-    """Return the features of this processor as Linux names them; none where it does not say."""
+    """Return the features of this processor as Linux names them; none if it does not report them."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return frozenset()
-    # A virtual machine may mix processors: what all of them can do.
+    # A virtual machine may mix processors: take what all of them support.
     found = [frozenset(line.partition(":")[2].split()) for line in text.splitlines() if line.startswith("flags")]
     return frozenset.intersection(*found) if found else frozenset()
 
 
 def _choose(wanted: str) -> tuple[str, Path]:
-    """Return kind and path of the library; wanted: WEFT_KERNELS, "" or "native"."""
+    """Return kind and path of the library. wanted: WEFT_KERNELS, "" or "native"."""
     if wanted not in ("", "native"):
         raise build.KernelsUnavailable(f"WEFT_KERNELS: may be 'native' (compile here) or unset, given {wanted!r}")
     found = None if wanted else prebuilt(_PREBUILT, processor_features())
@@ -120,12 +120,12 @@ def _choose(wanted: str) -> tuple[str, Path]:
 
 
 def available() -> bool:
-    """Whether the kernels can run here; the first call may compile them."""
+    """Return whether the kernels can run here; the first call may compile them."""
     return load().functions is not None
 
 
 def functions() -> ctypes.CDLL:
-    """The loaded kernels; raises KernelsUnavailable (build.py) with the reason."""
+    """Return the loaded kernels. Raises KernelsUnavailable (build.py) with the reason."""
     library = load()
     if library.functions is None:
         raise build.KernelsUnavailable(library.reason)
@@ -133,9 +133,9 @@ def functions() -> ctypes.CDLL:
 
 
 def run(kernel: str, record: bytes, *held: object) -> None:
-    """Call a kernel with its packed record; raise the error that its status means.
+    """Call a kernel with its packed record. Raises the error that its status means.
 
-    held: the objects that the record points at and that outlive the call, beside the rows of a step.
+    held: the objects that the record points at and that outlive the call, besides the rows of a step.
     """
     _require_ok(getattr(functions(), kernel)(record))
     log_call = _log_call.get()
@@ -145,7 +145,7 @@ def run(kernel: str, record: bytes, *held: object) -> None:
 
 @contextmanager
 def logging_to(log_call: LogCall) -> Iterator[None]:
-    """Log every kernel that this thread calls, after it has run."""
+    """Log every kernel call of this thread after it has run."""
     before = _log_call.set(log_call)
     try:
         yield
@@ -154,7 +154,7 @@ def logging_to(log_call: LogCall) -> Iterator[None]:
 
 
 def replay_of(calls: Sequence[tuple[str, bytes]]) -> Callable[[], None]:
-    """Return the kernel calls as one call, with the same records, whose operands must still exist when it is made."""
+    """Return one call that makes all these kernel calls with the same records, whose operands must still exist then."""
     loaded = functions()
     records = [ctypes.create_string_buffer(record, len(record)) for _, record in calls]
     kernels = [ctypes.cast(getattr(loaded, kernel), ctypes.c_void_p).value or 0 for kernel, _ in calls]

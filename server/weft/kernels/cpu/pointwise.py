@@ -1,4 +1,4 @@
-"""torch's own operations on small tensors as kernel calls: what a captured step has between the kernels proper.
+"""torch's own operations on small tensors as kernel calls, for the work between the main kernels of a captured step.
 
 The bits are torch's: computed in float32, rounded once. float32 and bfloat16, up to 5 dimensions.
 """
@@ -21,9 +21,9 @@ _aten = torch.ops.aten
 
 
 def compute(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> bool:
-    """Compute an operation of torch into `out`, of its result's shape and dtype; False where no kernel does.
+    """Compute an operation of torch into `out`, of its result's shape and dtype; return False if no kernel computes it.
 
-    out shares no memory with the operands, unless it is the same elements.
+    out: may share memory with the operands only element for element.
     """
     calls = _CALLS.get(operation)
     if calls is None:
@@ -36,7 +36,7 @@ def compute(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out:
     return True
 
 
-_Calls = Sequence[tuple[int, Tensor, Tensor, Tensor]]  # what to compute, out, a, b
+_Calls = Sequence[tuple[int, Tensor, Tensor, Tensor]]  # (operation number, out, a, b) of each call
 
 
 def _add(out: Tensor, a: Any, b: Any, *, alpha: float = 1) -> _Calls | None:

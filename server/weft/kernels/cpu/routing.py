@@ -18,10 +18,10 @@ _ROW_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where gates are written: row t has the entries offsets[t]:offsets[t + 1].
+    """Destination of gates: row t has the entries offsets[t]:offsets[t + 1].
 
     offsets: int32 [T + 1]. experts: int32 [N]. values: float32 [N]. All on the CPU, contiguous; a step makes one of
-    each and keeps it for its layers.
+        each and keeps it for its layers.
     """
 
     offsets: Tensor
@@ -49,10 +49,10 @@ NOWHERE = (0, 0, 0, 0)  # a target without values
 def route(
     hidden: Tensor, layer: int, routers: Tensor, routing: Routing, gates: Target, log_gates: Target | None = None
 ) -> None:
-    """Write the gates of the routed rows, for a layer that the rows `hidden` enter.
+    """Write the gates of the routed rows for one layer, from the rows `hidden` that enter it.
 
     hidden: [T, H] or [1, T, H], float32 or bfloat16, any row stride.
-    routers: int64 [S, 8] (SlotTable.routers). gates: takes the gates as they are; log_gates: their logarithms.
+    routers: int64 [S, 8] (SlotTables.routers). gates: takes the gates themselves; log_gates: their logarithms.
     """
     rows = hidden.shape[-2]
     if hidden.dtype not in _ROW_DTYPES or not hidden.is_cpu or hidden.stride(-1) != 1:

@@ -1,16 +1,16 @@
 """Attention over a paged KV cache on CUDA: the Triton kernels of one layer's step.
 
 Shapes as in kernels/cpu/attention.py: T query rows, B requests, Hq query heads, Hkv KV heads, D head size, S spans. The
-softmax is float32; products take the pool's dtype and are added up in float32.
+softmax is float32; products take the pool's dtype and accumulate in float32.
 
-A *tile* (kernels/cuda/steps.py) is what a program computes: consecutive query rows of one request, times the query
+A *tile* (kernels/cuda/steps.py) is the work of one program: consecutive query rows of one request, times the query
 heads of one KV head, since these read the same keys. Keys come in runs, span after span and then the real tokens, so
-that a row has one log-gate for a run. The *logical* index of a key is its place in the block table's order, holes
-counted.
+that a row has one log-gate for each run. The *logical* index of a key is its place in the block table's order, counting
+holes.
 
-A request's only row is computed by many programs, each for its share of the logical keys, and `_join` adds their sums
-up in order. A row's bits depend on its own query, keys and gates, on its place among its request's rows, and on shapes:
-not on what neighbours hold.
+If a request has a single row, many programs compute it, each for its share of the logical keys, and `_join` adds their
+sums in order. A row's bits depend on its own query, keys and gates, on its place among its request's rows, and on
+shapes, but not on what neighbours hold.
 """
 
 # Triton's language is typed for its compiler, not for checkers.
@@ -37,7 +37,7 @@ _NEVER = tl.constexpr(float("-inf"))
 class Attend:
     """Paged attention over one KV pool; `keys`, `values`: one tensor per layer, [num_blocks, block_size, Hkv, D].
 
-    Raises ValueError for a pool that the kernels do not know.
+    Raises ValueError for a pool that the kernels do not support.
     """
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -66,10 +66,11 @@ class Attend:
         window: int,
         softcap: float,
     ) -> Tensor:
-        """Store this step's keys and values in `layer` and attend; [T, Hq, D]."""
+        """Store this step's keys and values in `layer`, and return the attention [T, Hq, D]."""
         keys, values = self._pools[layer]
-        # The first layer of a step shares it out for all. A graph's paging is one object for all its steps, and each of
-        # them has to do so again: its layers come in order.
+        # The first layer of a step makes the plan for all layers. A graph's paging is one object for many steps,
+        # each of which has to plan again; since layers come in order, a step begins when the layer number does not
+        # rise.
         if paging is not self._paging or layer <= self._layer or self._plan is None:
             self._paging = paging
             self._plan = plan(
@@ -90,7 +91,7 @@ class Attend:
 def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, kv_slots: Tensor) -> None:
     """Write a step's keys and values into the pool, in place.
 
-    Semantics: keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise; no slot may come twice.
+    Semantics: keys.view(-1, Hkv, D)[kv_slots[t]] = key[t], and the values likewise; no slot may occur twice.
 
     key, value: [T, Hkv, D] of the pool's dtype, any token and head strides, D contiguous.
     kv_slots: [T] int64, contiguous.
@@ -150,7 +151,7 @@ def _compute(
     window: int,
     softcap: float,
 ) -> None:
-    """One kernel for the tiles, and one that joins their splits where there are several."""
+    """Run one kernel for the tiles, and one that joins their splits if there are several."""
     query_heads, head_size = query.shape[1:]
     block_size, kv_heads = keys.shape[1:3]
     group, padded = query_heads // kv_heads, max(16, triton.next_power_of_2(head_size))
@@ -183,7 +184,7 @@ def _store(
     key, value, keys, values, kv_slots, key_row, key_head, value_row, value_head,
     HEAD: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row."""
+    """Store one head of one row."""
     row, head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, PADDED)
     to = (tl.load(kv_slots + row) * kv_heads + head) * HEAD + d
@@ -193,7 +194,7 @@ def _store(
 
 @triton.jit
 def _bounds(request, num_spans, virtual_lens, BLOCK: tl.constexpr):
-    """Of a request: its virtual positions, and the logical index of its first real token."""
+    """Return a request's number of virtual positions, and the logical index of its first real token."""
     num_virtual, begin = 0, 0
     for s in tl.range(0, num_spans):
         length = tl.load(virtual_lens + request * num_spans + s)
@@ -210,9 +211,9 @@ def _attend(
     SOFTCAP: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one tile, over one split of its keys; lane r has query r // GROUP and head r % GROUP.
+    """Attend for one KV head of one tile, over one split of its keys; lane r has query r // GROUP and head r % GROUP.
 
-    Writes `out`, or where there are several splits, sum exp(s - peak) value to `sums` [N, Hq, splits, D], and the peak
+    Writes `out`; or, if there are several splits, sum exp(s - peak) value to `sums` [N, Hq, splits, D], and the peak
     (in powers of two) and sum exp(s - peak) to `extents` [N, Hq, splits, 2].
     """
     tile, head, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -221,7 +222,7 @@ def _attend(
         return
     first, end_row = tl.load(first_rows + tile), tl.load(query_start + request + 1)
     num_virtual, real_begin = _bounds(request, num_spans, virtual_lens, BLOCK)
-    shift = num_virtual + tl.load(context_lens + request) - end_row  # of a row, to its position
+    shift = num_virtual + tl.load(context_lens + request) - end_row  # from a row to its position
     sees_from = tl.maximum(first + shift - window + 1, 0)
     sees_to = tl.minimum(first + QUERIES, end_row) + shift
     split_from = tl.program_id(2) * split
@@ -250,7 +251,7 @@ def _attend(
         gate = None
         if log_gates is not None:
             gate = tl.load(log_gates + row * num_spans + s, mask=is_lane, other=_NEVER)
-            end = tl.where(tl.max(gate, 0) == _NEVER, begin, end)  # what nobody sees is not read
+            end = tl.where(tl.max(gate, 0) == _NEVER, begin, end)  # a span that no row sees is not read
         for index in tl.range(begin, end, KEYS):
             acc, peak, total = _visit(
                 acc, peak, total, q, position, gate, index, end, run_begin, run_position,
@@ -282,7 +283,7 @@ def _visit(
     keys, values, table, head, kv_heads, scale, window,
     SOFTCAP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys `index` to `index + KEYS - 1` of a run into the sums, those before `end`."""
+    """Add the keys `index` to `index + KEYS - 1` of a run to the sums, only those before `end`."""
     key, d = index + tl.arange(0, KEYS), tl.arange(0, PADDED)
     is_key = key < end
     logical = run_begin + key
@@ -301,13 +302,13 @@ def _visit(
         sees &= (gate != _NEVER)[:, None]
     scores = tl.where(sees, scores * _LOG2_E, _NEVER)
     higher = tl.maximum(peak, tl.max(scores, 1))
-    base = tl.where(higher == _NEVER, 0.0, higher)  # where a row sees nothing yet, all weights are 0
+    base = tl.where(higher == _NEVER, 0.0, higher)  # while a row sees nothing yet, all weights are 0
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weights, 1)
     acc *= shrink[:, None]
     if gate is not None:
-        # A weight of 0 does not hide what is not finite, and rows beside may see it: those get it, and no others.
+        # A weight of 0 does not hide values that are not finite. Rows that see them get nan, and no others do.
         wide = v.to(tl.float32)
         is_bad = (wide - wide) != 0.0
         num_bad = tl.dot(sees.to(tl.float32).to(v.dtype), is_bad.to(tl.float32).to(v.dtype))
@@ -322,7 +323,7 @@ def _join(
     first_rows, requests, query_start, context_lens, virtual_lens, num_requests, num_spans, split,
     sums, extents, out, num_splits, HEAD: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One query head of a tile of one row: the splits that it has, first to last."""
+    """Join the splits of one query head of a tile of one row, first to last."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     request = tl.load(requests + tile)
     if request == num_requests:

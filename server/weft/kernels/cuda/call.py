@@ -1,4 +1,4 @@
-"""What the kernels of one call at one site share."""
+"""Arguments that all kernels of one call at one site share."""
 
 from typing import Any, NamedTuple
 
@@ -8,12 +8,12 @@ from weft.kernels.step import Entries
 
 
 class Call(NamedTuple):
-    """T rows, N entries, G sites of a group, I in and O out, as kernels/cuda/deltas.py has them.
+    """Sizes as in kernels/cuda/deltas.py: T rows, N entries, G sites of a group, I in and O out.
 
     rows_of: int32 [N], the row of each of `entries`. table: int64 [G, S, 4].
-    hidden: float32 [parts, G, N, R]: of every entry with a rank, the products A x over each part of the inputs; R is
+    hidden: float32 [parts, G, N, R]: for every entry with a rank, the products A x over each part of the inputs; R is
         the largest rank in whole blocks of `RANKS`, and the last block of an entry's rank is filled up with zeros.
-    z: float32 [N, O], each entry's whole row (kernels/cuda/networks.py); without elements where there are no networks.
+    z: float32 [N, O], each entry's whole row (kernels/cuda/networks.py); without elements if there are no networks.
     sizes_out: of each site of the group.
     weight: Triton's dtype of every A and B.
     """
@@ -48,13 +48,13 @@ class Call(NamedTuple):
 
     @property
     def three_sizes(self) -> tuple[int, int, int]:
-        """`sizes_out` as kernels take them, filled up with zeros."""
+        """`sizes_out` as kernels take them, padded with zeros."""
         first, second, third = (*self.sizes_out, 0, 0)[:GROUP_MAX]
         return first, second, third
 
     @property
     def num_parts(self) -> int:
-        """In how many parts a shrink takes its inputs; a power of two."""
+        """Number of parts in which a shrink takes its inputs; a power of two."""
         return self.hidden.shape[0]
 
     @property
@@ -63,18 +63,18 @@ class Call(NamedTuple):
         return self.hidden.shape[3]
 
     def num_output_blocks(self, block: int) -> int:
-        """Blocks of outputs, none of which has outputs of two sites."""
+        """Return the number of blocks of outputs, none of which spans two sites."""
         return sum(-(-size // block) for size in self.sizes_out)
 
 
 GROUP_MAX = 3  # query, key and value
-RANKS = 16  # of a program: the least that tensor cores take
-_PART = 512  # inputs of a shrink's program: long enough to stream, short enough to fill the device for few entries
+RANKS = 16  # per program: the fewest that tensor cores take
+_PART = 512  # inputs per program of a shrink: long enough to stream, short enough to fill the device for few entries
 _PARTS_MAX = 8
 
 
 def num_parts_of(size: int) -> int:
-    """In how many parts inputs of that size are taken; the batch has no say, so sums have one order in all batches."""
+    """Return in how many parts `size` inputs are taken: the same in all batches, so that sums have one order."""
     parts = 1
     while parts < _PARTS_MAX and parts * _PART < size:
         parts *= 2
@@ -82,5 +82,5 @@ def num_parts_of(size: int) -> int:
 
 
 def part_size_of(size: int, num_parts: int, block: int) -> int:
-    """Inputs of a part, in whole blocks; the last parts may have none."""
+    """Return the inputs of a part, in whole blocks; the last parts may have none."""
     return -(-size // (num_parts * block)) * block

@@ -3,12 +3,12 @@
     out[t] = y[t] + sum over k of gate[t, k] * delta_k(x[t], y[t], r[t])
 
 Shapes: T rows in the batch, N entries, S slots, I in, O out; G sites of a group that read one input, whose outputs lie
-side by side in a row of y. Nothing here reads the device: launches depend on shapes and on what the site says of its
-slots, so a step can be captured in a CUDA graph. For that reason no number that is on the device is checked, and who
-makes the rows answers for them.
+side by side in a row of y. Nothing here reads the device: launches depend on shapes and on what the site declares about
+its slots, so a step can be captured in a CUDA graph. For that reason no number on the device is checked; the code that
+makes the rows is responsible for them.
 
-Two launches serve a group with LoRAs, of any ranks and however many (shrink, expand); one serves scales and biases
-alone (expand). Bottleneck adapters take two more (fill, and a shrink of their own), the normed kind a third (finish).
+A group with LoRAs, of any ranks and however many, takes two launches (shrink, expand). Scales and biases alone take one
+(expand). Bottleneck adapters take two more (fill, and a shrink of their own), the normed kind a third (finish).
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from weft.kernels.cuda import lone_rows, networks, tiles
 from weft.kernels.cuda.call import GROUP_MAX, RANKS, Call, num_parts_of
-from weft.kernels.step import Entries, row_of_entry
+from weft.kernels.step import Entries, row_of_entry, shown
 from weft.methods.protocol import DeltaKind
 
 ROW_DTYPES = (torch.float32, torch.bfloat16)
 _ENTRY_DTYPES = (torch.int32, torch.int32, torch.float32)
 _WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
-# Weights come from the L2 cache for every row but the first of their adapter. Up to so many rows that costs less than
-# what tiles do: these take their slots one after another, and in decode every row may have its own.
+# The L2 cache supplies an adapter's weights to every row but the first. Up to this many rows that costs less than
+# tiles, which take their slots one after another; in decode every row may have its own slot.
 LONE_ROWS_MAX = 256
 
 _NETWORKS = tuple(kind for kind in DeltaKind if kind >= DeltaKind.BOTTLENECK)
@@ -37,7 +37,7 @@ _WITH_HIDDEN = (DeltaKind.LORA, *_NETWORKS)
 
 
 class Rows(NamedTuple):
-    """A step's entries on the device, checked once. rows_of: int32 [N], the row of each entry, T where it has none."""
+    """A step's entries on the device, checked once. rows_of: int32 [N], the row of each entry, T if it has none."""
 
     entries: Entries
     rows_of: Tensor
@@ -54,11 +54,11 @@ class Rows(NamedTuple):
 
 
 def rows_of(entries: Entries) -> Rows:
-    """Check the entries, whose gates may change between calls. Raises ValueError that names what does not fit."""
+    """Check the entries, whose gates may change between calls. Raises ValueError naming the argument that is wrong."""
     offsets, slots, gates = entries
     for (name, given), dtype in zip(entries._asdict().items(), _ENTRY_DTYPES, strict=True):
         if given.dim() != 1 or given.dtype is not dtype or not given.is_contiguous():
-            raise ValueError(f"{name}: needs a contiguous vector of {dtype}, given {_shown(given)}")
+            raise ValueError(f"{name}: needs a contiguous vector of {dtype}, given {shown(given)}")
         if given.device != offsets.device:
             raise ValueError(f"{name}: needs the device of offsets, {offsets.device}, given {given.device}")
     if len(offsets) < 1:
@@ -76,9 +76,9 @@ class Site:
         rewritten between calls, within `kinds` and `rank`. Its owner keeps the weights alive, aligned to 16 bytes.
     sizes_out: of each module; O is their sum.
     weight_dtype: float32 or bfloat16; of every A and B of the table.
-    kinds: all that the table has, and perhaps more; they decide which kernels run. Bit k is for kind k. Networks, and
-        scales of inputs, are for a module that is alone.
-    rank: no slot has a larger one.
+    kinds: all kinds in the table, and perhaps more; they decide which kernels run. Bit k is for kind k. Networks and
+        scales of inputs are only for a single module.
+    rank: at least the rank of every slot.
     """
 
     table: Tensor
@@ -91,7 +91,7 @@ class Site:
     def __post_init__(self) -> None:
         table = self.table
         if table.dtype is not torch.int64 or table.dim() != 3 or table.shape[2] != 4 or not table.is_contiguous():
-            raise ValueError(f"table: needs contiguous [G, S, 4] int64, given {_shown(table)}")
+            raise ValueError(f"table: needs contiguous [G, S, 4] int64, given {shown(table)}")
         if not len(self.sizes_out) == len(table) <= GROUP_MAX:
             raise ValueError(
                 f"sizes_out: needs one for each of {len(table)} sites, up to {GROUP_MAX}, given {self.sizes_out}"
@@ -111,19 +111,19 @@ class Site:
         return sum(self.sizes_out)
 
     def has(self, *kinds: DeltaKind) -> bool:
-        """Whether a slot may have one of these kinds."""
+        """Return whether a slot may have one of these kinds."""
         return any(self.kinds >> kind & 1 for kind in kinds)
 
 
 def post(x: Tensor, y: Tensor, rows: Rows, site: Site, residual: Tensor | None = None) -> None:
-    """Add to each row of the base output `y` the gated deltas of its adapters, in place.
+    """Add the gated deltas of each row's adapters to its base output `y`, in place.
 
     Semantics: kernels/cpu/deltas.py::post. Among up to `LONE_ROWS_MAX` rows, a row's bits depend on its own numbers
-    alone; among more, on those and on its place in the batch, never on what neighbours hold.
+    alone; among more, also on its place in the batch, but never on what neighbours hold.
 
     x: [T, I] or [1, T, I], float32 or bfloat16, any row stride.
     y: [T, O] or [1, T, O], of x's dtype, any row stride; written in place.
-    residual: r, like y; needed where the site has a kind that reads it.
+    residual: r, like y; needed if the site has a kind that reads it.
     """
     x = _rows("x", x, rows, site.size_in, x.dtype)
     y = _rows("y", y, rows, site.size_out, x.dtype)
@@ -162,7 +162,7 @@ def pre(x: Tensor, out: Tensor, rows: Rows, site: Site) -> None:
 
 
 def _call(rows: Rows, site: Site) -> Call:
-    """With new scratch memory; PyTorch's allocator keeps it in order with what runs on the stream."""
+    """Return a call with new scratch memory, which PyTorch's allocator keeps in order with the stream's work."""
     device, num_entries = rows.entries.offsets.device, rows.num_entries
     width = -(-site.rank // RANKS) * RANKS if site.has(*_WITH_HIDDEN) else RANKS
     num_parts = num_parts_of(max(site.size_in, site.size_out) if site.has(*_NETWORKS) else site.size_in)
@@ -180,21 +180,17 @@ def _call(rows: Rows, site: Site) -> Call:
 
 
 def _rows(name: str, given: Tensor, rows: Rows, size: int, dtype: torch.dtype) -> Tensor:
-    """`given` as [T, size]."""
+    """Return `given` as [T, size], after checking it."""
     shape = rows.num_rows, size
     if given.shape != shape and given.shape != (1, *shape):
-        raise ValueError(f"{name}: needs {list(shape)}, given {_shown(given)}")
+        raise ValueError(f"{name}: needs {list(shape)}, given {shown(given)}")
     if given.dtype is not dtype:
         raise ValueError(f"{name}: needs the dtype of x, {dtype}, given {given.dtype}")
     device = rows.entries.offsets.device
     if dtype not in ROW_DTYPES or given.device != device:
-        raise ValueError(f"{name}: needs float32 or bfloat16 on {device}, given {_shown(given)}")
+        raise ValueError(f"{name}: needs float32 or bfloat16 on {device}, given {shown(given)}")
     if given.stride(-1) != 1 and size != 1:
-        raise ValueError(f"{name}: needs a contiguous last dimension, given {_shown(given)}")
+        raise ValueError(f"{name}: needs a contiguous last dimension, given {shown(given)}")
     if given.requires_grad:
         raise ValueError(f"{name}: carries a gradient, which the kernels do not; train with the reference driver")
     return given[0] if given.dim() == 3 else given
-
-
-def _shown(given: Tensor) -> str:
-    return f"{given.dtype} {list(given.shape)} with strides {given.stride()} on {given.device}"

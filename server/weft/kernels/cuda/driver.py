@@ -1,4 +1,4 @@
-"""The CUDA kernels in the engine's terms: a driver of adapter rows."""
+"""The engine's driver of adapter rows, built on the CUDA kernels."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -21,7 +21,7 @@ _ALONE = sum(1 << kind for kind in deltas.ALONE)
 
 
 class DriverFactory:
-    """Makes one driver per step; looks at each site again only when what slots hold has changed."""
+    """Makes one driver per step, and looks at each site again only after the contents of slots have changed."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -31,7 +31,7 @@ class DriverFactory:
         self._sites: dict[tuple[int, int], deltas.Site] = {}
 
     def __call__(self, slots: SlotTables, step: Step) -> "CudaDriver":
-        """The step is on the device, and is read when kernels run, not before."""
+        """Return the driver of a step on the device, which is read only when kernels run."""
         key = slots.capture_key
         if self._key is not key:
             self._key = key
@@ -44,11 +44,11 @@ class DriverFactory:
         return CudaDriver(self, slots, rows, routers)
 
     def kinds(self, sites: Sequence[Site]) -> int:
-        """What slots have at any of these, a bit for each kind."""
+        """Return the kinds that slots have at any of these sites, one bit each."""
         return reduce(or_, (self._kinds[site.index] for site in sites))
 
     def site(self, *sites: Site) -> deltas.Site:
-        """The kernels' view of a site, or of a group whose sites follow each other in the table."""
+        """Return the kernels' view of a site, or of a group whose sites follow each other in the table."""
         first = sites[0]
         key = first.index, len(sites)
         found = self._sites.get(key)
@@ -87,12 +87,12 @@ class CudaDriver:
         return self._routers is not None
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """A layer begins: the gates of all mixtures' rows are made anew, in one launch."""
+        """Recompute the gates of all mixtures' rows in one launch, as a layer begins."""
         if self._routers is not None:
             self._routers.enter(layer, hidden.reshape(-1, hidden.shape[-1]))
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The site's output for `x` [1, T, I], written into what `base` returns; the residual is [1, T, O]."""
+        """Return the site's output for `x` [1, T, I], written into the result of `base`. The residual is [1, T, O]."""
         here = self._factory.site(site)
         if not here.kinds:
             return base(x)
@@ -106,7 +106,7 @@ class CudaDriver:
         return y
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """The outputs of sites that read one input: one product and the launches of one site, where kernels can."""
+        """Return the outputs of sites that share an input, if possible from one product and one site's launches."""
         kinds = self._factory.kinds(sites)
         follow = [site.index for site in sites] == [sites[0].index + place for place in range(len(sites))]
         if len(sites) > GROUP_MAX or not follow or kinds & _ALONE:

@@ -1,8 +1,8 @@
 """Deltas of a few rows, each by itself: decode steps, where every request has one row and any adapter.
 
-A program of shrink takes some ranks of one entry and a part of the inputs; one of expand takes some outputs of one row,
-adds the parts up in order and then the row's entries in theirs. Nothing is added atomically, and blocks have the same
-size whatever the batch: a row has the same bits in any company.
+A program of shrink takes some ranks of one entry and a part of the inputs. A program of expand takes some outputs of
+one row; it adds the parts in order, then the row's entries in order. Nothing is added atomically, and blocks have the
+same size in every batch, so a row's bits do not depend on the other rows.
 """
 
 # Kernels are Triton, which only looks like Python.
@@ -31,11 +31,11 @@ from weft.kernels.cuda.tables import (
     products_at,
 )
 
-_BLOCK = 256  # inputs of one turn of shrink's loop; outputs of expand's program
+_BLOCK = 256  # inputs per iteration of shrink's loop; outputs per program of expand
 
 
 def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
-    """Fill `call.hidden` from `x`: of LoRAs, from rows [T, I]; of networks, from their own, [N, O]."""
+    """Fill `call.hidden` from `x`: for LoRAs, rows [T, I]; for networks, rows of their own, [N, O]."""
     size = x.shape[1]
     _shrink[(call.num_entries, call.group * call.width // RANKS, call.num_parts)](
         x, x.stride(0), call.rows_of,
@@ -67,7 +67,7 @@ def _shrink(
     x, x_stride, rows_of, slots, gates, table, table_stride, hidden, num_rows, num_entries, width, size, part_size,
     GROUP: tl.constexpr, NETWORKS: tl.constexpr, WEIGHT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; of networks `x` has a row for every entry."""
+    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; for networks, `x` has a row for every entry."""
     n = tl.program_id(0)
     num_blocks = width // RANKS
     site = tl.program_id(1) // num_blocks
@@ -149,7 +149,7 @@ def _expand(
 
 @triton.jit(do_not_specialize=BY_STEP)
 def _scale_inputs(x, x_stride, out, out_stride, offsets, slots, gates, table, size, BLOCK: tl.constexpr):
-    """out[t] = x[t] + Σ gate · (l - 1) · x[t], for a block of inputs; a row without effect is copied as it is."""
+    """out[t] = x[t] + Σ gate · (l - 1) · x[t], for a block of inputs; a row without effect is copied unchanged."""
     row = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size

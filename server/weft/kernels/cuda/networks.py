@@ -1,6 +1,6 @@
-"""What bottleneck adapters need beside shrink and expand: whole rows, one program for each entry.
+"""Launches of bottleneck adapters besides shrink and expand, on whole rows: one program for each entry.
 
-z, float32 [N, O], has a row for every entry: first what f reads, then, of the normed kind alone, its delta.
+z, float32 [N, O], has a row for every entry: first the input of f, then, for the normed kind alone, its delta.
 """
 
 # Kernels are Triton, which only looks like Python.
@@ -28,7 +28,7 @@ from weft.kernels.cuda.tables import (
 
 
 def fill(call: Call, y: Tensor, residual: Tensor) -> None:
-    """Write what the networks read to `call.z`; `residual` [T, O] may be anything where none of them reads it."""
+    """Write the networks' inputs to `call.z`; `residual` [T, O] may hold anything if no network reads it."""
     width = triton.next_power_of_2(call.size_out)
     _fill[(call.num_entries,)](
         y, y.stride(0), residual, residual.stride(0), call.rows_of,
@@ -38,7 +38,7 @@ def fill(call: Call, y: Tensor, residual: Tensor) -> None:
 
 
 def finish(call: Call, y: Tensor) -> None:
-    """Write the deltas of the normed kind to `call.z`, once `call.hidden` is there."""
+    """Write the deltas of the normed kind to `call.z`, once `call.hidden` is filled."""
     width = triton.next_power_of_2(call.size_out)
     _finish[(call.num_entries,)](
         y, y.stride(0), call.rows_of,
@@ -49,13 +49,13 @@ def finish(call: Call, y: Tensor) -> None:
 
 
 def _warps_of(width: int) -> int:
-    """So many that a row stays in registers."""
+    """Return enough warps for a row to stay in registers."""
     return min(16, max(4, width // 1024))
 
 
 @triton.jit
 def _normalize(v, b, rank, o, size, eps):
-    """The layer norm of a row; gain and bias come behind b_up."""
+    """Return the layer norm of a row; gain and bias follow b_up."""
     inside = o < size
     mean = tl.sum(tl.where(inside, v, 0.0), 0) / size
     centered = tl.where(inside, v - mean, 0.0)
@@ -68,7 +68,7 @@ def _normalize(v, b, rank, o, size, eps):
 
 @triton.jit(do_not_specialize=BY_STEP)
 def _fill(y, y_stride, r, r_stride, rows_of, slots, gates, table, z, num_rows, size, WIDTH: tl.constexpr):
-    """z[n] = what f reads."""
+    """z[n] = the input of f."""
     n = tl.program_id(0)
     row = tl.load(rows_of + n).to(tl.int64)
     if (row < num_rows) & (tl.load(gates + n) != 0.0):
@@ -91,7 +91,7 @@ def _finish(
     y, y_stride, rows_of, slots, gates, table, hidden, z, num_rows, num_entries, width, size,
     WEIGHT: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """z[n] = LN(y + f(y)) - y, because a norm needs all of a row before expand may take it in blocks."""
+    """z[n] = LN(y + f(y)) - y, since a norm needs the whole row before expand can take it in blocks."""
     n = tl.program_id(0)
     row = tl.load(rows_of + n).to(tl.int64)
     if (row < num_rows) & (tl.load(gates + n) != 0.0):

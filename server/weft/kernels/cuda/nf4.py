@@ -2,13 +2,13 @@
 
     y = x Wᵀ + b        W[n, k] = code[q[n, k]] · scales[n, k // 64], rounded to x's dtype
 
-The stored form is bitsandbytes' (Dettmers et al. 2023, arXiv:2305.14314, section 3): 64 weights in a row of W share a
-float32 scale, and a byte holds two, the first in its high half. W is what bitsandbytes' dequantization gives, to the
+The stored form is that of bitsandbytes (Dettmers et al. 2023, arXiv:2305.14314, section 3): 64 weights in a row of W
+share a float32 scale, and a byte holds two, the first in its high half. W equals bitsandbytes' dequantization to the
 bit; sums are float32.
 
-For few rows the time is that of reading W. Programs take 64 outputs each, and where these are too few to fill a device
-the inputs are split too; `_add_up` adds the splits up in order. Their number follows from the weight's shape alone, so
-a row's bits depend on no neighbour's, nor on the number of rows up to 16, 32 and 64. The weight is the left factor,
+For few rows, reading W takes all the time. Programs take 64 outputs each. If these are too few to fill a device, the
+inputs are split too, and `_add_up` adds the splits in order. The number of splits depends on the weight's shape alone,
+so a row's bits depend on no neighbour, nor on the number of rows up to 16, 32 and 64. The weight is the left factor,
 since tensor cores want 64 rows there and take as few as 8 columns.
 
 Shapes: M rows, I inputs, O outputs.
@@ -24,14 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS_MAX = 64
-BLOCK_SIZE = 64  # weights of a scale
+BLOCK_SIZE = 64  # weights per scale
 _OUTPUTS = 64
-_PROGRAMS = 256  # keep enough bytes on their way on a device with 132 processors
+_PROGRAMS = 256  # keep enough bytes in flight on a device with 132 processors
 _SPLITS_MAX = 8
 
 
 def multiply(x: Tensor, packed: Tensor, scales: Tensor, code: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[M, O] for `x` [M, I], M up to 64, any row stride.
+    """Return [M, O] for `x` [M, I], M up to 64, any row stride.
 
     packed: uint8, O · I / 2 of them; I is a multiple of 64.
     scales: float32, O · I / 64 of them.
@@ -72,7 +72,7 @@ def multiply(x: Tensor, packed: Tensor, scales: Tensor, code: Tensor, bias: Tens
 
 
 def splits_of(size_in: int, size_out: int) -> int:
-    """In how many parts the inputs are taken: a power of two, each part of 512 inputs at least."""
+    """Return the number of parts that the inputs are split into: a power of two, at least 512 inputs each."""
     splits = 1
     while splits < _SPLITS_MAX and triton.cdiv(size_out, _OUTPUTS) * splits < _PROGRAMS and size_in >= splits * 1024:
         splits *= 2
@@ -85,7 +85,7 @@ def _multiply(
     SIZE_IN: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`OUTPUTS` columns of the result over one split of the inputs: to `out`, or to `sums` [splits, M, O]."""
+    """Compute `OUTPUTS` columns of the result over one split of the inputs, into `out` or `sums` [splits, M, O]."""
     n, m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
     begin = tl.program_id(1) * SPLIT
     end = tl.minimum(begin + SPLIT, SIZE_IN)
@@ -100,7 +100,7 @@ def _multiply(
         pair = tl.load(packed + pair_at, mask=is_output[:, None], other=0)
         scale = tl.load(scales + scale_at, mask=is_output[:, None], other=0.0)
         columns = tl.load(x + m[None, :] * x_row + (k + input)[:, None], mask=is_row[None, :], other=0.0)
-        # Lanes hand the values on to one another; a load would be a copy to shared memory for each.
+        # Lanes exchange the values through gather; a load would copy to shared memory for each.
         first, second = tl.gather(table, (pair >> 4).to(tl.int32), 1), tl.gather(table, (pair & 15).to(tl.int32), 1)
         blocks = tl.join(first, second).reshape(OUTPUTS, INPUTS // BLOCK, BLOCK) * scale[:, :, None]
         weight = blocks.reshape(OUTPUTS, INPUTS).to(x.dtype.element_ty)
@@ -115,7 +115,7 @@ def _multiply(
 
 @triton.jit
 def _add_up(sums, bias, out, size_out, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr):
-    """One row: the splits, first to last."""
+    """Add the splits of one row, first to last."""
     row, num_rows = tl.program_id(0), tl.num_programs(0)
     n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     is_output = n < size_out

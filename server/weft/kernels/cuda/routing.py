@@ -2,9 +2,9 @@
 
     chances = softmax(W h / τ),  kept = the top_k largest, the first of equals,  gate = kept (/ their sum), bounded
 
-One launch a layer for all mixtures of a step: a program makes one row's gates, in float32, from the row's own numbers;
-a row that no router gates is done at once. Addresses come from tables on the device, and nothing is read on the host.
-Choices are taken one after another, so that a row's bits do not depend on how many another mixture has.
+One launch per layer serves all mixtures of a step. A program makes one row's gates, in float32, from the row's own
+numbers; the program of a row without a router ends at once. Addresses come from tables on the device, and the host
+reads nothing. Choices are taken one after another, so that a row's bits do not depend on how many another mixture has.
 """
 
 # Kernels are Triton, which only looks like Python.
@@ -20,8 +20,8 @@ from weft.kernels.cuda.tables import BY_STEP, matrix_at
 from weft.kernels.slot_tables import SlotTables
 from weft.kernels.step import Step
 
-_BLOCK = 1024  # hidden numbers of one turn
-_ENTRIES = 16  # of a row that are written at once
+_BLOCK = 1024  # hidden numbers per iteration
+_ENTRIES = 16  # entries of a row that are written at once
 _BY_STEP = (*BY_STEP, "layer", "run_of", "runs", "num_runs", "routers", "experts", "num_spans", "trace_stride")
 _NAN = tl.constexpr(float("nan"))
 _NORM_EPS = tl.constexpr(1e-6)
@@ -31,9 +31,9 @@ _RUN, _ROUTER = tl.constexpr(6), tl.constexpr(8)  # columns of Routing.table and
 
 
 class Routers:
-    """The routers of a step. The gates of its entries, and the log-gates of its spans, are written in place.
+    """The routers of a step. They write the gates of its entries and the log-gates of its spans in place.
 
-    num_choices: a power of two, and no router of `slots` has more. All tensors are on the device.
+    num_choices: a power of two, at least the choices of every router of `slots`. All tensors are on the device.
     """
 
     def __init__(self, slots: SlotTables, step: Step, num_choices: int) -> None:
@@ -47,7 +47,7 @@ class Routers:
         self._run_of = _run_of(step.routing.table, len(step.entries.offsets) - 1)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """A layer begins, with the hidden states [T, hidden], float32 or bfloat16, of any row stride."""
+        """Begin a layer with the hidden states [T, hidden], float32 or bfloat16, of any row stride."""
         _, table, experts, span_experts, trace = self._routing
         offsets, _, gates = self._entries
         log_gates, nothing = self._log_gates, self._routers
@@ -65,7 +65,7 @@ class Routers:
 
 
 def _run_of(table: Tensor, num_rows: int) -> Tensor:
-    """The run of each row: int32 [T], R where it is of none. A padding run has no rows and comes last."""
+    """Return the run of each row: int32 [T], R if it belongs to none. A padding run has no rows and comes last."""
     rows = torch.arange(num_rows, device=table.device)
     found = torch.searchsorted(table[:, 0].contiguous(), rows, right=True) - 1
     is_inside = (found >= 0) & (rows < table[:, 1][found.clamp(min=0)])
@@ -78,7 +78,7 @@ def _route(
     span_experts, log_gates, num_spans, trace, trace_stride,
     SPANS: tl.constexpr, TRACED: tl.constexpr, CHOICES: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All gates of one row in one layer."""
+    """Write all gates of one row in one layer."""
     row = tl.program_id(0)
     run = tl.load(run_of + row)
     if run < num_runs:
@@ -108,16 +108,16 @@ def _route(
 
 @triton.jit
 def _at(made, expert, CHOICES: tl.constexpr):
-    """The gates of some experts; 0 for -1."""
+    """Return the gates of some experts; 0 for -1."""
     return tl.sum(tl.where(expert[:, None] == tl.arange(0, CHOICES)[None, :], made[None, :], 0.0), 1)
 
 
 @triton.jit
 def _gates(router, layer, state, size, of_run, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """Gates [CHOICES] of the row whose hidden state is at `state`; NaN where a logit is no number."""
+    """Return the gates [CHOICES] of the row whose hidden state is at `state`; NaN if a logit is not finite."""
     num_experts = tl.load(router + 3).to(tl.int32)
     num_choices = tl.load(router + 4).to(tl.int32)
-    place = tl.where(tl.load(router + 1) != 0, layer, 0)  # 0 where all layers share one
+    place = tl.where(tl.load(router + 1) != 0, layer, 0)  # 0 if all layers share one
     weight = matrix_at(tl.load(router), tl.float32) + place.to(tl.int64) * num_choices * size
     flags = tl.load(router + 6).to(tl.int32)
     temperature = tl.load(router + 7).to(tl.int32).to(tl.float32, bitcast=True)
@@ -136,7 +136,7 @@ def _gates(router, layer, state, size, of_run, CHOICES: tl.constexpr, BLOCK: tl.
             i = begin + lanes
             own = tl.load(state + i, mask=(i < size) & ~is_given, other=0.0).to(tl.float32)
             given = tl.load(pooled + i, mask=(i < size) & is_given, other=0.0)
-            h = own + given  # one of them is 0
+            h = own + given  # one of the two is 0
             products += h * tl.load(weight + i, mask=i < size, other=0.0)
             squares += h * h
         logits = tl.where(choices == choice, tl.sum(products, 0), logits)
@@ -158,7 +158,7 @@ def _gates(router, layer, state, size, of_run, CHOICES: tl.constexpr, BLOCK: tl.
     made = tl.zeros([CHOICES], tl.float32)
     for _ in range(tl.load(router + 5).to(tl.int32)):
         first = tl.min(tl.where(left == tl.max(left, 0), choices, CHOICES), 0)
-        made = tl.where(choices == first, chances, made)  # of what is masked, 0
+        made = tl.where(choices == first, chances, made)  # 0 for masked ones
         left = tl.where(choices == first, -1.0, left)
     if (flags & _NORMALIZE) != 0:
         made /= tl.sum(made, 0)
@@ -172,7 +172,9 @@ def _gates(router, layer, state, size, of_run, CHOICES: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _bounded(gates, low, high, num_experts):
-    """Gates within their bounds; the others share what is left of the sum: the rounds are those of `steered` there."""
+    """Return the gates within their bounds; the others share the rest of the sum, in the rounds of
+    `mixture.steered`.
+    """
     total = tl.sum(gates, 0)
     is_free = tl.where(gates > 0.0, 1, 0)
     fixed = tl.where(is_free == 1, 0.0, tl.minimum(low, high))
@@ -181,7 +183,7 @@ def _bounded(gates, low, high, num_experts):
         bounded = tl.minimum(tl.maximum(share, low), high)
         excess = tl.sum(tl.where(is_free == 1, bounded - share, 0.0), 0)
         by = tl.where(bounded > share, excess, tl.where(bounded < share, -excess, -1.0))
-        is_broken = (is_free == 1) & (by >= 0.0)  # the bound that is broken by more in sum
+        is_broken = (is_free == 1) & (by >= 0.0)  # the bound that is broken by more in total
         fixed = tl.where(is_broken, bounded, fixed)
         is_free = tl.where(is_broken, 0, is_free)
     return tl.where(is_free == 1, _share(gates, is_free, fixed, total), fixed)
@@ -189,7 +191,7 @@ def _bounded(gates, low, high, num_experts):
 
 @triton.jit
 def _share(gates, is_free, fixed, total):
-    """What those that no bound holds get of what is left: each its part of their sum."""
+    """Rescale the unbounded gates to share what the fixed ones leave of the sum."""
     weight = tl.sum(tl.where(is_free == 1, gates, 0.0), 0)
     taken = tl.sum(tl.where(is_free == 1, 0.0, fixed), 0)
     return tl.where(weight > 0.0, gates / tl.where(weight > 0.0, weight, 1.0) * tl.maximum(total - taken, 0.0), 0.0)

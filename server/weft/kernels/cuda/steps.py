@@ -1,6 +1,6 @@
-"""How the query rows of a step are shared out among programs, from shapes alone: nothing waits for the device.
+"""Share out the query rows of a step among programs, from shapes alone, so that nothing waits for the device.
 
-Everything here is made of device operations of fixed shape, once a step, so a CUDA graph captures it with the layers.
+Everything here is device operations of fixed shape, once per step, so a CUDA graph captures it with the layers.
 """
 
 from typing import NamedTuple
@@ -10,30 +10,30 @@ from torch import Tensor
 
 from weft.kernels.step import Paging
 
-_TILE_ROWS = 128  # query rows times heads of a group in a shared tile
-_TILE_BYTES = 32 << 10  # and at most so many bytes of queries, which stay on chip
+_TILE_ROWS = 128  # query rows times heads of a group, in a shared tile
+_TILE_BYTES = 32 << 10  # and at most this many bytes of queries, which stay on chip
 _SPLIT_MIN = 128  # keys
-_PROGRAMS_MAX = 8192  # several for each place on the device, so that the long ones are spread
+_PROGRAMS_MAX = 8192  # several for each place on the device, so that long ones are spread out
 
 
 class Tiles(NamedTuple):
     """Runs of at most `num_queries` query rows, each of one request; some of the tiles may have none.
 
-    split: logical keys that one program takes; `num_splits` of them cover the widest block table.
+    split: logical keys per program; `num_splits` of them cover the widest block table.
     """
 
     first_rows: Tensor  # int32 [N]
-    requests: Tensor  # int32 [N]; B where a tile has no rows
+    requests: Tensor  # int32 [N]; B if a tile has no rows
     num_queries: int
     split: int
     num_splits: int
 
 
 class Plan(NamedTuple):
-    """A step's paging, and how its query rows are shared out.
+    """A step's paging, and the tiles of its query rows.
 
     lone: tiles of one row, which are split by keys.
-    shared: tiles of the requests with several rows in this step, which are not; None where shapes rule them out.
+    shared: tiles of requests with several rows in this step, which are not split; None if shapes rule them out.
     """
 
     paging: Paging
@@ -60,10 +60,10 @@ def plan(
     head_bytes: int,
     block_size: int,
 ) -> Plan:
-    """Share out a step of `num_rows` query rows, of which those from query_start[B] on belong to nobody.
+    """Share out a step of `num_rows` query rows, of which those from query_start[B] on belong to no request.
 
-    With no more rows than requests each row is a tile of its own, whosever it is. Otherwise a request's only row is,
-    and requests with several have tiles of 128 lanes, rows times heads of a group.
+    If there are no more rows than requests, each row is a tile of its own, whichever request it belongs to. Otherwise
+    only a request's single row is, and requests with several rows have tiles of 128 lanes, rows times heads of a group.
 
     head_bytes: of one head's query.
     """
@@ -93,7 +93,7 @@ def plan(
 
 
 def split_of(num_programs: int, width: int) -> int:
-    """Keys of a split: the least power of two, from 128 on, that keeps programs over `width` keys below the bound."""
+    """Return the keys of a split: the least power of two, at least 128, with few enough programs over `width` keys."""
     split = _SPLIT_MIN
     while split < width and num_programs * -(-width // split) > _PROGRAMS_MAX:
         split *= 2
@@ -101,11 +101,11 @@ def split_of(num_programs: int, width: int) -> int:
 
 
 def _shared(query_start: Tensor, counts: Tensor, num_rows: int, num_queries: int, width: int) -> Tiles:
-    """Tiles of `num_queries` rows for requests with so many rows; `counts` int32 [B] has 0, or 2 and more."""
+    """Return tiles of `num_queries` rows for requests with `counts` int32 [B] rows, each 0, or 2 and more."""
     num_requests = len(counts)
     per_request = (counts + (num_queries - 1)) // num_queries
     ends = per_request.cumsum(0, dtype=torch.int32)
-    # Each of them leaves at most one tile unfilled, and has two rows or more.
+    # Each request here has two rows or more, and leaves at most one tile unfilled.
     num_tiles = (num_rows + min(num_requests, num_rows // 2) * (num_queries - 1)) // num_queries
     tiles = torch.arange(num_tiles, dtype=torch.int32, device=counts.device)
     requests = torch.searchsorted(ends, tiles, right=True, out_int32=True)

@@ -1,7 +1,7 @@
-"""What every delta kernel reads: a slot's line in a site's table, hidden vectors, and products with narrow weights.
+"""Reads that delta kernels share: a slot's line in a site's table, hidden vectors, products with narrow weights.
 
-Addresses come from the table, so a compiler knows nothing of them; slabs align what they hold to 64 bytes
-(adapters/slab.py), and kernels say so to get wide loads.
+Addresses come from the table, so a compiler cannot infer their alignment. Slabs align their contents to 64 bytes
+(adapters/slab.py), and kernels declare it to get wide loads.
 """
 
 # Kernels are Triton, which only looks like Python.
@@ -22,7 +22,7 @@ BOTTLENECK_SUM = tl.constexpr(int(DeltaKind.BOTTLENECK_SUM))
 BOTTLENECK_RESIDUAL = tl.constexpr(int(DeltaKind.BOTTLENECK_RESIDUAL))
 BOTTLENECK_NORMED = tl.constexpr(int(DeltaKind.BOTTLENECK_NORMED))
 
-# Arguments of kernels that are others in every step: not a reason to compile another variant.
+# Arguments that change every step; Triton must not specialize on them.
 BY_STEP = ("offsets", "rows_of", "slots", "gates", "num_rows", "num_entries")
 
 _GELU = tl.constexpr(1)
@@ -32,14 +32,14 @@ _HEADER = tl.constexpr(3)  # activation, whether there is a LN, its eps
 
 @triton.jit
 def line_of(table, slot):
-    """A slot's kind, rank and the two addresses."""
+    """Return a slot's kind, rank and two addresses."""
     at = table + slot.to(tl.int64) * 4
     return tl.load(at), tl.load(at + 1).to(tl.int32), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
 def output_block(block, size_0, size_1, size_2, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a group's block of outputs: which site it is of, where that one's outputs begin and how many it has, and how
+    """Locate a block of a group's outputs: its site, where that site's outputs begin and how many it has, and how
     many of them come before the block. No block has outputs of two sites."""
     site, begin, size, before = 0, 0, size_0, block * BLOCK
     if GROUP > 1:
@@ -59,39 +59,39 @@ def output_block(block, size_0, size_1, size_2, GROUP: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def products_at(hidden, part, site, n, num_entries, width, GROUP: tl.constexpr):
-    """Where the products A x of entries `n` begin, of one site and one part of the inputs."""
+    """Return where the products A x of entries `n` begin, for one site and one part of the inputs."""
     return hidden + ((part * GROUP + site) * num_entries + n).to(tl.int64) * width
 
 
 @triton.jit
 def matrix_at(address, DTYPE: tl.constexpr):
-    """A pointer to the beginning of what a slab holds."""
+    """Return a pointer to the beginning of a slab's contents."""
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
 def expansion_of(kind, rank, a, b, size_out, WEIGHT: tl.constexpr):
-    """Where B [rank, O] of a LoRA begins, or W_up [rank, O] of a network, which follows its W_down."""
+    """Return where B [rank, O] of a LoRA begins, or W_up [rank, O] of a network, which follows its W_down."""
     up = a + rank.to(tl.int64) * size_out * (WEIGHT.primitive_bitwidth // 8)
     return matrix_at(tl.where(kind == LORA, b, up), WEIGHT)
 
 
 @triton.jit
 def down_bias_of(b):
-    """b_down [rank] of a network's vectors; b_up [O], the LN's gain [O] and bias [O] follow it."""
+    """Return a pointer to b_down [rank] of a network's vectors; b_up [O], the LN's gain [O] and bias [O] follow it."""
     return b.to(tl.pointer_type(tl.float32)) + _HEADER
 
 
 @triton.jit
 def norm_of(b):
-    """Whether a network has a LN, and its eps."""
+    """Return whether a network has a LN, and its eps."""
     vectors = b.to(tl.pointer_type(tl.float32))
     return tl.load(vectors + 1) != 0.0, tl.load(vectors + 2)
 
 
 @triton.jit
 def activate(b, v):
-    """σ(v) of the network whose vectors are at `b`."""
+    """Return σ(v) of the network whose vectors are at `b`."""
     activation = tl.load(b.to(tl.pointer_type(tl.float32))).to(tl.int32)
     result = tl.where(v < 0.0, 0.0, v)  # keeps a NaN
     result = tl.where(activation == _GELU, 0.5 * v * (1.0 + tl.erf(v * 0.70710678118654752)), result)
@@ -100,10 +100,10 @@ def activate(b, v):
 
 @triton.jit
 def add_product(total, left, right):
-    """total + left @ right, left float32, right float32 or bfloat16; as exact as float32.
+    """Return total + left @ right, left float32, right float32 or bfloat16; as exact as float32.
 
-    Three bfloat16 hold all 24 bits of a float32, so three products on tensor cores are its product, for a fraction of
-    the time of one in float32.
+    Three bfloat16 hold all 24 bits of a float32, so three products on tensor cores equal its product, in a fraction of
+    the time that one in float32 takes.
     """
     if right.dtype == tl.bfloat16:
         high = left.to(tl.bfloat16)

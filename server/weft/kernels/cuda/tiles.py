@@ -1,8 +1,9 @@
-"""Deltas of many rows, a tile of consecutive ones at a time: prefill, where runs of rows have the same adapters.
+"""Deltas of many rows, one tile of consecutive rows at a time: prefill, where runs of rows have the same adapters.
 
-A tile takes its rows' entries by their place, and at each place one slot after another: a tile inside a prompt has one
-there and reads its weights once, on tensor cores. Which rows share a slot is found on the device. Sums have the order
-of kernels/cuda/lone_rows.py, in tensor cores' blocks; nothing a row's neighbours hold changes its bits.
+A tile takes its rows' entries by their place, and at each place one slot after another. A tile inside a prompt has one
+slot there, and reads its weights once, on tensor cores. The rows that share a slot are found on the device. Sums have
+the order of kernels/cuda/lone_rows.py, in the blocks of tensor cores. What a row's neighbours hold never changes its
+bits.
 """
 
 # Kernels are Triton, which only looks like Python.
@@ -32,13 +33,13 @@ from weft.kernels.cuda.tables import (
 )
 
 _ROWS = 32  # of a tile
-_INPUTS = 64  # of one turn of shrink's loop
-_OUTPUTS = 128  # of expand's program
+_INPUTS = 64  # per iteration of shrink's loop
+_OUTPUTS = 128  # per program of expand
 _NO_SLOT = tl.constexpr(2**31 - 1)
 
 
 def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
-    """As kernels/cuda/lone_rows.py has it."""
+    """Do the same as kernels/cuda/lone_rows.py."""
     size = x.shape[1]
     _shrink[(triton.cdiv(call.num_rows, _ROWS), call.group * call.width // RANKS, call.num_parts)](
         x, x.stride(0), *call.entries, call.table, call.table.stride(0), call.hidden,
@@ -48,7 +49,7 @@ def shrink(call: Call, x: Tensor, *, of_networks: bool) -> None:
 
 
 def expand(call: Call, y: Tensor) -> None:
-    """As kernels/cuda/lone_rows.py has it."""
+    """Do the same as kernels/cuda/lone_rows.py."""
     _expand[(triton.cdiv(call.num_rows, _ROWS), call.num_output_blocks(_OUTPUTS))](
         y, y.stride(0), *call.entries, call.table, call.table.stride(0), call.hidden, call.z,
         call.num_rows, call.num_entries, call.width, *call.three_sizes,
@@ -59,14 +60,14 @@ def expand(call: Call, y: Tensor) -> None:
 
 @triton.jit
 def _entries_of(offsets, rows, num_rows):
-    """Each row's first entry and how many it has."""
+    """Return each row's first entry and its number of entries."""
     first = tl.load(offsets + rows, mask=rows < num_rows, other=0)
     return first, tl.load(offsets + rows + 1, mask=rows < num_rows, other=0) - first
 
 
 @triton.jit
 def _taken(slots, gates, table, n, has_entry):
-    """Gates, slots and kinds of a tile's entries; behind a closed gate there is nothing, whatever kind it has."""
+    """Return the gates, slots and kinds of a tile's entries; an entry of gate 0 has kind 0, whatever its slot holds."""
     gate = tl.load(gates + n, mask=has_entry, other=0.0)
     slot = tl.load(slots + n, mask=has_entry, other=0)
     kind = tl.load(table + slot.to(tl.int64) * 4, mask=gate != 0.0, other=0)
@@ -79,7 +80,7 @@ def _shrink(
     GROUP: tl.constexpr, NETWORKS: tl.constexpr, WEIGHT: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; of networks `x` has a row for every entry."""
+    """hidden[part, site, n, k] = A[k] · x over a part of the inputs; for networks, `x` has a row for every entry."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_blocks = width // RANKS
     site = tl.program_id(1) // num_blocks

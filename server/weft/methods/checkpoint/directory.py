@@ -1,76 +1,37 @@
-"""PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`. AdapterHub's configs are read too.
+"""PEFT directories: `adapter_config.json` beside `adapter_model.safetensors`.
 
 `read` takes parsed data (the trust boundary in weft/adapters parses it); `write` makes a directory that PEFT loads.
 An adapter made by Weft names its base's digest in the safetensors metadata, and is refused on other weights.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
-from weft.methods.checkpoint import (
-    adalora,
-    adapterhub,
-    base_binding,
-    beft,
-    bottleneck,
-    ia3,
-    lora,
-    prefix,
-    prompt,
-    safetensors_file,
-    xlora,
-)
-from weft.methods.protocol import Adapter, BaseShape
+from weft.methods.catalog import METHODS
+from weft.methods.checkpoint import base_binding, safetensors_file, schema
+from weft.methods.protocol import Adapter, BaseShape, Format, Method
+from weft.v1.adapter_files import CONVERT_COMMAND
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_DIGEST = "weft_base_digest"
 
 
-class _Format(NamedTuple):
-    read: Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseShape, AdapterLimits], Adapter]
-    write: Callable[[Adapter, BaseShape], tuple[dict[str, Any], dict[str, Tensor]]] | None
-
-
-_FORMATS: Mapping[str, _Format] = MappingProxyType(
-    {
-        "LORA": _Format(lora.read, lora.write),
-        "ADALORA": _Format(adalora.read, None),  # read as the LoRA that it folds into
-        "BEFT": _Format(beft.read, beft.write),
-        "IA3": _Format(ia3.read, ia3.write),
-        "PREFIX_TUNING": _Format(prefix.read, prefix.write),
-        "CARTRIDGE": _Format(prefix.read, None),
-        "PROMPT_TUNING": _Format(prompt.read_prompt, prompt.write_prompt),
-        "P_TUNING": _Format(prompt.read_ptuning, prompt.write_ptuning),
-        "BOTTLENECK": _Format(bottleneck.read, bottleneck.write),
-    }
+# Types whose updates PEFT's save_as_lora approximates; of one that is served this is never said.
+_CONVERTIBLE = schema.words(
+    "C3A DELORA FOURIERFT GRALORA LOHA LOKR MISS PSOFT RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT"
 )
-# The others whose updates PEFT's save_as_lora approximates.
-_CONVERTIBLE = frozenset(
-    {
-        "C3A",
-        "DELORA",
-        "FOURIERFT",
-        "GRALORA",
-        "LOHA",
-        "LOKR",
-        "MISS",
-        "PSOFT",
-        "RANDLORA",
-        "TINYLORA",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    }
+_XLORA_ADVICE = (
+    "X-LoRA reads its scalings off a first pass through the whole base, two passes a token: register its LoRA "
+    "directories by themselves, and gate them with a mixture (`weft adapters arrow`, or `weft train` with "
+    "adapter.method mixture)"
 )
 
 
@@ -85,11 +46,10 @@ def read(
 
     Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
     """
-    require_served(config)
-    if adapterhub.is_config(config):
-        return adapterhub.read(config, tensors, base, limits)
+    method, form = _form_of(config)
     trained_held_as(config, metadata, base)
-    return _FORMATS[config["peft_type"]].read(config, tensors, base, limits)
+    schema.check(config, form.schema, limits)
+    return Adapter(method=method, **form.read(config, tensors, base, limits)._asdict())
 
 
 def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base: BaseShape) -> str:
@@ -100,17 +60,31 @@ def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base
 
 def require_served(config: Mapping[str, Any]) -> None:
     """Raise InvalidAdapter for a type that is not served, with PEFT's way to one that is, or with what is served."""
+    _form_of(config)
+
+
+def _form_of(config: Mapping[str, Any]) -> tuple[Method, Format]:
+    """The method that reads the file, and its form: one whose switch is on comes before one that has none."""
     peft_type = config.get("peft_type")
-    if adapterhub.is_config(config) or (isinstance(peft_type, str) and peft_type in _FORMATS):
-        return
-    if peft_type == xlora.PEFT_TYPE:
-        raise xlora.refusal("adapter_config.peft_type")
-    advice = f"served are {', '.join(_FORMATS)}"
-    if isinstance(peft_type, str) and peft_type in _CONVERTIBLE:
+    forms = [(method, form) for method in METHODS.values() for form in method.formats]
+    for method, form in sorted(forms, key=lambda found: not found[1].switch):
+        if form.peft_type == peft_type and (not form.switch or config.get(form.switch) is True):
+            return method, form
+    advice = f"served are {', '.join(dict.fromkeys(form.peft_type for _, form in forms))}"
+    if is_adapterhub(config):
+        advice = f"AdapterHub's directories are converted first: {CONVERT_COMMAND}"
+    elif peft_type == "XLORA":
+        advice = _XLORA_ADVICE
+    elif isinstance(peft_type, str) and peft_type in _CONVERTIBLE:
         advice = "PEFT's save_as_lora(path, model, rank=...) writes a LoRA that comes close to it"
     raise InvalidAdapter.rule(
         "FEATURE_UNSUPPORTED", "adapter_config.peft_type", f"is not served; {advice}", given=peft_type
     )
+
+
+def is_adapterhub(config: Mapping[str, Any]) -> bool:
+    """Tell whether this is the adapter_config.json of AdapterHub's `adapters` library: PEFT's has a `peft_type`."""
+    return "peft_type" not in config and "config" in config and "model_type" in config
 
 
 def load(path: Path, base: BaseShape, limits: AdapterLimits) -> Adapter:
@@ -127,11 +101,10 @@ def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
     The adapter is bound to `base` by its digest; a base without one binds it to none.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_form = _FORMATS[adapter.method.peft_type].write
-    assert write_form is not None
-    keys, tensors = write_form(adapter, base)
+    assert adapter.method.write is not None
+    keys, tensors = adapter.method.write(adapter, base)
     config = {
-        "peft_type": adapter.method.peft_type,
+        "peft_type": adapter.method.formats[0].peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
         "inference_mode": True,

@@ -27,6 +27,26 @@ def full_key(site_name: str, ending: str) -> str:
     return f"{_PEFT_PREFIX}{site_name}.{ending}"
 
 
+def group(
+    tensors: Mapping[str, Tensor], endings: tuple[str, ...], method: str, *, passing: str = ""
+) -> dict[str, dict[str, tuple[str, Tensor]]]:
+    """By module and ending, the (key, tensor) that has them; `passing` is an ending that is left out."""
+    by_module: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key, (*endings, passing) if passing else endings)
+        if split is None:
+            raise refuse_unknown(key, method)
+        module, ending = split
+        if ending == passing:
+            continue
+        if ending in by_module.setdefault(module, {}):
+            raise InvalidAdapter.rule(
+                "PAIR_INCOMPLETE", key, "names a tensor that another name names too", given=module
+            )
+        by_module[module][ending] = (key, tensor)
+    return by_module
+
+
 def require_sites(
     names: Iterable[str], base: BaseShape, *kinds: SiteKind, method: str = "this method"
 ) -> dict[str, Site]:

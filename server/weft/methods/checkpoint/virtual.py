@@ -10,6 +10,8 @@ from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import scan, schema
 
 EMBEDDINGS = "prompt_embeddings"
+INERT = schema.words("token_dim num_attention_heads num_layers")
+FIXED: Mapping[str, tuple[Any, ...]] = {"num_transformer_submodules": (None, 1), "modules_to_save": (None, [])}
 
 
 def read_rows(

@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 
 from weft.config import ModelConfig, Quantization
-from weft.methods.lora import LoraConfig
+from weft.methods.lora.math import LoraConfig
 from weft.methods.mixture import Level
+from weft.methods.protocol import MethodConfig
 from weft.model.packed import multiplies_bfloat16
 from weft_training import shipped
-from weft_training.adapter import MethodConfig
 from weft_training.config import SaveDtype, TrainConfig
 from weft_training.data import Conversation
 from weft_training.demo.real import model

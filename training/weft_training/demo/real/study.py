@@ -20,10 +20,11 @@ import typer
 from rich.console import Console
 
 from weft.client import Client
-from weft.methods.bottleneck import BottleneckConfig
-from weft.methods.lora import LoraConfig
-from weft.methods.prefix import PrefixConfig
-from weft_training.adapter import USUAL, MethodConfig
+from weft.methods.bottleneck.math import BottleneckConfig
+from weft.methods.lora.math import LoraConfig
+from weft.methods.prefix.math import PrefixConfig
+from weft.methods.protocol import MethodConfig
+from weft_training.adapter import USUAL
 from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.real import model
 from weft_training.demo.real.adapters import Recipe, train_recipe

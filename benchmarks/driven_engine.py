@@ -1,0 +1,48 @@
+"""An engine without a server, which the caller's thread drives: what every benchmark of the engine runs."""
+
+import time
+from collections.abc import Callable
+
+from weft.adapters.identifiers import Generation
+from weft.adapters.slab import Slab
+from weft.config import EngineConfig
+from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.request import TokenEvent
+from weft.engine.runner import ModelRunner
+from weft.metrics import Metrics
+
+
+class DrivenEngine(Engine):
+    """An engine that gets each adapter from `slab_of` as soon as it asks, and keeps its events until they are read."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        *,
+        num_kv_blocks: int,
+        max_model_len: int,
+        slab_of: Callable[[Generation], Slab],
+    ) -> None:
+        self._timed_events: list[tuple[float, TokenEvent]] = []
+        callbacks = EngineCallbacks(
+            events=lambda events: self._timed_events.extend((time.monotonic(), event) for event in events),
+            load=lambda generation: self.loaded(generation, slab_of(generation)),
+        )
+        super().__init__(
+            runner,
+            config,
+            num_kv_blocks=num_kv_blocks,
+            max_model_len=max_model_len,
+            callbacks=callbacks,
+            metrics=Metrics(),
+        )
+
+    def drive(self) -> list[tuple[float, TokenEvent]]:
+        """Run one step; return new events with their times on the monotonic clock. Raises a request's error."""
+        self.turn()
+        events, self._timed_events = self._timed_events, []
+        for _, event in events:
+            if event.finish is not None and event.finish.error is not None:
+                raise event.finish.error
+        return events

@@ -1,0 +1,155 @@
+"""LoRA: a low-rank update of a linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    y = W₀x + scaling · B A x,    scaling = alpha / rank
+
+Deviations: with `use_rslora` the divisor is sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); with `lora_bias` the
+update is scaling · (B A x + bias), as PEFT has it.
+Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) is this delta in a part of the tokens: the gates differ.
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here. Deviations
+from the owner's document (section 2.2): A and B are float32 in training, where float16 would lose small steps, and take
+the dtype of the slots when served; and the base is not round(W · s) / s, whose grid is uniform, but NF4 as the paper
+has it (section 3): blocks of 64 weights are divided by their largest magnitude, and each becomes the nearest of 16
+values that are spaced as a normal distribution is.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.methods import targets
+from weft.methods.count import Count, Term, gather
+from weft.methods.protocol import BaseShape, DeltaKind, Drop, Fitted, Packed, Site, SiteKind, keep, require_dropout
+
+SITES = (SiteKind.LINEAR, SiteKind.HEAD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Ranks and alphas, and where they are.
+
+    target_modules: ends of the modules' paths; empty for every linear module.
+    layers: indices of the layers that take part; empty for all, and for what is outside of them.
+    exclude: ends of the paths of modules that are left out.
+    rank_pattern, alpha_pattern: values of their own for the modules whose paths end so; of several patterns that fit a
+        module the first decides, as in PEFT.
+    lora_bias: B has a bias, inside the scaled branch.
+    dropout: share of the update's input that is dropped at each training step; evaluation and serving drop nothing.
+    invocation_tokens: token ids from whose last occurrence in the prompt on it acts (methods/activation.py); () always.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+    lora_bias: bool = False
+    target_modules: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+    invocation_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_dropout(self.dropout)
+
+
+class LoraParams(NamedTuple):
+    """One site's update."""
+
+    a: Tensor  # [R, I]
+    b: Tensor  # [O, R]
+    scaling: float
+    bias: Tensor | None = None  # [O], scaled with B
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """What B A is multiplied with."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def rank_at(config: LoraConfig, module: str) -> int:
+    """Return the rank of the update at a module path."""
+    return targets.value_at(config.rank_pattern, module, config.rank)
+
+
+def scaling_at(config: LoraConfig, module: str) -> float:
+    """Return what B A is multiplied with at a module path."""
+    alpha = targets.value_at(config.alpha_pattern, module, config.alpha)
+    return scaling(alpha, rank_at(config, module), use_rslora=config.use_rslora)
+
+
+def init(config: LoraConfig, site: Site, generator: torch.Generator | None = None) -> LoraParams:
+    """A uniform as torch.nn.Linear draws it, B and its bias zero: the delta starts at exactly zero."""
+    rank = rank_at(config, site.name)
+    bound = 1 / math.sqrt(site.in_features)
+    a = torch.empty(rank, site.in_features).uniform_(-bound, bound, generator=generator)
+    b = torch.zeros(site.out_features, rank)
+    bias = torch.zeros(site.out_features) if config.lora_bias else None
+    return LoraParams(a, b, scaling_at(config, site.name), bias)
+
+
+def begin(config: LoraConfig, base: BaseShape, generator: torch.Generator, start: Callable[..., Any] = init) -> Fitted:
+    """What `start` makes at every site that the config means."""
+    config, sites = targets.place(config, base, SITES)
+    targets.require_decisive("rank_pattern", config.rank_pattern, sites)
+    targets.require_decisive("alpha_pattern", config.alpha_pattern, sites)
+    return Fitted(config, {site.name: start(config, site, generator) for site in sites})
+
+
+def delta(params: LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
+    """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+
+    drop: dropout of its input, in training.
+    """
+    hidden = drop(x.to(params.a.dtype)) @ params.a.mT  # [*T, R]
+    added = hidden @ params.b.mT  # [*T, O]
+    if params.bias is not None:
+        added = added + params.bias.to(added.dtype)
+    return (added * params.scaling).to(y.dtype)
+
+
+def pack(params: LoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
+    """A [R, I] and the scaled Bᵀ [R, O]: both are read along contiguous rows. The scaled bias stays float32."""
+    b = params.b.float().mT * params.scaling
+    product = Packed(DeltaKind.LORA, params.rank, params.a.to(dtype).contiguous(), b.to(dtype).contiguous())
+    if params.bias is None:
+        return (product,)
+    return (product, Packed(DeltaKind.BIAS, 0, params.bias.float() * params.scaling, None))
+
+
+def unpack(packed: tuple[Packed, ...]) -> LoraParams:
+    """Views of a packed site; its scaling already lives in B and in the bias."""
+    product, *bias = packed
+    assert product.second is not None
+    return LoraParams(product.first, product.second.mT, 1.0, bias[0].first if bias else None)
+
+
+def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
+    """r(I + O) at every site, and O with a bias."""
+    del base
+    terms = [term(config, site) for site in sites]
+    if not config.lora_bias:
+        return gather("Σ R(I + O)", terms)
+    biases = (Term(str(site.out_features), site.out_features) for site in sites)
+    return gather("Σ R(I + O) + Σ O", [*terms, *biases])
+
+
+def term(config: LoraConfig, site: Site) -> Term:
+    """r(I + O) at one site."""
+    rank, i, o = rank_at(config, site.name), site.in_features, site.out_features
+    return Term(f"{rank}·({i} + {o})", rank * (i + o))
+
+
+def norms(params: LoraParams) -> dict[str, float]:
+    """‖ΔW‖² = tr(AᵀBᵀBA) = Σ (BᵀB) ⊙ (AAᵀ), so that no matrix of the base's size is made."""
+    a, b = params.a.double(), params.b.double()
+    squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+    return {"‖ΔW‖": params.scaling * squared.sqrt().item()}

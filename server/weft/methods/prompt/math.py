@@ -1,0 +1,75 @@
+"""Prompt tuning: trained embedding rows before those of the tokens (Lester et al. 2021, arXiv:2104.08691, section 2).
+
+    E_input = [E_prompt; E_tokens]
+
+Tokens count from position P on. No row of the prompt sees a token, so its keys and values are the same for every
+request: they are computed once and shared, as a prefix is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.methods.count import Count, Term, gather
+from weft.methods.protocol import BaseShape, Site, SoftRows
+
+
+class PromptInit(StrEnum):
+    """What the rows are before training: noise, embeddings of tokens drawn by the seed, or those of a given text."""
+
+    RANDOM = "random"
+    VOCABULARY = "vocabulary"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    """num_virtual_tokens: P. init_std: spread of rows that begin as noise.
+
+    init_text: its tokens, repeated or cut to P, are the first rows; given exactly where `prompt_init` is TEXT.
+    """
+
+    num_virtual_tokens: int = 16
+    prompt_init: PromptInit = PromptInit.VOCABULARY
+    init_std: float = 0.5
+    init_text: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.prompt_init is PromptInit.TEXT) != bool(self.init_text):
+            raise ValueError(
+                f"init_text: is given exactly where prompt_init is text, given {self.init_text!r} and "
+                f"{self.prompt_init.value}"
+            )
+
+
+class PromptParams(NamedTuple):
+    """The rows, as the first layer reads them."""
+
+    embeddings: Tensor  # [P, E]
+
+
+def init(config: PromptConfig, base: BaseShape, generator: torch.Generator | None = None) -> PromptParams:
+    """Noise with `init_std`. Rows that begin as tokens are put in by the trainer, which has the base's embedding."""
+    return PromptParams(
+        torch.randn(config.num_virtual_tokens, base.embedding_size, generator=generator) * config.init_std
+    )
+
+
+def virtual(params: PromptParams) -> SoftRows:
+    """The rows themselves; differentiable."""
+    return SoftRows(params.embeddings)
+
+
+def count(config: PromptConfig, sites: Sequence[Site], base: BaseShape) -> Count:
+    """P rows of the embedding's width."""
+    del sites
+    return rows_of(config.num_virtual_tokens, base)
+
+
+def rows_of(num_rows: int, base: BaseShape) -> Count:
+    """Rows of the embedding's width E."""
+    return gather("P·E", [Term(f"{num_rows}·{base.embedding_size}", num_rows * base.embedding_size)])

@@ -1,0 +1,18 @@
+"""P-tuning: prompt rows that an encoder makes."""
+
+from functools import partial
+
+from weft.methods.prompt.files import read
+from weft.methods.prompt.math import virtual
+from weft.methods.protocol import Fitted, Format, Method
+from weft.methods.ptuning import files, math
+
+METHOD = Method(
+    name="ptuning",
+    usual=math.PtuningConfig(),
+    begin=lambda config, base, generator: Fitted(config, prefix=math.init(config, base, generator)),
+    formats=(Format("P_TUNING", files.SCHEMA, partial(read, config_of=math.PtuningConfig, method="P-tuning")),),
+    write=files.write,
+    virtual=virtual,
+    count=math.count,
+)

@@ -1,0 +1,48 @@
+"""P-tuning: prompt rows that an encoder makes (Liu et al. 2021, arXiv:2103.10385, section 3).
+
+    E_input = [encoder(R); E_tokens],    R trained rows, encoder an MLP or a bidirectional LSTM with an MLP
+
+The encoder belongs to training: what is saved and served are the rows that it made, which is prompt tuning's form.
+Deviation: the paper may put rows between tokens; as in PEFT, all of them come first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from weft.methods.count import Count
+from weft.methods.prompt import math as prompt
+from weft.methods.protocol import BaseShape, Site
+
+
+class Encoder(StrEnum):
+    """PEFT's two encoders."""
+
+    MLP = "mlp"
+    LSTM = "lstm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PtuningConfig:
+    """num_virtual_tokens: P. encoder_hidden_size: its inner width; None is PEFT's, the base's embedding size.
+
+    encoder_num_layers: of the LSTM; the MLP always has three linear ones.
+    """
+
+    num_virtual_tokens: int = 16
+    encoder: Encoder = Encoder.MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+
+
+def init(config: PtuningConfig, base: BaseShape, generator: torch.Generator | None = None) -> prompt.PromptParams:
+    """Standard normal, as the rows that go into the encoder begin; in training the encoder's output takes its place."""
+    return prompt.PromptParams(torch.randn(config.num_virtual_tokens, base.embedding_size, generator=generator))
+
+
+def count(config: PtuningConfig, sites: Sequence[Site], base: BaseShape) -> Count:
+    """What is saved and served: the rows. The encoder's own parameters are gone by then."""
+    del sites
+    return prompt.rows_of(config.num_virtual_tokens, base)
