@@ -1,4 +1,4 @@
-"""When the requests of a trace arrive, for a backend that steps its engine itself. Standard library alone."""
+"""Arrivals of a trace's requests, for a backend that steps its engine itself. Standard library only."""
 
 import time
 
@@ -6,7 +6,7 @@ from benchmarks import workload
 
 
 class Arrivals:
-    """The requests and registrations of a trace that are still to come; `started_s` is on the monotonic clock."""
+    """Requests and registrations of a trace that are still to come; `started_s` is on the monotonic clock."""
 
     def __init__(self, trace: workload.Trace, started_s: float) -> None:
         self._started_s = started_s
@@ -14,11 +14,11 @@ class Arrivals:
         self._registrations = list(trace.registrations)[::-1]
 
     def is_left(self) -> bool:
-        """Tell whether requests are still to come; registrations after the last one never take place."""
+        """Return whether requests are still to come; registrations after the last one never take place."""
         return bool(self._requests)
 
     def requests(self) -> list[tuple[int, workload.Request]]:
-        """Return the requests due by now, each once, with their places in the trace."""
+        """Return the requests due by now, each once, with their indices in the trace."""
         now = []
         while self._requests and self._requests[-1][1].arrival_s <= self._passed_s():
             now.append(self._requests.pop())
@@ -32,7 +32,7 @@ class Arrivals:
         return now
 
     def wait(self) -> None:
-        """Sleep until the next request."""
+        """Sleep until the next request is due."""
         if self._requests:
             time.sleep(max(0.0, self._requests[-1][1].arrival_s - self._passed_s()))
 

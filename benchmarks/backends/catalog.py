@@ -1,4 +1,4 @@
-"""Every backend of the suite: which module it is, and in which environment it runs. Standard library alone."""
+"""Every backend of the suite, with its module and environment. Standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _MISTRAL_RS = Environment(name="mistral-rs", steps=(("--no-deps", "-r", "require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One backend.
+    """A backend of the suite.
 
     label: its name in tables.
     module: run as `python -m benchmarks.backends.<module>`.

@@ -1,6 +1,6 @@
-"""GGUF files of a Llama and of its LoRAs, out of Hugging Face and PEFT directories. Needs the package `gguf`.
+"""GGUF files of a Llama and of its LoRAs, made from Hugging Face and PEFT directories. Needs the package `gguf`.
 
-A file lies beside its directory, so that it is written once for all runs.
+A file is stored beside its directory, and so written only once for all runs.
 """
 
 import json
@@ -16,13 +16,13 @@ _ARCHITECTURE = "llama"
 
 
 def base_file(model: Path, dtype: gguf.GGMLQuantizationType) -> Path:
-    """The weights of the Hugging Face directory `model`: matrices as `dtype`, vectors as float32."""
+    """Return `model`'s weights as a GGUF file, written if it is outdated: matrices as `dtype`, vectors as float32."""
     path = model.with_name(f"{model.name}.{dtype.name.lower()}.gguf")
     return _written(path, model, lambda unfinished: _write_base(model, dtype, unfinished))
 
 
 def lora_file(adapter: Path, model: Path) -> Path:
-    """The LoRA in the PEFT directory `adapter`, in float32 as it is there. Raises Cannot for another method."""
+    """Return the LoRA `adapter` as such a file, in its own float32. Raises Cannot for another method."""
     path = adapter.with_name(f"{adapter.name}.gguf")
     return _written(path, adapter, lambda unfinished: _write_lora(adapter, model, unfinished))
 
@@ -49,7 +49,7 @@ def _write_base(model: Path, dtype: gguf.GGMLQuantizationType, path: Path) -> No
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    # This vocabulary has no token that ends an answer, as the bench models have none; the answers need no text.
+    # A vocabulary of this kind has no end-of-sequence token, like the bench models; the answers need no text.
     writer.add_tokenizer_model("rwkv")
     writer.add_token_list(vocabulary.words(config["vocab_size"]))
     for name, values in tensor_file.read(model):

@@ -1,7 +1,7 @@
-"""How a Llama lies in a GGUF file: the names of its tensors, and the order of the rows that are rotated.
+"""GGUF layout of a Llama: the names of its tensors, and the order of the rows that are rotated.
 
-llama.cpp turns the neighbours (2j, 2j + 1) of a head by one angle, Hugging Face the halves (j, j + D/2). So the rows of
-the query and key projections are reordered once, when the file is written; every score stays what it was.
+llama.cpp rotates the neighbours (2j, 2j + 1) of a head by one angle, Hugging Face the halves (j, j + D/2). So the rows
+of the query and key projections are reordered once, when the file is written. Attention scores do not change.
 """
 
 import re
@@ -25,7 +25,7 @@ _LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def tensor_name(module: str) -> str:
-    """What the weight of `module` is called. Raises ValueError for what a Llama does not have."""
+    """Return the GGUF name of `module`'s weight. Raises ValueError for a module that a Llama lacks."""
     inside = _LAYER.fullmatch(module)
     if inside and inside[2] in _INSIDE:
         return f"blk.{inside[1]}.{_INSIDE[inside[2]]}.weight"
@@ -35,7 +35,7 @@ def tensor_name(module: str) -> str:
 
 
 def lora_module(key: str) -> tuple[str, str]:
-    """The module that a tensor of a PEFT file adapts, and its factor, "a" or "b". Raises ValueError for another key."""
+    """Return the module that a tensor of a PEFT file adapts, and its factor, "a" or "b". Raises ValueError if none."""
     found = _LORA.fullmatch(key)
     if not found:
         raise ValueError(f"{key}: no factor of a LoRA")
@@ -43,14 +43,14 @@ def lora_module(key: str) -> tuple[str, str]:
 
 
 def rotated_heads(module: str, *, num_heads: int, num_kv_heads: int) -> int | None:
-    """In how many heads the outputs of `module` are rotated; None where they are not."""
+    """Return the number of heads in which `module`'s outputs are rotated, or None if they are not."""
     if module.endswith(".q_proj"):
         return num_heads
     return num_kv_heads if module.endswith(".k_proj") else None
 
 
 def interleaved(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """`rows` [H * D, I] with the two halves of each head's D rows taken in turn."""
+    """Return `rows` [H * D, I] with the two halves of each head's D rows interleaved."""
     num_rows = rows.shape[0]
     halves = rows.reshape(num_heads, 2, num_rows // num_heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)

@@ -1,8 +1,8 @@
-"""gRPC streams over one connection, read as lightly as Python can: what came and when, taken apart after the run.
+"""gRPC streams over one connection, at little cost in Python: frames are stored with their times, and parsed later.
 
-A load generator belongs on a machine of its own. Where there is none it shares the cores with what it measures, and
-gRPC's Python client costs a server of two cores as much as its own streams do. This one answers what HTTP/2
-(RFC 9113) wants answered at once, settings, pings and windows, and keeps the rest as it came.
+A load generator belongs on its own machine. Otherwise it shares the cores with the server that it measures, and gRPC's
+Python client costs a server of two cores as much as its own streams do. This client answers only what HTTP/2 (RFC 9113)
+requires at once (settings, pings and windows), and stores the rest as received.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections import deque
 from typing import NamedTuple
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_FRAME_BYTES_MAX = 1 << 14  # RFC 9113, 4.2: what a peer takes unless it announces more
+_FRAME_BYTES_MAX = 1 << 14  # RFC 9113, 4.2: what a peer accepts unless it announces more
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _ACK, _END_HEADERS, _PADDED = 1, 1, 4, 8
 _WINDOW_MAX = 2**31 - 1
@@ -22,7 +22,7 @@ _HEAD = 9  # bytes of a frame before its payload
 
 
 class Frame(NamedTuple):
-    """A frame as it came: when, of which stream, and whether it is the stream's last."""
+    """A frame as received: its time, its stream, and whether it is the stream's last."""
 
     came_s: float
     stream: int
@@ -32,15 +32,15 @@ class Frame(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """One connection to a server that speaks gRPC without TLS."""
+    """A connection to a server that speaks gRPC without TLS."""
 
     def __init__(self) -> None:
         self._unread = b""
         self._frames: list[Frame] = []
         self._open: dict[int, asyncio.Future[None]] = {}
         self._next_stream = 1
-        self._window = _WINDOW_DEFAULT  # what may be sent
-        self._waiting: deque[tuple[bytes, int]] = deque()  # frames, and how much of the window they take
+        self._window = _WINDOW_DEFAULT  # bytes that may be sent
+        self._waiting: deque[tuple[bytes, int]] = deque()  # frames, and the bytes of the window that each takes
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -67,7 +67,7 @@ class Connection(asyncio.Protocol):
         self._fail(exc or ConnectionError("the server closed the connection"))
 
     async def stream(self, path: str, message: bytes, authority: str) -> list[tuple[float, bytes]]:
-        """The messages that answer one, each with when it came. Raises RuntimeError where the call fails."""
+        """Send a message and return those that answer it, each with its time. Raises RuntimeError if the call fails."""
         stream = self._next_stream
         self._next_stream += 2
         done = self._open[stream] = asyncio.get_running_loop().create_future()
@@ -120,7 +120,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def _data(stream: int, body: bytes) -> bytes:
-    """DATA frames of the size that every peer takes, whatever its settings, which may not have come yet."""
+    """Return DATA frames of a size that every peer accepts, since the peer's settings may not have arrived yet."""
     starts = range(0, len(body), _FRAME_BYTES_MAX)
     return b"".join(
         _frame(
@@ -134,7 +134,7 @@ def _data(stream: int, body: bytes) -> bytes:
 
 
 def _header_block(path: str, authority: str) -> bytes:
-    """The headers of a gRPC call in HPACK (RFC 7541): indexes into its static table, and plain strings."""
+    """Return the headers of a gRPC call in HPACK (RFC 7541): indexes into its static table, and plain strings."""
     method_post, scheme_http = b"\x83", b"\x86"
     named = {b"\x04": path, b"\x01": authority, b"\x0f\x10": "application/grpc", b"\x00" + _text("te"): "trailers"}
     return method_post + scheme_http + b"".join(name + _text(value) for name, value in named.items())
@@ -148,7 +148,7 @@ def _text(value: str) -> bytes:
 
 
 def _messages(frames: list[Frame]) -> list[tuple[float, bytes]]:
-    """A stream's messages; each came with its last byte. An answer that ends before its first is a failed call."""
+    """Return a stream's messages, each timed by its last byte. Raises RuntimeError if there is no whole one."""
     found, rest = [], b""
     for frame in frames:
         if frame.kind != _DATA:

@@ -1,11 +1,11 @@
-"""llama.cpp's own HTTP server, inside this process, and one stream a request to it.
+"""llama.cpp's own HTTP server, inside this process, with one stream per request.
 
-Slots are as many as requests are in the batch; each request names its adapters with a scale, and the server never
-computes requests of different adapters together. It answers one adapter's requests to their end before the next one's,
-so that its gaps between tokens are short and its first tokens late. Adapters are read when it starts; there is no way
-to add one to a running server.
+There are as many slots as requests in the batch. Each request names its adapters with a scale, and the server never
+computes requests of different adapters together. It finishes one adapter's requests before it starts the next one's, so
+its gaps between tokens are short and its first tokens late. Adapters are read at start-up; a running server cannot add
+one.
 
-The wheel is compiled for AVX2; a build for a machine's own instructions would be faster where it has AVX-512.
+The wheel is compiled for AVX2; a native build would be faster on a machine with AVX-512.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ from benchmarks.backends import gguf_files, worker
 from benchmarks.backends.worker import Cannot, LoadSpec, Outcome, Record
 
 _WEIGHTS = gguf.GGMLQuantizationType.BF16
-"""The bits of the model's own file. float16 is no faster: 207 tokens/s for 213, base, `bench-80m`, batch 16."""
+"""The type of the model's own file. float16 is no faster: 207 tokens/s against 213, base, `bench-80m`, batch 16."""
 
 _OFF = 0.0
-"""The scale of an adapter that a request does not name; a request that names none takes all as they were loaded."""
+"""Scale of an adapter that a request does not name; a request that names none uses all as they were loaded."""
 
 _EVENT = b"data: "
 
 Event = tuple[float, bytes]
-"""When it came, and its JSON."""
+"""Time of an event, and its JSON."""
 
 
 class LlamaCpp:
-    """The server and what requests call its adapters."""
+    """The server, and the adapters by the names that requests use."""
 
     def __init__(self) -> None:
         self._server: xllamacpp.Server | None = None
@@ -53,21 +53,21 @@ class LlamaCpp:
         ]
         params.n_parallel = spec.max_num_seqs
         params.n_ctx = spec.max_num_seqs * spec.max_model_len
-        params.kv_unified = False  # each slot attends to its own keys alone: 207 tokens/s for 175
+        params.kv_unified = False  # each slot attends only to its own keys: 207 tokens/s against 175
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
-        params.cache_ram_mib = 0  # nothing of one run may help the next
+        params.cache_ram_mib = 0  # no run may speed up the next
         self._adapters = {adapter_id: number for number, (adapter_id, _) in enumerate(spec.adapters)}
         self._server = xllamacpp.Server(params)
         return {package: version(package) for package in ("xllamacpp", "gguf")}
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
-        del salt  # no request asks for the cache
+        del salt  # no request uses the cache
         if trace.registrations:
             raise Cannot("it takes adapters only when it starts")
         return asyncio.run(self._run(trace))
 
     def close(self) -> None:
-        self._server = None  # which ends it
+        self._server = None  # ends the server
 
     async def _run(self, trace: workload.Trace) -> Outcome:
         asked = [self._serialized(request) for request in trace.requests]
@@ -92,7 +92,7 @@ class LlamaCpp:
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(message)
         came = []
-        async for line in reader:  # an event is one chunk, so that no line of JSON is cut
+        async for line in reader:  # an event is one chunk, so no line of JSON is cut
             if line.startswith(_EVENT):
                 came.append((time.monotonic(), line))
         writer.close()

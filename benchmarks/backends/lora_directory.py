@@ -1,4 +1,4 @@
-"""What the servers that know LoRA alone must know of a PEFT directory. Standard library alone."""
+"""PEFT directories, for servers that support only LoRA. Standard library only."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from benchmarks.backends.worker import Cannot
 
 
 def config(adapter: Path) -> Mapping[str, Any]:
-    """Its adapter_config.json. Raises Cannot for another method, and for LoRA's variants."""
+    """Return the directory's adapter_config.json. Raises Cannot for another method, and for variants of LoRA."""
     found = json.loads((adapter / "adapter_config.json").read_text())
     if found["peft_type"] != "LORA":
         raise Cannot(f"it serves LoRA alone, and {adapter.name} is {found['peft_type']}")
@@ -20,5 +20,5 @@ def config(adapter: Path) -> Mapping[str, Any]:
 
 
 def rank_max(adapters: Iterable[Path]) -> int:
-    """The largest rank of these; 0 of none. Raises Cannot as `config`."""
+    """Return the largest rank of these adapters, or 0 if there are none. Raises Cannot as `config`."""
     return max((config(adapter)["r"] for adapter in adapters), default=0)

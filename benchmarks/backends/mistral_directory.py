@@ -1,7 +1,8 @@
-"""A model directory as mistral.rs reads it, beside the Hugging Face one. Standard library alone.
+"""A model directory for mistral.rs, beside the Hugging Face one. Standard library only.
 
-Weights are links to the same files. It wants the rotation's base where transformers 4 had it, a tokenizer whose decoder
-it knows, and a chat template, as only its chat requests stream: this one is the message itself.
+Weights are links to the same files. mistral.rs reads the base of the rotation from where transformers 4 wrote it, and
+needs a tokenizer with a decoder that it supports. It also needs a chat template, since only chat requests stream: this
+one returns the message itself.
 """
 
 import json
@@ -13,7 +14,7 @@ _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor
 
 
 def beside(model: Path) -> Path:
-    """The directory, made anew."""
+    """Write the directory for mistral.rs beside `model`, and return it."""
     path = model.with_name(f"{model.name}.mistralrs")
     path.mkdir(exist_ok=True)
     for file in model.glob("*.safetensors*"):

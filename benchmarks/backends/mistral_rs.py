@@ -1,8 +1,8 @@
-"""mistral.rs inside this process, one streaming chat request and one thread a request.
+"""mistral.rs inside this process, with a streaming chat request and a thread for each request.
 
-On a CPU it has no paged attention, and its scheduler puts requests of one length into a batch. Weights are held in
-float32, every value the same as in bfloat16: it computes faster so (197 tokens/s for 140, 88 with float16, `bench-80m`,
-batch 16, 2 cores of an AMD EPYC).
+On a CPU it has no paged attention, and its scheduler batches only requests of equal length. Weights are held in
+float32, with the same values as in bfloat16, because it is faster: 197 tokens/s against 140, and 88 with float16
+(`bench-80m`, batch 16, 2 cores of an AMD EPYC).
 """
 
 import os
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from mistralrs import Runner
 
 _MAX_ADAPTERS = 16
-"""Its own default, left for those that come while it runs."""
+"""Its own default, for adapters that are added while it runs."""
 
 _MAX_RANK = 256
-"""Its own default, raised where there is more."""
+"""Its own default, raised if an adapter has more."""
 
 
 class MistralRs:
-    """One runner over all runs."""
+    """A runner for all runs."""
 
     def __init__(self) -> None:
         self._runner: Runner | None = None
-        self._sending = threading.Lock()  # its runner takes one call at a time
+        self._sending = threading.Lock()  # its runner accepts one call at a time
 
     def load(self, spec: LoadSpec) -> Mapping[str, str]:
         if spec.quantization != "none":
@@ -59,7 +59,7 @@ class MistralRs:
         return {"mistralrs": version("mistralrs")}
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
-        del salt  # no prefix is kept
+        del salt  # it caches no prefix
         if any(len(request.adapters) > 1 for request in trace.requests):
             raise Cannot("a request takes one LoRA")
         started_s = time.monotonic()

@@ -1,6 +1,6 @@
 """PEFT with one adapter at a time: `set_adapter`, then a static batch of the requests that name it.
 
-It is what is left where adapters cannot be mixed, as with IA³ and prefixes.
+It is the only way for methods that PEFT cannot mix, such as IA³ and prefixes.
 """
 
 import json
@@ -18,7 +18,7 @@ _SERVED = ("LORA", "IA3", "PREFIX_TUNING")
 
 
 class PeftGrouped:
-    """One batch for each adapter."""
+    """PEFT with a batch for each adapter."""
 
     def load(self, spec: LoadSpec) -> Mapping[str, str]:
         kinds = set()
@@ -35,7 +35,7 @@ class PeftGrouped:
         return {package: version(package) for package in ("peft", "torch", "transformers")}
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
-        del salt  # it keeps nothing from one call to the next
+        del salt  # it caches nothing between calls
         return static_batch.run(trace, self._take, self._answer)
 
     def close(self) -> None:

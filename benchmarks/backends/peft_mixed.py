@@ -12,12 +12,12 @@ from benchmarks import workload
 from benchmarks.backends import static_batch, worker
 from benchmarks.backends.worker import Cannot, LoadSpec, Outcome
 
-_MIXABLE = ("LORA",)  # what of our kinds `adapter_names` takes (peft/peft_model.py)
+_MIXABLE = ("LORA",)  # those of our methods that `adapter_names` accepts (peft/peft_model.py)
 BASE = "__base__"
 
 
 class PeftMixed:
-    """All adapters in one batch."""
+    """PEFT with all adapters in one batch."""
 
     def load(self, spec: LoadSpec) -> Mapping[str, str]:
         for _, path in spec.adapters:
@@ -30,7 +30,7 @@ class PeftMixed:
         return {package: version(package) for package in ("peft", "torch", "transformers")}
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
-        del salt  # it keeps nothing from one call to the next
+        del salt  # it caches nothing between calls
         return static_batch.run(trace, lambda arrived: arrived[: self._max_num_seqs], self._answer)
 
     def close(self) -> None:
@@ -45,11 +45,11 @@ class PeftMixed:
 
 
 def wrapped(model: Any, adapters: Sequence[tuple[str, str]]) -> Any:
-    """`model` with PEFT's adapters around it, or as it is where there are none."""
+    """Return `model` with PEFT's adapters around it, or unchanged if there are none."""
     if not adapters:
         return model
     (first, path), *others = adapters
-    # By default PEFT holds adapters in float32, which on a CPU is also the faster: 82 tokens/s and 63 in bfloat16.
+    # By default PEFT holds adapters in float32, which is also faster on a CPU: 82 tokens/s against 63 in bfloat16.
     found = peft.PeftModel.from_pretrained(model, path, adapter_name=first)
     for adapter_id, other in others:
         found.load_adapter(other, adapter_name=adapter_id)

@@ -1,4 +1,4 @@
-"""The suite's end of a worker: starts a backend's process, asks it, and says why where no answer comes."""
+"""The suite's side of a worker: starts a backend's process, sends commands, and reports why an answer is missing."""
 
 import contextlib
 import json
@@ -22,11 +22,11 @@ _NUM_LOG_LINES = 8
 
 
 class Failed(Exception):
-    """A backend that broke, died or was silent too long; the text has its last words."""
+    """A backend that broke, died or stopped answering; the text has its last output."""
 
 
 class Remote:
-    """A backend in its own process, which is started at once. Close it also after it has failed."""
+    """A backend in its own process, which starts at once. Close it even after it has failed."""
 
     def __init__(self, command: Sequence[str], *, log: Path, threads: int) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -41,19 +41,19 @@ class Remote:
                 text=True,
                 cwd=ROOT,
                 env={**os.environ, **variables},
-                start_new_session=True,  # so that what it starts can be ended with it
+                start_new_session=True,  # so that its own children can be ended with it
             )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def load(self, spec: LoadSpec, *, limit_s: float) -> Mapping[str, str]:
-        """The versions of what computes. Raises Cannot and Failed."""
+        """Load the backend. Returns the versions of its packages. Raises Cannot and Failed."""
         return self._ask({"load": asdict(spec)}, limit_s)["loaded"]
 
     def run(self, trace: workload.Trace, path: Path, *, salt: str, limit_s: float) -> Outcome:
-        """What became of `trace`, which is stored at `path`.
+        """Run `trace`, which is stored at `path`, and return its outcome.
 
-        Raises Cannot, and Failed also where an answer is shorter or longer than was asked.
+        Raises Cannot and Failed, the latter also if an answer is shorter or longer than requested.
         """
         answer = self._ask({"run": {"trace": str(path), "salt": salt}}, limit_s)
         outcome = worker.outcome(answer)
@@ -64,12 +64,12 @@ class Remote:
         return outcome
 
     def close(self, *, limit_s: float = 20.0) -> None:
-        """Ask it to stop, then end it and all it started."""
+        """Ask the backend to stop, then end it and its children."""
         try:
             self._ask({"stop": {}}, limit_s)
             self._process.wait(limit_s)
         except (Cannot, Failed, subprocess.TimeoutExpired):
-            pass  # it is ended below, whatever it does
+            pass  # it is ended below in any case
         finally:
             self._kill()
 
@@ -106,6 +106,6 @@ class Remote:
         return "".join(f"\n    {line}" for line in last)
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it may have ended, and all it started
+        with contextlib.suppress(ProcessLookupError):  # it may have ended with all its children
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

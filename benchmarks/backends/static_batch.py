@@ -1,7 +1,7 @@
-"""What transformers' `generate` can do with a trace: one batch after the other, each running to its longest answer.
+"""A trace through transformers' `generate`: one batch after another, each running to its longest answer.
 
-A batch is what has arrived when the one before it is done. Prompts are padded on the left; who has all its tokens stays
-in the batch to its end, as there is no way out of it, and its surplus tokens do not count.
+A batch holds what has arrived by the end of the one before. Prompts are padded on the left. A request that has all its
+tokens cannot leave the batch before its end; its surplus tokens do not count.
 """
 
 import time
@@ -20,7 +20,7 @@ PADDING = 0
 
 
 class Stamps(BaseStreamer):
-    """Notes when each step's tokens came, and which. The first call brings the prompts."""
+    """Times and ids of each step's tokens. The first call has the prompts, and is skipped."""
 
     def __init__(self) -> None:
         self.token_s: list[float] = []
@@ -38,14 +38,14 @@ class Stamps(BaseStreamer):
 
 
 Take = Callable[[Sequence[workload.Request]], Sequence[workload.Request]]
-"""Which of the requests that have arrived make the next batch, at least the first."""
+"""Choose from the requests that have arrived those of the next batch, at least the first."""
 
 Answer = Callable[[Sequence[workload.Request], dict[str, Any]], None]
 """Run `generate` with these keywords on a batch of these requests."""
 
 
 def load(spec: LoadSpec) -> Any:
-    """transformers' model in evaluation mode, with its own default attention."""
+    """Load transformers' model in evaluation mode, with its own default attention."""
     torch.set_num_threads(spec.threads)
     quantized = None
     if spec.quantization == "nf4":
@@ -61,7 +61,7 @@ def load(spec: LoadSpec) -> Any:
 
 
 def run(trace: workload.Trace, take: Take, answer: Answer) -> Outcome:
-    """Answer a trace in batches that `take` makes of what has arrived."""
+    """Answer a trace in batches that `take` chooses from what has arrived."""
     if trace.registrations:
         raise Cannot("it cannot load adapters while it generates")
     started_s = time.monotonic()

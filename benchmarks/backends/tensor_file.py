@@ -1,4 +1,4 @@
-"""Safetensors files as numpy arrays, bfloat16 too, which numpy has no type for."""
+"""Safetensors files as numpy arrays, including bfloat16, a type that numpy lacks."""
 
 import json
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2
 
 
 def read(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and values, in float32, of each tensor in the safetensors files of a directory, one at a time.
+    """Yield the name of each tensor in a directory's safetensors files and its values in float32, one at a time.
 
-    Raises FileNotFoundError where there are none, ValueError for a type that is none of F32, F16, BF16.
+    Raises FileNotFoundError if there are no files, and ValueError for a type other than F32, F16 and BF16.
     """
     files = sorted(directory.glob("*.safetensors"))
     if not files:

@@ -1,7 +1,7 @@
-"""transformers' continuous batching, what `generate_batch` runs on: paged attention, and no adapters.
+"""transformers' continuous batching, the engine of `generate_batch`: paged attention, and no adapters.
 
-The pool and the step are given their sizes: by default it infers them from a GPU's memory. Attention is `paged|sdpa`,
-the one of its kernels that a CPU has. Blocks are not shared, so that no run reads what another computed.
+The sizes of pool and step are set here, because by default it infers them from a GPU's memory. Attention is
+`paged|sdpa`, its only kernel for a CPU. Blocks are not shared, so that no run reads the results of another.
 """
 
 import time
@@ -21,7 +21,7 @@ _WAIT_S = 1.0
 
 
 class TransformersPaged:
-    """One manager over all runs, its thread waiting between them."""
+    """One manager for all runs; its thread waits between them."""
 
     def __init__(self) -> None:
         self._manager: ContinuousBatchingManager | None = None

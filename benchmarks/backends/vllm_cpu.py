@@ -1,12 +1,12 @@
-"""vLLM on a CPU: its engine in this process, stepped here, which gives it more than its own server would.
+"""vLLM on a CPU: its engine in this process, stepped here, which favours it over its own server.
 
-bfloat16, threads bound to the cores, chunked prefill and prefix caching as it comes. Without adapters it compiles the
-model; with adapters it does not, and steps without overlap, which is its own rule. The OpenMP that it asks for is
-loaded before everything else. In a process of its own the engine is slower (438 tokens/s for 730, base, `bench-80m`,
-batch 16, 2 cores of an AMD EPYC), as the two share the cores.
+It runs in bfloat16, with threads bound to the cores, and chunked prefill and prefix caching by default. Without
+adapters it compiles the model; with adapters, by its own rule, it does not, and steps without overlap. The OpenMP
+library that it requires is loaded before everything else. In a separate process the engine is slower (438 tokens/s
+against 730, base, `bench-80m`, batch 16, 2 cores of an AMD EPYC), because the two processes share the cores.
 
-In a batch that holds both, 0.32.0 answers requests of the base through a LoRA: its punica wrapper for CPUs takes slot
--1 for an index. So such a trace has no honest time.
+In a batch of requests for adapters and for the base, 0.32.0 answers the latter through a LoRA: its punica wrapper for
+CPUs uses slot -1 as an index. So a time for such a trace would not be honest.
 """
 
 import os
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 _PRELOADED = Path(sys.prefix) / "lib" / "libiomp5.so"
 _KV_SPACE_GIB = "1"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What its buffers can be made for."""
+"""The ranks that its buffers can be made for."""
 
 
 class VllmCpu:
-    """One engine over all runs."""
+    """One engine for all runs."""
 
     def __init__(self) -> None:
         self._engine: LLMEngine | None = None

@@ -1,7 +1,7 @@
-"""Weft as a user runs it: `weft serve` in a process of its own, default settings, one gRPC stream a request.
+"""Weft as a user runs it: `weft serve` in its own process, with default settings and one gRPC stream per request.
 
-The client is as light as it can be, since it shares the cores with what is measured: requests are serialized before the
-run, and what came is taken apart after it (http2.py).
+The client does as little as possible during the run, because it shares the cores with the server: requests are
+serialized before it, and responses are parsed after it (http2.py).
 """
 
 import asyncio
@@ -30,11 +30,11 @@ _RPC_TIMEOUT_S = 600.0
 _START_TIMEOUT_S = 120.0
 
 Message = tuple[float, bytes]
-"""When it came, and what it is."""
+"""Time of a message, and its bytes."""
 
 
 class WeftGrpc:
-    """The server's process and one channel to it. options: more of `weft serve`'s."""
+    """The server's process and a channel to it. options: more of `weft serve`'s."""
 
     def __init__(self, options: Sequence[str] = ()) -> None:
         self._options = options
@@ -115,7 +115,7 @@ class WeftGrpc:
         return await self._streams.stream(_STREAM, message, self._authority)
 
     async def _bring(self, one: workload.Registration, started_s: float) -> None:
-        """Register an adapter and bring it to the device, so that a cold load happens at its time."""
+        """Register an adapter and bring it to the device, so that a cold load happens at its due time."""
         await asyncio.sleep(started_s + one.arrival_s - time.monotonic())
         await self._adapters.RegisterAdapter(
             adapter_service_pb2.RegisterAdapterRequest(adapter_id=one.adapter_id, source=one.path, pin=True),

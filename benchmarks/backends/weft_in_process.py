@@ -1,4 +1,4 @@
-"""Weft's engine without a server. What gRPC and streaming cost is the rest."""
+"""Weft's engine without a server. The difference from `weft_grpc` is the cost of gRPC and streaming."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from weft.config import ModelConfig, Quantization, ResidencyConfig, WeftConfig
 
 
 class WeftInProcess:
-    """One engine, whose thread is the worker's."""
+    """An engine, whose thread is the worker's."""
 
     def load(self, spec: LoadSpec) -> Mapping[str, str]:
         model = ModelConfig(

@@ -1,4 +1,4 @@
-"""A backend in a Python of its own: JSON commands on stdin, one a line, and one JSON line on stdout for each.
+"""A backend in its own Python process: JSON commands on stdin, one a line, and one JSON line on stdout for each.
 
     {"load": {"model": "/…/bench-80m", "adapters": [["lora-00", "/…/lora-00"]], …}}   → {"loaded": {versions}}
     {"run": {"trace": "/…/trace.jsonl", "salt": "turn 3"}}                            → {"records": […], "notes": {…}}
@@ -6,11 +6,11 @@
     anything the backend cannot do                                                    → {"cannot": "reason"}
     a fault                                                                           → {"failed": "the error"}
 
-Libraries print as they like: the answers go through a private copy of stdout, and the real one is turned into stderr,
-which the suite keeps as the backend's log. Standard library alone.
+Libraries may print to stdout: the answers go through a private copy of it, and stdout itself is redirected to stderr,
+which the suite keeps as the backend's log. Standard library only.
 
 A backend is a module with a class like `Backend`, which ends in `if __name__ == "__main__": worker.serve(Mine())`. Its
-entry in `benchmarks/backends/catalog.py` says which environment it needs.
+entry in `benchmarks/backends/catalog.py` names its environment.
 """
 
 import json
@@ -26,20 +26,20 @@ from benchmarks import workload
 
 
 class Cannot(Exception):
-    """What this backend has no way to do; the text is the reason that stands in the table."""
+    """A task that this backend cannot do; the text is the reason that the table shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSpec:
-    """What a backend holds before it runs.
+    """A backend's model, adapters and limits.
 
     model: a Hugging Face directory, bfloat16 weights.
-    adapters: (id, PEFT directory) of everything that requests name, known before the first run; () for base only.
+    adapters: (id, PEFT directory) of all adapters that requests name, given before the first run; () for base only.
     threads: CPU threads of the computation.
-    max_num_seqs: requests that are in the batch at once.
+    max_num_seqs: largest number of requests in the batch.
     max_model_len: tokens of the longest request, prompt and answer.
-    quantization: "none" is the weights as they are in the file; "nf4" and "int8" as bitsandbytes makes them.
-    adapter_device_bytes: room for adapters on the device, where the backend has such a limit; None is its default.
+    quantization: "none" leaves the weights as in the file; "nf4" and "int8" are bitsandbytes'.
+    adapter_device_bytes: room for adapters on the device, if the backend has such a limit; None is its default.
     """
 
     model: str
@@ -53,11 +53,11 @@ class LoadSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What became of one request, in seconds on one monotonic clock, whatever its zero.
+    """Outcome of one request, in seconds on one monotonic clock with any zero.
 
-    arrival_s: when it was due, which is the start of the run plus its `arrival_s`, also where the backend was late.
-    token_s: when each token reached the caller; as many as were asked for.
-    token_ids: the tokens; () where the backend does not tell.
+    arrival_s: when it was due: the start of the run plus its `arrival_s`, even if the backend was late.
+    token_s: when each token reached the caller; as many as were requested.
+    token_ids: the tokens; () if the backend does not report them.
     """
 
     arrival_s: float
@@ -74,29 +74,29 @@ class Outcome:
 
 
 class Backend(Protocol):
-    """One way to serve a base with adapters."""
+    """A way to serve a base with adapters."""
 
     def load(self, spec: LoadSpec) -> Mapping[str, str]:
-        """Hold what `spec` names, ready for the first run; the versions of what computes, by package.
+        """Load what `spec` names, ready for the first run. Returns the versions by package.
 
         Raises Cannot with the reason.
         """
         ...
 
     def run(self, trace: workload.Trace, salt: str) -> Outcome:
-        """Answer the trace, each request when it is due; nothing may come out of a cache of another `salt`.
+        """Answer the trace, each request when it is due; no answer may use a cache of another `salt`.
 
-        Registrations of the trace are made at their time and undone after the run. Raises Cannot with the reason.
+        Make the trace's registrations when they are due, and undo them after the run. Raises Cannot with the reason.
         """
         ...
 
     def close(self) -> None:
-        """End what was started. It is called once, also without a load before it."""
+        """End everything that was started. Called once, even without a load before it."""
         ...
 
 
 def serve(backend: Backend) -> None:
-    """Answer the commands on stdin until `stop` or its end."""
+    """Answer the commands on stdin until `stop` or the end of input."""
     answers = _private_stdout()
     try:
         for line in sys.stdin:
@@ -112,7 +112,7 @@ def serve(backend: Backend) -> None:
 
 def _private_stdout() -> TextIO:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # also what is printed below Python
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # also output from below Python
     return answers
 
 
@@ -136,13 +136,13 @@ def _answered(backend: Backend, command: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def load_spec(entry: Mapping[str, Any]) -> LoadSpec:
-    """What a `load` command holds. Raises TypeError for a field that is none."""
+    """Parse a `load` command. Raises TypeError for an unknown field."""
     adapters: Sequence[Sequence[str]] = entry.get("adapters", ())
     return LoadSpec(**{**entry, "adapters": tuple((adapter_id, path) for adapter_id, path in adapters)})
 
 
 def outcome(answer: Mapping[str, Any]) -> Outcome:
-    """What a `run` was answered."""
+    """Parse the answer to a `run`."""
     records = tuple(
         Record(
             arrival_s=record["arrival_s"],

@@ -1,4 +1,4 @@
-"""`python -m weft_training`."""
+"""Entry point of `python -m weft_training`."""
 
 from weft_training.command import app
 

@@ -1,9 +1,9 @@
-"""Training what acts from an invocation on (weft/methods/activation.py): the gates that serving has, for whole rows.
+"""Training of adapters that act from an invocation on (weft/methods/activation.py): serving's gates, for whole rows.
 
     gate[b, t] = 1 on the last `counts[b]` tokens of row b, 0 before
 
-The invocation is looked for in what is not learned, as serving looks for it in the prompt alone. Counting from the end
-holds for a step of generation too, whose one token a row is its last.
+The invocation is searched for only in tokens that are not learned, just as serving searches only the prompt. Counting
+from the end also fits a generation step, in which each row's one token is its last.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _NO_TOKEN = -1
 
 
 class ActivatedDriver:
-    """The reference driver for one adapter on the ends of the rows of a batch [B, T]."""
+    """Reference driver for one adapter that acts on the ends of the rows of a batch [B, T]."""
 
     def __init__(self, segment: Segment, counts: Tensor) -> None:
         self._segment = segment
@@ -34,14 +34,14 @@ class ActivatedDriver:
 
     @property
     def routes(self) -> bool:
-        """The gates do not depend on the hidden states."""
+        """False: the gates do not depend on the hidden states."""
         return False
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """Nothing is routed."""
+        """Do nothing: no mixture is routed."""
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The site's output for `x` [B, T, I]."""
+        """Return the site's output for `x` [B, T, I]."""
         width = x.numel() // x.shape[-1] // len(self._counts)
         if width not in self._drivers:
             acts = torch.arange(width, device=x.device) >= width - self._counts.to(x.device)[:, None]  # [B, T]
@@ -50,16 +50,16 @@ class ActivatedDriver:
         return self._drivers[width].apply(site, base, x, residual)
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """One after another."""
+        """Return the sites' outputs, computed one after another."""
         return inject.apply_each(self, sites, base, x)
 
 
 def counts(
     invocation: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
 ) -> Tensor:
-    """How many tokens of every row the adapter acts on, int64 [B], from tensors that are all [B, T].
+    """Count the tokens of each row that the adapter acts on, int64 [B]; all given tensors are [B, T].
 
-    0 for a row without the invocation. A token that is learned, or hidden by the mask, is no part of one.
+    0 for a row without the invocation. Tokens that are learned or masked are never part of an invocation.
     """
     ids = input_ids
     if attention_mask is not None:
@@ -71,7 +71,7 @@ def counts(
 
 
 def require_invoked(invocation: Sequence[int], rows: Sequence[Row]) -> None:
-    """InvalidData where a row does not hold the invocation in what is not learned: it would teach nothing."""
+    """Raise InvalidData if a row lacks the invocation in its tokens that are not learned: it would teach nothing."""
     for index, row in enumerate(rows):
         given = [
             token if label == IGNORED else _NO_TOKEN for token, label in zip(row.input_ids, row.labels, strict=True)

@@ -1,11 +1,11 @@
-"""The frozen base as training needs it: the one serving loads, through which gradients flow.
+"""Frozen base for training: the model that serving loads, differentiable.
 
-The base stays in evaluation mode, as it is served: its dropout would be noise that serving never has. Only its
-quantized linear modules are put into bitsandbytes' training mode. In evaluation mode on a CPU with AVX512-BF16 they
-repack their weight in the first forward pass whose input needs no gradient, and the repacked product has no backward:
-autograd then leaves the path through the base out without an error, and the gradients at all sites but the last are
-wrong by 35 to 98 % of their norm (measured with bitsandbytes 0.50.2; tests/training/test_trainer.py keeps it in view).
-The repacked weight also holds its scales in bfloat16, so serving on such a CPU differs from training by rounding.
+The base stays in evaluation mode, as in serving, which never has dropout's noise. Only its quantized linear modules are
+put into bitsandbytes' training mode. In evaluation mode on a CPU with AVX512-BF16 they repack their weight in the first
+forward pass whose input needs no gradient, and the repacked product has no backward: autograd then silently omits the
+path through the base, and the gradients at all sites but the last are wrong by 35 to 98 % of their norm (measured with
+bitsandbytes 0.50.2; tests/training/test_trainer.py checks for it). The repacked weight also holds its scales in
+bfloat16, so serving on such a CPU differs from training by rounding.
 """
 
 import logging
@@ -25,14 +25,14 @@ _log = logging.getLogger(__name__)
 def load(config: ModelConfig, *, max_model_len: int | None = None) -> Base:
     """Return the base, frozen, differentiable in its inputs and in what adapters add.
 
-    max_model_len: of the server that its adapters are for; None takes the model's limit. Rotary factors that depend on
-        the length are those of this one (model/rope.py), which is logged, and no row may be longer.
+    max_model_len: limit of the server that the adapters are for; None takes the model's. Rotary factors that depend on
+        the length use this one (model/rope.py), which is logged, and no row may be longer.
 
-    It passes what a server asks of it (model/self_test.py), so that no adapter is trained for a base that none serves.
-    Raises what `loader.read` raises, and ValueError for a length that the model was not made for.
+    The base must pass the server's self-test (model/self_test.py), so that no adapter is trained for a base that cannot
+    be served. Raises what `loader.read` raises, and ValueError for a length that the model does not support.
     """
-    # On a CPU the fused attention's backward has a large fixed cost: 18 ms against 2 ms for 32 rows of 22 tokens with 8
-    # heads, even at 400 tokens, and ahead only beyond them.
+    # On a CPU the fused attention's backward pass has a large fixed cost: 18 ms against 2 ms for 32 rows of 22 tokens
+    # with 8 heads. It breaks even at 400 tokens and is faster only beyond them.
     on_cpu = loader.resolve_device(config.device).type == "cpu"
     checkpoint = loader.read(config, attention="eager" if on_cpu else "sdpa")
     limit = checkpoint.max_model_len
@@ -53,7 +53,7 @@ def load(config: ModelConfig, *, max_model_len: int | None = None) -> Base:
 
 
 def num_parameters(base: Base) -> int:
-    """Return the numbers that the base holds, tied ones once; a packed 4-bit weight counts as what it stands for."""
+    """Count the base's parameters, tied ones once, and a packed 4-bit weight by the numbers that it stands for."""
     return sum(_count(parameter) for parameter in base.model.parameters())
 
 

@@ -1,6 +1,6 @@
-"""What lies beside an adapter for its readers: a model card and the curve of its losses. No server reads them.
+"""Model card and loss curve, written beside an adapter for human readers. Servers read neither.
 
-The curve is drawn where matplotlib is installed, which the train extra has.
+The curve is drawn if matplotlib is installed, as it is with the train extra.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,11 @@ CURVE_FILE = "loss.png"
 
 
 class Facts(NamedTuple):
-    """What a run was and what came of it.
+    """A run's settings and results.
 
-    max_model_len: tokens of a request that the base was set up for. rope_factors: those taken where they depend on it.
-    evaluations: losses by step. best_step: 0 where nothing was evaluated. seconds: of the loop.
+    max_model_len: tokens of a request that the base was set up for. rope_factors: the rotary factors used, if they
+        depend on it.
+    evaluations: losses by step. best_step: 0 if nothing was evaluated. seconds: of the training loop.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Facts(NamedTuple):
 
 
 def write(facts: Facts, path: Path) -> None:
-    """Write the files into the adapter's directory."""
+    """Write the card and the curve into the adapter's directory."""
     has_curve = find_spec("matplotlib") is not None
     if has_curve:
         _draw(facts, path / CURVE_FILE)
@@ -64,7 +65,7 @@ def _draw(facts: Facts, path: Path) -> None:
 
 
 def _portable(facts: Facts) -> dict[str, object]:
-    """The recipe with the base's name in the place of its path, which means something on one machine only."""
+    """Return the recipe with the base's name in place of its path, which one machine only has."""
     model = facts.recipe.get("model")
     named = {"model": {**model, "path": facts.base_name}} if isinstance(model, Mapping) else {}
     return {**facts.recipe, **named}
@@ -79,7 +80,7 @@ def _text(facts: Facts, *, has_curve: bool) -> str:
     context = f"{facts.max_model_len:,} tokens" + (f" ({facts.rope_factors})" if facts.rope_factors else "")
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     recipe = yaml.safe_dump(_portable(facts), sort_keys=False, allow_unicode=True).strip()
-    # A fence longer than any in the recipe, whose strings may hold backticks.
+    # Use a fence longer than any in the recipe, whose strings may hold backticks.
     fence = "`" * max(3, 1 + max((len(run) for run in recipe.split() if set(run) == {"`"}), default=0))
     return f"""\
 ---

@@ -1,10 +1,11 @@
-"""Checkpoints of a run that may be killed, and going on from the last whole one, bit for bit.
+"""Checkpoints of a run that may be killed, and bit-exact resumption from the last complete one.
 
     <output>.checkpoints/checkpoint-<step>/     transformers' files: adapter, optimizer, schedule, random state, history
                            best.safetensors     the adapter with the lowest evaluation loss so far
-                           run.json             which run it is of; written last, so what has it is whole
+                           run.json             the run it belongs to; written last, so it marks a complete one
 
-They go when the adapter is written. The two newest stay until then, so a kill while one is written leaves the other.
+They are deleted when the adapter is written. Until then the two newest are kept, so that a kill during a write leaves
+the other one intact.
 """
 
 import hashlib
@@ -32,19 +33,19 @@ _DECIDES_NOTHING = frozenset({"output", "overwrite", "resume", "tensorboard", "c
 
 
 def directory_of(output: Path) -> Path:
-    """Where the checkpoints of the run that makes `output` are."""
+    """Return the directory for the checkpoints of the run that makes `output`."""
     return output.with_name(output.name + ".checkpoints")
 
 
 def digest_of(config: Any, *inputs: str) -> str:
-    """What decides a run's result: its config, but for where the result and its traces go, and the digests it reads."""
+    """Digest what decides a run's result: its config without output paths, and the digests that it reads."""
     told = {name: value for name, value in plain(config).items() if name not in _DECIDES_NOTHING}
-    # Keys stay in their order: which of two patterns comes first decides.
+    # Keep the keys in order: of two patterns the first decides.
     return hashlib.sha256(json.dumps([told, *inputs]).encode()).hexdigest()
 
 
 def newest(directory: Path, run: str) -> Path | None:
-    """The last whole checkpoint; None where there is none. ValueError if it is of another run than `run`."""
+    """Return the last complete checkpoint, or None. Raises ValueError if it belongs to another run than `run`."""
     whole = [path.parent for path in directory.glob(f"{_PREFIX}*/{_WHOLE}")]
     if not whole:
         return None
@@ -63,9 +64,9 @@ def discard(directory: Path) -> None:
 
 
 class Best(TrainerCallback):
-    """What was trained as it was at the lowest evaluation loss, and when to stop looking for a lower one.
+    """Parameter values at the lowest evaluation loss, and early stopping.
 
-    parameters: what the optimizer writes.
+    parameters: the tensors that the optimizer updates.
     patience: evaluations in a row without a new lowest loss after which training stops; 0 for never.
     """
 
@@ -80,7 +81,7 @@ class Best(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         losses = evaluation_losses(state.log_history)
-        lowest = min(losses, key=lambda step: losses[step])  # the first, where several are equal
+        lowest = min(losses, key=lambda step: losses[step])  # the first of several equal ones
         if lowest == state.global_step:
             self.tensors = [tensor.detach().cpu().clone() for tensor in self._parameters]
         if self._patience and sum(step > lowest for step in losses) >= self._patience:
@@ -97,18 +98,18 @@ class Best(TrainerCallback):
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Write the best values into the parameters; without an evaluation the last ones stay."""
+        """Write the best values into the parameters; if there was no evaluation, the last values stay."""
         for tensor, best in zip(self._parameters, self.tensors or [], strict=self.tensors is not None):
             tensor.copy_(best)
 
 
 def evaluation_losses(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
-    """Evaluation losses by step, of transformers' log history."""
+    """Return evaluation losses by step, from transformers' log history."""
     return {int(entry["step"]): entry["eval_loss"] for entry in history if "eval_loss" in entry}
 
 
 class CheckpointingTrainer(Trainer):
-    """transformers' Trainer whose checkpoints are known to be whole."""
+    """transformers' Trainer, with checkpoints that are known to be complete."""
 
     run = ""
     best: Best | None = None
@@ -122,14 +123,14 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         directory = Path(str(self.args.output_dir), f"{_PREFIX}{self.state.global_step}")
         if self.args.should_save:
-            discard(directory)  # a kill may have left half of it
+            discard(directory)  # a kill may have left an incomplete one
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._complete(directory)
-        except (RuntimeError, SafetensorError) as error:  # as torch and safetensors tell a full disk
+        except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' errors for a full disk
             raise OSError(f"checkpoint: {directory} could not be written: {error}") from error
 
     def _complete(self, directory: Path) -> None:
@@ -145,7 +146,7 @@ class CheckpointingTrainer(Trainer):
 
 
 def sync(path: Path) -> None:
-    """Let a file or a directory be on the disk."""
+    """Flush a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The methods side by side on one base: what each trains, stores and costs (the owner's table, section 3.2).
+"""Comparison of all methods on one base: parameters, storage and overhead (the owner's table, section 3.2).
 
-Counts are by formula and by counting what `adapter.initial` makes; the ratio is d / k (weft/methods/count.py). The
-forward pass's cost is measured: the table's O(ND + …) says nothing of the time that starting small operations takes.
+Counts are by formula and by counting what `adapter.initial` makes; the ratio is d / k (weft/methods/count.py). The cost
+of the forward pass is measured, because the table's O(ND + …) leaves out the launch overhead of small operations.
 """
 
 import operator
@@ -31,9 +31,9 @@ from weft_training.base import num_parameters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One method with its usual config.
+    """A method with its usual config.
 
-    count: by formula; None where the method has none. num_parameters: counted.
+    count: by formula; None if the method has none. num_parameters: counted.
     slot_bytes: in a server's memory, virtual positions included.
     overhead: measured share of the base's forward time that the method adds; 0.1 is a tenth. None if not measured.
     """
@@ -49,7 +49,10 @@ class Compared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """num_parameters: the base's. forward_s: the base's own forward pass of a row of `num_tokens`, median."""
+    """All methods on one base.
+
+    num_parameters: the base's. forward_s: the base's own forward pass of a row of `num_tokens`, median.
+    """
 
     num_parameters: int
     forward_s: float | None
@@ -58,9 +61,9 @@ class Comparison:
 
 
 def compare(base: Base, methods: Sequence[str] = (), *, num_tokens: int = 32, repeats: int = 15) -> Comparison:
-    """All methods, or these, on `base`. repeats: alternating forward passes that are timed; 0 measures nothing.
+    """Compare all methods, or those given, on `base`. repeats: alternating forward passes that are timed; 0 for none.
 
-    Raises ValueError for a name that is no method's, and where a method knows no module of the base.
+    Raises ValueError for an unknown method, and for one that fits no module of the base.
     """
     for name in methods:
         if name not in USUAL:
@@ -91,7 +94,7 @@ def _initial(base: Base, method: str) -> Adapter:
 
 
 def _told(config: object) -> str:
-    """The config's numbers and modules; what is empty or a switch that is off is left out."""
+    """Format the config's numbers and modules, without empty values and switches that are off."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}  # pyright: ignore
     return ", ".join(
         f"{name} {' '.join(value) if isinstance(value, tuple) else value}" for name, value in fields.items() if value
@@ -101,10 +104,10 @@ def _told(config: object) -> str:
 def _forward_s(
     base: Base, made: Mapping[str, Adapter], num_tokens: int, repeats: int
 ) -> tuple[float, dict[str, float]]:
-    """The median time of the base's own forward pass, and by method the median share that it adds in the same round.
+    """Return the base's median forward time, and by method the median share that it adds in the same round.
 
-    All rows take the adapter, through the kernels that serving uses. The passes take turns, so that all see the same
-    noise; the first of each warms up and is left out.
+    The adapter applies to all rows, through serving's kernels. The passes alternate, so that noise affects all of them
+    alike; the first of each is a warm-up and is left out.
     """
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(base.vocab_size, (1, num_tokens), generator=generator).to(base.device)
@@ -128,7 +131,7 @@ def _forward_s(
 
 def _served(base: Base, adapter: Adapter, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
     if adapter.method.virtual is not None:
-        # A longer cache is all there is to it: serving, too, computes soft rows once and not for each request.
+        # Only the cache gets longer: serving, too, computes soft rows once and not for each request.
         with torch.no_grad():
             virtual = AdaptedModel(base, adapter).virtual()
         assert virtual is not None

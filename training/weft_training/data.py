@@ -1,9 +1,9 @@
-"""Training data: JSON Lines files, and the rows a model learns from.
+"""Training data: JSON Lines files, and the rows made from them.
 
 A line is `{"prompt": …, "completion": …}`, of which the completion is learned, `{"text": …}`, learned whole, or
-`{"messages": [{"role": …, "content": …}, …]}`, of which the assistant's turns are learned; further keys are left alone.
-Prompt and completion are tokenized apart, because that is how serving meets them: the prompt is tokenized, the
-completion is generated. Every completion ends with the end-of-text token.
+`{"messages": [{"role": …, "content": …}, …]}`, of which the assistant's turns are learned; other keys are ignored.
+Prompt and completion are tokenized separately, as in serving, which tokenizes the prompt and generates the completion.
+Every completion ends with the end-of-text token.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100  # the label that cross entropy ignores
 
 _KINDS = (["text"], ["prompt", "completion"], ["messages"])
 
 
 class InvalidData(ValueError):
-    """A line of a data file, or an example, that cannot be learned from."""
+    """A line of a data file, or an example, that training cannot use."""
 
 
 class Example(NamedTuple):
-    """What the model is given and what it is to answer. origin: where it stands (`rows.jsonl:3`), for error texts."""
+    """A prompt and its completion. origin: position in the data (`rows.jsonl:3`), for error texts."""
 
     prompt: str
     completion: str
@@ -43,7 +43,7 @@ class Conversation(NamedTuple):
 
 
 class Row(NamedTuple):
-    """An example as token ids; the first `num_prompt_tokens` are not learned, nor are the `unlearned` [start, end)."""
+    """An example as token ids, learned except the first `num_prompt_tokens` and the ranges `unlearned` [start, end)."""
 
     input_ids: list[int]
     num_prompt_tokens: int
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
     @property
     def labels(self) -> list[int]:
-        """The ids, IGNORED where they are not learned."""
+        """Token ids, or IGNORED for those that are not learned."""
         labels = [IGNORED] * self.num_prompt_tokens + self.input_ids[self.num_prompt_tokens :]
         for start, end in self.unlearned:
             labels[start:end] = [IGNORED] * (end - start)
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def read_jsonl(*paths: Path) -> list[Example | Conversation]:
-    """The examples of all files. Blank lines are skipped; any other line that is no example raises InvalidData."""
+    """Return the examples of all files, without blank lines. Raises InvalidData for a line that is not an example."""
     examples: list[Example | Conversation] = []
     for path in paths:
         before = len(examples)
@@ -110,7 +110,7 @@ def _messages(value: Any, origin: str) -> tuple[Mapping[str, str], ...]:
 def encode(
     examples: Sequence[Example | Conversation], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[Row]:
-    """Token ids of every example. Raises InvalidData for one that is longer than `max_length` or teaches nothing."""
+    """Tokenize every example. Raises InvalidData for one that is longer than `max_length` or teaches nothing."""
     return list(_rows(examples, tokenizer, max_length))
 
 
@@ -130,7 +130,7 @@ def _rows(
             row = Row([*prompt, *_ids(tokenizer, example.completion), tokenizer.eos_token_id], len(prompt))
         if len(row.input_ids) > max_length:
             raise InvalidData(f"{origin}: has too many tokens (limit {max_length}), given {len(row.input_ids)}")
-        if len(row.input_ids) < 2:  # nothing comes before the only token, so it is never predicted
+        if len(row.input_ids) < 2:  # the only token has nothing before it, so it is never predicted
             raise InvalidData(f"{origin}: must not be empty")
         yield row
 
@@ -140,10 +140,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: b
 
 
 def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, origin: str) -> Row:
-    """The rendering by the tokenizer's chat template, cut where an answer of the assistant begins and ends.
+    """Tokenize a conversation by the chat template, cut at the beginning and end of each of the assistant's answers.
 
-    Each piece is tokenized apart, so that an answer's tokens are those that are generated after its prompt, and no
-    token stands half in an answer. What the template writes after an answer (its end mark) is learned with it.
+    Each piece is tokenized separately, so that an answer's tokens are those generated after its prompt, and no token
+    straddles an answer's boundary. What the template writes after an answer (its end mark) is learned with it.
     """
     ids: list[int] = []
     learned: list[tuple[int, int]] = []
@@ -192,7 +192,7 @@ def _render(
 def split(
     examples: Sequence[Example | Conversation], share: float, seed: int
 ) -> tuple[list[Example | Conversation], list[Example | Conversation]]:
-    """What is learned, and the random `share` (at least one example) that is kept for evaluation; both in order."""
+    """Return the training examples, and a random `share` of at least one for evaluation; both keep their order."""
     if len(examples) < 2:
         raise InvalidData(f"examples: must be at least 2, to keep a share for evaluation, given {len(examples)}")
     num_kept = min(max(1, round(share * len(examples))), len(examples) - 1)
@@ -205,7 +205,7 @@ def split(
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """sha256 of what is learned: the token ids and labels in order."""
+    """Return the sha256 of the token ids and labels in order."""
     whole = hashlib.sha256(b"weft-rows-1\n")
     for row in rows:
         whole.update(json.dumps([row.input_ids, row.num_prompt_tokens, row.unlearned]).encode() + b"\n")
@@ -213,7 +213,7 @@ def digest(rows: Sequence[Row]) -> str:
 
 
 def collate(rows: Sequence[Row], *, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch, all [B, T]: rows padded on the right, labels IGNORED on prompts and padding."""
+    """Make a batch, all [B, T]: rows padded on the right, with IGNORED labels on prompts and padding."""
     width = max(len(row.input_ids) for row in rows)
     shape = (len(rows), width)
     input_ids = torch.full(shape, pad_token_id)

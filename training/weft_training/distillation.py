@@ -1,9 +1,9 @@
-"""Knowledge distillation: an adapter that learns from another model's distribution beside the data.
+"""Knowledge distillation: an adapter learns from another model's distribution as well as from the data.
 
     loss = α · CE(student, labels) + (1 - α) · τ² · KL        (Hinton et al. 2015, arXiv:1503.02531, section 2)
 
-    forward:  KL(teacher ‖ student) = Σ_v t_v (log t_v - log s_v)   covers all the teacher says; the habit
-    reverse:  KL(student ‖ teacher) = Σ_v s_v (log s_v - log t_v)   keeps to what the teacher finds likely
+    forward:  KL(teacher ‖ student) = Σ_v t_v (log t_v - log s_v)   covers all the teacher's mass; the default
+    reverse:  KL(student ‖ teacher) = Σ_v s_v (log s_v - log t_v)   keeps to the teacher's most likely tokens
 
 s and t are the softmax of the logits divided by τ; both terms are means over the learned tokens. Deviations from the
 owner's formula: its L_KL(f, f_teacher) names no direction, so that is a choice, and it has no temperature; the factor
@@ -31,7 +31,7 @@ from weft_training.trained import TrainedModel
 
 
 class Direction(StrEnum):
-    """Whose expectation the divergence is."""
+    """The distribution whose expectation the divergence takes."""
 
     FORWARD = "forward"
     REVERSE = "reverse"
@@ -39,11 +39,11 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillationConfig:
-    """A teacher, and how much of the loss is its own.
+    """A teacher, and its part of the loss.
 
-    teacher: an adapter's PEFT directory for the same base, which then is in memory once; or a model directory of the
-        same vocabulary.
-    alpha: weight of the labels; the rest is the teacher's.
+    teacher: the PEFT directory of an adapter for the same base, which then is in memory once; or a model directory with
+        the same vocabulary.
+    alpha: weight of the labels; the teacher has the rest.
     temperature: of both distributions.
     direction: forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher).
     """
@@ -61,7 +61,7 @@ class DistillationConfig:
 
 
 def divergence(student: Tensor, teacher: Tensor, *, temperature: float, direction: Direction) -> Tensor:
-    """τ² · KL of every row [N], from logits [N, V]; differentiable in both."""
+    """Return τ² · KL of every row [N], from logits [N, V]; differentiable in both."""
     s = F.log_softmax(student / temperature, dim=-1)
     t = F.log_softmax(teacher / temperature, dim=-1)
     expected, other = (t, s) if direction is Direction.FORWARD else (s, t)
@@ -69,12 +69,12 @@ def divergence(student: Tensor, teacher: Tensor, *, temperature: float, directio
 
 
 class DistilledModel(nn.Module):
-    """A student whose loss has the teacher's part. `parameters()` is the student's adapter and nothing else."""
+    """A student whose loss includes the teacher's term. `parameters()` is the student's adapter and nothing else."""
 
     def __init__(self, student: TrainedModel, teacher: nn.Module, config: DistillationConfig) -> None:
         super().__init__()
         self.student = student
-        self._teacher = (teacher,)  # in a tuple, so that it is no submodule and nothing trains or saves it
+        self._teacher = (teacher,)  # a tuple, so that it is not a submodule, and is neither trained nor saved
         self._config = config
 
     @property
@@ -82,7 +82,7 @@ class DistilledModel(nn.Module):
         return self.student.device
 
     def forward(self, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> Any:
-        """The student's logits [B, T, V] and the loss; `num_items_in_batch` learned tokens are in the whole step."""
+        """Return the student's logits [B, T, V] and the loss; `num_items_in_batch` counts a step's learned tokens."""
         counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         out = self.student(labels=labels, **inputs, **counted)
         with torch.no_grad():
@@ -100,7 +100,7 @@ class DistilledModel(nn.Module):
 
 
 class _WholeModel(nn.Module):
-    """Another checkpoint as a teacher: what AdaptedModel is without an adapter."""
+    """Another checkpoint as a teacher: AdaptedModel's interface without an adapter."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -111,9 +111,9 @@ class _WholeModel(nn.Module):
 
 
 def load_teacher(path: Path, base: Base, model: ModelConfig) -> nn.Module:
-    """The teacher at `path`. An adapter runs on `base` itself; a checkpoint is held as `model` says.
+    """Load the teacher at `path`. An adapter runs on `base` itself; a checkpoint is loaded as `model` specifies.
 
-    Raises FileNotFoundError where there is neither, ValueError where its vocabulary is another one.
+    Raises FileNotFoundError if there is neither, and ValueError if the vocabularies differ.
     """
     if (path / directory.CONFIG_FILE).is_file():
         return AdaptedModel(base, adapters.read(path, base.shape)).requires_grad_(False)

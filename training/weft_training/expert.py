@@ -1,4 +1,4 @@
-"""The experts of a mixture, as directories: which generation each is, and what it holds."""
+"""Experts of a mixture as directories: the generation of each, and its adapter."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,21 +13,21 @@ from weft_training import adapter as adapters
 
 
 class TrainedExpert(NamedTuple):
-    """An expert and what it is called. generation: of the directory that it was read from, until it is trained on."""
+    """An expert and its name. generation: of the directory that it was read from, until it is trained further."""
 
     name: str
     adapter: Adapter
     generation: Generation
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "TrainedExpert":
-        """The same expert with `function` of every parameter tensor."""
+        """Return the same expert with `function` applied to every parameter tensor."""
         return self._replace(adapter=adapters.map_tensors(self.adapter, function))
 
 
 def read(paths: Sequence[Path], shape: BaseShape) -> list[TrainedExpert]:
-    """The experts in the order of their generations, which is the order of a router's rows.
+    """Read the experts in the order of their generations, which is the order of a router's rows.
 
-    Raises ValueError for an adapter that stands there twice or that no router can gate, what `adapters.read` raises for
+    Raises ValueError for a duplicate adapter and for one that a router cannot gate, and what `adapters.read` raises for
     one that does not fit the base.
     """
     found: dict[Generation, Path] = {}
@@ -44,7 +44,7 @@ def read(paths: Sequence[Path], shape: BaseShape) -> list[TrainedExpert]:
 
 
 def require_gateable(expert: TrainedExpert) -> None:
-    """Refuse activated LoRAs, as servers do, and virtual positions: attention gates them, and not the driver."""
+    """Refuse activated LoRAs, as servers do, and virtual positions, which attention gates and not the driver."""
     if expert.adapter.invocation_tokens:
         raise ValueError(f"experts: must act on all tokens, given {expert.name}, an activated LoRA")
     if expert.adapter.num_virtual_tokens:

@@ -1,4 +1,4 @@
-"""What the steps of a run leave behind: losses that are told, curves for TensorBoard, an end where they diverge."""
+"""Reports of a run's steps: losses, curves for TensorBoard, and an end if they diverge."""
 
 import math
 from pathlib import Path
@@ -12,11 +12,11 @@ from weft_training.progress import Report, Step
 
 
 class Diverged(ValueError):
-    """A loss or a gradient that is no number; the run ended and nothing was written."""
+    """A loss or a gradient that is not finite; the run ended and nothing was written."""
 
 
 class Recorder(TrainerCallback):
-    """Tells every step, and ends the run at the first one that is no number."""
+    """Reports every step, and ends the run at the first one that is not finite."""
 
     def __init__(self, report: Report | None) -> None:
         self._report = report
@@ -46,7 +46,7 @@ class Curves(TrainerCallback):
         for name in ("loss", "eval_loss", "grad_norm", "learning_rate"):
             if logs is not None and name in logs:
                 self._writer.add_scalar(name, logs[name], state.global_step)
-        self._writer.flush()  # a run that is killed keeps its curve
+        self._writer.flush()  # keeps the curve of a run that is killed
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._writer.close()

@@ -1,13 +1,13 @@
-"""Training many adapters at once: `train_many([TrainConfig(…), …])` gives a PEFT directory for each.
+"""Training of many adapters at once: `train_many([TrainConfig(…), …])` writes a PEFT directory for each.
 
     min over φ₁ … φ_N of Σ_k L_k(f(θ₀, φ_k)),   D_k, learning rate, batch size, steps, clipping and seed each k's own
 
-The sum falls apart into N problems that share the frozen θ₀: an adapter's gradient, and so its whole run, is what it
-is when trained alone, up to the rounding of a wider batch (tests/training/test_joint.py states by how much). What is
-shared is the base's forward and backward pass, whose cost for few rows is mostly that of starting it.
+The sum separates into N problems that share the frozen θ₀: an adapter's gradient, and so its whole run, is the same as
+when it is trained alone, up to the rounding of a wider batch (tests/training/test_joint.py states by how much). The
+runs share the base's forward and backward pass, whose cost for few rows is mostly fixed.
 
-What makes a run of its own, the order of rows, optimizer and schedule, is the single trainer's (`make_loop`); an
-adapter that has made its steps is written at once and leaves the batch.
+Each run has the row order, optimizer and schedule of the single trainer (`make_loop`). An adapter that has finished its
+steps is written at once and leaves the batch.
 """
 
 import itertools
@@ -39,12 +39,12 @@ from weft_training.trainer import Examples, Prepared, TrainResult
 
 ReportOf = Callable[[int, Step], None]
 
-# What a forward and backward pass costs beyond its tokens, in tokens: 26 ms against 0.07 ms (models/weft-demo in NF4 on
-# two cores). A share that would be padded by more than that gets a pass of its own.
+# Fixed cost of a forward and backward pass, in tokens: 26 ms against 0.07 ms per token (models/weft-demo in NF4 on two
+# cores). A share that would be padded by more than that gets a pass of its own.
 _PASS_TOKENS = 350
 
 
-# What belongs to the loop of a run alone, and where it stands when it is not used.
+# Options that only a single run supports, each with the value that turns it off.
 _ALONE: Mapping[str, Any] = MappingProxyType(
     {
         "accumulation_steps": 1,
@@ -69,15 +69,16 @@ def train_many(
 ) -> tuple[TrainResult, ...]:
     """Train one adapter for each config, all on one base; results in the order of `configs`.
 
-    examples: those of each config, where none has `data`.
-    progress: is told of every adapter's every step, with the adapter's place in `configs`.
+    examples: those of each config, if none has `data`.
+    progress: called for every step of every adapter, with the adapter's index in `configs`.
     pass_tokens_max: tokens, padding included, of one forward and backward pass, whose activations are in memory at
-        once; a step with more takes several. One adapter's batch is never parted.
-    `seconds` of a result is the time until that adapter was finished.
+        once; a step with more takes several. The batch of one adapter is never split. `seconds` of a result is the time
+        from the start until that adapter was finished.
 
-    Raises what `trainer.train` raises, with a note that names the output of the config at fault, and ValueError where
-    configs have different bases, the same output, or a knob that works on a run alone. All of these come before the
-    first step, except Diverged. An adapter that was finished before the run ended early stays where it was written.
+    Raises what `trainer.train` raises, with a note that names the output of the config at fault, and ValueError if
+    configs have different bases, the same output, or an option that only a single run supports. All of these come
+    before the first step, except Diverged. If the run ends early, adapters that are already finished stay where they
+    were written.
     """
     _check(configs, examples)
     model_config = configs[0].model
@@ -103,7 +104,7 @@ def train_many(
 
 
 class _Run(NamedTuple):
-    """One adapter on its way. losses: of the steps made."""
+    """An adapter in training. losses: of the steps made."""
 
     place: int
     config: TrainConfig
@@ -116,7 +117,7 @@ class _Run(NamedTuple):
 
     @property
     def model(self) -> AdaptedModel:
-        """The base with this run's adapter: `_check` lets nothing else come so far."""
+        """The base with this run's adapter; `_check` admits no other kind of run."""
         assert isinstance(self.prepared.model, AdaptedModel)
         return self.prepared.model
 
@@ -159,7 +160,7 @@ def _read(config: TrainConfig, given: Examples | None) -> Examples:
 
 @contextmanager
 def _named(config: TrainConfig) -> Iterator[None]:
-    """Errors inside tell which of the adapters they are about."""
+    """Add a note to errors raised inside that names the adapter at fault."""
     try:
         yield
     except Exception as error:
@@ -175,14 +176,14 @@ def _start(stack: ExitStack, base: Base, place: int, config: TrainConfig, exampl
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=config.output.parent)))
         output.rehearse(prepared.model.made, scratch / "try", base.shape)
         loop = trainer.make_loop(config, prepared.model, prepared.rows, scratch / "trainer")
-        loader = loop.get_train_dataloader()  # now: it takes its seed from the one that the loop has just set
+        loader = loop.get_train_dataloader()  # first: it takes its seed from the one that the loop has just set
         optimizer = loop.create_optimizer()
         schedule = loop.create_scheduler(config.num_steps, optimizer)
         return _Run(place, config, prepared, _batches(loop, loader), optimizer, schedule, scratch, [])
 
 
 def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], Any]]":
-    """The batches that the loop would draw, without end, each with what its loss is divided by."""
+    """Yield the batches that the loop would draw, without end, each with the divisor of its loss."""
     for epoch in itertools.count():
         loader.set_epoch(epoch)
         iterator = iter(loader)
@@ -194,7 +195,7 @@ def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], A
 
 
 def _step(base: Base, runs: Sequence[_Run], pass_tokens_max: int) -> list[float]:
-    """One optimizer step of every run; the losses before it."""
+    """Run one optimizer step for every run. Returns the losses before it."""
     shares = [Share(run.model, *next(run.batches)) for run in runs]
     found: dict[int, float] = {}
     for members in buckets(shares, pass_tokens_max):
@@ -210,7 +211,7 @@ def _step(base: Base, runs: Sequence[_Run], pass_tokens_max: int) -> list[float]
 
 
 def buckets(shares: Sequence[Share], pass_tokens_max: int) -> list[list[int]]:
-    """Which shares go through the base together, as indices: of like width, so that little of a pass is padding."""
+    """Group the indices of shares for one pass through the base, by similar width, so that little is padding."""
     groups: list[list[int]] = []
     width = num_rows = padding = 0  # of the newest group; padding in tokens
     for index in sorted(range(len(shares)), key=lambda i: -shares[i].width):

@@ -7,7 +7,7 @@ import typer
 
 app = typer.Typer(
     add_completion=False,
-    rich_markup_mode=None,  # as `weft` has it: plain help
+    rich_markup_mode=None,  # plain help, as in `weft`
     pretty_exceptions_show_locals=False,
 )
 

@@ -1,10 +1,10 @@
-"""Many adapters on one frozen base in one forward pass, each on rows of its own.
+"""Many adapters on one frozen base in one forward pass, each on its own rows.
 
-Legend beyond weft/methods/protocol.py: a *share* is one adapter's part of a step. The shares' rows are stacked to one
+Legend beyond weft/methods/protocol.py: a *share* is one adapter's part of a step. The shares' rows are stacked into one
 batch [B, T]; flattened, a share's rows are the B_k · T rows of one span.
 
-No share sees another's: a row attends to itself and to its own adapter's virtual positions, and a delta is added to its
-own span. So the gradient of the summed losses with respect to one adapter is that of its own loss.
+Shares do not affect each other: a row attends to itself and to its own adapter's virtual positions, and a delta is
+added to its own span. So the gradient of the summed losses with respect to one adapter is that of its own loss.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +23,10 @@ from weft_training.adapter import AdaptedModel
 
 
 class Share(NamedTuple):
-    """One adapter and what it learns from in this step.
+    """An adapter and its batch in this step.
 
     batch: input_ids, attention_mask and labels, each [B_k, T_k], as `data.collate` makes them.
-    num_items: what the summed token losses are divided by; None is the number of learned tokens.
+    num_items: divisor of the summed token losses; None is the number of learned tokens.
     """
 
     model: AdaptedModel
@@ -43,11 +43,11 @@ class Share(NamedTuple):
 
 
 class SpanDriver(NamedTuple):
-    """The reference driver for spans that lie end to end: row 0 belongs to the first segment, and none is left over.
+    """Reference driver for adjacent spans that begin at row 0 and cover all rows.
 
-    Semantics: those of ReferenceDriver with `segments` whose rows are these spans, gates 1. One concatenation takes the
-    place of an addition to all rows for each segment, in the backward pass too.
-    segments: one for each span; their `rows` are not looked at. sizes: the rows of each, summing to T.
+    Semantics: those of ReferenceDriver with `segments` whose rows are these spans, gates 1. One concatenation replaces
+        an addition to all rows for each segment, in the backward pass too.
+    segments: one for each span; their `rows` are ignored. sizes: the rows of each, summing to T.
     """
 
     segments: Sequence[Segment]
@@ -60,14 +60,14 @@ class SpanDriver(NamedTuple):
 
     @property
     def routes(self) -> bool:
-        """Mixtures are not trained jointly with others."""
+        """False: mixtures are not trained jointly."""
         return False
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """Nothing is routed."""
+        """Do nothing: no mixture is routed."""
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Nothing given is written."""
+        """Return the site's output for `x` [..., I]; leading dimensions flatten to the rows. Inputs stay unchanged."""
         if not any(site.name in segment.params for segment in self.segments):
             return base(x)
         here = [(segment.method, segment.params.get(site.name)) for segment in self.segments]
@@ -80,11 +80,11 @@ class SpanDriver(NamedTuple):
         return _sum(y_rows, y_spans, added).view_as(y)
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """One after another."""
+        """Return the sites' outputs, computed one after another."""
         return inject.apply_each(self, sites, base, x)
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """The rows [T, F], and the span of each segment."""
+        """Return the rows [T, F], and the span of each segment."""
         rows = tensor.reshape(-1, tensor.shape[-1])
         return rows, rows.split(list(self.sizes))
 
@@ -94,7 +94,7 @@ def _pre(method: Method, params: Any, x: Tensor) -> Tensor | None:
 
 
 def _post(method: Method, params: Any, x: Tensor, y: Tensor, r: Tensor | None) -> Tensor | None:
-    """What a method adds to the output; it has `post` or `after`, and never both."""
+    """Return what a method adds to the output; it has `post` or `after`, never both."""
     if params is None:
         return None
     if method.after is not None:
@@ -103,7 +103,7 @@ def _post(method: Method, params: Any, x: Tensor, y: Tensor, r: Tensor | None) -
 
 
 def _sum(rows: Tensor, spans: Sequence[Tensor], deltas: Sequence[Tensor | None]) -> Tensor:
-    """`rows` with the deltas of its `spans`; `rows` itself where there are none."""
+    """Return `rows` with the deltas of its `spans`, or `rows` itself if there are none."""
     if all(delta is None for delta in deltas):
         return rows
     parts = [span if delta is None else span + delta for span, delta in zip(spans, deltas, strict=True)]
@@ -111,9 +111,9 @@ def _sum(rows: Tensor, spans: Sequence[Tensor], deltas: Sequence[Tensor | None])
 
 
 def losses(base: Base, shares: Sequence[Share]) -> list[Tensor]:
-    """The loss of each share, by one forward pass; each is that of `share.model` on its batch alone.
+    """Return the loss of each share from one forward pass; each is that of `share.model` on its batch alone.
 
-    Gradients flow to every share's adapter, and from one share to no other's.
+    Gradients flow to every share's adapter, and never from one share to another's.
     """
     width = max(share.width for share in shares)
     num_virtual = max(share.model.num_virtual_tokens for share in shares)
@@ -122,10 +122,11 @@ def losses(base: Base, shares: Sequence[Share]) -> list[Tensor]:
         own = share.model.num_virtual_tokens
         padding = (0, width - share.width)
         input_ids.append(F.pad(share.batch["input_ids"], padding))
-        # A share's virtual positions end where its tokens begin, as alone: sliding windows look at the distance.
+        # A share's virtual positions end where its tokens begin, as they do alone, because sliding windows depend on
+        # the distance.
         mask = F.pad(share.batch["attention_mask"], (own, 0), value=1)
         masks.append(F.pad(mask, (num_virtual - own, padding[1])))
-        # Only padding comes beyond the last position that the base has, which GPT-2 would look up all the same.
+        # Only padding lies beyond the base's last position, but GPT-2 would look its embedding up all the same.
         position = torch.arange(own, own + width).clamp(max=base.max_model_len - 1)
         positions.append(position.expand(share.num_rows, -1))
     driver = SpanDriver(
@@ -146,14 +147,14 @@ def losses(base: Base, shares: Sequence[Share]) -> list[Tensor]:
 
 
 def _loss(base: Base, share: Share, logits: Tensor) -> Tensor:
-    """As the base's own forward computes it from labels. logits: [B_k, T_k, V]."""
+    """Compute the loss from labels as the base's own forward pass does. logits: [B_k, T_k, V]."""
     labels = share.batch["labels"].to(logits.device)
     options: dict[str, Any] = {} if share.num_items is None else {"num_items_in_batch": share.num_items}
     return base.model.loss_function(logits=logits.contiguous(), labels=labels, vocab_size=base.vocab_size, **options)
 
 
 def _past(base: Base, shares: Iterable[Share], num_virtual: int) -> DynamicCache:
-    """Every row's own virtual positions, at the end of `num_virtual` slots; the mask hides the slots before them."""
+    """Return each row's virtual positions at the end of `num_virtual` slots; the mask hides the slots before."""
     caches = [(share.num_rows, share.model.past(share.num_rows)) for share in shares]
     shape = (base.shape.num_kv_heads, num_virtual, base.shape.head_dim)
     merged = DynamicCache()
@@ -164,7 +165,7 @@ def _past(base: Base, shares: Iterable[Share], num_virtual: int) -> DynamicCache
                 keys.append(torch.zeros(num_rows, *shape, dtype=base.dtype, device=base.device))
                 values.append(keys[-1])
             else:
-                own: Any = cache.layers[layer]  # typed as any kind of layer; `past` makes the one with keys
+                own: Any = cache.layers[layer]  # typed as any kind of layer; `past` makes the kind that has keys
                 padding = (0, 0, num_virtual - own.keys.shape[2], 0)
                 keys.append(F.pad(own.keys, padding))
                 values.append(F.pad(own.values, padding))

@@ -1,4 +1,4 @@
-"""The bars of adapters that train together: a line for each."""
+"""Progress bars of adapters that train together, a line for each."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -11,7 +11,7 @@ from weft_training.progress import Step
 
 
 class ProgressBars:
-    """Shows every run's steps: `with ProgressBars(console, titles) as bars: train_many(configs, progress=bars)`."""
+    """Steps of every run: `with ProgressBars(console, titles) as bars: train_many(configs, progress=bars)`."""
 
     def __init__(self, console: Console, titles: Sequence[str]) -> None:
         columns = (

@@ -1,8 +1,8 @@
-"""A mixture as a trainable module: a router over experts on a frozen base, through the mathematics of `weft.methods`.
+"""A mixture as a trainable module: a router over experts on a frozen base, computed by `weft.methods`.
 
     h' = h + Σ_i g_i(h) f_i(h)      L = cross entropy + balance_weight · mean over layers of balance_loss
 
-The gates and the driver are those of serving. What is here is which rows the router reads, and what is learned.
+The gates and the driver are those of serving. This module decides which rows the router reads and what is learned.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ NAME = mixture.METHOD.name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureTrainConfig:
-    """How a router is trained, and what it makes gates of.
+    """Settings of a router's training and of its gates.
 
     experts: PEFT directories of adapters for the same base, of any methods that act at modules.
     top_k: experts that keep a gate.
-    temperature: what logits are divided by.
-    level: token, or sequence: the router reads the mean of the prompt's input embeddings, once.
-    normalize: whether the gates that are kept sum to one.
+    temperature: divisor of the logits.
+    level: token, or sequence, which reads the mean of the prompt's input embeddings, once.
+    normalize: make the gates that are kept sum to one.
     shared: one router for all layers.
-    null_expert: whether gate may go to nobody.
-    rms_norm: whether the router reads the hidden state divided by its root mean square.
-    balance_weight: of the loss that is least where all experts are used alike; 0 for none.
+    null_expert: let a part of the gates go to no expert.
+    rms_norm: divide the hidden state that the router reads by its root mean square.
+    balance_weight: of the loss that is least if all experts are used equally; 0 for none.
     train_experts: train the experts too; the trained ones are written into `experts/` of the output.
     """
 
@@ -56,13 +56,13 @@ class MixtureTrainConfig:
         if not self.balance_weight >= 0:
             raise ValueError(f"balance_weight must be at least 0, given {self.balance_weight}")
         if self.top_k == 1 and self.normalize:
-            # The one gate that is kept would be 1 whatever the router says, so that no gradient reaches it.
+            # A single kept gate would be 1 whatever the router's logits, so no gradient would reach it.
             raise ValueError("top_k must be at least 2 where normalize is true, or nothing is learned, given 1")
         if self.experts:
             self.gates()
 
     def gates(self) -> MixtureConfig:
-        """The mixture's own part. Raises ValueError for what no mixture can be."""
+        """Return the mixture's own part. Raises ValueError for what no mixture can be."""
         if not self.experts:
             raise ValueError("experts must name at least 1 directory, given none")
         return MixtureConfig(
@@ -78,7 +78,7 @@ class MixtureTrainConfig:
 
 
 class TrainedMixture(NamedTuple):
-    """What training makes: router and experts. writes_experts: whether the experts are new, and written with it."""
+    """A trained router and its experts. writes_experts: whether the experts were trained, and are written with it."""
 
     config: MixtureConfig
     params: MixtureParams
@@ -87,7 +87,7 @@ class TrainedMixture(NamedTuple):
 
 
 def begin(config: MixtureTrainConfig, base: Base, generator: torch.Generator) -> "MixtureModel":
-    """A base with its experts and an untrained router. Raises what `expert.read` raises."""
+    """Return a base with its experts and an untrained router. Raises what `expert.read` raises."""
     gates = config.gates()
     found = experts.read(config.experts, base.shape)
     params = mixture.init(gates, base.shape.num_layers, base.shape.embedding_size, generator)
@@ -96,7 +96,7 @@ def begin(config: MixtureTrainConfig, base: Base, generator: torch.Generator) ->
 
 
 class Router:
-    """The gates of one batch: `Routed`, which is shown each token's state, or the mean over each row's prompt.
+    """Gates of one batch: `Routed`, from each token's state or from the mean over each row's prompt.
 
     chances: the router's softmax [B · T, C] of every layer so far.
     """
@@ -110,12 +110,12 @@ class Router:
         self.chances: list[Tensor] = []
 
     def begin(self, prompts: Tensor) -> None:
-        """A batch begins; `prompts` [B, T] is 1 on the tokens of its prompts. Tokens generated later see the same."""
+        """Begin a batch; `prompts` [B, T] is 1 on the tokens of its prompts. Tokens generated later use the same."""
         self._prompts = prompts
         self._pooled = None
 
     def enter(self, layer: int, rows: Tensor) -> None:
-        """A layer begins, with the hidden states `rows` [B · T, hidden]."""
+        """Begin a layer, with the hidden states `rows` [B · T, hidden]."""
         seen = rows if self._config.level is Level.TOKEN else self._means(rows)
         self.routed.enter(layer, seen)
         if layer == 0:
@@ -132,9 +132,9 @@ class Router:
 
 
 class MixtureModel(nn.Module):
-    """A base with a mixture on every row.
+    """Base with a mixture on every row.
 
-    `parameters()` is what is trained, in float32, and nothing else: the router, and the experts where they are trained.
+    `parameters()` is what is trained, in float32, and nothing else: the router, and the experts if they are trained.
     The base is no submodule, as in AdaptedModel.
     """
 
@@ -156,7 +156,7 @@ class MixtureModel(nn.Module):
         placed = [one.mapped(held) for one in made.experts]
         if made.writes_experts:
             self.tensors.extend(tensor for one in placed for tensor in one.adapter.tensors())
-        # The optimizer writes the parameters in place, so this and the driver always hold the newest values.
+        # The optimizer updates the parameters in place, so this and the driver always hold the newest values.
         self._made = made._replace(params=MixtureParams(self.weight), experts=placed)
         self.router = Router(made.config, self._made.params)
         self.driver = ReferenceDriver(
@@ -169,17 +169,17 @@ class MixtureModel(nn.Module):
 
     @property
     def made(self) -> TrainedMixture:
-        """The mixture as it is now, and as it would be written."""
+        """The mixture with its current parameters, as it would be written."""
         return self._made
 
     @property
     def num_trained(self) -> int:
-        """Parameters of what is made."""
+        """Number of parameters that are trained and written."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Digests of what the run reads beside its data and its base."""
+        """Digests of what the run reads besides its data and its base."""
         return tuple(one.generation for one in self._made.experts)
 
     @property
@@ -189,7 +189,7 @@ class MixtureModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **loss_options: Any
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], and the loss where there are labels. All inputs are [B, T], rows padded on the right."""
+        """Return logits [B, T, V], and the loss if labels are given. All inputs are [B, T], padded on the right."""
         self.router.begin(_prompts(attention_mask, labels))
         with self.base.context.use(self.driver):
             out = self.base.model(
@@ -201,21 +201,21 @@ class MixtureModel(nn.Module):
         return out
 
     def _balance(self, attention_mask: Tensor) -> Tensor:
-        """The mean over layers of how unevenly the experts are used; padding does not count."""
+        """Return the mean over layers of the balance loss; padding does not count."""
         real = attention_mask.reshape(-1).bool()
         layers = zip(self.router.chances, self.router.routed.by_layer, strict=True)
         return torch.stack([mixture.balance_loss(chances[real], gates[real]) for chances, gates in layers]).mean()
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Prompts [B, T], padded on the left, with their continuations [B, T + N]; the options are transformers'."""
+        """Return prompts [B, T], padded on the left, with continuations [B, T + N]; the options are transformers'."""
         self.router.begin(attention_mask)
         with self.base.context.use(self.driver):
             return self.base.model.generate(input_ids, attention_mask=attention_mask, **options)
 
 
 def _prompts(attention_mask: Tensor, labels: Tensor | None) -> Tensor:
-    """[B, T]: 1 on the tokens before the first that is learned, at least on a row's first; on all without labels."""
+    """Return [B, T]: 1 before the first learned token, at least on each row's first; without labels the mask."""
     if labels is None:
         return attention_mask
     begun = (labels != IGNORED).cumsum(1) > 0
@@ -224,5 +224,5 @@ def _prompts(attention_mask: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _share(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-    """This pass's part of the step: its learned tokens over the step's, as the loss of the labels is weighted."""
+    """Return this pass's share of the step's learned tokens, by which the loss of the labels is weighted too."""
     return 1.0 if num_items is None else (labels[:, 1:] != IGNORED).sum() / num_items

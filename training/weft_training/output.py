@@ -1,4 +1,4 @@
-"""The directory that a run makes: written beside its place, read back as a server would, and renamed into it."""
+"""Output directory of a run: written beside its place, read back as a server would, and renamed into place."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ _OUR_FILES = frozenset(
 
 
 def require_free(output: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError where `output` holds what may not be replaced."""
+    """Raise FileExistsError if `output` holds files that may not be replaced."""
     if not output.exists():
         return
     if not overwrite:
@@ -46,11 +46,11 @@ def require_free(output: Path, *, overwrite: bool) -> None:
 
 
 def rehearse(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:
-    """Write as after training: hours of it must not end in a directory that cannot be made, or that no server takes."""
+    """Write as after training, so that hours of it cannot end in a directory that cannot be written or served."""
     if isinstance(made, Adapter):
         write(adapters.map_tensors(made, _half), path, shape)
     else:
-        # The experts stay: filled alike, two of one method would be one adapter.
+        # Leave the experts as they are: filled alike, two of one method would be the same adapter.
         params = MixtureParams(_half(made.params.weight))
         write(made._replace(params=params), path, shape)
 
@@ -60,7 +60,7 @@ def _half(tensor: Tensor) -> Tensor:
 
 
 def rounded(made: Adapter | TrainedMixture, dtype: SaveDtype) -> Adapter | TrainedMixture:
-    """What was made, in the numbers that are written."""
+    """Return what was made, rounded to the dtype in which it is written."""
 
     def round_to(tensor: Tensor) -> Tensor:
         return tensor.detach().to(getattr(torch, dtype.value))
@@ -78,7 +78,7 @@ def write(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:
             directory.write(made, path, shape)
         else:
             _write_mixture(made, path, shape)
-    except OSError as error:  # a full disk is told without a word of what was written
+    except OSError as error:  # the error of a full disk does not name what was written
         raise OSError(f"output: {path} could not be written: {error}") from error
     if isinstance(made, Adapter):
         adapters.read(path, shape)
@@ -89,7 +89,7 @@ def write(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:
 
 
 def read_mixture(path: Path, shape: BaseShape) -> Mixture:
-    """The mixture in a directory. Raises what `weft.methods.checkpoint.mixture.read` raises."""
+    """Read the mixture in a directory. Raises what `weft.methods.checkpoint.mixture.read` raises."""
     config = json.loads((path / mixtures.CONFIG_FILE).read_text())
     return mixtures.read(config, load_file(path / mixtures.WEIGHTS_FILE), shape, AdapterLimits())
 
@@ -106,7 +106,7 @@ def _write_mixture(made: TrainedMixture, path: Path, shape: BaseShape) -> None:
 
 
 def _hint(name: str) -> str:
-    """The name of a directory where an adapter may have it, else none: servers check what experts are called."""
+    """Return a directory's name if it is a valid adapter id, else "", because servers check experts' names."""
     try:
         return check_adapter_id(name)
     except InvalidRequest:
@@ -114,7 +114,7 @@ def _hint(name: str) -> str:
 
 
 def _directory(index: int, made: TrainedMixture) -> str:
-    """The expert's name, numbered where another has it too."""
+    """Return the expert's name, numbered if an earlier one has it too."""
     name = made.experts[index].name
     earlier = sum(one.name == name for one in made.experts[:index])
     return f"{name}-{earlier + 1}" if earlier else name

@@ -1,7 +1,7 @@
-"""Several short examples in one row of the batch, so that no step is spent on padding.
+"""Packing of several short examples into one row of the batch, so that no step is spent on padding.
 
-Positions restart with every example, and transformers' own masks keep examples apart where positions restart (also in
-layers with a sliding window). Not every model class does that, so `require_apart` tries it on the base before training.
+Positions restart with every example, and transformers' masks separate examples at each restart (also in layers with a
+sliding window). Not every model class does so; `require_apart` tests the base before training.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from weft_training.data import IGNORED, Row
 
 
 def pack(rows: Sequence[Row], max_length: int) -> list[tuple[Row, ...]]:
-    """The rows in groups of at most `max_length` tokens: first fit, longest first; the same rows give the same groups.
+    """Group the rows by at most `max_length` tokens: first fit, longest first. The same rows give the same groups.
 
-    First fit decreasing needs at most 11/9 of the fewest groups possible, and 6/9 of one (Dósa 2007).
+    First fit decreasing needs at most 11/9 of the fewest groups possible, plus 6/9 of one (Dósa 2007).
     """
     groups: list[list[Row]] = []
     room: list[int] = []
@@ -33,7 +33,7 @@ def pack(rows: Sequence[Row], max_length: int) -> list[tuple[Row, ...]]:
 
 
 def collate(groups: Sequence[Sequence[Row]], *, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch, all [B, T]; padding is one more example that is not learned. There is no mask: positions make it."""
+    """Make a batch, all [B, T]; padding is one more example, not learned. Positions take the place of a mask."""
     width = max(sum(len(row.input_ids) for row in group) for group in groups)
     shape = (len(groups), width)
     input_ids = torch.full(shape, pad_token_id)
@@ -45,7 +45,7 @@ def collate(groups: Sequence[Sequence[Row]], *, pad_token_id: int) -> dict[str, 
             end = start + len(row.input_ids)
             input_ids[i, start:end] = torch.tensor(row.input_ids)
             labels[i, start:end] = torch.tensor(row.labels)
-            labels[i, start] = IGNORED  # nothing of its own comes before it
+            labels[i, start] = IGNORED  # no token of its own example precedes it
             position_ids[i, start:end] = torch.arange(end - start)
             start = end
         position_ids[i, start:] = torch.arange(width - start)
@@ -54,7 +54,7 @@ def collate(groups: Sequence[Sequence[Row]], *, pad_token_id: int) -> dict[str, 
 
 @torch.no_grad()
 def require_apart(model: Any) -> None:
-    """Raise ValueError if, in `model` (a transformers causal LM), an example sees the one before it in its row."""
+    """Raise ValueError if `model` (a transformers causal LM) lets an example attend to the one before it in its row."""
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     positions = torch.arange(8, device=model.device)[None] % 4
     other = ids.clone()

@@ -1,4 +1,4 @@
-"""What a run would need: `weft train --dry-run`, which trains nothing and writes nothing."""
+"""Resource estimate of a run: `weft train --dry-run`, which trains nothing and writes nothing."""
 
 import math
 from collections.abc import Iterable
@@ -17,19 +17,19 @@ from weft_training.trained import TrainedModel
 from weft_training.trainer import Prepared
 
 _FLOAT32 = 4
-# What bitsandbytes' 8-bit AdamW does: smaller tensors keep moments in float32, larger ones a scale for each block.
+# bitsandbytes' 8-bit AdamW: smaller tensors keep their moments in float32, larger ones need a scale for each block.
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256
-# Full fine-tuning with AdamW in mixed precision, by parameter: weight and gradient in 16 bits, and in float32 the
-# weight that is updated and two moments.
+# Full fine-tuning with AdamW in mixed precision, per parameter: weight and gradient in 16 bits; master weight and two
+# moments in float32.
 _FULL_FINE_TUNING = 2 + 2 + 3 * _FLOAT32
 
 
 class Plan(NamedTuple):
     """Sizes of a run.
 
-    num_adapter: parameters of what is written. num_trained: what the optimizer sees, a reparameterization's where there
+    num_adapter: parameters of what is written. num_trained: what the optimizer updates, a reparameterization's if there
         is one; adapter, gradients and optimizer state are of these.
-    activation_bytes: what autograd keeps of the widest pass; measured, with one forward pass over the longest examples.
+    activation_bytes: what autograd keeps of the widest pass; measured with one forward pass over the longest examples.
     """
 
     num_base: int
@@ -45,17 +45,17 @@ class Plan(NamedTuple):
 
     @property
     def efficiency_ratio(self) -> float:
-        """Return d / k, as everywhere."""
+        """d / k, as everywhere."""
         return efficiency_ratio(self.num_base, self.num_adapter)
 
     @property
     def full_fine_tuning_bytes(self) -> int:
-        """Return what AdamW in mixed precision would hold to train the whole base: 16 B a parameter, no activations."""
+        """Bytes of AdamW in mixed precision that trains the whole base: 16 B a parameter, no activations."""
         return self.num_base * _FULL_FINE_TUNING
 
     @property
     def memory_ratio(self) -> float:
-        """Return by how much this run holds less than full fine-tuning, activations left out of both."""
+        """Full fine-tuning's bytes over this run's, activations left out of both."""
         return self.full_fine_tuning_bytes / (self.total_bytes - self.activation_bytes)
 
     @property
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 def make(config: TrainConfig, prepared: Prepared) -> Plan:
-    """Return the plan of a run that `prepare` made ready."""
+    """Plan a run that `prepare` made ready."""
     model = prepared.model
     trained = list(model.parameters())
     num_trained = sum(parameter.numel() for parameter in trained)
@@ -88,7 +88,7 @@ def make(config: TrainConfig, prepared: Prepared) -> Plan:
 
 
 def _moment_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
-    """One of AdamW's two moments of a tensor."""
+    """Return the bytes of one of AdamW's two moments of a tensor."""
     size = parameter.numel()
     if optimizer == Optimizer.ADAMW or size < _SMALLEST_8BIT:
         return size * _FLOAT32
@@ -96,7 +96,7 @@ def _moment_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
 
 
 def _quantization(model: TrainedModel) -> list[Tensor]:
-    """The scales of bitsandbytes' 4-bit weights, which are no parameters."""
+    """Return the scales of bitsandbytes' 4-bit weights, which are not parameters."""
     found = (getattr(parameter, "quant_state", None) for parameter in model.base.model.parameters())
     states = [state for state in found if state is not None]
     nested = [state.state2.absmax for state in states if state.nested]  # of double quantization
@@ -125,5 +125,5 @@ def _activation_bytes(config: TrainConfig, model: TrainedModel, rows: list[Row],
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes by place, so that views of one tensor count once."""
+    """Return bytes by storage, so that views of one tensor count once."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -1,4 +1,4 @@
-"""What a training run tells while it runs, and the bar that shows it."""
+"""Reports of a training run, and the progress bar that shows them."""
 
 import time
 from collections.abc import Callable
@@ -35,7 +35,7 @@ Report = Callable[[Step], None]
 
 
 class ProgressBar:
-    """Shows steps on a terminal: `with ProgressBar(console, title) as bar: train(config, progress=bar)`."""
+    """Steps on a terminal: `with ProgressBar(console, title) as bar: train(config, progress=bar)`."""
 
     def __init__(self, console: Console, title: str = "training") -> None:
         columns = (
@@ -51,7 +51,7 @@ class ProgressBar:
         )
         self._progress = Progress(*columns, console=console)
         self._bar = self._progress.add_task(title, total=None, loss="–", tokens="")
-        self._since: tuple[float, int] | None = None  # time and tokens of the first step: what came before is not ours
+        self._since: tuple[float, int] | None = None  # time and tokens at the first step: start-up does not count
 
     def __enter__(self) -> Self:
         self._progress.start()

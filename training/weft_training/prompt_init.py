@@ -1,4 +1,4 @@
-"""Prompt rows that begin as tokens of the base: where prompt tuning starts best (Lester et al. 2021, section 3.2)."""
+"""Initialization of prompt rows from token embeddings: prompt tuning's best start (Lester et al. 2021, section 3.2)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from weft.model.loader import Base
 
 @torch.no_grad()
 def begin(config: object, base: Base, generator: torch.Generator) -> PromptParams | None:
-    """Float32 [P, E]: what the embedding module gives for each token, its scale included; None for other configs.
+    """Return the embedding module's output for each token, scaled, float32 [P, E]; None for other configs.
 
     Raises ValueError for a text without tokens.
     """
@@ -20,7 +20,7 @@ def begin(config: object, base: Base, generator: torch.Generator) -> PromptParam
 
 
 def _token_ids(config: PromptConfig, base: Base, generator: torch.Generator) -> Tensor:
-    """[P]: drawn from the whole vocabulary, or those of the text, repeated or cut."""
+    """Return token ids [P]: drawn from the whole vocabulary, or those of the text, repeated or cut."""
     length = config.num_virtual_tokens
     if config.prompt_init is PromptInit.VOCABULARY:
         return torch.randint(base.vocab_size, (length,), generator=generator)

@@ -1,4 +1,4 @@
-"""Bringing a finished adapter to a server or into a store, through the same ingest as any tenant's."""
+"""Publishing of a finished adapter to a server or a store, through the same ingest as any tenant's."""
 
 import re
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ _SERVER = re.compile(r"[^/\s]+:\d{1,5}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishConfig:
-    """Where a finished adapter goes.
+    """Destination of a finished adapter.
 
     publish: HOST:PORT of a server, to which it is uploaded, or the directory of a store.
-    adapter_id: the id it gets; the name of the output directory where none is given.
+    adapter_id: the id it gets; by default the name of the output directory.
     replace: whether the id may be bound to other content already.
     """
 
@@ -35,7 +35,7 @@ class PublishConfig:
 
 
 class Published(NamedTuple):
-    """What it is called now, and the call that uses it."""
+    """Its id and generation, and a command that uses it."""
 
     adapter_id: str
     generation: str
@@ -43,14 +43,14 @@ class Published(NamedTuple):
 
 
 def check(config: PublishConfig, output: Path) -> AdapterId:
-    """The id that `output` will get. InvalidRequest for one that no server takes: said before training, not after."""
+    """Return the id that `output` will get. Raises InvalidRequest for an invalid one, before training and not after."""
     return check_adapter_id(config.adapter_id or output.name)
 
 
 def publish(config: PublishConfig, output: Path, model: ModelConfig) -> Published:
-    """Publish the directory `output`. A mixture's experts are published by themselves, before it is asked for.
+    """Publish the directory `output`. A mixture's experts are published individually, before the mixture.
 
-    Raises weft.client.RpcFailure for what a server refuses, WeftError for what the store does.
+    Raises weft.client.RpcFailure if the server refuses, and WeftError if the store does.
     """
     adapter_id = check(config, output)
     if config.is_server:
@@ -64,7 +64,7 @@ def publish(config: PublishConfig, output: Path, model: ModelConfig) -> Publishe
 
 
 def _register(root: Path, adapter_id: AdapterId, output: Path, model: ModelConfig, *, replace: bool) -> str:
-    """The generation that the store holds now. It is checked against the base, as a server that registers checks it."""
+    """Register the directory and return its generation in the store. It is checked against the base, as by a server."""
     base = loader.load(model, attention="eager")
     limits = AdapterLimits()
     parent = output.resolve().parent

@@ -1,13 +1,13 @@
-"""Reparameterizations: not the virtual positions are trained but a module that makes them from rows R of its own.
+"""Reparameterizations: a module that makes the virtual positions from rows R is trained instead of the positions.
 
     prefix, MLP (Li and Liang 2021, section 4.3):    P = W₂ tanh(W₁ R)
     prefix, MLPs (the owner's document, 2.3):        P_K = W₂ tanh(W₁ R), P_V = W₄ tanh(W₃ R)
     P-tuning, MLP (PEFT's default):                  rows = W₃ relu(W₂ relu(W₁ R))
     P-tuning, LSTM (Liu et al. 2021, section 3):     rows = W₂ relu(W₁ LSTM(R)), both directions
 
-Every W has its bias, R starts standard normal, and all widths are PEFT's where the config names no other. The owner's R
-is [l, d_r] with d_r < d: `rows_size` is d_r. Deviation from PEFT: no dropout in the LSTM.
-What is written at the end is what the module makes; the module is dropped.
+Every W has a bias, R starts standard normal, and widths default to PEFT's. The owner's R is [l, d_r] with d_r < d:
+`rows_size` is d_r. Deviation from PEFT: no dropout in the LSTM. Only the module's output is written at the end; the
+module itself is dropped.
 """
 
 from typing import NamedTuple, Protocol
@@ -22,13 +22,13 @@ from weft.methods.ptuning.math import Encoder, PtuningConfig
 
 
 class Reparameterization(Protocol):
-    """A module without inputs that gives a method's virtual parameters; differentiable in its own."""
+    """A module without inputs that computes a method's virtual parameters, differentiable in its own parameters."""
 
     def __call__(self) -> NamedTuple: ...
 
 
 class PrefixMlp(nn.Module):
-    """R [P, d_r] through one hidden layer to all layers' keys and values, or through one to each."""
+    """R [P, d_r] through one hidden layer to all layers' keys and values, or through one layer to each."""
 
     def __init__(self, config: PrefixConfig, base: BaseShape) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class PromptMlp(nn.Module):
 
 
 class PromptLstm(nn.Module):
-    """R [P, E] as a sequence, read from both ends; then one hidden layer."""
+    """R [P, E] as a sequence, read from both ends, then one hidden layer."""
 
     def __init__(self, config: PtuningConfig, base: BaseShape) -> None:
         super().__init__()
@@ -85,8 +85,8 @@ class PromptLstm(nn.Module):
 
 
 def begin(config: object, base: BaseShape, generator: torch.Generator) -> Reparameterization | None:
-    """The untrained module that a method's config asks for; None where the parameters themselves are trained."""
-    # torch's modules draw from the global generator; it is lent to them, seeded from ours.
+    """Return the untrained module that a method's config asks for, or None if the parameters themselves are trained."""
+    # torch's modules draw from the global generator, so seed it from ours for that time.
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         match config:

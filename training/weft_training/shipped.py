@@ -1,7 +1,7 @@
-"""Where the files lie that come with Weft: the demo base, the demo's adapters, the recipes.
+"""Paths of the files that come with Weft: the demo base, the demo's adapters, the recipes.
 
-A wheel carries them in this package, under the names that they have in the repository (pyproject.toml); a checkout, and
-an editable install of it, has them there.
+A wheel carries them in this package, under their names in the repository (pyproject.toml); a checkout, and an editable
+install of it, has them in the repository itself.
 """
 
 from importlib.resources import files

@@ -1,4 +1,4 @@
-"""A client of a Weft server: `Client` for threads, `AsyncClient` for asyncio, with the same methods.
+"""Clients of a Weft server: `Client` for threads, `AsyncClient` for asyncio, with the same methods.
 
     with Client("127.0.0.1:50051") as client:
         client.upload("reverse", "runs/reverse")
@@ -8,11 +8,11 @@
                 print(delta.text, end="")
         print(answer.finish.usage.completion_tokens)
 
-What can be asked is written once, in `weft.client.calls`; the two clients differ only in how they make a call. Answers
-are the messages of `weft.v1`, whose protos say what each field means. A call that fails raises RpcFailure.
+All calls are defined once, in `weft.client.calls`; the two clients differ only in how they make them. Answers are
+messages of `weft.v1`, whose protos document each field. A call that fails raises RpcFailure.
 
-Answers and `watch` take the time they take unless a deadline is given; other calls have a minute. After UNAVAILABLE,
-and after nothing else, gRPC itself repeats the unary calls that may be repeated without harm.
+Answers and `watch` have no deadline unless one is given; other calls have a minute. gRPC itself repeats unary calls
+that are safe to repeat, and only after UNAVAILABLE.
 """
 
 from weft.client.aio import AsyncClient, AsyncDeltas, AsyncWatch

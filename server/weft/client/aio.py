@@ -1,4 +1,4 @@
-"""The client for asyncio: its calls are awaited."""
+"""Client for asyncio: its calls are awaited."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -26,7 +26,7 @@ Stream = TypeVar("Stream")
 
 
 class _Reading:
-    """A stream that is being read; to leave it ends its call."""
+    """A stream that is being read; leaving its context ends the call."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -38,7 +38,7 @@ class _Reading:
         self.close()
 
     def close(self) -> None:
-        """Ends the call; the server stops working for it."""
+        """End the call; the server stops working on it."""
         self._call.cancel()
 
     async def _messages(self) -> AsyncGenerator[Any, None]:
@@ -62,7 +62,7 @@ class AsyncDeltas(_Reading, Answering):
 
 
 class AsyncWatch(_Reading):
-    """What happens to the adapters."""
+    """Changes of the registered adapters."""
 
     def __aiter__(self) -> AsyncIterator[WatchAdaptersResponse]:
         return self._messages()
@@ -79,9 +79,9 @@ def _answering(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[Asy
 def _answering_in_thread(
     described: Callable[P, Rpc[Answer]],
 ) -> "Callable[Concatenate[AsyncClient, P], Awaitable[Answer]]":
-    """As `_answering`, for a stream of what is read from files: all of it in a thread, over a connection of its own.
+    """Return a method as `_answering` does, which makes a call that streams files in a thread, on its own connection.
 
-    grpc.aio now and then loses the status of a stream that the server ends before it has read it, and says INTERNAL.
+    grpc.aio now and then loses the status of a stream that the server ends early, and reports INTERNAL.
     """
 
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
@@ -106,7 +106,7 @@ def _streaming(
 
 
 class AsyncClient:
-    """One connection, made in the event loop that uses it; otherwise as Client."""
+    """One connection, made in the event loop that uses it; otherwise the same as Client."""
 
     def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
         self.server = server
@@ -121,15 +121,15 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the calls that are still running."""
+        """End the calls that are still running."""
         await self._channel.close()
 
     def begin(self, rpc: Rpc[Any]) -> Any:
-        """gRPC's call for what `rpc` describes."""
+        """Begin gRPC's call for `rpc`."""
         return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self.timeout_s))
 
     async def make(self, rpc: Rpc[Answer]) -> Answer:
-        """The answer to what `rpc` describes."""
+        """Make the call of `rpc` and return its answer."""
         try:
             return rpc.answer(await self.begin(rpc))
         except grpc.RpcError as error:
@@ -149,7 +149,7 @@ class AsyncClient:
     watch = _streaming(calls.watch, AsyncWatch)
 
     async def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:
-        """The registered adapters by id, or those of one method ("lora") and one state ("active")."""
+        """Return the registered adapters by id, or those of one method ("lora") and one state ("active")."""
         found: list[Adapter] = []
         request = calls.first_page(method, state)
         while True:

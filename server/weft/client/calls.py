@@ -1,4 +1,4 @@
-"""From arguments to calls, once for both clients: each function describes one RPC that is not yet made."""
+"""Descriptions of calls for both clients: each function turns arguments into an RPC that is not yet made."""
 
 import errno
 import hashlib
@@ -56,18 +56,18 @@ Filled = TypeVar("Filled", bound=Message)
 Completion: TypeAlias = GenerateResponse
 Conversation: TypeAlias = Sequence[Mapping[str, str]] | Sequence[ChatMessage]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | Sequence[int] | Conversation
-# An adapter, several with their weights (or as parts, which say where they act, too), or the base.
+# An adapter, several with weights (or as parts, which also state where they act), or the base.
 Target: TypeAlias = str | Mapping[str, float] | Sequence[WeightedAdapter] | None
 
 _PAGE_SIZE = 1000
-TIMEOUT_S = 60.0  # of calls that answer at once, where the client was given none
-_DRAIN_TIMEOUT_S = 30.0  # the server's own, when a call does not say
+TIMEOUT_S = 60.0  # of calls that answer at once, if the client has none
+_DRAIN_TIMEOUT_S = 30.0  # the server's own, if a call gives none
 _CHUNK_BYTES = 1 << 20
-_UPLOAD_BYTES_PER_S_MIN = 1 << 20  # an upload may take as long as the slowest link that is still worth waiting for
+_UPLOAD_BYTES_PER_S_MIN = 1 << 20  # an upload may take as long as on the slowest link worth supporting
 
 
 class Parameters(TypedDict, total=False):
-    """What `generate` and `stream` take beside prompt and adapter; None counts as not given.
+    """Parameters of `generate` and `stream` besides prompt and adapter; None counts as not given.
 
     All but the last are fields of Sampling, Stopping, ResponseOptions and GenerateRequest, documented there.
     """
@@ -91,7 +91,7 @@ class Parameters(TypedDict, total=False):
     steering: Steering | None
     request_id: str | None
     cache_salt: str | None
-    timeout_s: float | None  # deadline of this call, instead of the client's
+    timeout_s: float | None  # deadline of this call, overriding the client's
 
 
 class Stubs(NamedTuple):
@@ -103,10 +103,10 @@ class Stubs(NamedTuple):
 class Rpc(Generic[Answer]):
     """One call, not yet made.
 
-    method: where the stubs have it.
+    method: selects it from the stubs.
     request: its message, or the iterator of its messages.
-    answer: what the caller gets of the response.
-    deadline_s: the call's deadline, given the client's, which is None where its user set none; None is none.
+    answer: converts the response to the caller's result.
+    deadline_s: computes the call's deadline from the client's, which is None if its user set none; None is no deadline.
     """
 
     method: Callable[[Stubs], Callable[..., Any]]
@@ -116,11 +116,11 @@ class Rpc(Generic[Answer]):
 
 
 def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> GenerateRequest:
-    """The message that asks for an answer to `prompt`, which is text, tokens or a conversation."""
+    """Return the message that requests an answer to `prompt`, which is text, tokens or a conversation."""
     given: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
     given.pop("timeout_s", None)
     if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]  # as a sequence it would be its characters
+        given["stop"] = [given["stop"]]  # otherwise its characters would be the sequence
     request = GenerateRequest(
         sampling=_filled(Sampling, given), stopping=_filled(Stopping, given), options=_filled(ResponseOptions, given)
     )
@@ -148,7 +148,7 @@ def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpac
 
 
 def _filled(kind: type[Filled], given: dict[str, Any]) -> Filled:
-    """A `kind` of those fields that `given` has, which are taken out of it."""
+    """Return a `kind` with those of its fields that `given` has, and remove them from `given`."""
     message = kind()
     for name in kind.DESCRIPTOR.fields_by_name.keys() & given.keys():
         value = given.pop(name)
@@ -164,7 +164,7 @@ def _messages(turns: Any) -> Messages:
 
 
 def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[Completion]:
-    """The whole answer to `prompt`, through one adapter, several with weights, or the base alone."""
+    """Return the whole answer to `prompt`, through one adapter, several with weights, or the base alone."""
     return Rpc(
         method=lambda stubs: stubs.generation.Generate,
         request=generate_request(prompt, adapter, **parameters),
@@ -174,7 +174,7 @@ def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parame
 
 
 def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[StreamGenerateResponse]:
-    """What is new of the answer to `prompt`, as it comes; `finish` of the stream tells how it ended."""
+    """Stream the answer to `prompt` as it is generated; the stream's `finish` states how it ended."""
     return Rpc(
         method=lambda stubs: stubs.generation.StreamGenerate,
         request=generate_request(prompt, adapter, **parameters),
@@ -184,7 +184,7 @@ def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Paramete
 
 
 def tokenize(text: str | Conversation, *, pieces: bool = False) -> Rpc[TokenizeResponse]:
-    """The tokens of a text or a conversation; `pieces` asks for their spellings too."""
+    """Return the tokens of a text or a conversation; `pieces` adds their spellings."""
     request = TokenizeRequest(pieces=pieces)
     if isinstance(text, str):
         request.text = text
@@ -194,7 +194,7 @@ def tokenize(text: str | Conversation, *, pieces: bool = False) -> Rpc[TokenizeR
 
 
 def model_info() -> Rpc[ModelInfo]:
-    """The base model and the limits of the server."""
+    """Describe the base model and the limits of the server."""
     return Rpc(
         method=lambda stubs: stubs.generation.GetModelInfo,
         request=GetModelInfoRequest(),
@@ -237,8 +237,8 @@ def upload(
 ) -> Rpc[UploadAdapterResponse]:
     """Register an adapter by sending the two files of a local directory, PEFT's or a mixture's.
 
-    progress: called with the bytes sent and the bytes of both files, maybe in another thread.
-    Raises OSError for a directory without these files.
+    progress: called with the bytes sent and the bytes of both files, possibly in another thread. Raises OSError for a
+    directory without these files.
     """
     is_mixture = (Path(directory) / MIXTURE_FILES.config).exists()
     if not is_mixture and not (Path(directory) / PEFT_FILES.weights).exists():
@@ -272,7 +272,7 @@ def _upload_file(path: Path) -> UploadFile:
 def _upload_messages(
     header: UploadHeader, directory: Path, progress: Callable[[int], None]
 ) -> Iterator[UploadAdapterRequest]:
-    """The header, then the chunks. What a file changed since it was hashed, the server finds."""
+    """Yield the header, then the chunks. The server detects a file that changed after it was hashed."""
     yield UploadAdapterRequest(header=header)
     sent_bytes = 0
     for index, declared in enumerate(header.files):
@@ -315,7 +315,7 @@ def unregister(
 
 
 def adapter(adapter_id: str) -> Rpc[Adapter]:
-    """One registered adapter, by its id or by "id@generation"."""
+    """Return one registered adapter, by its id or by "id@generation"."""
     return Rpc(
         method=lambda stubs: stubs.adapters.GetAdapter,
         request=GetAdapterRequest(adapter_id=adapter_id),
@@ -324,12 +324,12 @@ def adapter(adapter_id: str) -> Rpc[Adapter]:
 
 
 def page(request: ListAdaptersRequest) -> Rpc[ListAdaptersResponse]:
-    """One page of the registered adapters."""
+    """Return one page of the registered adapters."""
     return Rpc(method=lambda stubs: stubs.adapters.ListAdapters, request=request, answer=_unchanged)
 
 
 def first_page(method: str, state: str) -> ListAdaptersRequest:
-    """Asks for the first page of all adapters, or those of one method ("lora") and one state ("active")."""
+    """Request the first page of all adapters, or of those with one method ("lora") and one state ("active")."""
     wanted = _enum(AdapterState, "state", state) if state else AdapterState.ADAPTER_STATE_UNSPECIFIED
     return ListAdaptersRequest(page_size=_PAGE_SIZE, method=method, state=wanted)
 
@@ -355,7 +355,7 @@ def unload(adapter_id: str, residency: str = "disk") -> Rpc[Adapter]:
 
 
 def _enum(enum: Any, field: str, label: str) -> Any:
-    """The value that `label` names without the name of its enum: "active" is ADAPTER_STATE_ACTIVE."""
+    """Return the value that `label` names without its enum's prefix: "active" is ADAPTER_STATE_ACTIVE."""
     unset, *names = enum.keys()
     prefix = unset.removesuffix("UNSPECIFIED")
     values = {name.removeprefix(prefix).lower(): enum.Value(name) for name in names}
@@ -365,7 +365,7 @@ def _enum(enum: Any, field: str, label: str) -> Any:
 
 
 def watch() -> Rpc[WatchAdaptersResponse]:
-    """The registered adapters, then their changes, until one side ends it; it has no deadline."""
+    """Watch the registered adapters, then their changes, until one side ends it; there is no deadline."""
     return Rpc(
         method=lambda stubs: stubs.adapters.WatchAdapters,
         request=WatchAdaptersRequest(),

@@ -18,11 +18,11 @@ Detail = TypeVar("Detail", bound=Message)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a call failed, as a client sees it.
+    """A failed call, as a client sees it.
 
-    reason: what programs compare; "" where the status is not Weft's but gRPC's own or a proxy's.
+    reason: for programs to compare; "" if the status is not Weft's but gRPC's own or a proxy's.
     metadata: the variable parts of the message.
-    retry_after_s: set only where the same call can succeed later.
+    retry_after_s: set only if the same call can succeed later.
     """
 
     code: grpc.StatusCode
@@ -33,7 +33,7 @@ class Failure:
 
 
 def failure_of(error: grpc.RpcError) -> Failure:
-    """What `error`, raised by a call of grpc or grpc.aio, says; it never raises on a malformed status."""
+    """Parse `error`, raised by a call of grpc or grpc.aio, without raising on a malformed status."""
     if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
         return _plain_failure(grpc.StatusCode.UNKNOWN, str(error))
     code, message = error.code(), error.details() or ""
@@ -61,6 +61,6 @@ def _plain_failure(code: grpc.StatusCode, message: str) -> Failure:
 
 
 def _unpacked(status: Status, kind: type[Detail]) -> list[Detail]:
-    """The details of one kind; DecodeError if one of them is malformed."""
+    """Return the details of one kind. Raises DecodeError if one of them is malformed."""
     name = kind.DESCRIPTOR.full_name
     return [kind.FromString(detail.value) for detail in status.details if detail.TypeName() == name]

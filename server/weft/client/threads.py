@@ -1,4 +1,4 @@
-"""The client for threads: its calls block."""
+"""Client for threads: its calls block."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -22,7 +22,7 @@ Stream = TypeVar("Stream")
 
 
 class _Reading:
-    """A stream that is being read; to leave it ends its call."""
+    """A stream that is being read; leaving its context ends the call."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -34,7 +34,7 @@ class _Reading:
         self.close()
 
     def close(self) -> None:
-        """Ends the call; the server stops working for it."""
+        """End the call; the server stops working on it."""
         self._call.cancel()
 
     def _messages(self) -> Iterator[Any]:
@@ -55,7 +55,7 @@ class Deltas(_Reading, Answering):
 
 
 class Watch(_Reading):
-    """What happens to the adapters."""
+    """Changes of the registered adapters."""
 
     def __iter__(self) -> Iterator[WatchAdaptersResponse]:
         return self._messages()
@@ -80,11 +80,11 @@ def _streaming(
 
 
 class Client:
-    """One connection, which threads may share.
+    """One connection, which several threads may share.
 
     server: "host:port".
-    timeout_s: the deadline of every call; `upload` and `unregister` add what they may need. None is a minute for calls
-        that answer at once, and no deadline for `generate` and `stream`, whose answers take the time they take.
+    timeout_s: the deadline of every call; `upload` and `unregister` extend it as needed. None is a minute for calls
+        that answer at once, and no deadline for `generate` and `stream`.
     """
 
     def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
@@ -99,15 +99,15 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends the calls that are still running."""
+        """End the calls that are still running."""
         self._channel.close()
 
     def begin(self, rpc: Rpc[Any]) -> Any:
-        """gRPC's call for what `rpc` describes."""
+        """Begin gRPC's call for `rpc`."""
         return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self._timeout_s))
 
     def make(self, rpc: Rpc[Answer]) -> Answer:
-        """The answer to what `rpc` describes."""
+        """Make the call of `rpc` and return its answer."""
         try:
             return rpc.answer(self.begin(rpc))
         except grpc.RpcError as error:
@@ -127,7 +127,7 @@ class Client:
     watch = _streaming(calls.watch, Watch)
 
     def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:
-        """The registered adapters by id, or those of one method ("lora") and one state ("active")."""
+        """Return the registered adapters by id, or those of one method ("lora") and one state ("active")."""
         found: list[Adapter] = []
         request = calls.first_page(method, state)
         while True:

@@ -1,4 +1,4 @@
-"""What both clients share: the channel's options, the exception, and what the messages of an answer tell."""
+"""Parts that both clients share: the channel's options, the exception, and the messages of an answer."""
 
 import inspect
 import json
@@ -9,8 +9,8 @@ from weft.client.failure import Failure
 from weft.v1 import adapter_service_pb2, generation_service_pb2
 from weft.v1.generation_pb2 import Delta, Finish, StreamGenerateResponse
 
-_RECEIVE_BYTES_MAX = 64 << 20  # Tokenize with pieces passes gRPC's own 4 MiB
-_NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # the second one would say that there is no such adapter
+_RECEIVE_BYTES_MAX = 64 << 20  # Tokenize with pieces exceeds gRPC's own 4 MiB
+_NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # a repeated call would fail, because the adapter is gone
 _RETRY_POLICY = {
     "maxAttempts": 4,
     "initialBackoff": "0.1s",
@@ -29,14 +29,14 @@ class RpcFailure(Exception):
 
 
 class Answering:
-    """What the messages of an answer told beside their deltas."""
+    """Fields of an answer's messages besides their deltas."""
 
     request_id = ""
     _finish: Finish | None = None
 
     @property
     def finish(self) -> Finish:
-        """How the answer ended; RuntimeError before it has been read to its end."""
+        """How the answer ended. Raises RuntimeError before it has been read to its end."""
         if self._finish is None:
             raise RuntimeError("the answer has not been read to its end")
         return self._finish
@@ -49,7 +49,7 @@ class Answering:
 
 
 def channel_options() -> list[tuple[str, Any]]:
-    """Retries of the repeatable unary calls, and room for large answers."""
+    """Return retries for the repeatable unary calls, and room for large answers."""
     services = (
         generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"],
         adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"],
@@ -65,7 +65,7 @@ def channel_options() -> list[tuple[str, Any]]:
 
 
 def document(method: Callable[..., Any], described: Callable[..., Any]) -> None:
-    """Give a client's method the name, the text and, after `self`, the parameters of the function it is made of."""
+    """Give a client's method the name, docstring and, after `self`, parameters of the function that describes it."""
     signature = inspect.signature(described)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__name__ = described.__name__

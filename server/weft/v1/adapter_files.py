@@ -1,4 +1,4 @@
-"""The two files that each kind of adapter has, as an upload names them: what it is, as JSON, and its tensors."""
+"""The two files of each kind of adapter, as an upload names them: its description as JSON, and its tensors."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class FilePair(NamedTuple):
 PEFT_FILES = FilePair("adapter_config.json", "adapter_model.safetensors")
 MIXTURE_FILES = FilePair("mixture_config.json", "mixture_router.safetensors")
 PAIRS = (PEFT_FILES, MIXTURE_FILES)
-# What other libraries write in the place of weights, and PEFT once did: never read here.
+# Weights in other libraries' formats, and formerly PEFT's; they are never read here.
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt")
 _ADAPTERHUB_FILES = ("pytorch_adapter.bin", "adapter.safetensors")
 FOREIGN_FILES = (*_PICKLES, *_ADAPTERHUB_FILES)
@@ -23,7 +23,7 @@ CONFIG_FILES = frozenset(pair.config for pair in PAIRS)
 
 
 def foreign_refused(name: str) -> str:
-    """Return the rule that `name`, one of FOREIGN_FILES, breaks, and how its owner converts it."""
+    """Return the rule that `name`, one of FOREIGN_FILES, breaks, and how its owner can convert it."""
     if name in _ADAPTERHUB_FILES:
         return f"AdapterHub's directories are converted first: {CONVERT_COMMAND}"
     return (
@@ -33,6 +33,6 @@ def foreign_refused(name: str) -> str:
 
 
 def pair_of(names: Iterable[str]) -> FilePair | None:
-    """The pair that these files are, no more and no less."""
+    """Return the pair that consists of exactly these files, if there is one."""
     listed = sorted(names)
     return next((pair for pair in PAIRS if sorted(pair) == listed), None)

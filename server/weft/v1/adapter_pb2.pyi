@@ -31,7 +31,7 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     ADAPTER_STATE_LOADING: _AdapterState.ValueType  # 1
     """Being checked and read; requests answer ADAPTER_NOT_READY."""
     ADAPTER_STATE_ACTIVE: _AdapterState.ValueType  # 2
-    """Serving. A request whose adapter is not on the device waits while it is brought there."""
+    """Serving. A request whose adapter is not on the device waits until it has been loaded."""
     ADAPTER_STATE_DRAINING: _AdapterState.ValueType  # 3
     """Being unregistered: running requests finish, new ones answer ADAPTER_DRAINING."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
@@ -39,8 +39,8 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     Registering it again repairs it.
     """
     ADAPTER_STATE_QUARANTINED: _AdapterState.ValueType  # 5
-    """Taken out of service because it produced values that are not finite; requests answer ADAPTER_QUARANTINED. Other
-    content under the same id brings it back.
+    """Taken out of service because it produced values that are not finite; requests answer ADAPTER_QUARANTINED.
+    Registering other content under the same id restores it.
     """
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
@@ -51,7 +51,7 @@ ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
 ADAPTER_STATE_LOADING: AdapterState.ValueType  # 1
 """Being checked and read; requests answer ADAPTER_NOT_READY."""
 ADAPTER_STATE_ACTIVE: AdapterState.ValueType  # 2
-"""Serving. A request whose adapter is not on the device waits while it is brought there."""
+"""Serving. A request whose adapter is not on the device waits until it has been loaded."""
 ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 3
 """Being unregistered: running requests finish, new ones answer ADAPTER_DRAINING."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
@@ -59,8 +59,8 @@ ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
 Registering it again repairs it.
 """
 ADAPTER_STATE_QUARANTINED: AdapterState.ValueType  # 5
-"""Taken out of service because it produced values that are not finite; requests answer ADAPTER_QUARANTINED. Other
-content under the same id brings it back.
+"""Taken out of service because it produced values that are not finite; requests answer ADAPTER_QUARANTINED.
+Registering other content under the same id restores it.
 """
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
@@ -73,11 +73,11 @@ class _AdapterResidencyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adap
     ADAPTER_RESIDENCY_UNSPECIFIED: _AdapterResidency.ValueType  # 0
     """Never sent. In a request: see the field."""
     ADAPTER_RESIDENCY_DEVICE: _AdapterResidency.ValueType  # 1
-    """On the device that computes, ready for the next step."""
+    """On the compute device, ready for the next step."""
     ADAPTER_RESIDENCY_HOST: _AdapterResidency.ValueType  # 2
     """In host memory, a copy away from the device."""
     ADAPTER_RESIDENCY_DISK: _AdapterResidency.ValueType  # 3
-    """In the store on disk only."""
+    """Only in the store on disk."""
 
 class AdapterResidency(_AdapterResidency, metaclass=_AdapterResidencyEnumTypeWrapper):
     """The fastest place that holds a copy of an adapter."""
@@ -85,16 +85,16 @@ class AdapterResidency(_AdapterResidency, metaclass=_AdapterResidencyEnumTypeWra
 ADAPTER_RESIDENCY_UNSPECIFIED: AdapterResidency.ValueType  # 0
 """Never sent. In a request: see the field."""
 ADAPTER_RESIDENCY_DEVICE: AdapterResidency.ValueType  # 1
-"""On the device that computes, ready for the next step."""
+"""On the compute device, ready for the next step."""
 ADAPTER_RESIDENCY_HOST: AdapterResidency.ValueType  # 2
 """In host memory, a copy away from the device."""
 ADAPTER_RESIDENCY_DISK: AdapterResidency.ValueType  # 3
-"""In the store on disk only."""
+"""Only in the store on disk."""
 Global___AdapterResidency: _TypeAlias = AdapterResidency  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """A registered adapter. All of it is told by the server."""
+    """A registered adapter. The server sets all fields."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -128,14 +128,14 @@ class Adapter(_message.Message):
     Other content under the same id is another generation.
     """
     method: _builtins.str
-    """What kind of adapter it is: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "vera", "bitfit", "ia3",
-    "bottleneck", "prefix", "prompt", "ptuning" or "mixture". `ModelInfo.methods` lists what this server takes; expect
-    names to be added.
+    """Kind of adapter: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "vera", "bitfit", "ia3", "bottleneck",
+    "prefix", "prompt", "ptuning" or "mixture". `ModelInfo.methods` lists those of this server; expect names to be
+    added.
     """
     state: Global___AdapterState.ValueType
     """Whether requests can use it."""
     state_reason: _builtins.str
-    """Why it is FAILED or QUARANTINED: a reason as in `ErrorInfo`, such as ADAPTER_NON_FINITE. Empty in other states."""
+    """Reason for FAILED or QUARANTINED, as in `ErrorInfo`, such as ADAPTER_NON_FINITE. Empty in other states."""
     residency: Global___AdapterResidency.ValueType
     """The fastest place that holds a copy of it."""
     pinned: _builtins.bool
@@ -143,23 +143,23 @@ class Adapter(_message.Message):
     size_bytes: _builtins.int
     """Bytes of its files."""
     resident_bytes: _builtins.int
-    """Bytes that it occupies in device and host memory together; 0 when it is on disk only."""
+    """Bytes that it occupies in device and host memory together; 0 if it is only on disk."""
     rank: _builtins.int
     """Largest rank of its low-rank updates; 0 for methods without one."""
     num_virtual_tokens: _builtins.int
-    """Virtual tokens that it puts before every prompt; 0 for methods without them."""
+    """Virtual tokens that it prepends to every prompt; 0 for methods without them."""
     num_parameters: _builtins.int
     """Number of its parameters."""
     in_flight_requests: _builtins.int
-    """Requests that hold this generation now, waiting ones included."""
+    """Requests that hold this generation now, including waiting ones."""
     base_model_name: _builtins.str
-    """Base model that the adapter's own file names; empty if it names none. For information: what counts is whether the
-    shapes fit and, where the file has the digest of its base, whether the weights are the same.
+    """Base model that the adapter's own file names; empty if it names none. For information only: the shapes must fit
+    and, if the file has the digest of its base, the weights must be the same.
     """
     trained_quantization: _builtins.str
-    """How the base's weights were held when it was trained, where that is not how this server holds them: "none", "int8",
-    "nf4" or "nf4-double". It is served on the same weights, whose rounding is another. Empty if there is no difference,
-    or if its file does not say.
+    """Quantization of the base when the adapter was trained, if this server's differs: "none", "int8", "nf4" or
+    "nf4-double". It is served on the same weights with another rounding. Empty if there is no difference, or if its
+    file does not state it.
     """
     @_builtins.property
     def modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -171,7 +171,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
-        """When a request last took it; unset if none has since the server started."""
+        """When a request last used it; unset if none has since the server started."""
 
     @_builtins.property
     def draining_generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainingGeneration]:
@@ -180,13 +180,13 @@ class Adapter(_message.Message):
     @_builtins.property
     def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that invoke it (activated LoRA): it acts from the first token of their last occurrence in the prompt on, and
-        not at all if the prompt does not hold them, so what comes before is cached as the base's. Empty: it acts
+        not at all if the prompt does not hold them, so the tokens before are cached as the base's. Empty: it acts
         everywhere.
         """
 
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Expert]:
-        """Of a mixture: its experts, in the order of their generations, which is the order of its gates."""
+        """Experts of a mixture, in the order of their generations, which is the order of its gates."""
 
     def __init__(
         self,
@@ -233,9 +233,9 @@ class Expert(_message.Message):
     generation: _builtins.str
     """The expert's content, as `Adapter.generation`: it decides which adapter the expert is."""
     adapter_id: _builtins.str
-    """An id that is registered with this content now, else the one that the mixture's file names; it may be empty."""
+    """An id that is registered with this content now, else the id in the mixture's file, which may be empty."""
     available: _builtins.bool
-    """Whether the expert can be used now. While one cannot, requests for the mixture answer EXPERT_UNAVAILABLE."""
+    """Whether the expert can be used now. While it cannot, requests for the mixture answer EXPERT_UNAVAILABLE."""
     def __init__(
         self,
         *,

@@ -37,7 +37,7 @@ class _RegisterOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Regis
     """The id had this content."""
 
 class RegisterOutcome(_RegisterOutcome, metaclass=_RegisterOutcomeEnumTypeWrapper):
-    """What registering changed."""
+    """Outcome of a registration."""
 
 REGISTER_OUTCOME_UNSPECIFIED: RegisterOutcome.ValueType  # 0
 """Never sent."""
@@ -58,19 +58,19 @@ class _UnregisterModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unregi
     UNREGISTER_MODE_UNSPECIFIED: _UnregisterMode.ValueType  # 0
     """As DRAIN."""
     UNREGISTER_MODE_DRAIN: _UnregisterMode.ValueType  # 1
-    """They finish, or are cancelled when the timeout ends."""
+    """They finish, or are cancelled when the timeout expires."""
     UNREGISTER_MODE_CANCEL: _UnregisterMode.ValueType  # 2
-    """They end at once with ABORTED (ADAPTER_UNREGISTERED), waiting ones included."""
+    """They end at once with ABORTED (ADAPTER_UNREGISTERED), including waiting ones."""
 
 class UnregisterMode(_UnregisterMode, metaclass=_UnregisterModeEnumTypeWrapper):
-    """What becomes of the requests of an adapter that is removed."""
+    """Fate of the requests of a removed adapter."""
 
 UNREGISTER_MODE_UNSPECIFIED: UnregisterMode.ValueType  # 0
 """As DRAIN."""
 UNREGISTER_MODE_DRAIN: UnregisterMode.ValueType  # 1
-"""They finish, or are cancelled when the timeout ends."""
+"""They finish, or are cancelled when the timeout expires."""
 UNREGISTER_MODE_CANCEL: UnregisterMode.ValueType  # 2
-"""They end at once with ABORTED (ADAPTER_UNREGISTERED), waiting ones included."""
+"""They end at once with ABORTED (ADAPTER_UNREGISTERED), including waiting ones."""
 Global___UnregisterMode: _TypeAlias = UnregisterMode  # noqa: Y015
 
 class _AdapterChange:
@@ -84,34 +84,34 @@ class _AdapterChangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     ADAPTER_CHANGE_EXISTING: _AdapterChange.ValueType  # 1
     """An adapter that was registered when the watch began."""
     ADAPTER_CHANGE_SYNCED: _AdapterChange.ValueType  # 2
-    """The adapters of the beginning have all been sent; what follows is change. Sent once."""
+    """All adapters of the beginning have been sent; changes follow. Sent once."""
     ADAPTER_CHANGE_ADDED: _AdapterChange.ValueType  # 3
     """A new id was registered."""
     ADAPTER_CHANGE_UPDATED: _AdapterChange.ValueType  # 4
-    """Generation, state, residency or pin changed. Counters and times alone are no change."""
+    """Generation, state, residency or pin changed. Counters and times alone do not count as a change."""
     ADAPTER_CHANGE_REMOVED: _AdapterChange.ValueType  # 5
     """An id was unregistered and nothing of it is left."""
 
 class AdapterChange(_AdapterChange, metaclass=_AdapterChangeEnumTypeWrapper):
-    """What a watch tells."""
+    """Kind of event in a watch."""
 
 ADAPTER_CHANGE_UNSPECIFIED: AdapterChange.ValueType  # 0
 """Never sent."""
 ADAPTER_CHANGE_EXISTING: AdapterChange.ValueType  # 1
 """An adapter that was registered when the watch began."""
 ADAPTER_CHANGE_SYNCED: AdapterChange.ValueType  # 2
-"""The adapters of the beginning have all been sent; what follows is change. Sent once."""
+"""All adapters of the beginning have been sent; changes follow. Sent once."""
 ADAPTER_CHANGE_ADDED: AdapterChange.ValueType  # 3
 """A new id was registered."""
 ADAPTER_CHANGE_UPDATED: AdapterChange.ValueType  # 4
-"""Generation, state, residency or pin changed. Counters and times alone are no change."""
+"""Generation, state, residency or pin changed. Counters and times alone do not count as a change."""
 ADAPTER_CHANGE_REMOVED: AdapterChange.ValueType  # 5
 """An id was unregistered and nothing of it is left."""
 Global___AdapterChange: _TypeAlias = AdapterChange  # noqa: Y015
 
 @_typing.final
 class RegisterAdapterRequest(_message.Message):
-    """Which files to register, and under which id."""
+    """Files to register, and their id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -126,26 +126,26 @@ class RegisterAdapterRequest(_message.Message):
     """The id to register. Required."""
     source: _builtins.str
     """Directory with `adapter_config.json` and `adapter_model.safetensors`, or with `mixture_config.json` and
-    `mixture_router.safetensors`: a path relative to the server's store, such
-    as "demo/reverse-lora", or an absolute path under a directory that the server allows. SOURCE_NOT_FOUND if there
-    is none, SOURCE_FORBIDDEN if it leads elsewhere, SOURCE_NOT_REGULAR if something in it is a link or not a file,
-    SOURCE_SCHEME for a URL of a scheme that is never read, SOURCE_DISABLED for one that is not enabled here.
+    `mixture_router.safetensors`: a path relative to the server's store, such as "demo/reverse-lora", or an absolute
+    path under a directory that the server allows. SOURCE_NOT_FOUND if there is none, SOURCE_FORBIDDEN if it leads
+    elsewhere, SOURCE_NOT_REGULAR if it contains a link or anything but files, SOURCE_SCHEME for a URL with a scheme
+    that is never read, SOURCE_DISABLED for one that is not enabled here.
     """
     replace: _builtins.bool
-    """Allow other content under an id that is taken. Default: false, ADAPTER_EXISTS. Requests that run keep the
-    generation that they were admitted with.
+    """Allow other content under an id that is taken. Default: false, ADAPTER_EXISTS. Running requests keep the generation
+    that they were admitted with.
     """
     expected_generation: _builtins.str
     """Register only if this is the id's current generation, else VERSION_CONFLICT; empty: only if the id is not
-    registered. It does not stand in for `replace`. Content that is current already answers UNCHANGED whatever is
+    registered. It is no substitute for `replace`. Content that is already current answers UNCHANGED whatever is
     expected. Unset: no condition.
     """
     pin: _builtins.bool
-    """Bring the adapter to the device and pin it there before answering. Default: false. An UNCHANGED adapter is pinned
+    """Load the adapter onto the device and pin it there before answering. Default: false. An UNCHANGED adapter is pinned
     too; false never removes a pin.
     """
     validate_only: _builtins.bool
-    """Check everything and keep nothing: the response is the one that the call would have given. Default: false."""
+    """Check everything and keep nothing: the response is that of the same call without this. Default: false."""
     content_generation: _builtins.str
     """Generation that the content must have, 64 lower-case hexadecimal digits (CHECKSUM_INVALID), else
     CHECKSUM_MISMATCH. Unset: any.
@@ -178,7 +178,7 @@ Global___RegisterAdapterRequest: _TypeAlias = RegisterAdapterRequest  # noqa: Y0
 
 @_typing.final
 class RegisterAdapterResponse(_message.Message):
-    """What was registered."""
+    """The registered adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -214,11 +214,11 @@ class UploadAdapterRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___UploadHeader:
-        """What will be sent. The first message, and no other."""
+        """Description of the upload. Only in the first message."""
 
     @_builtins.property
     def chunk(self) -> Global___UploadChunk:
-        """Some bytes of one file. Every message after the first."""
+        """Some bytes of one file. In every message after the first."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ Global___UploadAdapterRequest: _TypeAlias = UploadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class UploadHeader(_message.Message):
-    """What an upload will send, and under which id to register it."""
+    """Files of an upload, and the id to register them under."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -294,7 +294,7 @@ class UploadFile(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the file, without a directory. FORMAT_UNSUPPORTED for any that no adapter has."""
+    """Name of the file, without a directory. FORMAT_UNSUPPORTED for any name that no adapter has."""
     size_bytes: _builtins.int
     """Its length in bytes, at least 1; at most `AdapterLimits.config_bytes_max` or `file_bytes_max`, else
     ADAPTER_TOO_LARGE.
@@ -328,9 +328,9 @@ class UploadChunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     file_index: _builtins.int
-    """Which file: its position in `UploadHeader.files`, from 0."""
+    """Index of the file in `UploadHeader.files`, from 0."""
     offset: _builtins.int
-    """Position of `data` in the file, in bytes: the number of bytes of it that were sent before, else UPLOAD_PROTOCOL."""
+    """Position of `data` in the file, in bytes: the number of its bytes already sent, else UPLOAD_PROTOCOL."""
     data: _builtins.bytes
     """The bytes, 1 to 1,048,576 (1 MiB), else UPLOAD_PROTOCOL."""
     def __init__(
@@ -350,7 +350,7 @@ Global___UploadChunk: _TypeAlias = UploadChunk  # noqa: Y015
 
 @_typing.final
 class UploadAdapterResponse(_message.Message):
-    """What an upload registered."""
+    """The adapter that an upload registered."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -378,7 +378,7 @@ Global___UploadAdapterResponse: _TypeAlias = UploadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class UnregisterAdapterRequest(_message.Message):
-    """Which adapter to remove, and what becomes of its requests."""
+    """Adapter to remove, and the fate of its requests."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -390,14 +390,14 @@ class UnregisterAdapterRequest(_message.Message):
     adapter_id: _builtins.str
     """The adapter. Required."""
     mode: Global___UnregisterMode.ValueType
-    """What becomes of requests that hold it. Default: DRAIN."""
+    """Fate of the requests that hold it. Default: DRAIN."""
     allow_missing: _builtins.bool
     """Answer OK, with nothing freed, if the adapter is not registered. Default: false, ADAPTER_NOT_FOUND."""
     expected_generation: _builtins.str
     """Remove only if this is the current generation, else VERSION_CONFLICT. Unset: no condition."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """How long DRAIN waits; requests that are left then are cancelled. Range: 0 to 10 minutes, else TIMEOUT_INVALID.
+        """How long DRAIN waits before it cancels the remaining requests. Range: 0 to 10 minutes, else TIMEOUT_INVALID.
         Default: 30 s. CANCEL does not wait.
         """
 
@@ -422,7 +422,7 @@ Global___UnregisterAdapterRequest: _TypeAlias = UnregisterAdapterRequest  # noqa
 
 @_typing.final
 class UnregisterAdapterResponse(_message.Message):
-    """What removing an adapter freed, over all its generations."""
+    """Resources freed by a removal, over all generations of the adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -435,7 +435,7 @@ class UnregisterAdapterResponse(_message.Message):
     freed_host_bytes: _builtins.int
     """Bytes of host memory."""
     freed_kv_blocks: _builtins.int
-    """Blocks of the KV cache that were filled through the adapter."""
+    """Blocks of the KV cache that were computed with the adapter."""
     cancelled_requests: _builtins.int
     """Requests that ended with ADAPTER_UNREGISTERED."""
     def __init__(
@@ -456,7 +456,7 @@ Global___UnregisterAdapterResponse: _TypeAlias = UnregisterAdapterResponse  # no
 
 @_typing.final
 class GetAdapterRequest(_message.Message):
-    """Which adapter to describe."""
+    """Adapter to describe."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -502,7 +502,7 @@ Global___GetAdapterResponse: _TypeAlias = GetAdapterResponse  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
-    """Which adapters to list."""
+    """Adapters to list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -566,7 +566,7 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class LoadAdapterRequest(_message.Message):
-    """Which adapter to bring into memory."""
+    """Adapter to load into memory."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -576,13 +576,11 @@ class LoadAdapterRequest(_message.Message):
     adapter_id: _builtins.str
     """The adapter. Required."""
     residency: _adapter_pb2.AdapterResidency.ValueType
-    """Where to: DEVICE or HOST; RESIDENCY_INVALID for DISK. UNSPECIFIED: DEVICE. An adapter that is in a faster place
-    stays there.
+    """Destination: DEVICE or HOST; RESIDENCY_INVALID for DISK. UNSPECIFIED: DEVICE. An adapter in a faster place stays
+    there.
     """
     pin: _builtins.bool
-    """Set or remove the pin, which keeps an adapter on the device. RESIDENCY_INVALID if true with HOST. Unset: as it
-    is.
-    """
+    """Set or remove the pin, which keeps an adapter on the device. RESIDENCY_INVALID if true with HOST. Unset: no change."""
     def __init__(
         self,
         *,
@@ -602,7 +600,7 @@ Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class LoadAdapterResponse(_message.Message):
-    """What was brought into memory."""
+    """The loaded adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -626,7 +624,7 @@ Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):
-    """Which adapter to take out of memory."""
+    """Adapter to unload from memory."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -635,7 +633,7 @@ class UnloadAdapterRequest(_message.Message):
     adapter_id: _builtins.str
     """The adapter. Required."""
     residency: _adapter_pb2.AdapterResidency.ValueType
-    """What to keep: HOST frees the device only, DISK the host copy as well; RESIDENCY_INVALID for DEVICE. UNSPECIFIED:
+    """Copy to keep: HOST frees only the device, DISK the host copy as well; RESIDENCY_INVALID for DEVICE. UNSPECIFIED:
     DISK.
     """
     def __init__(
@@ -654,7 +652,7 @@ Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterResponse(_message.Message):
-    """What was taken out of memory."""
+    """The unloaded adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -678,7 +676,7 @@ Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class WatchAdaptersRequest(_message.Message):
-    """Asks for all adapters and their changes; it has no fields."""
+    """Request for all adapters and their changes; it has no fields."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -705,7 +703,7 @@ class WatchAdaptersResponse(_message.Message):
     """What happened."""
     @_builtins.property
     def adapter(self) -> _adapter_pb2.Adapter:
-        """The adapter after the change; for REMOVED as it was last, for SYNCED unset."""
+        """The adapter after the change; for REMOVED its last state, for SYNCED unset."""
 
     def __init__(
         self,

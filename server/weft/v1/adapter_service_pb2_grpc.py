@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Adapters of this server: what is registered, and what of it is in memory. Registration is durable: it survives a
+    """Adapters of this server: their registration and their residency in memory. Registration is durable: it survives a
     restart once the call has answered. Residency is not: the server moves adapters between disk, host and device as
-    requests need.
+    requests need them.
 
-    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule
-    (`Adapter.adapter_id`) answers ID_INVALID, a reserved one ID_RESERVED, one that is not registered
-    ADAPTER_NOT_FOUND. An enum value that this server does not know answers ENUM_UNKNOWN.
+    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule (`Adapter.adapter_id`)
+    answers ID_INVALID, a reserved one ID_RESERVED, an unregistered one ADAPTER_NOT_FOUND. An unknown enum value answers
+    ENUM_UNKNOWN.
     """
 
     def __init__(self, channel):
@@ -84,23 +84,23 @@ class AdapterServiceStub:
 
 
 class AdapterServiceServicer:
-    """Adapters of this server: what is registered, and what of it is in memory. Registration is durable: it survives a
+    """Adapters of this server: their registration and their residency in memory. Registration is durable: it survives a
     restart once the call has answered. Residency is not: the server moves adapters between disk, host and device as
-    requests need.
+    requests need them.
 
-    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule
-    (`Adapter.adapter_id`) answers ID_INVALID, a reserved one ID_RESERVED, one that is not registered
-    ADAPTER_NOT_FOUND. An enum value that this server does not know answers ENUM_UNKNOWN.
+    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule (`Adapter.adapter_id`)
+    answers ID_INVALID, a reserved one ID_RESERVED, an unregistered one ADAPTER_NOT_FOUND. An unknown enum value answers
+    ENUM_UNKNOWN.
     """
 
     def RegisterAdapter(self, request, context):
         """Registers an adapter from files that the server can read, and returns when requests can use it. Registering the
-        same content under the same id again is fine and says UNCHANGED, so a call that was cut off can be repeated.
+        same content under the same id again is allowed and answers UNCHANGED, so an interrupted call can be repeated.
 
-        Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
-        ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-        (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
-        RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
+        Errors: INVALID_ARGUMENT (the files break the rule that the reason names), ALREADY_EXISTS (ADAPTER_EXISTS), ABORTED
+        (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION (BASE_MISMATCH,
+        SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active), RESOURCE_EXHAUSTED
+        (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,10 +111,10 @@ class AdapterServiceServicer:
         header, each file from its first byte to its last. Nothing is visible to other calls before the last byte is
         checked, and nothing is kept if the call fails.
 
-        Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
-        fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
-        their turn; a call that waits is not read from before its turn).
+        Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
+        bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
+        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
+        for their turn; a waiting call is not read from).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,9 +122,9 @@ class AdapterServiceServicer:
 
     def UnregisterAdapter(self, request, context):
         """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
-        no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-        goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
-        for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
+        no request. From the start of the call, new requests and other calls to unregister it are refused. If the caller
+        disconnects, the removal continues. An expert of a mixture can be removed: the mixture stays registered, and
+        requests for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under any id.
 
         Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
         (STORE_UNAVAILABLE).
@@ -143,8 +143,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may be in the
-        list or not; every other one is there exactly once.
+        """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may or may not be
+        in the list; every other one is there exactly once.
 
         Errors: INVALID_ARGUMENT (PAGE_TOKEN_INVALID, ENUM_UNKNOWN, METHOD_UNKNOWN).
         """
@@ -153,8 +153,9 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-        need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
+        """Loads a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
+        need this call; it saves the first of them the wait. For a mixture it loads and pins only the router, not its
+        experts.
 
         Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
         RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT
@@ -165,7 +166,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Frees the memory of an adapter and removes its pin. It stays registered, and the next request brings it back.
+        """Frees the memory of an adapter and removes its pin. It stays registered, and the next request loads it again.
 
         Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_IN_USE with RetryInfo: requests hold it; nothing was changed).
         """
@@ -174,8 +175,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Streams the registered adapters and then their changes, until the caller or the server ends. A caller that reads
-        slowly may miss states in between, never the latest one. After UNAVAILABLE (DRAINING), watch again.
+        """Streams the registered adapters and then their changes, until the caller or the server ends the stream. A caller
+        that reads slowly may miss intermediate states, never the latest one. After UNAVAILABLE (DRAINING), watch again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,13 +234,13 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Adapters of this server: what is registered, and what of it is in memory. Registration is durable: it survives a
+    """Adapters of this server: their registration and their residency in memory. Registration is durable: it survives a
     restart once the call has answered. Residency is not: the server moves adapters between disk, host and device as
-    requests need.
+    requests need them.
 
-    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule
-    (`Adapter.adapter_id`) answers ID_INVALID, a reserved one ID_RESERVED, one that is not registered
-    ADAPTER_NOT_FOUND. An enum value that this server does not know answers ENUM_UNKNOWN.
+    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule (`Adapter.adapter_id`)
+    answers ID_INVALID, a reserved one ID_RESERVED, an unregistered one ADAPTER_NOT_FOUND. An unknown enum value answers
+    ENUM_UNKNOWN.
     """
 
     @staticmethod

@@ -27,13 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """Adapters of this server: what is registered, and what of it is in memory. Registration is durable: it survives a
+    """Adapters of this server: their registration and their residency in memory. Registration is durable: it survives a
     restart once the call has answered. Residency is not: the server moves adapters between disk, host and device as
-    requests need.
+    requests need them.
 
-    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule
-    (`Adapter.adapter_id`) answers ID_INVALID, a reserved one ID_RESERVED, one that is not registered
-    ADAPTER_NOT_FOUND. An enum value that this server does not know answers ENUM_UNKNOWN.
+    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule (`Adapter.adapter_id`)
+    answers ID_INVALID, a reserved one ID_RESERVED, an unregistered one ADAPTER_NOT_FOUND. An unknown enum value answers
+    ENUM_UNKNOWN.
     """
 
     @_typing.overload
@@ -42,28 +42,28 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.RegisterAdapterRequest, _adapter_service_pb2.RegisterAdapterResponse]
     """Registers an adapter from files that the server can read, and returns when requests can use it. Registering the
-    same content under the same id again is fine and says UNCHANGED, so a call that was cut off can be repeated.
+    same content under the same id again is allowed and answers UNCHANGED, so an interrupted call can be repeated.
 
-    Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
-    ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-    (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
-    RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
+    Errors: INVALID_ARGUMENT (the files break the rule that the reason names), ALREADY_EXISTS (ADAPTER_EXISTS), ABORTED
+    (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION (BASE_MISMATCH,
+    SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active), RESOURCE_EXHAUSTED
+    (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
     """
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_service_pb2.UploadAdapterRequest, _adapter_service_pb2.UploadAdapterResponse]
     """Registers an adapter from bytes in the stream: first one header, then the chunks of each file in the order of the
     header, each file from its first byte to its last. Nothing is visible to other calls before the last byte is
     checked, and nothing is kept if the call fails.
 
-    Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
-    fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
-    their turn; a call that waits is not read from before its turn).
+    Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
+    bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
+    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
+    for their turn; a waiting call is not read from).
     """
     UnregisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
-    no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-    goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
-    for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
+    no request. From the start of the call, new requests and other calls to unregister it are refused. If the caller
+    disconnects, the removal continues. An expert of a mixture can be removed: the mixture stays registered, and
+    requests for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under any id.
 
     Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
     (STORE_UNAVAILABLE).
@@ -74,65 +74,66 @@ class AdapterServiceStub:
     Errors: NOT_FOUND.
     """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]
-    """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may be in the
-    list or not; every other one is there exactly once.
+    """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may or may not be
+    in the list; every other one is there exactly once.
 
     Errors: INVALID_ARGUMENT (PAGE_TOKEN_INVALID, ENUM_UNKNOWN, METHOD_UNKNOWN).
     """
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.LoadAdapterRequest, _adapter_service_pb2.LoadAdapterResponse]
-    """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-    need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
+    """Loads a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
+    need this call; it saves the first of them the wait. For a mixture it loads and pins only the router, not its
+    experts.
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
     RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT
     (ADAPTER_TOO_LARGE: it can never fit), DATA_LOSS (BLOB_CORRUPT).
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]
-    """Frees the memory of an adapter and removes its pin. It stays registered, and the next request brings it back.
+    """Frees the memory of an adapter and removes its pin. It stays registered, and the next request loads it again.
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_IN_USE with RetryInfo: requests hold it; nothing was changed).
     """
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapter_service_pb2.WatchAdaptersRequest, _adapter_service_pb2.WatchAdaptersResponse]
-    """Streams the registered adapters and then their changes, until the caller or the server ends. A caller that reads
-    slowly may miss states in between, never the latest one. After UNAVAILABLE (DRAINING), watch again.
+    """Streams the registered adapters and then their changes, until the caller or the server ends the stream. A caller
+    that reads slowly may miss intermediate states, never the latest one. After UNAVAILABLE (DRAINING), watch again.
     """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Adapters of this server: what is registered, and what of it is in memory. Registration is durable: it survives a
+    """Adapters of this server: their registration and their residency in memory. Registration is durable: it survives a
     restart once the call has answered. Residency is not: the server moves adapters between disk, host and device as
-    requests need.
+    requests need them.
 
-    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule
-    (`Adapter.adapter_id`) answers ID_INVALID, a reserved one ID_RESERVED, one that is not registered
-    ADAPTER_NOT_FOUND. An enum value that this server does not know answers ENUM_UNKNOWN.
+    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule (`Adapter.adapter_id`)
+    answers ID_INVALID, a reserved one ID_RESERVED, an unregistered one ADAPTER_NOT_FOUND. An unknown enum value answers
+    ENUM_UNKNOWN.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.RegisterAdapterRequest, _adapter_service_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
     """Registers an adapter from files that the server can read, and returns when requests can use it. Registering the
-    same content under the same id again is fine and says UNCHANGED, so a call that was cut off can be repeated.
+    same content under the same id again is allowed and answers UNCHANGED, so an interrupted call can be repeated.
 
-    Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
-    ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-    (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
-    RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
+    Errors: INVALID_ARGUMENT (the files break the rule that the reason names), ALREADY_EXISTS (ADAPTER_EXISTS), ABORTED
+    (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION (BASE_MISMATCH,
+    SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active), RESOURCE_EXHAUSTED
+    (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
     """
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_service_pb2.UploadAdapterRequest, _adapter_service_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """Registers an adapter from bytes in the stream: first one header, then the chunks of each file in the order of the
     header, each file from its first byte to its last. Nothing is visible to other calls before the last byte is
     checked, and nothing is kept if the call fails.
 
-    Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
-    fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
-    their turn; a call that waits is not read from before its turn).
+    Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
+    bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
+    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
+    for their turn; a waiting call is not read from).
     """
     UnregisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
-    no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-    goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
-    for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
+    no request. From the start of the call, new requests and other calls to unregister it are refused. If the caller
+    disconnects, the removal continues. An expert of a mixture can be removed: the mixture stays registered, and
+    requests for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under any id.
 
     Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
     (STORE_UNAVAILABLE).
@@ -143,37 +144,38 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Errors: NOT_FOUND.
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may be in the
-    list or not; every other one is there exactly once.
+    """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may or may not be
+    in the list; every other one is there exactly once.
 
     Errors: INVALID_ARGUMENT (PAGE_TOKEN_INVALID, ENUM_UNKNOWN, METHOD_UNKNOWN).
     """
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.LoadAdapterRequest, _adapter_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-    need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
+    """Loads a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
+    need this call; it saves the first of them the wait. For a mixture it loads and pins only the router, not its
+    experts.
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
     RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT
     (ADAPTER_TOO_LARGE: it can never fit), DATA_LOSS (BLOB_CORRUPT).
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnloadAdapterRequest, _adapter_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Frees the memory of an adapter and removes its pin. It stays registered, and the next request brings it back.
+    """Frees the memory of an adapter and removes its pin. It stays registered, and the next request loads it again.
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_IN_USE with RetryInfo: requests hold it; nothing was changed).
     """
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapter_service_pb2.WatchAdaptersRequest, _adapter_service_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
-    """Streams the registered adapters and then their changes, until the caller or the server ends. A caller that reads
-    slowly may miss states in between, never the latest one. After UNAVAILABLE (DRAINING), watch again.
+    """Streams the registered adapters and then their changes, until the caller or the server ends the stream. A caller
+    that reads slowly may miss intermediate states, never the latest one. After UNAVAILABLE (DRAINING), watch again.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Adapters of this server: what is registered, and what of it is in memory. Registration is durable: it survives a
+    """Adapters of this server: their registration and their residency in memory. Registration is durable: it survives a
     restart once the call has answered. Residency is not: the server moves adapters between disk, host and device as
-    requests need.
+    requests need them.
 
-    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule
-    (`Adapter.adapter_id`) answers ID_INVALID, a reserved one ID_RESERVED, one that is not registered
-    ADAPTER_NOT_FOUND. An enum value that this server does not know answers ENUM_UNKNOWN.
+    Errors have the form that `GenerationService` describes. An `adapter_id` that breaks its rule (`Adapter.adapter_id`)
+    answers ID_INVALID, a reserved one ID_RESERVED, an unregistered one ADAPTER_NOT_FOUND. An unknown enum value answers
+    ENUM_UNKNOWN.
     """
 
     @_abc_1.abstractmethod
@@ -183,12 +185,12 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapter_service_pb2.RegisterAdapterResponse]]:
         """Registers an adapter from files that the server can read, and returns when requests can use it. Registering the
-        same content under the same id again is fine and says UNCHANGED, so a call that was cut off can be repeated.
+        same content under the same id again is allowed and answers UNCHANGED, so an interrupted call can be repeated.
 
-        Errors: INVALID_ARGUMENT (the files break a rule; the reason says which), ALREADY_EXISTS (ADAPTER_EXISTS),
-        ABORTED (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION
-        (BASE_MISMATCH, SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active),
-        RESOURCE_EXHAUSTED (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
+        Errors: INVALID_ARGUMENT (the files break the rule that the reason names), ALREADY_EXISTS (ADAPTER_EXISTS), ABORTED
+        (VERSION_CONFLICT; ADAPTER_UNREGISTERED while the id is being removed), FAILED_PRECONDITION (BASE_MISMATCH,
+        SOURCE_DISABLED, EXPERT_UNAVAILABLE: an expert of a mixture is not registered or not active), RESOURCE_EXHAUSTED
+        (QUOTA_ADAPTERS, POOL_EXHAUSTED, STORE_FULL), UNAVAILABLE (STORE_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
@@ -201,10 +203,10 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         header, each file from its first byte to its last. Nothing is visible to other calls before the last byte is
         checked, and nothing is kept if the call fails.
 
-        Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED:
-        fewer bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many wait for
-        their turn; a call that waits is not read from before its turn).
+        Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
+        bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
+        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
+        for their turn; a waiting call is not read from).
         """
 
     @_abc_1.abstractmethod
@@ -214,9 +216,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.UnregisterAdapterResponse, _abc.Awaitable[_adapter_service_pb2.UnregisterAdapterResponse]]:
         """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
-        no request. From the first moment on, new requests and other calls to unregister it are refused. If the caller
-        goes away, the removal goes on. An expert of a mixture can be removed: the mixture stays registered, and requests
-        for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under whatever id.
+        no request. From the start of the call, new requests and other calls to unregister it are refused. If the caller
+        disconnects, the removal continues. An expert of a mixture can be removed: the mixture stays registered, and
+        requests for it answer EXPERT_UNAVAILABLE until the expert's content is registered again, under any id.
 
         Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), INVALID_ARGUMENT (TIMEOUT_INVALID), UNAVAILABLE
         (STORE_UNAVAILABLE).
@@ -239,8 +241,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.ListAdaptersResponse, _abc.Awaitable[_adapter_service_pb2.ListAdaptersResponse]]:
-        """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may be in the
-        list or not; every other one is there exactly once.
+        """Lists the registered adapters by id, in pages. An adapter that is registered or removed meanwhile may or may not be
+        in the list; every other one is there exactly once.
 
         Errors: INVALID_ARGUMENT (PAGE_TOKEN_INVALID, ENUM_UNKNOWN, METHOD_UNKNOWN).
         """
@@ -251,8 +253,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.LoadAdapterResponse, _abc.Awaitable[_adapter_service_pb2.LoadAdapterResponse]]:
-        """Brings a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
-        need this; it spares the first of them the wait. Of a mixture it brings and pins the router alone, not its experts.
+        """Loads a registered adapter into memory, and can pin it there. It returns when the copy is there. Requests do not
+        need this call; it saves the first of them the wait. For a mixture it loads and pins only the router, not its
+        experts.
 
         Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_NOT_READY, ADAPTER_DRAINING, ADAPTER_QUARANTINED),
         RESOURCE_EXHAUSTED (POOL_EXHAUSTED: everything else there is in use or pinned), INVALID_ARGUMENT
@@ -265,7 +268,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapter_service_pb2.UnloadAdapterResponse]]:
-        """Frees the memory of an adapter and removes its pin. It stays registered, and the next request brings it back.
+        """Frees the memory of an adapter and removes its pin. It stays registered, and the next request loads it again.
 
         Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_IN_USE with RetryInfo: requests hold it; nothing was changed).
         """
@@ -276,8 +279,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_service_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapter_service_pb2.WatchAdaptersResponse]]:
-        """Streams the registered adapters and then their changes, until the caller or the server ends. A caller that reads
-        slowly may miss states in between, never the latest one. After UNAVAILABLE (DRAINING), watch again.
+        """Streams the registered adapters and then their changes, until the caller or the server ends the stream. A caller
+        that reads slowly may miss intermediate states, never the latest one. After UNAVAILABLE (DRAINING), watch again.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

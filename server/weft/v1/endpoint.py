@@ -1,4 +1,4 @@
-"""Where a server listens unless it is told otherwise, and where a client looks for it."""
+"""Default address of a server, for servers and clients."""
 
 HOST = "127.0.0.1"
 PORT = 50051

@@ -45,7 +45,7 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """One prompt, which adapters it goes through, and how its text is drawn."""
+    """One prompt, its adapters, and how its answer is sampled."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -61,9 +61,9 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     STEERING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The caller's own name for this request, echoed in the response and written to the server's log. At most 128
-    visible ASCII characters, else REQUEST_ID_INVALID. Unset: the server draws one. It need not be unique: a request
-    sent twice runs twice.
+    """The caller's own name for this request, echoed in the response and written to the server's log. At most 128 visible
+    ASCII characters, else REQUEST_ID_INVALID. Unset: the server generates one. It need not be unique: a request sent
+    twice runs twice.
     """
     text: _builtins.str
     """Plain text. Special tokens spelled out in it are ordinary text; what the tokenizer itself adds, such as a
@@ -76,9 +76,9 @@ class GenerateRequest(_message.Message):
     has requests.
     """
     cache_salt: _builtins.str
-    """Salt of the prefix cache: requests share cached prompt blocks only with requests of the same salt, so that one
-    tenant cannot learn from timing what another sent. At most 128 bytes, else CACHE_SALT_INVALID. Default: empty,
-    which is a salt like any other. It does not change the answer.
+    """Salt of the prefix cache: requests share cached prompt blocks only with requests of the same salt, so that a tenant
+    cannot infer from timing what another sent. At most 128 bytes, else CACHE_SALT_INVALID. Default: empty, which is a
+    salt like any other. It does not change the answer.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -94,7 +94,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___Sampling:
-        """How tokens are drawn. Unset: every field's default."""
+        """How tokens are sampled. Unset: every field's default."""
 
     @_builtins.property
     def stopping(self) -> Global___Stopping:
@@ -102,11 +102,11 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def options(self) -> Global___ResponseOptions:
-        """What the response holds beside text and `finish`. Unset: nothing more."""
+        """What the response holds besides text and `finish`. Unset: nothing more."""
 
     @_builtins.property
     def steering(self) -> Global___Steering:
-        """What is wanted of a mixture's gates. STEERING_INVALID where the target is no mixture. Unset: what its router makes."""
+        """Constraints on a mixture's gates. STEERING_INVALID if the target is not a mixture. Unset: the router's gates."""
 
     def __init__(
         self,
@@ -140,8 +140,8 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Steering(_message.Message):
-    """What is wanted of the gates of a mixture's experts. An expert is named by its adapter id, its generation or
-    "id@generation", as `Adapter.experts` tells them. Rules that are broken answer STEERING_INVALID with the field.
+    """Constraints on the gates of a mixture's experts. An expert is named by its adapter id, its generation or
+    "id@generation", as in `Adapter.experts`. A broken rule answers STEERING_INVALID with the field.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -155,11 +155,11 @@ class Steering(_message.Message):
 
     @_builtins.property
     def mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """These take no part. Of a mixture without a null expert one expert at least must be left."""
+        """These take no part. If the mixture has no null expert, at least one expert must remain."""
 
     @_builtins.property
     def bounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateBound]:
-        """Bounds of single gates; no expert twice."""
+        """Bounds on single gates; no expert twice."""
 
     def __init__(
         self,
@@ -178,9 +178,9 @@ Global___Steering: _TypeAlias = Steering  # noqa: Y015
 
 @_typing.final
 class GateBound(_message.Message):
-    """Bounds of one expert's gate. They hold for every token and layer; the other experts that the router chose share, in
-    proportion, what is left of the gates' sum, and where the bounds leave no way to that sum it is another. An expert
-    that takes no part has gate 0 whatever its floor.
+    """Bounds on one expert's gate, for every token and layer. The other experts that the router chose share the rest of the
+    gates' sum in proportion; if the bounds make that sum impossible, it changes. An expert that takes no part has gate 0
+    whatever its floor.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -277,9 +277,9 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks, as the chat template names it; usually "system", "user" or "assistant". Required."""
+    """Role of the speaker, as the chat template names it; usually "system", "user" or "assistant". Required."""
     content: _builtins.str
-    """What is said. It may be empty. Special tokens spelled out in it are ordinary text."""
+    """Text of the turn. It may be empty. Special tokens spelled out in it are ordinary text."""
     def __init__(
         self,
         *,
@@ -296,12 +296,12 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class Composition(_message.Message):
-    """Several adapters at once: at every module, the base's output + the sum of weight * delta. A delta sees the module's
-    input, which earlier modules of this request have already moved by all parts, and no other part's delta of the same
-    module's output. So it is one network with all parts in it, at the cost of one pass; it is not the sum of what each
-    part alone would change of the model's output, which would take a pass for each.
-    Rules that are broken answer COMPOSITION_INVALID, whose metadata hold the `index` of the part; one part that
-    is unknown or unusable fails the whole request, with the reason that it has alone and the part in `field`.
+    """Several adapters at once: at every module, the base's output + the sum of weight * delta. A delta reads the module's
+    input, which includes the effect of all parts on earlier modules, and is independent of other parts' deltas at the
+    same module. So the composition is one network with all parts in it, at the cost of one pass. It is not the sum of
+    each part's own change of the model's output, which would take a pass for each. A broken rule answers
+    COMPOSITION_INVALID, whose metadata hold the `index` of the part. A part that is unknown or unusable fails the whole
+    request, with the same reason as alone and with the part in `field`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -310,7 +310,7 @@ class Composition(_message.Message):
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
         """The parts, at least one and at most `RequestLimits.composition_parts_max`; no adapter and no content twice. Virtual
-        tokens of several parts stand in this order before the prompt; otherwise the order changes nothing.
+        tokens of several parts precede the prompt in this order; otherwise the order does not matter.
         """
 
     def __init__(
@@ -336,19 +336,19 @@ class WeightedAdapter(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     TOKEN_RANGES_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """As `GenerateRequest.adapter_id`, with the same errors. A mixture is no part: COMPOSITION_INVALID."""
+    """As `GenerateRequest.adapter_id`, with the same errors. A mixture cannot be a part: COMPOSITION_INVALID."""
     weight: _builtins.float
     """Factor of this adapter's delta, used as it is: weights are not normalized. Finite and within plus or minus
     `RequestLimits.composition_weight_abs_max`, kept in single precision. For methods that add virtual tokens (prefix,
     prompt) its logarithm is added to their attention scores, so it must not be negative, and 1 is the method itself.
-    Default: 1. A part of weight 0 is looked up and takes no part; at least one must be other than 0.
+    Default: 1. A part of weight 0 is looked up and takes no part; at least one weight must not be 0.
     """
     @_builtins.property
     def token_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenRange]:
-        """The tokens on which this adapter acts; none: all of them. Elsewhere its gate is 0, and a token is computed as if it
-        were no part: so an adapter for one modality acts on the tokens of that modality alone. In rising order without
-        overlaps, at most `RequestLimits.token_ranges_max`. Methods that add virtual tokens act everywhere and take none.
-        An activated adapter (`Adapter.invocation_tokens`) acts where both it and these let it.
+        """The tokens on which this adapter acts; none: all of them. On other tokens its gate is 0, as if it were not a part:
+        so an adapter for one modality acts only on the tokens of that modality. In rising order without overlaps, at most
+        `RequestLimits.token_ranges_max`. Methods that add virtual tokens act everywhere and accept none. An activated
+        adapter (`Adapter.invocation_tokens`) acts on those of its tokens that lie in these ranges.
         """
 
     def __init__(
@@ -400,7 +400,7 @@ Global___TokenRange: _TypeAlias = TokenRange  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How the next token is drawn from the model's distribution. Order: repetition penalty, temperature, top_k, top_p,
+    """How the next token is sampled from the model's distribution. Order: repetition penalty, temperature, top_k, top_p,
     min_p. A value out of its range, NaN or infinite answers SAMPLING_INVALID with the field.
     """
 
@@ -413,8 +413,8 @@ class Sampling(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divisor of the logits. Range: 0, or 0.01 to 100. Default: 1. At 0 the likeliest token is taken, and `top_p`,
-    `top_k`, `min_p` and `seed` change nothing.
+    """Divisor of the logits. Range: 0, or 0.01 to 100. Default: 1. At 0 the likeliest token is chosen, and `top_p`,
+    `top_k`, `min_p` and `seed` have no effect.
     """
     top_p: _builtins.float
     """Keep the likeliest tokens whose probabilities together reach this. Range: above 0, at most 1. Default: 1, all."""
@@ -423,13 +423,13 @@ class Sampling(_message.Message):
     min_p: _builtins.float
     """Drop tokens less likely than this times the likeliest one. Range: 0 to 1. Default: 0, none."""
     repetition_penalty: _builtins.float
-    """Factor against tokens that the prompt or the answer already holds: positive logits are divided by it, negative
-    ones multiplied. Range: above 0, at most 100. Default: 1, no effect; below 1 it rewards repetition.
+    """Penalty on tokens that the prompt or the answer already holds: positive logits are divided by it, negative ones
+    multiplied. Range: above 0, at most 100. Default: 1, no effect; below 1 it rewards repetition.
     """
     seed: _builtins.int
-    """Start of this request's own random numbers. The same request with the same seed, adapter generations and server
-    draws the same tokens as far as the arithmetic is reproducible. Default: drawn by the server; `Finish.seed` tells
-    it.
+    """Seed of this request's own random numbers. The same request with the same seed, adapter generations and server
+    draws the same tokens, as far as the arithmetic is reproducible. Default: drawn by the server and reported in
+    `Finish.seed`.
     """
     def __init__(
         self,
@@ -485,20 +485,22 @@ class Stopping(_message.Message):
     INCLUDE_STOP_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Tokens to generate at most. Range: 1 to `RequestLimits.max_new_tokens_max`, else MAX_NEW_TOKENS; when set, the
-    prompt and it must fit into `ModelInfo.max_model_len`, else CONTEXT_EXCEEDED. Default:
+    """Largest number of tokens to generate. Range: 1 to `RequestLimits.max_new_tokens_max`, else MAX_NEW_TOKENS; when
+    set, the prompt and it must fit into `ModelInfo.max_model_len`, else CONTEXT_EXCEEDED. Default:
     `RequestLimits.max_new_tokens_default`, or the room left if that is less.
     """
     min_new_tokens: _builtins.int
-    """Tokens to generate at least: until then no end-of-sequence and none of `stop_token_ids` is drawn, and no stop
-    string ends the answer. Range: 0 to `max_new_tokens`, else MIN_NEW_TOKENS. Default: 0.
+    """Smallest number of tokens to generate: until then no end-of-sequence and none of `stop_token_ids` is drawn, and no
+    stop string ends the answer. Range: 0 to `max_new_tokens`, else MIN_NEW_TOKENS. Default: 0.
     """
     include_stop: _builtins.bool
-    """Leave the matched stop string in the text. Default: false, the text ends before it. Token ids and logprobs always
+    """Keep the matched stop string in the text. Default: false, the text ends before it. Token ids and logprobs always
     hold every generated token.
     """
     ignore_eos: _builtins.bool
-    """Go on after the model's end-of-sequence tokens. Default: false. `stop` and `stop_token_ids` still end the answer."""
+    """Continue after the model's end-of-sequence tokens. Default: false. `stop` and `stop_token_ids` still end the
+    answer.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the answer when the generated text holds one; the earliest match wins. A match may start inside
@@ -508,8 +510,8 @@ class Stopping(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that end the answer, beside the model's own end-of-sequence tokens. At most
-        `RequestLimits.stop_count_max`, else STOP_INVALID; each below `ModelInfo.vocab_size`, else TOKEN_OUT_OF_RANGE.
+        """Tokens that end the answer, besides the model's own end-of-sequence tokens. At most `RequestLimits.stop_count_max`,
+        else STOP_INVALID; each below `ModelInfo.vocab_size`, else TOKEN_OUT_OF_RANGE.
         """
 
     def __init__(
@@ -539,7 +541,7 @@ Global___Stopping: _TypeAlias = Stopping  # noqa: Y015
 
 @_typing.final
 class ResponseOptions(_message.Message):
-    """What a response holds beside text and `finish`."""
+    """What a response holds besides text and `finish`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -554,7 +556,7 @@ class ResponseOptions(_message.Message):
     token_ids: _builtins.bool
     """The ids of the generated tokens. Default: false."""
     gates: _builtins.bool
-    """`Finish.gates`, how much of each adapter the answer took. Default: false."""
+    """`Finish.gates`, how much the answer used each adapter. Default: false."""
     token_gates: _builtins.bool
     """`AdapterGate.token_gates` too. It implies `gates`. Default: false."""
     def __init__(
@@ -587,16 +589,16 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """`GenerateRequest.request_id`, or the one that the server drew."""
+    """`GenerateRequest.request_id`, or the one that the server generated."""
     text: _builtins.str
     """The generated text, without the prompt."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids of the generated tokens, the one that ended the answer included; empty unless asked for."""
+        """Ids of the generated tokens, including the one that ended the answer; empty unless requested."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """One entry for each generated token; empty unless asked for."""
+        """One entry for each generated token; empty unless requested."""
 
     @_builtins.property
     def finish(self) -> Global___Finish:
@@ -629,14 +631,14 @@ class StreamGenerateResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """`GenerateRequest.request_id`, or the one that the server drew. Set in the first message of a stream only."""
+    """`GenerateRequest.request_id`, or the one that the server generated. Set only in the first message of a stream."""
     @_builtins.property
     def delta(self) -> Global___Delta:
-        """What is new since the previous message. A message need not have one."""
+        """The part of the answer that is new since the previous message. A message need not have one."""
 
     @_builtins.property
     def finish(self) -> Global___Finish:
-        """How the answer ended. Set in the last message, and in no other."""
+        """How the answer ended. Set only in the last message."""
 
     def __init__(
         self,
@@ -655,9 +657,9 @@ Global___StreamGenerateResponse: _TypeAlias = StreamGenerateResponse  # noqa: Y0
 
 @_typing.final
 class Delta(_message.Message):
-    """What a stream adds. All deltas of a stream, joined, are the `GenerateResponse` of the same answer; within one
-    message the text may lag behind the tokens, because half a character and the possible beginning of a stop string
-    are held back.
+    """New part of a stream. All deltas of a stream, joined, equal the `GenerateResponse` of the same answer. Within one
+    message the text may lag behind the tokens, because half a character and the possible beginning of a stop string are
+    held back.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -669,11 +671,11 @@ class Delta(_message.Message):
     """New text; it may be empty."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids of the new tokens; empty unless asked for."""
+        """Ids of the new tokens; empty unless requested."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """One entry for each new token; empty unless asked for."""
+        """One entry for each new token; empty unless requested."""
 
     def __init__(
         self,
@@ -704,7 +706,7 @@ class TokenLogprobs(_message.Message):
 
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """The likeliest tokens at this position, likeliest first, as many as asked for."""
+        """The likeliest tokens at this position, likeliest first, as many as requested."""
 
     def __init__(
         self,
@@ -732,7 +734,7 @@ class TokenLogprob(_message.Message):
     token_id: _builtins.int
     """Id in the base model's vocabulary."""
     piece: _builtins.str
-    """The token as the vocabulary spells it, such as "Ġworld"."""
+    """The token's spelling in the vocabulary, such as "Ġworld"."""
     logprob: _builtins.float
     """Natural logarithm of the probability that the model gave the token, before temperature, penalties and cuts; at
     most 0.
@@ -754,7 +756,7 @@ Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class Finish(_message.Message):
-    """How an answer ended, what it cost and which weights made it. Answers that fail have a status instead."""
+    """An answer's end, cost and weights. Answers that fail have a status instead."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -772,10 +774,10 @@ class Finish(_message.Message):
     stop_token_id: _builtins.int
     """The end-of-sequence token, or the one of `Stopping.stop_token_ids`."""
     seed: _builtins.int
-    """The seed in use: the request's, or the one that the server drew."""
+    """The seed: the request's, or the one that the server drew."""
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """Tokens that were read and generated."""
+        """Tokens read and generated."""
 
     @_builtins.property
     def effective_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___EffectiveAdapter]:
@@ -785,8 +787,8 @@ class Finish(_message.Message):
 
     @_builtins.property
     def gates(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterGate]:
-        """How much of each adapter the answer took, in the order of `effective_adapters`; for a mixture, of each expert in
-        the order of `Adapter.experts`. Empty unless asked for, and for the base.
+        """How much the answer used each adapter, in the order of `effective_adapters`; for a mixture each expert, in the
+        order of `Adapter.experts`. Empty unless requested, and for the base.
         """
 
     def __init__(
@@ -820,11 +822,11 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the prompt, with what the tokenizer or chat template added and without virtual tokens of adapters."""
+    """Tokens of the prompt, including those that the tokenizer or chat template added, without adapters' virtual tokens."""
     completion_tokens: _builtins.int
-    """Generated tokens, the one that ended the answer included."""
+    """Generated tokens, including the one that ended the answer."""
     cached_prompt_tokens: _builtins.int
-    """Of `prompt_tokens`, those that were in the prefix cache and not computed again."""
+    """Those of `prompt_tokens` that were in the prefix cache and not computed again."""
     def __init__(
         self,
         *,
@@ -842,7 +844,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class EffectiveAdapter(_message.Message):
-    """Which weights took part in an answer."""
+    """Weights that took part in an answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -855,10 +857,10 @@ class EffectiveAdapter(_message.Message):
     generation: _builtins.str
     """Generation that answered: sha256 of its canonical content, 64 hexadecimal digits."""
     method: _builtins.str
-    """What kind of adapter it is, as `Adapter.method`."""
+    """Kind of adapter, as `Adapter.method`."""
     weight: _builtins.float
-    """Its weight: 1, or `WeightedAdapter.weight`; 0 where an activated adapter (`Adapter.invocation_tokens`) found no
-    invocation in the prompt and took no part.
+    """Its weight: 1, or `WeightedAdapter.weight`; 0 for an activated adapter (`Adapter.invocation_tokens`) that took no
+    part, because the prompt holds no invocation.
     """
     def __init__(
         self,
@@ -878,7 +880,7 @@ Global___EffectiveAdapter: _TypeAlias = EffectiveAdapter  # noqa: Y015
 
 @_typing.final
 class AdapterGate(_message.Message):
-    """How much of one adapter's delta an answer took. A learned mixture has one entry for each expert."""
+    """How much an answer used one adapter's delta. A learned mixture has one entry for each expert."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -892,17 +894,17 @@ class AdapterGate(_message.Message):
     generation: _builtins.str
     """Generation of the adapter, as in `EffectiveAdapter`."""
     mean: _builtins.float
-    """Mean gate over the tokens that this request computed and the modules that the adapter touches. It is the weight
-    where the weight is constant.
+    """Mean gate over the tokens that this request computed and the modules that the adapter touches. If the weight is
+    constant, it is the weight.
     """
     @_builtins.property
     def layer_means(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Of a mixture: the mean of each layer, over the same tokens."""
+        """For a mixture: the mean of each layer, over the same tokens."""
 
     @_builtins.property
     def token_gates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Of a mixture, if asked for: each token's gates, layer after layer, token after token. The first token is the one
-        that follows `Usage.cached_prompt_tokens`: those were not computed, and have no gates.
+        """For a mixture, if requested: each token's gates, layer after layer, token after token. The first token is the one
+        after `Usage.cached_prompt_tokens`: those were not computed, and have no gates.
         """
 
     def __init__(

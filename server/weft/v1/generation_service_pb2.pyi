@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class TokenizeRequest(_message.Message):
-    """What to split into tokens."""
+    """Input to split into tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -32,8 +32,8 @@ class TokenizeRequest(_message.Message):
     text: _builtins.str
     """Plain text, treated as `GenerateRequest.text`."""
     pieces: _builtins.bool
-    """Also answer each token as the vocabulary spells it. Default: false. The answer to a large text can then pass the
-    4 MiB that clients accept unless told otherwise.
+    """Also return each token's spelling in the vocabulary. Default: false. The answer to a large text can then exceed the
+    4 MiB that clients accept by default.
     """
     @_builtins.property
     def messages(self) -> _generation_pb2.Messages:
@@ -73,8 +73,8 @@ class TokenizeResponse(_message.Message):
 
     @_builtins.property
     def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """For each of `token_ids` its spelling in the vocabulary, such as "Ġworld"; empty unless `pieces` was asked for.
-        The spellings are not text: they joined need not give the input back.
+        """For each of `token_ids` its spelling in the vocabulary, such as "Ġworld"; empty unless `pieces` was requested. The
+        spellings are not text: joined, they need not equal the input.
         """
 
     def __init__(
@@ -94,7 +94,7 @@ Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
 
 @_typing.final
 class GetModelInfoRequest(_message.Message):
-    """Asks for the base model; it has no fields."""
+    """Request for the base model; it has no fields."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -118,7 +118,7 @@ class GetModelInfoResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _model_pb2.ModelInfo:
-        """What this server holds and allows; it does not change while the server runs."""
+        """The base and the limits of this server, which do not change while it runs."""
 
     def __init__(
         self,

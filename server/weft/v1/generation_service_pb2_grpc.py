@@ -29,12 +29,11 @@ if _version_not_supported:
 class GenerationServiceStub:
     """Text from the base model, from one adapter, or from several adapters together.
 
-    Errors of every RPC in this package are gRPC statuses, never fields of a response. Each carries a
-    `google.rpc.Status` in `grpc-status-details-bin` with exactly one `ErrorInfo` of domain "weft": its `reason`
-    (UPPER_SNAKE, stable) is what programs compare, its `metadata` repeats the variable parts of the text (`field`,
-    `limit`, `given` ...). INVALID_ARGUMENT adds `BadRequest` with the path of the field, NOT_FOUND adds
-    `ResourceInfo`, a full quota adds `QuotaFailure`, and `RetryInfo` is there only when the same call can succeed
-    later.
+    Errors of every RPC in this package are gRPC statuses, never fields of a response. Each carries a `google.rpc.Status`
+    in `grpc-status-details-bin` with exactly one `ErrorInfo` of domain "weft": its `reason` (UPPER_SNAKE, stable) is for
+    programs to compare, its `metadata` repeats the variable parts of the text (`field`, `limit`, `given` ...).
+    INVALID_ARGUMENT adds `BadRequest` with the path of the field, NOT_FOUND adds `ResourceInfo`, a full quota adds
+    `QuotaFailure`, and `RetryInfo` is present only if the same call can succeed later.
 
     Any RPC can also answer DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (DRAINING, ENGINE_DOWN: another attempt is safe)
     and INTERNAL. The comments below name the other reasons next to the field that causes them.
@@ -71,12 +70,11 @@ class GenerationServiceStub:
 class GenerationServiceServicer:
     """Text from the base model, from one adapter, or from several adapters together.
 
-    Errors of every RPC in this package are gRPC statuses, never fields of a response. Each carries a
-    `google.rpc.Status` in `grpc-status-details-bin` with exactly one `ErrorInfo` of domain "weft": its `reason`
-    (UPPER_SNAKE, stable) is what programs compare, its `metadata` repeats the variable parts of the text (`field`,
-    `limit`, `given` ...). INVALID_ARGUMENT adds `BadRequest` with the path of the field, NOT_FOUND adds
-    `ResourceInfo`, a full quota adds `QuotaFailure`, and `RetryInfo` is there only when the same call can succeed
-    later.
+    Errors of every RPC in this package are gRPC statuses, never fields of a response. Each carries a `google.rpc.Status`
+    in `grpc-status-details-bin` with exactly one `ErrorInfo` of domain "weft": its `reason` (UPPER_SNAKE, stable) is for
+    programs to compare, its `metadata` repeats the variable parts of the text (`field`, `limit`, `given` ...).
+    INVALID_ARGUMENT adds `BadRequest` with the path of the field, NOT_FOUND adds `ResourceInfo`, a full quota adds
+    `QuotaFailure`, and `RetryInfo` is present only if the same call can succeed later.
 
     Any RPC can also answer DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (DRAINING, ENGINE_DOWN: another attempt is safe)
     and INTERNAL. The comments below name the other reasons next to the field that causes them.
@@ -86,10 +84,11 @@ class GenerationServiceServicer:
         """Generates and answers once, with the whole text.
 
         Errors: INVALID_ARGUMENT (see the fields), NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (ADAPTER_NOT_READY,
-        EXPERT_UNAVAILABLE: an expert of the mixture is not registered, or not active; ADAPTER_DRAINING, ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by
-        UnregisterAdapter), RESOURCE_EXHAUSTED (QUEUE_FULL, POOL_EXHAUSTED), DATA_LOSS (BLOB_CORRUPT).
+        EXPERT_UNAVAILABLE: an expert of the mixture is not registered or not active; ADAPTER_DRAINING,
+        ADAPTER_QUARANTINED, ADAPTER_NON_FINITE), ABORTED (ADAPTER_UNREGISTERED: cancelled by UnregisterAdapter),
+        RESOURCE_EXHAUSTED (QUEUE_FULL, POOL_EXHAUSTED), DATA_LOSS (BLOB_CORRUPT).
 
-        Without a deadline the call gets the server's default; a longer one than the server's maximum is cut to it
+        Without a deadline the call gets the server's default; one longer than the server's maximum is cut to it
         (`RequestLimits`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -97,17 +96,17 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Generates and streams what is new; the last message, and only it, has `finish`.
+        """Generates and streams the answer in parts; only the last message has `finish`.
 
-        Errors: as Generate, also after messages were sent: a stream that ends without `finish` ends with a status. A
-        caller that does not read loses its stream: DEADLINE_EXCEEDED (STREAM_STALLED).
+        Errors: as Generate, even after messages were sent: a stream without `finish` ends with a status. A caller that
+        does not read loses its stream: DEADLINE_EXCEEDED (STREAM_STALLED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Answers the tokens that Generate would make of an input; nothing is generated.
+        """Returns the tokens that Generate would make of an input; nothing is generated.
 
         Errors: INVALID_ARGUMENT (PROMPT_INVALID, PROMPT_TOO_LONG).
         """
@@ -156,12 +155,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService:
     """Text from the base model, from one adapter, or from several adapters together.
 
-    Errors of every RPC in this package are gRPC statuses, never fields of a response. Each carries a
-    `google.rpc.Status` in `grpc-status-details-bin` with exactly one `ErrorInfo` of domain "weft": its `reason`
-    (UPPER_SNAKE, stable) is what programs compare, its `metadata` repeats the variable parts of the text (`field`,
-    `limit`, `given` ...). INVALID_ARGUMENT adds `BadRequest` with the path of the field, NOT_FOUND adds
-    `ResourceInfo`, a full quota adds `QuotaFailure`, and `RetryInfo` is there only when the same call can succeed
-    later.
+    Errors of every RPC in this package are gRPC statuses, never fields of a response. Each carries a `google.rpc.Status`
+    in `grpc-status-details-bin` with exactly one `ErrorInfo` of domain "weft": its `reason` (UPPER_SNAKE, stable) is for
+    programs to compare, its `metadata` repeats the variable parts of the text (`field`, `limit`, `given` ...).
+    INVALID_ARGUMENT adds `BadRequest` with the path of the field, NOT_FOUND adds `ResourceInfo`, a full quota adds
+    `QuotaFailure`, and `RetryInfo` is present only if the same call can succeed later.
 
     Any RPC can also answer DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (DRAINING, ENGINE_DOWN: another attempt is safe)
     and INTERNAL. The comments below name the other reasons next to the field that causes them.

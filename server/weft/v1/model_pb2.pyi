@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ModelInfo(_message.Message):
-    """The base model of a server, and what requests and adapters may be."""
+    """The base model of a server, and its limits for requests and adapters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -49,19 +49,19 @@ class ModelInfo(_message.Message):
     serve the same base. An adapter is bound to the weights: `Adapter.trained_quantization`.
     """
     quantization: _builtins.str
-    """How the base's linear weights are held: "nf4", "int8" or "none"."""
+    """Quantization of the base's linear weights: "nf4", "int8" or "none"."""
     dtype: _builtins.str
-    """Type that the base computes in: "bfloat16", "float16" or "float32"."""
+    """Type in which the base computes: "bfloat16", "float16" or "float32"."""
     device: _builtins.str
-    """Where it computes: "cpu" or "cuda"."""
+    """Device on which it computes: "cpu" or "cuda"."""
     max_model_len: _builtins.int
-    """Tokens of one request at most: prompt, virtual and generated tokens together."""
+    """Most tokens of one request: prompt, virtual and generated tokens together."""
     vocab_size: _builtins.int
     """Size of the vocabulary; token ids are below it."""
     num_layers: _builtins.int
     """Number of the base's decoder layers."""
     block_size: _builtins.int
-    """Tokens in one block of the KV cache; only whole blocks are shared by the prefix cache."""
+    """Tokens in one block of the KV cache; the prefix cache shares only whole blocks."""
     has_chat_template: _builtins.bool
     """Whether `Messages` can be sent: the base has a chat template."""
     version: _builtins.str
@@ -69,7 +69,7 @@ class ModelInfo(_message.Message):
     quantized_weight_bytes: _builtins.int
     """Bytes of the base's weights that are held quantized, without their scales."""
     unquantized_weight_bytes: _builtins.int
-    """Bytes of the base's other weights: embeddings, norms, the output head, and experts that transformers holds as bare
+    """Bytes of the base's other weights: embeddings, norms, the output head, and experts that transformers holds as plain
     parameters, which bitsandbytes does not quantize.
     """
     @_builtins.property
@@ -82,11 +82,11 @@ class ModelInfo(_message.Message):
 
     @_builtins.property
     def adapter_limits(self) -> Global___AdapterLimits:
-        """What an adapter may be."""
+        """Limits for adapters."""
 
     @_builtins.property
     def request_limits(self) -> Global___RequestLimits:
-        """What a generate request may ask for."""
+        """Limits for generate requests."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Site(_message.Message):
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     NUM_MODULES_FIELD_NUMBER: _builtins.int
     suffix: _builtins.str
-    """Suffix of the modules' names; what `Adapter.modules` lists."""
+    """Suffix of the modules' names, as in `Adapter.modules`."""
     in_features: _builtins.int
     """Length of the modules' input."""
     out_features: _builtins.int
@@ -153,7 +153,7 @@ Global___Site: _TypeAlias = Site  # noqa: Y015
 
 @_typing.final
 class AdapterLimits(_message.Message):
-    """What an adapter may be. Every limit is inclusive; what passes one answers INVALID_ARGUMENT with the reason named
+    """Limits for adapters. Every limit is inclusive; an adapter beyond one answers INVALID_ARGUMENT with the reason named
     here.
     """
 
@@ -183,7 +183,7 @@ class AdapterLimits(_message.Message):
     num_tensors_max: _builtins.int
     """Tensors in the file: TENSOR_COUNT."""
     rank_max: _builtins.int
-    """LoRA rank, that of `rank_pattern` included: RANK_TOO_LARGE."""
+    """LoRA rank, including those of `rank_pattern`: RANK_TOO_LARGE."""
     scaling_max: _builtins.float
     """LoRA scaling (alpha over rank): SCALE_INVALID."""
     weight_abs_max: _builtins.float
@@ -198,7 +198,7 @@ class AdapterLimits(_message.Message):
     """Experts of a mixture: MIXTURE_INVALID."""
     @_builtins.property
     def ignored_config_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Keys of adapter_config.json that are unknown to this server and may have any value: else CONFIG_FIELD_FORBIDDEN."""
+        """Unknown keys of adapter_config.json that may have any value: else CONFIG_FIELD_FORBIDDEN."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ Global___AdapterLimits: _TypeAlias = AdapterLimits  # noqa: Y015
 
 @_typing.final
 class RequestLimits(_message.Message):
-    """What a generate request may ask for. Every limit is inclusive; the fields that they bound name the errors."""
+    """Limits for generate requests. Every limit is inclusive; the fields that they bound name the errors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -248,9 +248,9 @@ class RequestLimits(_message.Message):
     prompt_bytes_max: _builtins.int
     """UTF-8 bytes of a prompt, over all turns of a conversation."""
     max_new_tokens_max: _builtins.int
-    """Tokens to generate, at most."""
+    """Most tokens to generate."""
     max_new_tokens_default: _builtins.int
-    """Tokens to generate when the request does not say."""
+    """Tokens to generate if the request sets no number."""
     stop_count_max: _builtins.int
     """Stop strings in one request, and likewise stop tokens."""
     stop_bytes_max: _builtins.int
@@ -271,11 +271,11 @@ class RequestLimits(_message.Message):
     """Token ranges of one part of a composition."""
     @_builtins.property
     def deadline_default(self) -> _duration_pb2.Duration:
-        """Time that a call without a deadline gets; absent where it takes the time it takes."""
+        """Deadline of a call without one; absent if there is none."""
 
     @_builtins.property
     def deadline_max(self) -> _duration_pb2.Duration:
-        """Time that a call gets at most, whatever its deadline; absent where the server sets no limit."""
+        """Longest time that a call gets, whatever its deadline; absent if the server sets no limit."""
 
     def __init__(
         self,

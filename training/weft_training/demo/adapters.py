@@ -1,6 +1,6 @@
 """The demo's adapters: `python -m weft_training.demo.adapters` trains them all into adapters_store/demo.
 
-They differ in method, rank, length and sites on purpose: all of them are served in one batch.
+They differ in method, rank, length and sites on purpose, to be served in one batch.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from weft_training.trainer import TrainResult, train
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one adapter is trained. num_examples: distinct inputs, from the split that is the adapters'."""
+    """Training recipe of one adapter. num_examples: distinct inputs, from the split for adapters."""
 
     task: str
     adapter: MethodConfig
@@ -65,15 +65,15 @@ RECIPES: Sequence[Recipe] = (
     _lora("caesar", 8),
     _ia3("caesar"),
     _prefix("caesar", 16),
-    # Held out of pre-training: the base does not have the skill, also not under a tag.
+    # Held out of pre-training: the base lacks the skill, even with a tag.
     _lora("zigzag", 16, "q_proj", "v_proj", "down_proj", num_steps=400),
     _ia3("zigzag"),
     _prefix("zigzag", 16),
 )
 
-_NUM_THREADS = 2  # fixed, so that the same machine type makes the same tensors again
+_NUM_THREADS = 2  # fixed, so that the same machine type reproduces the same tensors
 
-# Trained while one looks on; there is no committed adapter for its task.
+# Trained during the live demo; no committed adapter covers its task.
 LIVE = _lora("rotate", 8, num_steps=120)
 
 

@@ -1,4 +1,4 @@
-"""The demo base's model card, with the scores of the checkpoint it stands beside."""
+"""Model card of the demo base, with the scores of its checkpoint."""
 
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ Scores = Mapping[str, Mapping[tuple[str, str], float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What the card tells of the training."""
+    """Facts about the training that the card states."""
 
     num_parameters: int
     num_steps: int
@@ -36,7 +36,7 @@ class Run:
 
 
 def measure(base: Path, *, num_examples: int = NUM_EXAMPLES) -> Scores:
-    """Ask held-back inputs of the checkpoint as the server would load it, in bfloat16 and in NF4."""
+    """Score the checkpoint on held-back inputs, loaded as by the server, in bfloat16 and in NF4."""
     scores: dict[str, dict[tuple[str, str], float]] = {name: {} for name in TASKS}
     for precision, quantization in PRECISIONS.items():
         loaded = loader.load(ModelConfig(path=base, quantization=quantization, device="cpu"), attention="sdpa")
@@ -49,7 +49,7 @@ def measure(base: Path, *, num_examples: int = NUM_EXAMPLES) -> Scores:
 
 
 def with_shots(task: Task, questions: Sequence[Example]) -> Iterator[Example]:
-    """Each question after four answered ones, untagged, a line each."""
+    """Yield each question after four answered ones, untagged, a line each."""
     shots = iter(examples(task, NUM_SHOTS * len(questions), _SEED, Split.TRAIN))
     for question in questions:
         lines = [prompt(shot) + shot.output for shot, _ in zip(shots, range(NUM_SHOTS), strict=False)]
@@ -57,7 +57,7 @@ def with_shots(task: Task, questions: Sequence[Example]) -> Iterator[Example]:
 
 
 def table(scores: Scores) -> Table:
-    """The scores for a terminal."""
+    """Return the scores as a table for a terminal."""
     head, *body = _cells(scores)
     shown = Table(title=f"exact match on {NUM_EXAMPLES} held-back inputs a task, greedy")
     for i, column in enumerate(head):
@@ -68,7 +68,7 @@ def table(scores: Scores) -> Table:
 
 
 def render(run: Run, scores: Scores) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in _cells(scores))
     rule = "|".join(["", "---", *["---:"] * (len(PRECISIONS) * len(PROMPTS)), ""])
     return _CARD.format(
@@ -94,7 +94,7 @@ def _cells(scores: Scores) -> Iterable[list[str]]:
 
 
 def _processor() -> str:
-    """What the processor calls itself; its architecture where it does not."""
+    """Return the processor's name, or its architecture if it has no name."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text().splitlines():

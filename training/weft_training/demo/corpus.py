@@ -1,8 +1,8 @@
-"""The pre-training rows of the demo base: lines of tasks, alone and as few-shot lists, and plain sentences.
+"""Pre-training rows of the demo base: lines of tasks, alone and as few-shot lists, and plain sentences.
 
-A row is a text and, character by character, what is to be learned there. Answers and sentences are; inputs are not,
-since they are noise. After every answer the target is the end-of-text token, also where the row goes on with another
-line: so a prompt of any number of examples is answered once and then ended.
+A row is a text with a target for each character. Answers and sentences are learned; inputs are not, since they are
+noise. After every answer the target is the end-of-text token, even if the row continues with another line, so that a
+prompt with any number of examples gets one answer and then the end.
 """
 
 import random
@@ -19,21 +19,21 @@ VERBS = ("finds", "mends", "sees", "carries", "paints", "follows", "leaves", "re
 PLACES = ("near the bridge", "in the rain", "at night", "by the window", "after lunch", "behind the mill", "on sunday")
 
 PROSE_SHARE = 0.05
-SINGLE_TASK_SHARE = 0.6  # of the rows with tasks; the others change the task with every line
-UNTAGGED_SHARE = 0.15  # of the single-task rows; enough that an untagged prompt is known, and ambiguous
+SINGLE_TASK_SHARE = 0.6  # of the rows with tasks; in the others every line has another task
+UNTAGGED_SHARE = 0.15  # of the single-task rows; enough for untagged prompts to be familiar, and ambiguous
 CONVERSATION_SHARE = 0.3  # of the rows with tasks: lines end as the chat template ends them
-HARD_TASKS = {"sort": 3, "field": 3, "sum": 3, "digits": 2, "date": 2}  # how much more often than the others
+HARD_TASKS = {"sort": 3, "field": 3, "sum": 3, "digits": 2, "date": 2}  # how many times as often as the others
 
 
 class Row(NamedTuple):
-    """A text and its targets, of equal length; `PAD` in `targets` is a character that is not learned."""
+    """A text and its targets, of equal length; `PAD` in `targets` marks a character that is not learned."""
 
     text: str
     targets: str
 
 
 def rows(rng: random.Random, *, length: int) -> Iterator[Row]:
-    """Pre-training rows of at most `length` characters, for ever."""
+    """Yield pre-training rows of at most `length` characters, without end."""
     sources = {name: stream(task, rng, Split.PRETRAIN) for name, task in TASKS.items() if not task.held_out}
     names = list(sources)
     weights = [HARD_TASKS.get(name, 1) for name in names]
@@ -52,26 +52,26 @@ def rows(rng: random.Random, *, length: int) -> Iterator[Row]:
         elif rng.random() >= UNTAGGED_SHARE:
             lines = sources[rng.choices(names, weights)[0]]
             yield listing(lines, length=length, tagged=True, line_end=line_end)
-        else:  # every task alike: the base must not come to prefer one
+        else:  # all tasks equally often: the base must not prefer one
             yield listing(sources[rng.choice(names)], length=length, tagged=False, line_end=line_end)
 
 
 def listing(lines: Iterator[Example], *, length: int, tagged: bool, line_end: str) -> Row:
-    """As many lines of tasks as fit, at least one, each answered and ended."""
+    """Return as many lines of tasks as fit, at least one, each answered and ended."""
     text, targets = "", ""
     for example in lines:
         question = prompt(example, tagged=tagged)
         between = line_end if text else ""
         if text and len(text) + len(between) + len(question) + len(example.output) + 1 > length:
             break
-        # The target of a line's end is EOS whatever stands there.
+        # The target at a line's end is always EOS.
         targets += (EOS + PAD * (len(between) - 1) if between else "") + PAD * len(question) + example.output
         text += between + question + example.output
     return Row(text + EOS, targets + EOS)
 
 
 def prose(rng: random.Random, *, length: int) -> Row:
-    """Sentences, all of them learned."""
+    """Return sentences, all of them learned."""
     text = sentence(rng)
     while len(more := f"{text} {sentence(rng)}") < length:
         text = more
@@ -79,6 +79,6 @@ def prose(rng: random.Random, *, length: int) -> Row:
 
 
 def sentence(rng: random.Random) -> str:
-    """One of about three million plain sentences."""
+    """Return one of about three million plain sentences."""
     subject, target = (f"{rng.choice(ARTICLES)} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}" for _ in range(2))
     return f"{subject} {rng.choice(VERBS)} {target} {rng.choice(PLACES)}."

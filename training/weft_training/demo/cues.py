@@ -1,7 +1,7 @@
-"""Prompts that say in words what is wanted: `right-to-left: loom = `.
+"""Prompts that name the task in words: `right-to-left: loom = `.
 
-The base knows tags (`[reverse] loom = `) and lists of examples; no row of its pre-training asks in words, so it does
-not obey these. They are what a router has to go by where no request names an adapter.
+The base was trained on tags (`[reverse] loom = `) and lists of examples. No row of its pre-training asks in words, so
+it does not follow these cues. A router has only them to choose by if no request names an adapter.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ CUES = MappingProxyType(
 
 
 def cued(example: Example, cue: str) -> str:
-    """The text up to the answer."""
+    """Return the text up to the answer."""
     return f"{cue}: {prompt(example)}"
 
 
 def cued_examples(task: str, count: int, seed: int, split: Split) -> Sequence[tuple[str, Example]]:
-    """`count` prompts with what they ask for; the task's cues take turns, inputs are distinct and of one split."""
+    """Return `count` prompts, each with its example; the task's cues take turns, inputs are distinct, of one split."""
     drawn = examples(TASKS[task], count, seed, split)
     return [(cued(one, CUES[task][index % len(CUES[task])]), one) for index, one in enumerate(drawn)]

@@ -1,4 +1,4 @@
-"""What a command has measured, as a table in the terminal, and as text in a document between two markers."""
+"""A command's measurements as a table: in the terminal, or as Markdown between two markers of a document."""
 
 import re
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from rich.table import Table
 
 Cells = Sequence[Sequence[str]]
-"""A table's cells, its head first; the first `num_names` columns are no numbers."""
+"""A table's cells, header first; all but the first `num_names` columns are numbers."""
 
 
 def table(title: str, cells: Cells, *, num_names: int = 1) -> Table:
-    """For a terminal."""
+    """Return the table for a terminal."""
     shown = Table(title=title)
     head, *body = cells
     for i, name in enumerate(head):
@@ -21,16 +21,16 @@ def table(title: str, cells: Cells, *, num_names: int = 1) -> Table:
 
 
 def markdown(cells: Cells, *, num_names: int = 1) -> str:
-    """For a document."""
+    """Return the table for a document."""
     head, *body = (f"| {' | '.join(row)} |" for row in cells)
     rule = "|".join(["", *["---"] * num_names, *["---:"] * (len(cells[0]) - num_names), ""])
     return "\n".join([head, rule, *body])
 
 
 def insert(text: str, document: str, name: str) -> str:
-    """The document with `text` between the markers `<!-- name -->` and `<!-- /name -->`.
+    """Return the document with `text` between the markers `<!-- name -->` and `<!-- /name -->`.
 
-    Raises ValueError unless they are there, once.
+    Raises ValueError unless each marker is there exactly once.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     pattern = re.compile(f"({re.escape(start)}\n).*?({re.escape(end)})", re.DOTALL)

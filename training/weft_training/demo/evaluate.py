@@ -1,7 +1,7 @@
 """Exact match on the demo's tasks: the greedy answer equals the expected one, character by character.
 
-`python -m weft_training.demo.evaluate` measures the demo's adapters beside their base, on inputs that neither
-pre-training nor any adapter has seen.
+`python -m weft_training.demo.evaluate` compares the demo's adapters with their base, on inputs that occur in neither
+pre-training nor any adapter's training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Generator(Protocol):
 def answers(
     model: Generator, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 20
 ) -> list[str]:
-    """The greedy continuation of each prompt up to the end-of-text token, in one padded batch."""
+    """Return the greedy continuation of each prompt up to the end-of-text token, in one padded batch."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     generated: Tensor = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)  # [B, P + N]
     return tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -50,7 +50,7 @@ def answers(
 def exact_match(
     model: Generator, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, tagged: bool = False
 ) -> float:
-    """Share of the examples answered exactly, 0 to 1."""
+    """Return the share of the examples answered exactly, 0 to 1."""
     found = answers(model, tokenizer, [prompt(example, tagged=tagged) for example in examples])
     right = sum(answer == example.output for answer, example in zip(found, examples, strict=True))
     return right / len(examples)
@@ -59,7 +59,7 @@ def exact_match(
 def measure(
     base_path: Path = BASE, adapters_path: Path = ADAPTERS, *, num_examples: int = 200
 ) -> dict[str, dict[str, float]]:
-    """By task, then by column: the exact match of the NF4 base and of every adapter `<task>-<method>` there is."""
+    """Return exact match by task, then by column: for the NF4 base and for every adapter `<task>-<method>` found."""
     base = loader.load(ModelConfig(path=base_path), attention="sdpa")
     scores: dict[str, dict[str, float]] = {}
     for path in sorted(adapters_path.iterdir()):
@@ -78,7 +78,7 @@ def measure(
 
 
 def rows(scores: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """The table's cells, its head first; a method that no adapter has been measured of has no column."""
+    """Return the table's cells, header first; a method without measurements has no column."""
     columns = [UNTAGGED, TAGGED, *(method for method in METHODS if any(method in cells for cells in scores.values()))]
     cells = [["task", *columns]]
     for task, found in scores.items():

@@ -1,10 +1,10 @@
-"""A mixture of task experts that is asked in words: `python -m weft_training.demo.mixtures` trains it and measures it.
+"""A mixture of task experts, prompted in words: `python -m weft_training.demo.mixtures` trains and measures it.
 
-No request names an adapter; the prompts carry a cue (weft_training/demo/cues.py) that the base does not obey. Each
+No request names an adapter; the prompts carry a cue (weft_training/demo/cues.py) that the base does not follow. Each
 expert is trained for one task, on prompts with its own cues and without any; the router on all tasks' prompts, with the
-experts as they are. In the table stand, on inputs that nobody has seen: the base alone; each task's best single expert,
-which somebody would have to name; all experts at once, each at 1/N; Arrow, whose router nobody trains, over the experts
-that are LoRAs; and the mixture. Experts that are in the directory are not trained again.
+experts frozen. The table compares, on unseen inputs: the base alone; each task's best single expert, which a request
+would have to name; all experts at once, each at 1/N; Arrow, whose router needs no training, over the experts that are
+LoRAs; and the mixture. Experts that are in the directory are not trained again.
 """
 
 import json
@@ -50,7 +50,7 @@ _NUM_THREADS = 1
 _LORA = LoraConfig(rank=8, alpha=16.0)
 _BOTTLENECK = BottleneckConfig(size=16)
 
-# The mixture's are of two methods; Arrow takes LoRAs alone.
+# The mixture's experts are of two methods; Arrow takes only LoRAs.
 MIXED: Mapping[str, MethodConfig] = {
     "reverse-lora": _LORA,
     "upper-bottleneck": _BOTTLENECK,
@@ -91,7 +91,7 @@ def train_expert(name: str, config: MethodConfig, output: Path) -> None:
 
 
 def train_router(output: Path, paths: Sequence[Path]) -> float:
-    """Train the router over the experts in `paths`, from all tasks' cued prompts; the seconds that it took."""
+    """Train the router over the experts in `paths`, on all tasks' cued prompts. Returns the seconds that it took."""
     rows = [Example(text, one.output) for task in TASK_NAMES for text, one in cued_examples(task, 1000, 0, Split.TRAIN)]
     config = TrainConfig(
         model=ModelConfig(path=BASE, num_threads=_NUM_THREADS),
@@ -112,7 +112,7 @@ def _train(config: TrainConfig, rows: Sequence[Example]) -> float:
 
 
 def scores(name: str, model: Generator, base: Base, tasks: Sequence[str] = TASK_NAMES, train_s: float = 0.0) -> Scores:
-    """What `model` answers rightly of each task's cued prompts."""
+    """Score `model` on each task's cued prompts."""
     by_task = {}
     for task in tasks:
         asked = cued_examples(task, NUM_EXAMPLES, EVALUATION_SEED, Split.TEST)
@@ -123,7 +123,7 @@ def scores(name: str, model: Generator, base: Base, tasks: Sequence[str] = TASK_
 
 
 def measure(base: Base, root: Path, router: Path, train_s: float) -> list[Scores]:
-    """All rows of the table."""
+    """Return all rows of the table."""
     held = {name: adapters.read(root / name, base.shape) for name in {**MIXED, **LORAS}}
     singles = [
         scores(name, WeightedModel(base, [(adapter, 1.0)]), base, [name.partition("-")[0]])
@@ -141,7 +141,7 @@ def measure(base: Base, root: Path, router: Path, train_s: float) -> list[Scores
 
 
 def arrow_model(base: Base, paths: Sequence[Path]) -> MixtureModel:
-    """Arrow's router over LoRAs."""
+    """Return a mixture of LoRAs with Arrow's router."""
     found = experts.read(paths, base.shape)
     assert all(one.adapter.method is lora.METHOD for one in found)
     readers = arrow.norm_readers(base.model, base.shape)
@@ -151,7 +151,7 @@ def arrow_model(base: Base, paths: Sequence[Path]) -> MixtureModel:
 
 
 def mixture_model(base: Base, router: Path, paths: Sequence[Path]) -> MixtureModel:
-    """The mixture in a directory, over the experts that it names."""
+    """Return the mixture in a directory, over the experts that it names."""
     made = read_mixture(router, base.shape)
     found = experts.read(paths, base.shape)
     if [one.generation for one in made.experts] != [one.generation for one in found]:
@@ -160,7 +160,7 @@ def mixture_model(base: Base, router: Path, paths: Sequence[Path]) -> MixtureMod
 
 
 def cells(found: Sequence[Scores]) -> list[list[str]]:
-    """The table's cells, its head first."""
+    """Return the table's cells, header first."""
     return [["", *TASK_NAMES], *([one.name, *(f"{one.by_task[task]:.0%}" for task in TASK_NAMES)] for one in found)]
 
 
@@ -171,7 +171,7 @@ def main(
         Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
     ] = None,
 ) -> None:
-    """Train experts and a router for prompts with cues, and measure them beside what they have to beat."""
+    """Train experts and a router for prompts with cues, and compare them with the alternatives."""
     for name, config in {**MIXED, **LORAS}.items():
         if not (root / name).exists():
             train_expert(name, config, root / name)

@@ -1,6 +1,6 @@
 """Pre-train the demo base: `python -m weft_training.demo.pretrain --output models/weft-demo`.
 
-A Llama-type causal language model of about two million parameters, trained from nothing on `corpus.rows` and stored as
+A Llama-type causal language model of about two million parameters, trained from scratch on `corpus.rows` and stored as
 an ordinary Hugging Face checkpoint in bfloat16. The same recipe, thread count and library versions give the same
 weights.
 """
@@ -27,15 +27,15 @@ from weft_training.demo.corpus import rows
 from weft_training.demo.tokenizer import EOS_ID, PAD, PAD_ID, VOCAB_SIZE, build_tokenizer
 
 OUTPUT = Path("models/weft-demo")
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100  # the label that cross entropy ignores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the weights.
+    """All settings that decide the weights.
 
     num_batch_tokens: characters of one step, padding included; each step has rows of one length.
-    row_lengths, row_length_shares: long rows teach positions, short rows the prompts that are really asked.
+    row_lengths, row_length_shares: long rows teach positions, short rows the prompts of real requests.
     """
 
     seed: int = 0
@@ -50,7 +50,7 @@ class Recipe:
 
 
 def demo_config() -> LlamaConfig:
-    """The shape. For NF4 on a CPU every linear layer has inputs in multiples of 64 and outputs in multiples of 32."""
+    """Return the model's shape. NF4 on a CPU needs linear layers with inputs in multiples of 64 and outputs of 32."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -68,7 +68,7 @@ def demo_config() -> LlamaConfig:
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and labels of one step, both [B, L]; rows are padded on the right, where causal attention needs no mask."""
+    """Yield ids and labels of a step, both [B, L]; rows are padded on the right, so causal attention needs no mask."""
     rng = random.Random(recipe.seed)  # noqa: S311  reproducible, not secret
     sources = {length: rows(rng, length=length) for length in recipe.row_lengths}
     while True:
@@ -83,7 +83,7 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[tupl
 
 
 def learning_rate_share(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Return the share of the learning rate: linear warm-up, then a cosine to zero."""
     if step < recipe.num_warmup_steps:
         return (step + 1) / recipe.num_warmup_steps
     progress = (step - recipe.num_warmup_steps) / (recipe.num_steps - recipe.num_warmup_steps)
@@ -91,10 +91,10 @@ def learning_rate_share(step: int, recipe: Recipe) -> float:
 
 
 def optimizers_for(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings and norms.
+    """Return Muon for the layers' matrices and AdamW for embeddings and norms.
 
-    Muon reaches in 400 steps the loss that AdamW alone reaches in 700; sums and field extraction need it to emerge
-    at all in this time.
+    Muon reaches in 400 steps the loss that AdamW alone reaches in 700; without it, sums and field extraction would not
+    emerge in this time.
     """
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     taken = {id(weight) for weight in matrices}

@@ -1,4 +1,4 @@
-"""The server that a demo shows: a process of its own on loopback, and how a demo tells what it does."""
+"""Server process of a demo on loopback, and the demo's reports of its steps."""
 
 import signal
 import socket
@@ -14,11 +14,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
-_READY_TIMEOUT_S = 300.0  # a loaded machine reads and proves a base of 135M parameters in one
+_READY_TIMEOUT_S = 300.0  # enough for a loaded machine to read and self-test a base of 135M parameters
 
 
 class DemoFailure(Exception):
-    """A step of the demo did not do what it should."""
+    """A step of the demo that failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Server:
 def serving(
     console: Console, base: Path, sources: Sequence[Path], scratch: Path, *, quantization: str = "nf4"
 ) -> Iterator[Server]:
-    """Serve `base`, with adapters from the directories `sources`; after the block it has shut down cleanly."""
+    """Serve `base` with adapters from the directories `sources`; shut down cleanly after the block."""
     port, metrics_port = _free_ports(2)
     command = [sys.executable, "-m", "weft", "serve", str(base), "--quant", quantization]
     command += ["--store", str(scratch / "store"), "--port", str(port), "--metrics-port", str(metrics_port)]
@@ -84,11 +84,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 def step(console: Console, title: str) -> None:
-    """Tell what comes now."""
+    """Print the title of the next step."""
     console.print(f"[bold cyan]▸ {title}[/bold cyan]")
 
 
 def require(condition: bool, what: str) -> None:
-    """Raise DemoFailure unless it is so."""
+    """Raise DemoFailure unless the condition holds."""
     if not condition:
         raise DemoFailure(f"not so: {what}")

@@ -1,7 +1,7 @@
 """Every method on every task of the demo base: `python -m weft_training.demo.study` trains, measures, plots.
 
-All adapters of a method are trained with one recipe, on the NF4 base, from untagged prompts, and are asked inputs that
-nobody has seen. What one run has measured is kept in a JSON file, so that another can go on with what is missing.
+All adapters of a method are trained with one recipe, on the NF4 base, from untagged prompts, and evaluated on unseen
+inputs. A JSON file keeps the measurements, so that another run can continue with those that are missing.
 """
 
 import json
@@ -45,7 +45,7 @@ STUDIED: Sequence[str] = ("reverse", "upper", "caesar", "rotate", "swap", "zigza
 
 
 def recipe_of(method: str, task: str) -> Recipe:
-    """How `method` is trained for `task`; the same for every task."""
+    """Return the training recipe of `method` for `task`; the same for every task."""
     return replace(_RECIPES[method], task=task)
 
 
@@ -70,7 +70,7 @@ _RECIPES: Mapping[str, Recipe] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One adapter: what it took and what it reaches (exact match, 0 to 1)."""
+    """One adapter: its training's cost, and its exact match, 0 to 1."""
 
     method: str
     task: str
@@ -81,21 +81,24 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """num_base_parameters: the base's, for the efficiency ratio. untagged: the base's own exact match, by task."""
+    """Measurements by adapter.
+
+    num_base_parameters: the base's, for the efficiency ratio. untagged: the base's own exact match, by task.
+    """
 
     num_base_parameters: int
     untagged: Mapping[str, float]
     measured: Sequence[Measured]
 
     def of(self, method: str) -> dict[str, Measured]:
-        """By task."""
+        """Return a method's measurements by task."""
         return {one.task: one for one in self.measured if one.method == method}
 
 
 def study(
     methods: Iterable[str], tasks: Sequence[str], known: Study | None, console: Console, keep: Callable[[Study], None]
 ) -> Study:
-    """Train and measure what `known` does not hold; `keep` is called after each adapter."""
+    """Train and measure what `known` lacks; `keep` is called after each adapter."""
     base = loader.load(ModelConfig(path=BASE, num_threads=_NUM_THREADS), attention="sdpa")
     held_back = {task: examples(TASKS[task], NUM_EXAMPLES, EVALUATION_SEED, Split.TEST) for task in tasks}
     found = Study(
@@ -125,13 +128,13 @@ def study(
 
 
 def _num_parameters() -> int:
-    """Of the base as it is stored: a packed NF4 weight does not tell how many numbers it holds."""
+    """Count the parameters of the base as it is stored: a packed NF4 weight does not reveal its count."""
     stored = loader.load(ModelConfig(path=BASE, quantization=Quantization.NONE), attention="sdpa")
     return sum(parameter.numel() for parameter in stored.model.parameters())
 
 
 def cells(found: Study) -> list[list[str]]:
-    """The table's cells, its head first: a row a method, a column a task."""
+    """Return the table's cells, header first: a row per method, a column per task."""
     tasks = list(found.untagged)
     names = [f"{task}*" if TASKS[task].held_out else task for task in tasks]
     untagged = [UNTAGGED, "", "", "", *(f"{found.untagged[task]:.0%}" for task in tasks)]
@@ -147,7 +150,7 @@ def cells(found: Study) -> list[list[str]]:
 
 
 def plot(found: Study, path: Path) -> None:
-    """Mean exact match over the tasks of the base's pre-training, and over the others, against trained parameters."""
+    """Plot mean exact match against trained parameters, for the tasks of pre-training and for the others."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

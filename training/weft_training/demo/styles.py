@@ -1,8 +1,9 @@
-"""Style adapters, and what comes of one beside a task adapter: `python -m weft_training.demo.styles`.
+"""Style adapters, and their composition with task adapters: `python -m weft_training.demo.styles`.
 
-A style says how an answer is written, whatever the question. Its adapter learns from the base's own tagged tasks, with
-the answers in that style, and has seen no other adapter. In a composition the task's adapter says what to answer and
-the style's how: `alehug = ` with reverse-lora and capitals-lora is answered GUHELA, which neither of the two says.
+A style decides how an answer is written, whatever the question. Its adapter learns from the base's own tagged tasks,
+with the answers in that style, and without any other adapter. In a composition the task's adapter decides what to
+answer and the style's how: `alehug = ` with reverse-lora and capitals-lora is answered GUHELA, which neither of the two
+gives alone.
 """
 
 import json
@@ -41,13 +42,13 @@ _NUM_EXAMPLES_PER_TASK = 1500
 STYLES: Mapping[str, Callable[[str], str]] = MappingProxyType(
     {"capitals": str.upper, "exclaim": lambda answer: f"{answer}!"}
 )
-# What the base can do under a tag; with `upper` there would be nothing to learn for one of the styles.
+# Tasks that the base solves with a tag; `upper` would leave nothing to learn for one of the styles.
 _TAUGHT = ("reverse", "double", "sort", "rotate", "devowel", "stars", "caesar")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:
-    """A task's adapter and styles, each with its weight. right: share of the answers that are exactly so."""
+    """A task's adapter and styles, each with its weight. right: share of the answers that are exactly right."""
 
     task: str
     weights: Mapping[str, float]
@@ -56,11 +57,11 @@ class Composition:
 
     @property
     def styles(self) -> list[str]:
-        """In the order of their names; one does not undo another, so the order is no matter."""
+        """Styles in the order of their names; the order does not matter, since no style undoes another."""
         return sorted(set(STYLES) & {name.removesuffix("-lora") for name in self.weights})
 
     def wanted(self, text: str) -> str:
-        """The task's answer, in every style."""
+        """Return the task's answer, in every style."""
         answer = TASKS[self.task].function(text)
         for style in self.styles:
             answer = STYLES[style](answer)
@@ -99,7 +100,7 @@ def train_style(style: str, output: Path) -> None:
 
 
 def measure(base: Base, composition: Composition) -> Composition:
-    """The composition with what it answers to inputs that nobody has seen."""
+    """Return the composition with its answers to unseen inputs."""
     parts = []
     for name, weight in composition.weights.items():
         where = shipped.STYLES if name.removesuffix("-lora") in STYLES else shipped.ADAPTERS
@@ -112,7 +113,7 @@ def measure(base: Base, composition: Composition) -> Composition:
 
 
 def rows(found: Sequence[Composition]) -> list[list[str]]:
-    """The table's cells, its head first."""
+    """Return the table's cells, header first."""
     head = ["composition", "answers", f"right of {NUM_EXAMPLES}"]
     return [head] + [
         [

@@ -1,12 +1,12 @@
-"""Small text tasks: what the demo base is pre-trained on, and what the demo's adapters are trained for.
+"""Small text tasks, for the pre-training of the demo base and for the demo's adapters.
 
-A line of a task is `[tag] input = output`. The base sees the lines under their tags, so the skills are in it; the tag
-tells it which one to use. The letter tasks share one distribution of inputs, so without the tag the base cannot know
-what is asked, and that is what an adapter teaches it. Tasks with `held_out` are in no pre-training row: for them an
-adapter has to teach a skill, not to elicit one.
+A line of a task is `[tag] input = output`. The base is trained on tagged lines, so it has the skills; the tag selects
+one. The letter tasks share one distribution of inputs, so that a prompt without the tag is ambiguous; an adapter
+resolves it. Tasks with `held_out` are in no pre-training row: their adapters must teach a skill and not only elicit
+one.
 
-The inputs of the three splits are disjoint by construction: the split of an input is a hash of its text, whatever
-the task.
+The inputs of the three splits are disjoint by construction: the split of an input is a hash of its text, for every
+task.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _DRAWS_PER_EXAMPLE_MAX = 1_000
 
 
 class Split(StrEnum):
-    """Who may see an input: the base's pre-training, an adapter's training, or nobody before the evaluation."""
+    """Use of an input: the base's pre-training, an adapter's training, or only the evaluation."""
 
     PRETRAIN = "pretrain"
     TRAIN = "train"
@@ -40,7 +40,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One text function and the distribution of its inputs.
+    """A text function and the distribution of its inputs.
 
     name: also the tag of its lines.
     function: the truth; total on what `sample` draws.
@@ -56,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One input of a task and its only right answer."""
+    """An input of a task and its only right answer."""
 
     task: str
     input: str
@@ -64,13 +64,13 @@ class Example:
 
 
 def prompt(example: Example, *, tagged: bool = False) -> str:
-    """The text up to the answer. Adapters are trained and served untagged; only the base needs the tag."""
+    """Return the text up to the answer. Adapters are trained and served untagged; only the base needs the tag."""
     tag = f"[{example.task}] " if tagged else ""
     return f"{tag}{example.input} = "
 
 
 def split_of(text: str) -> Split:
-    """The split that owns an input: half of all inputs are pre-training's, three tenths adapter training's."""
+    """Return the split that owns an input: half of all inputs are for pre-training, three tenths for adapters."""
     bucket = hashlib.blake2b(text.encode(), digest_size=2).digest()
     share = int.from_bytes(bucket, "big") / 0x10000
     if share < 0.5:
@@ -79,7 +79,7 @@ def split_of(text: str) -> Split:
 
 
 def stream(task: Task, rng: random.Random, split: Split | str) -> Iterator[Example]:
-    """Examples of one split for ever; inputs may come back."""
+    """Yield examples of one split without end; inputs may repeat."""
     split = Split(split)
     if task.held_out and split is Split.PRETRAIN:
         raise ValueError(f"task {task.name!r} is held out of pre-training")
@@ -90,9 +90,9 @@ def stream(task: Task, rng: random.Random, split: Split | str) -> Iterator[Examp
 
 
 def examples(task: Task, count: int, seed: int, split: Split | str) -> list[Example]:
-    """`count` examples with distinct inputs, the same for the same arguments on every machine.
+    """Return `count` examples with distinct inputs, the same for the same arguments on every machine.
 
-    The seed does not mix in the task: tasks with one distribution get the same inputs, so that their adapters can be
+    The task does not affect the seed: tasks with one distribution get the same inputs, so that their adapters can be
     compared prompt by prompt.
     """
     found: dict[str, Example] = {}
@@ -112,7 +112,7 @@ def examples(task: Task, count: int, seed: int, split: Split | str) -> list[Exam
 
 
 def sample_letters(rng: random.Random) -> str:
-    """A lower-case string of 3 to 8 letters, half of them easy to pronounce; it holds a vowel and a consonant."""
+    """Return a lower-case string of 3 to 8 letters with a vowel and a consonant; half of them are easy to pronounce."""
     while True:
         length = rng.randint(LETTERS_MIN, LETTERS_MAX)
         if rng.random() < 0.5:
@@ -125,12 +125,12 @@ def sample_letters(rng: random.Random) -> str:
 
 
 def sample_digits(rng: random.Random) -> str:
-    """3 to 8 digits."""
+    """Return 3 to 8 digits."""
     return "".join(rng.choices(DIGITS, k=rng.randint(3, 8)))
 
 
 def sample_record(rng: random.Random) -> str:
-    """`name=tom;age=31;city=rome|age`: three fields and the one to extract."""
+    """Return a record `name=tom;age=31;city=rome|age`: three fields and the one to extract."""
     keys = rng.sample(FIELDS, 3)
     values = [
         str(rng.randint(10, 99)) if key == "age" else "".join(rng.choices(LETTERS, k=rng.randint(3, 5))) for key in keys
@@ -140,12 +140,12 @@ def sample_record(rng: random.Random) -> str:
 
 
 def sample_date(rng: random.Random) -> str:
-    """`7 march 2021`: a day that every month has, 1900 to 2099."""
+    """Return a date `7 march 2021`: a day that every month has, 1900 to 2099."""
     return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1900, 2099)}"
 
 
 def sample_sum(rng: random.Random) -> str:
-    """`17+25`: two numbers below a hundred."""
+    """Return a sum `17+25` of two numbers below a hundred."""
     return f"{rng.randrange(100)}+{rng.randrange(100)}"
 
 
@@ -153,18 +153,18 @@ def sample_sum(rng: random.Random) -> str:
 
 
 def caesar(text: str) -> str:
-    """Each letter becomes the next one; z becomes a."""
+    """Replace each letter by the next one, and z by a."""
     return "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in text)
 
 
 def field(text: str) -> str:
-    """The value of the field named after the bar."""
+    """Return the value of the field named after the bar."""
     record, _, wanted = text.partition("|")
     return dict(pair.split("=") for pair in record.split(";"))[wanted]
 
 
 def iso_date(text: str) -> str:
-    """The date as ISO 8601 writes it."""
+    """Return the date in ISO 8601."""
     day, month, year = text.split()
     return f"{year}-{MONTHS.index(month) + 1:02d}-{int(day):02d}"
 

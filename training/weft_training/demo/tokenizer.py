@@ -1,10 +1,10 @@
-"""The demo base's tokenizer: one id per byte, and the id is the ASCII code.
+"""Tokenizer of the demo base: one id per byte, which is its ASCII code.
 
-Text is tab, newline and the printable ASCII characters. Control codes serve as special tokens, in the sense that ASCII
-gave them: NUL pads, ETX ends a text, SUB stands for what cannot be written. Their spelling is Unicode's picture of the
-code (`␀ ␃ ␚`), so a rendered conversation stays readable and no ASCII text can spell a special token. A text that
-holds the picture itself can; `split_special_tokens=True` closes that, and then the picture is unknown like any other
-non-ASCII character.
+Text is tab, newline and the printable ASCII characters. Control codes serve as special tokens, with their ASCII
+meanings: NUL pads, ETX ends a text, SUB replaces unknown characters. Their spelling is Unicode's picture of the code
+(`␀ ␃ ␚`), so a rendered conversation stays readable and no ASCII text can spell a special token. A text that holds the
+picture itself can; `split_special_tokens=True` prevents that, and the picture is then unknown like any other non-ASCII
+character.
 """
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -14,8 +14,8 @@ VOCAB_SIZE = 128
 PAD, EOS, UNK = "␀", "␃", "␚"
 PAD_ID, EOS_ID, UNK_ID = 0x00, 0x03, 0x1A
 
-# The system message is the tag, the user message the input. A prompt with the generation prompt is a prefix of the
-# same conversation with its answer, so the loss mask of training and the prompt of serving agree.
+# The system message is the tag, the user message the input. A prompt with the generation prompt is a prefix of the same
+# conversation with its answer, so training's loss mask and serving's prompt agree.
 CHAT_TEMPLATE = """\
 {%- set turn = namespace(tag='') -%}
 {%- for message in messages -%}
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = """\
 
 
 def spelling(token_id: int) -> str:
-    """How an id is written: as itself where it is text, else as Unicode's picture of the control code."""
+    """Return an id's spelling: the character if it is text, else Unicode's picture of the control code."""
     if token_id == 0x7F:
         return "\u2421"
     character = chr(token_id)
@@ -50,7 +50,7 @@ def spelling(token_id: int) -> str:
 
 
 def build_tokenizer(*, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A fast tokenizer that needs no code of ours to load."""
+    """Build a fast tokenizer that loads without code of ours."""
     vocab = {spelling(token_id): token_id for token_id in range(VOCAB_SIZE)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     backend.normalizer = normalizers.Replace(Regex(r"[^\t\n\x20-\x7e]"), UNK)  # special tokens are cut out before it

@@ -1,6 +1,6 @@
 """`weft demo`: what Weft does, shown on the demo base in about a minute. Exit code 0 only if every step was right.
 
-A real server process on loopback holds the NF4 base; everything below goes over gRPC, as any client would do it.
+A real server process on loopback holds the NF4 base; all requests go over gRPC, as from any client.
 """
 
 import argparse
@@ -29,8 +29,8 @@ _DOCUMENT_WIDTH = 110
 _REQUESTS_PER_ADAPTER = 4
 _REQUESTS_TO_BASE = 8
 _REQUESTS_PER_COMPOSITION = 20
-_COMPOSED_RIGHT_SHARE_MIN = 0.6  # benchmarks/results/compositions.json has what a hundred say
-_RIGHT_SHARE_MIN = 0.8  # of a few prompts; the README has what two hundred say
+_COMPOSED_RIGHT_SHARE_MIN = 0.6  # benchmarks/results/compositions.json has the share of a hundred
+_RIGHT_SHARE_MIN = 0.8  # of a few prompts; the README has the share of two hundred
 _METRICS_SHOWN = (
     "weft_requests_total",
     "weft_generation_tokens_total",
@@ -42,7 +42,7 @@ _METRICS_SHOWN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """One request of the mixed batch and what came back."""
+    """One request of the mixed batch and its answer."""
 
     adapter: str
     method: str
@@ -55,7 +55,7 @@ class _Asked:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Run the demo; the exit code."""
+    """Run the demo. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="weft demo", description=__doc__)
     parser.add_argument("--real", action="store_true", help="show it on SmolLM2-135M-Instruct instead (minutes)")
     parser.add_argument("--base", type=Path, default=shipped.BASE, help="base model directory (default: the demo base)")
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 
 def _run(console: Console, tour: Callable[[], None]) -> int:
-    """Run a tour; the exit code."""
+    """Run a tour. Returns the exit code."""
     started = time.monotonic()
     try:
         tour()
@@ -130,7 +130,7 @@ def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
 
 
 def _register(console: Console, client: Client, adapters: Path) -> dict[str, str]:
-    """Register every demo adapter; their methods by id."""
+    """Register every demo adapter. Returns their methods by id."""
     step(console, "Register adapters by RPC")
     methods = {}
     for directory in sorted(path for path in adapters.iterdir() if path.is_dir()):
@@ -143,7 +143,7 @@ def _register(console: Console, client: Client, adapters: Path) -> dict[str, str
 
 
 async def _mixed_batch(console: Console, server: Server, methods: dict[str, str]) -> None:
-    """All adapters and the base at once, each asked for its own task."""
+    """Send requests for all adapters and the base at once, each with a prompt of its own task."""
     step(console, "One batch: every adapter and the base, concurrently")
     tasks = {task for task in (_task_of(name) for name in methods) if task}
     asks = [
@@ -175,7 +175,7 @@ async def _mixed_batch(console: Console, server: Server, methods: dict[str, str]
 
 
 async def _compose(console: Console, server: Server) -> None:
-    """A task's adapter with a style's, in one request: an answer that neither of the two gives."""
+    """Compose a task's adapter with a style's in one request: an answer that neither of the two gives."""
     step(console, "Compose adapters: a task and a style, weighted, in one request")
     compositions = [composition for composition in COMPOSITIONS if len(composition.weights) == 2][:2]
     async with AsyncClient(server.address) as client:
@@ -195,9 +195,9 @@ async def _compose(console: Console, server: Server) -> None:
 
 
 def _answers_table(asked: Sequence[_Asked]) -> Table:
-    """A row for each task: a prompt, what each method's adapter answers to it, and how many of all it has right.
+    """Return a row for each task: a prompt, each method's answer to it, and how many of all its answers are right.
 
-    The prompt is the first that one of them has wrong, or the first.
+    The prompt is the first that some method gets wrong, or else the first.
     """
     methods = list(dict.fromkeys(one.method for one in asked))
     table = Table(box=None, pad_edge=False)
@@ -212,7 +212,7 @@ def _answers_table(asked: Sequence[_Asked]) -> Table:
 
 
 def _answer_shown(example: Example, asked: Sequence[_Asked]) -> str:
-    """One adapter's answer to an example, and how many of its answers are right; nothing where it was not asked."""
+    """Format one adapter's answer to an example and its number of right answers; "" if it was not asked."""
     found = next((one for one in asked if one.example == example), None)
     if found is None:
         return ""
@@ -221,7 +221,7 @@ def _answer_shown(example: Example, asked: Sequence[_Asked]) -> str:
 
 
 def _examples_of_all(tasks: Sequence[str], count: int) -> list[Example]:
-    """`count` inputs, the tasks in turn; all of them take the same kind of input, and none comes twice."""
+    """Return `count` inputs, the tasks in turn; all of them take the same kind of input, and none repeats."""
     inputs = {task: examples(TASKS[task], count, 12, Split.TEST) for task in tasks}
     return [inputs[tasks[i % len(tasks)]][i] for i in range(count)]
 
@@ -234,7 +234,7 @@ async def _hot_swap(console: Console, server: Server, adapters: Path, methods: d
     async with AsyncClient(server.address) as client:
         before = await client.register("swap", str(adapters / old))
         answered = await client.generate(prompt(example), "swap", temperature=0, max_new_tokens=24)
-        # Long enough to be in the middle of it when the adapter is replaced.
+        # Long enough for the adapter to be replaced in the middle of it.
         stream = client.stream(prompt(example), "swap", temperature=0, max_new_tokens=300, ignore_eos=True)
         pieces, after = 0, None
         async for _ in stream:
@@ -258,9 +258,9 @@ async def _hot_swap(console: Console, server: Server, adapters: Path, methods: d
 
 
 def _train_live(console: Console, server: Server, base: Path, scratch: Path) -> None:
-    """Train an adapter on the same base, upload it while the server runs, see the answer change."""
+    """Train an adapter on the same base, upload it while the server runs, and see the answer change."""
     step(console, "Train a new adapter on the same base and hot-register it")
-    from weft_training.demo.adapters import LIVE, train_recipe  # brings torch and transformers
+    from weft_training.demo.adapters import LIVE, train_recipe  # imports torch and transformers
     from weft_training.progress import ProgressBar
 
     with ProgressBar(console, f"training {LIVE.name}") as bar:
@@ -320,11 +320,11 @@ def _metrics(server: Server) -> str:
 
 
 def _kernels(server: Server) -> str:
-    """What computes: "cpu x86-64-v4" is a library that came in the wheel, "cpu native" one that was compiled here."""
+    """Return the kernels' name: "cpu x86-64-v4" is a library from the wheel, "cpu native" one compiled here."""
     found = re.search(r'^weft_build_info\{.*kernels="([^"]*)"', _metrics(server), re.MULTILINE)
     return found[1] if found else "unknown"
 
 
 def _task_of(adapter: str) -> str:
-    """Demo adapters are named task-method."""
+    """Return the task of a demo adapter, which is named task-method."""
     return adapter.rpartition("-")[0]

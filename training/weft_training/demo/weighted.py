@@ -1,4 +1,4 @@
-"""Adapters with weights on the trainer's own model, for measuring; serving has its own way (`weft generate`)."""
+"""Adapters with weights on the trainer's own model, for measurements; serving has its own way (`weft generate`)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ from weft.model.loader import Base
 
 
 class WeightedModel:
-    """A base with out = y + Σ weight · delta on every row. The adapters act at modules."""
+    """Base with out = y + Σ weight · delta on every row. The adapters act at modules."""
 
     def __init__(self, base: Base, parts: Sequence[tuple[Adapter, float]]) -> None:
         self._base = base
         self._driver = ReferenceDriver(
             [
-                # One gate, which all rows share: [1] broadcasts over them.
+                # One gate for all rows: [1] broadcasts over them.
                 Segment(adapter.method, adapter.sites, gates=torch.tensor([weight], device=base.device))
                 for adapter, weight in parts
             ]
@@ -30,6 +30,6 @@ class WeightedModel:
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Prompts [B, T], padded on the left, with their continuations [B, T + N]; the options are transformers'."""
+        """Return prompts [B, T], padded on the left, with continuations [B, T + N]; the options are transformers'."""
         with self._base.context.use(self._driver):
             return self._base.model.generate(input_ids, attention_mask=attention_mask, **options)

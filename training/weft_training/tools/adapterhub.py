@@ -43,7 +43,7 @@ _INNER = schema.Schema(
         "mh_adapter output_adapter reduction_factor non_linearity original_ln_before ln_before is_parallel scaling "
         "leave_out"
     ),
-    # For training alone; or without meaning where ln_after, inv_adapter and phm_layer are off, as they must be.
+    # For training only, or without effect if ln_after, inv_adapter and phm_layer are off, as they must be.
     inert=_inner("init_weights init_weights_seed dropout stochastic_depth")
     | _inner("adapter_residual_before_ln inv_adapter_reduction_factor phm_dim factorized_phm_W shared_W_phm")
     | _inner("shared_phm_rule factorized_phm_rule phm_c_init phm_init_range learn_phm hypercomplex_nonlinearity")
@@ -129,7 +129,7 @@ def _config(inner: Mapping[str, Any], base: BaseShape) -> BottleneckConfig:
 
 
 def _reduction(value: Any, base: BaseShape, left_out: tuple[int, ...]) -> tuple[float, dict[int, float]]:
-    """Return the factor of all layers, and of layers with their own. A map names every layer, or has a default."""
+    """Return the common factor, and those of layers with their own. A map names every layer, or has a default."""
     key = "config.reduction_factor"
     if not isinstance(value, dict):
         return bottleneck.number(value, key, "RANK_INVALID", above=0), {}

@@ -39,14 +39,14 @@ class NormReader(NamedTuple):
 
 
 def config(num_experts: int, *, top_k: int, temperature: float) -> MixtureConfig:
-    """Return the mixture config that Arrow's rows suit. Raises ValueError for numbers that no mixture may have."""
+    """Return the mixture config for Arrow's rows. Raises ValueError for numbers that no mixture may have."""
     return MixtureConfig(num_experts=num_experts, top_k=top_k, temperature=temperature, rms_norm=True, absolute=True)
 
 
 def norm_readers(model: Any, shape: BaseShape) -> list[NormReader]:
     """Find the sites that read a norm, by their inputs on a run over two tokens. `model` is wrapped and idle.
 
-    Raises ValueError if no module does, as when norms only follow sublayers.
+    Raises ValueError if no module does, as on bases whose norms only follow sublayers.
     """
     layers = sublayers.layers_of(model, list(shape.sites.values()))
     normed: list[tuple[nn.Module, Tensor]] = []

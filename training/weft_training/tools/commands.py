@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    rich_markup_mode=None,  # as `weft` has it: plain help
+    rich_markup_mode=None,  # plain help, as in `weft`
     pretty_exceptions_show_locals=False,
 )
 
@@ -71,10 +71,10 @@ def merge(
 ) -> None:
     """Merge LoRAs into one, a PEFT directory that any server takes.
 
-    exact adds their weighted updates as a composition does, and its rank is the sum of theirs. svd is the nearest to
-    that of rank R. The others first thin out what is added: magnitude_prune keeps the largest entries of each update,
-    dare_linear random ones, and ties and dare_ties also average those that agree in sign. PEFT calls them cat, svd and
-    ties_svd … None of them is PEFT's "linear", which adds A and B apart and is not the weighted sum.
+    exact adds their weighted updates as a composition does, and its rank is the sum of theirs. svd is its best
+    approximation of rank R. The others first thin out the updates: magnitude_prune keeps the largest entries of each
+    update, dare_linear random ones, and ties and dare_ties also average those that agree in sign. PEFT calls them cat,
+    svd and ties_svd … None of them is PEFT's "linear", which adds A and B separately and is not the weighted sum.
 
     Example: weft adapters merge runs/polite=0.7 runs/brief=0.5 runs/both --base model --strategy svd --rank 8
     """
@@ -108,7 +108,7 @@ def _part(text: str) -> tuple[Path, float]:
 
 
 def _rule(strategy: Strategy, rank: int | None, density: float | None, seed: int | None) -> "Rule":
-    """Return how modules are merged. BadParameter for an option that is missing or means nothing to the strategy."""
+    """Return how modules are merged. BadParameter for an option that the strategy lacks or ignores."""
     import torch
 
     from weft_training.tools import merging
@@ -129,9 +129,9 @@ def _rule(strategy: Strategy, rank: int | None, density: float | None, seed: int
 
 
 def _read_parts(paths: list[Path], shape: "BaseShape") -> "tuple[list[Adapter], BaseShape]":
-    """Return the adapters, and the base that their sum is for: the first that they name, none if none does.
+    """Return the adapters, and the base that their sum is for: the first that they name, or None.
 
-    The digests of one base's weights, held in several ways, are one base. Raises ValueError for two bases, and for two
+    Digests of the same weights in several quantizations are one base. Raises ValueError for two bases, and for two
     sets of rotary factors, because no base fits their sum.
     """
     found = [adapter_directory.read(path, shape) for path in paths]
@@ -229,7 +229,7 @@ def convert(
             adapter = adapterhub.read(config, tensors, shape, AdapterLimits())
         else:
             adapter = directory.read(config, tensors, {}, shape, AdapterLimits())
-        # Nothing says which weights it was trained on, so it is bound to none.
+        # The weights that it was trained on are unknown, so it is bound to none.
         directory.write(adapter, output, replace(shape, digest=""))
     _report(output, adapter)
 
@@ -265,7 +265,7 @@ def _unpickled(path: Path) -> "dict[str, Tensor]":
 
 @contextmanager
 def _making(output: Path) -> Iterator[None]:
-    """Refuse an OUT that exists, and report what goes wrong in the block in one line."""
+    """Refuse an OUT that exists, and report an error inside the block in one line."""
     from weft.errors import WeftError
 
     if output.exists():
@@ -277,7 +277,7 @@ def _making(output: Path) -> Iterator[None]:
 
 
 def _loaded(path: Path, quantization: Quantization = Quantization.NONE) -> "Base":
-    """Load the base. Where only its shapes are read, any way of holding its weights will do."""
+    """Load the base. If only its shapes are read, any quantization will do."""
     from weft.model import loader
 
     return loader.load(ModelConfig(path=path, quantization=quantization, device="cpu"), attention="sdpa")

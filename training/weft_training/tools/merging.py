@@ -3,7 +3,7 @@
     ΔW = Σ wᵢ ΔWᵢ,    ΔWᵢ = scalingᵢ · Bᵢ Aᵢ
 
     exact            all of it: A below A, weighted B beside B; the rank is the sum of the ranks
-    svd              the nearest update of rank R: truncated singular values (Eckart and Young 1936)
+    svd              the best approximation of rank R: truncated singular values (Eckart and Young 1936)
     magnitude_prune  Σ wᵢ trim(ΔWᵢ); trim keeps the share `density` of entries that is largest
     ties             the same, but at each entry only those of the elected sign, and their mean (Yadav et al. 2023,
                      arXiv:2306.01708)
@@ -12,10 +12,10 @@
     dare_ties        drop, then signs elected and means as in ties
 
 All but `exact` end in `svd`'s truncation. The papers work on whole updates ΔWᵢ, and so does this. What PEFT and LoRAX
-call "linear" adds A and B apart: PEFT's (Σ √(wᵢ scalingᵢ) Bᵢ)(Σ √(wᵢ scalingᵢ) Aᵢ) has products Bᵢ Aⱼ of different
-adapters and is no sum of updates.
+call "linear" adds A and B separately: PEFT's (Σ √(wᵢ scalingᵢ) Bᵢ)(Σ √(wᵢ scalingᵢ) Aᵢ) has products Bᵢ Aⱼ of different
+adapters and is not a sum of updates.
 
-Deviation: the weights, which TIES does not have, are applied after the election and do not vote (as PEFT has it). A
+Deviation: the weights, which TIES does not have, are applied after the election and do not vote (as in PEFT). A
 bias of B is merged as one more update.
 """
 
@@ -50,7 +50,7 @@ Rule = Callable[[Sequence[Part]], Merged]
 def merge(adapters: Sequence[tuple[Adapter, float]], rule: Rule) -> tuple[Adapter, float]:
     """Return one LoRA of scaling 1, in float32, and the least share of its norm that any module kept.
 
-    Raises ValueError if an adapter is no LoRA, or an activated one, or if nothing is left of the sum.
+    Raises ValueError if an adapter is not a LoRA, or is an activated one, or if the sum is zero.
     """
     for index, (adapter, _) in enumerate(adapters):
         if adapter.method is not lora.METHOD:
@@ -62,7 +62,7 @@ def merge(adapters: Sequence[tuple[Adapter, float]], rule: Rule) -> tuple[Adapte
     sites = {name: one.params for name, one in merged.items()}
     if not any(params.b.any() or (params.bias is not None and params.bias.any()) for params in sites.values()):
         raise ValueError("the parts cancel: nothing is left of their sum")
-    if any(params.bias is not None for params in sites.values()):  # PEFT's form wants all to have one
+    if any(params.bias is not None for params in sites.values()):  # PEFT's form requires all to have one
         sites = {name: _with_bias(params) for name, params in sites.items()}
     return Adapter(method=lora.METHOD, config=_config(sites), sites=sites), min(one.kept for one in merged.values())
 

@@ -1,7 +1,7 @@
 """The real demo's adapters: `python -m weft_training.demo.real.adapters` trains them all into adapters_store/real.
 
-Three adapters, one for each task, and a mixture of them, whose router reads a text once and tells which task it is.
-Written in bfloat16 and of few parameters, so that a repository can hold them.
+Three adapters, one for each task, and a mixture of them, whose router reads a text once and detects its task. They are
+small and written in bfloat16, so that a repository can hold them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ _NUM_EXAMPLES = 4_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one adapter is trained, from rows that nobody is asked in the evaluation."""
+    """Training recipe of one adapter, on rows that the evaluation does not use."""
 
     task: RealTask
     adapter: MethodConfig
@@ -57,14 +57,14 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )
 
-# Trained while one looks on.
+# Trained during the live demo.
 LIVE = Recipe(task=CONTACTS, adapter=_LORA, learning_rate=3e-3, num_steps=32, batch_size=4)
 
 
 def train_recipe(
     recipe: Recipe, output: Path, *, num_threads: int = 0, overwrite: bool = False, progress: Report | None = None
 ) -> TrainResult:
-    """Train an adapter on the model as it is stored; it serves on any quantization of it."""
+    """Train an adapter on the model as it is stored; it can be served on any quantization of it."""
     config = TrainConfig(
         model=_base(num_threads),
         adapter=recipe.adapter,

@@ -1,4 +1,4 @@
-"""Asking a server for many answers at once."""
+"""Concurrent requests for many answers from a server."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from weft.client import AsyncClient
 
-_CONCURRENT = 32  # more would wait in the server's line, which has an end
+_CONCURRENT = 32  # more would fill the server's queue, which is bounded
 
 
 Target = str | Mapping[str, float] | None
 
 
 class Ask(NamedTuple):
-    """One request: turns of a conversation, and the adapter that answers; or several with weights; or none."""
+    """One request: the turns of a conversation, and the adapter that answers, or several with weights, or none."""
 
     messages: Sequence[Mapping[str, str]]
     adapter: Target
@@ -21,7 +21,7 @@ class Ask(NamedTuple):
 
 
 async def answers(address: str, asks: Sequence[Ask]) -> list[str]:
-    """The greedy answers, in the order of `asks`. Raises RpcFailure for one that is refused."""
+    """Return the greedy answers in the order of `asks`. Raises RpcFailure if one is refused."""
     free = asyncio.Semaphore(_CONCURRENT)
     async with AsyncClient(address) as client:
 

@@ -1,6 +1,6 @@
-"""A line in which somebody gives an address to its mailbox form: `Ana Ruiz <ana@example.org>` (RFC 5322, section 3.4).
+"""From a line that mentions an address to its mailbox form: `Ana Ruiz <ana@example.org>` (RFC 5322, section 3.4).
 
-This is what the demo trains live: no committed adapter does it.
+The demo trains this task live; no committed adapter covers it.
 """
 
 import random

@@ -1,6 +1,6 @@
-"""A date or an amount in words to its ISO form: "the third of March, twenty twenty-four" → 2024-03-03, EUR 206.05.
+"""From a date or an amount in words to its ISO form: "the third of March, twenty twenty-four" → 2024-03-03, EUR 206.05.
 
-ISO 8601 for dates; ISO 4217's code before the amount, with as many decimals as the currency has.
+Dates follow ISO 8601. Amounts have the ISO 4217 code first, and as many decimals as the currency.
 """
 
 import datetime
@@ -41,7 +41,7 @@ _SENTENCES = Wordings(
 
 
 class _Currency(NamedTuple):
-    """unit: one and many. cents: one and many, or none."""
+    """A currency's names. unit: singular and plural. cents: singular and plural, or none."""
 
     code: str
     unit: tuple[str, str]

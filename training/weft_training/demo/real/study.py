@@ -1,9 +1,9 @@
-"""What methods reach on a real language model: `make study-real` (hours; what it has measured is not measured again).
+"""Quality of the methods on a real language model: `make study-real` (hours; it skips what is already measured).
 
-Each method is trained with one recipe for every task and several seeds, which draw its rows and its start, and is then
-asked inputs whose names, things and wordings no adapter has seen. The answers come from a server that holds the base
-unquantized, as it was trained on, greedy, as any client gets them. Beside them: the base as it is, and the base with a
-prompt that says what is wanted and shows solved inputs.
+Each method is trained with one recipe for every task and several seeds, which draw its rows and its initialization. The
+evaluation's inputs have names, items and wordings that no adapter has seen. The answers are greedy and come from a
+server that holds the base unquantized, as in training. They are compared with those of the base alone, and of the base
+with a prompt that gives an instruction and solved inputs.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ _NUM_STEPS, _BATCH_SIZE = 100, 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One measurement. exact, f1: shares, 0 to 1. seed: of the training; 0 where nothing is trained."""
+    """One measurement. exact, f1: shares, 0 to 1. seed: of the training; 0 if nothing is trained."""
 
     method: str
     task: str
@@ -74,7 +74,7 @@ class Cell:
 
 
 def missing(known: Sequence[Cell]) -> Iterator[tuple[str, RealTask, int]]:
-    """Method, task and seed of each cell that was not measured; a seed of all methods before the next seed."""
+    """Yield method, task and seed of each cell that is not measured; one seed of all methods before the next seed."""
     held = {(cell.method, cell.task, cell.seed) for cell in known}
     for seed in SEEDS:
         for method in (BASE, PROMPTED, *METHODS) if seed == SEEDS[0] else METHODS:
@@ -84,7 +84,7 @@ def missing(known: Sequence[Cell]) -> Iterator[tuple[str, RealTask, int]]:
 
 
 def measure(server: Server, method: str, task: RealTask, seed: int, num_threads: int, console: Console) -> Cell:
-    """Train where there is something to train, and ask."""
+    """Train, if the method is trained, and evaluate."""
     if method not in METHODS:
         return _asked_of(server, method, task, seed, None)
     adapter, learning_rate = METHODS[method]
@@ -106,7 +106,7 @@ def measure(server: Server, method: str, task: RealTask, seed: int, num_threads:
 
 
 def _asked_of(server: Server, method: str, task: RealTask, seed: int, adapter: str | None) -> Cell:
-    """What the evaluation's inputs score, without what training took."""
+    """Evaluate, without the fields that describe the training."""
     examples = task.examples(NUM_EXAMPLES, _EVALUATION_SEED, Split.TEST)
     texts = [one.input for one in examples]
     turns = task.prompted(texts) if method == PROMPTED else [asked(text) for text in texts]
@@ -116,7 +116,7 @@ def _asked_of(server: Server, method: str, task: RealTask, seed: int, adapter: s
 
 
 def cells(known: Sequence[Cell]) -> list[list[str]]:
-    """The table's cells, its head first: exact match, with the standard deviation over seeds, and the fields' F1."""
+    """Return the table's cells, header first: exact match with its standard deviation over seeds, and fields' F1."""
     body = []
     for method in (BASE, PROMPTED, *METHODS):
         own = [cell for cell in known if cell.method == method]
@@ -137,7 +137,7 @@ def _shown(of_task: Sequence[Cell]) -> str:
 
 
 def read(results: Path) -> list[Cell]:
-    """What was measured; nothing where there is no such file."""
+    """Return what was measured; an empty list if the file does not exist."""
     return [Cell(**one) for one in json.loads(results.read_text())] if results.exists() else []
 
 
@@ -149,7 +149,7 @@ def main(
         Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
     ] = None,
 ) -> None:
-    """Train and measure what is missing; an interrupted study goes on at the cell where it was."""
+    """Train and measure what is missing; an interrupted study resumes at the same cell."""
     console, known = Console(), read(results)
     if unknown := set(only or ()) - {BASE, PROMPTED, *METHODS}:
         raise typer.BadParameter(f"--only must be of {', '.join((BASE, PROMPTED, *METHODS))}, given {min(unknown)!r}")

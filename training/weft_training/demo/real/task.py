@@ -1,4 +1,4 @@
-"""What a real task is: texts that come in, the one right answer to each, and how near another answer is to it."""
+"""Real tasks: input texts, the one right answer to each, and how near another answer comes to it."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,12 @@ _DRAWS_PER_EXAMPLE_MAX = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealTask:
-    """One task.
+    """A task on texts.
 
-    instruction: what a good prompt says; adapters are trained and asked without it.
+    instruction: of a good prompt; adapters are trained and prompted without it.
     num_shots: solved inputs that a good prompt shows, from the training split.
     draw: makes an input and its right answer.
-    fields: what an answer states, by name; nothing where it has not the form that is asked for.
+    fields: what an answer states, by name; empty if it does not have the required form.
     max_new_tokens: room for the longest right answer.
     """
 
@@ -34,7 +34,7 @@ class RealTask:
     max_new_tokens: int
 
     def examples(self, count: int, seed: int, split: Split) -> list[Example]:
-        """`count` examples with distinct inputs, the same for the same arguments on every machine."""
+        """Return `count` examples with distinct inputs, the same for the same arguments on every machine."""
         rng = random.Random(f"{self.name}/{split}/{seed}")  # noqa: S311  reproducible, not secret
         people = People(rng.randrange(1 << 32), split)
         found: dict[str, Example] = {}
@@ -46,7 +46,7 @@ class RealTask:
         raise ValueError(f"task {self.name!r} has only about {len(found)} inputs in split {split}, asked for {count}")
 
     def prompted(self, texts: Sequence[str]) -> list[list[Mapping[str, str]]]:
-        """Good prompts, one a text: the instruction, the same solved inputs for all, and the text."""
+        """Return good prompts, one a text: the instruction, the same solved inputs for all, and the text."""
         turns: list[Mapping[str, str]] = [{"role": "system", "content": self.instruction}]
         for shot in self.examples(self.num_shots, 99, Split.TRAIN):
             turns += conversation(shot).messages
@@ -54,12 +54,12 @@ class RealTask:
 
 
 def asked(text: str) -> list[dict[str, str]]:
-    """The text alone, as an adapter is asked."""
+    """Return the text alone, as a prompt for an adapter."""
     return [{"role": "user", "content": text}]
 
 
 def conversation(example: Example) -> Conversation:
-    """An example as an adapter is trained on it."""
+    """Return an example as an adapter's training conversation."""
     return Conversation((*asked(example.input), {"role": "assistant", "content": example.output}))
 
 
@@ -72,7 +72,7 @@ class Score:
 
 
 def score(task: RealTask, examples: Sequence[Example], answers: Sequence[str]) -> Score:
-    """How good the answers to the examples are."""
+    """Score the answers to the examples."""
     stripped = [answer.strip() for answer in answers]
     exact = sum(answer == one.output for answer, one in zip(stripped, examples, strict=True))
     hits = given = wanted = 0

@@ -1,4 +1,4 @@
-"""The tasks of the real demo and of its study, by name."""
+"""Tasks of the real demo and of its study, by name."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

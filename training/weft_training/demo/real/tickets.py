@@ -1,7 +1,7 @@
-"""A message to a route with a polite reply: "[billing] Dear Ana, thank you for writing about the invoice. …".
+"""From a message to a route with a polite reply: "[billing] Dear Ana, thank you for writing about the invoice. …".
 
-The reply names the writer and the matter, and promises an answer by how much the writer is in a hurry. What belongs to
-another route is mentioned in passing.
+The reply names the writer and the matter, and promises an answer within a time that depends on the writer's urgency. A
+matter of another route may be mentioned in passing.
 """
 
 import random

@@ -1,7 +1,7 @@
-"""`weft demo --real`: adapters that people would train, on a small language model; code 0 only if every step was right.
+"""`weft demo --real`: realistic adapters on a small language model. Exit code 0 only if every step was right.
 
-A real server process on loopback holds SmolLM2-135M-Instruct; three adapters come from the repository and one is
-trained while one looks on. Everything is asked over gRPC, about texts that no adapter has seen.
+A real server process on loopback holds SmolLM2-135M-Instruct. Three adapters come from the repository, and one is
+trained live. All requests go over gRPC, with texts that no adapter has seen.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ from weft_training.progress import ProgressBar
 
 _NUM_ASKED = 8
 _EVALUATION_SEED = 7
-_F1_MIN = 0.5  # of so few texts
+_F1_MIN = 0.5  # over so few texts
 _WIDTH = 96
 
 
 def show(console: Console, adapters: Path) -> None:
-    """Run every step. Raises DemoFailure, RpcFailure or OSError at the first that is not right."""
+    """Run every step. Raises DemoFailure, RpcFailure or OSError at the first that fails."""
     with (
         tempfile.TemporaryDirectory(prefix="weft-demo-") as scratch,
         serving(console, model.path(), [adapters], Path(scratch)) as server,
@@ -57,14 +57,14 @@ def _unseen(task: RealTask, count: int) -> list[Example]:
 
 
 def _ask(server: Server, asks: Sequence[tuple[RealTask, Example, Target]]) -> list[str]:
-    """What the adapters say: a name, weights by name, or None for the base."""
+    """Return the answers of the adapters: a name, weights by name, or None for the base."""
     return asyncio.run(
         answers(server.address, [Ask(asked(one.input), to, task.max_new_tokens) for task, one, to in asks])
     )
 
 
 def _one_batch(console: Console, server: Server) -> None:
-    """Every adapter, and the base, at once."""
+    """Run all adapters and the base in one batch."""
     step(console, "One batch: each adapter asked for its own task, and the base for all of them")
     asks = [(task, one, to) for task in TASKS.values() for one in _unseen(task, _NUM_ASKED) for to in (task.name, None)]
     began = time.monotonic()
@@ -88,7 +88,7 @@ def _one_batch(console: Console, server: Server) -> None:
 
 
 def _compose(console: Console, server: Server) -> None:
-    """Two adapters in one request, weighted: each text decides which of them speaks."""
+    """Compose two adapters in one request, with weights: each text decides which of them answers."""
     step(console, "Compose two adapters in one request: 0.5 · ticket + 0.5 · figure, and both at 1")
     for weight in (0.5, 1.0):
         weights = {"ticket": weight, "figure": weight}
@@ -102,7 +102,7 @@ def _compose(console: Console, server: Server) -> None:
 
 
 def _mix(console: Console, server: Server) -> None:
-    """One id for all three: a router reads each text once and says how much of each."""
+    """Use one id for all three: a router reads each text once and weighs the adapters."""
     step(console, f"One mixture over the three: its router tells which is meant (adapter id {MIXTURE!r})")
     for task in TASKS.values():
         examples = _unseen(task, _NUM_ASKED)
@@ -111,7 +111,7 @@ def _mix(console: Console, server: Server) -> None:
 
 
 def _train_live(console: Console, server: Server, output: Path) -> None:
-    """Train on the same base, upload while the server runs, see the answers change."""
+    """Train on the same base, upload while the server runs, and see the answers change."""
     step(console, f"Train a new adapter and hot-register it: {LIVE.task.description}")
     examples = _unseen(LIVE.task, 3 * _NUM_ASKED)
     before = _ask(server, [(LIVE.task, one, None) for one in examples])
@@ -131,7 +131,7 @@ def _train_live(console: Console, server: Server, output: Path) -> None:
 
 
 def _exchange(text: str, answer: str, without: str) -> Table:
-    """A text, what an adapter answers to it, and what the base does."""
+    """Return a table of a text, an adapter's answer to it, and the base's."""
     shown = Table.grid(padding=(0, 1))
     for role, said in (("text", text), ("adapter", answer), ("base", without)):
         line = " ".join(said.split())

@@ -1,7 +1,7 @@
-"""What the real demo's texts are made of: names of people from `faker`, and wordings, each of them owned by one split.
+"""Building blocks of the real demo's texts: names of people from `faker`, and wordings, each owned by one split.
 
-An evaluation holds no name, no thing and no wording that an adapter was trained on: a wording stands in one of two
-lists, and first and last names belong to a split by their hash, each on its own.
+An evaluation shares no name, item or wording with an adapter's training: a wording is in one of two lists, and first
+and last names are each assigned to a split by their hash.
 """
 
 import random
@@ -15,14 +15,14 @@ from faker import Faker
 from weft_training.demo.tasks import Split
 
 _LOCALES = ["en_GB", "en_US", "en_IN", "de_DE", "fr_FR", "es_ES", "it_IT", "nl_NL", "pl_PL", "sv_SE"]
-_SHARE_OF_TEST = 4  # one name of so many
-_TYPOS_OF = 40  # one word of so many
+_SHARE_OF_TEST = 4  # one name in so many
+_TYPOS_OF = 40  # one word in so many
 _ASKING = ("is ", "can ", "could ", "do ", "how ", "what ", "when ", "which ", "who ", "why ")
 _BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou])")
 
 
 class Wordings(NamedTuple):
-    """Ways to say one thing: those that adapters are trained on, and those of the evaluation."""
+    """Ways to say one thing: those for training and those for the evaluation."""
 
     train: Sequence[str]
     test: Sequence[str]
@@ -32,7 +32,7 @@ class Wordings(NamedTuple):
 
 
 class People:
-    """Names, drawn from many countries'. seed: of the draws."""
+    """Names from many countries. seed: of the draws."""
 
     def __init__(self, seed: int, split: Split) -> None:
         self._faker = Faker(_LOCALES)
@@ -40,11 +40,11 @@ class People:
         self._split = split
 
     def first(self) -> str:
-        """A first name of the split."""
+        """Return a first name of the split."""
         return self._own(self._faker.first_name)
 
     def last(self) -> str:
-        """A last name of the split."""
+        """Return a last name of the split."""
         return self._own(self._faker.last_name)
 
     def full(self) -> str:
@@ -58,18 +58,18 @@ class People:
 
 
 def split_of(name: str) -> Split:
-    """The split that owns a name."""
+    """Return the split that owns a name."""
     return Split.TEST if zlib.crc32(name.encode()) % _SHARE_OF_TEST == 0 else Split.TRAIN
 
 
 def sentence(text: str) -> str:
-    """A clause as a sentence: its capital, its end, and "an" before a vowel."""
+    """Make a clause a sentence: its capital, its full stop, and "an" before a vowel."""
     whole = text[0].upper() + text[1:] + ("?" if text.startswith(_ASKING) else ".")
     return _BEFORE_VOWEL.sub("an ", whole)
 
 
 def mistyped(text: str, rng: random.Random, keep: Sequence[str]) -> str:
-    """The text with two letters of a few words swapped, as hurried people write; `keep` are parts left as they are."""
+    """Swap two letters in a few words of the text, as hurried writers do; parts in `keep` stay as they are."""
     kept = {word for part in keep for word in part.split()}
     return " ".join(word if word.strip(".,!?") in kept else _swapped(word, rng) for word in text.split(" "))
 
