@@ -18,12 +18,11 @@ from typing import Any
 import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
 
 import torch
+from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-
-from weft_training.schema import plain
 
 _WHOLE = "run.json"
 _BEST = "best.safetensors"
@@ -38,7 +37,7 @@ def directory_of(output: Path) -> Path:
 
 def digest_of(config: Any, *inputs: str) -> str:
     """What decides a run's result: its config, but for where the result and its traces go, and the digests it reads."""
-    told = {name: value for name, value in plain(config).items() if name not in _DECIDES_NOTHING}
+    told = {name: value for name, value in to_jsonable_python(config).items() if name not in _DECIDES_NOTHING}
     # Keys stay in their order: which of two patterns comes first decides.
     return hashlib.sha256(json.dumps([told, *inputs]).encode()).hexdigest()
 

@@ -154,16 +154,18 @@ def _size(num_bytes: int) -> str:
 
 def _print_keys(options: "Sequence[Option]") -> None:
     """One key a line, whole: to be read, and searched with grep."""
-    from dataclasses import MISSING
+    from pydantic_core import to_jsonable_python
 
+    from weft.settings import type_name
     from weft_training import recipe
-    from weft_training.schema import plain, type_name
     from weft_training.trained import CONFIGS
 
     method = next((o.value for o in options if o.spelling in ("--method", "--adapter.method")), None) or "lora"
     if method not in CONFIGS:
         raise ValueError(f"method: must be one of {', '.join(CONFIGS)}, given {method!r}")
     for section, keys in recipe.keys(method).items():
-        for key in keys.values():
-            default = "must be given" if key.default is MISSING else f"default {plain(key.default)}"
-            typer.echo(f"{section}.{key.name}: {type_name(key.type)}; {default}. {key.help}".rstrip())
+        for name, info in keys.items():
+            default = "must be given"
+            if not info.is_required():
+                default = f"default {to_jsonable_python(info.get_default(call_default_factory=True))}"
+            typer.echo(f"{section}.{name}: {type_name(info.annotation)}; {default}. {info.description or ''}".rstrip())
