@@ -82,20 +82,20 @@ class ModelConfig:
         description="A Hugging Face causal-LM directory, a .gguf file, or a hub id (org/name, org/name@revision)."
     )
     quantization: Quantization = Quantization.NF4
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description='"auto" takes CUDA when there is one.')
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description='"auto" takes CUDA when there is one.')
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto",
+        default="auto",
         description='"auto" is bfloat16, or float32 for a float32 checkpoint without quantization, and on a CPU that '
         "does not multiply bfloat16 (model/packed.py).",
     )
-    num_threads: Count = Field(0, description="CPU threads of a step; 0 leaves torch's default.")
+    num_threads: Count = Field(default=0, description="CPU threads of a step; 0 leaves torch's default.")
     double_quant: bool = Field(
-        False,
+        default=False,
         description="[nf4] hold the scales in 8 bits too, as QLoRA did: 7 % less memory, 15 to 20 % slower. On CUDA "
         "they are held in 32 bits once they are loaded.",
     )
     shadow_bytes: Size = Field(
-        0,
+        default=0,
         description="[nf4 on CUDA] memory to spend on 16-bit copies of weights, which make steps of more than 64 rows "
         "faster; 0 has none.",
     )
@@ -108,25 +108,25 @@ class EngineConfig:
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Count = 2048
     max_model_len: Count | None = Field(
-        None,
+        default=None,
         description="Prompt, virtual and generated tokens of one request; None takes the model's own limit, or what "
         "the KV cache holds if that is less.",
     )
     memory_bytes: Size | None = Field(
-        None,
+        default=None,
         description="What weights, adapters and KV cache may take together; None takes what the machine has free.",
     )
     block_size: Positive = 16
     num_kv_blocks: Count | None = None
     kv_cache_bytes: Size | None = Field(
-        None,
+        default=None,
         description="Size of the paged pool; None takes `num_kv_blocks` if set, else room for `max_num_seqs` requests "
         "of `max_model_len`, bounded by 1 GiB and half of the free memory on a CPU, 80 % of it on CUDA.",
     )
     enable_prefix_caching: bool = True
     max_queued_requests: Positive = 256
     stream_interval_s: Number = Field(
-        0.04,
+        default=0.04,
         description="Tokens go to streams together, this long after the last ones, because each message costs time "
         "that steps do not get; first tokens and ends go at once, and so does everything at 0.",
     )
@@ -156,7 +156,7 @@ class AdapterLimits:
     num_invocation_tokens_max: Count = 256
     num_experts_max: Count = 64
     ignored_config_keys: tuple[str, ...] = Field(
-        (),
+        default=(),
         description="Keys of adapter_config.json that this server does not know and may ignore, whatever they say.",
     )
 
@@ -185,12 +185,14 @@ class RequestLimits:
     request_id_bytes_max: Size = 128
     cache_salt_bytes_max: Size = 128
     deadline_default_s: Number | None = Field(
-        None, description="For callers without a deadline; None lets an answer take the time it takes."
+        default=None, description="For callers without a deadline; None lets an answer take the time it takes."
     )
     deadline_max_s: Number | None = Field(
-        None, description="For every request, whatever its caller asks for; None leaves it to callers."
+        default=None, description="For every request, whatever its caller asks for; None leaves it to callers."
     )
-    stream_events_max: Count = Field(8192, description="Events a caller may leave unread before its stream is ended.")
+    stream_events_max: Count = Field(
+        default=8192, description="Events a caller may leave unread before its stream is ended."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
@@ -198,18 +200,18 @@ class ServerConfig:
     """Addresses and lifetimes of the server process."""
 
     host: str = endpoint.HOST
-    port: Port = Field(endpoint.PORT, description="0 picks a free one.")
+    port: Port = Field(default=endpoint.PORT, description="0 picks a free one.")
     metrics_host: str = "127.0.0.1"
-    metrics_port: Port = Field(9464, description="0 picks a free one.")
-    drain_timeout_s: Number = Field(30.0, description="How long running requests may go on after SIGTERM.")
+    metrics_port: Port = Field(default=9464, description="0 picks a free one.")
+    drain_timeout_s: Number = Field(default=30.0, description="How long running requests may go on after SIGTERM.")
     reflection: bool = True
     receive_bytes_max: Size = 4 * MIB
     unregister_timeout_default_s: Number = 30.0
     unregister_timeout_max_s: Number = 600.0
     upload_idle_timeout_s: Number = 10.0
-    uploads_max: Positive = Field(2, description="Uploads that are received at a time.")
-    uploads_waiting_max: Count = Field(64, description="Uploads that wait for their turn.")
-    log_level: LogLevel = Field(LogLevel.INFO, description="What is logged at least; prompts never are.")
+    uploads_max: Positive = Field(default=2, description="Uploads that are received at a time.")
+    uploads_waiting_max: Count = Field(default=64, description="Uploads that wait for their turn.")
+    log_level: LogLevel = Field(default=LogLevel.INFO, description="What is logged at least; prompts never are.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)

@@ -104,7 +104,7 @@ def knobs() -> tuple[Knob, ...]:
 def sections() -> dict[str, type[Any]]:
     """Return the fields of WeftConfig that are configs themselves."""
     kinds: dict[str, Any] = {name: info.annotation for name, info in fields_of(WeftConfig).items()}
-    return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+    return {name: kinds[name] for name in kinds if dataclasses.is_dataclass(kinds[name])}
 
 
 def load(flags: Mapping[str, object], *, file: Path | None = None) -> WeftConfig:

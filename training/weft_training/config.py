@@ -45,69 +45,77 @@ class TrainConfig:
     )
     output: TypedPath = Field(description="The PEFT directory to make; with `overwrite` it may be there already.")
     data: tuple[TypedPath, ...] = Field(
-        (), description="JSON Lines files; not needed if the examples are given to `train`."
+        default=(), description="JSON Lines files; not needed if the examples are given to `train`."
     )
     num_steps: Positive = Field(
-        200, description="Optimizer steps; the examples are shuffled again each time they are used up."
+        default=200, description="Optimizer steps; the examples are shuffled again each time they are used up."
     )
     batch_size: Positive = Field(
-        16, description="Examples of one step, over all processes; with `packing`, packed rows."
+        default=16, description="Examples of one step, over all processes; with `packing`, packed rows."
     )
     accumulation_steps: Positive = Field(
-        1, description="Parts in which a step's examples are computed one after the other; the result is the same."
+        default=1,
+        description="Parts in which a step's examples are computed one after the other; the result is the same.",
     )
     optimizer: Optimizer = Field(
-        Optimizer.ADAMW,
+        default=Optimizer.ADAMW,
         description="adamw; adamw_8bit, bitsandbytes' AdamW whose moments take 8 bits in tensors of at least 4,096 "
         "numbers; or paged_adamw_8bit, the same in memory that may leave the GPU. A CPU has nothing to page: "
         "adamw_8bit runs there, and a warning says so.",
     )
     learning_rate: float = Field(
-        2e-4,
+        default=2e-4,
         gt=0,
         description="Its peak, after `num_warmup_steps` of linear growth; `schedule` then takes it to zero or keeps "
         "it.",
     )
-    schedule: Schedule = Field(Schedule.COSINE, description="What the learning rate does after its warm-up.")
-    num_warmup_steps: Count = Field(0, description="Steps in which the learning rate grows.")
-    weight_decay: Number = Field(0.0, description="Of AdamW, per unit of learning rate.")
-    gradient_norm_max: float = Field(1.0, gt=0, description="Longer gradients are shortened to it.")
+    schedule: Schedule = Field(default=Schedule.COSINE, description="What the learning rate does after its warm-up.")
+    num_warmup_steps: Count = Field(default=0, description="Steps in which the learning rate grows.")
+    weight_decay: Number = Field(default=0.0, description="Of AdamW, per unit of learning rate.")
+    gradient_norm_max: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to it.")
     autocast: bool = Field(
-        False, description="Compute in bfloat16 what torch's autocast deems safe; the adapter itself stays in float32."
+        default=False,
+        description="Compute in bfloat16 what torch's autocast deems safe; the adapter itself stays in float32.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Keep the activations of layer borders only and compute the others again."
+        default=False, description="Keep the activations of layer borders only and compute the others again."
     )
-    seed: int = Field(0, description="Of the adapter's start, the order of the examples and the evaluation share.")
-    evaluation_data: tuple[TypedPath, ...] = Field((), description="Files that are evaluated and not learned.")
+    seed: int = Field(
+        default=0, description="Of the adapter's start, the order of the examples and the evaluation share."
+    )
+    evaluation_data: tuple[TypedPath, ...] = Field(default=(), description="Files that are evaluated and not learned.")
     evaluation_share: float = Field(
-        0.0, ge=0, lt=1, description="Share of the data, 0 to 1, that is evaluated and not learned."
+        default=0.0, ge=0, lt=1, description="Share of the data, 0 to 1, that is evaluated and not learned."
     )
     evaluate_every: Count = Field(
-        0,
+        default=0,
         description="Steps between evaluations; 0 evaluates after the last step only. The best step's adapter is kept.",
     )
     patience: Count = Field(
-        0, description="Evaluations without a new lowest loss after which training stops; 0 for never."
+        default=0, description="Evaluations without a new lowest loss after which training stops; 0 for never."
     )
     max_model_len: int | None = Field(
-        None,
+        default=None,
         description="Longest request of the server that the adapter is for; null takes the base's limit. It bounds "
         "the rows, and a base whose rotary factors depend on the length takes those of this one.",
     )
     max_length: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Tokens of one example; null takes the base's limit, or `max_model_len`."
+        default=None, description="Tokens of one example; null takes the base's limit, or `max_model_len`."
     )
-    packing: bool = Field(False, description="Put several short examples in one row of at most `max_length` tokens.")
+    packing: bool = Field(
+        default=False, description="Put several short examples in one row of at most `max_length` tokens."
+    )
     distillation: DistillationConfig | None = None
-    checkpoint_every: Count = Field(0, description="Steps between checkpoints, in `<output>.checkpoints`; 0 for none.")
-    resume: bool = Field(False, description="Go on from the last checkpoint, if there is one.")
-    overwrite: bool = Field(
-        False, description="Replace an adapter that is at the output, and checkpoints of another run for it."
+    checkpoint_every: Count = Field(
+        default=0, description="Steps between checkpoints, in `<output>.checkpoints`; 0 for none."
     )
-    tensorboard: TypedPath | None = Field(None, description="Directory for TensorBoard's event files.")
+    resume: bool = Field(default=False, description="Go on from the last checkpoint, if there is one.")
+    overwrite: bool = Field(
+        default=False, description="Replace an adapter that is at the output, and checkpoints of another run for it."
+    )
+    tensorboard: TypedPath | None = Field(default=None, description="Directory for TensorBoard's event files.")
     save_dtype: SaveDtype = Field(
-        SaveDtype.FLOAT32,
+        default=SaveDtype.FLOAT32,
         description="What the adapter is rounded to when it is written; bfloat16 halves its files.",
     )
 

@@ -47,10 +47,10 @@ class DistillationConfig:
         description="An adapter's PEFT directory for the same base, which then is in memory once; or a model directory "
         "of the same vocabulary."
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the labels; the rest is the teacher's.")
-    temperature: float = Field(2.0, gt=0, description="Of both distributions.")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="Weight of the labels; the rest is the teacher's.")
+    temperature: float = Field(default=2.0, gt=0, description="Of both distributions.")
     direction: Direction = Field(
-        Direction.FORWARD, description="forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher)."
+        default=Direction.FORWARD, description="forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher)."
     )
 
 

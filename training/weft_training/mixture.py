@@ -31,24 +31,25 @@ class MixtureTrainConfig:
     """How a router is trained, and what it makes gates of."""
 
     experts: tuple[TypedPath, ...] = Field(
-        (), description="PEFT directories of adapters for the same base, of any methods that act at modules."
+        default=(), description="PEFT directories of adapters for the same base, of any methods that act at modules."
     )
-    top_k: int = Field(2, description="Experts that keep a gate.")
-    temperature: float = Field(1.0, description="What logits are divided by.")
+    top_k: int = Field(default=2, description="Experts that keep a gate.")
+    temperature: float = Field(default=1.0, description="What logits are divided by.")
     level: Level = Field(
-        Level.TOKEN, description="token, or sequence: the router reads the mean of the prompt's input embeddings, once."
+        default=Level.TOKEN,
+        description="token, or sequence: the router reads the mean of the prompt's input embeddings, once.",
     )
-    normalize: bool = Field(True, description="Whether the gates that are kept sum to one.")
-    shared: bool = Field(False, description="One router for all layers.")
-    null_expert: bool = Field(False, description="Whether gate may go to nobody.")
+    normalize: bool = Field(default=True, description="Whether the gates that are kept sum to one.")
+    shared: bool = Field(default=False, description="One router for all layers.")
+    null_expert: bool = Field(default=False, description="Whether gate may go to nobody.")
     rms_norm: bool = Field(
-        True, description="Whether the router reads the hidden state divided by its root mean square."
+        default=True, description="Whether the router reads the hidden state divided by its root mean square."
     )
     balance_weight: Number = Field(
-        0.0, description="Of the loss that is least if all experts are used alike; 0 for none."
+        default=0.0, description="Of the loss that is least if all experts are used alike; 0 for none."
     )
     train_experts: bool = Field(
-        False, description="Train the experts too; the trained ones are written into `experts/` of the output."
+        default=False, description="Train the experts too; the trained ones are written into `experts/` of the output."
     )
 
     def __post_init__(self) -> None:

@@ -24,9 +24,9 @@ class PublishConfig:
 
     publish: str = Field(description="HOST:PORT of a server, to which it is uploaded, or the directory of a store.")
     adapter_id: str | None = Field(
-        None, description="The id it gets; the name of the output directory if none is given."
+        default=None, description="The id it gets; the name of the output directory if none is given."
     )
-    replace: bool = Field(False, description="Whether the id may be bound to other content already.")
+    replace: bool = Field(default=False, description="Whether the id may be bound to other content already.")
 
     @property
     def is_server(self) -> bool:
