@@ -85,10 +85,10 @@ def load(path: Path | None, options: Sequence[Option] = ()) -> Recipe:
     known = keys(method)
     for (section, name), one in given.items():
         if name not in known[section]:
-            raise InvalidSettings(f"{one.origin}: {section}.{name}: {_unknown(name, section, method, known)}")
+            raise InvalidSettings(f"{one.origin}: {section}.{name}: {_unknown(f'{section}.{name}', method, known)}")
     for option in options:
         content = {None: "true", "null": None}.get(option.value, option.value)
-        given[_place(option, method, known)] = Given(content, option.spelling)
+        given[_place(option.spelling, method, known)] = Given(content, option.spelling)
     for needed in _REQUIRED:
         section, _, name = needed.partition(".")
         if (section, name) not in given:
@@ -153,44 +153,42 @@ def _read(path: Path) -> dict[Key, Given]:
         raise InvalidSettings(f"{path}:{line}: is not YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path}: is not YAML: {error}") from None
-    if not isinstance(root, yaml.MappingNode | None):
-        raise InvalidSettings(f"{path}:{_line(root)}: must hold sections, such as `model:`")
-    given: dict[Key, Given] = {}
-    for section, (node, origin) in _entries(root, path).items():
+    origins: dict[tuple[str, ...], str] = {}
+    tree = {} if root is None else _content(root, path, origins)
+    if not isinstance(tree, dict):
+        raise InvalidSettings(f"{path}:1: must hold sections, such as `model:`")
+    for section, content in tree.items():
+        place = f"{origins[section,]}: {section}"
         if section not in _SECTIONS:
-            raise InvalidSettings(f"{origin}: {section}: no such section{nearest(section, _SECTIONS)}")
-        content = _content(node, path)
+            raise InvalidSettings(f"{place}: no such section{nearest(section, _SECTIONS)}")
         if not isinstance(content, dict | None):
-            raise InvalidSettings(f"{origin}: {section}: must hold keys and values, given {content!r:.60}")
-        for name, (_, where) in _entries(node, path).items():
-            given[section, name] = Given((content or {})[name], where)
-    return given
+            raise InvalidSettings(f"{place}: must hold keys and values, given {content!r:.60}")
+    return {
+        (section, name): Given(value, origins[section, name])
+        for section, content in tree.items()
+        for name, value in (content or {}).items()
+    }
 
 
-def _content(node: yaml.Node, path: Path) -> Any:
-    """Return texts, and lists and mappings of them: YAML would read `1e-3` as a word and `no` as false."""
-    if isinstance(node, yaml.MappingNode):
-        return {name: _content(one, path) for name, (one, _) in _entries(node, path).items()}
+def _content(node: yaml.Node, path: Path, origins: dict[tuple[str, ...], str], above: tuple[str, ...] = ()) -> Any:
+    """Return texts, and lists and mappings of them: YAML would read `1e-3` as a word and `no` as false.
+
+    origins: receives the place of each key, by the keys above it and its own.
+    """
     if isinstance(node, yaml.SequenceNode):
-        return [_content(one, path) for one in node.value]
-    return None if node.tag == "tag:yaml.org,2002:null" else node.value
-
-
-def _entries(node: yaml.Node | None, path: Path) -> dict[str, tuple[yaml.Node, str]]:
-    """Return the values of a mapping and the places of their keys; none of what is no mapping."""
-    entries: dict[str, tuple[yaml.Node, str]] = {}
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        origin = f"{path}:{_line(key)}"
+        return [_content(one, path, origins, above) for one in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    found = {}
+    for key, value in node.value:
+        place = f"{path}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
-            raise InvalidSettings(f"{origin}: a key must be a word")
-        if key.value in entries:
-            raise InvalidSettings(f"{origin}: {key.value}: stands here a second time")
-        entries[key.value] = (value, origin)
-    return entries
-
-
-def _line(node: yaml.Node) -> int:
-    return node.start_mark.line + 1
+            raise InvalidSettings(f"{place}: a key must be a word")
+        if key.value in found:
+            raise InvalidSettings(f"{place}: {key.value}: stands here a second time")
+        found[key.value] = _content(value, path, origins, (*above, key.value))
+        origins[(*above, key.value)] = place
+    return found
 
 
 def _method(given: Mapping[Key, Given], options: Sequence[Option]) -> str:
@@ -207,35 +205,28 @@ def _method(given: Mapping[Key, Given], options: Sequence[Option]) -> str:
     return named.content
 
 
-def _place(option: Option, method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> Key:
+def _place(spelling: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> Key:
     """Return section and name of the key that an option sets."""
-    name = option.spelling.removeprefix("--").replace("-", "_")
-    section, dot, key = _ALIASES.get(name, name).partition(".")
-    if dot:
-        if section not in known:
-            raise InvalidSettings(f"{option.spelling}: no such section{nearest(section, known)}")
-        if key not in known[section]:
-            raise InvalidSettings(f"{option.spelling}: {_unknown(key, section, method, known)}")
-        return section, key
-    places = [section for section in known if name in known[section] and section != "distillation"]
+    name = spelling.removeprefix("--").replace("-", "_")
+    name = _ALIASES.get(name, name)
+    every = [(section, key) for section in known for key in known[section]]
+    places = [(s, key) for s, key in every if name == f"{s}.{key}" or (name == key and s != "distillation")]
     if len(places) > 1:
-        spellings = " or ".join(f"--{section}.{name}" for section in places)
-        raise InvalidSettings(f"{option.spelling}: is in several sections; give {spellings}")
+        spellings = " or ".join(f"--{section}.{name}" for section, _ in places)
+        raise InvalidSettings(f"{spelling}: is in several sections; give {spellings}")
     if not places:
-        section = "adapter" if _is_of_some_method(name) else ""
-        raise InvalidSettings(f"{option.spelling}: {_unknown(name, section, method, known)}")
-    return places[0], name
+        raise InvalidSettings(f"{spelling}: {_unknown(name, method, known)}")
+    return places[0]
 
 
-def _unknown(name: str, section: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> str:
-    if section == "adapter" and _is_of_some_method(name):
+def _unknown(name: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> str:
+    """Say what is wrong with a key, `section.key` or the key alone, that no section has."""
+    section, _, key = name.rpartition(".")
+    if section and section not in known:
+        return f"no such section{nearest(section, known)}"
+    if section in ("", "adapter") and any(key in fields_of(type(usual)) for usual in CONFIGS.values()):
         return f"the method {method} has none; its keys are {', '.join(known['adapter'])}"
-    candidates = known[section] if section else [key for keys in known.values() for key in keys] + list(_ALIASES)
-    return f"no such key{nearest(name, candidates)}"
-
-
-def _is_of_some_method(name: str) -> bool:
-    return any(name in {field.name for field in dataclasses.fields(usual)} for usual in CONFIGS.values())
+    return f"no such key{nearest(key, known[section] if section else {*_ALIASES}.union(*known.values()))}"
 
 
 def _build(given: Mapping[Key, Given], method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> Recipe:
