@@ -113,8 +113,7 @@ class EngineConfig:
         "the KV cache holds if that is less.",
     )
     memory_bytes: Size | None = Field(
-        default=None,
-        description="What weights, adapters and KV cache may take together; None takes what the machine has free.",
+        default=None, description="Weights, adapters and KV cache together; None takes what is free."
     )
     block_size: Positive = 16
     num_kv_blocks: Count | None = None
@@ -156,8 +155,7 @@ class AdapterLimits:
     num_invocation_tokens_max: Count = 256
     num_experts_max: Count = 64
     ignored_config_keys: tuple[str, ...] = Field(
-        default=(),
-        description="Keys of adapter_config.json that this server does not know and may ignore, whatever they say.",
+        default=(), description="Unknown keys of adapter_config.json that may be ignored."
     )
 
 
@@ -185,13 +183,11 @@ class RequestLimits:
     request_id_bytes_max: Size = 128
     cache_salt_bytes_max: Size = 128
     deadline_default_s: Number | None = Field(
-        default=None, description="For callers without a deadline; None lets an answer take the time it takes."
+        default=None, description="For callers without a deadline; None for no limit."
     )
-    deadline_max_s: Number | None = Field(
-        default=None, description="For every request, whatever its caller asks for; None leaves it to callers."
-    )
+    deadline_max_s: Number | None = Field(default=None, description="For every request; None leaves it to callers.")
     stream_events_max: Count = Field(
-        default=8192, description="Events a caller may leave unread before its stream is ended."
+        default=8192, description="Events that a caller may leave unread until its stream ends."
     )
 
 
@@ -225,6 +221,4 @@ class WeftConfig:
     adapters: AdapterLimits = Field(default_factory=AdapterLimits, description="what an adapter may be")
     residency: ResidencyConfig = Field(default_factory=ResidencyConfig, description="memory for adapters, in bytes")
     requests: RequestLimits = Field(default_factory=RequestLimits, description="bounds of one generate request")
-    server: ServerConfig = Field(
-        default_factory=ServerConfig, description="addresses and lifetimes of the server process"
-    )
+    server: ServerConfig = Field(default_factory=ServerConfig, description="addresses and lifetimes of the server")

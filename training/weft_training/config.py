@@ -40,22 +40,17 @@ class TrainConfig:
     """One training run; recipes have its fields in sections (weft_training/sections.py)."""
 
     model: ModelConfig
-    adapter: SkipValidation[TrainedConfig] = Field(
-        description="The method's config, or a mixture's; its type says which."
-    )
+    adapter: SkipValidation[TrainedConfig] = Field(description="The method's config; its type says which method.")
     output: TypedPath = Field(description="The PEFT directory to make; with `overwrite` it may be there already.")
-    data: tuple[TypedPath, ...] = Field(
-        default=(), description="JSON Lines files; not needed if the examples are given to `train`."
-    )
+    data: tuple[TypedPath, ...] = Field(default=(), description="JSON Lines files, unless `train` is given examples.")
     num_steps: Positive = Field(
-        default=200, description="Optimizer steps; the examples are shuffled again each time they are used up."
+        default=200, description="Optimizer steps; examples that are used up are shuffled again."
     )
     batch_size: Positive = Field(
-        default=16, description="Examples of one step, over all processes; with `packing`, packed rows."
+        default=16, description="Examples of one step, over all processes; packed rows if `packing`."
     )
     accumulation_steps: Positive = Field(
-        default=1,
-        description="Parts in which a step's examples are computed one after the other; the result is the same.",
+        default=1, description="Parts in which a step is computed; the result is the same."
     )
     optimizer: Optimizer = Field(
         default=Optimizer.ADAMW,
@@ -73,26 +68,21 @@ class TrainConfig:
     num_warmup_steps: Count = Field(default=0, description="Steps in which the learning rate grows.")
     weight_decay: Number = Field(default=0.0, description="Of AdamW, per unit of learning rate.")
     gradient_norm_max: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to it.")
-    autocast: bool = Field(
-        default=False,
-        description="Compute in bfloat16 what torch's autocast deems safe; the adapter itself stays in float32.",
-    )
+    autocast: bool = Field(default=False, description="bfloat16 for what torch deems safe; the adapter stays float32.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Keep the activations of layer borders only and compute the others again."
+        default=False, description="Compute activations inside layers again to save memory."
     )
-    seed: int = Field(
-        default=0, description="Of the adapter's start, the order of the examples and the evaluation share."
-    )
+    seed: int = Field(default=0, description="Of the adapter's start, the examples' order and the evaluation share.")
     evaluation_data: tuple[TypedPath, ...] = Field(default=(), description="Files that are evaluated and not learned.")
     evaluation_share: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the data, 0 to 1, that is evaluated and not learned."
+        default=0.0, ge=0, lt=1, description="Share of the data that is evaluated, not learned."
     )
     evaluate_every: Count = Field(
         default=0,
         description="Steps between evaluations; 0 evaluates after the last step only. The best step's adapter is kept.",
     )
     patience: Count = Field(
-        default=0, description="Evaluations without a new lowest loss after which training stops; 0 for never."
+        default=0, description="Evaluations without a new lowest loss that end training; 0 for never."
     )
     max_model_len: int | None = Field(
         default=None,
@@ -103,20 +93,19 @@ class TrainConfig:
         default=None, description="Tokens of one example; null takes the base's limit, or `max_model_len`."
     )
     packing: bool = Field(
-        default=False, description="Put several short examples in one row of at most `max_length` tokens."
+        default=False, description="Put short examples together in rows of at most `max_length` tokens."
     )
     distillation: DistillationConfig | None = None
     checkpoint_every: Count = Field(
-        default=0, description="Steps between checkpoints, in `<output>.checkpoints`; 0 for none."
+        default=0, description="Steps between checkpoints (`<output>.checkpoints`); 0 for none."
     )
     resume: bool = Field(default=False, description="Go on from the last checkpoint, if there is one.")
     overwrite: bool = Field(
-        default=False, description="Replace an adapter that is at the output, and checkpoints of another run for it."
+        default=False, description="Replace an adapter at the output, and another run's checkpoints."
     )
     tensorboard: TypedPath | None = Field(default=None, description="Directory for TensorBoard's event files.")
     save_dtype: SaveDtype = Field(
-        default=SaveDtype.FLOAT32,
-        description="What the adapter is rounded to when it is written; bfloat16 halves its files.",
+        default=SaveDtype.FLOAT32, description="What it is rounded to in files; bfloat16 halves them."
     )
 
     def __post_init__(self) -> None:

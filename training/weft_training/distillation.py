@@ -49,9 +49,7 @@ class DistillationConfig:
     )
     alpha: float = Field(default=0.5, ge=0, le=1, description="Weight of the labels; the rest is the teacher's.")
     temperature: float = Field(default=2.0, gt=0, description="Of both distributions.")
-    direction: Direction = Field(
-        default=Direction.FORWARD, description="forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher)."
-    )
+    direction: Direction = Field(default=Direction.FORWARD, description="forward: KL(teacher ‖ student).")
 
 
 def divergence(student: Tensor, teacher: Tensor, *, temperature: float, direction: Direction) -> Tensor:

@@ -42,15 +42,11 @@ class MixtureTrainConfig:
     normalize: bool = Field(default=True, description="Whether the gates that are kept sum to one.")
     shared: bool = Field(default=False, description="One router for all layers.")
     null_expert: bool = Field(default=False, description="Whether gate may go to nobody.")
-    rms_norm: bool = Field(
-        default=True, description="Whether the router reads the hidden state divided by its root mean square."
-    )
+    rms_norm: bool = Field(default=True, description="Whether hidden states are divided by their root mean square.")
     balance_weight: Number = Field(
-        default=0.0, description="Of the loss that is least if all experts are used alike; 0 for none."
+        default=0.0, description="Of the loss that asks for equal use of experts; 0 for none."
     )
-    train_experts: bool = Field(
-        default=False, description="Train the experts too; the trained ones are written into `experts/` of the output."
-    )
+    train_experts: bool = Field(default=False, description="Train the experts too, into `experts/` of the output.")
 
     def __post_init__(self) -> None:
         if self.top_k == 1 and self.normalize:

@@ -23,9 +23,7 @@ class PublishConfig:
     """Where a finished adapter goes."""
 
     publish: str = Field(description="HOST:PORT of a server, to which it is uploaded, or the directory of a store.")
-    adapter_id: str | None = Field(
-        default=None, description="The id it gets; the name of the output directory if none is given."
-    )
+    adapter_id: str | None = Field(default=None, description="Its id; by default the name of the output directory.")
     replace: bool = Field(default=False, description="Whether the id may be bound to other content already.")
 
     @property

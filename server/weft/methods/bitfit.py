@@ -24,7 +24,7 @@ class BitfitConfig:
     """Which modules get a bias: linear ones, the output head, and norms that have one."""
 
     target_modules: Annotated[
-        tuple[str, ...], Field(description="Ends of their paths; empty for every linear module and every norm.")
+        tuple[str, ...], Field(description="Ends of paths; empty for linear modules and norms.")
     ] = ()
     layers: targets.Layers = ()
     exclude: targets.Exclude = ()

@@ -55,10 +55,7 @@ class BottleneckConfig:
 
     form: Form = Form.SERIAL
     activation: Activation = Activation.RELU
-    sublayers: Annotated[tuple[str, ...], Field(description="After which of attention and mlp they sit.")] = (
-        "attention",
-        "mlp",
-    )
+    sublayers: Annotated[tuple[str, ...], Field(description="After attention, mlp or both.")] = ("attention", "mlp")
     reduction_factor: float = 16.0
     reduction_factors: Annotated[
         dict[int, float], Field(description="Layers that have a factor of their own, by index; then size is null.")

@@ -24,12 +24,8 @@ from weft.methods.protocol import BaseShape, DeltaKind, Method, Packed, Site
 class Ia3Config:
     """Which modules are scaled, and which of them at their input."""
 
-    target_modules: Annotated[
-        tuple[str, ...], Field(description="Ends of their paths; empty for every linear module.")
-    ] = ()
-    feedforward_modules: Annotated[
-        tuple[str, ...], Field(description="Ends of the paths of those that are scaled at their input.")
-    ] = ()
+    target_modules: Annotated[tuple[str, ...], Field(description="Ends of paths; empty for every linear module.")] = ()
+    feedforward_modules: Annotated[tuple[str, ...], Field(description="Those of them scaled at their input.")] = ()
     layers: targets.Layers = ()
     exclude: targets.Exclude = ()
 

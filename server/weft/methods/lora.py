@@ -34,9 +34,7 @@ class LoraConfig:
     alpha: float = 16.0
     use_rslora: bool = False
     lora_bias: Annotated[bool, Field(description="B has a bias, inside the scaled branch.")] = False
-    target_modules: Annotated[
-        tuple[str, ...], Field(description="Ends of the modules' paths; empty for every linear module.")
-    ] = ()
+    target_modules: Annotated[tuple[str, ...], Field(description="Ends of paths; empty for every linear module.")] = ()
     layers: targets.Layers = ()
     exclude: targets.Exclude = ()
     rank_pattern: Annotated[

@@ -26,9 +26,7 @@ class PrefixConfig:
 
     num_virtual_tokens: Annotated[int, Field(description="Virtual positions, P.")] = 16
     init_std: Annotated[float, Field(description="Spread of the initial keys and values.")] = 0.5
-    prefix_projection: Annotated[
-        bool, Field(description="Whether training reaches P through the MLP, from a start of the MLP's own.")
-    ] = False
+    prefix_projection: Annotated[bool, Field(description="Whether training reaches P through the MLP.")] = False
     encoder_hidden_size: Annotated[
         int | None, Field(description="Width of its hidden layer; null is PEFT's, the width of one layer's keys.")
     ] = None
@@ -36,9 +34,7 @@ class PrefixConfig:
         int | None,
         Field(description="Width d_r of the rows R that it reads; null is PEFT's, the width of one layer's keys."),
     ] = None
-    separate: Annotated[
-        bool, Field(description="Whether keys and values have an MLP each, with nothing in common but R.")
-    ] = False
+    separate: Annotated[bool, Field(description="Whether keys and values have an MLP each, on the same R.")] = False
 
     def __post_init__(self) -> None:
         for knob in ("encoder_hidden_size", "rows_size"):

@@ -35,9 +35,7 @@ class PtuningConfig:
     encoder_hidden_size: Annotated[
         int | None, Field(description="The encoder's inner width; null is PEFT's, the base's embedding size.")
     ] = None
-    encoder_num_layers: Annotated[
-        int, Field(description="Layers of the LSTM; the MLP always has three linear ones.")
-    ] = 2
+    encoder_num_layers: Annotated[int, Field(description="Layers of the LSTM; the MLP always has three.")] = 2
 
 
 def init(config: PtuningConfig, base: BaseShape, generator: torch.Generator | None = None) -> prompt.PromptParams:
