@@ -18,6 +18,7 @@ pydantic_settings is imported only when values are read, so that `weft serve --h
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
@@ -158,7 +159,7 @@ def build(kind: type[Config], values: Mapping[str, Any], spelled: Callable[..., 
         path = (*path, field.rstrip(":"))
     elif first["type"] != "missing":
         given = "nothing" if first["input"] is None else repr(first["input"])
-        text = f"{text.partition(', unable')[0].partition(' for <')[0]}, given {given}"
+        text = f"{re.sub(', (unable|got) .*| for <.*', '', text)}, given {given}"
     raise InvalidSettings(f"{spelled(*path)} {text}")
 
 

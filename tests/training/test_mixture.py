@@ -26,7 +26,7 @@ from weft_training.data import Example, Row, collate
 from weft_training.expert import TrainedExpert
 from weft_training.mixture import MixtureModel, MixtureTrainConfig, TrainedMixture
 from weft_training.publish import PublishConfig
-from weft_training.recipe import Option
+from weft_training.recipe import Given
 from weft_training.trained import CONFIGS
 from weft_training.trainer import TrainConfig, train
 
@@ -258,11 +258,11 @@ def test_an_experts_generation_is_what_registering_it_gives(paths: tuple[Path, .
 
 def test_a_recipe_says_it_all(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:
     given = [
-        Option("--base", str(nf4.path)),
-        Option("--data", "rows.jsonl"),
-        Option("--output", str(tmp_path / "made")),
-        Option("--experts", ",".join(map(str, paths))),
-        Option("--level", "sequence"),
+        Given("--base", str(nf4.path)),
+        Given("--data", "rows.jsonl"),
+        Given("--output", str(tmp_path / "made")),
+        Given("--experts", ",".join(map(str, paths))),
+        Given("--level", "sequence"),
     ]
     loaded = recipe.load(Path("training/recipes/mixture.yaml"), given).train
     assert isinstance(loaded.adapter, MixtureTrainConfig)

@@ -14,7 +14,7 @@ from weft.settings import InvalidSettings
 from weft_training import command
 from weft_training.adapter import USUAL
 from weft_training.config import Schedule
-from weft_training.recipe import Option, Recipe, load, options
+from weft_training.recipe import Given, Recipe, load, options
 from weft_training.sections import recipe_of
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
@@ -167,7 +167,7 @@ def test_wrong_options_are_named(tmp_path: Path, line: str, message: str) -> Non
 def test_the_recipes_path_comes_first_and_once() -> None:
     assert options(["r.yaml", "--packing", "--seed", "3"]) == (
         Path("r.yaml"),
-        [Option("--packing", None), Option("--seed", "3")],
+        [Given("--packing", None), Given("--seed", "3")],
     )
     with pytest.raises(InvalidSettings, match=r"'r2\.yaml' belongs to no option"):
         options(["r.yaml", "r2.yaml"])

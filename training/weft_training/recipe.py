@@ -58,37 +58,31 @@ class Recipe(NamedTuple):
     publish: PublishConfig | None
 
 
-class Option(NamedTuple):
-    """An option as it was given: `--learning-rate 1e-3`; value None if none follows, which means true."""
-
-    spelling: str
-    value: str | None
-
-
 class Given(NamedTuple):
     """What a source says of a key.
 
-    content: text, None for nothing, or a list or a mapping of these. origin: `file:line` or `--option`.
+    origin: `file:line`, or the option as it was spelled: `--learning-rate`.
+    content: text, None for nothing, or a list or a mapping of these.
     """
 
-    content: Any
     origin: str
+    content: Any
 
 
-def load(path: Path | None, options: Sequence[Option] = ()) -> Recipe:
+def load(path: Path | None, options: Sequence[Given] = ()) -> Recipe:
     """Return the recipe in a file, or none, with the options in place of its keys.
 
     Raises InvalidSettings (a ValueError) naming what is wrong and its place, OSError for a file that cannot be read.
     """
     given = _read_named(path) if path is not None else {}
-    method = _method(given, options)
+    method = method_of(given, options)
     known = keys(method)
     for (section, name), one in given.items():
         if name not in known[section]:
             raise InvalidSettings(f"{one.origin}: {section}.{name}: {_unknown(f'{section}.{name}', method, known)}")
     for option in options:
-        content = {None: "true", "null": None}.get(option.value, option.value)
-        given[_place(option.spelling, method, known)] = Given(content, option.spelling)
+        content = {None: "true", "null": None}.get(option.content, option.content)  # an option alone means true
+        given[_place(option.origin, method, known)] = option._replace(content=content)
     for needed in _REQUIRED:
         section, _, name = needed.partition(".")
         if (section, name) not in given:
@@ -116,16 +110,16 @@ def keys(method: str) -> dict[str, dict[str, FieldInfo]]:
     return known
 
 
-def options(arguments: Iterable[str]) -> tuple[Path | None, list[Option]]:
-    """The recipe's path and the options of a command line; the path comes first."""
+def options(arguments: Iterable[str]) -> tuple[Path | None, list[Given]]:
+    """Return the recipe's path, which comes first, and the options of a command line; content None if none follows."""
     path: Path | None = None
-    found: list[Option] = []
+    found: list[Given] = []
     for argument in arguments:
         if argument.startswith("--") and len(argument) > 2:
             spelling, equals, text = argument.partition("=")
-            found.append(Option(spelling, text if equals else None))
-        elif found and found[-1].value is None:
-            found[-1] = found[-1]._replace(value=argument)
+            found.append(Given(spelling, text if equals else None))
+        elif found and found[-1].content is None:
+            found[-1] = found[-1]._replace(content=argument)
         elif path is None and not found:
             path = Path(argument)
         else:
@@ -164,7 +158,7 @@ def _read(path: Path) -> dict[Key, Given]:
         if not isinstance(content, dict | None):
             raise InvalidSettings(f"{place}: must hold keys and values, given {content!r:.60}")
     return {
-        (section, name): Given(value, origins[section, name])
+        (section, name): Given(origins[section, name], value)
         for section, content in tree.items()
         for name, value in (content or {}).items()
     }
@@ -191,12 +185,12 @@ def _content(node: yaml.Node, path: Path, origins: dict[tuple[str, ...], str], a
     return found
 
 
-def _method(given: Mapping[Key, Given], options: Sequence[Option]) -> str:
+def method_of(given: Mapping[Key, Given], options: Sequence[Given]) -> str:
     """Return the method, which decides what the other keys of `adapter` are."""
     named = given.get(("adapter", "method"))
     for option in options:
-        if option.spelling in ("--method", "--adapter.method"):
-            named = Given(option.value, option.spelling)
+        if option.origin in ("--method", "--adapter.method"):
+            named = option
     rule = f"method: must be one of {', '.join(CONFIGS)}"
     if named is None:
         raise InvalidSettings(f"{rule}; give adapter.method in a recipe, or --method")
