@@ -52,7 +52,9 @@ def default_store() -> Path:
 
 
 def _typed_path(value: object) -> object:
-    return typed_path(value) if isinstance(value, str | Path) and str(value) else value
+    if value == "":
+        raise ValueError("must be a path")
+    return typed_path(value) if isinstance(value, str | Path) else value
 
 
 def _size(value: object) -> object:

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from weft.config import WeftConfig
+from weft.config import CHECKS, WeftConfig
 
 ENV_PREFIX = "WEFT_"
 
@@ -147,11 +147,13 @@ def build(kind: type[Config], values: Mapping[str, Any], spelled: Callable[..., 
     spelled: name of the field at a path, as its source spells it.
     Raises InvalidSettings for the first value that the config refuses.
     """
+    of_one: Any = list[kind]  # a dataclass alone takes no config
     try:
-        return TypeAdapter(kind).validate_python(values)
+        [made] = TypeAdapter(of_one, config=CHECKS).validate_python([values])
+        return made
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    path, text = first["loc"], first["msg"].removeprefix("Value error, ")
+    path, text = first["loc"][1:], first["msg"].removeprefix("Value error, ")
     for theirs, ours in _WORDS.items():
         text = text.replace(theirs, ours)
     if isinstance(first["input"], dict) and first["type"] == "value_error":  # said by a config, of several fields

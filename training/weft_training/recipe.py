@@ -220,7 +220,8 @@ def _unknown(name: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]
         return f"no such section{nearest(section, known)}"
     if section in ("", "adapter") and any(key in fields_of(type(usual)) for usual in CONFIGS.values()):
         return f"the method {method} has none; its keys are {', '.join(known['adapter'])}"
-    return f"no such key{nearest(key, known[section] if section else {*_ALIASES}.union(*known.values()))}"
+    near = nearest(key, known[section] if section else {*_ALIASES}.union(*known.values()))
+    return f"no such key{near or '; --list-keys tells all'}"
 
 
 def _build(given: Mapping[Key, Given], method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> Recipe:
@@ -248,7 +249,7 @@ def _build(given: Mapping[Key, Given], method: str, known: Mapping[str, Mapping[
         if name in values[section]:
             fields[field] = values[section].pop(name)
     train = build(TrainConfig, fields | {"model": values["model"]}, spelled_field)
-    if published and not published.get("publish"):
+    if published and "publish" not in published:
         raise InvalidSettings(f"{spelled('output', next(iter(published)))} needs output.publish")
     publish = build(PublishConfig, published, partial(spelled, "output")) if published else None
     return Recipe(train, publish)
