@@ -1,6 +1,10 @@
-"""Where the values of the knobs come from, first to last: flags, the environment, a file, `weft.config`'s defaults.
+"""Configs out of texts: for the server, from flags, the environment and a file; for the trainer, from recipes.
 
-Every field of WeftConfig and of its sections is one knob. It has one name, spelled for each source:
+`build` makes a config of what a source gives: pydantic converts and checks by the types, limits and defaults that the
+config's class declares, and whatever it refuses is said in one line, under the name that the source has for it.
+
+`load` is the server's. Every field of WeftConfig and of its sections is one knob, which each source spells its own way;
+of several sources that give a value, the first counts, and what none gives keeps its default:
 
     weft.config              flag                      environment                 file, TOML or YAML
     engine.max_num_seqs      --max-num-seqs            WEFT_MAX_NUM_SEQS           max_num_seqs
@@ -9,317 +13,222 @@ Every field of WeftConfig and of its sections is one knob. It has one name, spel
                                                        (paths a:b, texts a,b)
     model.path               MODEL                     WEFT_MODEL                  model
 
-Nothing is listed twice: names, types, defaults and help are read off the dataclasses, whose own checks stay the last
-word. pydantic is imported only where values are read, so that `weft --help` need not wait for it.
+pydantic_settings is imported only when values are read, so that `weft serve --help` need not wait for it.
 """
 
 import dataclasses
-import inspect
 import os
-import tomllib
-import types
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from weft.config import WeftConfig, typed_path
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from weft.config import CHECKS, WeftConfig
 
 ENV_PREFIX = "WEFT_"
 
 _SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_"}  # their fields say too little on their own
-_NAMES = {("model", "path"): "model"}
+_NAMES = {"model.path": "model"}
+_TYPE_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", NoneType: "null"}
+_WORDS = {  # pydantic's and ours
+    "Input should be ": "must be ",
+    "Input is not a valid path": "must be a path",
+    "Field required": "must be given",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a mapping",
+}
 
 Config = TypeVar("Config")
 
 
 class InvalidSettings(ValueError):
-    """A value, a name or a file that cannot be used; the text is one line for the operator."""
+    """A value, a name or a file that cannot be used; the text is one line: field, limit, given value, remedy."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Knob:
-    """One field of WeftConfig (section "") or of one of its sections.
-
-    kind: type of the value, without None.
-    default: `dataclasses.MISSING` where a value must be given.
-    help: what the docstring of its section says of it, or "".
-    """
+class Knob(NamedTuple):
+    """One field of WeftConfig (section "") or of one of its sections."""
 
     section: str
     field: str
-    kind: Any
-    default: object
-    help: str
+    info: FieldInfo
 
     @property
     def name(self) -> str:
         """Unique over all sections."""
-        return _NAMES.get((self.section, self.field), _SECTION_PREFIXES.get(self.section, "") + self.field)
+        own = _SECTION_PREFIXES.get(self.section, "") + self.field
+        return _NAMES.get(f"{self.section}.{self.field}", own)
 
     @property
     def flag(self) -> str:
-        if self.is_required:
+        if self.info.is_required():
             return self.name.upper()
-        name = self.name.removesuffix("s") if self.is_list else self.name
-        return "--" + name.replace("_", "-")
+        return "--" + (self.name.removesuffix("s") if self.is_list else self.name).replace("_", "-")
 
     @property
     def variable(self) -> str:
         return ENV_PREFIX + self.name.upper()
 
     @property
-    def is_required(self) -> bool:
-        return self.default is dataclasses.MISSING
-
-    @property
     def is_list(self) -> bool:
-        return get_origin(self.kind) is tuple
-
-    @property
-    def item(self) -> Any:
-        """Type of the items of a list."""
-        return get_args(self.kind)[0]
+        return get_origin(self.info.annotation) is tuple
 
     @property
     def is_size(self) -> bool:
         """Whether it counts bytes, as its name says."""
-        return self.kind is int and "bytes" in self.field.split("_")
-
-    @property
-    def rule(self) -> str:
-        """What its type asks of a value."""
-        if self.is_size:
-            return "must be a size of at least 0, such as 512MiB, 1.5GiB or 4096"
-        if self.is_list:
-            return "must be a list of paths" if self.item is Path else "must be a list of texts"
-        if isinstance(self.kind, type) and issubclass(self.kind, StrEnum):
-            return f"must be one of {', '.join(self.kind)}"
-        rules = {
-            bool: "must be true or false",
-            int: "must be a whole number of at least 0",
-            float: "must be a number of at least 0",
-            Path: "must be a path",
-        }
-        return rules.get(self.kind, "must be text")
+        return "bytes" in self.field.split("_")
 
 
 @cache
 def knobs() -> tuple[Knob, ...]:
-    """All knobs, in the order of `weft.config`."""
-    found = list(_knobs_of(WeftConfig, section=""))
-    for section, kind in sections().items():
-        found += _knobs_of(kind, section=section)
-    return tuple(found)
+    """Return all knobs, in the order of `weft.config`."""
+    fields = fields_of(WeftConfig)
+    found = [Knob("", name, info) for name, info in fields.items() if name not in sections()]
+    return (*found, *(Knob(name, *one) for name, kind in sections().items() for one in fields_of(kind).items()))
 
 
+@cache
 def sections() -> dict[str, type[Any]]:
-    """The fields of WeftConfig that are dataclasses themselves."""
-    hints = get_type_hints(WeftConfig)
-    fields = dataclasses.fields(WeftConfig)
-    return {field.name: hints[field.name] for field in fields if dataclasses.is_dataclass(hints[field.name])}
+    """Return the fields of WeftConfig that are configs themselves."""
+    kinds: dict[str, Any] = {name: info.annotation for name, info in fields_of(WeftConfig).items()}
+    return {name: kinds[name] for name in kinds if dataclasses.is_dataclass(kinds[name])}
 
 
 def load(flags: Mapping[str, object], *, file: Path | None = None) -> WeftConfig:
-    """The configuration that `flags` (by knob name), the environment, `file` and the defaults give together.
+    """Return the configuration that `flags` (by knob name), the environment, `file` and the defaults give together.
 
     Relative paths start at the working directory, also those in `file`; a leading ~ is the home directory.
     """
-    in_file = {} if file is None else _read(file)
-    spelling = _Spelling(flags=flags, file=file, in_file=in_file)
-    values = _merged(flags, in_file, spelling)
-    parts: dict[str, dict[str, Any]] = {section: {} for section in ("", *sections())}
+    from pydantic import create_model
+    from pydantic_settings import BaseSettings, EnvSettingsSource
+
+    fields: Any = {knob.name: (Any, None) for knob in knobs()}
+    settings = create_model("Settings", __base__=BaseSettings, **fields)
+    in_environment = EnvSettingsSource(settings, env_prefix=ENV_PREFIX, env_ignore_empty=True)()
+    in_file = {} if file is None else _read(file, settings)
+    given = in_file | in_environment | dict(flags)
+    values: dict[str, Any] = {section: {} for section in sections()}
     for knob in knobs():
-        if knob.name in values:
-            parts[knob.section][knob.field] = values[knob.name]
-        elif knob.is_required:
+        if knob.name in given:
+            part = values[knob.section] if knob.section else values
+            part[knob.field] = _plain(given[knob.name], knob)
+        elif knob.info.is_required():
             raise InvalidSettings(
                 f"{knob.flag} must be given: as an argument, as {knob.variable} or as {knob.name} in a file"
             )
-    built = {section: _built(kind, section, parts[section], spelling) for section, kind in sections().items()}
-    return _built(WeftConfig, "", parts[""] | built, spelling)
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Spelling:
-    """How an error names a knob: as the source spells it that its value comes from."""
-
-    flags: Mapping[str, object]
-    file: Path | None
-    in_file: Mapping[str, object]
-
-    def of(self, knob: Knob) -> str:
-        if knob.name in self.flags:
+    def spelled(*path: object) -> str:
+        """Name a knob as the source does that its value comes from."""
+        [knob] = [knob for knob in knobs() if (knob.section, knob.field) in (path[:2], ("", path[0]))]
+        if knob.name in flags or knob.name not in given:
             return knob.flag
-        if any(variable.upper() == knob.variable and value for variable, value in os.environ.items()):
-            return knob.variable
-        if knob.name in self.in_file:
-            return f"{knob.name} in {self.file}"
-        return knob.flag
+        return knob.variable if knob.name in in_environment else f"{knob.name} in {file}"
+
+    return build(WeftConfig, values, spelled)
 
 
-def _knobs_of(kind: type[Any], *, section: str) -> Iterator[Knob]:
-    hints = get_type_hints(kind)
-    documented = _documented(kind)
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            continue
-        make = field.default_factory
-        yield Knob(
-            section=section,
-            field=field.name,
-            kind=_without_none(hints[field.name]),
-            default=field.default if make is dataclasses.MISSING else make(),
-            help=documented.get(field.name, ""),
-        )
+def build(kind: type[Config], values: Mapping[str, Any], spelled: Callable[..., str]) -> Config:
+    """Return `kind` with these values, converted; those of configs in it are mappings.
 
-
-def _without_none(hint: Any) -> Any:
-    if get_origin(hint) not in (Union, types.UnionType):
-        return hint
-    [kind] = [part for part in get_args(hint) if part is not types.NoneType]
-    return kind
-
-
-def _documented(kind: type[Any]) -> dict[str, str]:
-    """What the lines `field: text` of a dataclass's docstring say, with the indented lines that follow."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    texts: dict[str, str] = {}
-    current = ""
-    for line in inspect.cleandoc(kind.__doc__ or "").splitlines():
-        name, colon, text = line.partition(": ")
-        if colon and name in names:
-            current = name
-            texts[name] = text.strip()
-        elif current and line.startswith("    "):
-            texts[current] += " " + line.strip()
-        else:
-            current = ""
-    return texts
-
-
-def _read(file: Path) -> dict[str, Any]:
-    known = [knob.name for knob in knobs()]
+    spelled: name of the field at a path, as its source spells it.
+    Raises InvalidSettings for the first value that the config refuses.
+    """
+    of_one: Any = list[kind]  # a dataclass alone takes no config
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSettings(f"the file {file} cannot be read: {_reason(error)}") from None
-    values = _parsed(text, file)
-    if not isinstance(values, dict):
-        raise InvalidSettings(f"the file {file} must hold names and values, such as max_num_seqs")
-    for name in values:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InvalidSettings(f"the file {file} sets {name}, which is no knob{hint}")
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _parsed(text: str, file: Path) -> Any:
-    match file.suffix:
-        case ".toml":
-            try:
-                return tomllib.loads(text)
-            except tomllib.TOMLDecodeError as error:
-                raise InvalidSettings(f"the file {file} is not TOML: {error}") from None
-        case ".yaml" | ".yml":
-            import yaml  # comes with transformers
-
-            try:
-                return yaml.safe_load(text) or {}
-            except yaml.YAMLError as error:
-                raise InvalidSettings(f"the file {file} is not YAML: {' '.join(str(error).split())}") from None
-        case suffix:
-            raise InvalidSettings(f"the file must end in .toml, .yaml or .yml, given {suffix!r}")
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    return (error.strerror or "no such file") if isinstance(error, OSError) else "it is not UTF-8"
-
-
-def _merged(flags: Mapping[str, object], in_file: Mapping[str, Any], spelling: _Spelling) -> dict[str, Any]:
-    """The values that were given, by knob name, converted; where several sources have one, the first of them counts."""
-    from pydantic import ValidationError
-
-    settings = _model(in_file)
-    try:
-        merged = settings(**flags)
+        [made] = TypeAdapter(of_one, config=CHECKS).validate_python([values])
+        return made
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        by_name = {knob.name: knob for knob in knobs()}
-        knob = by_name[str(first["loc"][0])]
-        raise InvalidSettings(f"{spelling.of(knob)} {knob.rule}, given {first['input']!r}") from None
-    return {name: value for name, value in merged if name in merged.model_fields_set}
+    path, text = first["loc"][1:], first["msg"].removeprefix("Value error, ")
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    if isinstance(first["input"], dict) and first["type"] == "value_error":  # said by a config, of several fields
+        field, _, text = text.partition(" ")
+        path = (*path, field.rstrip(":"))
+    elif first["type"] != "missing":
+        given = "nothing" if first["input"] is None else repr(first["input"])
+        text = f"{re.sub(', (unable|got) .*| for <.*', '', text)}, given {given}"
+    raise InvalidSettings(f"{spelled(*path)} {text}")
 
 
-def _model(in_file: Mapping[str, Any]) -> Any:
-    """A pydantic-settings class with one optional field for each knob, and the three sources in their order."""
-    from pydantic import create_model
-    from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-
-    class Sources(BaseSettings):
-        model_config = SettingsConfigDict(
-            env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", validate_default=False
-        )
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=dict(in_file))
-
-    fields: dict[str, Any] = {knob.name: (_accepted(knob), None) for knob in knobs()}
-    return create_model("Settings", __base__=Sources, **fields)
+def fields_of(kind: type) -> dict[str, FieldInfo]:
+    """Return type, default, limits and description of each field of a dataclass, pydantic's or the library's."""
+    if hasattr(kind, "__pydantic_fields__"):
+        return kind.__pydantic_fields__
+    hints = get_type_hints(kind, include_extras=True)
+    fields = dataclasses.fields(kind)
+    return {field.name: FieldInfo.from_annotated_attribute(hints[field.name], field) for field in fields}
 
 
-def _accepted(knob: Knob) -> Any:
-    """The type of `knob` with what a text may look like; numbers are finite and not negative, and no yes or no."""
-    from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
-    from pydantic_settings import NoDecode
-
-    if knob.is_list:
-        if knob.item is Path:
-            paths = tuple[Annotated[Path, AfterValidator(Path.expanduser)], ...]
-            return Annotated[paths, NoDecode, BeforeValidator(partial(_split, separator=os.pathsep))]
-        return Annotated[tuple[knob.item, ...], NoDecode, BeforeValidator(partial(_split, separator=","))]
-    if knob.is_size:
-        return Annotated[ByteSize, Field(ge=0), AfterValidator(int), BeforeValidator(_no_truth)]
-    if knob.kind is int:
-        return Annotated[int, Field(ge=0), BeforeValidator(_no_truth)]
-    if knob.kind is float:
-        return Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
-    if knob.kind is Path:
-        return Annotated[Path, BeforeValidator(_path)]
-    return knob.kind
+def type_name(kind: Any) -> str:
+    """Return what a reader of settings calls a type."""
+    arms = get_args(kind)
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return type_name(arms[0])
+    if origin in (Union, UnionType):
+        return " or ".join(map(type_name, arms))
+    if origin is tuple:
+        return f"list of {type_name(arms[0])}s"
+    if origin is dict:
+        return f"mapping to {type_name(arms[1])}s"
+    if origin is Literal or issubclass(kind, StrEnum):
+        return "one of " + ", ".join(arms or kind)
+    return _TYPE_NAMES[kind]
 
 
-def _path(value: object) -> object:
-    return typed_path(value) if isinstance(value, str | Path) else value
+def nearest(given: str, known: Iterable[str]) -> str:
+    """Return `; did you mean …?` for what looks alike, or the known names when nothing does and they are few."""
+    names = sorted(known)
+    alike = get_close_matches(given, names, n=1)
+    if alike:
+        return f"; did you mean {alike[0]}?"
+    return f"; known are {', '.join(names)}" if len(names) < 30 else ""
 
 
-def _split(items: object, *, separator: str) -> object:
-    """Items as the environment separates them: paths by ":" where PATH is separated so, texts by a comma."""
-    return [item for item in items.split(separator) if item] if isinstance(items, str) else items
+def split(text: str, separator: str = ",") -> list[str]:
+    """Return the items of a list that is given as one text."""
+    return [item.strip() for item in text.split(separator) if item.strip()]
 
 
-def _no_truth(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted")
-    return value
+def _plain(value: object, knob: Knob) -> object:
+    """Spell a list in a text as a list, and yes and no as texts, which no number is taken from."""
+    if knob.is_list and isinstance(value, str):
+        return split(value, os.pathsep if "path" in type_name(knob.info.annotation) else ",")
+    return str(value).lower() if isinstance(value, bool) else value
 
 
-def _built(kind: type[Config], section: str, values: Mapping[str, Any], spelling: _Spelling) -> Config:
-    """`kind(**values)`; what it refuses, it names by the field, and the operator is told by the knob's spelling."""
+def _read(file: Path, settings: Any) -> dict[str, Any]:
+    from pydantic_settings import TomlConfigSettingsSource, YamlConfigSettingsSource
+
+    sources = {".toml": TomlConfigSettingsSource, ".yaml": YamlConfigSettingsSource, ".yml": YamlConfigSettingsSource}
+    if not file.is_file():
+        raise InvalidSettings(f"the file {file} cannot be read: there is no such file")
+    if file.suffix not in sources:
+        raise InvalidSettings(f"the file must end in {', '.join(sources)}, given {file.suffix!r}")
     try:
-        return kind(**values)
-    except ValueError as error:
-        field, _, text = str(error).partition(" ")
-        refused = next((knob for knob in knobs() if (knob.section, knob.field) == (section, field)), None)
-        raise InvalidSettings(f"{spelling.of(refused)} {text}" if refused else str(error)) from None
+        values = sources[file.suffix](settings, file)()
+    except Exception as error:  # the parsers have no class of errors in common
+        if type(error) in (TypeError, ValueError):  # what was parsed is no mapping
+            raise InvalidSettings(f"the file {file} must hold names and values, such as max_num_seqs") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InvalidSettings(f"the file {file} cannot be read as {file.suffix[1:].upper()}: {reason}") from None
+    for name in values:
+        if name not in settings.model_fields:
+            hint = nearest(str(name), settings.model_fields)
+            raise InvalidSettings(f"the file {file} sets {name}, which is no knob{hint}")
+    return {name: value for name, value in values.items() if value is not None}

@@ -104,5 +104,5 @@ def test_a_recipe_has_it_beside_the_model(tmp_path: Path) -> None:
     config = recipe.load(file).train
     assert config.max_model_len == 32
     assert recipe_of(config)["model"]["max_model_len"] == 32
-    changed = recipe.load(file, [recipe.Option("--model.max_model_len", "16")]).train
+    changed = recipe.load(file, [recipe.Given("--model.max_model_len", "16")]).train
     assert changed.max_model_len == 16

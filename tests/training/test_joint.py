@@ -385,9 +385,9 @@ def test_the_command_trains_a_recipe_each(exact: ModelConfig, tmp_path: Path) ->
     ("old", "new", "message"),
     [
         ("method: lora", "method: lor", r"lora.yaml:2: method: must be one of lora,"),
-        ("num_steps: 3", "num_steps: 0", "lora.yaml:4: num_steps must be at least 1, given 0"),
+        ("num_steps: 3", "num_steps: 0", "lora.yaml:4: optimization.num_steps: must be at least 1, given '0'"),
         ("num_steps", "steps", "lora.yaml:4: optimization.steps: no such key; did you mean num_steps"),
-        ("quantization: none", "quantization: int3", "lora.yaml:1: model.quantization: must be one of"),
+        ("quantization: none", "quantization: int3", "lora.yaml:1: model.quantization: must be 'nf4'"),
         ("train: ", "training: ", "lora.yaml:3: data.training: no such key"),
         ("optimization:", "optimizer:", "lora.yaml:4: optimizer: no such section"),
         ("model:", "- model:", "lora.yaml:"),

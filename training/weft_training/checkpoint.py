@@ -19,12 +19,11 @@ from typing import Any
 import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
 
 import torch
+from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-
-from weft_training.schema import plain
 
 _WHOLE = "run.json"
 _BEST = "best.safetensors"
@@ -39,9 +38,9 @@ def directory_of(output: Path) -> Path:
 
 def digest_of(config: Any, *inputs: str) -> str:
     """Digest what decides a run's result: its config without output paths, and the digests that it reads."""
-    told = {name: value for name, value in plain(config).items() if name not in _DECIDES_NOTHING}
+    decisive = {name: value for name, value in to_jsonable_python(config).items() if name not in _DECIDES_NOTHING}
     # Keep the keys in order: of two patterns the first decides.
-    return hashlib.sha256(json.dumps([told, *inputs]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([decisive, *inputs]).encode()).hexdigest()
 
 
 def newest(directory: Path, run: str) -> Path | None:

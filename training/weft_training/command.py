@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from weft_training.plan import Plan
-    from weft_training.recipe import Option, Recipe
+    from weft_training.recipe import Given, Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -152,18 +152,17 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def _print_keys(options: "Sequence[Option]") -> None:
+def _print_keys(options: "Sequence[Given]") -> None:
     """One key a line, whole: to be read, and searched with grep."""
-    from dataclasses import MISSING
+    from pydantic_core import to_jsonable_python
 
+    from weft.settings import type_name
     from weft_training import recipe
-    from weft_training.schema import plain, type_name
-    from weft_training.trained import CONFIGS
 
-    method = next((o.value for o in options if o.spelling in ("--method", "--adapter.method")), None) or "lora"
-    if method not in CONFIGS:
-        raise ValueError(f"method: must be one of {', '.join(CONFIGS)}, given {method!r}")
+    method = recipe.method_of({}, [recipe.Given("--method", "lora"), *options])
     for section, keys in recipe.keys(method).items():
-        for key in keys.values():
-            default = "must be given" if key.default is MISSING else f"default {plain(key.default)}"
-            typer.echo(f"{section}.{key.name}: {type_name(key.type)}; {default}. {key.help}".rstrip())
+        for name, info in keys.items():
+            default = "must be given"
+            if not info.is_required():
+                default = f"default {to_jsonable_python(info.get_default(call_default_factory=True))}"
+            typer.echo(f"{section}.{name}: {type_name(info.annotation)}; {default}. {info.description or ''}".rstrip())

@@ -1,10 +1,12 @@
 """What one training run is told."""
 
-from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
+from typing import Annotated
 
-from weft.config import ModelConfig
+from pydantic import Field, SkipValidation
+from pydantic.dataclasses import dataclass
+
+from weft.config import CHECKS, Count, ModelConfig, Number, Positive, TypedPath
 from weft_training.distillation import DistillationConfig
 from weft_training.trained import TrainedConfig
 
@@ -33,95 +35,89 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class TrainConfig:
-    """One training run.
-
-    adapter: the method's config, or a mixture's; its type says which.
-    data: JSON Lines files; not needed where the examples are given to `train`.
-    output: the PEFT directory to make; with `overwrite` it may be there already.
-    num_steps: optimizer steps; the examples are shuffled anew each time they are used up.
-    batch_size: examples of one step, over all processes; with `packing`, packed rows.
-    accumulation_steps: parts in which a step's examples are computed one after the other; the result is the same.
-    optimizer: adamw; adamw_8bit, bitsandbytes' AdamW whose moments take 8 bits in tensors of at least 4,096 numbers;
-        or paged_adamw_8bit, the same in memory that may leave the GPU. A CPU has nothing to page: adamw_8bit runs
-        there, and a warning says so.
-    learning_rate: its peak, after `num_warmup_steps` of linear growth; `schedule` then takes it to zero or keeps it.
-    schedule: what the learning rate does after its warm-up.
-    num_warmup_steps: steps in which the learning rate grows.
-    weight_decay: of AdamW, per unit of learning rate.
-    gradient_norm_max: longer gradients are shortened to it.
-    autocast: compute in bfloat16 what torch's autocast deems safe; the adapter itself stays in float32.
-    gradient_checkpointing: keep the activations of layer borders only and compute the others again.
-    seed: of the adapter's start, the order of the examples and the evaluation share.
-    evaluation_data: files that are evaluated and not learned.
-    evaluation_share: share of the data, 0 to 1, that is evaluated and not learned.
-    evaluate_every: steps between evaluations; 0 evaluates after the last step only. The best step's adapter is kept.
-    patience: evaluations without a new lowest loss after which training stops; 0 for never.
-    max_model_len: longest request of the server that the adapter is for; null takes the base's limit. It bounds the
-        rows, and a base whose rotary factors depend on the length takes those of this one.
-    max_length: tokens of one example; null takes the base's limit, or `max_model_len`.
-    packing: put several short examples in one row of at most `max_length` tokens.
-    checkpoint_every: steps between checkpoints, in `<output>.checkpoints`; 0 for none.
-    resume: go on from the last checkpoint, if there is one.
-    overwrite: replace an adapter that is at the output, and checkpoints of another run for it.
-    tensorboard: directory for TensorBoard's event files.
-    save_dtype: what the adapter is rounded to when it is written; bfloat16 halves its files.
-    """
+    """One training run; recipes have its fields in sections (weft_training/sections.py)."""
 
     model: ModelConfig
-    adapter: TrainedConfig
-    output: Path
-    data: Path | tuple[Path, ...] | None = None
-    num_steps: int = 200
-    batch_size: int = 16
-    accumulation_steps: int = 1
-    optimizer: Optimizer = Optimizer.ADAMW
-    learning_rate: float = 2e-4
-    schedule: Schedule = Schedule.COSINE
-    num_warmup_steps: int = 0
-    weight_decay: float = 0.0
-    gradient_norm_max: float = 1.0
-    autocast: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    evaluation_data: tuple[Path, ...] = ()
-    evaluation_share: float = 0.0
-    evaluate_every: int = 0
-    patience: int = 0
-    max_model_len: int | None = None
-    max_length: int | None = None
-    packing: bool = False
+    adapter: SkipValidation[TrainedConfig] = Field(description="The method's config; its type says which method.")
+    output: TypedPath = Field(description="The PEFT directory to make; with `overwrite` it may be there already.")
+    data: tuple[TypedPath, ...] = Field(default=(), description="JSON Lines files, unless `train` is given examples.")
+    num_steps: Positive = Field(
+        default=200, description="Optimizer steps; examples that are used up are shuffled again."
+    )
+    batch_size: Positive = Field(
+        default=16, description="Examples of one step, over all processes; packed rows if `packing`."
+    )
+    accumulation_steps: Positive = Field(
+        default=1, description="Parts in which a step is computed; the result is the same."
+    )
+    optimizer: Optimizer = Field(
+        default=Optimizer.ADAMW,
+        description="adamw; adamw_8bit, bitsandbytes' AdamW whose moments take 8 bits in tensors of at least 4,096 "
+        "numbers; or paged_adamw_8bit, the same in memory that may leave the GPU. A CPU has nothing to page: "
+        "adamw_8bit runs there, and a warning says so.",
+    )
+    learning_rate: float = Field(
+        default=2e-4,
+        gt=0,
+        description="Its peak, after `num_warmup_steps` of linear growth; `schedule` then takes it to zero or keeps "
+        "it.",
+    )
+    schedule: Schedule = Field(default=Schedule.COSINE, description="What the learning rate does after its warm-up.")
+    num_warmup_steps: Count = Field(default=0, description="Steps in which the learning rate grows.")
+    weight_decay: Number = Field(default=0.0, description="Of AdamW, per unit of learning rate.")
+    gradient_norm_max: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to it.")
+    autocast: bool = Field(default=False, description="bfloat16 for what torch deems safe; the adapter stays float32.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations inside layers again to save memory."
+    )
+    seed: int = Field(default=0, description="Of the adapter's start, the examples' order and the evaluation share.")
+    evaluation_data: tuple[TypedPath, ...] = Field(default=(), description="Files that are evaluated and not learned.")
+    evaluation_share: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the data that is evaluated, not learned."
+    )
+    evaluate_every: Count = Field(
+        default=0,
+        description="Steps between evaluations; 0 evaluates after the last step only. The best step's adapter is kept.",
+    )
+    patience: Count = Field(
+        default=0, description="Evaluations without a new lowest loss that end training; 0 for never."
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        description="Longest request of the server that the adapter is for; null takes the base's limit. It bounds "
+        "the rows, and a base whose rotary factors depend on the length takes those of this one.",
+    )
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Tokens of one example; null takes the base's limit, or `max_model_len`."
+    )
+    packing: bool = Field(
+        default=False, description="Put short examples together in rows of at most `max_length` tokens."
+    )
     distillation: DistillationConfig | None = None
-    checkpoint_every: int = 0
-    resume: bool = False
-    overwrite: bool = False
-    tensorboard: Path | None = None
-    save_dtype: SaveDtype = SaveDtype.FLOAT32
+    checkpoint_every: Count = Field(
+        default=0, description="Steps between checkpoints (`<output>.checkpoints`); 0 for none."
+    )
+    resume: bool = Field(default=False, description="Go on from the last checkpoint, if there is one.")
+    overwrite: bool = Field(
+        default=False, description="Replace an adapter at the output, and another run's checkpoints."
+    )
+    tensorboard: TypedPath | None = Field(default=None, description="Directory for TensorBoard's event files.")
+    save_dtype: SaveDtype = Field(
+        default=SaveDtype.FLOAT32, description="What it is rounded to in files; bfloat16 halves them."
+    )
 
     def __post_init__(self) -> None:
-        for knob in ("num_steps", "batch_size", "accumulation_steps"):
-            if getattr(self, knob) < 1:
-                raise ValueError(f"{knob} must be at least 1, given {getattr(self, knob)}")
-        for knob in ("learning_rate", "gradient_norm_max"):
-            if not getattr(self, knob) > 0:
-                raise ValueError(f"{knob} must be above 0, given {getattr(self, knob)}")
-        for knob in ("weight_decay", "evaluate_every", "patience", "checkpoint_every"):
-            if getattr(self, knob) < 0:
-                raise ValueError(f"{knob} must be at least 0, given {getattr(self, knob)}")
-        if not 0 <= self.num_warmup_steps <= self.num_steps:
+        if self.num_warmup_steps > self.num_steps:
             raise ValueError(f"num_warmup_steps must be 0 to {self.num_steps}, given {self.num_warmup_steps}")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, given {self.max_length}")
-        if not 0 <= self.evaluation_share < 1:
-            raise ValueError(f"evaluation_share must be at least 0 and below 1, given {self.evaluation_share}")
         if self.evaluation_share and self.evaluation_data:
             raise ValueError(f"evaluation_share must be 0 beside evaluation_data, given {self.evaluation_share}")
         for knob in ("evaluate_every", "patience"):
             if getattr(self, knob) and not self.evaluates:
                 raise ValueError(f"{knob} must be 0 without evaluation data, given {getattr(self, knob)}")
         if self.resume and not self.checkpoint_every:
-            raise ValueError("resume must be false where checkpoint_every is 0, given true")
+            raise ValueError("resume must be false if checkpoint_every is 0, given true")
 
     @property
     def evaluates(self) -> bool:

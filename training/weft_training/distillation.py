@@ -10,17 +10,19 @@ owner's formula: its L_KL(f, f_teacher) names no direction, so that is a choice,
 τ² keeps the gradient's size when τ changes, and at τ = 1 the formula is the owner's.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from weft.config import ModelConfig
+from weft.config import CHECKS, ModelConfig, TypedPath
 from weft.methods.checkpoint import directory
 from weft.model.loader import Base
 from weft_training import adapter as adapters
@@ -37,27 +39,19 @@ class Direction(StrEnum):
     REVERSE = "reverse"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class DistillationConfig:
-    """A teacher, and its part of the loss.
+    """A teacher, and its part of the loss."""
 
-    teacher: the PEFT directory of an adapter for the same base, which then is in memory once; or a model directory with
-        the same vocabulary.
-    alpha: weight of the labels; the teacher has the rest.
-    temperature: of both distributions.
-    direction: forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher).
-    """
-
-    teacher: Path
-    alpha: float = 0.5
-    temperature: float = 2.0
-    direction: Direction = Direction.FORWARD
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be 0 to 1, given {self.alpha}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, given {self.temperature}")
+    teacher: TypedPath = Field(
+        description="PEFT directory of an adapter for the same base, which then is in memory once; or a model "
+        "directory with the same vocabulary."
+    )
+    alpha: float = Field(default=0.5, ge=0, le=1, description="Weight of the labels; the teacher has the rest.")
+    temperature: float = Field(default=2.0, gt=0, description="Of both distributions.")
+    direction: Direction = Field(
+        default=Direction.FORWARD, description="forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher)."
+    )
 
 
 def divergence(student: Tensor, teacher: Tensor, *, temperature: float, direction: Direction) -> Tensor:

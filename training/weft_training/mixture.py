@@ -6,14 +6,15 @@ The gates and the driver are those of serving. This module decides which rows th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from weft.config import CHECKS, Number, TypedPath
 from weft.methods import mixture
 from weft.methods.driver import ReferenceDriver, Routed, Segment
 from weft.methods.mixture import Level, MixtureConfig, MixtureParams
@@ -25,39 +26,36 @@ from weft_training.expert import TrainedExpert
 NAME = mixture.METHOD.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class MixtureTrainConfig:
-    """Settings of a router's training and of its gates.
+    """Settings of a router's training and of its gates."""
 
-    experts: PEFT directories of adapters for the same base, of any methods that act at modules.
-    top_k: experts that keep a gate.
-    temperature: divisor of the logits.
-    level: token, or sequence, which reads the mean of the prompt's input embeddings, once.
-    normalize: make the gates that are kept sum to one.
-    shared: one router for all layers.
-    null_expert: let a part of the gates go to no expert.
-    rms_norm: divide the hidden state that the router reads by its root mean square.
-    balance_weight: of the loss that is least if all experts are used equally; 0 for none.
-    train_experts: train the experts too; the trained ones are written into `experts/` of the output.
-    """
-
-    experts: tuple[Path, ...] = ()
-    top_k: int = 2
-    temperature: float = 1.0
-    level: Level = Level.TOKEN
-    normalize: bool = True
-    shared: bool = False
-    null_expert: bool = False
-    rms_norm: bool = True
-    balance_weight: float = 0.0
-    train_experts: bool = False
+    experts: tuple[TypedPath, ...] = Field(
+        default=(), description="PEFT directories of adapters for the same base, of any methods that act at modules."
+    )
+    top_k: int = Field(default=2, description="Experts that keep a gate.")
+    temperature: float = Field(default=1.0, description="Divisor of the logits.")
+    level: Level = Field(
+        default=Level.TOKEN,
+        description="token, or sequence, which reads the mean of the prompt's input embeddings, once.",
+    )
+    normalize: bool = Field(default=True, description="Make the gates that are kept sum to one.")
+    shared: bool = Field(default=False, description="One router for all layers.")
+    null_expert: bool = Field(default=False, description="Let a part of the gates go to no expert.")
+    rms_norm: bool = Field(
+        default=True, description="Divide the hidden state that the router reads by its root mean square."
+    )
+    balance_weight: Number = Field(
+        default=0.0, description="Weight of the loss that is least if all experts are used equally; 0 for none."
+    )
+    train_experts: bool = Field(
+        default=False, description="Train the experts too; the trained ones are written into `experts/` of the output."
+    )
 
     def __post_init__(self) -> None:
-        if not self.balance_weight >= 0:
-            raise ValueError(f"balance_weight must be at least 0, given {self.balance_weight}")
         if self.top_k == 1 and self.normalize:
             # A single kept gate would be 1 whatever the router's logits, so no gradient would reach it.
-            raise ValueError("top_k must be at least 2 where normalize is true, or nothing is learned, given 1")
+            raise ValueError("top_k must be at least 2 if normalize is true, or nothing is learned, given 1")
         if self.experts:
             self.gates()
 

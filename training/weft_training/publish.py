@@ -1,33 +1,32 @@
 """Publishing of a finished adapter to a server or a store, through the same ingest as any tenant's."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.adapters.store import AdapterStore
 from weft.client import Client
-from weft.config import AdapterLimits, ModelConfig
+from weft.config import CHECKS, AdapterLimits, ModelConfig
 from weft.model import loader
 from weft.v1.adapter_files import pair_of
 
 _SERVER = re.compile(r"[^/\s]+:\d{1,5}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class PublishConfig:
-    """Destination of a finished adapter.
+    """Destination of a finished adapter."""
 
-    publish: HOST:PORT of a server, to which it is uploaded, or the directory of a store.
-    adapter_id: the id it gets; by default the name of the output directory.
-    replace: whether the id may be bound to other content already.
-    """
-
-    publish: str
-    adapter_id: str | None = None
-    replace: bool = False
+    publish: str = Field(description="HOST:PORT of a server, to which it is uploaded, or the directory of a store.")
+    adapter_id: str | None = Field(
+        default=None, description="The id it gets; by default the name of the output directory."
+    )
+    replace: bool = Field(default=False, description="Whether the id may be bound to other content already.")
 
     @property
     def is_server(self) -> bool:

@@ -17,18 +17,20 @@ Relative paths start where the command runs.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from weft.config import ModelConfig
+from weft.settings import InvalidSettings, build, fields_of, nearest, split
 from weft_training import sections, shipped
 from weft_training.config import TrainConfig
 from weft_training.distillation import DistillationConfig
 from weft_training.publish import PublishConfig
-from weft_training.schema import InvalidRecipe, Key, Node, keys_of, nearest, value
 from weft_training.trained import CONFIGS
 
 # The names that options had before there were recipes, and the shortest ones.
@@ -44,6 +46,9 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
     }
 )
 _REQUIRED = ("model.path", "data.train", "output.path")
+_SECTIONS = ("model", "adapter", "data", "optimization", "distillation", "output")
+
+Key = tuple[str, str]  # section and name
 
 
 class Recipe(NamedTuple):
@@ -53,213 +58,198 @@ class Recipe(NamedTuple):
     publish: PublishConfig | None
 
 
-class Option(NamedTuple):
-    """An option as it was given: `--learning-rate 1e-3`; value None where none follows, which means true."""
+class Given(NamedTuple):
+    """What a source says of a key.
 
-    spelling: str
-    value: str | None
-
-
-def load(path: Path | None, options: Sequence[Option] = ()) -> Recipe:
-    """The recipe in a file, or none, with the options in place of its keys.
-
-    Raises InvalidRecipe (a ValueError) naming where what is wrong stands, OSError for a file that cannot be read.
+    origin: `file:line`, or the option as it was spelled: `--learning-rate`.
+    content: text, None for nothing, or a list or a mapping of these.
     """
-    tree = _read_named(path) if path is not None else {}
-    method = _method(tree, options)
+
+    origin: str
+    content: Any
+
+
+def load(path: Path | None, options: Sequence[Given] = ()) -> Recipe:
+    """Return the recipe in a file, or none, with the options in place of its keys.
+
+    Raises InvalidSettings (a ValueError) naming what is wrong and its place, OSError for a file that cannot be read.
+    """
+    given = _read_named(path) if path is not None else {}
+    method = method_of(given, options)
     known = keys(method)
-    for section, entries in tree.items():
-        if section not in known:
-            raise InvalidRecipe(f"{entries[''].origin}: {section}: no such section{nearest(section, known)}")
-        for name, node in entries.items():
-            if name and name not in known[section]:
-                raise InvalidRecipe(f"{node.origin}: {section}.{name}: {_unknown(name, section, method, known)}")
+    for (section, name), one in given.items():
+        if name not in known[section]:
+            raise InvalidSettings(f"{one.origin}: {section}.{name}: {_unknown(f'{section}.{name}', method, known)}")
     for option in options:
-        section, name = _place(option, method, known)
-        node = Node("true" if option.value is None else option.value, option.spelling)
-        tree.setdefault(section, {})[name] = node
+        content = {None: "true", "null": None}.get(option.content, option.content)  # an option alone means true
+        given[_place(option.origin, method, known)] = option._replace(content=content)
     for needed in _REQUIRED:
         section, _, name = needed.partition(".")
-        if name not in tree.get(section, {}):
+        if (section, name) not in given:
             short = next(alias for alias, target in _ALIASES.items() if target == needed)
-            raise InvalidRecipe(f"{path or 'weft train'}: {needed}: must be given, here or as --{short}")
-    return _build(tree, method, known)
+            raise InvalidSettings(f"{path or 'weft train'}: {needed}: must be given, here or as --{short}")
+    return _build(given, method, known)
 
 
-def keys(method: str) -> dict[str, dict[str, Key]]:
-    """Every key of a recipe for `method`, by section."""
-    fields = keys_of(TrainConfig)
-    laid_out = {
-        section: {name: fields[field]._replace(name=name) for name, field in placed.items()}
-        for section, placed in sections.places(fields).items()
-    }
+def keys(method: str) -> dict[str, dict[str, FieldInfo]]:
+    """Return every key of a recipe for `method`, by section."""
     usual = CONFIGS[method]
-    adapter = {name: key._replace(default=getattr(usual, name)) for name, key in keys_of(type(usual)).items()}
-    named = Key("method", str, method, "one of " + ", ".join(CONFIGS))
-    return {
-        "model": {**keys_of(ModelConfig), **laid_out.pop("model")},
-        "adapter": {"method": named, **adapter},
-        **laid_out,
-        "distillation": keys_of(DistillationConfig),
-        "output": {**laid_out["output"], **keys_of(PublishConfig)},
-    }
+    known: dict[str, dict[str, FieldInfo]] = {section: {} for section in _SECTIONS}
+    known["model"] |= fields_of(ModelConfig)
+    known["adapter"]["method"] = FieldInfo(annotation=str, default=method, description="One of " + ", ".join(CONFIGS))
+    for name, info in fields_of(type(usual)).items():
+        known["adapter"][name] = FieldInfo(
+            annotation=info.annotation, default=getattr(usual, name), description=info.description
+        )
+    for field, info in fields_of(TrainConfig).items():
+        if field not in sections.OWN:
+            section, name = sections.place(field)
+            known[section][name] = info
+    known["distillation"] |= fields_of(DistillationConfig)
+    known["output"] |= fields_of(PublishConfig)
+    return known
 
 
-def options(arguments: Iterable[str]) -> tuple[Path | None, list[Option]]:
-    """The recipe's path and the options of a command line; the path comes first."""
+def options(arguments: Iterable[str]) -> tuple[Path | None, list[Given]]:
+    """Return the recipe's path, which comes first, and the options of a command line; content None if none follows."""
     path: Path | None = None
-    found: list[Option] = []
+    found: list[Given] = []
     for argument in arguments:
         if argument.startswith("--") and len(argument) > 2:
             spelling, equals, text = argument.partition("=")
-            found.append(Option(spelling, text if equals else None))
-        elif found and found[-1].value is None:
-            found[-1] = found[-1]._replace(value=argument)
+            found.append(Given(spelling, text if equals else None))
+        elif found and found[-1].content is None:
+            found[-1] = found[-1]._replace(content=argument)
         elif path is None and not found:
             path = Path(argument)
         else:
-            raise InvalidRecipe(f"{argument!r} belongs to no option; the recipe's path comes first, and once")
+            raise InvalidSettings(f"{argument!r} belongs to no option; the recipe's path comes first, and once")
     return path, found
 
 
-def _read_named(path: Path) -> dict[str, dict[str, Node]]:
-    """The recipe in a file, or the one of this name that comes with Weft, whose base is where that came to lie."""
+def _read_named(path: Path) -> dict[Key, Given]:
+    """Read the recipe in a file, or the one of this name that comes with Weft, whose base lies beside it."""
     known = shipped.recipes()
     if path.name != str(path) or path.suffix or path.is_file():
         return _read(path)
     if path.name not in known:
-        raise InvalidRecipe(f"{path}: no such file, and no recipe that comes with Weft{nearest(path.name, known)}")
-    tree = _read(known[path.name])
-    base = tree["model"]["path"]
-    tree["model"]["path"] = base._replace(content=str(shipped.ROOT / str(base.content)))
-    return tree
+        raise InvalidSettings(f"{path}: no such file, and no recipe that comes with Weft{nearest(path.name, known)}")
+    given = _read(known[path.name])
+    base = given["model", "path"]
+    return given | {("model", "path"): base._replace(content=str(shipped.ROOT / base.content))}
 
 
-def _read(path: Path) -> dict[str, dict[str, Node]]:
-    """Sections of keys; a section's own place is its key ""."""
+def _read(path: Path) -> dict[Key, Given]:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InvalidRecipe(f"{path}:{line}: is not YAML: {error.problem}") from None
+        raise InvalidSettings(f"{path}:{line}: is not YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRecipe(f"{path}: is not YAML: {error}") from None
-    whole = Node({}, f"{path}:1") if root is None else _node(root, path)
-    if not isinstance(whole.content, dict):
-        raise InvalidRecipe(f"{whole.origin}: must hold sections, such as `model:`")
-    tree: dict[str, dict[str, Node]] = {}
-    for section, node in whole.content.items():
-        if not isinstance(node.content, dict | None):
-            raise InvalidRecipe(f"{node.origin}: {section}: must hold keys and values, given {node.content!r:.60}")
-        tree[section] = {"": Node(None, node.origin), **(node.content or {})}
-    return tree
+        raise InvalidSettings(f"{path}: is not YAML: {error}") from None
+    origins: dict[tuple[str, ...], str] = {}
+    tree = {} if root is None else _content(root, path, origins)
+    if not isinstance(tree, dict):
+        raise InvalidSettings(f"{path}:1: must hold sections, such as `model:`")
+    for section, content in tree.items():
+        place = f"{origins[section,]}: {section}"
+        if section not in _SECTIONS:
+            raise InvalidSettings(f"{place}: no such section{nearest(section, _SECTIONS)}")
+        if not isinstance(content, dict | None):
+            raise InvalidSettings(f"{place}: must hold keys and values, given {content!r:.60}")
+    return {
+        (section, name): Given(origins[section, name], value)
+        for section, content in tree.items()
+        for name, value in (content or {}).items()
+    }
 
 
-def _node(of: yaml.Node, path: Path) -> Node:
-    origin = f"{path}:{of.start_mark.line + 1}"
-    if isinstance(of, yaml.MappingNode):
-        entries: dict[str, Node] = {}
-        for key, one in of.value:
-            where = f"{path}:{key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise InvalidRecipe(f"{where}: a key must be a word")
-            if key.value in entries:
-                raise InvalidRecipe(f"{where}: {key.value}: stands here a second time")
-            entries[key.value] = _node(one, path)._replace(origin=where)
-        return Node(entries, origin)
-    if isinstance(of, yaml.SequenceNode):
-        return Node([_node(one, path) for one in of.value], origin)
-    is_null = of.tag == "tag:yaml.org,2002:null"
-    return Node(None if is_null else of.value, origin)
+def _content(node: yaml.Node, path: Path, origins: dict[tuple[str, ...], str], above: tuple[str, ...] = ()) -> Any:
+    """Return texts, and lists and mappings of them: YAML would read `1e-3` as a word and `no` as false.
+
+    origins: receives the place of each key, by the keys above it and its own.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        return [_content(one, path, origins, above) for one in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    found = {}
+    for key, value in node.value:
+        place = f"{path}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise InvalidSettings(f"{place}: a key must be a word")
+        if key.value in found:
+            raise InvalidSettings(f"{place}: {key.value}: stands here a second time")
+        found[key.value] = _content(value, path, origins, (*above, key.value))
+        origins[(*above, key.value)] = place
+    return found
 
 
-def _method(tree: Mapping[str, Mapping[str, Node]], options: Sequence[Option]) -> str:
-    """The method, which decides what the other keys of `adapter` are."""
-    node = tree.get("adapter", {}).get("method")
+def method_of(given: Mapping[Key, Given], options: Sequence[Given]) -> str:
+    """Return the method, which decides what the other keys of `adapter` are."""
+    named = given.get(("adapter", "method"))
     for option in options:
-        if option.spelling in ("--method", "--adapter.method"):
-            node = Node(option.value, option.spelling)
-    if node is None:
-        raise InvalidRecipe(
-            f"method: must be one of {', '.join(CONFIGS)}; give adapter.method in a recipe, or --method"
-        )
-    if not isinstance(node.content, str) or node.content not in CONFIGS:
-        raise InvalidRecipe(f"{node.origin}: method: must be one of {', '.join(CONFIGS)}, given {node.content!r}")
-    return node.content
+        if option.origin in ("--method", "--adapter.method"):
+            named = option
+    rule = f"method: must be one of {', '.join(CONFIGS)}"
+    if named is None:
+        raise InvalidSettings(f"{rule}; give adapter.method in a recipe, or --method")
+    if not isinstance(named.content, str) or named.content not in CONFIGS:
+        raise InvalidSettings(f"{named.origin}: {rule}, given {named.content!r}")
+    return named.content
 
 
-def _place(option: Option, method: str, known: Mapping[str, Mapping[str, Key]]) -> tuple[str, str]:
-    """Section and key of an option."""
-    name = option.spelling.removeprefix("--").replace("-", "_")
-    section, dot, key = _ALIASES.get(name, name).partition(".")
-    if dot:
-        if section not in known:
-            raise InvalidRecipe(f"{option.spelling}: no such section{nearest(section, known)}")
-        if key not in known[section]:
-            raise InvalidRecipe(f"{option.spelling}: {_unknown(key, section, method, known)}")
-        return section, key
-    places = [section for section in known if name in known[section] and section != "distillation"]
+def _place(spelling: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> Key:
+    """Return section and name of the key that an option sets."""
+    name = spelling.removeprefix("--").replace("-", "_")
+    name = _ALIASES.get(name, name)
+    every = [(section, key) for section in known for key in known[section]]
+    places = [(s, key) for s, key in every if name == f"{s}.{key}" or (name == key and s != "distillation")]
     if len(places) > 1:
-        spellings = " or ".join(f"--{section}.{name}" for section in places)
-        raise InvalidRecipe(f"{option.spelling}: is in several sections; give {spellings}")
+        spellings = " or ".join(f"--{section}.{name}" for section, _ in places)
+        raise InvalidSettings(f"{spelling}: is in several sections; give {spellings}")
     if not places:
-        section = "adapter" if _is_of_some_method(name) else ""
-        raise InvalidRecipe(f"{option.spelling}: {_unknown(name, section, method, known)}")
-    return places[0], name
+        raise InvalidSettings(f"{spelling}: {_unknown(name, method, known)}")
+    return places[0]
 
 
-def _unknown(name: str, section: str, method: str, known: Mapping[str, Mapping[str, Key]]) -> str:
-    if section == "adapter" and _is_of_some_method(name):
+def _unknown(name: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> str:
+    """Say what is wrong with a key, `section.key` or the key alone, that no section has."""
+    section, _, key = name.rpartition(".")
+    if section and section not in known:
+        return f"no such section{nearest(section, known)}"
+    if section in ("", "adapter") and any(key in fields_of(type(usual)) for usual in CONFIGS.values()):
         return f"the method {method} has none; its keys are {', '.join(known['adapter'])}"
-    candidates = known[section] if section else [key for keys in known.values() for key in keys] + list(_ALIASES)
-    return f"no such key{nearest(name, candidates)}"
+    near = nearest(key, known[section] if section else {*_ALIASES}.union(*known.values()))
+    return f"no such key{near or '; --list-keys tells all'}"
 
 
-def _is_of_some_method(name: str) -> bool:
-    return any(name in {field.name for field in dataclasses.fields(usual)} for usual in CONFIGS.values())
+def _build(given: Mapping[Key, Given], method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> Recipe:
+    values: dict[str, dict[str, Any]] = {section: {} for section in known}
+    for (section, name), one in given.items():
+        is_text_of_list = isinstance(one.content, str) and get_origin(known[section][name].annotation) is tuple
+        values[section][name] = split(one.content) if is_text_of_list else one.content
 
+    def spelled(section: str, name: str, *rest: object) -> str:
+        """Name a key after its place; one that is not given, after that of another in its section."""
+        near = (one.origin for key, one in given.items() if key[0] == section)
+        origin = given[section, name].origin if (section, name) in given else next(near, "weft train")
+        return f"{origin}: {'.'.join(map(str, (section, name, *rest)))}:"
 
-def _build(tree: Mapping[str, Mapping[str, Node]], method: str, known: Mapping[str, Mapping[str, Key]]) -> Recipe:
-    given = {
-        section: {name: node for name, node in tree.get(section, {}).items() if name and name != "method"}
-        for section in known
-    }
-    values = {
-        section: {name: value(node, known[section][name].type, f"{section}.{name}") for name, node in entries.items()}
-        for section, entries in given.items()
-    }
-    published = {name: values["output"].pop(name) for name in keys_of(PublishConfig) if name in values["output"]}
-    placed = sections.places(keys_of(TrainConfig))
-    fields, origins = {}, {}
-    for section, keys_ in placed.items():
-        for name in [name for name in keys_ if name in values[section]]:
-            fields[keys_[name]] = values[section].pop(name)
-            origins[keys_[name]] = given[section][name]
-    model = _made(ModelConfig, values["model"], given["model"])
-    adapter = _made(type(CONFIGS[method]), dataclasses.asdict(CONFIGS[method]) | values["adapter"], given["adapter"])
-    distillation = None
-    if values["distillation"]:
-        if "teacher" not in values["distillation"]:
-            origin = next(iter(given["distillation"].values())).origin
-            raise InvalidRecipe(f"{origin}: distillation.teacher: must be given")
-        distillation = _made(DistillationConfig, values["distillation"], given["distillation"])
-    whole = {**fields, "model": model, "adapter": adapter, "distillation": distillation}
-    train = _made(TrainConfig, whole, origins)
-    publish = None
-    if published.get("publish"):
-        publish = PublishConfig(**published)
-    elif published:
-        name = next(iter(published))
-        raise InvalidRecipe(f"{given['output'][name].origin}: output.{name}: needs output.publish")
+    def spelled_field(field: str, *rest: Any) -> str:
+        return spelled(field, *rest) if field in sections.OWN else spelled(*sections.place(field), *rest)
+
+    usual = CONFIGS[method]
+    del values["adapter"]["method"]
+    adapter = build(type(usual), dataclasses.asdict(usual) | values["adapter"], partial(spelled, "adapter"))
+    published = {name: values["output"].pop(name) for name in fields_of(PublishConfig) if name in values["output"]}
+    fields: dict[str, Any] = {"adapter": adapter, "distillation": values["distillation"] or None}
+    for field in fields_of(TrainConfig).keys() - {*sections.OWN}:
+        section, name = sections.place(field)
+        if name in values[section]:
+            fields[field] = values[section].pop(name)
+    train = build(TrainConfig, fields | {"model": values["model"]}, spelled_field)
+    if published and "publish" not in published:
+        raise InvalidSettings(f"{spelled('output', next(iter(published)))} needs output.publish")
+    publish = build(PublishConfig, published, partial(spelled, "output")) if published else None
     return Recipe(train, publish)
-
-
-def _made(kind: Any, values: Mapping[str, Any], nodes: Mapping[str, Node]) -> Any:
-    """The config; what its own checks refuse is told with its place. Their messages begin with the field's name."""
-    try:
-        return kind(**values)
-    except ValueError as error:
-        knob = str(error).split(maxsplit=1)[0].rstrip(":")
-        if knob in nodes:
-            raise InvalidRecipe(f"{nodes[knob].origin}: {error}") from None
-        raise

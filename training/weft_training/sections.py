@@ -4,56 +4,50 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from weft_training.schema import plain
+from pydantic_core import to_jsonable_python
+
+from weft_training.config import TrainConfig
 from weft_training.trained import name_of
 
-# Recipe key → field of TrainConfig. Whatever has no place here belongs to `optimization`, under its own name.
-_PLACES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+# Of TrainConfig's fields, those that are sections of their own, and the places of the others; `optimization` has what
+# has no place here, under its own name.
+OWN = ("model", "adapter", "distillation")
+_PLACES: Mapping[str, str] = MappingProxyType(
     {
-        "model": {"max_model_len": "max_model_len"},  # beside ModelConfig's
-        "data": {
-            "train": "data",
-            "evaluation": "evaluation_data",
-            "evaluation_share": "evaluation_share",
-            "max_length": "max_length",
-            "packing": "packing",
-        },
-        "output": {
-            "path": "output",
-            "overwrite": "overwrite",
-            "checkpoint_every": "checkpoint_every",
-            "resume": "resume",
-            "tensorboard": "tensorboard",
-            "save_dtype": "save_dtype",
-        },
+        "max_model_len": "model.max_model_len",  # beside ModelConfig's
+        "data": "data.train",
+        "evaluation_data": "data.evaluation",
+        "evaluation_share": "data.evaluation_share",
+        "max_length": "data.max_length",
+        "packing": "data.packing",
+        "output": "output.path",
+        "overwrite": "output.overwrite",
+        "checkpoint_every": "output.checkpoint_every",
+        "resume": "output.resume",
+        "tensorboard": "output.tensorboard",
+        "save_dtype": "output.save_dtype",
     }
 )
-_OWN = ("model", "adapter", "distillation")  # fields that are sections themselves
 
 
-def places(fields: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Recipe key → field by section, of the fields of TrainConfig that are no section themselves."""
-    placed = {field for keys in _PLACES.values() for field in keys.values()}
-    rest = {name: name for name in fields if name not in placed and name not in _OWN}
-    return {
-        "model": dict(_PLACES["model"]),
-        "data": dict(_PLACES["data"]),
-        "optimization": rest,
-        "output": dict(_PLACES["output"]),
+def place(field: str) -> tuple[str, str]:
+    """Return section and key of a field of TrainConfig that is no section itself."""
+    section, _, name = _PLACES.get(field, f"optimization.{field}").partition(".")
+    return section, name
+
+
+def recipe_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the sections of a run's config, for YAML."""
+    values = to_jsonable_python(config)
+    model, adapter, distillation = (values.pop(section) for section in OWN)
+    recipe: dict[str, Any] = {
+        "model": model,
+        "adapter": {"method": name_of(config.adapter), **adapter},
+        "data": {},
+        "optimization": {},
+        "output": {},
     }
-
-
-def recipe_of(config: Any) -> dict[str, Any]:
-    """The sections of a TrainConfig, for YAML."""
-    values = plain(config)
-    laid_out = {
-        section: {key: values[field] for key, field in keys.items()} for section, keys in places(values).items()
-    }
-    recipe = {
-        "model": {**values["model"], **laid_out.pop("model")},
-        "adapter": {"method": name_of(config.adapter), **values["adapter"]},
-        **laid_out,
-    }
-    if config.distillation is not None:
-        recipe["distillation"] = values["distillation"]
-    return recipe
+    for field, value in values.items():
+        section, name = place(field)
+        recipe[section][name] = value
+    return recipe if distillation is None else recipe | {"distillation": distillation}

@@ -99,11 +99,10 @@ def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepare
 
 def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples, Examples]:
     """What is learned, and what is only evaluated."""
-    if (examples is None) == (config.data is None):
+    if (examples is None) == (not config.data):
         raise ValueError("data: give either a file or the examples")
     if examples is None:
-        assert config.data is not None
-        examples = data.read_jsonl(*((config.data,) if isinstance(config.data, Path) else config.data))
+        examples = data.read_jsonl(*config.data)
     kept: Examples = data.read_jsonl(*config.evaluation_data)
     if config.evaluation_share:
         examples, kept = data.split(examples, config.evaluation_share, config.seed)

@@ -12,6 +12,7 @@ from weft.cli.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from weft.cli.handover import imported
 from weft.cli.output import fail, print_facts, print_line, print_table, size
 from weft.config import ModelConfig, Quantization, typed_path
+from weft.settings import build
 
 
 def command(
@@ -36,14 +37,15 @@ def command(
     from weft.errors import WeftError
 
     try:
+        values = {"path": base or path, "quantization": quantization, "device": device}
+        config = build(ModelConfig, values, "--{}".format)
         if (path / CONFIG_FILE).is_file():
             if base is None:
                 raise fail(f"--base: must name the model directory that {path} is for", code=2)
-            _tell_adapter(path, ModelConfig(path=base, quantization=quantization, device=device), as_json)
+            _tell_adapter(path, config, as_json)
         else:
             if base is not None:
                 raise fail(f"--base: is for adapters, and {path} holds no {CONFIG_FILE}", code=2)
-            config = ModelConfig(path=path, quantization=quantization, device=device)
             _tell_base(config, method or [], repeats, as_json)
     except (ValueError, OSError, WeftError) as error:
         raise fail(str(error)) from None

@@ -2,37 +2,31 @@
 
 import inspect
 import logging
-import re
-from collections.abc import Callable
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperArgument, TyperCommand
+from typer.core import TyperCommand
 
 from weft.cli.output import fail, size
-from weft.settings import InvalidSettings, Knob, knobs, load, sections
+from weft.config import WeftConfig
+from weft.settings import InvalidSettings, Knob, fields_of, knobs, load, type_name
 
 _log = logging.getLogger(__name__)
 
 _ALIASES = {"quantization": ("--quant",)}
-_METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+_METAVARS = {"integer": "N", "number": "X", "path": "PATH", "text": "TEXT"}
 
 
 class ServeCommand(TyperCommand):
     """Its help groups the options by the section of `weft.config` that they belong to."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        self.format_usage(ctx, formatter)
-        self.format_help_text(ctx, formatter)
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                title = "Arguments" if isinstance(param, TyperArgument) else _TITLES.get(param.name or "", "Options")
-                groups.setdefault(title, []).append(record)
+            if record := param.get_help_record(ctx):
+                groups.setdefault(getattr(param, "rich_help_panel", None) or "Options", []).append(record)
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
@@ -83,84 +77,57 @@ def _adapter_directory(text: str) -> tuple[str, Path]:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """What the command takes: the file, the adapters, and one parameter for each knob."""
+    """Return what the command takes: the file, the adapters, and one parameter for each knob."""
     file = typer.Option("--config", envvar="WEFT_CONFIG", metavar="FILE", help="TOML or YAML file of knobs.")
     adapters = typer.Option(
         "--adapter", metavar="ID=PATH", help="Register this PEFT directory before serving. May be repeated."
     )
-    found = [
-        _parameter("config", Annotated[Path | None, file]),
-        _parameter("adapters", Annotated[list[str] | None, adapters]),
+    annotations = {"config": Annotated[Path | None, file], "adapters": Annotated[list[str] | None, adapters]}
+    annotations |= {knob.name: _annotation(knob) for knob in knobs()}
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in annotations.items()
     ]
-    return found + [_parameter(knob.name, _annotation(knob)) for knob in knobs()]
-
-
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _annotation(knob: Knob) -> Any:
-    """Texts, which `weft.settings` converts and checks for every source alike; yes and no are two flags."""
-    if knob.is_required:
-        return Annotated[str | None, typer.Argument(metavar=knob.flag, help=_help(knob))]
+    """Return how typer reads a knob: texts, which `weft.settings` converts for every source; yes and no are flags."""
+    if knob.info.is_required():
+        argument = typer.Argument(metavar=knob.flag, help=knob.info.description, rich_help_panel="Arguments")
+        return Annotated[str | None, argument]
+    title = f"{knob.section.capitalize()} ({fields_of(WeftConfig)[knob.section].description})" if knob.section else None
     names = (knob.flag, *_ALIASES.get(knob.name, ()))
-    if knob.kind is bool:
+    if knob.info.annotation is bool:
         names = (f"{knob.flag}/--no-{knob.flag.removeprefix('--')}",)
-        option = typer.Option(*names, help=_help(knob), show_default=False)
+    metavar = None if knob.info.annotation is bool else _metavar(knob)
+    option = typer.Option(*names, metavar=metavar, help=_help(knob), show_default=False, rich_help_panel=title)
+    if knob.info.annotation is bool:
         return Annotated[bool | None, option]
-    option = typer.Option(*names, metavar=_metavar(knob), help=_help(knob), show_default=False)
     return Annotated[list[str] | None if knob.is_list else str | None, option]
 
 
 def _help(knob: Knob) -> str:
-    text = knob.help[:1].upper() + knob.help[1:]
-    if knob.is_required:
-        return text
-    match knob.default:
-        case bool():
-            default = "yes" if knob.default else "no"
-        case None | ():
-            default = "none"
-        case int() if knob.is_size:
-            default = size(knob.default)
-        case _:
-            default = str(knob.default)
-    if text and not text.endswith("."):
-        text += "."
-    return f"{text} [{default}]".strip()
+    default = knob.info.get_default(call_default_factory=True)
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    elif default in (None, ()):
+        default = "none"
+    elif knob.is_size:
+        default = size(default)
+    return f"{knob.info.description or ''} [{default}]".strip()
 
 
 def _metavar(knob: Knob) -> str:
     if knob.is_size:
         return "SIZE"
-    if knob.is_list:
-        return _METAVARS[knob.item]
-    return "|".join(knob.kind) if issubclass(knob.kind, StrEnum) else _METAVARS[knob.kind]
+    kind = type_name(knob.info.annotation).removesuffix(" or null").removeprefix("list of ")
+    return _METAVARS.get(kind.removesuffix("s"), kind.removeprefix("one of ").replace(", ", "|"))
 
 
-def _titles() -> dict[str, str]:
-    """For each knob of a section its group in the help, named as the section and what its docstring begins with."""
-    found = {}
-    for section, kind in sections().items():
-        about = re.split("[.:;(]", inspect.cleandoc(kind.__doc__ or ""), maxsplit=1)[0].strip()
-        title = f"{section.capitalize()} ({about[:1].lower()}{about[1:]})"
-        found |= {knob.name: title for knob in knobs() if knob.section == section}
-    return found
+def _command(**given: Any) -> None:
+    _serve(given.pop("config"), given.pop("adapters"), given)
 
 
-_TITLES = _titles()
-
-
-def _command() -> Callable[..., None]:
-    """The function that typer reads the options off, and calls."""
-
-    def command(**given: Any) -> None:
-        _serve(given.pop("config"), given.pop("adapters"), given)
-
-    described: Any = command
-    described.__doc__ = _serve.__doc__
-    described.__signature__ = inspect.Signature(_parameters())
-    return command
-
-
-command = _command()
+command: Any = _command
+command.__doc__ = _serve.__doc__
+command.__signature__ = inspect.Signature(_parameters())  # typer reads the options off it

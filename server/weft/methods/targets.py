@@ -5,12 +5,20 @@ The one place that says so, for initial parameters, counts, training and files.
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from weft.methods.protocol import BaseShape, Site, SiteKind
 
 C = TypeVar("C")
 V = TypeVar("V")
+
+Layers = Annotated[
+    tuple[int, ...],
+    Field(description="Indices of the layers that take part; empty for all, and for what is outside of them."),
+]
+Exclude = Annotated[tuple[str, ...], Field(description="Ends of the paths of modules that are left out.")]
 
 
 def names(target: str, module: str) -> bool:

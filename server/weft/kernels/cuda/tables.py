@@ -78,7 +78,7 @@ def expansion_of(kind, rank, a, b, size_out, WEIGHT: tl.constexpr):
 
 @triton.jit
 def down_bias_of(b):
-    """Return a pointer to b_down [rank] of a bottleneck's vectors; b_up [O] and the LN's gain and bias [O] follow it."""
+    """Return a pointer to b_down [rank] of a bottleneck's vectors; b_up [O] and the LN's gain and bias follow it."""
     return b.to(tl.pointer_type(tl.float32)) + _HEADER
 
 

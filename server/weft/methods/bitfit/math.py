@@ -8,9 +8,10 @@ zero; and it acts also on linear modules that have no bias, which is most of the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weft.methods import targets
@@ -20,16 +21,13 @@ from weft.methods.protocol import BaseShape, DeltaKind, Fitted, Packed, Site, Si
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitfitConfig:
-    """Which modules get a bias: linear ones, the output head, and norms that have one.
+    """Which modules get a bias: linear ones, the output head, and norms that have one."""
 
-    target_modules: ends of their paths; empty for every linear module and every norm.
-    layers: indices of the layers that take part; empty for all, and for what is outside of them.
-    exclude: ends of the paths of modules that are left out.
-    """
-
-    target_modules: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
-    exclude: tuple[str, ...] = ()
+    target_modules: Annotated[
+        tuple[str, ...], Field(description="Ends of paths; empty for linear modules and norms.")
+    ] = ()
+    layers: targets.Layers = ()
+    exclude: targets.Exclude = ()
 
 
 class BitfitParams(NamedTuple):

@@ -17,9 +17,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,28 +53,23 @@ class Activation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BottleneckConfig:
-    """Where the adapters sit and how wide they are.
-
-    sublayers: after which, "attention" and "mlp".
-    size: the bottleneck's width; None takes features / reduction_factor, at least 1.
-    reduction_factors: layers that have a factor of their own, by index; then `size` must be None.
-    layers: indices of the layers with adapters; empty for all.
-    leave_out: indices of layers without adapters.
-    dropout: share of σ's outputs that is dropped at each training step; evaluation and serving drop nothing.
-    has_norm: whether the LN is there; `parallel` always has it.
-    """
+    """Where the adapters sit and how wide they are."""
 
     form: Form = Form.SERIAL
     activation: Activation = Activation.RELU
-    sublayers: tuple[str, ...] = ("attention", "mlp")
+    sublayers: Annotated[tuple[str, ...], Field(description="After attention, mlp or both.")] = ("attention", "mlp")
     reduction_factor: float = 16.0
-    reduction_factors: dict[int, float] = field(default_factory=dict)
-    size: int | None = None
-    layers: tuple[int, ...] = ()
-    leave_out: tuple[int, ...] = ()
+    reduction_factors: Annotated[
+        dict[int, float], Field(description="Layers that have a factor of their own, by index; then size is null.")
+    ] = field(default_factory=dict)
+    size: Annotated[
+        int | None, Field(description="The bottleneck's width; null takes features / reduction_factor, at least 1.")
+    ] = None
+    layers: Annotated[tuple[int, ...], Field(description="Indices of the layers with adapters; empty for all.")] = ()
+    leave_out: Annotated[tuple[int, ...], Field(description="Indices of layers without adapters.")] = ()
     scaling: float = 1.0
-    dropout: float = 0.0
-    has_norm: bool = True
+    dropout: Annotated[float, Field(description="Share of σ's outputs that a training step drops.")] = 0.0
+    has_norm: Annotated[bool, Field(description="Whether the LN is there; the form parallel always has it.")] = True
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:

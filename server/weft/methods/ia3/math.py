@@ -9,9 +9,10 @@ has one vector per key, value and feed-forward site, so d_kv + d_kv + d_ff numbe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weft.methods import targets
@@ -25,18 +26,12 @@ MODULES = (("k_proj", "v_proj", "down_proj"), ("qkv_proj", "down_proj"), ("c_att
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3Config:
-    """Which modules are scaled, and which of them at their input.
+    """Which modules are scaled, and which of them at their input."""
 
-    target_modules: ends of their paths; empty for every linear module.
-    feedforward_modules: ends of the paths of those that are scaled at their input.
-    layers: indices of the layers that take part; empty for all, and for what is outside of them.
-    exclude: ends of the paths of modules that are left out.
-    """
-
-    target_modules: tuple[str, ...] = ()
-    feedforward_modules: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
-    exclude: tuple[str, ...] = ()
+    target_modules: Annotated[tuple[str, ...], Field(description="Ends of paths; empty for every linear module.")] = ()
+    feedforward_modules: Annotated[tuple[str, ...], Field(description="Those of them scaled at their input.")] = ()
+    layers: targets.Layers = ()
+    exclude: targets.Exclude = ()
 
 
 class Ia3Params(NamedTuple):

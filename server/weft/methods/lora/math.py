@@ -15,9 +15,10 @@ values that are spaced as a normal distribution is.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weft.methods import targets
@@ -29,29 +30,28 @@ SITES = (SiteKind.LINEAR, SiteKind.HEAD)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Ranks and alphas, and where they are.
-
-    target_modules: ends of the modules' paths; empty for every linear module.
-    layers: indices of the layers that take part; empty for all, and for what is outside of them.
-    exclude: ends of the paths of modules that are left out.
-    rank_pattern, alpha_pattern: values of their own for the modules whose paths end so; of several patterns that fit a
-        module the first decides, as in PEFT.
-    lora_bias: B has a bias, inside the scaled branch.
-    dropout: share of the update's input that is dropped at each training step; evaluation and serving drop nothing.
-    invocation_tokens: token ids from whose last occurrence in the prompt on it acts (methods/activation.py); () always.
-    """
+    """Ranks and alphas, and where they are."""
 
     rank: int = 8
     alpha: float = 16.0
     use_rslora: bool = False
-    lora_bias: bool = False
-    target_modules: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
-    exclude: tuple[str, ...] = ()
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    dropout: float = 0.0
-    invocation_tokens: tuple[int, ...] = ()
+    lora_bias: Annotated[bool, Field(description="B has a bias, inside the scaled branch.")] = False
+    target_modules: Annotated[tuple[str, ...], Field(description="Ends of paths; empty for every linear module.")] = ()
+    layers: targets.Layers = ()
+    exclude: targets.Exclude = ()
+    rank_pattern: Annotated[
+        dict[str, int],
+        Field(description="Ranks by the ends of modules' paths; the first that fits decides, as in PEFT."),
+    ] = field(default_factory=dict)
+    alpha_pattern: Annotated[
+        dict[str, float],
+        Field(description="Alphas by the ends of modules' paths; the first that fits decides, as in PEFT."),
+    ] = field(default_factory=dict)
+    dropout: Annotated[float, Field(description="Share of the update's input that a training step drops.")] = 0.0
+    invocation_tokens: Annotated[
+        tuple[int, ...],
+        Field(description="Token ids from whose last occurrence in the prompt on it acts; empty for everywhere."),
+    ] = ()  # methods/activation.py
 
     def __post_init__(self) -> None:
         require_dropout(self.dropout)

@@ -10,9 +10,10 @@ comes as PEFT has it, one MLP for keys and values, and as the owner's document d
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weft.methods.count import Count, Term, gather
@@ -21,20 +22,19 @@ from weft.methods.protocol import BaseShape, Site, VirtualKV
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig:
-    """num_virtual_tokens: P. init_std: spread of the initial keys and values.
+    """How many keys and values there are, and how training reaches them."""
 
-    prefix_projection: whether training reaches P through the MLP, from a start of the MLP's own.
-    encoder_hidden_size: width of its hidden layer; None is PEFT's, the width of one layer's keys.
-    rows_size: width d_r of the rows R that it reads; None is PEFT's, the width of one layer's keys.
-    separate: whether keys and values have an MLP each, with nothing in common but R.
-    """
-
-    num_virtual_tokens: int = 16
-    init_std: float = 0.5
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = None
-    rows_size: int | None = None
-    separate: bool = False
+    num_virtual_tokens: Annotated[int, Field(description="Virtual positions, P.")] = 16
+    init_std: Annotated[float, Field(description="Spread of the initial keys and values.")] = 0.5
+    prefix_projection: Annotated[bool, Field(description="Whether training reaches P through the MLP.")] = False
+    encoder_hidden_size: Annotated[
+        int | None, Field(description="Width of its hidden layer; null is PEFT's, the width of one layer's keys.")
+    ] = None
+    rows_size: Annotated[
+        int | None,
+        Field(description="Width d_r of the rows R that it reads; null is PEFT's, the width of one layer's keys."),
+    ] = None
+    separate: Annotated[bool, Field(description="Whether keys and values have an MLP each, on the same R.")] = False
 
     def __post_init__(self) -> None:
         for knob in ("encoder_hidden_size", "rows_size"):

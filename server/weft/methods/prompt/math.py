@@ -9,9 +9,10 @@ request: they are computed once and shared, as a prefix is.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weft.methods.count import Count, Term, gather
@@ -28,15 +29,14 @@ class PromptInit(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
-    """num_virtual_tokens: P. init_std: spread of rows that begin as noise.
+    """How many rows there are, and what they begin as."""
 
-    init_text: its tokens, repeated or cut to P, are the first rows; given exactly where `prompt_init` is TEXT.
-    """
-
-    num_virtual_tokens: int = 16
+    num_virtual_tokens: Annotated[int, Field(description="Virtual positions, P.")] = 16
     prompt_init: PromptInit = PromptInit.VOCABULARY
-    init_std: float = 0.5
-    init_text: str = ""
+    init_std: Annotated[float, Field(description="Spread of rows that begin as noise.")] = 0.5
+    init_text: Annotated[
+        str, Field(description="Its tokens, repeated or cut to P, are the first rows; given if prompt_init is text.")
+    ] = ""
 
     def __post_init__(self) -> None:
         if (self.prompt_init is PromptInit.TEXT) != bool(self.init_text):

@@ -9,8 +9,10 @@ Deviation: the paper may put rows between tokens; as in PEFT, all of them come f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from weft.methods.count import Count
 from weft.methods.prompt import math as prompt
@@ -26,15 +28,14 @@ class Encoder(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PtuningConfig:
-    """num_virtual_tokens: P. encoder_hidden_size: its inner width; None is PEFT's, the base's embedding size.
+    """How many rows there are, and the encoder that makes them."""
 
-    encoder_num_layers: of the LSTM; the MLP always has three linear ones.
-    """
-
-    num_virtual_tokens: int = 16
+    num_virtual_tokens: Annotated[int, Field(description="Virtual positions, P.")] = 16
     encoder: Encoder = Encoder.MLP
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
+    encoder_hidden_size: Annotated[
+        int | None, Field(description="The encoder's inner width; null is PEFT's, the base's embedding size.")
+    ] = None
+    encoder_num_layers: Annotated[int, Field(description="Layers of the LSTM; the MLP always has three.")] = 2
 
 
 def init(config: PtuningConfig, base: BaseShape, generator: torch.Generator | None = None) -> prompt.PromptParams:

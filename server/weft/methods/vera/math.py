@@ -10,9 +10,10 @@ trained, an adapter folds into a LoRA with Λ_d A and Λ_b B: it is stored as ve
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weft.methods import targets
@@ -23,21 +24,14 @@ from weft.methods.protocol import BaseShape, Drop, Fitted, Packed, Site, SiteKin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VeraConfig:
-    """The rank, and where the vectors are.
-
-    target_modules: ends of the modules' paths; empty for every linear module.
-    layers: indices of the layers that take part; empty for all, and for what is outside of them.
-    exclude: ends of the paths of modules that are left out.
-    d_initial: what λ_d begins as; λ_b begins as zero.
-    dropout: share of the update's input that is dropped at each training step; evaluation and serving drop nothing.
-    """
+    """The rank, and where the vectors are."""
 
     rank: int = 64
-    target_modules: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
-    exclude: tuple[str, ...] = ()
-    d_initial: float = 0.1
-    dropout: float = 0.0
+    target_modules: Annotated[tuple[str, ...], Field(description="Ends of paths; empty for every linear module.")] = ()
+    layers: targets.Layers = ()
+    exclude: targets.Exclude = ()
+    d_initial: Annotated[float, Field(description="Initial value of λ_d; λ_b begins as zero.")] = 0.1
+    dropout: Annotated[float, Field(description="Share of the update's input that a training step drops.")] = 0.0
 
     def __post_init__(self) -> None:
         require_dropout(self.dropout)
