@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.gpu_base import Loras
+from benchmarks.slabs_at_hand import SlabsAtHand
 from weft.adapters.identifiers import Generation
 from weft.config import EngineConfig
-from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.engine import Engine
+from weft.engine.inbox import Inbox
+from weft.engine.outbox import EngineEvent
 from weft.engine.request import (
     AdapterUse,
     Finish,
@@ -84,14 +87,15 @@ class DecodeLoop:
         self.requests: dict[RequestId, Request] = {}
         self.tokens_at: dict[RequestId, list[float]] = {}
         self._failure: Finish | None = None
-        self._loads: list[Generation] = []
         self._num_requests = 0
         self.engine = Engine(
             self.runner,
             config,
             num_kv_blocks=num_kv_blocks,
             max_model_len=max_model_len,
-            callbacks=EngineCallbacks(events=self._take, load=self._loads.append),
+            inbox=Inbox(),
+            loader=SlabsAtHand(lambda generation: loras.slab(int(generation))),
+            publish=self._take,
             metrics=Metrics(),
         )
 
@@ -107,11 +111,8 @@ class DecodeLoop:
         return request_id
 
     def step(self) -> Step:
-        """One turn: loads that were asked for are answered from the host's memory first."""
+        """Take one turn; loads are answered from the host's memory, and take effect in the next one."""
         begin = time.perf_counter()
-        for generation in self._loads:
-            self.engine.loaded(generation, self._loras.slab(int(generation)))
-        self._loads.clear()
         self.engine.turn()
         now, num_tokens = time.perf_counter(), 0
         for request_id, request in self.requests.items():
@@ -161,7 +162,9 @@ class DecodeLoop:
         """No more steps."""
         self.engine.stop()
 
-    def _take(self, events: list[TokenEvent]) -> None:
+    def _take(self, events: Sequence[EngineEvent]) -> None:
         for event in events:
+            if not isinstance(event, TokenEvent):
+                continue
             if event.finish is not None and event.finish.reason is FinishReason.ERROR:
                 self._failure = event.finish

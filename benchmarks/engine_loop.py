@@ -8,13 +8,16 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.slabs_at_hand import SlabsAtHand
 from weft.adapters.identifiers import Generation
 from weft.adapters.ingest import Ingested
 from weft.adapters.slab import Slab
 from weft.api.serve import build_model
 from weft.config import WeftConfig
 from weft.engine.block_manager import cache_root
-from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.engine import Engine
+from weft.engine.inbox import Inbox
+from weft.engine.outbox import EngineEvent
 from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
 from weft.metrics import Metrics
 from weft.model import threads
@@ -40,15 +43,17 @@ class EngineLoop:
     def __init__(self, config: WeftConfig) -> None:
         self.model, runner = build_model(config)
         threads.compute_with(self.model.num_threads)
+        self._slabs: dict[Generation, Slab] = {}
         self._engine = Engine(
             runner,
             config.engine,
             num_kv_blocks=self.model.plan.num_kv_blocks,
             max_model_len=self.model.facts.max_model_len,
-            callbacks=EngineCallbacks(events=self._came, load=self._fetch),
+            inbox=Inbox(),
+            loader=SlabsAtHand(self._slabs.__getitem__),
+            publish=self._came,
             metrics=Metrics(),
         )
-        self._slabs: dict[Generation, Slab] = {}
         self._events: list[tuple[float, list[TokenEvent]]] = []
         self._ids = count()
 
@@ -108,11 +113,8 @@ class EngineLoop:
             self._events.clear()
         return list(token_s.values())
 
-    def _came(self, events: list[TokenEvent]) -> None:
-        self._events.append((time.monotonic(), events))
-
-    def _fetch(self, generation: Generation) -> None:
-        self._engine.loaded(generation, self._slabs[generation])
+    def _came(self, events: Sequence[EngineEvent]) -> None:
+        self._events.append((time.monotonic(), [event for event in events if isinstance(event, TokenEvent)]))
 
 
 def generation_of(path: Path) -> Generation:

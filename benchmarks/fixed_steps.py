@@ -14,13 +14,16 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.models import prompts
+from benchmarks.slabs_at_hand import SlabsAtHand
 from weft.adapters import slab
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.config import EngineConfig
 from weft.engine.block_manager import BlockManager, cache_root
-from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.engine import Engine
+from weft.engine.inbox import Inbox
+from weft.engine.outbox import EngineEvent
 from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams, TokenEvent
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
@@ -186,13 +189,15 @@ class PromptAgain:
         self._runner = _KeepingRunner(
             base, num_kv_blocks=num_blocks, block_size=config.block_size, adapter_bytes=0, kernels=kernels
         )
-        self._events: list[TokenEvent] = []
+        self._events: list[EngineEvent] = []
         self._engine = Engine(
             self._runner,
             config,
             num_kv_blocks=num_blocks,
             max_model_len=NUM_PROMPT + 1,
-            callbacks=EngineCallbacks(events=self._events.extend, load=lambda generation: None),
+            inbox=Inbox(),
+            loader=SlabsAtHand({}.__getitem__),
+            publish=self._events.extend,
             metrics=Metrics(),
         )
         self._prompt = tuple(prompts(1, NUM_PROMPT)[0])
@@ -221,6 +226,6 @@ class PromptAgain:
         while not self._events:
             self._engine.turn()
         (event,) = self._events
-        if event.finish is None or event.finish.error is not None:
+        if not isinstance(event, TokenEvent) or event.finish is None or event.finish.error is not None:
             raise RuntimeError(f"the prompt did not end in a token: {event}")
         return self._runner.logits

@@ -158,3 +158,8 @@ class Unsupported(WeftError):
     """The call is part of the contract and not offered here."""
 
     code = Code.UNIMPLEMENTED
+
+
+def draining_error() -> Unavailable:
+    """Return the answer to everything that comes after the server began to shut down."""
+    return Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeRunner, VirtualCell
 from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
 from weft.engine.block_manager import BlockManager
+from weft.engine.observer import Observer
+from weft.engine.outbox import AdaptersResident, EngineEvent, Outbox
 from weft.engine.request import Request, RequestId, SamplingParams
 from weft.engine.residency import Residency
 from weft.errors import AdapterConflict, DataLoss, Overloaded, WeftError
+from weft.metrics import Metrics
 
 A, B, C = FakeAdapter(1), FakeAdapter(2), FakeAdapter(3)
 BIG = FakeAdapter(4, units=2)
@@ -24,10 +26,6 @@ ALL = {adapter.generation: adapter for adapter in (A, B, C, BIG, P, Q, SOFT)}
 
 
 BROKEN = DataLoss("BLOB_CORRUPT", "")
-
-
-def watermark(slab: Slab) -> int:
-    return int(slab.virtual[0].max() if slab.virtual is not None else slab.buffer.view(torch.float32)[0])
 
 
 def fault() -> None:
@@ -40,19 +38,28 @@ class Device:
     def __init__(self, *, units: int = 2, num_blocks: int = 8) -> None:
         self.runner = FakeRunner(block_size=4, capacity_bytes=units * UNIT_BYTES)
         self.blocks = BlockManager(num_blocks, 4)
-        self.asked: list[Generation] = []
-        self.evictions = 0
-        self.told: set[int] = set()  # residents, by what was said of comings and goings
-        self.residency = Residency(
-            self.runner, self.blocks, request_load=self.asked.append, placed=self._placed, left=self._left
-        )
+        self.told: frozenset[Generation] = frozenset()  # residents, by what was published
+        self.metrics = Metrics()
+        self.residency = Residency(self.runner, self.blocks, Observer(self.metrics), Outbox(self._published, 0.0))
+        self._asked: list[Generation] = []
 
-    def _placed(self, slab: Slab) -> None:
-        self.told ^= {watermark(slab)}
+    @property
+    def asked(self) -> list[Generation]:
+        """What is to be loaded and was not answered yet."""
+        self._asked += self.residency.take_wanted()
+        return self._asked
 
-    def _left(self, slab: Slab, for_room: bool) -> None:
-        self.told ^= {watermark(slab)}
-        self.evictions += for_room
+    @property
+    def evictions(self) -> float:
+        """Adapters that made room for others."""
+        (family,) = self.metrics.adapter_evictions.collect()
+        return sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+
+    def _published(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            assert isinstance(event, AdaptersResident)
+            assert len(event.generations ^ self.told) == 1, "one comes or goes at a time"
+            self.told = event.generations
 
     def request(self, *adapters: FakeAdapter) -> Request:
         return Request(
@@ -86,9 +93,8 @@ class Device:
 
     @property
     def resident(self) -> set[int]:
-        numbers = {int(generation, 16) for generation in self.residency.resident()}
-        assert self.told == numbers
-        return numbers
+        assert self.told == self.residency.resident()
+        return {int(generation, 16) for generation in self.told}
 
 
 def test_a_missing_adapter_is_asked_for_once_and_held_from_admission_to_release() -> None:

@@ -88,7 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
             metrics=METRICS,
         )
         self.engine = self.harness.engine
-        self.registry = Registry(idle=self.went_idle, wall_clock=lambda: 0.0)
+        self.registry = Registry(wall_clock=lambda: 0.0)
         self.harness.on_finish = self.settle
         self.adapters: list[FakeAdapter] = []  # every content there ever was
         self.current: dict[AdapterId, FakeAdapter] = {}
@@ -124,7 +124,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert changes == (self.current.get(adapter_id) != adapter)
         if changes:
             info = AdapterInfo(num_virtual_tokens=adapter.num_virtual)
-            self.registry.publish(Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0))
+            version = Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0)
+            previous = self.registry.publish(version)
+            if previous is not None and not previous.leases:
+                self.went_idle(previous)
             self.current[adapter_id] = adapter
 
     @rule(adapter_id=ids, cancel=st.booleans())
@@ -262,7 +265,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def settle(self, request_id: RequestId, finish: Finish) -> None:
         for version in self.leases.pop(request_id):
-            self.registry.release(version, request_id)
+            if self.registry.release(version, request_id):
+                self.went_idle(version)
         if finish.error is not None and finish.error.reason == "POOL_EXHAUSTED":
             uses = {use.generation for use in self.harness.requests[request_id].adapters}
             units = sum(adapter.units for adapter in self.adapters if adapter.generation in uses)
@@ -332,7 +336,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(name=ids, prompt=prompts, fails=st.sampled_from([True, True, False]))
     def disturb_placement(self, name: AdapterId, prompt: list[int], fails: bool) -> None:
         """Soft rows that the base cannot compute when their adapter is placed: those who wait for it end, told why."""
-        before, unfit = set(self.leases), len(self.harness.unfit)
+        before, unfit = set(self.leases), len(self.harness.failed)
         self.generate_one([name], None, prompt, GREEDY, 1.0, float("inf"), "")
         if fails:
             self.harness.runner.fail_virtual = _fault
@@ -341,7 +345,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.harness.answer_load(self.harness.loads[0])
         self.turn()
         self.harness.runner.fail_virtual = lambda: None
-        failed = {generation for generation, _ in self.harness.unfit[unfit:]}
+        failed = {generation for generation, _ in self.harness.failed[unfit:]}
         assert fails or not failed
         assert not failed & self.engine.residency.resident()
         for request_id in before | set(self.leases):
@@ -618,9 +622,10 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
     real = Engine._expire
 
     def expire(self: Engine, now: float) -> None:
-        before = len(self._events)
+        expired = [request for request in self._requests.values() if request.deadline_s <= now]
         real(self, now)
-        self._events += self._events[before:]
+        for request in expired:
+            self._outbox._publish([self._outbox._pending[request.request_id]])
 
     patch.setattr(Engine, "_expire", expire)
 

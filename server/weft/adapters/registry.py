@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
-from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss
+from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
 _FAULTS_UNTIL_QUARANTINE = 3
 
@@ -66,7 +66,10 @@ class AdapterInfo:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Version:
-    """One generation under one id. `leases` holds the requests that use it."""
+    """One generation under one id. `leases` holds the requests that use it.
+
+    removal: the error of all its requests, once the version is removed without waiting for them.
+    """
 
     adapter_id: AdapterId
     generation: Generation
@@ -78,26 +81,18 @@ class Version:
     last_used_time_s: float | None = None
     leases: set[str] = field(default_factory=set)
     faults: int = 0
+    removal: WeftError | None = None
 
 
 class Registry:
-    """The versions of one server.
-
-    idle(version): called when a version that is no longer current has lost its last lease.
-    released(): called whenever a lease has ended.
-    changed(change, version): called after every change that a watcher sees.
-    """
+    """The versions of one server. changed(change, version): called after every change that a watcher sees."""
 
     def __init__(
         self,
         *,
-        idle: Callable[[Version], None] = lambda version: None,
-        released: Callable[[], None] = lambda: None,
         changed: Callable[[Change, Version], None] = lambda change, version: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._idle = idle
-        self._released = released
         self._changed = changed
         self._wall_clock = wall_clock
         self._current: dict[AdapterId, Version] = {}
@@ -181,19 +176,18 @@ class Registry:
         version.leases.add(request_id)
         version.last_used_time_s = self._wall_clock()
 
-    def release(self, version: Version, request_id: str) -> None:
-        """The request ended."""
+    def release(self, version: Version, request_id: str) -> bool:
+        """End a lease; returns whether it was the last one of a version that is no longer current."""
         version.leases.remove(request_id)
-        self._released()
         if version.leases or self._current.get(version.adapter_id) is version:
-            return
+            return False
         replaced = self._replaced.get(version.adapter_id, [])
         if version in replaced:
             replaced.remove(version)
             if not replaced:
                 del self._replaced[version.adapter_id]
             self._forget(version)
-        self._idle(version)
+        return True
 
     def begin(self, adapter_id: AdapterId) -> None:
         """A free id is being registered: it is LOADING until `publish` or `abandon`."""
@@ -250,7 +244,7 @@ class Registry:
         return True
 
     def publish(self, version: Version) -> Version | None:
-        """Make `version` current; returns the one it replaced, which stays for the requests that hold it."""
+        """Make `version` current; returns the one it replaced, which stays if requests hold it."""
         previous = self._current.get(version.adapter_id)
         if previous is not None and previous.state is AdapterState.LOADING:
             previous = None
@@ -263,7 +257,6 @@ class Registry:
                 self._replaced.setdefault(version.adapter_id, []).insert(0, previous)
             else:
                 self._forget(previous)
-                self._idle(previous)
         return previous
 
     def drain(self, adapter_id: AdapterId, expected_generation: str | None) -> list[Version]:

@@ -15,9 +15,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.ingest import Ingest, Ingested
+from weft.adapters.loader import AdapterLoader
 from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, Staging
@@ -26,7 +26,8 @@ from weft.api.memory import AdapterMemory, Freed
 from weft.api.watch import Watches
 from weft.api.work import Work
 from weft.engine.engine import Engine
-from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, Unavailable, WeftError
+from weft.engine.request import FinishReason, RequestId
+from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, WeftError
 from weft.metrics import Metrics
 from weft.v1.adapter_files import pair_of
 
@@ -68,10 +69,7 @@ class Removed(NamedTuple):
 
 
 class Lifecycle:
-    """The adapters of one server.
-
-    cancel(request id, error): ends a running request; the id is one of a version's leases.
-    """
+    """The adapters of one server."""
 
     def __init__(
         self,
@@ -79,42 +77,25 @@ class Lifecycle:
         engine: Engine,
         store: AdapterStore,
         ingest: Ingest,
-        host: HostCache,
+        loader: AdapterLoader,
+        work: Work,
         device_bytes: int,
         metrics: Metrics,
-        cancel: Callable[[str, WeftError], None],
     ) -> None:
-        self._blocks = engine.blocks
+        self._engine = engine
         self._store = store
         self._ingest = ingest
+        self._loader = loader
+        self._work = work
         self._device_bytes = device_bytes
         self._metrics = metrics
-        self._cancel = cancel
-        self._work = Work()
-        self.watches = Watches()
-        self.registry = Registry(idle=self._went_idle, released=self._released, changed=self._changed)
-        self.memory = AdapterMemory(
-            engine=engine,
-            store=store,
-            ingest=ingest,
-            host=host,
-            registry=self.registry,
-            work=self._work,
-            metrics=metrics,
-            changed=self._changed,
-            unwanted=self._free_later,
-        )
-        self._lease_ended = asyncio.Event()
         self._methods: dict[AdapterId, str] = {}
-
-    def refuse(self, error: Unavailable) -> None:
-        """Change nothing any more; what has begun goes on."""
-        self._work.refuse(error)
-
-    async def close(self) -> None:
-        """End watches and background work."""
-        self.watches.end()
-        await self._work.close()
+        self._lease_ended = asyncio.Event()
+        self.watches = Watches()
+        self.registry = Registry(changed=self._changed)
+        self.memory = AdapterMemory(
+            engine=engine, loader=loader, store=store, registry=self.registry, watches=self.watches, work=work
+        )
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -133,13 +114,13 @@ class Lifecycle:
                 pinned=manifest.pinned,
             )
             try:
-                ingested = await self._work.run(self.memory.read, manifest.generation)
+                ingested = await self._work.run(self._loader.read, manifest.generation)
             except WeftError as error:
                 version.state, version.state_reason = AdapterState.FAILED, error.reason
                 _log.warning("store: adapter %s is not served: %s", manifest.adapter_id, error)
             else:
                 version.info = ingested.info
-                self.memory.keep(manifest.generation, ingested.slab)
+                self._loader.keep(manifest.generation, ingested.slab)
             self.registry.publish(version)
             if version.pinned and version.state is AdapterState.ACTIVE:
                 self.memory.bring_pinned(version)
@@ -251,8 +232,10 @@ class Lifecycle:
             await self.memory.free(generation)
             raise
         version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
-        self.memory.keep(generation, ingested.slab)
-        self.registry.publish(version)
+        self._loader.keep(generation, ingested.slab)
+        replaced = self.registry.publish(version)
+        if replaced is not None and not replaced.leases:
+            self._free_later(replaced.generation)
         if version.info.trained_held_as:
             _log.warning(
                 "%s: trained on another quantization (%s) of the base", adapter_id, version.info.trained_held_as
@@ -274,13 +257,13 @@ class Lifecycle:
                 limit=self._device_bytes,
                 given=ingested.slab.buffer.nbytes,
             )
-        needed = -(-ingested.slab.num_virtual_tokens // self._blocks.block_size)
-        if needed >= self._blocks.num_blocks:
+        needed = -(-ingested.slab.num_virtual_tokens // self._engine.blocks.block_size)
+        if needed >= self._engine.blocks.num_blocks:
             raise InvalidAdapter.rule(
                 "ADAPTER_TOO_LARGE",
                 "adapter_config.num_virtual_tokens",
                 "can never fit the KV pool in blocks",
-                limit=self._blocks.num_blocks - 1,
+                limit=self._engine.blocks.num_blocks - 1,
                 given=needed,
             )
 
@@ -316,12 +299,14 @@ class Lifecycle:
         if not cancel:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wait_released(versions), timeout_s)
+        error = AdapterConflict(
+            "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} was unregistered while the request ran"
+        )
         leftover = {request_id for version in versions for request_id in version.leases}
+        for version in versions:
+            version.removal = error  # of requests that the engine does not have yet
         for request_id in leftover:
-            error = AdapterConflict(
-                "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} was unregistered while the request ran"
-            )
-            self._cancel(request_id, error)
+            self._engine.end(RequestId(request_id), FinishReason.ERROR, error)
         await self._wait_released(versions)
         self.registry.remove(adapter_id)
         total = Freed()
@@ -330,18 +315,16 @@ class Lifecycle:
         await self._collect()
         return Removed(total, cancelled_requests=len(leftover))
 
-    async def _wait_released(self, versions: list[Version]) -> None:
-        while any(version.leases for version in versions):
-            await self._lease_ended.wait()
-
-    def _released(self) -> None:
+    def release(self, version: Version, request_id: str) -> None:
+        """End a request's lease. The memory of a replaced version goes with the last one."""
+        if self.registry.release(version, request_id):
+            self._free_later(version.generation)
         self._lease_ended.set()
         self._lease_ended = asyncio.Event()
 
-    def _went_idle(self, version: Version) -> None:
-        """A replaced version has no requests left: its memory goes."""
-        if version.state is AdapterState.DRAINING and self.registry.current(version.adapter_id) is not version:
-            self._free_later(version.generation)
+    async def _wait_released(self, versions: list[Version]) -> None:
+        while any(version.leases for version in versions):
+            await self._lease_ended.wait()
 
     def _free_later(self, generation: Generation) -> None:
         if not self._work.is_closed:

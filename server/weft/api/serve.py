@@ -31,11 +31,11 @@ from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.api import memory_plan
 from weft.api.application import Application, ServedModel
-from weft.api.generation import ModelFacts
 from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.servicers.adapters import AdapterServicer
 from weft.api.servicers.generation import GenerationServicer
 from weft.api.servicers.health import HealthServicer
+from weft.api.validation import ModelFacts
 from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select

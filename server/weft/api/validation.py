@@ -7,7 +7,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from weft.adapters.identifiers import parse_reference
 from weft.api import composition, mixtures
@@ -19,6 +19,23 @@ from weft.errors import InvalidRequest
 _TEMPERATURE_MIN = 0.01
 _TEMPERATURE_MAX = 100.0
 _PENALTY_MAX = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What of the base the request path needs to know. tokenizer: a fast transformers tokenizer."""
+
+    name: str
+    digest: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    tokenizer: Any
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base can render conversations."""
+        return self.tokenizer.chat_template is not None
 
 
 class ChatTurn(NamedTuple):
@@ -58,7 +75,7 @@ class GenerationSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedSpec:
-    """A request whose fields obey their rules. `max_new_tokens` is None where the caller left it to the server.
+    """A request whose fields obey their rules.
 
     parts: the adapters that answer, in the order of the request; none is the base.
     """
@@ -67,7 +84,6 @@ class CheckedSpec:
     request_id: str
     parts: tuple[Part, ...]
     seed: int
-    max_new_tokens: int | None
     stop_token_ids: frozenset[int]
 
     def sampling(self, *, max_new_tokens: int) -> SamplingParams:
@@ -87,18 +103,10 @@ class CheckedSpec:
         )
 
 
-def check(
-    spec: GenerationSpec,
-    limits: RequestLimits,
-    *,
-    vocab_size: int,
-    eos_token_ids: frozenset[int],
-    base_model: str,
-    has_chat_template: bool,
-) -> CheckedSpec:
+def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> CheckedSpec:
     """Raise InvalidRequest for the first field that breaks its rule."""
     _check_request_id(spec.request_id, limits)
-    _check_input(spec, limits, vocab_size, has_chat_template)
+    _check_input(spec, limits, model)
     if len(spec.cache_salt.encode()) > limits.cache_salt_bytes_max:
         raise InvalidRequest.rule(
             "CACHE_SALT_INVALID",
@@ -109,24 +117,23 @@ def check(
         )
     parts: tuple[Part, ...] = ()
     if spec.composition is not None:
-        parts = composition.check(spec.composition, limits, base_model=base_model)
+        parts = composition.check(spec.composition, limits, base_model=model.name)
     elif spec.adapter_id is not None:
-        parts = (Part(parse_reference(spec.adapter_id, base_model=base_model), 1.0, "adapter_id"),)
+        parts = (Part(parse_reference(spec.adapter_id, base_model=model.name), 1.0, 1.0, "adapter_id"),)
     if spec.steering is not None:
-        mixtures.check_steering(spec.steering, base_model=base_model)
-    _check_sampling(spec, vocab_size)
-    _check_stopping(spec, limits, vocab_size)
+        mixtures.check_steering(spec.steering, base_model=model.name)
+    _check_sampling(spec, model.vocab_size)
+    _check_stopping(spec, limits, model.vocab_size)
     if spec.logprobs is not None and not 0 <= spec.logprobs <= limits.logprobs_max:
         raise InvalidRequest.rule(
             "LOGPROBS_LIMIT", "options.logprobs", "is out of range", limit=limits.logprobs_max, given=spec.logprobs
         )
-    eos = frozenset() if spec.ignore_eos else eos_token_ids
+    eos = frozenset() if spec.ignore_eos else model.eos_token_ids
     return CheckedSpec(
         spec=spec,
         request_id=spec.request_id or secrets.token_hex(8),
         parts=parts,
         seed=secrets.randbits(63) if spec.seed is None else spec.seed,
-        max_new_tokens=spec.max_new_tokens,
         stop_token_ids=eos | frozenset(spec.stop_token_ids),
     )
 
@@ -142,7 +149,7 @@ def _check_request_id(request_id: str, limits: RequestLimits) -> None:
         )
 
 
-def _check_input(spec: GenerationSpec, limits: RequestLimits, vocab_size: int, has_chat_template: bool) -> None:
+def _check_input(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> None:
     inputs = {"text": spec.text, "token_ids": spec.token_ids, "messages": spec.messages}
     given = [name for name, value in inputs.items() if value is not None]
     if len(given) != 1:
@@ -161,14 +168,14 @@ def _check_input(spec: GenerationSpec, limits: RequestLimits, vocab_size: int, h
             raise InvalidRequest.rule("PROMPT_INVALID", "token_ids.ids", "must not be empty", given="[]")
         check_prompt_bytes("token_ids.ids", 4 * len(spec.token_ids), limits)
         for index, token_id in enumerate(spec.token_ids):
-            check_token(f"token_ids.ids[{index}]", token_id, vocab_size)
+            check_token(f"token_ids.ids[{index}]", token_id, model.vocab_size)
     elif spec.messages is not None:
         if not spec.messages:
             raise InvalidRequest.rule("PROMPT_INVALID", "messages.messages", "must not be empty", given="[]")
         check_prompt_bytes(
             "messages", sum(len(t.role.encode()) + len(t.content.encode()) for t in spec.messages), limits
         )
-        if not has_chat_template:
+        if not model.has_chat_template:
             raise InvalidRequest.rule("PROMPT_INVALID", "messages", "needs a base with a chat template", given="none")
         for index, turn in enumerate(spec.messages):
             if not turn.role:

@@ -166,6 +166,8 @@ class Request:
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
     num_cached_tokens: prompt tokens that others had computed when the request first started.
     num_overtaken: later requests that started while this one waited for adapter room.
+    generations: what must be on the device: the adapters in order, then the mixture's router.
+    spans: the uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other.
     """
 
     request_id: RequestId
@@ -186,19 +188,20 @@ class Request:
     virtual_blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     random: Random = field(default_factory=Random)
+    generations: tuple[Generation, ...] = field(init=False)
+    spans: tuple[AdapterUse, ...] = field(init=False)
+    num_virtual_tokens: int = field(init=False)
     scheduled_s: float | None = None
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
+        adapters = tuple(use.generation for use in self.adapters)
+        self.generations = adapters if self.mixture is None else (*adapters, self.mixture.generation)
+        self.spans = tuple(use for use in self.adapters if use.num_virtual_tokens)
+        self.num_virtual_tokens = sum(use.num_virtual_tokens for use in self.spans)
         assert all(use.gate > 0 for use in self.spans), "attention takes the logarithm of a virtual use's gate"
         assert not any(use.ranges for use in self.spans), "virtual positions act on every token"
         self.random.seed(self.params.seed)
-
-    @property
-    def generations(self) -> tuple[Generation, ...]:
-        """What must be on the device: the adapters in order, then the mixture's router."""
-        adapters = tuple(use.generation for use in self.adapters)
-        return adapters if self.mixture is None else (*adapters, self.mixture.generation)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -207,15 +210,6 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output)
-
-    @property
-    def spans(self) -> list[AdapterUse]:
-        """The uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other."""
-        return [use for use in self.adapters if use.num_virtual_tokens]
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        return sum(use.num_virtual_tokens for use in self.adapters)
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Prompt and output tokens start : stop."""

@@ -2,8 +2,8 @@
 
 An adapter is resident when its slot is filled and its virtual positions are in the KV pool. A request holds its
 adapters from the step that starts it to its end; held and pinned adapters stay, the others leave, longest unused first,
-when room is needed. What is missing is asked for once (`request_load`) and arrives as a slab between two steps.
-Soft rows go through the base when their adapter is placed; where that fails, those who wait for it are to be told.
+when room is needed. What is missing is wanted once (`take_wanted`) and arrives as a slab between two steps.
+Soft rows go through the base when their adapter is placed; if that fails, the requests that wait for it end.
 
 An adapter leaves only for one that is used at once: all adapters of a request are placed together when all are here and
 fit, or none is. So every eviction is somebody's progress, and no two requests drive each other's adapters out for ever.
@@ -11,13 +11,15 @@ fit, or none is. So every eviction is somebody's progress, and no two requests d
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
+from weft.engine.observer import Observer
+from weft.engine.outbox import AdaptersResident, Outbox
 from weft.engine.request import Request
 from weft.engine.runner import Runner
 from weft.errors import AdapterConflict, Overloaded, WeftError
@@ -38,27 +40,16 @@ class _Resident:
 
 
 class Residency:
-    """Device memory of adapters, as the scheduler sees it.
+    """Device memory of adapters, as the scheduler sees it."""
 
-    placed(slab), left(slab, for_room): called when an adapter has come to the device and when it has left.
-    """
-
-    def __init__(
-        self,
-        runner: Runner,
-        blocks: BlockManager,
-        *,
-        request_load: Callable[[Generation], None],
-        placed: Callable[[Slab], None] = lambda slab: None,
-        left: Callable[[Slab, bool], None] = lambda slab, for_room: None,
-    ) -> None:
+    def __init__(self, runner: Runner, blocks: BlockManager, observer: Observer, outbox: Outbox) -> None:
         self._runner = runner
         self._blocks = blocks
-        self._request_load = request_load
-        self._placed = placed
-        self._left = left
+        self._observer = observer
+        self._outbox = outbox
         self._resident: OrderedDict[Generation, _Resident] = OrderedDict()  # least recently used first
-        self._pending: set[Generation] = set()  # asked for
+        self._wanted: list[Generation] = []  # to be loaded
+        self._pending: set[Generation] = set()  # wanted, and not here yet
         self._arrived: dict[Generation, Slab] = {}  # came, and found no room yet
         self._failures: dict[Generation, WeftError] = {}  # came, and could not be computed
         self._seekers: dict[Request, frozenset[Generation]] = {}  # requests that were not admitted, and what they need
@@ -82,7 +73,7 @@ class Residency:
         """
         for generation in request.generations:
             if generation not in self._resident and generation not in self._arrived:
-                self._ask_for(generation)
+                self._want(generation)
 
     def admit(self, request: Request) -> bool:
         """Hold every adapter of a request; False where one is not resident: it is on its way, or there is no room."""
@@ -148,13 +139,28 @@ class Residency:
         for future in self._awaited.pop(generation, ()):
             future.set_exception(error)
 
+    def take_wanted(self) -> list[Generation]:
+        """Return the adapters to load that the last call did not have."""
+        wanted, self._wanted = dict.fromkeys(self._wanted), []
+        return [generation for generation in wanted if generation in self._pending]
+
     def take_failures(self) -> dict[Generation, WeftError]:
         """Adapters that could not be placed since the last call, and why; whoever asks for one again has it loaded."""
         failures, self._failures = self._failures, {}
         return failures
 
-    def preload(self, generation: Generation, future: "Future[None]") -> None:
-        """Bring an adapter in without a request; `future` ends with it, or with why it cannot come now."""
+    def preload(
+        self, generation: Generation, future: "Future[None]", *, slab: Slab | None = None, pin: bool = False
+    ) -> None:
+        """Bring an adapter in without a request; `future` ends with it, or with why it cannot come now.
+
+        slab: spares the load. pin: keep the adapter on the device.
+        """
+        if pin:
+            self._pinned.add(generation)
+        if slab is not None and generation not in self._resident:
+            self._pending.discard(generation)
+            self._arrived[generation] = slab
         self._awaited.setdefault(generation, []).append(future)
         if not self._bring([generation]) and generation not in self._failures:
             self._preloading.add(generation)
@@ -206,16 +212,16 @@ class Residency:
         missing = {g: self._arrived.get(g) for g in generations if g not in self._resident}
         for generation, slab in missing.items():
             if slab is None:
-                self._ask_for(generation)
+                self._want(generation)
         slabs = {generation: slab for generation, slab in missing.items() if slab is not None}
         if len(slabs) < len(missing) or not self._make_room(slabs.values(), keep=generations):
             return False
         return all(self._place(generation, slab) for generation, slab in slabs.items())
 
-    def _ask_for(self, generation: Generation) -> None:
+    def _want(self, generation: Generation) -> None:
         if generation not in self._pending:
             self._pending.add(generation)
-            self._request_load(generation)
+            self._wanted.append(generation)
 
     def _answer(self, generation: Generation) -> None:
         """Tell those who wait for an adapter by itself, once it is known what becomes of it."""
@@ -255,7 +261,8 @@ class Residency:
             self._failures[generation] = failure
             return False
         self._resident[generation] = _Resident(slab, slot, blocks)
-        self._placed(slab)
+        self._observer.adapter_placed(slab)
+        self._outbox.publish(AdaptersResident(self.resident()))
         return True
 
     def _write_virtual(self, blocks: list[int], virtual: Virtual) -> WeftError | None:
@@ -297,5 +304,6 @@ class Residency:
         resident = self._resident.pop(generation)
         freed = self._runner.slots.drop(resident.slot) + resident.slab.kv_bytes
         self._blocks.drop_virtual(resident.blocks)
-        self._left(resident.slab, for_room)
+        self._observer.adapter_left(resident.slab, for_room=for_room)
+        self._outbox.publish(AdaptersResident(self.resident()))
         return freed

@@ -11,8 +11,7 @@ before it, so running requests end and make its room.
 """
 
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import Request, RequestStatus
@@ -32,31 +31,33 @@ class Scheduled(NamedTuple):
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
 
 
+class AdapterHolds(Protocol):
+    """Decides whether the adapters of a request let it start (`Residency`)."""
+
+    def admit(self, request: Request) -> bool:
+        """Hold every adapter of the request; False to try again in a later step."""
+        ...
+
+    def is_loading(self, request: Request) -> bool:
+        """Return whether the request waits for a load, not for room."""
+        ...
+
+
 class Scheduler:
     """The waiting and the running; the engine thread is its only caller.
 
-    admit(request): called before a waiting request starts; True when every adapter is resident and held for it, False
-    to try again in a later step. is_loading(request): whether it was refused for a load that is on its way, not for
-    want of room.
-    blocked: the waiting request that nobody may pass any more, after a step that met one.
+    blocked: the waiting request that no other may pass any more, after a step that met one.
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        admit: Callable[[Request], bool],
-        is_loading: Callable[[Request], bool],
+        self, blocks: BlockManager, holds: AdapterHolds, *, max_num_seqs: int, max_num_batched_tokens: int
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._admit = admit
-        self._is_loading = is_loading
+        self._holds = holds
         self.blocked: Request | None = None
         self.num_preemptions = 0
 
@@ -121,9 +122,9 @@ class Scheduler:
             if self.blocked is not None:
                 break
             request = self.waiting.popleft()
-            if not self._admit(request):
+            if not self._holds.admit(request):
                 skipped.append(request)
-                if not self._is_loading(request):
+                if not self._holds.is_loading(request):
                     without_room.append(request)
                 continue
             num_cached = self.blocks.match(request)

@@ -13,8 +13,7 @@ from weft.api.lifecycle import Outcome, Registered, RegisterOptions
 from weft.api.memory import Residence
 from weft.api.servicers.upload import SHA256, Messages, Upload, check_files, discard
 from weft.api.servicers.upload_line import UploadLine
-from weft.engine.engine import draining
-from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError
+from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError, draining_error
 from weft.methods.catalog import KINDS
 from weft.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_grpc
 
@@ -192,7 +191,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             while (event := await watch.next()) is not None:
                 change, version = event
                 yield response(change=_CHANGES[change], adapter=self._adapter(version))
-        raise draining()
+        raise draining_error()
 
     async def _upload(self, messages: Messages) -> Registered:
         config = self._application.config

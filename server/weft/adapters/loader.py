@@ -1,0 +1,88 @@
+"""From disk to host memory: worker threads read stored adapters, and the host cache keeps what they read."""
+
+import logging
+import threading
+from concurrent.futures import Executor, Future
+
+from weft.adapters.host import HostCache
+from weft.adapters.identifiers import Generation
+from weft.adapters.ingest import Ingest, Ingested
+from weft.adapters.slab import Slab
+from weft.adapters.store import AdapterStore
+from weft.adapters.versions import corrupt
+from weft.errors import WeftError, draining_error
+from weft.metrics import Metrics
+from weft.v1.adapter_files import pair_of
+
+_log = logging.getLogger(__name__)
+
+
+class AdapterLoader:
+    """Host copies of stored adapters. Any thread may call it.
+
+    workers: the threads that read and parse.
+    """
+
+    def __init__(
+        self, store: AdapterStore, ingest: Ingest, host: HostCache, *, workers: Executor, metrics: Metrics
+    ) -> None:
+        self._store = store
+        self._ingest = ingest
+        self._host = host
+        self._workers = workers
+        self._metrics = metrics
+        self._reads: dict[Generation, object] = {}  # the last read of each, if its result may be kept
+        self._lock = threading.Lock()
+
+    def __contains__(self, generation: Generation) -> bool:
+        return generation in self._host
+
+    def request(self, generation: Generation) -> "Future[Slab]":
+        """Return the adapter's slab as a future, which ends with the slab or with WeftError."""
+        try:
+            return self._workers.submit(self._load, generation)
+        except RuntimeError:  # what an executor that was shut down raises
+            refused: Future[Slab] = Future()
+            refused.set_exception(draining_error())
+            return refused
+
+    def read(self, generation: Generation) -> Ingested:
+        """Read and check a stored adapter; blocks on the disk."""
+        with self._store.open_version(generation) as stored:
+            pair = pair_of(stored.files)
+            if pair is None:
+                raise corrupt(generation, "it holds other files than an adapter has")
+            config, weights = (stored.files[name] for name in pair)
+            return self._ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
+
+    def keep(self, generation: Generation, slab: Slab) -> None:
+        """Keep a slab on the host."""
+        self._host.put(generation, slab)
+
+    def drop(self, generation: Generation) -> int:
+        """Let the host's copy go, and what a running read would keep; returns the bytes."""
+        with self._lock:
+            self._reads.pop(generation, None)
+            return self._host.drop(generation)
+
+    def _load(self, generation: Generation) -> Slab:
+        try:
+            with self._metrics.adapter_load_seconds.time():
+                return self._host.get(generation) or self._read_and_keep(generation)
+        except WeftError:
+            raise
+        except Exception:
+            _log.exception("loading an adapter failed")
+            raise WeftError("INTERNAL", "internal error") from None
+
+    def _read_and_keep(self, generation: Generation) -> Slab:
+        """Keep what was read, unless `drop` came meanwhile: then nothing would ever drop it again."""
+        this_read = object()
+        with self._lock:
+            self._reads[generation] = this_read
+        slab = self.read(generation).slab
+        with self._lock:
+            if self._reads.get(generation) is this_read:
+                del self._reads[generation]
+                self._host.put(generation, slab)
+        return slab
