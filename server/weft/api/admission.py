@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from weft.adapters.registry import Version
 from weft.api import composition, mixtures
 from weft.api.lifecycle import Lifecycle
 from weft.api.validation import CheckedSpec, ModelFacts
-from weft.config import RequestLimits
 from weft.engine.block_manager import cache_root
 from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId
 from weft.errors import InvalidRequest, Overloaded
@@ -35,12 +35,11 @@ class Admission:
     num_requests: requests that hold a place.
     """
 
-    def __init__(self, lifecycle: Lifecycle, model: ModelFacts, limits: RequestLimits, max_requests: int) -> None:
+    def __init__(self, lifecycle: Lifecycle, model: ModelFacts, max_requests: int) -> None:
         self.num_requests = 0
         self._lifecycle = lifecycle
         self._registry = lifecycle.registry
         self._model = model
-        self._limits = limits
         self._max_requests = max_requests
         self._empty = asyncio.Event()
         self._empty.set()
@@ -104,7 +103,7 @@ class Admission:
         request = Request(
             request_id=request_id,
             prompt_token_ids=tuple(tokens),
-            params=checked.sampling(max_new_tokens=max_new_tokens),
+            params=replace(checked.params, max_new_tokens=max_new_tokens),
             adapters=uses,
             mixture=mixture,
             cache_root=cache_root(checked.spec.cache_salt, self._model.digest, uses, mixture, tokens),
@@ -133,7 +132,7 @@ class Admission:
                 field="stopping.max_new_tokens",
                 metadata={"limit": max(room, 0), "given": asked or 1},
             )
-        return asked or min(self._limits.max_new_tokens_default, room)
+        return min(checked.params.max_new_tokens, room)
 
     def _uses(
         self, checked: CheckedSpec, held: Held, tokens: Sequence[int]

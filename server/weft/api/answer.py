@@ -63,7 +63,7 @@ def end(
         num_prompt_tokens=request.num_prompt_tokens,
         num_completion_tokens=num_tokens,
         num_cached_tokens=request.num_cached_tokens,
-        seed=checked.seed,
+        seed=checked.params.seed,
         adapters=tuple(
             _effective(part, version, request, num_tokens)
             for part, version in zip(checked.parts, held.versions, strict=True)

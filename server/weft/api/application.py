@@ -66,13 +66,13 @@ class Application:
         self.model = model
         self.metrics = metrics
         self.down = asyncio.Event()
-        self._work = Work()
+        self.work = Work()
         self._inbox = Inbox()
         store = AdapterStore(config.store, config.adapters, allowed_sources=config.allowed_sources)
         # Some adapters are laid out by the base's weights, which the engine thread alone may touch.
         ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
         host = HostCache(config.residency.host_bytes)
-        loader = AdapterLoader(store, ingest, host, workers=self._work.threads, metrics=metrics)
+        loader = AdapterLoader(store, ingest, host, workers=self.work.threads, metrics=metrics)
         self.engine = Engine(
             runner,
             config.engine,
@@ -88,7 +88,7 @@ class Application:
             store=store,
             ingest=ingest,
             loader=loader,
-            work=self._work,
+            work=self.work,
             device_bytes=config.residency.device_bytes,
             metrics=metrics,
         )
@@ -132,7 +132,7 @@ class Application:
         await asyncio.sleep(0)  # the last events are on the loop's queue
         self._lag.cancel()
         self.lifecycle.watches.end()
-        await self._work.close()
+        await self.work.close()
 
     def _receive(self, events: Sequence[EngineEvent]) -> None:
         """Hand on what the engine publishes; called on the event loop."""
@@ -150,7 +150,7 @@ class Application:
 
     def _refuse(self, error: Unavailable) -> None:
         self.requests.refuse(error)
-        self._work.refuse(error)
+        self.work.refuse(error)
 
     async def _measure_lag(self) -> None:
         while True:

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
 from weft.adapters.identifiers import AdapterId, Generation
 from weft.adapters.ingest import Ingest, Ingested
@@ -22,17 +23,16 @@ from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, 
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, Staging
 from weft.api import mixtures
-from weft.api.memory import AdapterMemory, Freed
+from weft.api.memory import AdapterMemory
 from weft.api.watch import Watches
 from weft.api.work import Work
-from weft.engine.engine import Engine
+from weft.engine.engine import Engine, Freed
 from weft.engine.request import FinishReason, RequestId
 from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, WeftError
 from weft.metrics import Metrics
 from weft.v1.adapter_files import pair_of
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Outcome(StrEnum):
@@ -173,10 +173,6 @@ class Lifecycle:
 
         return await self._work.to_the_end(register())
 
-    async def write(self, function: Callable[[], T]) -> T:
-        """Run an upload's disk work beside the event loop."""
-        return await self._work.run(function)
-
     async def _register_staged(
         self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions, source: str
     ) -> Registered:
@@ -197,37 +193,38 @@ class Lifecycle:
     async def _publish(
         self, adapter_id: AdapterId, staged: StagedVersion, ingested: Ingested, options: RegisterOptions, source: str
     ) -> Registered:
-        generation = staged.generation
         changes = self.registry.check_publish(
-            adapter_id, generation, replace=options.replace, expected_generation=options.expected_generation
+            adapter_id, staged.generation, replace=options.replace, expected_generation=options.expected_generation
         )
-        current = self.registry.current(adapter_id)
-        previous = None if current is None or current.state is AdapterState.LOADING else current
+        previous = self.registry.current(adapter_id)
+        if previous is not None and previous.state is AdapterState.LOADING:
+            previous = None
         if not changes:
             assert previous is not None
             if options.pin and not options.validate_only:
                 await self.memory.pin(previous)
             return Registered(previous, Outcome.UNCHANGED)
-        pinned = options.pin or (previous is not None and previous.pinned)  # a pin is the id's, not the content's
         version = Version(
-            adapter_id=adapter_id, generation=generation, info=ingested.info, create_time_s=time.time(), pinned=pinned
+            adapter_id=adapter_id,
+            generation=staged.generation,
+            info=ingested.info,
+            create_time_s=time.time(),
+            pinned=options.pin or (previous is not None and previous.pinned),  # a pin is the id's, not the content's
         )
-        outcome = Outcome.CREATED if previous is None else Outcome.REPLACED
-        if options.validate_only:
-            return Registered(version, outcome)
+        if not options.validate_only:
+            await self._commit(version, staged, ingested, source, replace=previous is not None)
+        return Registered(version, Outcome.CREATED if previous is None else Outcome.REPLACED)
+
+    async def _commit(
+        self, version: Version, staged: StagedVersion, ingested: Ingested, source: str, *, replace: bool
+    ) -> None:
+        """Make a version durable, then current."""
+        adapter_id, generation, info = version.adapter_id, version.generation, version.info
+        commit = partial(self._store.commit, adapter_id=adapter_id, method=info.method, pinned=version.pinned)
         try:
-            if pinned:  # first of all: a call that fails for want of room leaves nothing behind
+            if version.pinned:  # first of all: a call that fails for want of room leaves nothing behind
                 await self.memory.bring(generation, pin=True, slab=ingested.slab)
-            manifest = await self._work.run(
-                lambda: self._store.commit(
-                    staged,
-                    adapter_id=adapter_id,
-                    method=ingested.info.method,
-                    pinned=pinned,
-                    source=source,
-                    replace=previous is not None,
-                )
-            )
+            manifest = await self._work.run(partial(commit, staged, source=source, replace=replace))
         except BaseException:
             await self.memory.free(generation)
             raise
@@ -236,17 +233,14 @@ class Lifecycle:
         replaced = self.registry.publish(version)
         if replaced is not None and not replaced.leases:
             self._free_later(replaced.generation)
-        if version.info.trained_held_as:
-            _log.warning(
-                "%s: trained on another quantization (%s) of the base", adapter_id, version.info.trained_held_as
-            )
-        if version.info.trained_rope_factors:
+        if info.trained_held_as:
+            _log.warning("%s: trained on another quantization (%s) of the base", adapter_id, info.trained_held_as)
+        if info.trained_rope_factors:
             _log.warning(
                 "%s: trained with other rotary factors (%s) than this server's max_model_len takes; answers may differ",
                 adapter_id,
-                version.info.trained_rope_factors,
+                info.trained_rope_factors,
             )
-        return Registered(version, outcome)
 
     def _check_fit(self, ingested: Ingested) -> None:
         if ingested.slab.buffer.nbytes > self._device_bytes:

@@ -5,7 +5,6 @@ The engine decides what is on the device and publishes it after every change; he
 
 import asyncio
 from enum import StrEnum
-from typing import NamedTuple
 
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
 from weft.adapters.loader import AdapterLoader
@@ -14,7 +13,7 @@ from weft.adapters.slab import Slab
 from weft.adapters.store import AdapterStore
 from weft.api.watch import Watches
 from weft.api.work import Work
-from weft.engine.engine import Engine
+from weft.engine.engine import Engine, Freed
 from weft.errors import AdapterNotFound, AdapterUnusable, Overloaded, Unavailable, WeftError
 
 
@@ -24,14 +23,6 @@ class Residence(StrEnum):
     DEVICE = "device"
     HOST = "host"
     DISK = "disk"
-
-
-class Freed(NamedTuple):
-    """What letting an adapter go gave back."""
-
-    device_bytes: int = 0
-    host_bytes: int = 0
-    kv_blocks: int = 0
 
 
 class AdapterMemory:
@@ -135,8 +126,9 @@ class AdapterMemory:
             return Freed()
         # It is held only if it was registered again a moment ago.
         evicted = await asyncio.wrap_future(self._engine.evict(generation))
-        freed = Freed() if evicted is None else Freed(device_bytes=evicted.device_bytes, kv_blocks=evicted.kv_blocks)
-        return freed if self._is_wanted(generation) else freed._replace(host_bytes=self._loader.drop(generation))
+        if self._is_wanted(generation):
+            return evicted or Freed()
+        return (evicted or Freed())._replace(host_bytes=self._loader.drop(generation))
 
     def residents_are(self, resident: frozenset[Generation]) -> None:
         """Take in what is on the device now."""

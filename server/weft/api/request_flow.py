@@ -43,7 +43,7 @@ class RequestFlow:
         self._limits = limits
         self._metrics = metrics
         self._prompts = PromptEncoder(model.tokenizer, limits)
-        self._admission = Admission(lifecycle, model, limits, max_requests)
+        self._admission = Admission(lifecycle, model, max_requests)
         self._streams: dict[RequestId, Stream] = {}
         self._ids = itertools.count()
         self._refusal: Unavailable | None = None

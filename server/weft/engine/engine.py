@@ -40,10 +40,11 @@ ENGINE_DOWN = "ENGINE_DOWN"
 
 
 class Freed(NamedTuple):
-    """What taking an adapter out gave back."""
+    """What letting an adapter go gave back. host_bytes: of the copy in host memory, which is not the engine's."""
 
-    device_bytes: int
-    kv_blocks: int
+    device_bytes: int = 0
+    host_bytes: int = 0
+    kv_blocks: int = 0
 
 
 class Loader(Protocol):
@@ -164,11 +165,13 @@ class Engine:
         now = self._clock()
         self._expire(now)
         step = self.scheduler.schedule()
-        self._request_loads()
+        if self.residency.wanted:
+            self._request_loads()
         blocked = self.scheduler.blocked
         if blocked is not None and not self.residency.can_fit(blocked):
             self._end_without_room(blocked)
-        self._end_unfit()
+        if self.residency.failures:
+            self._end_unfit()
         if not step:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
@@ -349,7 +352,7 @@ class Engine:
 
     def _evict(self, generation: Generation) -> Freed | None:
         device_bytes = self.residency.evict(generation)
-        return None if device_bytes is None else Freed(device_bytes, self.blocks.purge(generation))
+        return None if device_bytes is None else Freed(device_bytes, kv_blocks=self.blocks.purge(generation))
 
     def _stop(self) -> None:
         self._stopping = True

@@ -191,6 +191,7 @@ class Request:
     generations: tuple[Generation, ...] = field(init=False)
     spans: tuple[AdapterUse, ...] = field(init=False)
     num_virtual_tokens: int = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     scheduled_s: float | None = None
     last_token_s: float | None = None
 
@@ -198,14 +199,11 @@ class Request:
         adapters = tuple(use.generation for use in self.adapters)
         self.generations = adapters if self.mixture is None else (*adapters, self.mixture.generation)
         self.spans = tuple(use for use in self.adapters if use.num_virtual_tokens)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
         self.num_virtual_tokens = sum(use.num_virtual_tokens for use in self.spans)
         assert all(use.gate > 0 for use in self.spans), "attention takes the logarithm of a virtual use's gate"
         assert not any(use.ranges for use in self.spans), "virtual positions act on every token"
         self.random.seed(self.params.seed)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -40,7 +40,10 @@ class _Resident:
 
 
 class Residency:
-    """Device memory of adapters, as the scheduler sees it."""
+    """Device memory of adapters, as the scheduler sees it.
+
+    wanted, failures: adapters to load, and those that could not be placed; the engine takes them after each schedule.
+    """
 
     def __init__(self, runner: Runner, blocks: BlockManager, observer: Observer, outbox: Outbox) -> None:
         self._runner = runner
@@ -48,10 +51,10 @@ class Residency:
         self._observer = observer
         self._outbox = outbox
         self._resident: OrderedDict[Generation, _Resident] = OrderedDict()  # least recently used first
-        self._wanted: list[Generation] = []  # to be loaded
+        self.wanted: list[Generation] = []  # to be loaded
         self._pending: set[Generation] = set()  # wanted, and not here yet
         self._arrived: dict[Generation, Slab] = {}  # came, and found no room yet
-        self._failures: dict[Generation, WeftError] = {}  # came, and could not be computed
+        self.failures: dict[Generation, WeftError] = {}  # came, and could not be computed
         self._seekers: dict[Request, frozenset[Generation]] = {}  # requests that were not admitted, and what they need
         self._preloading: set[Generation] = set()
         self._awaited: dict[Generation, list[Future[None]]] = {}
@@ -88,7 +91,8 @@ class Residency:
             resident = self._resident[generation]
             resident.holders += 1
             self._resident.move_to_end(generation)
-            self._blocks.share_virtual(request, resident.blocks)
+            if resident.blocks:
+                self._blocks.share_virtual(request, resident.blocks)
         self.slots_of[request] = tuple(self._resident[generation].slot for generation in generations)
         return True
 
@@ -141,12 +145,12 @@ class Residency:
 
     def take_wanted(self) -> list[Generation]:
         """Return the adapters to load that the last call did not have."""
-        wanted, self._wanted = dict.fromkeys(self._wanted), []
+        wanted, self.wanted = dict.fromkeys(self.wanted), []
         return [generation for generation in wanted if generation in self._pending]
 
     def take_failures(self) -> dict[Generation, WeftError]:
         """Adapters that could not be placed since the last call, and why; whoever asks for one again has it loaded."""
-        failures, self._failures = self._failures, {}
+        failures, self.failures = self.failures, {}
         return failures
 
     def preload(
@@ -162,7 +166,7 @@ class Residency:
             self._pending.discard(generation)
             self._arrived[generation] = slab
         self._awaited.setdefault(generation, []).append(future)
-        if not self._bring([generation]) and generation not in self._failures:
+        if not self._bring([generation]) and generation not in self.failures:
             self._preloading.add(generation)
         self._answer(generation)
 
@@ -199,7 +203,7 @@ class Residency:
             return None
         self._pinned.discard(generation)
         self._arrived.pop(generation, None)
-        self._failures.pop(generation, None)
+        self.failures.pop(generation, None)
         self.failed(
             generation, AdapterConflict("ADAPTER_UNREGISTERED", "adapter_id: was taken out of memory meanwhile")
         )
@@ -207,9 +211,11 @@ class Residency:
 
     def _bring(self, generations: Sequence[Generation]) -> bool:
         """Make all of these resident, or change nothing on the device; what is not here is asked for."""
-        if any(generation in self._failures for generation in generations):
+        if any(generation in self.failures for generation in generations):
             return False
         missing = {g: self._arrived.get(g) for g in generations if g not in self._resident}
+        if not missing:
+            return True
         for generation, slab in missing.items():
             if slab is None:
                 self._want(generation)
@@ -221,7 +227,7 @@ class Residency:
     def _want(self, generation: Generation) -> None:
         if generation not in self._pending:
             self._pending.add(generation)
-            self._wanted.append(generation)
+            self.wanted.append(generation)
 
     def _answer(self, generation: Generation) -> None:
         """Tell those who wait for an adapter by itself, once it is known what becomes of it."""
@@ -238,7 +244,7 @@ class Residency:
                 metadata={"quota": "adapter_device_bytes"},
                 retry_after_s=1.0,
             )
-            future.set_exception(self._failures.get(generation, no_room))
+            future.set_exception(self.failures.get(generation, no_room))
         self._forget_unwanted(generation)
 
     def _forget_unwanted(self, generation: Generation) -> None:
@@ -258,7 +264,7 @@ class Residency:
         if failure is not None:
             self._runner.slots.drop(slot)
             self._blocks.drop_virtual(blocks)
-            self._failures[generation] = failure
+            self.failures[generation] = failure
             return False
         self._resident[generation] = _Resident(slab, slot, blocks)
         self._observer.adapter_placed(slab)

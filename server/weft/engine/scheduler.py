@@ -127,12 +127,12 @@ class Scheduler:
                 if not self._holds.is_loading(request):
                     without_room.append(request)
                 continue
-            num_cached = self.blocks.match(request)
-            if not self.blocks.grow(request, request.num_tokens):
+            num_cached, num_tokens = self.blocks.match(request), request.num_tokens
+            if not self.blocks.grow(request, num_tokens):
                 self.blocks.release(request)
                 skipped.append(request)
                 break
-            num_tokens = min(request.num_tokens - num_cached, budget)
+            num_tokens = min(num_tokens - num_cached, budget)
             request.num_computed_tokens = num_cached
             if request.status is RequestStatus.WAITING:  # what a preempted request finds again is its own work
                 request.num_cached_tokens = num_cached

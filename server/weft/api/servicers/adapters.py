@@ -197,7 +197,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         config = self._application.config
         upload = Upload(
             messages,
-            self._lifecycle.write,
+            self._application.work,
             limits=config.adapters,
             idle_timeout_s=config.server.upload_idle_timeout_s,
         )

@@ -4,10 +4,11 @@ import contextlib
 import re
 import time
 from asyncio import wait_for
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 from weft.adapters.versions import StagedFile, Staging
+from weft.api.work import Work
 from weft.config import MIB, AdapterLimits
 from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, WeftError
 from weft.v1 import adapter_service_pb2
@@ -20,15 +21,14 @@ _PAUSE_S = 0.25  # a client that is silent for so long waits for the answer
 _BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle holds its place as surely as silence
 
 Messages: TypeAlias = AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
-Run: TypeAlias = Callable[[Callable[[], None]], Awaitable[None]]  # does disk work beside the event loop
 
 
 class Upload:
     """One upload on its way in."""
 
-    def __init__(self, messages: Messages, run: Run, *, limits: AdapterLimits, idle_timeout_s: float) -> None:
+    def __init__(self, messages: Messages, work: Work, *, limits: AdapterLimits, idle_timeout_s: float) -> None:
         self._messages = messages
-        self._run = run
+        self._work = work
         self._limits = limits
         self._idle_timeout_s = idle_timeout_s
         self._started_s = time.monotonic()
@@ -62,8 +62,8 @@ class Upload:
                 )
             data = _data(message, index, file.size_bytes, declared.size_bytes - file.size_bytes)
             self._num_bytes += len(data)
-            await self._run(lambda data=data: file.write(data))
-        await self._run(file.close)
+            await self._work.run(file.write, data)
+        await self._work.run(file.close)
         if file.digest.sha256 != declared.sha256:
             raise InvalidAdapter.rule(
                 "CHECKSUM_MISMATCH",
