@@ -86,19 +86,9 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     paged_attention.register()
     checkpoint = loader.read(config.model, attention=paged_attention.ATTENTION)
     weights = loader.WeightBytes.of(checkpoint.model)
-    device = checkpoint.model.device
-    memory = memory_plan.Memory(
-        kind=device.type,
-        weights=weights.quantized + weights.unquantized,
-        free=memory_plan.free_bytes(device, config.engine.memory_bytes) - config.model.shadow_bytes,
-        adapters=config.residency.device_bytes,
-    )
-    plan = memory_plan.make(
-        config.engine, memory, token_bytes=checkpoint.token_bytes, model_len=checkpoint.max_model_len
-    )
-    max_model_len = plan.max_model_len
-    rope_factors = rope.fix(checkpoint.model, max_model_len)
-    expected = self_test.expect(checkpoint.model, max_model_len=max_model_len)
+    plan = _memory_plan(config, checkpoint, weights)
+    rope_factors = rope.fix(checkpoint.model, plan.max_model_len)
+    expected = self_test.expect(checkpoint.model, max_model_len=plan.max_model_len)
     base = loader.wrap(replace(checkpoint, rope_factors=rope_factors.name))
     kernels = select(base.device, base.dtype)
     serving_form.take(base, kernels, shadow_bytes=config.model.shadow_bytes)
@@ -113,18 +103,10 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     )
     runner.warm_up()
     # Beside its virtual positions an adapter needs one token to read and one to write.
-    num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, max_model_len - 2)
+    num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, plan.max_model_len - 2)
     limits = replace(config.adapters, num_virtual_tokens_max=num_virtual_tokens_max)
-    facts = ModelFacts(
-        name=base.shape.name,
-        digest=base.shape.digest,
-        vocab_size=base.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=base.eos_token_ids,
-        tokenizer=base.tokenizer,
-    )
     model = ServedModel(
-        facts=facts,
+        facts=_facts(base, plan.max_model_len),
         shape=base.shape,
         ingest=Ingest(base.shape, limits, base.dtype, pinned=base.device.type == "cuda"),
         quantization=base.quantization.value,
@@ -139,6 +121,32 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     return model, runner
 
 
+def _memory_plan(
+    config: WeftConfig, checkpoint: loader.Checkpoint, weights: loader.WeightBytes
+) -> memory_plan.MemoryPlan:
+    device = checkpoint.model.device
+    memory = memory_plan.Memory(
+        kind=device.type,
+        weights=weights.quantized + weights.unquantized,
+        free=memory_plan.free_bytes(device, config.engine.memory_bytes) - config.model.shadow_bytes,
+        adapters=config.residency.device_bytes,
+    )
+    return memory_plan.make(
+        config.engine, memory, token_bytes=checkpoint.token_bytes, model_len=checkpoint.max_model_len
+    )
+
+
+def _facts(base: loader.Base, max_model_len: int) -> ModelFacts:
+    return ModelFacts(
+        name=base.shape.name,
+        digest=base.shape.digest,
+        vocab_size=base.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=base.eos_token_ids,
+        tokenizer=base.tokenizer,
+    )
+
+
 @asynccontextmanager
 async def serving(
     config: WeftConfig,
@@ -151,29 +159,8 @@ async def serving(
     disable_created_metrics()  # a second series beside each counter, which nobody reads
     metrics = Metrics()
     application = Application(config, model, runner, metrics)
-
-    def observe(call: FinishedCall) -> None:
-        rpc = call.method.rpartition("/")[2]
-        metrics.rpcs.labels(rpc, call.code).inc()
-        metrics.rpc_seconds.labels(rpc).observe(call.duration_s)
-
-    server = grpc.aio.server(
-        interceptors=[StatusInterceptor(observe)],
-        options=[
-            ("grpc.max_receive_message_length", config.server.receive_bytes_max),
-            ("grpc.max_metadata_size", 8 * 1024),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.max_concurrent_streams", 1024),
-            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent sharing
-        ],
-    )
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
-    adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(application), server)
     health = HealthServicer(_SERVICES)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    if config.server.reflection:
-        reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+    server = _server(config, application, health)
     try:
         port = _listen(server, config)
         exposition = _expose(metrics, config)
@@ -198,6 +185,33 @@ async def serving(
         await server.stop(grace=1.0)
         exposition.shutdown()
         exposition.server_close()
+
+
+def _server(config: WeftConfig, application: Application, health: HealthServicer) -> grpc.aio.Server:
+    metrics = application.metrics
+
+    def observe(call: FinishedCall) -> None:
+        rpc = call.method.rpartition("/")[2]
+        metrics.rpcs.labels(rpc, call.code).inc()
+        metrics.rpc_seconds.labels(rpc).observe(call.duration_s)
+
+    server = grpc.aio.server(
+        interceptors=[StatusInterceptor(observe)],
+        options=[
+            ("grpc.max_receive_message_length", config.server.receive_bytes_max),
+            ("grpc.max_metadata_size", 8 * 1024),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_concurrent_streams", 1024),
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent sharing
+        ],
+    )
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
+    adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(application), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if config.server.reflection:
+        reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+    return server
 
 
 def _listen(server: grpc.aio.Server, config: WeftConfig) -> int:
