@@ -9,13 +9,14 @@ tokens than `expected_tokens`, and is noticed in `forward` at once where a cell 
 
 import math
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import Future
 from functools import cache
 from hashlib import blake2b
-from threading import Semaphore
-from typing import NamedTuple
+from threading import Condition, Semaphore
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -536,3 +537,24 @@ class Harness:
         assert len(slots) == len(residents)
         assert slots.used_bytes == sum(resident.slab.buffer.nbytes for resident in residents.values())
         assert slots.used_bytes <= slots.capacity_bytes
+
+
+class Threaded(Harness):
+    """The same engine with its own thread; loads are answered by the test."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.told = Condition()
+        self.engine._clock = time.monotonic
+        self.engine.start()
+
+    def _take(self, events: Sequence[EngineEvent]) -> None:
+        with self.told:
+            super()._take(events)
+            self.told.notify_all()
+
+    def wait(self, *requests: Request, timeout_s: float = 20.0) -> None:
+        """Until these requests have ended; a hang is a failure."""
+        with self.told:
+            done = self.told.wait_for(lambda: all(map(self.finish, requests)), timeout_s)
+        assert done, [request.request_id for request in requests if not self.finish(request)]

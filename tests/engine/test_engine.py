@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, advance, expected_tokens
+from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, Threaded, advance, expected_tokens
 from weft.engine.engine import ENGINE_DOWN
 from weft.engine.outbox import EngineEvent
 from weft.engine.request import FinishReason, Request, RequestId, SamplingParams, TokenEvent
@@ -628,30 +628,9 @@ def test_every_request_ends_once_however_the_engine_ends(operations: list[str], 
 # -- the thread ------------------------------------------------------------------------------------------------------
 
 
-class Threaded(Harness):
-    """The same engine with its own thread; loads are answered by the test."""
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__(metrics=METRICS, **config)
-        self.told = threading.Condition()
-        self.engine._clock = time.monotonic
-        self.engine.start()
-
-    def _take(self, events: list[Any]) -> None:
-        with self.told:
-            super()._take(events)
-            self.told.notify_all()
-
-    def wait(self, *requests: Request, timeout_s: float = 20.0) -> None:
-        """Until these requests have ended; a hang is a failure."""
-        with self.told:
-            done = self.told.wait_for(lambda: all(map(self.finish, requests)), timeout_s)
-        assert done, [request.request_id for request in requests if not self.finish(request)]
-
-
 @pytest.fixture
 def threaded() -> Iterator[Threaded]:
-    h = Threaded()
+    h = Threaded(metrics=METRICS)
     yield h
     h.engine.stop(10.0)
     assert not h.engine._thread.is_alive()

@@ -595,7 +595,7 @@ def _failed_rows_are_taken_for_good(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nobody_is_told_of_failed_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_end_unfit", lambda self: None)
+    patch.setattr(Residency, "take_failures", lambda self: {})
 
 
 def _blocks_of_failed_rows_are_lost(patch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class AdapterLoader:
         self._host = host
         self._workers = workers
         self._metrics = metrics
-        self._reads: dict[Generation, object] = {}  # the last read of each, if its result may be kept
+        self._tickets: dict[Generation, object] = {}  # of loads whose slab may be kept
         self._lock = threading.Lock()
 
     def __contains__(self, generation: Generation) -> bool:
@@ -39,8 +39,10 @@ class AdapterLoader:
 
     def request(self, generation: Generation) -> "Future[Slab]":
         """Return the adapter's slab as a future, which ends with the slab or with WeftError."""
+        with self._lock:
+            ticket = self._tickets.setdefault(generation, object())
         try:
-            return self._workers.submit(self._load, generation)
+            return self._workers.submit(self._load, generation, ticket)
         except RuntimeError:  # what an executor that was shut down raises
             refused: Future[Slab] = Future()
             refused.set_exception(draining_error())
@@ -60,29 +62,27 @@ class AdapterLoader:
         self._host.put(generation, slab)
 
     def drop(self, generation: Generation) -> int:
-        """Let the host's copy go, and what a running read would keep; returns the bytes."""
+        """Let the host's copy go, and keep nothing of loads that were requested before; returns the bytes."""
         with self._lock:
-            self._reads.pop(generation, None)
+            self._tickets.pop(generation, None)
             return self._host.drop(generation)
 
-    def _load(self, generation: Generation) -> Slab:
+    def _load(self, generation: Generation, ticket: object) -> Slab:
         try:
             with self._metrics.adapter_load_seconds.time():
-                return self._host.get(generation) or self._read_and_keep(generation)
+                slab = self._host.get(generation)
+                if slab is None:
+                    slab = self.read(generation).slab
+                    with self._lock:
+                        if self._tickets.get(generation) is ticket:
+                            self._host.put(generation, slab)
+                return slab
         except WeftError:
             raise
         except Exception:
             _log.exception("loading an adapter failed")
             raise WeftError("INTERNAL", "internal error") from None
-
-    def _read_and_keep(self, generation: Generation) -> Slab:
-        """Keep what was read, unless `drop` came meanwhile: then nothing would ever drop it again."""
-        this_read = object()
-        with self._lock:
-            self._reads[generation] = this_read
-        slab = self.read(generation).slab
-        with self._lock:
-            if self._reads.get(generation) is this_read:
-                del self._reads[generation]
-                self._host.put(generation, slab)
-        return slab
+        finally:
+            with self._lock:
+                if self._tickets.get(generation) is ticket:
+                    del self._tickets[generation]

@@ -226,13 +226,7 @@ class Registry:
             if current.state is AdapterState.ACTIVE:
                 return False
         given = "" if current is None else current.generation
-        if expected_generation is not None and expected_generation != given:
-            raise AdapterConflict(
-                "VERSION_CONFLICT",
-                f"expected_generation: the current generation of {adapter_id} is {given or 'none'}",
-                field="expected_generation",
-                metadata={"adapter_id": adapter_id, "limit": given, "given": expected_generation},
-            )
+        _require_expected(adapter_id, given, expected_generation)
         # An id whose files were lost has no generation; whatever is registered now repairs it.
         if current is not None and not replace and current.generation not in ("", generation):
             raise AdapterExists(
@@ -265,13 +259,7 @@ class Registry:
         reference = AdapterReference(adapter_id, None)
         if version is None or version.state in (AdapterState.DRAINING, AdapterState.LOADING):
             raise not_found(reference)
-        if expected_generation is not None and expected_generation != version.generation:
-            raise AdapterConflict(
-                "VERSION_CONFLICT",
-                f"expected_generation: the current generation of {adapter_id} is {version.generation}",
-                field="expected_generation",
-                metadata={"adapter_id": adapter_id, "limit": version.generation, "given": expected_generation},
-            )
+        _require_expected(adapter_id, version.generation, expected_generation)
         self._drained_from[adapter_id] = version.state
         version.state = AdapterState.DRAINING
         self._changed(Change.UPDATED, version)
@@ -316,6 +304,16 @@ class Registry:
         same.remove(version)
         if not same:
             del self._of[version.generation]
+
+
+def _require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
+    if expected is not None and expected != current:
+        raise AdapterConflict(
+            "VERSION_CONFLICT",
+            f"expected_generation: the current generation of {adapter_id} is {current or 'none'}",
+            field="expected_generation",
+            metadata={"adapter_id": adapter_id, "limit": current, "given": expected},
+        )
 
 
 def not_found(reference: AdapterReference, field: str = "adapter_id") -> AdapterNotFound:

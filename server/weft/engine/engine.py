@@ -171,7 +171,8 @@ class Engine:
         if blocked is not None and not self.residency.can_fit(blocked):
             self._end_without_room(blocked)
         if self.residency.failures:
-            self._end_unfit()
+            for generation, error in self.residency.take_failures().items():
+                self._fail_adapter(generation, error)
         if not step:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
@@ -296,17 +297,12 @@ class Engine:
             self.residency.arrived(generation, slab.result())
         else:
             assert isinstance(error, WeftError), error
-            self._outbox.publish(AdapterFailed(generation, error))
+            self._fail_adapter(generation, error)
             self.residency.failed(generation, error)
-            self._end_waiting_for(generation, error)
 
-    def _end_unfit(self) -> None:
-        """End the requests that wait for adapters whose virtual positions could not be computed."""
-        for generation, error in self.residency.take_failures().items():
-            self._outbox.publish(AdapterFailed(generation, error))
-            self._end_waiting_for(generation, error)
-
-    def _end_waiting_for(self, generation: Generation, error: WeftError) -> None:
+    def _fail_adapter(self, generation: Generation, error: WeftError) -> None:
+        """Publish that an adapter cannot come, and end the requests that wait for it."""
+        self._outbox.publish(AdapterFailed(generation, error))
         self._observer.load_failed()
         for request in list(self.scheduler.waiting):
             if generation in request.generations:
