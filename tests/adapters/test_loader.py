@@ -85,9 +85,12 @@ def test_what_was_dropped_on_its_way_is_not_kept(disk: Disk, when: str) -> None:
         disk.loader.drop(A.generation)
     else:
         disk.during_read = lambda: disk.loader.drop(A.generation)
+    assert disk.loader.running(A.generation) == [future]
+    assert disk.loader.running(B.generation) == []
     disk.worker.work()
     assert future.result(timeout=0)
     assert A.generation not in disk.loader
+    assert disk.loader.running(A.generation) == [], "its files are closed"
 
 
 def test_a_load_after_the_drop_is_kept(disk: Disk) -> None:

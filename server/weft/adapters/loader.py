@@ -32,6 +32,7 @@ class AdapterLoader:
         self._workers = workers
         self._metrics = metrics
         self._tickets: dict[Generation, object] = {}  # of loads whose slab may be kept
+        self._running: dict[Future[Slab], Generation] = {}
         self._lock = threading.Lock()
 
     def __contains__(self, generation: Generation) -> bool:
@@ -41,12 +42,19 @@ class AdapterLoader:
         """Return the adapter's slab as a future, which ends with the slab or with WeftError."""
         with self._lock:
             ticket = self._tickets.setdefault(generation, object())
-        try:
-            return self._workers.submit(self._load, generation, ticket)
-        except RuntimeError:  # what an executor that was shut down raises
-            refused: Future[Slab] = Future()
-            refused.set_exception(draining_error())
-            return refused
+            try:
+                load = self._workers.submit(self._load, generation, ticket)
+            except RuntimeError:  # what an executor that was shut down raises
+                load = Future()
+                load.set_exception(draining_error())
+            self._running[load] = generation
+        load.add_done_callback(self._ended)
+        return load
+
+    def running(self, generation: Generation) -> "list[Future[Slab]]":
+        """Return the loads that have not ended; the store cannot remove a version that is being read."""
+        with self._lock:
+            return [load for load, loaded in self._running.items() if loaded == generation]
 
     def read(self, generation: Generation) -> Ingested:
         """Read and check a stored adapter; blocks on the disk."""
@@ -66,6 +74,10 @@ class AdapterLoader:
         with self._lock:
             self._tickets.pop(generation, None)
             return self._host.drop(generation)
+
+    def _ended(self, load: "Future[Slab]") -> None:
+        with self._lock:
+            del self._running[load]
 
     def _load(self, generation: Generation, ticket: object) -> Slab:
         try:

@@ -121,14 +121,17 @@ class AdapterMemory:
         self._engine.pin(version.generation)
 
     async def free(self, generation: Generation) -> Freed:
-        """Let every copy go, unless an adapter is this content."""
+        """Let every copy go, unless an adapter is this content. Returns when no load reads its files any more."""
         if self._is_wanted(generation):
             return Freed()
         # It is held only if it was registered again a moment ago.
         evicted = await asyncio.wrap_future(self._engine.evict(generation))
         if self._is_wanted(generation):
             return evicted or Freed()
-        return (evicted or Freed())._replace(host_bytes=self._loader.drop(generation))
+        freed = (evicted or Freed())._replace(host_bytes=self._loader.drop(generation))
+        loads = map(asyncio.wrap_future, self._loader.running(generation))
+        await asyncio.gather(*loads, return_exceptions=True)
+        return freed
 
     def residents_are(self, resident: frozenset[Generation]) -> None:
         """Take in what is on the device now."""
