@@ -510,7 +510,7 @@ def test_a_large_adapter_gets_its_room_under_unending_traffic_of_others() -> Non
 def test_who_cannot_fit_beside_pinned_adapters_ends_and_holds_up_nobody() -> None:
     h = harness(capacity_bytes=3 * UNIT_BYTES)
     h.know(ONE)
-    h.engine.pin(ONE.generation)
+    h.engine.preload(ONE.generation, pin=True)
     h.turn()
     h.answer_load(ONE.generation)
     runs = h.submit([1], ONE, params=long(40))
@@ -563,7 +563,7 @@ def test_idle_virtual_positions_make_way_for_a_request(caching: bool) -> None:
 def test_pinned_virtual_positions_stay_and_the_request_ends() -> None:
     h = harness(num_blocks=12, caching=False, max_num_batched_tokens=8)
     h.know(PREFIX)
-    h.engine.pin(PREFIX.generation)
+    h.engine.preload(PREFIX.generation, pin=True)
     h.turn()
     h.answer_load(PREFIX.generation)
     grows = h.submit(range(38), params=long(8))

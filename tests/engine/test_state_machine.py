@@ -180,7 +180,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.evict(adapter.generation)
         elif how != "evict":
             self.was_pinned |= how == "pin"
-            getattr(self.engine, how)(adapter.generation)
+            if how == "unpin":
+                self.engine.unpin(adapter.generation)
+            else:
+                self.engine.preload(adapter.generation, pin=how == "pin")
 
     # -- the requests --------------------------------------------------------------------------------------------
 

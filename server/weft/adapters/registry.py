@@ -152,14 +152,12 @@ class Registry:
 
         Of several it is the one under the id that the mixture knows, else the first by id.
         """
-        found = sorted(
-            self.of(Generation(expert.generation or "")),
-            key=lambda version: (
-                version.state is not AdapterState.ACTIVE,
-                version.adapter_id != expert.adapter_id,
-                version.adapter_id,
-            ),
-        )
+
+        def preference(version: Version) -> tuple[bool, bool, str]:
+            is_other = version.adapter_id != expert.adapter_id
+            return version.state is not AdapterState.ACTIVE, is_other, version.adapter_id
+
+        found = sorted(self.of(Generation(expert.generation or "")), key=preference)
         if found and found[0].state is AdapterState.ACTIVE:
             return found[0]
         state = found[0].state.value if found else "not registered"
@@ -336,29 +334,16 @@ def _draining(version: Version, field: str) -> AdapterUnusable:
 
 
 def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | DataLoss:
-    metadata = {"adapter_id": version.adapter_id, "cause": version.state_reason}
+    name, cause, retry_after_s = version.adapter_id, version.state_reason, None
+    kind, reason, text = AdapterUnusable, "ADAPTER_NOT_READY", f"{name} is {version.state.value}"
     match version.state:
         case AdapterState.DRAINING:
             return _draining(version, field)
+        case AdapterState.LOADING:
+            retry_after_s = 1.0
         case AdapterState.QUARANTINED:
-            return AdapterUnusable(
-                "ADAPTER_QUARANTINED",
-                f"{field}: {version.adapter_id} was taken out of service: {version.state_reason}",
-                field=field,
-                metadata=metadata,
-            )
-        case AdapterState.FAILED if version.state_reason == "BLOB_CORRUPT":
-            return DataLoss(
-                "BLOB_CORRUPT",
-                f"{field}: the stored files of {version.adapter_id} changed; register it again",
-                field=field,
-                metadata=metadata,
-            )
-        case _:
-            return AdapterUnusable(
-                "ADAPTER_NOT_READY",
-                f"{field}: {version.adapter_id} is {version.state.value}",
-                field=field,
-                metadata=metadata,
-                retry_after_s=1.0 if version.state is AdapterState.LOADING else None,
-            )
+            reason, text = "ADAPTER_QUARANTINED", f"{name} was taken out of service: {cause}"
+        case AdapterState.FAILED if cause == "BLOB_CORRUPT":
+            kind, reason, text = DataLoss, cause, f"the stored files of {name} changed; register it again"
+    metadata = {"adapter_id": name, "cause": cause}
+    return kind(reason, f"{field}: {text}", field=field, metadata=metadata, retry_after_s=retry_after_s)

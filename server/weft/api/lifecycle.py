@@ -123,20 +123,16 @@ class Lifecycle:
                 self._loader.keep(manifest.generation, ingested.slab)
             self.registry.publish(version)
             if version.pinned and version.state is AdapterState.ACTIVE:
-                self.memory.bring_pinned(version)
+                self._engine.preload(version.generation, pin=True)  # as soon as that can be
             progress(done, total)
         for problem in recovery.problems:
-            if problem.adapter_id is not None and self.registry.current(problem.adapter_id) is None:
-                self.registry.publish(
-                    Version(
-                        adapter_id=problem.adapter_id,
-                        generation=Generation(""),
-                        info=AdapterInfo(),
-                        create_time_s=0.0,
-                        state=AdapterState.FAILED,
-                        state_reason=problem.reason,
-                    )
+            adapter_id, state = problem.adapter_id, AdapterState.FAILED
+            if adapter_id is not None and self.registry.current(adapter_id) is None:
+                lost = Version(
+                    adapter_id=adapter_id, generation=Generation(""), info=AdapterInfo(), create_time_s=0.0, state=state
                 )
+                lost.state_reason = problem.reason
+                self.registry.publish(lost)
 
     # -- register ------------------------------------------------------------------------------------------------
 
@@ -177,14 +173,10 @@ class Lifecycle:
         self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions, source: str
     ) -> Registered:
         staged = await self._work.run(staging.seal)
-        if options.content_generation not in (None, staged.generation):
-            raise InvalidRequest.rule(
-                "CHECKSUM_MISMATCH",
-                "content_generation",
-                "is not the content's",
-                limit=options.content_generation,
-                given=staged.generation,
-            )
+        wanted, given = options.content_generation, staged.generation
+        if wanted not in (None, given):
+            rule = "is not the content's"
+            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_generation", rule, limit=wanted, given=given)
         ingested = await self._work.run(self._read_staged, staged)
         self._check_fit(ingested)
         mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
@@ -243,23 +235,15 @@ class Lifecycle:
             )
 
     def _check_fit(self, ingested: Ingested) -> None:
-        if ingested.slab.buffer.nbytes > self._device_bytes:
-            raise InvalidAdapter.rule(
-                "ADAPTER_TOO_LARGE",
-                "adapter_model.safetensors",
-                "can never fit the adapter pool in bytes",
-                limit=self._device_bytes,
-                given=ingested.slab.buffer.nbytes,
-            )
-        needed = -(-ingested.slab.num_virtual_tokens // self._engine.blocks.block_size)
-        if needed >= self._engine.blocks.num_blocks:
-            raise InvalidAdapter.rule(
-                "ADAPTER_TOO_LARGE",
-                "adapter_config.num_virtual_tokens",
-                "can never fit the KV pool in blocks",
-                limit=self._engine.blocks.num_blocks - 1,
-                given=needed,
-            )
+        blocks, slab, reason = self._engine.blocks, ingested.slab, "ADAPTER_TOO_LARGE"
+        given, most = slab.buffer.nbytes, self._device_bytes
+        if given > most:
+            field, rule = "adapter_model.safetensors", "can never fit the adapter pool in bytes"
+            raise InvalidAdapter.rule(reason, field, rule, limit=most, given=given)
+        given, most = blocks.count(slab.num_virtual_tokens), blocks.num_blocks - 1
+        if given > most:
+            field, rule = "adapter_config.num_virtual_tokens", "can never fit the KV pool in blocks"
+            raise InvalidAdapter.rule(reason, field, rule, limit=most, given=given)
 
     # -- unregister ----------------------------------------------------------------------------------------------
 

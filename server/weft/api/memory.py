@@ -116,10 +116,6 @@ class AdapterMemory:
                 self._engine.unpin(generation)
             raise
 
-    def bring_pinned(self, version: Version) -> None:
-        """Bring what was pinned before a restart, as soon as that can be."""
-        self._engine.pin(version.generation)
-
     async def free(self, generation: Generation) -> Freed:
         """Let every copy go, unless an adapter is this content. Returns when no load reads its files any more."""
         if self._is_wanted(generation):

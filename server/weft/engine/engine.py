@@ -130,10 +130,6 @@ class Engine:
         self._inbox.post(partial(self.residency.preload, generation, future, slab=slab, pin=pin), future.set_exception)
         return future
 
-    def pin(self, generation: Generation) -> None:
-        """Keep an adapter on the device."""
-        self._inbox.post(partial(self.residency.pin, generation))
-
     def unpin(self, generation: Generation) -> None:
         """Let an adapter leave the device."""
         self._inbox.post(partial(self.residency.unpin, generation))

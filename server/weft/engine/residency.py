@@ -98,7 +98,8 @@ class Residency:
 
     def release(self, request: Request) -> None:
         """The request ended, or waits and lets others go first: its holds and its wishes end."""
-        self._blocks.unshare_virtual(request)
+        if request.virtual_blocks:
+            self._blocks.unshare_virtual(request)
         if self.slots_of.pop(request, None) is not None:
             for generation in request.generations:
                 self._resident[generation].holders -= 1
@@ -174,11 +175,6 @@ class Residency:
         """Nothing comes any more."""
         for generation in list(self._awaited):
             self.failed(generation, error)
-
-    def pin(self, generation: Generation) -> None:
-        """Keep the adapter on the device, bringing it in if need be."""
-        self._pinned.add(generation)
-        self._bring([generation])
 
     def unpin(self, generation: Generation) -> None:
         """Let the adapter leave when room is needed."""

@@ -53,25 +53,17 @@ class Upload:
         while file.size_bytes < declared.size_bytes:
             message = await self._next()
             if message is None:
-                raise InvalidRequest.rule(
-                    "UPLOAD_TRUNCATED",
-                    f"header.files[{index}]",
-                    "ended early; bytes declared and received",
-                    limit=declared.size_bytes,
-                    given=file.size_bytes,
-                )
+                field, rule = f"header.files[{index}]", "ended early; bytes declared and received"
+                size, given = declared.size_bytes, file.size_bytes
+                raise InvalidRequest.rule("UPLOAD_TRUNCATED", field, rule, limit=size, given=given)
             data = _data(message, index, file.size_bytes, declared.size_bytes - file.size_bytes)
             self._num_bytes += len(data)
             await self._work.run(file.write, data)
         await self._work.run(file.close)
-        if file.digest.sha256 != declared.sha256:
-            raise InvalidAdapter.rule(
-                "CHECKSUM_MISMATCH",
-                f"header.files[{declared.name}].sha256",
-                "is not the digest of the bytes",
-                limit=declared.sha256,
-                given=file.digest.sha256,
-            )
+        found = file.digest.sha256
+        if found != declared.sha256:
+            field, rule = f"header.files[{declared.name}].sha256", "is not the digest of the bytes"
+            raise InvalidAdapter.rule("CHECKSUM_MISMATCH", field, rule, limit=declared.sha256, given=found)
 
     async def _next(self) -> adapter_service_pb2.UploadAdapterRequest | None:
         elapsed_s = time.monotonic() - self._started_s
@@ -113,28 +105,19 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
             if file.name in PICKLES:
                 rule = pickle_refused(file.name)
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", f"{field}.name", rule, given=file.name)
-        if file.size_bytes > sizes[file.name]:
-            raise InvalidAdapter.rule(
-                "ADAPTER_TOO_LARGE",
-                f"{field}.size_bytes",
-                "is too large",
-                limit=sizes[file.name],
-                given=file.size_bytes,
-            )
-        if file.size_bytes == 0:
-            raise InvalidAdapter.rule("UPLOAD_TRUNCATED", f"{field}.size_bytes", "must be at least 1", given=0)
+        size, most, size_field = file.size_bytes, sizes[file.name], f"{field}.size_bytes"
+        if size > most:
+            raise InvalidAdapter.rule("ADAPTER_TOO_LARGE", size_field, "is too large", limit=most, given=size)
+        if size == 0:
+            raise InvalidAdapter.rule("UPLOAD_TRUNCATED", size_field, "must be at least 1", given=0)
         if not SHA256.fullmatch(file.sha256):
             raise InvalidAdapter.rule(
                 "CHECKSUM_INVALID", f"{field}.sha256", "must be 64 lower-case hex digits", given=file.sha256
             )
     names = [file.name for file in header.files]
     if pair_of(names) is None:
-        raise InvalidRequest.rule(
-            "UPLOAD_PROTOCOL",
-            "header.files",
-            f"must be {' or '.join(' and '.join(pair) for pair in PAIRS)}, each once",
-            given=", ".join(names) or "none",
-        )
+        rule = f"must be {' or '.join(' and '.join(pair) for pair in PAIRS)}, each once"
+        raise InvalidRequest.rule("UPLOAD_PROTOCOL", "header.files", rule, given=", ".join(names) or "none")
 
 
 def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, received: int, missing: int) -> bytes:
@@ -147,12 +130,8 @@ def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, receive
             field="chunk",
             metadata={"limit": f"{index}:{received}", "given": f"{chunk.file_index}:{chunk.offset}"},
         )
-    if not 1 <= len(chunk.data) <= min(_CHUNK_BYTES_MAX, missing):
-        raise InvalidRequest.rule(
-            "UPLOAD_PROTOCOL",
-            "chunk.data",
-            "must have at least 1 byte",
-            limit=min(_CHUNK_BYTES_MAX, missing),
-            given=len(chunk.data),
-        )
+    most, given = min(_CHUNK_BYTES_MAX, missing), len(chunk.data)
+    if not 1 <= given <= most:
+        rule = "must have at least 1 byte"
+        raise InvalidRequest.rule("UPLOAD_PROTOCOL", "chunk.data", rule, limit=most, given=given)
     return chunk.data
