@@ -29,7 +29,7 @@ class AdapterState(StrEnum):
 
 
 class Change(StrEnum):
-    """What watchers are told of an id."""
+    """What watchers see happen to an id."""
 
     ADDED = "added"
     UPDATED = "updated"
@@ -40,9 +40,9 @@ class Change(StrEnum):
 class AdapterInfo:
     """What is known of a version's content. `slab_bytes` is what it takes in memory.
 
-    trained_held_as: how the base was held in training where that differs from this server's; "" where it does not, or
-        where no base is named.
-    trained_rope_factors: the base's rotary factors in training (model/rope.py) where they differ from this server's,
+    trained_held_as: how the base was held in training, if that differs from this server's; "" if it does not, or if
+        no base is named.
+    trained_rope_factors: the base's rotary factors in training (model/rope.py) if they differ from this server's,
         else "".
     invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
     experts: of a mixture, in the order of their generations; an id is what the expert was called, or "".
@@ -209,7 +209,7 @@ class Registry:
     ) -> bool:
         """Whether publishing changes anything (False: the content is current already).
 
-        Raises AdapterExists without `replace`, AdapterConflict where `expected_generation` is not current or the id is
+        Raises AdapterExists without `replace`, AdapterConflict if `expected_generation` is not current or the id is
         being removed, AdapterUnusable for the very content that is quarantined.
         """
         version = self._current.get(adapter_id)

@@ -1,4 +1,4 @@
-"""The composition root: builds everything from a WeftConfig, serves until told to stop, drains, ends.
+"""The composition root: builds everything from a WeftConfig, serves until a signal, drains, ends.
 
 start:   load the base → start the engine → restore the store → listen → SERVING
 SIGTERM: NOT_SERVING, new calls refused → running requests finish, up to drain_timeout_s → the rest end → exit 0
@@ -52,7 +52,7 @@ _SERVICES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """A server that listens. `port` and `metrics_port` are the real ones where 0 was asked for."""
+    """A server that listens. `port` and `metrics_port` are the real ones if 0 was asked for."""
 
     application: Application
     port: int
@@ -64,7 +64,7 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
     # As PID 1 of a container a process without a handler ignores SIGTERM; loading can take minutes, and nothing is open
-    # yet. An exception would be lost where it lands in a destructor.
+    # yet. An exception would be lost if it landed in a destructor.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
@@ -156,7 +156,7 @@ async def serving(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AsyncIterator[Serving]:
     """A server that listens inside the block and has drained after it."""
-    disable_created_metrics()  # a second series beside each counter, which nobody reads
+    disable_created_metrics()  # a second, useless series beside each counter
     metrics = Metrics()
     application = Application(config, model, runner, metrics)
     health = HealthServicer(_SERVICES)

@@ -33,12 +33,12 @@ class Work:
         self._refusal = error
 
     def require_open(self) -> None:
-        """Raise what `refuse` was told."""
+        """Raise what `refuse` was given."""
         if self._refusal is not None:
             raise self._refusal
 
     async def close(self) -> None:
-        """End everything: who waits for it is answered DRAINING."""
+        """End everything; callers that wait for it get DRAINING."""
         self.refuse(self._refusal or draining_error())
         self.is_closed = True
         for task in self._tasks:
@@ -47,7 +47,7 @@ class Work:
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     def lock(self, adapter_id: AdapterId) -> asyncio.Lock:
-        """The lock of an id; it lives as long as somebody has it."""
+        """Return the lock of an id; it lives as long as it is held."""
         lock = self._locks.get(adapter_id)
         if lock is None:
             lock = self._locks[adapter_id] = asyncio.Lock()
@@ -95,4 +95,4 @@ class Work:
     def _ended(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # who waits for it has it too; if nobody does, it is no news
+            task.exception()  # a caller that waits has it too; without one it is no news

@@ -137,7 +137,7 @@ class Engine:
     # -- the engine thread --------------------------------------------------------------------------------------
 
     def turn(self, *, wait: bool = False) -> None:
-        """Messages in, a step, events out: the engine thread does nothing else. A test may be that thread."""
+        """Take messages in, step, deliver events: the engine thread does nothing else. A test may be that thread."""
         try:
             self._receive(wait=wait)
             self.step()
@@ -228,19 +228,19 @@ class Engine:
         error: WeftError | None = None,
         tokens: tuple[SampledToken, ...] = (),
     ) -> None:
-        """The one way a request leaves while the engine runs."""
-        self._tell(request, reason, error, tokens)
+        """Let a request leave: the one way while the engine runs."""
+        self._put_finish(request, reason, error, tokens)
         self.scheduler.remove(request)
         self.residency.release(request)
 
-    def _tell(
+    def _put_finish(
         self,
         request: Request,
         reason: FinishReason,
         error: WeftError | None = None,
         tokens: tuple[SampledToken, ...] = (),
     ) -> None:
-        """The request's last event."""
+        """Put the request's last event into the outbox."""
         finish = request.finish(reason, error)
         if request.mixture is not None:
             finish = replace(finish, gates=self._stepper.mixtures.end(request))
@@ -255,7 +255,7 @@ class Engine:
             self._end(request, FinishReason.ERROR, error)
 
     def _resolve_stall(self) -> None:
-        """Nothing runs. The first request that waits for room, not for a load, gets all there is for the next step."""
+        """Give the first request that waits for room, not for a load, all there is. Called if nothing runs."""
         stuck = self._stuck()
         if stuck is None:
             return
@@ -334,7 +334,7 @@ class Engine:
         self.residency.foresee(request)
 
     def _refuse(self, request: Request, error: WeftError) -> None:
-        self._tell(request, FinishReason.ERROR, error)
+        self._put_finish(request, FinishReason.ERROR, error)
         self._outbox.deliver(self._clock())
 
     def _end_by_id(self, request_id: RequestId, reason: FinishReason, error: WeftError | None) -> None:
@@ -357,10 +357,10 @@ class Engine:
         self._outbox.publish(EngineDown(down))
 
     def _fail_all(self, error: WeftError) -> None:
-        """Tell everyone, and touch no accounting: it may be what broke, and nothing runs after this."""
+        """End every request, and touch no accounting: it may be what broke, and nothing runs after this."""
         self.residency.abandon(error)
         for request in list(self._requests.values()):
-            self._tell(request, FinishReason.ERROR, error)
+            self._put_finish(request, FinishReason.ERROR, error)
 
 
 def _non_finite(request: Request) -> WeftError:

@@ -33,9 +33,9 @@ class RequestStatus(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn and when to stop. Checked where the request enters (api/validation.py).
+    """How the next token is drawn and when to stop. Checked when the request enters (api/validation.py).
 
-    temperature 0 is greedy. stop_token_ids holds the end-of-sequence tokens too, unless they are to be ignored.
+    temperature 0 is greedy. stop_token_ids holds the end-of-sequence tokens too, unless the request ignores them.
     top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
     logprobs: None for none, else how many alternatives come with the chosen token's.
     """
@@ -55,7 +55,7 @@ class SamplingParams:
 class AdapterUse(NamedTuple):
     """One adapter of a request: which content, how much of it, and how many virtual positions it brings.
 
-    ranges: the real tokens in which it acts; () is all of them, which is where virtual positions always act.
+    ranges: the real tokens in which it acts; () is all of them, as for every adapter with virtual positions.
     """
 
     generation: Generation
@@ -73,7 +73,7 @@ class ExpertBound(NamedTuple):
 
 
 class GateSight(IntEnum):
-    """Which gates an answer tells: none, their means, or those of every token too."""
+    """Which gates an answer reports: none, their means, or those of every token too."""
 
     NONE = 0
     MEAN = 1
@@ -83,7 +83,7 @@ class GateSight(IntEnum):
 class MixtureUse(NamedTuple):
     """The mixture that makes the gates of a request's adapters, which are its experts by generation.
 
-    reads_prompt: the gates come of the prompt as a whole, the same for every token.
+    reads_prompt: the gates depend on the prompt as a whole, the same for every token.
     bounds: one for each expert, in the order of their generations; empty for no wish.
     """
 
@@ -134,7 +134,7 @@ class SampledToken(NamedTuple):
 class Finish:
     """The terminal part of a request's last event. `error` is set exactly when `reason` is ERROR or CANCELLED.
 
-    gates: what a mixture made, where the request asked for it and was computed at all.
+    gates: what a mixture made, if the request asked for it and was computed at all.
     """
 
     reason: FinishReason

@@ -1,4 +1,4 @@
-"""Which adapters are on the device, and who keeps them there. Only the engine thread calls this.
+"""Which adapters are on the device, and what keeps them there. Only the engine thread calls this.
 
 An adapter is resident when its slot is filled and its virtual positions are in the KV pool. A request holds its
 adapters from the step that starts it to its end; held and pinned adapters stay, the others leave, longest unused first,
@@ -6,7 +6,7 @@ when room is needed. What is missing is wanted once (`take_wanted`) and arrives 
 Soft rows go through the base when their adapter is placed; if that fails, the requests that wait for it end.
 
 An adapter leaves only for one that is used at once: all adapters of a request are placed together when all are here and
-fit, or none is. So every eviction is somebody's progress, and no two requests drive each other's adapters out for ever.
+fit, or none is. So every eviction lets a request start, and no two requests drive each other's adapters out for ever.
 """
 
 import logging
@@ -62,15 +62,15 @@ class Residency:
         self.slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
 
     def resident(self) -> frozenset[Generation]:
-        """Generations on the device."""
+        """Return the generations on the device."""
         return frozenset(self._resident)
 
     def is_loading(self, request: Request) -> bool:
-        """Whether a load that the request needs is on its way."""
+        """Return whether a load that the request needs is on its way."""
         return any(generation in self._pending for generation in request.generations)
 
     def foresee(self, request: Request) -> None:
-        """A request was queued: have what it needs brought to the host while it waits for its turn.
+        """Have what a queued request needs brought to the host while it waits for its turn.
 
         Nothing is kept here for it; the host's memory decides what stays.
         """
@@ -79,7 +79,7 @@ class Residency:
                 self._want(generation)
 
     def admit(self, request: Request) -> bool:
-        """Hold every adapter of a request; False where one is not resident: it is on its way, or there is no room."""
+        """Hold every adapter of a request; False if one is not resident: it is on its way, or there is no room."""
         if request in self.slots_of:
             return True
         generations = request.generations
@@ -97,7 +97,7 @@ class Residency:
         return True
 
     def release(self, request: Request) -> None:
-        """The request ended, or waits and lets others go first: its holds and its wishes end."""
+        """End a request's holds, and what it seeks: it ended, or waits and lets others go first."""
         if request.virtual_blocks:
             self._blocks.unshare_virtual(request)
         if self.slots_of.pop(request, None) is not None:
@@ -108,14 +108,14 @@ class Residency:
             self._forget_unwanted(generation)
 
     def release_all(self, requests: Collection[Request]) -> bool:
-        """Release those of the requests that hold adapters; False where none does."""
+        """Release those of the requests that hold adapters; False if none does."""
         holding = [request for request in requests if self.slots_of.get(request)]
         for request in holding:
             self.release(request)
         return bool(holding)
 
     def can_fit(self, request: Request) -> bool:
-        """Whether the adapters of a request have room beside those that are pinned, once everybody else is gone.
+        """Return whether the adapters of a request have room beside the pinned ones, once all others are gone.
 
         What has not been loaded yet counts as nothing.
         """
@@ -127,7 +127,7 @@ class Residency:
         return num_bytes <= self._runner.slots.capacity_bytes and num_blocks <= self._blocks.num_blocks
 
     def arrived(self, generation: Generation, slab: Slab) -> None:
-        """A load finished: the slab waits for the step that starts its request, or goes to the device by itself."""
+        """Take a slab in: it waits for the step that starts its request, or goes to the device by itself."""
         if generation not in self._pending:
             return  # evicted while it was on its way
         self._pending.discard(generation)
@@ -138,7 +138,7 @@ class Residency:
         self._forget_unwanted(generation)
 
     def failed(self, generation: Generation, error: WeftError) -> None:
-        """A load failed; the next request for the adapter asks again."""
+        """End the wait for a load that failed; the next request for the adapter asks again."""
         self._pending.discard(generation)
         self._preloading.discard(generation)
         for future in self._awaited.pop(generation, ()):
@@ -150,7 +150,7 @@ class Residency:
         return [generation for generation in wanted if generation in self._pending]
 
     def take_failures(self) -> dict[Generation, WeftError]:
-        """Adapters that could not be placed since the last call, and why; whoever asks for one again has it loaded."""
+        """Return the adapters that could not be placed since the last call, and why; a new request loads them again."""
         failures, self.failures = self.failures, {}
         return failures
 
@@ -172,7 +172,7 @@ class Residency:
         self._answer(generation)
 
     def abandon(self, error: WeftError) -> None:
-        """Nothing comes any more."""
+        """End every wait with `error`: nothing comes any more."""
         for generation in list(self._awaited):
             self.failed(generation, error)
 
@@ -182,7 +182,7 @@ class Residency:
         self._forget_unwanted(generation)
 
     def evict_virtual(self) -> bool:
-        """Make the longest unused adapter with virtual positions leave: KV runs short. False where there is none."""
+        """Make the longest unused adapter with virtual positions leave, as KV runs short. False if there is none."""
         for generation, resident in self._resident.items():
             if resident.blocks and self._can_leave(generation):
                 self._take_off(generation, for_room=True)
@@ -190,7 +190,7 @@ class Residency:
         return False
 
     def evict(self, generation: Generation) -> int | None:
-        """Take an adapter and its pin off the device; the bytes that were freed, or None where a request holds it.
+        """Take an adapter and its pin off the device; returns the freed bytes, or None if a request holds it.
 
         One that is on its way is no longer awaited.
         """
@@ -226,7 +226,7 @@ class Residency:
             self.wanted.append(generation)
 
     def _answer(self, generation: Generation) -> None:
-        """Tell those who wait for an adapter by itself, once it is known what becomes of it."""
+        """End the futures that await an adapter, once no load of it is on its way."""
         if generation in self._pending:
             return
         for future in self._awaited.pop(generation, ()):
@@ -244,13 +244,13 @@ class Residency:
         self._forget_unwanted(generation)
 
     def _forget_unwanted(self, generation: Generation) -> None:
-        """Let an arrived slab go where no request and no call wants it any more."""
+        """Let an arrived slab go if no request and no call wants it any more."""
         wanted = generation in self._preloading or generation in self._pinned
         if not wanted and not any(generation in sought for sought in self._seekers.values()):
             self._arrived.pop(generation, None)
 
     def _place(self, generation: Generation, slab: Slab) -> bool:
-        """Put an adapter that fits on the device; False where its virtual positions cannot be computed."""
+        """Put an adapter that fits on the device; False if its virtual positions cannot be computed."""
         blocks, slot = self._blocks.take_virtual(slab.num_virtual_tokens), self._runner.slots.put(slab)
         assert blocks is not None
         assert slot is not None
@@ -268,7 +268,7 @@ class Residency:
         return True
 
     def _write_virtual(self, blocks: list[int], virtual: Virtual) -> WeftError | None:
-        """Why it could not be done; None where it was. A fault that spoils the device is not contained here."""
+        """Return why it could not be done, or None if it was. A fault that spoils the device is not contained here."""
         try:
             self._runner.write_virtual(blocks, virtual)
         except WeftError as error:
@@ -281,7 +281,7 @@ class Residency:
         return None
 
     def _make_room(self, slabs: Collection[Slab], keep: Collection[Generation]) -> bool:
-        """Let adapters leave until all `slabs` fit; False, with all still there, where even that would not do."""
+        """Let adapters leave until all `slabs` fit; False, with all still there, if even that would not do."""
         missing_bytes = sum(slab.buffer.nbytes for slab in slabs) - self._runner.slots.free_bytes
         wanted_blocks = sum(self._blocks.count(slab.num_virtual_tokens) for slab in slabs)
         missing_blocks = wanted_blocks - self._blocks.num_free_blocks

@@ -6,7 +6,7 @@ skipping those whose adapters are still being loaded. A request starts when the 
 long prompt never begins what it cannot finish. Where the pool runs short later, the youngest running request gives its
 blocks back and recomputes.
 
-A request that waits for adapter room is passed by others, but not for ever: after OVERTAKEN_MAX of them nobody starts
+A request that waits for adapter room is passed by others, but not for ever: after OVERTAKEN_MAX of them none starts
 before it, so running requests end and make its room.
 """
 
