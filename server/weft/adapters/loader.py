@@ -1,4 +1,4 @@
-"""From disk to host memory: worker threads read stored adapters, and the host cache keeps what they read."""
+"""From disk to host memory: worker threads read adapters, and the host cache keeps what they read."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ from weft.adapters.identifiers import Generation
 from weft.adapters.ingest import Ingest, Ingested
 from weft.adapters.slab import Slab
 from weft.adapters.store import AdapterStore
-from weft.adapters.versions import corrupt
+from weft.adapters.versions import StagedVersion, corrupt
 from weft.errors import WeftError, draining_error
 from weft.metrics import Metrics
 from weft.v1.adapter_files import pair_of
@@ -64,6 +64,13 @@ class AdapterLoader:
                 raise corrupt(generation, "it holds other files than an adapter has")
             config, weights = (stored.files[name] for name in pair)
             return self._ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
+
+    def read_staged(self, staged: StagedVersion) -> Ingested:
+        """Read and check an adapter that is not stored yet; blocks on the disk."""
+        pair = pair_of(file.name for file in staged.files)
+        assert pair is not None, staged.files
+        with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
+            return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
 
     def keep(self, generation: Generation, slab: Slab) -> None:
         """Keep a slab on the host."""

@@ -86,7 +86,6 @@ class Application:
         self.lifecycle = Lifecycle(
             engine=self.engine,
             store=store,
-            ingest=ingest,
             loader=loader,
             work=self.work,
             device_bytes=config.residency.device_bytes,

@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 from weft.adapters.identifiers import AdapterId, Generation
-from weft.adapters.ingest import Ingest, Ingested
+from weft.adapters.ingest import Ingested
 from weft.adapters.loader import AdapterLoader
 from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
 from weft.adapters.store import AdapterStore
@@ -30,7 +30,6 @@ from weft.engine.engine import Engine, Freed
 from weft.engine.request import FinishReason, RequestId
 from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, WeftError
 from weft.metrics import Metrics
-from weft.v1.adapter_files import pair_of
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +75,6 @@ class Lifecycle:
         *,
         engine: Engine,
         store: AdapterStore,
-        ingest: Ingest,
         loader: AdapterLoader,
         work: Work,
         device_bytes: int,
@@ -84,7 +82,6 @@ class Lifecycle:
     ) -> None:
         self._engine = engine
         self._store = store
-        self._ingest = ingest
         self._loader = loader
         self._work = work
         self._device_bytes = device_bytes
@@ -141,27 +138,18 @@ class Lifecycle:
         self._work.require_open()
 
         async def register() -> Registered:
-            async with self._registering(adapter_id):
-                staging = await self._work.run(self._store.stage_copy, source)
-                try:
-                    return await self._register_staged(adapter_id, staging, options, source)
-                finally:
-                    await self._discard(staging)
+            async with self._registering(adapter_id), self._staged(self._store.stage_copy, source) as staging:
+                return await self._register_staged(adapter_id, staging, options, source)
 
         return await self._work.to_the_end(register())
 
-    @contextlib.asynccontextmanager
-    async def upload(self) -> AsyncIterator[Staging]:
-        """A place for an upload's files until the block ends; `register_upload` inside of it."""
+    def upload(self) -> contextlib.AbstractAsyncContextManager[Staging]:
+        """Return a place for an upload's files until the block ends; call `register_upload` inside the block."""
         self._work.require_open()
-        staging = await self._work.run(self._store.stage)
-        try:
-            yield staging
-        finally:
-            await self._discard(staging)
+        return self._staged(self._store.stage)
 
     async def register_upload(self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions) -> Registered:
-        """Register what an upload wrote; inside the `upload` block."""
+        """Register what an upload wrote."""
 
         async def register() -> Registered:
             async with self._registering(adapter_id):
@@ -177,7 +165,7 @@ class Lifecycle:
         if wanted not in (None, given):
             rule = "is not the content's"
             raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_generation", rule, limit=wanted, given=given)
-        ingested = await self._work.run(self._read_staged, staged)
+        ingested = await self._work.run(self._loader.read_staged, staged)
         self._check_fit(ingested)
         mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
         return await self._publish(adapter_id, staged, ingested, options, source)
@@ -340,14 +328,13 @@ class Lifecycle:
             finally:
                 self.registry.abandon(adapter_id)
 
-    def _read_staged(self, staged: StagedVersion) -> Ingested:
-        pair = pair_of(file.name for file in staged.files)
-        assert pair is not None, staged.files
-        with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
-            return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
-
-    async def _discard(self, staging: Staging) -> None:
-        if self._work.is_closed:
-            staging.discard()
-        else:
-            await self._work.run(staging.discard)
+    @contextlib.asynccontextmanager
+    async def _staged(self, stage: Callable[..., Staging], *arguments: object) -> AsyncIterator[Staging]:
+        staging = await self._work.run(stage, *arguments)
+        try:
+            yield staging
+        finally:
+            if self._work.is_closed:
+                staging.discard()
+            else:
+                await self._work.run(staging.discard)

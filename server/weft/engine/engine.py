@@ -12,9 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from weft.adapters.identifiers import Generation
+from weft.adapters.loader import AdapterLoader
 from weft.adapters.slab import Slab
 from weft.config import EngineConfig
 from weft.engine import sampler
@@ -47,14 +48,6 @@ class Freed(NamedTuple):
     kv_blocks: int = 0
 
 
-class Loader(Protocol):
-    """Reads adapters beside the engine thread (`weft.adapters.loader`)."""
-
-    def request(self, generation: Generation) -> "Future[Slab]":
-        """Return the adapter's slab, or WeftError, as a future."""
-        ...
-
-
 class Engine:
     """Continuous batching over a runner.
 
@@ -69,7 +62,7 @@ class Engine:
         num_kv_blocks: int,
         max_model_len: int,
         inbox: Inbox,
-        loader: Loader,
+        loader: AdapterLoader,
         publish: Publish,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
