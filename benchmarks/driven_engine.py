@@ -1,12 +1,15 @@
 """An engine without a server, which the caller's thread drives: what every benchmark of the engine runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from benchmarks.slabs_at_hand import SlabsAtHand
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.config import EngineConfig
-from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.engine import Engine
+from weft.engine.inbox import Inbox
+from weft.engine.outbox import EngineEvent
 from weft.engine.request import TokenEvent
 from weft.engine.runner import ModelRunner
 from weft.metrics import Metrics
@@ -25,18 +28,20 @@ class DrivenEngine(Engine):
         slab_of: Callable[[Generation], Slab],
     ) -> None:
         self._timed_events: list[tuple[float, TokenEvent]] = []
-        callbacks = EngineCallbacks(
-            events=lambda events: self._timed_events.extend((time.monotonic(), event) for event in events),
-            load=lambda generation: self.loaded(generation, slab_of(generation)),
-        )
         super().__init__(
             runner,
             config,
             num_kv_blocks=num_kv_blocks,
             max_model_len=max_model_len,
-            callbacks=callbacks,
+            inbox=Inbox(),
+            loader=SlabsAtHand(slab_of),
+            publish=self._keep,
             metrics=Metrics(),
         )
+
+    def _keep(self, events: Sequence[EngineEvent]) -> None:
+        now_s = time.monotonic()
+        self._timed_events += [(now_s, event) for event in events if isinstance(event, TokenEvent)]
 
     def drive(self) -> list[tuple[float, TokenEvent]]:
         """Run one step; return new events with their times on the monotonic clock. Raises a request's error."""

@@ -141,7 +141,7 @@ async def test_concurrent_requests_answer_as_alone(quantization: Quantization, t
             together = await asyncio.gather(*(_ask(stub, ask, salt) for ask in order))
             wrong = [ask for ask, answer in zip(order, together, strict=True) if _differs(alone[ask], answer)]
             assert not wrong, f"shuffle {shuffle}: {len(wrong)} answers differ, first {wrong[0]}"
-        blocks = served.application.lifecycle._blocks
+        blocks = served.application.engine.blocks
         assert blocks.num_used_blocks == sum(blocks.count(a.num_virtual_tokens) for a in adapters.values())
         unregister = adapter_service_pb2_grpc.AdapterServiceStub(channel).UnregisterAdapter
         for adapter_id in adapters:

@@ -10,9 +10,7 @@ SUFFIXES = {".py", ".cpp", ".h", ".proto"}
 LINES_MAX, TEST_LINES_MAX = 400, 700
 LONGER = {
     "benchmarks/gpu.py": 496,
-    "server/weft/api/generation.py": 488,
-    "server/weft/engine/engine.py": 457,
-    "tests/engine/test_engine.py": 891,
+    "tests/engine/test_engine.py": 878,
     "tests/server/test_bad_adapters.py": 759,
 }
 """Files above the limit, and how many lines each may have. Nothing is added here, and no number grows."""

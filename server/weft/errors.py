@@ -150,3 +150,8 @@ class DataLoss(WeftError):
     """Stored bytes no longer match their digest."""
 
     code = Code.DATA_LOSS
+
+
+def draining_error() -> Unavailable:
+    """Return the error for calls that arrive during shutdown."""
+    return Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0)

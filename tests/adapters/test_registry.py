@@ -20,23 +20,23 @@ class Told:
 
     def __init__(self) -> None:
         self.idle: list[Version] = []
-        self.releases = 0
         self.changes: list[tuple[Change, str]] = []
         self.now = 100.0
         self.registry = Registry(
-            idle=self.idle.append,
-            released=self._released,
             changed=lambda change, version: self.changes.append((change, version.generation[:1])),
             wall_clock=lambda: self.now,
         )
 
-    def _released(self) -> None:
-        self.releases += 1
-
     def publish(self, generation: Generation, adapter_id: AdapterId = NAME) -> Version:
         version = Version(adapter_id=adapter_id, generation=generation, info=AdapterInfo(), create_time_s=0.0)
-        self.registry.publish(version)
+        previous = self.registry.publish(version)
+        if previous is not None and not previous.leases:
+            self.idle.append(previous)
         return version
+
+    def release(self, version: Version, request_id: str) -> None:
+        if self.registry.release(version, request_id):
+            self.idle.append(version)
 
     def acquire(self, request_id: str, generation: Generation | None = None) -> Version:
         version = self.registry.require_active(AdapterReference(NAME, generation))
@@ -63,10 +63,10 @@ def test_a_lease_is_taken_with_the_look_up_and_ends_once(told: Told) -> None:
     told.publish(A)
     version = told.acquire("r")
     assert (version.generation, version.leases, version.last_used_time_s) == (A, {"r"}, 100.0)
-    told.registry.release(version, "r")
-    assert (version.leases, told.releases, told.idle) == (set(), 1, [])
+    told.release(version, "r")
+    assert (version.leases, told.idle) == (set(), [])
     with pytest.raises(KeyError):
-        told.registry.release(version, "r")
+        told.release(version, "r")
 
 
 def test_an_id_or_a_generation_that_is_not_current_is_not_found(told: Told) -> None:
@@ -88,7 +88,7 @@ def test_running_requests_keep_the_replaced_version_and_new_ones_get_the_new(tol
     assert told.registry.generations() == {A, B}
     error = told.refusal(A)
     assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_DRAINING")
-    told.registry.release(old, "old")
+    told.release(old, "old")
     assert told.idle == [old]
     assert told.registry.generations() == {B}
     assert isinstance(told.refusal(A), AdapterNotFound)
@@ -106,9 +106,9 @@ def test_the_last_lease_of_a_replaced_version_makes_it_idle(told: Told) -> None:
     old = told.acquire("one")
     told.acquire("two")
     told.publish(B)
-    told.registry.release(old, "one")
+    told.release(old, "one")
     assert told.idle == []
-    told.registry.release(old, "two")
+    told.release(old, "two")
     assert told.idle == [old]
 
 
@@ -120,7 +120,7 @@ def test_content_that_comes_back_is_current_while_its_old_version_drains(told: T
     second = told.publish(A)
     assert told.acquire("exact", A) is second
     assert told.acquire("plain") is second
-    told.registry.release(first, "first")
+    told.release(first, "first")
     assert told.idle[-1] is first
     assert A in told.registry.generations(), "what `idle` may free is asked again"
 
@@ -214,7 +214,7 @@ def test_draining_refuses_new_requests_and_only_one_caller_gets_it(told: Told) -
     with pytest.raises(AdapterNotFound):
         told.registry.drain(NAME, None)
     for version, request_id in zip(versions, ["current", "old"], strict=True):
-        told.registry.release(version, request_id)
+        told.release(version, request_id)
     told.registry.remove(NAME)
     assert isinstance(told.refusal(), AdapterNotFound)
     assert len(told.registry) == 0
@@ -329,7 +329,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.idle: list[Version] = []
-        self.registry = Registry(idle=self.idle.append)
+        self.registry = Registry()
         self.current: dict[AdapterId, Version] = {}
         self.held: dict[str, Version] = {}
         self.drained: set[AdapterId] = set()
@@ -352,6 +352,8 @@ class RegistryMachine(RuleBasedStateMachine):
         if changes:
             version = Version(adapter_id=name, generation=generation, info=AdapterInfo(), create_time_s=0.0)
             assert self.registry.publish(version) is old
+            if old is not None and not old.leases:
+                self.idle.append(old)
             self.current[name] = version
 
     @rule(name=names, generation=st.one_of(st.none(), generations))
@@ -374,7 +376,8 @@ class RegistryMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.held)))
         version = self.held.pop(request_id)
-        self.registry.release(version, request_id)
+        if self.registry.release(version, request_id):
+            self.idle.append(version)
         last = version not in self.held.values()
         was_replaced = self.current.get(version.adapter_id) is not version
         assert (version in self.idle) == (last and was_replaced)

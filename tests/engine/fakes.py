@@ -9,11 +9,14 @@ tokens than `expected_tokens`, and is noticed in `forward` at once where a cell 
 
 import math
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import Future
 from functools import cache
 from hashlib import blake2b
-from typing import NamedTuple
+from threading import Condition, Semaphore
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +27,9 @@ from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import EngineConfig
 from weft.engine import block_manager, sampler
-from weft.engine.engine import Engine, EngineCallbacks
+from weft.engine.engine import Engine
+from weft.engine.inbox import Inbox
+from weft.engine.outbox import AdapterFailed, EngineDown, EngineEvent
 from weft.engine.request import (
     AdapterUse,
     ExpertBound,
@@ -320,6 +325,25 @@ class FakeRunner:
         return int(params.scale[0])
 
 
+class FakeLoader:
+    """A loader that the test answers. asked: what was not answered yet, oldest first. came: counts the requests."""
+
+    def __init__(self) -> None:
+        self.came = Semaphore(0)
+        self.asked: list[tuple[Generation, Future[Slab]]] = []
+
+    def request(self, generation: Generation) -> Future[Slab]:
+        slab: Future[Slab] = Future()
+        self.asked.append((generation, slab))
+        self.came.release()
+        return slab
+
+    def take(self, generation: Generation) -> Future[Slab]:
+        """The oldest request for an adapter, which is now answered."""
+        index = [asked for asked, _ in self.asked].index(generation)
+        return self.asked.pop(index)[1]
+
+
 class Harness:
     """An engine whose thread is the test: the clock moves by hand, and the test answers the loads."""
 
@@ -338,8 +362,9 @@ class Harness:
     ) -> None:
         self.now = 0.0
         self.runner = FakeRunner(block_size=block_size, capacity_bytes=capacity_bytes)
-        self.loads: list[Generation] = []
-        self.unfit: list[tuple[Generation, str]] = []
+        self.inbox = Inbox()
+        self.loader = FakeLoader()
+        self.failed: list[tuple[Generation, str]] = []
         self.num_down = 0
         self.events: dict[RequestId, list[TokenEvent]] = {}
         self.requests: dict[RequestId, Request] = {}
@@ -357,27 +382,32 @@ class Harness:
             config,
             num_kv_blocks=num_blocks,
             max_model_len=max_model_len,
-            callbacks=EngineCallbacks(
-                events=self._take,
-                load=self.loads.append,
-                unfit=lambda generation, error: self.unfit.append((generation, error.reason)),
-                down=self._count_down,
-            ),
+            inbox=self.inbox,
+            loader=self.loader,
+            publish=self._take,
             metrics=metrics or Metrics(),
             clock=lambda: self.now,
         )
 
-    def _take(self, events: list[TokenEvent]) -> None:
+    @property
+    def loads(self) -> list[Generation]:
+        """What the engine asked for and has no answer to, oldest first."""
+        return [generation for generation, _ in self.loader.asked]
+
+    def _take(self, events: Sequence[EngineEvent]) -> None:
         for event in events:
+            if isinstance(event, AdapterFailed):
+                self.failed.append((event.generation, event.error.reason))
+            if isinstance(event, EngineDown):
+                self.num_down += 1
+            if not isinstance(event, TokenEvent):
+                continue
             told = self.events.setdefault(event.request_id, [])
             if told and told[-1].finish is not None:
                 self.runner.violations.append(f"request {event.request_id}: an event after the last one")
             told.append(event)
             if event.finish is not None:
                 self.on_finish(event.request_id, event.finish)
-
-    def _count_down(self) -> None:
-        self.num_down += 1
 
     def submit(
         self,
@@ -422,11 +452,11 @@ class Harness:
 
     def answer_load(self, generation: Generation, error: WeftError | None = None) -> None:
         """Let the oldest load of `generation` come back."""
-        self.loads.remove(generation)
+        slab = self.loader.take(generation)
         if error is None:
-            self.engine.loaded(generation, self._contents[generation].slab())
+            slab.set_result(self._contents[generation].slab())
         else:
-            self.engine.load_failed(generation, error)
+            slab.set_exception(error)
 
     def know(self, adapter: FakeAdapter) -> None:
         """Make loads of an adapter possible that no request has named."""
@@ -507,3 +537,24 @@ class Harness:
         assert len(slots) == len(residents)
         assert slots.used_bytes == sum(resident.slab.buffer.nbytes for resident in residents.values())
         assert slots.used_bytes <= slots.capacity_bytes
+
+
+class Threaded(Harness):
+    """The same engine with its own thread; loads are answered by the test."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.told = Condition()
+        self.engine._clock = time.monotonic
+        self.engine.start()
+
+    def _take(self, events: Sequence[EngineEvent]) -> None:
+        with self.told:
+            super()._take(events)
+            self.told.notify_all()
+
+    def wait(self, *requests: Request, timeout_s: float = 20.0) -> None:
+        """Until these requests have ended; a hang is a failure."""
+        with self.told:
+            done = self.told.wait_for(lambda: all(map(self.finish, requests)), timeout_s)
+        assert done, [request.request_id for request in requests if not self.finish(request)]

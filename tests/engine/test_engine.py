@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, advance, expected_tokens
+from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, Threaded, advance, expected_tokens
 from weft.engine.engine import ENGINE_DOWN
-from weft.engine.request import FinishReason, Request, RequestId, SamplingParams
+from weft.engine.outbox import EngineEvent
+from weft.engine.request import FinishReason, Request, RequestId, SamplingParams, TokenEvent
 from weft.engine.scheduler import OVERTAKEN_MAX
 from weft.errors import Cancelled, DataLoss, Unavailable, WeftError
 from weft.kernels.step import Step
@@ -333,7 +334,7 @@ def until_down(h: Harness) -> tuple[Request, Future[int]]:
             break
     assert h.num_down == 1
     h.engine.stop()
-    return h.submit([3]), h.engine.call(lambda: 1)
+    return h.submit([3]), h.inbox.call(lambda: 1)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -387,7 +388,7 @@ def test_a_caller_that_gave_up_its_call_does_not_take_the_engine_along() -> None
     """A cancelled RPC cancels the future it waits for."""
     h = harness()
     request = h.submit([1])
-    future = h.engine.call(lambda: 1)
+    future = h.inbox.call(lambda: 1)
     assert future.cancel()
     h.run()
     assert not h.num_down
@@ -396,7 +397,7 @@ def test_a_caller_that_gave_up_its_call_does_not_take_the_engine_along() -> None
 
 def test_a_call_gives_its_result_or_its_error() -> None:
     h = harness()
-    good, bad = h.engine.call(lambda: 41 + 1), h.engine.call(lambda: [][0])
+    good, bad = h.inbox.call(lambda: 41 + 1), h.inbox.call(lambda: [][0])
     h.turn()
     assert good.result(timeout=0) == 42
     with pytest.raises(IndexError):
@@ -509,7 +510,7 @@ def test_a_large_adapter_gets_its_room_under_unending_traffic_of_others() -> Non
 def test_who_cannot_fit_beside_pinned_adapters_ends_and_holds_up_nobody() -> None:
     h = harness(capacity_bytes=3 * UNIT_BYTES)
     h.know(ONE)
-    h.engine.pin(ONE.generation)
+    h.engine.preload(ONE.generation, pin=True)
     h.turn()
     h.answer_load(ONE.generation)
     runs = h.submit([1], ONE, params=long(40))
@@ -562,7 +563,7 @@ def test_idle_virtual_positions_make_way_for_a_request(caching: bool) -> None:
 def test_pinned_virtual_positions_stay_and_the_request_ends() -> None:
     h = harness(num_blocks=12, caching=False, max_num_batched_tokens=8)
     h.know(PREFIX)
-    h.engine.pin(PREFIX.generation)
+    h.engine.preload(PREFIX.generation, pin=True)
     h.turn()
     h.answer_load(PREFIX.generation)
     grows = h.submit(range(38), params=long(8))
@@ -627,30 +628,9 @@ def test_every_request_ends_once_however_the_engine_ends(operations: list[str], 
 # -- the thread ------------------------------------------------------------------------------------------------------
 
 
-class Threaded(Harness):
-    """The same engine with its own thread; loads are answered by the test."""
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__(metrics=METRICS, **config)
-        self.told = threading.Condition()
-        self.engine._clock = time.monotonic
-        self.engine.start()
-
-    def _take(self, events: list[Any]) -> None:
-        with self.told:
-            super()._take(events)
-            self.told.notify_all()
-
-    def wait(self, *requests: Request, timeout_s: float = 20.0) -> None:
-        """Until these requests have ended; a hang is a failure."""
-        with self.told:
-            done = self.told.wait_for(lambda: all(map(self.finish, requests)), timeout_s)
-        assert done, [request.request_id for request in requests if not self.finish(request)]
-
-
 @pytest.fixture
 def threaded() -> Iterator[Threaded]:
-    h = Threaded()
+    h = Threaded(metrics=METRICS)
     yield h
     h.engine.stop(10.0)
     assert not h.engine._thread.is_alive()
@@ -689,8 +669,11 @@ def test_requests_that_race_with_the_stop_are_answered(threaded: Threaded) -> No
 
 @pytest.mark.usefixtures("quiet")
 def test_after_a_cuda_error_nobody_waits_for_ever(threaded: Threaded) -> None:
+    requests = [threaded.submit([index], adapter) for index, adapter in enumerate((ONE, TWO))]
+    assert all(threaded.loader.came.acquire(timeout=20.0) for _ in requests)
+    answered, failed = (threaded.loader.take(adapter.generation) for adapter in (ONE, TWO))
     threaded.runner.fail = failing(RuntimeError("CUDA error: device-side assert triggered"), at=1)
-    requests = [threaded.submit([index], params=long(40)) for index in range(3)]
+    requests += [threaded.submit([index], params=long(40)) for index in range(3)]
     threaded.wait(*requests)
     threaded.engine._thread.join(10.0)
     assert not threaded.engine._thread.is_alive()
@@ -698,8 +681,8 @@ def test_after_a_cuda_error_nobody_waits_for_ever(threaded: Threaded) -> None:
     late = threaded.submit([3], ONE)
     threaded.wait(late, timeout_s=1.0)
     assert threaded.reason(late) == ENGINE_DOWN
-    threaded.engine.loaded(ONE.generation, ONE.slab())
-    threaded.engine.load_failed(ONE.generation, WeftError("INTERNAL", ""))
+    answered.set_result(ONE.slab())
+    failed.set_exception(WeftError("INTERNAL", ""))
     threaded.engine.preload(TWO.generation)
     threaded.engine.end(late.request_id, FinishReason.CANCELLED, CANCELLED)
     assert not threaded.loads
@@ -711,10 +694,14 @@ def test_after_a_cuda_error_nobody_waits_for_ever(threaded: Threaded) -> None:
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_callback_that_raises_does_not_leave_calls_hanging(threaded: Threaded) -> None:
-    def broken(events: object) -> None:
-        raise RuntimeError("the event loop is closed")
+    publish = threaded.engine._outbox._publish
 
-    object.__setattr__(threaded.engine._callbacks, "events", broken)
+    def broken(events: Sequence[EngineEvent]) -> None:
+        if any(isinstance(event, TokenEvent) for event in events):
+            raise RuntimeError("the event loop is closed")
+        publish(events)
+
+    threaded.engine._outbox._publish = broken
     threaded.submit([1])
     threaded.engine._thread.join(10.0)
     assert not threaded.engine._thread.is_alive()
@@ -858,7 +845,7 @@ class Arriving(queue.SimpleQueue[Any]):
 def test_requests_that_come_together_are_computed_together() -> None:
     h = harness()
     coming = [[3], [4, 5]]
-    h.engine._inbox = Arriving(lambda: h.submit(coming.pop(), params=long(3)) if coming else None)
+    h.inbox._messages = Arriving(lambda: h.submit(coming.pop(), params=long(3)) if coming else None)
     h.submit([1, 2], params=long(3))
     h.engine.turn(wait=True)
     assert [events_of(h, request) for request in h.requests.values()] == [[1], [1], [1]]
@@ -873,7 +860,7 @@ def test_who_comes_later_does_not_keep_the_first_waiting() -> None:
         h.now += 0.002
         h.submit([7], params=long(3))
 
-    h.engine._inbox = Arriving(come)
+    h.inbox._messages = Arriving(come)
     h.submit([1, 2], params=long(3))
     h.engine.turn(wait=True)
     assert len(h.requests) == 4, "those of five milliseconds"
@@ -883,7 +870,7 @@ def test_who_comes_later_does_not_keep_the_first_waiting() -> None:
 def test_nobody_is_waited_for_while_a_load_is() -> None:
     """It might come before its request has asked, and would be asked for again."""
     h = harness()
-    inbox = h.engine._inbox = Arriving(lambda: h.submit([9], params=long(1)))
+    inbox = h.inbox._messages = Arriving(lambda: h.submit([9], params=long(1)))
     request = h.submit([1], ONE, params=long(2))
     h.engine.turn(wait=True)
     assert inbox.waits == [None, 0.0]

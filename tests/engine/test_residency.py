@@ -12,9 +12,12 @@ from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeRunner, VirtualCell
 from weft.adapters.identifiers import Generation
 from weft.adapters.slab import Slab
 from weft.engine.block_manager import BlockManager
+from weft.engine.observer import Observer
+from weft.engine.outbox import AdaptersResident, EngineEvent, Outbox
 from weft.engine.request import Request, RequestId, SamplingParams
 from weft.engine.residency import Residency
 from weft.errors import AdapterConflict, DataLoss, Overloaded, WeftError
+from weft.metrics import Metrics
 
 A, B, C = FakeAdapter(1), FakeAdapter(2), FakeAdapter(3)
 BIG = FakeAdapter(4, units=2)
@@ -24,10 +27,6 @@ ALL = {adapter.generation: adapter for adapter in (A, B, C, BIG, P, Q, SOFT)}
 
 
 BROKEN = DataLoss("BLOB_CORRUPT", "")
-
-
-def watermark(slab: Slab) -> int:
-    return int(slab.virtual[0].max() if slab.virtual is not None else slab.buffer.view(torch.float32)[0])
 
 
 def fault() -> None:
@@ -40,19 +39,28 @@ class Device:
     def __init__(self, *, units: int = 2, num_blocks: int = 8) -> None:
         self.runner = FakeRunner(block_size=4, capacity_bytes=units * UNIT_BYTES)
         self.blocks = BlockManager(num_blocks, 4)
-        self.asked: list[Generation] = []
-        self.evictions = 0
-        self.told: set[int] = set()  # residents, by what was said of comings and goings
-        self.residency = Residency(
-            self.runner, self.blocks, request_load=self.asked.append, placed=self._placed, left=self._left
-        )
+        self.told: frozenset[Generation] = frozenset()  # residents, by what was published
+        self.metrics = Metrics()
+        self.residency = Residency(self.runner, self.blocks, Observer(self.metrics), Outbox(self._published, 0.0))
+        self._asked: list[Generation] = []
 
-    def _placed(self, slab: Slab) -> None:
-        self.told ^= {watermark(slab)}
+    @property
+    def asked(self) -> list[Generation]:
+        """What is to be loaded and was not answered yet."""
+        self._asked += self.residency.take_wanted()
+        return self._asked
 
-    def _left(self, slab: Slab, for_room: bool) -> None:
-        self.told ^= {watermark(slab)}
-        self.evictions += for_room
+    @property
+    def evictions(self) -> float:
+        """Adapters that made room for others."""
+        (family,) = self.metrics.adapter_evictions.collect()
+        return sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+
+    def _published(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            assert isinstance(event, AdaptersResident)
+            assert len(event.generations ^ self.told) == 1, "one comes or goes at a time"
+            self.told = event.generations
 
     def request(self, *adapters: FakeAdapter) -> Request:
         return Request(
@@ -79,16 +87,15 @@ class Device:
         for adapter in adapters:
             self.residency.release(self.bring(adapter))
 
-    def preload(self, adapter: FakeAdapter) -> Future[None]:
+    def preload(self, adapter: FakeAdapter, *, slab: Slab | None = None, pin: bool = False) -> Future[None]:
         future: Future[None] = Future()
-        self.residency.preload(adapter.generation, future)
+        self.residency.preload(adapter.generation, future, slab=slab, pin=pin)
         return future
 
     @property
     def resident(self) -> set[int]:
-        numbers = {int(generation, 16) for generation in self.residency.resident()}
-        assert self.told == numbers
-        return numbers
+        assert self.told == self.residency.resident()
+        return {int(generation, 16) for generation in self.told}
 
 
 def test_a_missing_adapter_is_asked_for_once_and_held_from_admission_to_release() -> None:
@@ -151,7 +158,7 @@ def test_held_adapters_stay_and_the_newcomer_waits() -> None:
 
 def test_pinned_adapters_stay_until_unpinned() -> None:
     device = Device(units=1)
-    device.residency.pin(A.generation)
+    device.preload(A, pin=True)
     device.answer()
     assert device.resident == {1}, "a pin brings its adapter in"
     newcomer = device.request(B)
@@ -173,6 +180,33 @@ def test_a_preload_brings_an_adapter_in_and_may_drive_out_an_idle_one() -> None:
     assert [call.result(timeout=0) for call in calls] == [None, None]
     assert device.resident == {2}
     assert device.preload(B).done(), "it is there already"
+
+
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_a_slab_that_is_given_spares_the_load(is_loading: bool) -> None:
+    device = Device()
+    asked = device.request(A)
+    if is_loading:
+        assert not device.residency.admit(asked)
+        assert device.asked == [A.generation]
+    call = device.preload(A, slab=A.slab(), pin=True)
+    assert call.result(timeout=0) is None
+    assert device.resident == {1}
+    device.answer()
+    assert device.residency._arrived == {}, "what comes from the disk after it is not kept"
+    assert device.asked == []
+    assert device.residency.admit(asked)
+
+
+def test_a_given_slab_without_room_is_not_kept() -> None:
+    device = Device(units=1)
+    device.bring(A)
+    call = device.preload(B, slab=B.slab(), pin=True)
+    with pytest.raises(Overloaded):
+        call.result(timeout=0)
+    device.residency.unpin(B.generation)
+    assert device.residency._arrived == {}
+    assert device.asked == []
 
 
 def test_a_preload_that_finds_no_room_says_so() -> None:
@@ -344,7 +378,7 @@ def test_kv_pressure_takes_idle_virtual_positions_only() -> None:
     assert device.resident == {1, 6}
     assert not device.residency.evict_virtual()
     device.residency.release(held)
-    device.residency.pin(Q.generation)
+    device.preload(Q, pin=True)
     assert not device.residency.evict_virtual()
 
 
@@ -397,10 +431,11 @@ def test_waiting_requests_can_be_made_to_let_go() -> None:
 
 
 _adapters = st.sampled_from([A, B, C, BIG, P, Q, SOFT])
+PRELOADS = "preload", "preload with slab"
 _operations = st.lists(
     st.tuples(
         st.sampled_from(
-            ["admit", "admit", "admit", "end", "arrive", "arrive", "fail", "pin", "unpin", "preload", "evict", "spoil"]
+            [*["admit"] * 3, "end", *["arrive"] * 2, "fail", "pin", "unpin", *PRELOADS, "evict", "spoil"],
         ),
         st.lists(_adapters, min_size=1, max_size=2, unique=True),
         st.integers(0, 5),
@@ -435,11 +470,13 @@ def test_budget_and_holds_under_any_sequence(
                 residency.arrived(generation, ALL[generation].slab())
             for request in requests:
                 residency.admit(request)
-        elif operation in ("pin", "unpin"):
-            getattr(residency, operation)(generation)
-            (pinned.add if operation == "pin" else pinned.discard)(generation)
-        elif operation == "preload":
-            device.preload(adapters[0])
+        elif operation == "unpin":
+            residency.unpin(generation)
+            pinned.discard(generation)
+        elif operation in ("pin", *PRELOADS):
+            slab = ALL[generation].slab() if operation == "preload with slab" else None
+            device.preload(adapters[0], slab=slab, pin=operation == "pin")
+            pinned |= {generation} if operation == "pin" else set()
         elif operation == "evict" and generation not in held:
             residency.unpin(generation)
             pinned.discard(generation)

@@ -26,15 +26,17 @@ class Table:
         self.asked: list[str] = []
         self.scheduler = Scheduler(
             self.blocks,
+            self,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
-            admit=self._admit,
-            is_loading=lambda request: request.request_id in self.absent,
         )
 
-    def _admit(self, request: Request) -> bool:
+    def admit(self, request: Request) -> bool:
         self.asked.append(request.request_id)
         return request.request_id not in self.absent | self.no_room
+
+    def is_loading(self, request: Request) -> bool:
+        return request.request_id in self.absent
 
     def add(self, name: str, prompt: int | Sequence[int]) -> Request:
         """A prompt of so many tokens that no other prompt begins with, or of these."""

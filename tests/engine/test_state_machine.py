@@ -88,7 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
             metrics=METRICS,
         )
         self.engine = self.harness.engine
-        self.registry = Registry(idle=self.went_idle, wall_clock=lambda: 0.0)
+        self.registry = Registry(wall_clock=lambda: 0.0)
         self.harness.on_finish = self.settle
         self.adapters: list[FakeAdapter] = []  # every content there ever was
         self.current: dict[AdapterId, FakeAdapter] = {}
@@ -124,7 +124,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert changes == (self.current.get(adapter_id) != adapter)
         if changes:
             info = AdapterInfo(num_virtual_tokens=adapter.num_virtual)
-            self.registry.publish(Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0))
+            version = Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0)
+            previous = self.registry.publish(version)
+            if previous is not None and not previous.leases:
+                self.went_idle(previous)
             self.current[adapter_id] = adapter
 
     @rule(adapter_id=ids, cancel=st.booleans())
@@ -177,7 +180,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.evict(adapter.generation)
         elif how != "evict":
             self.was_pinned |= how == "pin"
-            getattr(self.engine, how)(adapter.generation)
+            if how == "unpin":
+                self.engine.unpin(adapter.generation)
+            else:
+                self.engine.preload(adapter.generation, pin=how == "pin")
 
     # -- the requests --------------------------------------------------------------------------------------------
 
@@ -262,7 +268,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def settle(self, request_id: RequestId, finish: Finish) -> None:
         for version in self.leases.pop(request_id):
-            self.registry.release(version, request_id)
+            if self.registry.release(version, request_id):
+                self.went_idle(version)
         if finish.error is not None and finish.error.reason == "POOL_EXHAUSTED":
             uses = {use.generation for use in self.harness.requests[request_id].adapters}
             units = sum(adapter.units for adapter in self.adapters if adapter.generation in uses)
@@ -332,7 +339,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(name=ids, prompt=prompts, fails=st.sampled_from([True, True, False]))
     def disturb_placement(self, name: AdapterId, prompt: list[int], fails: bool) -> None:
         """Soft rows that the base cannot compute when their adapter is placed: those who wait for it end, told why."""
-        before, unfit = set(self.leases), len(self.harness.unfit)
+        before, unfit = set(self.leases), len(self.harness.failed)
         self.generate_one([name], None, prompt, GREEDY, 1.0, float("inf"), "")
         if fails:
             self.harness.runner.fail_virtual = _fault
@@ -341,7 +348,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.harness.answer_load(self.harness.loads[0])
         self.turn()
         self.harness.runner.fail_virtual = lambda: None
-        failed = {generation for generation, _ in self.harness.unfit[unfit:]}
+        failed = {generation for generation, _ in self.harness.failed[unfit:]}
         assert fails or not failed
         assert not failed & self.engine.residency.resident()
         for request_id in before | set(self.leases):
@@ -591,7 +598,7 @@ def _failed_rows_are_taken_for_good(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nobody_is_told_of_failed_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_end_unfit", lambda self: None)
+    patch.setattr(Residency, "take_failures", lambda self: {})
 
 
 def _blocks_of_failed_rows_are_lost(patch: pytest.MonkeyPatch) -> None:
@@ -618,9 +625,10 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
     real = Engine._expire
 
     def expire(self: Engine, now: float) -> None:
-        before = len(self._events)
+        expired = [request for request in self._requests.values() if request.deadline_s <= now]
         real(self, now)
-        self._events += self._events[before:]
+        for request in expired:
+            self._outbox._publish([self._outbox._pending[request.request_id]])
 
     patch.setattr(Engine, "_expire", expire)
 

@@ -150,7 +150,7 @@ def test_the_base_is_read_where_the_shape_says() -> None:
     )
     ran: list[str] = []
 
-    def run(function: Callable[[], Any]) -> Any:  # as Engine.call and its result are
+    def run(function: Callable[[], Any]) -> Any:  # as Inbox.run
         ran.append("run")
         return function()
 

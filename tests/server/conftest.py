@@ -176,7 +176,7 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
         live.client.unregister(left, mode="UNREGISTER_MODE_CANCEL", allow_missing=True)
     assert found == adapters
     wait_until(lambda: live.staging() == [])
-    wait_until(lambda: live.application.generation.num_requests == 0)
+    wait_until(lambda: live.application.requests.num_requests == 0)
     store = AdapterStore(live.config.store, live.config.adapters)
     generations = {manifest.generation for manifest in store.read_catalog().manifests.values()}
     # A removal whose caller has gone sweeps a moment after the catalog has forgotten it.

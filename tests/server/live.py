@@ -302,11 +302,11 @@ class LiveServer:
 
     def wait_idle(self) -> None:
         """Until no request is inside, and the engine has taken the last step for one."""
-        engine = self.application.lifecycle.memory._engine
-        wait_until(lambda: self.application.generation.num_requests == 0 and not engine.scheduler.running)
+        engine = self.application.engine
+        wait_until(lambda: self.application.requests.num_requests == 0 and not engine.scheduler.running)
 
     def kv_blocks_used(self) -> int:
-        blocks = self.application.lifecycle._blocks
+        blocks = self.application.engine.blocks
         return blocks.num_used_blocks
 
 

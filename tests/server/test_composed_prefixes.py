@@ -55,7 +55,7 @@ def test_deltas_may_change_places_and_virtual_positions_may_not(server: LiveServ
 
 
 def test_blocks_of_all_of_them_come_back(server: LiveServer) -> None:
-    blocks = server.application.lifecycle.memory._engine.blocks
+    blocks = server.application.engine.blocks
     answer = server.client.generate(None, 4, text=TEXT, **of(prefix_7=0.5, prompt_8=2.0))
     assert [part.adapter_id for part in answer.finish.effective_adapters] == ["prefix-7", "prompt-8"]
     used = blocks.num_used_blocks

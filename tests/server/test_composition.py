@@ -138,7 +138,7 @@ def test_the_same_composition_in_any_order_shares_its_prefix(server: LiveServer)
 def test_cached_blocks_of_a_composition_go_with_any_of_its_adapters(
     server: LiveServer, sources: Sources, registered: Callable[[str, Path], str]
 ) -> None:
-    held = server.application.lifecycle.memory._engine.blocks
+    held = server.application.engine.blocks
     generation = registered("leaving", sources("lora-6"))
     for _ in range(2):
         finish = server.client.generate(None, 4, text=TEXT, **of(lora_1=0.5, leaving=0.5)).finish
@@ -183,7 +183,7 @@ def test_row_84_a_mixture_is_no_part() -> None:
         info = AdapterInfo(method=method, experts=experts)
         return Version(adapter_id=AdapterId(name), generation=Generation(name * 64), info=info, create_time_s=0)
 
-    parts = [Part(AdapterReference(AdapterId(name), None), 1.0, "") for name in "ab"]
+    parts = [Part(AdapterReference(AdapterId(name), None), 1.0, 1.0, "") for name in "ab"]
     expert = AdapterReference(AdapterId("a"), Generation("a" * 64))
     composition.check_versions(parts, [version("a", "lora"), version("b", "ia3")])
     with pytest.raises(InvalidRequest, match=r"adapters\[1\].adapter_id: is a mixture.*given b") as caught:
@@ -266,7 +266,7 @@ def test_row_85_faults_are_charged_to_every_part_that_took_part(
         with tight.gate.held():
             neighbour = client.stream("lora-1", LONG, text=TEXT)
             victim = client.stream(None, LONG, text=TEXT, **of(poison=1.0, beside=0.5, absent=0.0))
-            wait_until(lambda: tight.application.generation.num_requests == 2)
+            wait_until(lambda: tight.application.requests.num_requests == 2)
         refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", "the adapters", retry=False)
         assert neighbour.result().tokens == alone
     states = {name: client.get(name).state for name in ("poison", "beside", "absent", "lora-1")}
@@ -291,7 +291,7 @@ def test_a_part_of_weight_0_that_holds_nan_has_no_effect(
     wanted = client.tokens(None, LONG, text=TEXT, cache_salt="nan", **of(lora_1=0.5, ia3_1=1.0))
     generation = Generation(registered("nan", sources("lora-8")))
     client.load("nan")
-    residency = server.application.lifecycle.memory._engine.residency
+    residency = server.application.engine.residency
     slot: AdapterSlot = residency._resident[generation].slot
     for entry in server.runner.slots._held[slot].slab.entries:
         packed = entry.packed(server.runner.slots._held[slot].buffer)
@@ -299,7 +299,7 @@ def test_a_part_of_weight_0_that_holds_nan_has_no_effect(
     with server.gate.held():  # beside a request for which it is NaN
         victim = client.stream("nan", LONG, text=TEXT)
         mine = client.stream(None, LONG, text=TEXT, cache_salt="cold", **of(nan=0.0, ia3_1=1.0, lora_1=0.5))
-        wait_until(lambda: server.application.generation.num_requests == 2)
+        wait_until(lambda: server.application.requests.num_requests == 2)
     refused(lambda: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
     assert mine.result().tokens == wanted
     refused(lambda: client.generate(None, **of(nan=0.01, lora_1=0.5)), "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
@@ -316,7 +316,7 @@ def test_composed_requests_are_counted_as_any(server: LiveServer) -> None:
             server.client.stream("lora-1", 6),
             server.client.stream(None, 6, **of(ia3_1=2.0, lora_1=0.0)),
         ]
-        wait_until(lambda: server.application.generation.num_requests == 3)
+        wait_until(lambda: server.application.requests.num_requests == 3)
         server.gate.open()
         for stream in streams:
             stream.result()

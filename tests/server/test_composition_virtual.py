@@ -73,7 +73,7 @@ def test_the_same_composition_shares_its_prefix(server: LiveServer, soft: Genera
 
 def test_pages_of_virtual_tokens_are_shared(server: LiveServer, soft: Generation) -> None:
     """Two compositions and two plain requests at once hold one set of pages of each adapter, at any weight."""
-    held = server.application.lifecycle.memory._engine.residency
+    held = server.application.engine.residency
     prefix = Generation(server.client.get("prefix-1").generation)
     for adapter_id in ("prefix-1", "soft"):
         server.client.load(adapter_id)
@@ -84,7 +84,7 @@ def test_pages_of_virtual_tokens_are_shared(server: LiveServer, soft: Generation
             server.client.stream("prefix-1", 4),
             server.client.stream("soft", 4),
         ]
-        wait_until(lambda: server.application.generation.num_requests == 4)
+        wait_until(lambda: server.application.requests.num_requests == 4)
         server.gate.let(1)
         wait_until(lambda: len(_running(server)) == 4)
         pages = {generation: held._resident[generation].blocks for generation in (prefix, soft)}
@@ -99,7 +99,7 @@ def test_pages_of_virtual_tokens_are_shared(server: LiveServer, soft: Generation
 
 
 def _running(server: LiveServer) -> list[Any]:
-    return list(server.application.lifecycle.memory._engine.scheduler.running)
+    return list(server.application.engine.scheduler.running)
 
 
 def test_context_counts_the_virtual_tokens_of_all_parts(server: LiveServer, soft: Generation) -> None:

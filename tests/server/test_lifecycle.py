@@ -23,7 +23,8 @@ from weft.adapters.ingest import Ingest
 from weft.adapters.registry import AdapterInfo, Change, Version
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.adapters.store import AdapterStore
-from weft.api.generation import Generation
+from weft.api.admission import Admission, Admitted
+from weft.api.prompt import PromptEncoder
 from weft.api.watch import Watches
 from weft.config import WeftConfig
 from weft.errors import Unavailable
@@ -133,15 +134,16 @@ def test_the_comparison_sees_a_swapped_adapter(
     client = server.client
     client.register("swapped", sources("lora-2"))
     other = client.register("other", sources("lora-3")).adapter.generation
-    request = Generation._request
+    admit = Admission.admit
 
-    def wrong(*arguments: object, **options: object) -> object:
-        made = request(*arguments, **options)  # pyright: ignore[reportArgumentType]
-        return replace(made, adapters=tuple(use._replace(generation=other) for use in made.adapters))
+    def wrong(*arguments: object, **options: object) -> Admitted:
+        made = admit(*arguments, **options)  # pyright: ignore[reportArgumentType]
+        uses = tuple(use._replace(generation=other) for use in made.request.adapters)
+        return made._replace(request=replace(made.request, adapters=uses))
 
     wanted = alone("lora-2")
     with monkeypatch.context() as patch:
-        patch.setattr(Generation, "_request", wrong)
+        patch.setattr(Admission, "admit", wrong)
         assert client.tokens("swapped", LONG, cache_salt="wrong") != wanted
         # The key of its KV says what it should have been: whoever shares it gets the wrong tokens too.
         client.tokens("swapped", LONG, cache_salt="shared")
@@ -197,24 +199,24 @@ def test_unregister_after_each_lifecycle_shape(
     state: str, mode: str, tight: LiveServer, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the request is doing: it finishes or is told, the call returns, and nothing of the adapter is left."""
-    client, blocks = tight.client, tight.application.lifecycle.memory._engine.blocks
+    client, blocks = tight.client, tight.application.engine.blocks
     client.register("leaving", sources("lora-2"))
     prompt = "A prompt of more tokens than one step computes, so that it is caught in the middle."
     wanted = client.tokens("leaving", LONG, cache_salt="alone", text=prompt)
     running: list[Running] = []
     go_on = threading.Event()
-    token_ids = Generation._token_ids
+    encode = PromptEncoder.encode
 
     async def slowly(*arguments: object) -> list[int]:
         await asyncio.to_thread(go_on.wait, WAIT_S)
-        return await token_ids(*arguments)  # pyright: ignore[reportArgumentType]
+        return await encode(*arguments)  # pyright: ignore[reportArgumentType]
 
     with tight.gate.held(), monkeypatch.context() as patch, ThreadPoolExecutor() as threads:
         if state == "queued":  # two others are all that run
             running += [client.stream(None, 4), client.stream(None, 4)]
-            wait_until(lambda: tight.application.generation.num_requests == 2)
+            wait_until(lambda: tight.application.requests.num_requests == 2)
         if state == "accepting":
-            patch.setattr(Generation, "_token_ids", slowly)
+            patch.setattr(PromptEncoder, "encode", slowly)
         stream = client.stream("leaving", LONG, text=prompt)
         wait_until(lambda: client.get("leaving").in_flight_requests == 1)
         if state == "prefilling":
@@ -572,7 +574,7 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
         with tight.gate.held():
             neighbour = client.stream(target, LONG, text=prompt)
             victim = client.stream(poison, LONG, text=prompt)
-            wait_until(lambda: tight.application.generation.num_requests == 2)
+            wait_until(lambda: tight.application.requests.num_requests == 2)
         refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", retry=False)
         assert neighbour.result().tokens == alone[target], turn
     shared = [step for step in tight.gate.steps[-60:] if step.num_requests == 2]
@@ -582,7 +584,7 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
     adapter = client.get(poison)
     assert (adapter.state, adapter.state_reason) == (QUARANTINED, "ADAPTER_NON_FINITE")
     # The blocks that held NaN are used again, and nothing of it was kept for others.
-    blocks = tight.application.lifecycle.memory._engine.blocks
+    blocks = tight.application.engine.blocks
     assert adapter.generation not in blocks._blocks_of_generation
     for _ in range(3):
         with ThreadPoolExecutor() as threads:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
-from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss
+from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
 _FAULTS_UNTIL_QUARANTINE = 3
 
@@ -29,7 +29,7 @@ class AdapterState(StrEnum):
 
 
 class Change(StrEnum):
-    """What watchers are told of an id."""
+    """What watchers see happen to an id."""
 
     ADDED = "added"
     UPDATED = "updated"
@@ -40,9 +40,9 @@ class Change(StrEnum):
 class AdapterInfo:
     """What is known of a version's content. `slab_bytes` is what it takes in memory.
 
-    trained_held_as: how the base was held in training where that differs from this server's; "" where it does not, or
-        where no base is named.
-    trained_rope_factors: the base's rotary factors in training (model/rope.py) where they differ from this server's,
+    trained_held_as: how the base was held in training, if that differs from this server's; "" if it does not, or if
+        no base is named.
+    trained_rope_factors: the base's rotary factors in training (model/rope.py) if they differ from this server's,
         else "".
     invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
     experts: of a mixture, in the order of their generations; an id is what the expert was called, or "".
@@ -66,7 +66,10 @@ class AdapterInfo:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Version:
-    """One generation under one id. `leases` holds the requests that use it."""
+    """One generation under one id. `leases` holds the requests that use it.
+
+    removal: the error of all its requests, once the version is removed without waiting for them.
+    """
 
     adapter_id: AdapterId
     generation: Generation
@@ -78,26 +81,18 @@ class Version:
     last_used_time_s: float | None = None
     leases: set[str] = field(default_factory=set)
     faults: int = 0
+    removal: WeftError | None = None
 
 
 class Registry:
-    """The versions of one server.
-
-    idle(version): called when a version that is no longer current has lost its last lease.
-    released(): called whenever a lease has ended.
-    changed(change, version): called after every change that a watcher sees.
-    """
+    """The versions of one server. changed(change, version): called after every change that a watcher sees."""
 
     def __init__(
         self,
         *,
-        idle: Callable[[Version], None] = lambda version: None,
-        released: Callable[[], None] = lambda: None,
         changed: Callable[[Change, Version], None] = lambda change, version: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._idle = idle
-        self._released = released
         self._changed = changed
         self._wall_clock = wall_clock
         self._current: dict[AdapterId, Version] = {}
@@ -157,14 +152,12 @@ class Registry:
 
         Of several it is the one under the id that the mixture knows, else the first by id.
         """
-        found = sorted(
-            self.of(Generation(expert.generation or "")),
-            key=lambda version: (
-                version.state is not AdapterState.ACTIVE,
-                version.adapter_id != expert.adapter_id,
-                version.adapter_id,
-            ),
-        )
+
+        def preference(version: Version) -> tuple[bool, bool, str]:
+            is_other = version.adapter_id != expert.adapter_id
+            return version.state is not AdapterState.ACTIVE, is_other, version.adapter_id
+
+        found = sorted(self.of(Generation(expert.generation or "")), key=preference)
         if found and found[0].state is AdapterState.ACTIVE:
             return found[0]
         state = found[0].state.value if found else "not registered"
@@ -181,19 +174,18 @@ class Registry:
         version.leases.add(request_id)
         version.last_used_time_s = self._wall_clock()
 
-    def release(self, version: Version, request_id: str) -> None:
-        """The request ended."""
+    def release(self, version: Version, request_id: str) -> bool:
+        """End a lease; returns whether it was the last one of a version that is no longer current."""
         version.leases.remove(request_id)
-        self._released()
         if version.leases or self._current.get(version.adapter_id) is version:
-            return
+            return False
         replaced = self._replaced.get(version.adapter_id, [])
         if version in replaced:
             replaced.remove(version)
             if not replaced:
                 del self._replaced[version.adapter_id]
             self._forget(version)
-        self._idle(version)
+        return True
 
     def begin(self, adapter_id: AdapterId) -> None:
         """A free id is being registered: it is LOADING until `publish` or `abandon`."""
@@ -217,7 +209,7 @@ class Registry:
     ) -> bool:
         """Whether publishing changes anything (False: the content is current already).
 
-        Raises AdapterExists without `replace`, AdapterConflict where `expected_generation` is not current or the id is
+        Raises AdapterExists without `replace`, AdapterConflict if `expected_generation` is not current or the id is
         being removed, AdapterUnusable for the very content that is quarantined.
         """
         version = self._current.get(adapter_id)
@@ -232,13 +224,7 @@ class Registry:
             if current.state is AdapterState.ACTIVE:
                 return False
         given = "" if current is None else current.generation
-        if expected_generation is not None and expected_generation != given:
-            raise AdapterConflict(
-                "VERSION_CONFLICT",
-                f"expected_generation: the current generation of {adapter_id} is {given or 'none'}",
-                field="expected_generation",
-                metadata={"adapter_id": adapter_id, "limit": given, "given": expected_generation},
-            )
+        _require_expected(adapter_id, given, expected_generation)
         # An id whose files were lost has no generation; whatever is registered now repairs it.
         if current is not None and not replace and current.generation not in ("", generation):
             raise AdapterExists(
@@ -250,7 +236,7 @@ class Registry:
         return True
 
     def publish(self, version: Version) -> Version | None:
-        """Make `version` current; returns the one it replaced, which stays for the requests that hold it."""
+        """Make `version` current; returns the one it replaced, which stays if requests hold it."""
         previous = self._current.get(version.adapter_id)
         if previous is not None and previous.state is AdapterState.LOADING:
             previous = None
@@ -263,7 +249,6 @@ class Registry:
                 self._replaced.setdefault(version.adapter_id, []).insert(0, previous)
             else:
                 self._forget(previous)
-                self._idle(previous)
         return previous
 
     def drain(self, adapter_id: AdapterId, expected_generation: str | None) -> list[Version]:
@@ -272,13 +257,7 @@ class Registry:
         reference = AdapterReference(adapter_id, None)
         if version is None or version.state in (AdapterState.DRAINING, AdapterState.LOADING):
             raise not_found(reference)
-        if expected_generation is not None and expected_generation != version.generation:
-            raise AdapterConflict(
-                "VERSION_CONFLICT",
-                f"expected_generation: the current generation of {adapter_id} is {version.generation}",
-                field="expected_generation",
-                metadata={"adapter_id": adapter_id, "limit": version.generation, "given": expected_generation},
-            )
+        _require_expected(adapter_id, version.generation, expected_generation)
         self._drained_from[adapter_id] = version.state
         version.state = AdapterState.DRAINING
         self._changed(Change.UPDATED, version)
@@ -325,6 +304,16 @@ class Registry:
             del self._of[version.generation]
 
 
+def _require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
+    if expected is not None and expected != current:
+        raise AdapterConflict(
+            "VERSION_CONFLICT",
+            f"expected_generation: the current generation of {adapter_id} is {current or 'none'}",
+            field="expected_generation",
+            metadata={"adapter_id": adapter_id, "limit": current, "given": expected},
+        )
+
+
 def not_found(reference: AdapterReference, field: str = "adapter_id") -> AdapterNotFound:
     """Unknown, foreign and no longer current answer alike."""
     return AdapterNotFound(
@@ -345,29 +334,16 @@ def _draining(version: Version, field: str) -> AdapterUnusable:
 
 
 def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | DataLoss:
-    metadata = {"adapter_id": version.adapter_id, "cause": version.state_reason}
+    name, cause, retry_after_s = version.adapter_id, version.state_reason, None
+    kind, reason, text = AdapterUnusable, "ADAPTER_NOT_READY", f"{name} is {version.state.value}"
     match version.state:
         case AdapterState.DRAINING:
             return _draining(version, field)
+        case AdapterState.LOADING:
+            retry_after_s = 1.0
         case AdapterState.QUARANTINED:
-            return AdapterUnusable(
-                "ADAPTER_QUARANTINED",
-                f"{field}: {version.adapter_id} was taken out of service: {version.state_reason}",
-                field=field,
-                metadata=metadata,
-            )
-        case AdapterState.FAILED if version.state_reason == "BLOB_CORRUPT":
-            return DataLoss(
-                "BLOB_CORRUPT",
-                f"{field}: the stored files of {version.adapter_id} changed; register it again",
-                field=field,
-                metadata=metadata,
-            )
-        case _:
-            return AdapterUnusable(
-                "ADAPTER_NOT_READY",
-                f"{field}: {version.adapter_id} is {version.state.value}",
-                field=field,
-                metadata=metadata,
-                retry_after_s=1.0 if version.state is AdapterState.LOADING else None,
-            )
+            reason, text = "ADAPTER_QUARANTINED", f"{name} was taken out of service: {cause}"
+        case AdapterState.FAILED if cause == "BLOB_CORRUPT":
+            kind, reason, text = DataLoss, cause, f"the stored files of {name} changed; register it again"
+    metadata = {"adapter_id": name, "cause": cause}
+    return kind(reason, f"{field}: {text}", field=field, metadata=metadata, retry_after_s=retry_after_s)

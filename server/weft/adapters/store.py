@@ -201,20 +201,26 @@ class AdapterStore:
                 require_expected(adapter_id, expected_generation, current)
             elif current is not None and not replace and current.generation != staged.generation:
                 raise taken(current)
-            is_new = not os.path.lexists(self._version_path(staged.generation))
-            try:
-                self._place(staged)
+            with self._placed(staged):
                 if current is not None and current.generation == staged.generation and not replaces:
                     return current
                 failpoints.hit("before_manifest")
                 self._replace_manifest(manifest)
-            except BaseException:
-                if is_new:
-                    with contextlib.suppress(OSError, Unavailable):
-                        self._sweep_versions(self._unreferenced(()) & {staged.generation}, [])
-                raise
             failpoints.hit("after_manifest_before_ack")
         return manifest
+
+    @contextlib.contextmanager
+    def _placed(self, staged: StagedVersion) -> Iterator[None]:
+        """Put a version's files in place; if the block fails, files that were not there before go again."""
+        is_new = not os.path.lexists(self._version_path(staged.generation))
+        try:
+            self._place(staged)
+            yield
+        except BaseException:
+            if is_new:
+                with contextlib.suppress(OSError, Unavailable):
+                    self._sweep_versions(self._unreferenced(()) & {staged.generation}, [])
+            raise
 
     def set_pinned(self, adapter_id: AdapterId, pinned: bool) -> Manifest:
         """Change `pinned` alone. Raises AdapterNotFound if there is no such id."""

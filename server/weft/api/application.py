@@ -5,26 +5,29 @@ gRPC calls it today; an HTTP front or another host process would call the same o
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from weft import __version__
 from weft.adapters.host import HostCache
-from weft.adapters.identifiers import AdapterId, Generation
+from weft.adapters.identifiers import AdapterId
 from weft.adapters.ingest import Ingest
+from weft.adapters.loader import AdapterLoader
 from weft.adapters.store import AdapterStore
-from weft.api.generation import Generation as GenerationFlow
-from weft.api.generation import ModelFacts
 from weft.api.lifecycle import Lifecycle, RegisterOptions
 from weft.api.memory_plan import MemoryPlan
+from weft.api.request_flow import RequestFlow
+from weft.api.validation import ModelFacts
+from weft.api.work import Work
 from weft.config import WeftConfig
-from weft.engine.engine import ENGINE_DOWN, Engine, EngineCallbacks, draining
+from weft.engine.engine import Engine
+from weft.engine.inbox import Inbox
+from weft.engine.outbox import AdapterFailed, AdaptersResident, EngineDown, EngineEvent
 from weft.engine.request import TokenEvent
 from weft.engine.runner import Runner
-from weft.errors import Unavailable, WeftError
+from weft.errors import Unavailable, draining_error
 from weft.methods.protocol import BaseShape
 from weft.metrics import Metrics
 from weft.model import threads
@@ -35,7 +38,11 @@ _LAG_PERIOD_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """The base as the application tells of it."""
+    """What the application reports of the base.
+
+    num_threads: threads that compute a step.
+    rope_factors: the factors that a model with factors by length was fixed to (model/rope.py); "" for other models.
+    """
 
     facts: ModelFacts
     shape: BaseShape
@@ -45,9 +52,9 @@ class ServedModel:
     device: str
     kernels: str
     plan: MemoryPlan
-    num_threads: int  # that compute a step
+    num_threads: int
     weights: WeightBytes
-    rope_factors: str  # which a model with factors by length was fixed to (model/rope.py); "" for the others
+    rope_factors: str
 
 
 class Application:
@@ -59,50 +66,39 @@ class Application:
         self.model = model
         self.metrics = metrics
         self.down = asyncio.Event()
-
-        def deliver(events: list[TokenEvent]) -> None:
-            loop.call_soon_threadsafe(self.generation.deliver, events)
-
-        def load(generation: Generation) -> None:
-            self.lifecycle.memory.fetch(generation)
-
-        def resident(generations: frozenset[Generation]) -> None:
-            loop.call_soon_threadsafe(self.lifecycle.memory.residents_are, generations)
-
-        def unfit(generation: Generation, error: WeftError) -> None:
-            loop.call_soon_threadsafe(self.lifecycle.registry.fail, generation, error.reason)
-
-        def down() -> None:
-            loop.call_soon_threadsafe(self._engine_is_down)
-
-        self._engine = Engine(
+        self.work = Work()
+        self._inbox = Inbox()
+        store = AdapterStore(config.store, config.adapters, allowed_sources=config.allowed_sources)
+        # Some adapters are laid out by the base's weights, which the engine thread alone may touch.
+        ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
+        host = HostCache(config.residency.host_bytes)
+        loader = AdapterLoader(store, ingest, host, workers=self.work.threads, metrics=metrics)
+        self.engine = Engine(
             runner,
             config.engine,
             num_kv_blocks=model.plan.num_kv_blocks,
             max_model_len=model.facts.max_model_len,
-            callbacks=EngineCallbacks(events=deliver, load=load, resident=resident, unfit=unfit, down=down),
+            inbox=self._inbox,
+            loader=loader,
+            publish=partial(loop.call_soon_threadsafe, self._receive),
             metrics=metrics,
         )
         self.lifecycle = Lifecycle(
-            engine=self._engine,
-            store=AdapterStore(config.store, config.adapters, allowed_sources=config.allowed_sources),
-            ingest=model.ingest._replace(base=model.ingest.base.read_through(self._on_engine_thread)),
-            host=HostCache(config.residency.host_bytes),
+            engine=self.engine,
+            store=store,
+            loader=loader,
+            work=self.work,
             device_bytes=config.residency.device_bytes,
             metrics=metrics,
-            cancel=lambda request_id, error: self.generation.cancel(request_id, error),
         )
-        self.generation = GenerationFlow(
-            engine=self._engine,
-            registry=self.lifecycle.registry,
+        self.requests = RequestFlow(
+            engine=self.engine,
+            lifecycle=self.lifecycle,
             model=model.facts,
             limits=config.requests,
             max_requests=config.engine.max_num_seqs + config.engine.max_queued_requests,
             metrics=metrics,
         )
-        metrics.build_info.labels(
-            __version__, model.facts.name, model.quantization, model.device, model.dtype, model.kernels
-        ).set(1)
         self._lag = loop.create_task(self._measure_lag())
 
     async def start(
@@ -111,38 +107,49 @@ class Application:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Start the engine, restore the store's adapters and register those named at the start."""
-        self._engine.start()
-        await asyncio.wrap_future(self._engine.call(partial(threads.compute_with, self.model.num_threads)))
+        model = self.model
+        labels = __version__, model.facts.name, model.quantization, model.device, model.dtype, model.kernels
+        self.metrics.build_info.labels(*labels).set(1)
+        self.engine.start()
+        await asyncio.wrap_future(self._inbox.call(partial(threads.compute_with, model.num_threads)))
         await self.lifecycle.restore(progress)
         for adapter_id, path in adapters:
             await self.lifecycle.register_from(adapter_id, str(path), RegisterOptions(replace=True))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new calls and wait for the requests inside; False where some are left at the limit."""
-        self.generation.refuse(draining())
-        self.lifecycle.refuse(draining())
+        """Refuse new calls and wait for the requests inside; False if some are left at the limit."""
+        self._refuse(draining_error())
         try:
-            await asyncio.wait_for(self.generation.wait_empty(), timeout_s)
+            await asyncio.wait_for(self.requests.wait_empty(), timeout_s)
         except TimeoutError:
             return False
         return True
 
     async def stop(self) -> None:
         """End everything that is left; every request gets its terminal event."""
-        await asyncio.to_thread(self._engine.stop, 30.0)
+        await asyncio.to_thread(self.engine.stop, 30.0)
         await asyncio.sleep(0)  # the last events are on the loop's queue
         self._lag.cancel()
-        await self.lifecycle.close()
+        self.lifecycle.watches.end()
+        await self.work.close()
 
-    def _on_engine_thread(self, function: Callable[[], Any]) -> Any:
-        """Read the base where its memory may be touched; called by workers that lay an adapter out."""
-        return self._engine.call(function).result()
+    def _receive(self, events: Sequence[EngineEvent]) -> None:
+        """Hand on what the engine publishes; called on the event loop."""
+        for event in events:
+            match event:
+                case TokenEvent():
+                    self.requests.deliver(event)
+                case AdaptersResident(generations):
+                    self.lifecycle.memory.residents_are(generations)
+                case AdapterFailed(generation, error):
+                    self.lifecycle.memory.failed(generation, error)
+                case EngineDown(error):
+                    self._refuse(error)
+                    self.down.set()
 
-    def _engine_is_down(self) -> None:
-        down = Unavailable(ENGINE_DOWN, "the engine stopped by a fault", retry_after_s=5.0)
-        self.generation.refuse(down)
-        self.lifecycle.refuse(down)
-        self.down.set()
+    def _refuse(self, error: Unavailable) -> None:
+        self.requests.refuse(error)
+        self.work.refuse(error)
 
     async def _measure_lag(self) -> None:
         while True:

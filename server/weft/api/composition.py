@@ -41,17 +41,17 @@ class WeightedReference(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One adapter of a request. `field` is the path of its id in the request, `weight` as the caller wrote it."""
+    """One adapter of a request.
+
+    weight: as the caller wrote it. gate: the weight as kernels hold it, in float32; what is 0 there takes no part.
+    field: the path of the adapter's id in the request.
+    """
 
     reference: AdapterReference
     weight: float
+    gate: float
     field: str
     ranges: Ranges = ()
-
-    @property
-    def gate(self) -> float:
-        """The weight as kernels hold it, in float32; what is 0 there takes no part."""
-        return struct.unpack("f", struct.pack("f", self.weight))[0]
 
 
 def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_model: str) -> tuple[Part, ...]:
@@ -73,11 +73,11 @@ def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_mod
         field = f"{_FIELD}[{index}].adapter_id"
         _check_ranges(index, ranges, limits)
         reference = parse_reference(adapter_id, base_model=base_model, field=field)
-        part = Part(reference, weight, field, token_ranges.normal(ranges))
-        first = seen.setdefault(part.reference.adapter_id, index)
+        (gate,) = struct.unpack("f", struct.pack("f", weight))
+        first = seen.setdefault(reference.adapter_id, index)
         if first != index:
             raise _refused(index, "adapter_id", f"is part {first} already", adapter_id)
-        parts.append(part)
+        parts.append(Part(reference, weight, gate, field, token_ranges.normal(ranges)))
     if not any(part.gate for part in parts):
         raise _refused(0, "weight", "must be other than 0 in at least one part", parts[0].weight)
     return tuple(parts)

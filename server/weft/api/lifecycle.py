@@ -13,25 +13,25 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId, Generation
-from weft.adapters.ingest import Ingest, Ingested
+from weft.adapters.ingest import Ingested
+from weft.adapters.loader import AdapterLoader
 from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, Staging
 from weft.api import mixtures
-from weft.api.memory import AdapterMemory, Freed
+from weft.api.memory import AdapterMemory
 from weft.api.watch import Watches
 from weft.api.work import Work
-from weft.engine.engine import Engine
-from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, Unavailable, WeftError
+from weft.engine.engine import Engine, Freed
+from weft.engine.request import FinishReason, RequestId
+from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, WeftError
 from weft.metrics import Metrics
-from weft.v1.adapter_files import pair_of
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Outcome(StrEnum):
@@ -68,53 +68,31 @@ class Removed(NamedTuple):
 
 
 class Lifecycle:
-    """The adapters of one server.
-
-    cancel(request id, error): ends a running request; the id is one of a version's leases.
-    """
+    """The adapters of one server."""
 
     def __init__(
         self,
         *,
         engine: Engine,
         store: AdapterStore,
-        ingest: Ingest,
-        host: HostCache,
+        loader: AdapterLoader,
+        work: Work,
         device_bytes: int,
         metrics: Metrics,
-        cancel: Callable[[str, WeftError], None],
     ) -> None:
-        self._blocks = engine.blocks
+        self._engine = engine
         self._store = store
-        self._ingest = ingest
+        self._loader = loader
+        self._work = work
         self._device_bytes = device_bytes
         self._metrics = metrics
-        self._cancel = cancel
-        self._work = Work()
-        self.watches = Watches()
-        self.registry = Registry(idle=self._went_idle, released=self._released, changed=self._changed)
-        self.memory = AdapterMemory(
-            engine=engine,
-            store=store,
-            ingest=ingest,
-            host=host,
-            registry=self.registry,
-            work=self._work,
-            metrics=metrics,
-            changed=self._changed,
-            unwanted=self._free_later,
-        )
-        self._lease_ended = asyncio.Event()
         self._methods: dict[AdapterId, str] = {}
-
-    def refuse(self, error: Unavailable) -> None:
-        """Change nothing any more; what has begun goes on."""
-        self._work.refuse(error)
-
-    async def close(self) -> None:
-        """End watches and background work."""
-        self.watches.end()
-        await self._work.close()
+        self._lease_ended = asyncio.Event()
+        self.watches = Watches()
+        self.registry = Registry(changed=self._changed)
+        self.memory = AdapterMemory(
+            engine=engine, loader=loader, store=store, registry=self.registry, watches=self.watches, work=work
+        )
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -133,29 +111,25 @@ class Lifecycle:
                 pinned=manifest.pinned,
             )
             try:
-                ingested = await self._work.run(self.memory.read, manifest.generation)
+                ingested = await self._work.run(self._loader.read, manifest.generation)
             except WeftError as error:
                 version.state, version.state_reason = AdapterState.FAILED, error.reason
                 _log.warning("store: adapter %s is not served: %s", manifest.adapter_id, error)
             else:
                 version.info = ingested.info
-                self.memory.keep(manifest.generation, ingested.slab)
+                self._loader.keep(manifest.generation, ingested.slab)
             self.registry.publish(version)
             if version.pinned and version.state is AdapterState.ACTIVE:
-                self.memory.bring_pinned(version)
+                self._engine.preload(version.generation, pin=True)  # as soon as that can be
             progress(done, total)
         for problem in recovery.problems:
-            if problem.adapter_id is not None and self.registry.current(problem.adapter_id) is None:
-                self.registry.publish(
-                    Version(
-                        adapter_id=problem.adapter_id,
-                        generation=Generation(""),
-                        info=AdapterInfo(),
-                        create_time_s=0.0,
-                        state=AdapterState.FAILED,
-                        state_reason=problem.reason,
-                    )
+            adapter_id, state = problem.adapter_id, AdapterState.FAILED
+            if adapter_id is not None and self.registry.current(adapter_id) is None:
+                lost = Version(
+                    adapter_id=adapter_id, generation=Generation(""), info=AdapterInfo(), create_time_s=0.0, state=state
                 )
+                lost.state_reason = problem.reason
+                self.registry.publish(lost)
 
     # -- register ------------------------------------------------------------------------------------------------
 
@@ -164,27 +138,18 @@ class Lifecycle:
         self._work.require_open()
 
         async def register() -> Registered:
-            async with self._registering(adapter_id):
-                staging = await self._work.run(self._store.stage_copy, source)
-                try:
-                    return await self._register_staged(adapter_id, staging, options, source)
-                finally:
-                    await self._discard(staging)
+            async with self._registering(adapter_id), self._staged(self._store.stage_copy, source) as staging:
+                return await self._register_staged(adapter_id, staging, options, source)
 
         return await self._work.to_the_end(register())
 
-    @contextlib.asynccontextmanager
-    async def upload(self) -> AsyncIterator[Staging]:
-        """A place for an upload's files until the block ends; `register_upload` inside of it."""
+    def upload(self) -> contextlib.AbstractAsyncContextManager[Staging]:
+        """Return a place for an upload's files until the block ends; call `register_upload` inside the block."""
         self._work.require_open()
-        staging = await self._work.run(self._store.stage)
-        try:
-            yield staging
-        finally:
-            await self._discard(staging)
+        return self._staged(self._store.stage)
 
     async def register_upload(self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions) -> Registered:
-        """Register what an upload wrote; inside the `upload` block."""
+        """Register what an upload wrote."""
 
         async def register() -> Registered:
             async with self._registering(adapter_id):
@@ -192,23 +157,15 @@ class Lifecycle:
 
         return await self._work.to_the_end(register())
 
-    async def write(self, function: Callable[[], T]) -> T:
-        """Run an upload's disk work beside the event loop."""
-        return await self._work.run(function)
-
     async def _register_staged(
         self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions, source: str
     ) -> Registered:
         staged = await self._work.run(staging.seal)
-        if options.content_generation not in (None, staged.generation):
-            raise InvalidRequest.rule(
-                "CHECKSUM_MISMATCH",
-                "content_generation",
-                "is not the content's",
-                limit=options.content_generation,
-                given=staged.generation,
-            )
-        ingested = await self._work.run(self._read_staged, staged)
+        wanted, given = options.content_generation, staged.generation
+        if wanted not in (None, given):
+            rule = "is not the content's"
+            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_generation", rule, limit=wanted, given=given)
+        ingested = await self._work.run(self._loader.read_staged, staged)
         self._check_fit(ingested)
         mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
         return await self._publish(adapter_id, staged, ingested, options, source)
@@ -216,73 +173,65 @@ class Lifecycle:
     async def _publish(
         self, adapter_id: AdapterId, staged: StagedVersion, ingested: Ingested, options: RegisterOptions, source: str
     ) -> Registered:
-        generation = staged.generation
         changes = self.registry.check_publish(
-            adapter_id, generation, replace=options.replace, expected_generation=options.expected_generation
+            adapter_id, staged.generation, replace=options.replace, expected_generation=options.expected_generation
         )
-        current = self.registry.current(adapter_id)
-        previous = None if current is None or current.state is AdapterState.LOADING else current
+        previous = self.registry.current(adapter_id)
+        if previous is not None and previous.state is AdapterState.LOADING:
+            previous = None
         if not changes:
             assert previous is not None
             if options.pin and not options.validate_only:
                 await self.memory.pin(previous)
             return Registered(previous, Outcome.UNCHANGED)
-        pinned = options.pin or (previous is not None and previous.pinned)  # a pin is the id's, not the content's
         version = Version(
-            adapter_id=adapter_id, generation=generation, info=ingested.info, create_time_s=time.time(), pinned=pinned
+            adapter_id=adapter_id,
+            generation=staged.generation,
+            info=ingested.info,
+            create_time_s=time.time(),
+            pinned=options.pin or (previous is not None and previous.pinned),  # a pin is the id's, not the content's
         )
-        outcome = Outcome.CREATED if previous is None else Outcome.REPLACED
-        if options.validate_only:
-            return Registered(version, outcome)
+        if not options.validate_only:
+            await self._commit(version, staged, ingested, source, replace=previous is not None)
+        return Registered(version, Outcome.CREATED if previous is None else Outcome.REPLACED)
+
+    async def _commit(
+        self, version: Version, staged: StagedVersion, ingested: Ingested, source: str, *, replace: bool
+    ) -> None:
+        """Make a version durable, then current."""
+        adapter_id, generation, info = version.adapter_id, version.generation, version.info
+        commit = partial(self._store.commit, adapter_id=adapter_id, method=info.method, pinned=version.pinned)
         try:
-            if pinned:  # first of all: a call that fails for want of room leaves nothing behind
+            if version.pinned:  # first of all: a call that fails for want of room leaves nothing behind
                 await self.memory.bring(generation, pin=True, slab=ingested.slab)
-            manifest = await self._work.run(
-                lambda: self._store.commit(
-                    staged,
-                    adapter_id=adapter_id,
-                    method=ingested.info.method,
-                    pinned=pinned,
-                    source=source,
-                    replace=previous is not None,
-                )
-            )
+            manifest = await self._work.run(partial(commit, staged, source=source, replace=replace))
         except BaseException:
             await self.memory.free(generation)
             raise
         version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
-        self.memory.keep(generation, ingested.slab)
-        self.registry.publish(version)
-        if version.info.trained_held_as:
-            _log.warning(
-                "%s: trained on another quantization (%s) of the base", adapter_id, version.info.trained_held_as
-            )
-        if version.info.trained_rope_factors:
+        self._loader.keep(generation, ingested.slab)
+        replaced = self.registry.publish(version)
+        if replaced is not None and not replaced.leases:
+            self._free_later(replaced.generation)
+        if info.trained_held_as:
+            _log.warning("%s: trained on another quantization (%s) of the base", adapter_id, info.trained_held_as)
+        if info.trained_rope_factors:
             _log.warning(
                 "%s: trained with other rotary factors (%s) than this server's max_model_len takes; answers may differ",
                 adapter_id,
-                version.info.trained_rope_factors,
+                info.trained_rope_factors,
             )
-        return Registered(version, outcome)
 
     def _check_fit(self, ingested: Ingested) -> None:
-        if ingested.slab.buffer.nbytes > self._device_bytes:
-            raise InvalidAdapter.rule(
-                "ADAPTER_TOO_LARGE",
-                "adapter_model.safetensors",
-                "can never fit the adapter pool in bytes",
-                limit=self._device_bytes,
-                given=ingested.slab.buffer.nbytes,
-            )
-        needed = -(-ingested.slab.num_virtual_tokens // self._blocks.block_size)
-        if needed >= self._blocks.num_blocks:
-            raise InvalidAdapter.rule(
-                "ADAPTER_TOO_LARGE",
-                "adapter_config.num_virtual_tokens",
-                "can never fit the KV pool in blocks",
-                limit=self._blocks.num_blocks - 1,
-                given=needed,
-            )
+        blocks, slab, reason = self._engine.blocks, ingested.slab, "ADAPTER_TOO_LARGE"
+        given, most = slab.buffer.nbytes, self._device_bytes
+        if given > most:
+            field, rule = "adapter_model.safetensors", "can never fit the adapter pool in bytes"
+            raise InvalidAdapter.rule(reason, field, rule, limit=most, given=given)
+        given, most = blocks.count(slab.num_virtual_tokens), blocks.num_blocks - 1
+        if given > most:
+            field, rule = "adapter_config.num_virtual_tokens", "can never fit the KV pool in blocks"
+            raise InvalidAdapter.rule(reason, field, rule, limit=most, given=given)
 
     # -- unregister ----------------------------------------------------------------------------------------------
 
@@ -316,12 +265,14 @@ class Lifecycle:
         if not cancel:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wait_released(versions), timeout_s)
+        error = AdapterConflict(
+            "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} was unregistered while the request ran"
+        )
         leftover = {request_id for version in versions for request_id in version.leases}
+        for version in versions:
+            version.removal = error  # of requests that the engine does not have yet
         for request_id in leftover:
-            error = AdapterConflict(
-                "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} was unregistered while the request ran"
-            )
-            self._cancel(request_id, error)
+            self._engine.end(RequestId(request_id), FinishReason.ERROR, error)
         await self._wait_released(versions)
         self.registry.remove(adapter_id)
         total = Freed()
@@ -330,18 +281,16 @@ class Lifecycle:
         await self._collect()
         return Removed(total, cancelled_requests=len(leftover))
 
-    async def _wait_released(self, versions: list[Version]) -> None:
-        while any(version.leases for version in versions):
-            await self._lease_ended.wait()
-
-    def _released(self) -> None:
+    def release(self, version: Version, request_id: str) -> None:
+        """End a request's lease. The memory of a replaced version goes with the last one."""
+        if self.registry.release(version, request_id):
+            self._free_later(version.generation)
         self._lease_ended.set()
         self._lease_ended = asyncio.Event()
 
-    def _went_idle(self, version: Version) -> None:
-        """A replaced version has no requests left: its memory goes."""
-        if version.state is AdapterState.DRAINING and self.registry.current(version.adapter_id) is not version:
-            self._free_later(version.generation)
+    async def _wait_released(self, versions: list[Version]) -> None:
+        while any(version.leases for version in versions):
+            await self._lease_ended.wait()
 
     def _free_later(self, generation: Generation) -> None:
         if not self._work.is_closed:
@@ -379,14 +328,13 @@ class Lifecycle:
             finally:
                 self.registry.abandon(adapter_id)
 
-    def _read_staged(self, staged: StagedVersion) -> Ingested:
-        pair = pair_of(file.name for file in staged.files)
-        assert pair is not None, staged.files
-        with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
-            return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
-
-    async def _discard(self, staging: Staging) -> None:
-        if self._work.is_closed:
-            staging.discard()
-        else:
-            await self._work.run(staging.discard)
+    @contextlib.asynccontextmanager
+    async def _staged(self, stage: Callable[..., Staging], *arguments: object) -> AsyncIterator[Staging]:
+        staging = await self._work.run(stage, *arguments)
+        try:
+            yield staging
+        finally:
+            if self._work.is_closed:
+                staging.discard()
+            else:
+                await self._work.run(staging.discard)

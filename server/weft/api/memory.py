@@ -1,29 +1,20 @@
 """Adapters in memory: read from the store, kept on the host, brought to the device, pinned there, let go.
 
-The engine decides what is on the device and says so after every change; here is what the event loop knows of it. Disk
-and parsing run in worker threads.
+The engine decides what is on the device and publishes it after every change; here is what the event loop knows of it.
 """
 
 import asyncio
-import logging
-from collections.abc import Callable
 from enum import StrEnum
-from typing import NamedTuple
 
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
-from weft.adapters.ingest import Ingest, Ingested
+from weft.adapters.loader import AdapterLoader
 from weft.adapters.registry import Change, Registry, Version
 from weft.adapters.slab import Slab
 from weft.adapters.store import AdapterStore
-from weft.adapters.versions import corrupt
+from weft.api.watch import Watches
 from weft.api.work import Work
-from weft.engine.engine import Engine
+from weft.engine.engine import Engine, Freed
 from weft.errors import AdapterNotFound, AdapterUnusable, Overloaded, Unavailable, WeftError
-from weft.metrics import Metrics
-from weft.v1.adapter_files import pair_of
-
-_log = logging.getLogger(__name__)
 
 
 class Residence(StrEnum):
@@ -34,46 +25,26 @@ class Residence(StrEnum):
     DISK = "disk"
 
 
-class Freed(NamedTuple):
-    """What letting an adapter go gave back."""
-
-    device_bytes: int = 0
-    host_bytes: int = 0
-    kv_blocks: int = 0
-
-
 class AdapterMemory:
-    """Device and host copies of the adapters of one server.
-
-    changed(change, version): called when an adapter came to the device or left it.
-    unwanted(generation): called where content was read that no adapter is any more.
-    """
+    """Device and host copies of the adapters of one server."""
 
     def __init__(
         self,
         *,
         engine: Engine,
+        loader: AdapterLoader,
         store: AdapterStore,
-        ingest: Ingest,
-        host: HostCache,
         registry: Registry,
+        watches: Watches,
         work: Work,
-        metrics: Metrics,
-        changed: Callable[[Change, Version], None],
-        unwanted: Callable[[Generation], None],
     ) -> None:
         self._engine = engine
+        self._loader = loader
         self._store = store
-        self._ingest = ingest
-        self._host = host
         self._registry = registry
+        self._watches = watches
         self._work = work
-        self._metrics = metrics
-        self._changed = changed
-        self._unwanted = unwanted
         self._resident: frozenset[Generation] = frozenset()
-        self._at_hand: dict[Generation, Slab] = {}  # on their way to the device before the store has them
-        self._loop = asyncio.get_running_loop()
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -87,7 +58,7 @@ class AdapterMemory:
             elif to_device:
                 await self.bring(version.generation)
             elif self.place_of(version.generation) is Residence.DISK:
-                await asyncio.wrap_future(self._work.submit(self._slab, version.generation))
+                await self._read(version.generation)
             if pin is False and version.pinned:
                 await self._work.run(self._store.set_pinned, adapter_id, False)
                 self._unpin(version)
@@ -106,11 +77,11 @@ class AdapterMemory:
                 if await asyncio.wrap_future(self._engine.evict(version.generation)) is None:
                     raise _in_use(adapter_id, 1)  # it came an instant ago
                 if not keep_host:
-                    self._host.drop(version.generation)
+                    self._loader.drop(version.generation)
             if version.pinned:
                 await self._work.run(self._store.set_pinned, adapter_id, False)
                 self._unpin(version)
-            self._changed(Change.UPDATED, version)
+            self._watches.put(Change.UPDATED, version)
         return version
 
     async def pin(self, version: Version) -> None:
@@ -131,98 +102,52 @@ class AdapterMemory:
         """Where the fastest copy is."""
         if generation in self._resident:
             return Residence.DEVICE
-        return Residence.HOST if generation in self._host else Residence.DISK
-
-    def keep(self, generation: Generation, slab: Slab) -> None:
-        """Keep a slab on the host."""
-        self._host.put(generation, slab)
-
-    def read(self, generation: Generation) -> Ingested:
-        """Read and check a stored adapter; blocks on the disk."""
-        with self._store.open_version(generation) as stored:
-            pair = pair_of(stored.files)
-            if pair is None:
-                raise corrupt(generation, "it holds other files than an adapter has")
-            config, weights = (stored.files[name] for name in pair)
-            return self._ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
+        return Residence.HOST if generation in self._loader else Residence.DISK
 
     async def bring(self, generation: Generation, *, pin: bool = False, slab: Slab | None = None) -> None:
         """Return when the adapter is on the device, with `pin` to stay. `slab` spares the way to the disk.
 
         Raises what its load failed with, or Overloaded POOL_EXHAUSTED.
         """
-        if slab is not None:
-            self._at_hand[generation] = slab
-        if pin:
-            self._engine.pin(generation)
         try:
-            await asyncio.wrap_future(self._engine.preload(generation))
+            await asyncio.wrap_future(self._engine.preload(generation, slab=slab, pin=pin))
         except BaseException:
             if not self._is_pinned(generation):
                 self._engine.unpin(generation)
             raise
-        finally:
-            self._at_hand.pop(generation, None)
-
-    def bring_pinned(self, version: Version) -> None:
-        """Bring what was pinned before a restart, as soon as that can be."""
-        self._engine.pin(version.generation)
 
     async def free(self, generation: Generation) -> Freed:
-        """Let every copy go, unless an adapter is this content."""
+        """Let every copy go, unless an adapter is this content. Returns when no load reads its files any more."""
         if self._is_wanted(generation):
             return Freed()
         # It is held only if it was registered again a moment ago.
         evicted = await asyncio.wrap_future(self._engine.evict(generation))
-        freed = Freed() if evicted is None else Freed(device_bytes=evicted.device_bytes, kv_blocks=evicted.kv_blocks)
-        return freed if self._is_wanted(generation) else freed._replace(host_bytes=self._host.drop(generation))
+        if self._is_wanted(generation):
+            return evicted or Freed()
+        freed = (evicted or Freed())._replace(host_bytes=self._loader.drop(generation))
+        loads = map(asyncio.wrap_future, self._loader.running(generation))
+        await asyncio.gather(*loads, return_exceptions=True)
+        return freed
 
     def residents_are(self, resident: frozenset[Generation]) -> None:
-        """The engine's word on what is on the device."""
+        """Take in what is on the device now."""
         moved, self._resident = self._resident ^ resident, resident
         for generation in moved:
             for version in self._registry.of(generation):
                 if version is self._registry.current(version.adapter_id):
-                    self._changed(Change.UPDATED, version)
+                    self._watches.put(Change.UPDATED, version)
 
-    def fetch(self, generation: Generation) -> None:
-        """The engine wants an adapter; called on the engine thread. Answers with `loaded` or `load_failed`."""
-        try:
-            self._work.submit(self._fetch, generation)
-        except Unavailable as error:
-            self._engine.load_failed(generation, error)
+    def failed(self, generation: Generation, error: WeftError) -> None:
+        """Take an adapter out of service whose files, or what the base makes of them, are of no use."""
+        if not isinstance(error, Unavailable | Overloaded | AdapterNotFound):  # these pass, or it was removed
+            self._registry.fail(generation, error.reason)
 
-    def _fetch(self, generation: Generation) -> None:
+    async def _read(self, generation: Generation) -> None:
         try:
-            with self._metrics.adapter_load_seconds.time():
-                slab = self._slab(generation)
+            await asyncio.wrap_future(self._loader.request(generation))
         except WeftError as error:
-            self._engine.load_failed(generation, error)
-        except Exception:
-            _log.exception("loading an adapter failed")
-            self._engine.load_failed(generation, WeftError("INTERNAL", "internal error"))
-        else:
-            self._engine.loaded(generation, slab)
-
-    def _slab(self, generation: Generation) -> Slab:
-        """From the host, or from the disk to the host; runs in a worker thread."""
-        slab = self._at_hand.get(generation) or self._host.get(generation)
-        if slab is not None:
-            return slab
-        try:
-            slab = self.read(generation).slab
-        except WeftError as error:
-            if not isinstance(error, Unavailable | Overloaded | AdapterNotFound):  # these pass, or it was removed
-                self._loop.call_soon_threadsafe(self._registry.fail, generation, error.reason)
+            self.failed(generation, error)
             raise
-        self._host.put(generation, slab)
-        self._loop.call_soon_threadsafe(self._was_read, generation)
-        return slab
-
-    def _was_read(self, generation: Generation) -> None:
-        """It may have been unregistered meanwhile."""
-        if not self._is_wanted(generation):
-            self._unwanted(generation)
 
     def _unpin(self, version: Version) -> None:
         self._registry.pin(version, False)

@@ -1,4 +1,4 @@
-"""The composition root: builds everything from a WeftConfig, serves until told to stop, drains, ends.
+"""The composition root: builds everything from a WeftConfig, serves until a signal, drains, ends.
 
 start:   load the base → start the engine → restore the store → listen → SERVING
 SIGTERM: NOT_SERVING, new calls refused → running requests finish, up to drain_timeout_s → the rest end → exit 0
@@ -31,11 +31,11 @@ from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.api import memory_plan
 from weft.api.application import Application, ServedModel
-from weft.api.generation import ModelFacts
 from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.servicers.adapters import AdapterServicer
 from weft.api.servicers.generation import GenerationServicer
 from weft.api.servicers.health import HealthServicer
+from weft.api.validation import ModelFacts
 from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
@@ -52,7 +52,7 @@ _SERVICES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """A server that listens. `port` and `metrics_port` are the real ones where 0 was asked for."""
+    """A server that listens. `port` and `metrics_port` are the real ones if 0 was asked for."""
 
     application: Application
     port: int
@@ -64,7 +64,7 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
     # As PID 1 of a container a process without a handler ignores SIGTERM; loading can take minutes, and nothing is open
-    # yet. An exception would be lost where it lands in a destructor.
+    # yet. An exception would be lost if it landed in a destructor.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
@@ -86,19 +86,9 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     paged_attention.register()
     checkpoint = loader.read(config.model, attention=paged_attention.ATTENTION)
     weights = loader.WeightBytes.of(checkpoint.model)
-    device = checkpoint.model.device
-    memory = memory_plan.Memory(
-        kind=device.type,
-        weights=weights.quantized + weights.unquantized,
-        free=memory_plan.free_bytes(device, config.engine.memory_bytes) - config.model.shadow_bytes,
-        adapters=config.residency.device_bytes,
-    )
-    plan = memory_plan.make(
-        config.engine, memory, token_bytes=checkpoint.token_bytes, model_len=checkpoint.max_model_len
-    )
-    max_model_len = plan.max_model_len
-    rope_factors = rope.fix(checkpoint.model, max_model_len)
-    expected = self_test.expect(checkpoint.model, max_model_len=max_model_len)
+    plan = _memory_plan(config, checkpoint, weights)
+    rope_factors = rope.fix(checkpoint.model, plan.max_model_len)
+    expected = self_test.expect(checkpoint.model, max_model_len=plan.max_model_len)
     base = loader.wrap(replace(checkpoint, rope_factors=rope_factors.name))
     kernels = select(base.device, base.dtype)
     serving_form.take(base, kernels, shadow_bytes=config.model.shadow_bytes)
@@ -113,18 +103,10 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     )
     runner.warm_up()
     # Beside its virtual positions an adapter needs one token to read and one to write.
-    num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, max_model_len - 2)
+    num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, plan.max_model_len - 2)
     limits = replace(config.adapters, num_virtual_tokens_max=num_virtual_tokens_max)
-    facts = ModelFacts(
-        name=base.shape.name,
-        digest=base.shape.digest,
-        vocab_size=base.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=base.eos_token_ids,
-        tokenizer=base.tokenizer,
-    )
     model = ServedModel(
-        facts=facts,
+        facts=_facts(base, plan.max_model_len),
         shape=base.shape,
         ingest=Ingest(base.shape, limits, base.dtype, pinned=base.device.type == "cuda"),
         quantization=base.quantization.value,
@@ -139,6 +121,32 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     return model, runner
 
 
+def _memory_plan(
+    config: WeftConfig, checkpoint: loader.Checkpoint, weights: loader.WeightBytes
+) -> memory_plan.MemoryPlan:
+    device = checkpoint.model.device
+    memory = memory_plan.Memory(
+        kind=device.type,
+        weights=weights.quantized + weights.unquantized,
+        free=memory_plan.free_bytes(device, config.engine.memory_bytes) - config.model.shadow_bytes,
+        adapters=config.residency.device_bytes,
+    )
+    return memory_plan.make(
+        config.engine, memory, token_bytes=checkpoint.token_bytes, model_len=checkpoint.max_model_len
+    )
+
+
+def _facts(base: loader.Base, max_model_len: int) -> ModelFacts:
+    return ModelFacts(
+        name=base.shape.name,
+        digest=base.shape.digest,
+        vocab_size=base.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=base.eos_token_ids,
+        tokenizer=base.tokenizer,
+    )
+
+
 @asynccontextmanager
 async def serving(
     config: WeftConfig,
@@ -148,32 +156,11 @@ async def serving(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AsyncIterator[Serving]:
     """A server that listens inside the block and has drained after it."""
-    disable_created_metrics()  # a second series beside each counter, which nobody reads
+    disable_created_metrics()  # a second, useless series beside each counter
     metrics = Metrics()
     application = Application(config, model, runner, metrics)
-
-    def observe(call: FinishedCall) -> None:
-        rpc = call.method.rpartition("/")[2]
-        metrics.rpcs.labels(rpc, call.code).inc()
-        metrics.rpc_seconds.labels(rpc).observe(call.duration_s)
-
-    server = grpc.aio.server(
-        interceptors=[StatusInterceptor(observe)],
-        options=[
-            ("grpc.max_receive_message_length", config.server.receive_bytes_max),
-            ("grpc.max_metadata_size", 8 * 1024),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.max_concurrent_streams", 1024),
-            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent sharing
-        ],
-    )
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
-    adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(application), server)
     health = HealthServicer(_SERVICES)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    if config.server.reflection:
-        reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+    server = _server(config, application, health)
     try:
         port = _listen(server, config)
         exposition = _expose(metrics, config)
@@ -198,6 +185,33 @@ async def serving(
         await server.stop(grace=1.0)
         exposition.shutdown()
         exposition.server_close()
+
+
+def _server(config: WeftConfig, application: Application, health: HealthServicer) -> grpc.aio.Server:
+    metrics = application.metrics
+
+    def observe(call: FinishedCall) -> None:
+        rpc = call.method.rpartition("/")[2]
+        metrics.rpcs.labels(rpc, call.code).inc()
+        metrics.rpc_seconds.labels(rpc).observe(call.duration_s)
+
+    server = grpc.aio.server(
+        interceptors=[StatusInterceptor(observe)],
+        options=[
+            ("grpc.max_receive_message_length", config.server.receive_bytes_max),
+            ("grpc.max_metadata_size", 8 * 1024),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_concurrent_streams", 1024),
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent sharing
+        ],
+    )
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
+    adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(application), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if config.server.reflection:
+        reflection.enable_server_reflection((*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+    return server
 
 
 def _listen(server: grpc.aio.Server, config: WeftConfig) -> int:

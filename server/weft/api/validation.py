@@ -7,7 +7,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from weft.adapters.identifiers import parse_reference
 from weft.api import composition, mixtures
@@ -19,6 +19,23 @@ from weft.errors import InvalidRequest
 _TEMPERATURE_MIN = 0.01
 _TEMPERATURE_MAX = 100.0
 _PENALTY_MAX = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What of the base the request path needs to know. tokenizer: a fast transformers tokenizer."""
+
+    name: str
+    digest: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    tokenizer: Any
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base can render conversations."""
+        return self.tokenizer.chat_template is not None
 
 
 class ChatTurn(NamedTuple):
@@ -56,102 +73,68 @@ class GenerationSpec:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedSpec:
-    """A request whose fields obey their rules. `max_new_tokens` is None where the caller left it to the server.
+class CheckedSpec(NamedTuple):
+    """A request whose fields obey their rules.
 
     parts: the adapters that answer, in the order of the request; none is the base.
+    params: max_new_tokens is the caller's, or the server's default until the room for new tokens is known.
     """
 
     spec: GenerationSpec
     request_id: str
     parts: tuple[Part, ...]
-    seed: int
-    max_new_tokens: int | None
-    stop_token_ids: frozenset[int]
-
-    def sampling(self, *, max_new_tokens: int) -> SamplingParams:
-        """The engine's parameters, once the room for new tokens is known."""
-        spec = self.spec
-        return SamplingParams(
-            temperature=1.0 if spec.temperature is None else spec.temperature,
-            top_p=1.0 if spec.top_p is None else spec.top_p,
-            top_k=spec.top_k or 0,
-            min_p=spec.min_p or 0.0,
-            repetition_penalty=1.0 if spec.repetition_penalty is None else spec.repetition_penalty,
-            seed=self.seed,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=spec.min_new_tokens or 0,
-            stop_token_ids=self.stop_token_ids,
-            logprobs=spec.logprobs,
-        )
+    params: SamplingParams
 
 
-def check(
-    spec: GenerationSpec,
-    limits: RequestLimits,
-    *,
-    vocab_size: int,
-    eos_token_ids: frozenset[int],
-    base_model: str,
-    has_chat_template: bool,
-) -> CheckedSpec:
+def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> CheckedSpec:
     """Raise InvalidRequest for the first field that breaks its rule."""
     _check_request_id(spec.request_id, limits)
-    _check_input(spec, limits, vocab_size, has_chat_template)
-    if len(spec.cache_salt.encode()) > limits.cache_salt_bytes_max:
+    _check_input(spec, limits, model)
+    salt_bytes, most = len(spec.cache_salt.encode()), limits.cache_salt_bytes_max
+    if salt_bytes > most:
         raise InvalidRequest.rule(
-            "CACHE_SALT_INVALID",
-            "cache_salt",
-            "is too long in bytes",
-            limit=limits.cache_salt_bytes_max,
-            given=len(spec.cache_salt.encode()),
+            "CACHE_SALT_INVALID", "cache_salt", "is too long in bytes", limit=most, given=salt_bytes
         )
     parts: tuple[Part, ...] = ()
     if spec.composition is not None:
-        parts = composition.check(spec.composition, limits, base_model=base_model)
+        parts = composition.check(spec.composition, limits, base_model=model.name)
     elif spec.adapter_id is not None:
-        parts = (Part(parse_reference(spec.adapter_id, base_model=base_model), 1.0, "adapter_id"),)
+        parts = (Part(parse_reference(spec.adapter_id, base_model=model.name), 1.0, 1.0, "adapter_id"),)
     if spec.steering is not None:
-        mixtures.check_steering(spec.steering, base_model=base_model)
-    _check_sampling(spec, vocab_size)
-    _check_stopping(spec, limits, vocab_size)
+        mixtures.check_steering(spec.steering, base_model=model.name)
+    _check_sampling(spec, model.vocab_size)
+    _check_stopping(spec, limits, model.vocab_size)
     if spec.logprobs is not None and not 0 <= spec.logprobs <= limits.logprobs_max:
         raise InvalidRequest.rule(
             "LOGPROBS_LIMIT", "options.logprobs", "is out of range", limit=limits.logprobs_max, given=spec.logprobs
         )
-    eos = frozenset() if spec.ignore_eos else eos_token_ids
-    return CheckedSpec(
-        spec=spec,
-        request_id=spec.request_id or secrets.token_hex(8),
-        parts=parts,
+    params = SamplingParams(
+        temperature=1.0 if spec.temperature is None else spec.temperature,
+        top_p=1.0 if spec.top_p is None else spec.top_p,
+        top_k=spec.top_k or 0,
+        min_p=spec.min_p or 0.0,
+        repetition_penalty=1.0 if spec.repetition_penalty is None else spec.repetition_penalty,
         seed=secrets.randbits(63) if spec.seed is None else spec.seed,
-        max_new_tokens=spec.max_new_tokens,
-        stop_token_ids=eos | frozenset(spec.stop_token_ids),
+        max_new_tokens=spec.max_new_tokens or limits.max_new_tokens_default,
+        min_new_tokens=spec.min_new_tokens or 0,
+        stop_token_ids=(frozenset() if spec.ignore_eos else model.eos_token_ids) | frozenset(spec.stop_token_ids),
+        logprobs=spec.logprobs,
     )
+    return CheckedSpec(spec, spec.request_id or secrets.token_hex(8), parts, params)
 
 
 def _check_request_id(request_id: str, limits: RequestLimits) -> None:
     if len(request_id) > limits.request_id_bytes_max or not all("!" <= c <= "~" for c in request_id):
-        raise InvalidRequest.rule(
-            "REQUEST_ID_INVALID",
-            "request_id",
-            "must be visible ASCII characters",
-            limit=limits.request_id_bytes_max,
-            given=request_id,
-        )
+        rule, most = "must be visible ASCII characters", limits.request_id_bytes_max
+        raise InvalidRequest.rule("REQUEST_ID_INVALID", "request_id", rule, limit=most, given=request_id)
 
 
-def _check_input(spec: GenerationSpec, limits: RequestLimits, vocab_size: int, has_chat_template: bool) -> None:
+def _check_input(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> None:
     inputs = {"text": spec.text, "token_ids": spec.token_ids, "messages": spec.messages}
     given = [name for name, value in inputs.items() if value is not None]
     if len(given) != 1:
-        raise InvalidRequest.rule(
-            "PROMPT_INVALID",
-            "input",
-            "must be exactly one of text, token_ids, messages",
-            given=", ".join(given) or "none",
-        )
+        rule = "must be exactly one of text, token_ids, messages"
+        raise InvalidRequest.rule("PROMPT_INVALID", "input", rule, given=", ".join(given) or "none")
     if spec.text is not None:
         if not spec.text:
             raise InvalidRequest.rule("PROMPT_INVALID", "text", "must not be empty", given="")
@@ -161,20 +144,19 @@ def _check_input(spec: GenerationSpec, limits: RequestLimits, vocab_size: int, h
             raise InvalidRequest.rule("PROMPT_INVALID", "token_ids.ids", "must not be empty", given="[]")
         check_prompt_bytes("token_ids.ids", 4 * len(spec.token_ids), limits)
         for index, token_id in enumerate(spec.token_ids):
-            check_token(f"token_ids.ids[{index}]", token_id, vocab_size)
+            check_token(f"token_ids.ids[{index}]", token_id, model.vocab_size)
     elif spec.messages is not None:
         if not spec.messages:
             raise InvalidRequest.rule("PROMPT_INVALID", "messages.messages", "must not be empty", given="[]")
         check_prompt_bytes(
             "messages", sum(len(t.role.encode()) + len(t.content.encode()) for t in spec.messages), limits
         )
-        if not has_chat_template:
+        if not model.has_chat_template:
             raise InvalidRequest.rule("PROMPT_INVALID", "messages", "needs a base with a chat template", given="none")
         for index, turn in enumerate(spec.messages):
             if not turn.role:
-                raise InvalidRequest.rule(
-                    "PROMPT_INVALID", f"messages.messages[{index}].role", "must not be empty", given=""
-                )
+                field = f"messages.messages[{index}].role"
+                raise InvalidRequest.rule("PROMPT_INVALID", field, "must not be empty", given="")
 
 
 def check_prompt_bytes(field: str, num_bytes: int, limits: RequestLimits) -> None:
@@ -196,22 +178,14 @@ def _check_sampling(spec: GenerationSpec, vocab_size: int) -> None:
         if value is not None and not (math.isfinite(value) and is_valid):
             raise InvalidRequest.rule("SAMPLING_INVALID", f"sampling.{name}", f"must be {rule}", given=value)
 
-    temperature, top_p, min_p, penalty = (
-        spec.temperature or 0,
-        spec.top_p or 0,
-        spec.min_p or 0,
-        spec.repetition_penalty,
-    )
-    check(
-        "temperature",
-        spec.temperature,
-        f"0, or {_TEMPERATURE_MIN} to {_TEMPERATURE_MAX:g}",
-        temperature == 0 or _TEMPERATURE_MIN <= temperature <= _TEMPERATURE_MAX,
-    )
+    top_p, min_p, penalty = spec.top_p or 0, spec.min_p or 0, spec.repetition_penalty or 0
+    temperature, low, high = spec.temperature or 0, _TEMPERATURE_MIN, _TEMPERATURE_MAX
+    check("temperature", spec.temperature, f"0, or {low} to {high:g}", temperature == 0 or low <= temperature <= high)
     check("top_p", spec.top_p, "above 0 and at most 1", 0 < top_p <= 1)
     check("top_k", spec.top_k, f"0 to the vocabulary size {vocab_size}", 0 <= (spec.top_k or 0) <= vocab_size)
     check("min_p", spec.min_p, "0 to 1", 0 <= min_p <= 1)
-    check("repetition_penalty", penalty, f"above 0 and at most {_PENALTY_MAX:g}", 0 < (penalty or 0) <= _PENALTY_MAX)
+    rule = f"above 0 and at most {_PENALTY_MAX:g}"
+    check("repetition_penalty", spec.repetition_penalty, rule, 0 < penalty <= _PENALTY_MAX)
     check("seed", spec.seed, "0 to 2^64 - 1", 0 <= (spec.seed or 0) < 1 << 64)
 
 
@@ -222,32 +196,18 @@ def _check_stopping(spec: GenerationSpec, limits: RequestLimits, vocab_size: int
             "MAX_NEW_TOKENS", "stopping.max_new_tokens", "must be at least 1", limit=most, given=spec.max_new_tokens
         )
     most = limits.max_new_tokens_default if spec.max_new_tokens is None else spec.max_new_tokens
-    if spec.min_new_tokens is not None and not 0 <= spec.min_new_tokens <= most:
-        raise InvalidRequest.rule(
-            "MIN_NEW_TOKENS",
-            "stopping.min_new_tokens",
-            "must not pass max_new_tokens",
-            limit=most,
-            given=spec.min_new_tokens,
-        )
+    least, field = spec.min_new_tokens, "stopping.min_new_tokens"
+    if least is not None and not 0 <= least <= most:
+        raise InvalidRequest.rule("MIN_NEW_TOKENS", field, "must not pass max_new_tokens", limit=most, given=least)
+    most = limits.stop_count_max
     for name, values in (("stop", spec.stop), ("stop_token_ids", spec.stop_token_ids)):
-        if len(values) > limits.stop_count_max:
-            raise InvalidRequest.rule(
-                "STOP_INVALID",
-                f"stopping.{name}",
-                "has too many entries",
-                limit=limits.stop_count_max,
-                given=len(values),
-            )
+        field, count = f"stopping.{name}", len(values)
+        if count > most:
+            raise InvalidRequest.rule("STOP_INVALID", field, "has too many entries", limit=most, given=count)
+    most = limits.stop_bytes_max
     for index, stop in enumerate(spec.stop):
-        num_bytes = len(stop.encode())
-        if not 1 <= num_bytes <= limits.stop_bytes_max:
-            raise InvalidRequest.rule(
-                "STOP_INVALID",
-                f"stopping.stop[{index}]",
-                "must have at least 1 byte",
-                limit=limits.stop_bytes_max,
-                given=num_bytes,
-            )
+        field, num_bytes = f"stopping.stop[{index}]", len(stop.encode())
+        if not 1 <= num_bytes <= most:
+            raise InvalidRequest.rule("STOP_INVALID", field, "must have at least 1 byte", limit=most, given=num_bytes)
     for index, token_id in enumerate(spec.stop_token_ids):
         check_token(f"stopping.stop_token_ids[{index}]", token_id, vocab_size)

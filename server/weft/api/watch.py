@@ -1,4 +1,4 @@
-"""Watches of the adapters: each change told once, and never more than one waiting per adapter."""
+"""Watches of the adapters: each change is seen once, and at most one waits per adapter."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from weft.adapters.registry import Change, Version
 
 
 class AdapterChange(NamedTuple):
-    """What happened to an adapter; `version` tells how it is when this is read."""
+    """What happened to an adapter; `version` has its state when this is read."""
 
     change: Change
     version: Version
@@ -29,7 +29,7 @@ class Watch:
         self._ready = asyncio.Event()
 
     def put(self, change: Change, version: Version) -> None:
-        """Tell a change."""
+        """Add a change."""
         earlier = self._changes.pop(version.adapter_id, None)
         if earlier is not None and earlier.change is Change.ADDED and change is Change.UPDATED:
             change = Change.ADDED
@@ -69,7 +69,7 @@ class Watches:
             self._open.discard(watch)
 
     def put(self, change: Change, version: Version) -> None:
-        """Tell all of them a change."""
+        """Add a change to all of them."""
         for watch in self._open:
             watch.put(change, version)
 

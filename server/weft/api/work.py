@@ -7,18 +7,20 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from weft.adapters.identifiers import AdapterId
-from weft.engine.engine import draining
-from weft.errors import Unavailable
+from weft.errors import Unavailable, draining_error
 from weft.model import threads
 
 T = TypeVar("T")
 
 
 class Work:
-    """What of a server goes on outside the call that began it."""
+    """What of a server goes on outside the call that began it.
+
+    threads: the workers, for the disk and for parsing.
+    """
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(
+        self.threads = ThreadPoolExecutor(
             max_workers=2, thread_name_prefix="weft-adapters", initializer=threads.compute_alone
         )
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -31,21 +33,21 @@ class Work:
         self._refusal = error
 
     def require_open(self) -> None:
-        """Raise what `refuse` was told."""
+        """Raise what `refuse` was given."""
         if self._refusal is not None:
             raise self._refusal
 
     async def close(self) -> None:
-        """End everything: who waits for it is answered DRAINING."""
-        self.refuse(self._refusal or draining())
+        """End everything; callers that wait for it get DRAINING."""
+        self.refuse(self._refusal or draining_error())
         self.is_closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     def lock(self, adapter_id: AdapterId) -> asyncio.Lock:
-        """The lock of an id; it lives as long as somebody has it."""
+        """Return the lock of an id; it lives as long as it is held."""
         lock = self._locks.get(adapter_id)
         if lock is None:
             lock = self._locks[adapter_id] = asyncio.Lock()
@@ -54,9 +56,9 @@ class Work:
     def submit(self, function: Callable[..., T], *arguments: object) -> "Future[T]":
         """Run `function` in a worker thread; from any thread."""
         try:
-            return self._threads.submit(function, *arguments)
+            return self.threads.submit(function, *arguments)
         except RuntimeError:  # what an executor that was shut down raises
-            raise draining() from None
+            raise draining_error() from None
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run `function` in a worker thread.
@@ -79,7 +81,7 @@ class Work:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():
-                raise draining() from None
+                raise draining_error() from None
             await asyncio.wait([task])
             raise
 
@@ -93,4 +95,4 @@ class Work:
     def _ended(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # who waits for it has it too; if nobody does, it is no news
+            task.exception()  # a caller that waits has it too; without one it is no news

@@ -1,82 +1,58 @@
 """The engine: one thread, one `step()`.
 
-Other threads put messages into the inbox; they take effect between two steps, so nothing here needs a lock. Only this
+Other threads put messages into its inbox; they take effect between two steps, so nothing here needs a lock. Only this
 thread touches device memory. Every accepted request ends in exactly one event with `finish`. An engine that does not
 run any more refuses every message that wants an answer, and forgets the others.
 """
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from weft.adapters.identifiers import Generation
+from weft.adapters.loader import AdapterLoader
 from weft.adapters.slab import Slab
 from weft.config import EngineConfig
 from weft.engine import sampler
 from weft.engine.block_manager import BlockManager
+from weft.engine.inbox import Inbox
 from weft.engine.observer import Observer
+from weft.engine.outbox import AdapterFailed, EngineDown, Outbox, Publish
 from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler
 from weft.engine.stepper import Stepper
-from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError
+from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError, draining_error
 from weft.kernels.faults import is_fatal
 from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-_GATHER_S = 0.001  # quiet for so long, nobody else is coming
+_GATHER_S = 0.001  # after so long without a message, no other is coming
 _GATHER_S_MAX = 0.005
 
 ENGINE_DOWN = "ENGINE_DOWN"
-T = TypeVar("T")
-
-
-def draining() -> Unavailable:
-    """What everything that comes too late is answered."""
-    return Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0)
 
 
 class Freed(NamedTuple):
-    """What taking an adapter out gave back."""
+    """What letting an adapter go gave back. host_bytes: of the copy in host memory, which is not the engine's."""
 
-    device_bytes: int
-    kv_blocks: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineCallbacks:
-    """How the engine talks back. All are called on the engine thread and must only hand over.
-
-    events: the events of one step. load: bring this adapter (answer with `loaded` or `load_failed`).
-    resident: which adapters are on the device, after every change and before anything else tells of it.
-    unfit: the base cannot compute this adapter's virtual positions; it is of no use until something changes.
-    down: the engine stopped by a fault it could not contain; no request is accepted any more.
-    """
-
-    events: Callable[[list[TokenEvent]], None]
-    load: Callable[[Generation], None]
-    resident: Callable[[frozenset[Generation]], None] = lambda generations: None
-    unfit: Callable[[Generation, WeftError], None] = lambda generation, error: None
-    down: Callable[[], None] = lambda: None
-
-
-class _Message(NamedTuple):
-    """What another thread wants; `refuse` is its answer from an engine that does not run any more."""
-
-    apply: Callable[[], object]
-    refuse: Callable[[WeftError], object] = lambda error: None
+    device_bytes: int = 0
+    host_bytes: int = 0
+    kv_blocks: int = 0
 
 
 class Engine:
-    """Continuous batching over a runner."""
+    """Continuous batching over a runner.
+
+    inbox: everything that other threads want of the engine. publish: takes the engine's events, on the engine thread.
+    """
 
     def __init__(
         self,
@@ -85,37 +61,31 @@ class Engine:
         *,
         num_kv_blocks: int,
         max_model_len: int,
-        callbacks: EngineCallbacks,
+        inbox: Inbox,
+        loader: AdapterLoader,
+        publish: Publish,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self._max_model_len = max_model_len
-        self._callbacks = callbacks
-        self._observer = Observer(metrics)
+        self._loader = loader
         self._clock = clock
+        self._observer = Observer(metrics)
+        self._inbox = inbox
+        self._outbox = Outbox(publish, config.stream_interval_s)
         self.blocks = BlockManager(num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-        self.residency = Residency(
-            runner, self.blocks, request_load=callbacks.load, placed=self._adapter_placed, left=self._adapter_left
-        )
+        self.residency = Residency(runner, self.blocks, self._observer, self._outbox)
         self.scheduler = Scheduler(
             self.blocks,
+            self.residency,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            admit=self.residency.admit,
-            is_loading=self.residency.is_loading,
         )
         self._stepper = Stepper(runner, self.blocks.block_size)
         self._requests: dict[RequestId, Request] = {}
-        self._events: dict[RequestId, TokenEvent] = {}  # what was not handed over yet, of each request in one piece
-        self._stream_interval_s = config.stream_interval_s
-        self._hand_over_s = 0.0  # when events are next handed over
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._stopping = False
-        self._down: Unavailable | None = None
         self._thread = threading.Thread(target=self._run, name="weft-engine", daemon=True)
-        self._ended = threading.Event()
-        self._after_end = threading.Lock()
 
     # -- called from any thread ---------------------------------------------------------------------------------
 
@@ -125,110 +95,73 @@ class Engine:
 
     def stop(self, timeout_s: float | None = None) -> None:
         """End the thread; requests still inside end with UNAVAILABLE. Waits up to `timeout_s`."""
-        self._post(self._stop)
+        self._inbox.post(self._stop)
         if self._thread.ident is None:
-            self._run()  # never started: the caller answers those who wait
+            self._run()  # never started: the caller answers the messages
         else:
             self._thread.join(timeout_s)
 
     def submit(self, request: Request) -> None:
         """Take a request in."""
-        self._post(partial(self._add, request), refuse=partial(self._tell, request, FinishReason.ERROR))
+        self._inbox.post(partial(self._add, request), partial(self._refuse, request))
 
     def end(self, request_id: RequestId, reason: FinishReason, error: WeftError | None = None) -> None:
         """End a request before its own end; nothing happens when it has ended already."""
-        self._post(partial(self._end_by_id, request_id, reason, error))
-
-    def loaded(self, generation: Generation, slab: Slab) -> None:
-        """The answer to `callbacks.load`."""
-        self._post(partial(self.residency.arrived, generation, slab))
-
-    def load_failed(self, generation: Generation, error: WeftError) -> None:
-        """The other answer: every request that waits for this adapter ends with `error`."""
-        self._post(partial(self._load_failed, generation, error))
+        self._inbox.post(partial(self._end_by_id, request_id, reason, error))
 
     def evict(self, generation: Generation) -> "Future[Freed | None]":
-        """Take an adapter, its pin and its cached KV off the device; None where a request holds it."""
-        return self.call(partial(self._evict, generation))
+        """Take an adapter, its pin and its cached KV off the device; None if a request holds it."""
+        return self._inbox.call(partial(self._evict, generation))
 
-    def preload(self, generation: Generation) -> "Future[None]":
-        """Bring an adapter in ahead of its requests; ends with what its load failed with, or POOL_EXHAUSTED."""
+    def preload(self, generation: Generation, *, slab: Slab | None = None, pin: bool = False) -> "Future[None]":
+        """Bring an adapter in ahead of its requests; ends with what its load failed with, or POOL_EXHAUSTED.
+
+        slab: spares the load. pin: keep it on the device.
+        """
         future: Future[None] = Future()
-        future.set_running_or_notify_cancel()  # who waits for it may go, and leave the others waiting
-        self._post(partial(self.residency.preload, generation, future), refuse=future.set_exception)
+        future.set_running_or_notify_cancel()  # one caller may give up while others wait for the same adapter
+        self._inbox.post(partial(self.residency.preload, generation, future, slab=slab, pin=pin), future.set_exception)
         return future
-
-    def pin(self, generation: Generation) -> None:
-        """Keep an adapter on the device."""
-        self._post(partial(self.residency.pin, generation))
 
     def unpin(self, generation: Generation) -> None:
         """Let an adapter leave the device."""
-        self._post(partial(self.residency.unpin, generation))
-
-    def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run `function` on the engine thread between two steps."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return  # the caller has gone
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        def refuse(error: WeftError) -> None:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-
-        self._post(run, refuse=refuse)
-        return future
+        self._inbox.post(partial(self.residency.unpin, generation))
 
     # -- the engine thread --------------------------------------------------------------------------------------
 
     def turn(self, *, wait: bool = False) -> None:
-        """Messages in, a step, events out: the engine thread does nothing else. A test may be that thread."""
+        """Take messages in, step, deliver events: the engine thread does nothing else. A test may be that thread."""
         try:
             self._receive(wait=wait)
             self.step()
-            if self._clock() >= self._hand_over_s:
-                self._deliver()
+            self._outbox.deliver_due(self._clock())
         except Exception:
             _log.exception("engine: a fault outside the model call; the engine goes down")
             self._go_down()
-            self._deliver()
+            self._outbox.deliver(self._clock())
 
     def _run(self) -> None:
         try:
             while not self._stopping:
                 self.turn(wait=True)
         finally:
-            self._fail_all(self._down or draining())
-            self._down = self._down or Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0)
-            self._ended.set()
-            self._answer_after_end()
-
-    def _post(self, apply: Callable[[], object], refuse: Callable[[WeftError], object] = lambda error: None) -> None:
-        """Put a message in; after the thread has ended its sender answers it, so that nothing waits for ever."""
-        self._inbox.put(_Message(apply, refuse))
-        if self._ended.is_set():
-            self._answer_after_end()
-
-    def _answer_after_end(self) -> None:
-        with self._after_end:
-            self._receive(wait=False)
-            self._deliver()
+            self._fail_all(self._inbox.refusal or draining_error())
+            self._inbox.close(Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0))
+            self._outbox.deliver(self._clock())
 
     def step(self) -> None:
         """Schedule, compute, sample, hand out. A fault of the model call ends the requests of this step only."""
         now = self._clock()
         self._expire(now)
         step = self.scheduler.schedule()
+        if self.residency.wanted:
+            self._request_loads()
         blocked = self.scheduler.blocked
         if blocked is not None and not self.residency.can_fit(blocked):
             self._end_without_room(blocked)
-        self._end_unfit()
+        if self.residency.failures:
+            for generation, error in self.residency.take_failures().items():
+                self._fail_adapter(generation, error)
         if not step:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
@@ -267,7 +200,7 @@ class Engine:
         request.last_token_s = now
         reason = self._finish_reason(request, token.token_id)
         if reason is None:
-            self._put(TokenEvent(request.request_id, (token,)), at_once=len(request.output) == 1)
+            self._outbox.put(TokenEvent(request.request_id, (token,)), at_once=len(request.output) == 1)
         else:
             self._end(request, reason, tokens=(token,))
 
@@ -288,24 +221,24 @@ class Engine:
         error: WeftError | None = None,
         tokens: tuple[SampledToken, ...] = (),
     ) -> None:
-        """The one way a request leaves while the engine runs."""
-        self._tell(request, reason, error, tokens)
+        """Let a request leave: the one way while the engine runs."""
+        self._put_finish(request, reason, error, tokens)
         self.scheduler.remove(request)
         self.residency.release(request)
 
-    def _tell(
+    def _put_finish(
         self,
         request: Request,
         reason: FinishReason,
         error: WeftError | None = None,
         tokens: tuple[SampledToken, ...] = (),
     ) -> None:
-        """The request's last event."""
+        """Put the request's last event into the outbox."""
         finish = request.finish(reason, error)
         if request.mixture is not None:
             finish = replace(finish, gates=self._stepper.mixtures.end(request))
         self._requests.pop(request.request_id, None)
-        self._put(TokenEvent(request.request_id, tokens, finish), at_once=True)
+        self._outbox.put(TokenEvent(request.request_id, tokens, finish), at_once=True)
         self._observer.request_ended(request, finish, self._clock())
 
     def _expire(self, now: float) -> None:
@@ -315,7 +248,7 @@ class Engine:
             self._end(request, FinishReason.ERROR, error)
 
     def _resolve_stall(self) -> None:
-        """Nothing runs. The first request that waits for room, not for a load, gets all there is for the next step."""
+        """Give the first request that waits for room, not for a load, all there is. Called if nothing runs."""
         stuck = self._stuck()
         if stuck is None:
             return
@@ -337,37 +270,52 @@ class Engine:
         waiting = (request for request in self.scheduler.waiting if not self.residency.is_loading(request))
         return next(waiting, None)
 
+    # -- loads --------------------------------------------------------------------------------------------------
+
+    def _request_loads(self) -> None:
+        for generation in self.residency.take_wanted():
+            self._loader.request(generation).add_done_callback(partial(self._load_ended, generation))
+
+    def _load_ended(self, generation: Generation, slab: "Future[Slab]") -> None:
+        """Wake the engine thread; called on the loader's."""
+        self._inbox.post(partial(self._take_load, generation, slab))
+
+    def _take_load(self, generation: Generation, slab: "Future[Slab]") -> None:
+        error = slab.exception()
+        if error is None:
+            self.residency.arrived(generation, slab.result())
+        else:
+            assert isinstance(error, WeftError), error
+            self._fail_adapter(generation, error)
+            self.residency.failed(generation, error)
+
+    def _fail_adapter(self, generation: Generation, error: WeftError) -> None:
+        """Publish that an adapter cannot come, and end the requests that wait for it."""
+        self._outbox.publish(AdapterFailed(generation, error))
+        self._observer.load_failed()
+        for request in list(self.scheduler.waiting):
+            if generation in request.generations:
+                self._end(request, FinishReason.ERROR, error)
+
     # -- messages -----------------------------------------------------------------------------------------------
 
     def _receive(self, *, wait: bool) -> None:
-        """Take every message in; where nothing can run, sleep until the next one or the nearest deadline.
+        """Take every message in; if nothing can run, sleep until the next one or the nearest deadline.
 
         A request that wakes the engine waits a moment for others: what comes together is computed together.
         """
-        gather_until = 0.0
-        if wait and not self.scheduler.running and self._stuck() is None and self._down is None:
-            self._deliver()  # of requests that lost their place
-            self._take(self._sleep_s())
+        take, gather_until = self._inbox.take, 0.0
+        if wait and not self.scheduler.running and self._stuck() is None and self._inbox.refusal is None:
+            self._outbox.deliver(self._clock())  # of requests that lost their place
+            take(self._sleep_s())
             gather_until = self._clock() + _GATHER_S_MAX
-        while self._take(_GATHER_S if self._clock() < gather_until and self._can_start() else 0.0):
+        while take(_GATHER_S if self._clock() < gather_until and self._can_start() else 0.0):
             pass
 
     def _can_start(self) -> bool:
-        """Whether somebody waits, and nobody for a load."""
+        """Return whether a request waits, and none of them for a load."""
         waiting = self.scheduler.waiting
         return bool(waiting) and not any(map(self.residency.is_loading, waiting))
-
-    def _take(self, timeout_s: float | None) -> bool:
-        """Take one message in, if one comes within so many seconds; None waits for ever."""
-        try:
-            message = self._inbox.get(timeout_s != 0.0, timeout=timeout_s)
-        except queue.Empty:
-            return False
-        if self._down is None:
-            message.apply()
-        else:
-            message.refuse(self._down)
-        return True
 
     def _sleep_s(self) -> float | None:
         nearest = min((request.deadline_s for request in self._requests.values()), default=float("inf"))
@@ -378,68 +326,34 @@ class Engine:
         self.scheduler.add(request)
         self.residency.foresee(request)
 
+    def _refuse(self, request: Request, error: WeftError) -> None:
+        self._put_finish(request, FinishReason.ERROR, error)
+        self._outbox.deliver(self._clock())
+
     def _end_by_id(self, request_id: RequestId, reason: FinishReason, error: WeftError | None) -> None:
         request = self._requests.get(request_id)
         if request is not None:
             self._end(request, reason, error)
 
-    def _load_failed(self, generation: Generation, error: WeftError) -> None:
-        self.residency.failed(generation, error)
-        self._end_waiting_for(generation, error)
-
-    def _end_unfit(self) -> None:
-        """End those who wait for adapters whose virtual positions could not be computed."""
-        for generation, error in self.residency.take_failures().items():
-            self._callbacks.unfit(generation, error)
-            self._end_waiting_for(generation, error)
-
-    def _end_waiting_for(self, generation: Generation, error: WeftError) -> None:
-        self._observer.load_failed()
-        for request in list(self.scheduler.waiting):
-            if generation in request.generations:
-                self._end(request, FinishReason.ERROR, error)
-
     def _evict(self, generation: Generation) -> Freed | None:
         device_bytes = self.residency.evict(generation)
-        return None if device_bytes is None else Freed(device_bytes, self.blocks.purge(generation))
+        return None if device_bytes is None else Freed(device_bytes, kv_blocks=self.blocks.purge(generation))
 
     def _stop(self) -> None:
         self._stopping = True
 
     def _go_down(self) -> None:
-        self._down = Unavailable(
-            ENGINE_DOWN, "the engine stopped by a fault; another replica can answer", retry_after_s=5.0
-        )
-        self._fail_all(self._down)
+        down = Unavailable(ENGINE_DOWN, "the engine stopped by a fault; another replica can answer", retry_after_s=5.0)
+        self._inbox.refusal = down
+        self._fail_all(down)
         self._stopping = True
-        self._callbacks.down()
+        self._outbox.publish(EngineDown(down))
 
     def _fail_all(self, error: WeftError) -> None:
-        """Tell everyone, and touch no accounting: it may be what broke, and nothing runs after this."""
+        """End every request, and touch no accounting: it may be what broke, and nothing runs after this."""
         self.residency.abandon(error)
         for request in list(self._requests.values()):
-            self._tell(request, FinishReason.ERROR, error)
-
-    def _put(self, event: TokenEvent, *, at_once: bool) -> None:
-        """Hand an event over with the next ones; at once: after this step."""
-        before = self._events.get(event.request_id)
-        self._events[event.request_id] = event if before is None else event.after(before)
-        if at_once:
-            self._hand_over_s = 0.0
-
-    def _deliver(self) -> None:
-        self._hand_over_s = self._clock() + self._stream_interval_s
-        if self._events:
-            events, self._events = self._events, {}
-            self._callbacks.events(list(events.values()))
-
-    def _adapter_placed(self, slab: Slab) -> None:
-        self._observer.adapter_placed(slab)
-        self._callbacks.resident(self.residency.resident())
-
-    def _adapter_left(self, slab: Slab, for_room: bool) -> None:
-        self._observer.adapter_left(slab, for_room=for_room)
-        self._callbacks.resident(self.residency.resident())
+            self._put_finish(request, FinishReason.ERROR, error)
 
 
 def _non_finite(request: Request) -> WeftError:

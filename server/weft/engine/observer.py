@@ -1,4 +1,4 @@
-"""What the engine tells the metrics. Only the engine thread calls this."""
+"""What the engine reports to the metrics. Only the engine thread calls this."""
 
 from collections.abc import Sequence
 

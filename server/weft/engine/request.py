@@ -33,9 +33,9 @@ class RequestStatus(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn and when to stop. Checked where the request enters (api/validation.py).
+    """How the next token is drawn and when to stop. Checked when the request enters (api/validation.py).
 
-    temperature 0 is greedy. stop_token_ids holds the end-of-sequence tokens too, unless they are to be ignored.
+    temperature 0 is greedy. stop_token_ids holds the end-of-sequence tokens too, unless the request ignores them.
     top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
     logprobs: None for none, else how many alternatives come with the chosen token's.
     """
@@ -55,7 +55,7 @@ class SamplingParams:
 class AdapterUse(NamedTuple):
     """One adapter of a request: which content, how much of it, and how many virtual positions it brings.
 
-    ranges: the real tokens in which it acts; () is all of them, which is where virtual positions always act.
+    ranges: the real tokens in which it acts; () is all of them, as for every adapter with virtual positions.
     """
 
     generation: Generation
@@ -73,7 +73,7 @@ class ExpertBound(NamedTuple):
 
 
 class GateSight(IntEnum):
-    """Which gates an answer tells: none, their means, or those of every token too."""
+    """Which gates an answer reports: none, their means, or those of every token too."""
 
     NONE = 0
     MEAN = 1
@@ -83,7 +83,7 @@ class GateSight(IntEnum):
 class MixtureUse(NamedTuple):
     """The mixture that makes the gates of a request's adapters, which are its experts by generation.
 
-    reads_prompt: the gates come of the prompt as a whole, the same for every token.
+    reads_prompt: the gates depend on the prompt as a whole, the same for every token.
     bounds: one for each expert, in the order of their generations; empty for no wish.
     """
 
@@ -134,7 +134,7 @@ class SampledToken(NamedTuple):
 class Finish:
     """The terminal part of a request's last event. `error` is set exactly when `reason` is ERROR or CANCELLED.
 
-    gates: what a mixture made, where the request asked for it and was computed at all.
+    gates: what a mixture made, if the request asked for it and was computed at all.
     """
 
     reason: FinishReason
@@ -166,6 +166,8 @@ class Request:
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
     num_cached_tokens: prompt tokens that others had computed when the request first started.
     num_overtaken: later requests that started while this one waited for adapter room.
+    generations: what must be on the device: the adapters in order, then the mixture's router.
+    spans: the uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other.
     """
 
     request_id: RequestId
@@ -186,36 +188,26 @@ class Request:
     virtual_blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     random: Random = field(default_factory=Random)
+    generations: tuple[Generation, ...] = field(init=False)
+    spans: tuple[AdapterUse, ...] = field(init=False)
+    num_virtual_tokens: int = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     scheduled_s: float | None = None
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
+        adapters = tuple(use.generation for use in self.adapters)
+        self.generations = adapters if self.mixture is None else (*adapters, self.mixture.generation)
+        self.spans = tuple(use for use in self.adapters if use.num_virtual_tokens)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.num_virtual_tokens = sum(use.num_virtual_tokens for use in self.spans)
         assert all(use.gate > 0 for use in self.spans), "attention takes the logarithm of a virtual use's gate"
         assert not any(use.ranges for use in self.spans), "virtual positions act on every token"
         self.random.seed(self.params.seed)
 
     @property
-    def generations(self) -> tuple[Generation, ...]:
-        """What must be on the device: the adapters in order, then the mixture's router."""
-        adapters = tuple(use.generation for use in self.adapters)
-        return adapters if self.mixture is None else (*adapters, self.mixture.generation)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output)
-
-    @property
-    def spans(self) -> list[AdapterUse]:
-        """The uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other."""
-        return [use for use in self.adapters if use.num_virtual_tokens]
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        return sum(use.num_virtual_tokens for use in self.adapters)
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Prompt and output tokens start : stop."""

@@ -6,13 +6,12 @@ skipping those whose adapters are still being loaded. A request starts when the 
 long prompt never begins what it cannot finish. Where the pool runs short later, the youngest running request gives its
 blocks back and recomputes.
 
-A request that waits for adapter room is passed by others, but not for ever: after OVERTAKEN_MAX of them nobody starts
+A request that waits for adapter room is passed by others, but not for ever: after OVERTAKEN_MAX of them none starts
 before it, so running requests end and make its room.
 """
 
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import Request, RequestStatus
@@ -32,31 +31,33 @@ class Scheduled(NamedTuple):
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
 
 
+class AdapterHolds(Protocol):
+    """Decides whether the adapters of a request let it start (`Residency`)."""
+
+    def admit(self, request: Request) -> bool:
+        """Hold every adapter of the request; False to try again in a later step."""
+        ...
+
+    def is_loading(self, request: Request) -> bool:
+        """Return whether the request waits for a load, not for room."""
+        ...
+
+
 class Scheduler:
     """The waiting and the running; the engine thread is its only caller.
 
-    admit(request): called before a waiting request starts; True when every adapter is resident and held for it, False
-    to try again in a later step. is_loading(request): whether it was refused for a load that is on its way, not for
-    want of room.
-    blocked: the waiting request that nobody may pass any more, after a step that met one.
+    blocked: the waiting request that no other may pass any more, after a step that met one.
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        admit: Callable[[Request], bool],
-        is_loading: Callable[[Request], bool],
+        self, blocks: BlockManager, holds: AdapterHolds, *, max_num_seqs: int, max_num_batched_tokens: int
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._admit = admit
-        self._is_loading = is_loading
+        self._holds = holds
         self.blocked: Request | None = None
         self.num_preemptions = 0
 
@@ -121,17 +122,17 @@ class Scheduler:
             if self.blocked is not None:
                 break
             request = self.waiting.popleft()
-            if not self._admit(request):
+            if not self._holds.admit(request):
                 skipped.append(request)
-                if not self._is_loading(request):
+                if not self._holds.is_loading(request):
                     without_room.append(request)
                 continue
-            num_cached = self.blocks.match(request)
-            if not self.blocks.grow(request, request.num_tokens):
+            num_cached, num_tokens = self.blocks.match(request), request.num_tokens
+            if not self.blocks.grow(request, num_tokens):
                 self.blocks.release(request)
                 skipped.append(request)
                 break
-            num_tokens = min(request.num_tokens - num_cached, budget)
+            num_tokens = min(num_tokens - num_cached, budget)
             request.num_computed_tokens = num_cached
             if request.status is RequestStatus.WAITING:  # what a preempted request finds again is its own work
                 request.num_cached_tokens = num_cached

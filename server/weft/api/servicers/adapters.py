@@ -13,8 +13,7 @@ from weft.api.lifecycle import Outcome, Registered, RegisterOptions
 from weft.api.memory import Residence
 from weft.api.servicers.upload import SHA256, Messages, Upload, check_files, discard
 from weft.api.servicers.upload_line import UploadLine
-from weft.engine.engine import draining
-from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError
+from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError, draining_error
 from weft.methods.catalog import KINDS
 from weft.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_grpc
 
@@ -42,14 +41,10 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         adapter_id = self._adapter_id(request.adapter_id)
         options = _options(request)
         if request.HasField("content_generation"):
-            if not SHA256.fullmatch(request.content_generation):
-                raise InvalidRequest.rule(
-                    "CHECKSUM_INVALID",
-                    "content_generation",
-                    "must be 64 lower-case hex digits",
-                    given=request.content_generation,
-                )
-            options = replace(options, content_generation=request.content_generation)
+            given, rule = request.content_generation, "must be 64 lower-case hex digits"
+            if not SHA256.fullmatch(given):
+                raise InvalidRequest.rule("CHECKSUM_INVALID", "content_generation", rule, given=given)
+            options = replace(options, content_generation=given)
         registered = await self._lifecycle.register_from(adapter_id, request.source, options)
         return adapter_service_pb2.RegisterAdapterResponse(
             adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
@@ -86,14 +81,9 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         timeout_s = server.unregister_timeout_default_s
         if request.HasField("timeout"):
             timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
-            if not 0 <= timeout_s <= server.unregister_timeout_max_s:
-                raise InvalidRequest.rule(
-                    "TIMEOUT_INVALID",
-                    "timeout",
-                    "must be 0 or more seconds",
-                    limit=server.unregister_timeout_max_s,
-                    given=timeout_s,
-                )
+            rule, most = "must be 0 or more seconds", server.unregister_timeout_max_s
+            if not 0 <= timeout_s <= most:
+                raise InvalidRequest.rule("TIMEOUT_INVALID", "timeout", rule, limit=most, given=timeout_s)
         try:
             removed = await self._lifecycle.unregister(
                 adapter_id,
@@ -126,17 +116,15 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         del context
         _check_enum("state", request.state, adapter_pb2.AdapterState)
         if request.method and request.method not in KINDS:
-            raise InvalidRequest.rule(
-                "METHOD_UNKNOWN", "method", "is not a method", limit=", ".join(sorted(KINDS)), given=request.method
-            )
+            known = ", ".join(sorted(KINDS))
+            raise InvalidRequest.rule("METHOD_UNKNOWN", "method", "is not a method", limit=known, given=request.method)
         after = ""
         if request.page_token:
             try:
                 after = check_adapter_id(request.page_token)
             except InvalidRequest:
-                raise InvalidRequest.rule(
-                    "PAGE_TOKEN_INVALID", "page_token", "is not one that this server gave", given=request.page_token
-                ) from None
+                rule = "is not one that this server gave"
+                raise InvalidRequest.rule("PAGE_TOKEN_INVALID", "page_token", rule, given=request.page_token) from None
         size = min(request.page_size or _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX)
         matching = [
             version
@@ -159,12 +147,8 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         pin = request.pin if request.HasField("pin") else None
         to_host = request.residency == adapter_pb2.ADAPTER_RESIDENCY_HOST
         if request.residency == adapter_pb2.ADAPTER_RESIDENCY_DISK or (to_host and pin):
-            raise InvalidRequest.rule(
-                "RESIDENCY_INVALID",
-                "residency",
-                "must be DEVICE, or HOST without a pin",
-                given=adapter_pb2.AdapterResidency.Name(request.residency),
-            )
+            rule, given = "must be DEVICE, or HOST without a pin", adapter_pb2.AdapterResidency.Name(request.residency)
+            raise InvalidRequest.rule("RESIDENCY_INVALID", "residency", rule, given=given)
         adapter_id = self._adapter_id(request.adapter_id)
         version = await self._lifecycle.memory.load(adapter_id, to_device=not to_host, pin=pin)
         return adapter_service_pb2.LoadAdapterResponse(adapter=self._adapter(version))
@@ -192,13 +176,13 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             while (event := await watch.next()) is not None:
                 change, version = event
                 yield response(change=_CHANGES[change], adapter=self._adapter(version))
-        raise draining()
+        raise draining_error()
 
     async def _upload(self, messages: Messages) -> Registered:
         config = self._application.config
         upload = Upload(
             messages,
-            self._lifecycle.write,
+            self._application.work,
             limits=config.adapters,
             idle_timeout_s=config.server.upload_idle_timeout_s,
         )

@@ -10,9 +10,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from weft import __version__
 from weft.adapters.registry import Version
+from weft.api.answer import GenerationEnd, GenerationPart
 from weft.api.application import Application
 from weft.api.composition import WeightedReference
-from weft.api.generation import GenerationEnd, GenerationPart
 from weft.api.mixtures import GateBound, Steering
 from weft.api.validation import ChatTurn, GenerationSpec
 from weft.config import AdapterLimits, RequestLimits
@@ -68,7 +68,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     ) -> generation_service_pb2.TokenizeResponse:
         del context
         kind = request.WhichOneof("input")
-        tokens = await self._application.generation.tokenize(
+        tokens = await self._application.requests.tokenize(
             request.text if kind == "text" else None, _turns(request.messages) if kind == "messages" else None
         )
         return await asyncio.to_thread(self._tokenized, tokens, request.pieces)  # there may be a million of them
@@ -114,7 +114,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     def _parts(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[GenerationPart, None]:
-        return self._application.generation.generate(_spec(request), timeout_s=context.time_remaining())
+        return self._application.requests.generate(_spec(request), timeout_s=context.time_remaining())
 
     def _fill(
         self,

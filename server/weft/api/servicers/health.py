@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from weft.engine.engine import draining
+from weft.errors import draining_error
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -60,7 +60,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
                 yield health_pb2.HealthCheckResponse(status=status)
                 told = status
             await changed.wait()
-        raise draining()
+        raise draining_error()
 
     def _change(self, status: Status) -> None:
         self._status = status

@@ -4,10 +4,11 @@ import contextlib
 import re
 import time
 from asyncio import wait_for
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 from weft.adapters.versions import StagedFile, Staging
+from weft.api.work import Work
 from weft.config import MIB, AdapterLimits
 from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, WeftError
 from weft.v1 import adapter_service_pb2
@@ -20,15 +21,14 @@ _PAUSE_S = 0.25  # a client that is silent for so long waits for the answer
 _BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle holds its place as surely as silence
 
 Messages: TypeAlias = AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
-Run: TypeAlias = Callable[[Callable[[], None]], Awaitable[None]]  # does disk work beside the event loop
 
 
 class Upload:
     """One upload on its way in."""
 
-    def __init__(self, messages: Messages, run: Run, *, limits: AdapterLimits, idle_timeout_s: float) -> None:
+    def __init__(self, messages: Messages, work: Work, *, limits: AdapterLimits, idle_timeout_s: float) -> None:
         self._messages = messages
-        self._run = run
+        self._work = work
         self._limits = limits
         self._idle_timeout_s = idle_timeout_s
         self._started_s = time.monotonic()
@@ -53,25 +53,17 @@ class Upload:
         while file.size_bytes < declared.size_bytes:
             message = await self._next()
             if message is None:
-                raise InvalidRequest.rule(
-                    "UPLOAD_TRUNCATED",
-                    f"header.files[{index}]",
-                    "ended early; bytes declared and received",
-                    limit=declared.size_bytes,
-                    given=file.size_bytes,
-                )
+                field, rule = f"header.files[{index}]", "ended early; bytes declared and received"
+                size, given = declared.size_bytes, file.size_bytes
+                raise InvalidRequest.rule("UPLOAD_TRUNCATED", field, rule, limit=size, given=given)
             data = _data(message, index, file.size_bytes, declared.size_bytes - file.size_bytes)
             self._num_bytes += len(data)
-            await self._run(lambda data=data: file.write(data))
-        await self._run(file.close)
-        if file.digest.sha256 != declared.sha256:
-            raise InvalidAdapter.rule(
-                "CHECKSUM_MISMATCH",
-                f"header.files[{declared.name}].sha256",
-                "is not the digest of the bytes",
-                limit=declared.sha256,
-                given=file.digest.sha256,
-            )
+            await self._work.run(file.write, data)
+        await self._work.run(file.close)
+        found = file.digest.sha256
+        if found != declared.sha256:
+            field, rule = f"header.files[{declared.name}].sha256", "is not the digest of the bytes"
+            raise InvalidAdapter.rule("CHECKSUM_MISMATCH", field, rule, limit=declared.sha256, given=found)
 
     async def _next(self) -> adapter_service_pb2.UploadAdapterRequest | None:
         elapsed_s = time.monotonic() - self._started_s
@@ -113,28 +105,19 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
             if file.name in FOREIGN_FILES:
                 rule = foreign_refused(file.name)
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", f"{field}.name", rule, given=file.name)
-        if file.size_bytes > sizes[file.name]:
-            raise InvalidAdapter.rule(
-                "ADAPTER_TOO_LARGE",
-                f"{field}.size_bytes",
-                "is too large",
-                limit=sizes[file.name],
-                given=file.size_bytes,
-            )
-        if file.size_bytes == 0:
-            raise InvalidAdapter.rule("UPLOAD_TRUNCATED", f"{field}.size_bytes", "must be at least 1", given=0)
+        size, most, size_field = file.size_bytes, sizes[file.name], f"{field}.size_bytes"
+        if size > most:
+            raise InvalidAdapter.rule("ADAPTER_TOO_LARGE", size_field, "is too large", limit=most, given=size)
+        if size == 0:
+            raise InvalidAdapter.rule("UPLOAD_TRUNCATED", size_field, "must be at least 1", given=0)
         if not SHA256.fullmatch(file.sha256):
             raise InvalidAdapter.rule(
                 "CHECKSUM_INVALID", f"{field}.sha256", "must be 64 lower-case hex digits", given=file.sha256
             )
     names = [file.name for file in header.files]
     if pair_of(names) is None:
-        raise InvalidRequest.rule(
-            "UPLOAD_PROTOCOL",
-            "header.files",
-            f"must be {' or '.join(' and '.join(pair) for pair in PAIRS)}, each once",
-            given=", ".join(names) or "none",
-        )
+        rule = f"must be {' or '.join(' and '.join(pair) for pair in PAIRS)}, each once"
+        raise InvalidRequest.rule("UPLOAD_PROTOCOL", "header.files", rule, given=", ".join(names) or "none")
 
 
 def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, received: int, missing: int) -> bytes:
@@ -147,12 +130,8 @@ def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, receive
             field="chunk",
             metadata={"limit": f"{index}:{received}", "given": f"{chunk.file_index}:{chunk.offset}"},
         )
-    if not 1 <= len(chunk.data) <= min(_CHUNK_BYTES_MAX, missing):
-        raise InvalidRequest.rule(
-            "UPLOAD_PROTOCOL",
-            "chunk.data",
-            "must have at least 1 byte",
-            limit=min(_CHUNK_BYTES_MAX, missing),
-            given=len(chunk.data),
-        )
+    most, given = min(_CHUNK_BYTES_MAX, missing), len(chunk.data)
+    if not 1 <= given <= most:
+        rule = "must have at least 1 byte"
+        raise InvalidRequest.rule("UPLOAD_PROTOCOL", "chunk.data", rule, limit=most, given=given)
     return chunk.data

@@ -1,0 +1,107 @@
+"""From disk to host memory: worker threads read adapters, and the host cache keeps what they read."""
+
+import logging
+import threading
+from concurrent.futures import Executor, Future
+
+from weft.adapters.host import HostCache
+from weft.adapters.identifiers import Generation
+from weft.adapters.ingest import Ingest, Ingested
+from weft.adapters.slab import Slab
+from weft.adapters.store import AdapterStore
+from weft.adapters.versions import StagedVersion, corrupt
+from weft.errors import WeftError, draining_error
+from weft.metrics import Metrics
+from weft.v1.adapter_files import pair_of
+
+_log = logging.getLogger(__name__)
+
+
+class AdapterLoader:
+    """Host copies of stored adapters. Any thread may call it.
+
+    workers: the threads that read and parse.
+    """
+
+    def __init__(
+        self, store: AdapterStore, ingest: Ingest, host: HostCache, *, workers: Executor, metrics: Metrics
+    ) -> None:
+        self._store = store
+        self._ingest = ingest
+        self._host = host
+        self._workers = workers
+        self._metrics = metrics
+        self._tickets: dict[Generation, object] = {}  # of loads whose slab may be kept
+        self._running: dict[Future[Slab], Generation] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, generation: Generation) -> bool:
+        return generation in self._host
+
+    def request(self, generation: Generation) -> "Future[Slab]":
+        """Return the adapter's slab as a future, which ends with the slab or with WeftError."""
+        with self._lock:
+            ticket = self._tickets.setdefault(generation, object())
+            try:
+                load = self._workers.submit(self._load, generation, ticket)
+            except RuntimeError:  # what an executor that was shut down raises
+                load = Future()
+                load.set_exception(draining_error())
+            self._running[load] = generation
+        load.add_done_callback(self._ended)
+        return load
+
+    def running(self, generation: Generation) -> "list[Future[Slab]]":
+        """Return the loads that have not ended; the store cannot remove a version that is being read."""
+        with self._lock:
+            return [load for load, loaded in self._running.items() if loaded == generation]
+
+    def read(self, generation: Generation) -> Ingested:
+        """Read and check a stored adapter; blocks on the disk."""
+        with self._store.open_version(generation) as stored:
+            pair = pair_of(stored.files)
+            if pair is None:
+                raise corrupt(generation, "it holds other files than an adapter has")
+            config, weights = (stored.files[name] for name in pair)
+            return self._ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
+
+    def read_staged(self, staged: StagedVersion) -> Ingested:
+        """Read and check an adapter that is not stored yet; blocks on the disk."""
+        pair = pair_of(file.name for file in staged.files)
+        assert pair is not None, staged.files
+        with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
+            return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
+
+    def keep(self, generation: Generation, slab: Slab) -> None:
+        """Keep a slab on the host."""
+        self._host.put(generation, slab)
+
+    def drop(self, generation: Generation) -> int:
+        """Let the host's copy go, and keep nothing of loads that were requested before; returns the bytes."""
+        with self._lock:
+            self._tickets.pop(generation, None)
+            return self._host.drop(generation)
+
+    def _ended(self, load: "Future[Slab]") -> None:
+        with self._lock:
+            del self._running[load]
+
+    def _load(self, generation: Generation, ticket: object) -> Slab:
+        try:
+            with self._metrics.adapter_load_seconds.time():
+                slab = self._host.get(generation)
+                if slab is None:
+                    slab = self.read(generation).slab
+                    with self._lock:
+                        if self._tickets.get(generation) is ticket:
+                            self._host.put(generation, slab)
+                return slab
+        except WeftError:
+            raise
+        except Exception:
+            _log.exception("loading an adapter failed")
+            raise WeftError("INTERNAL", "internal error") from None
+        finally:
+            with self._lock:
+                if self._tickets.get(generation) is ticket:
+                    del self._tickets[generation]

@@ -1,0 +1,144 @@
+"""From a checked request to the engine's: a queue place, leases on its adapters, and the limits on its tokens."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from weft.adapters.registry import Version
+from weft.api import composition, mixtures
+from weft.api.lifecycle import Lifecycle
+from weft.api.validation import CheckedSpec, ModelFacts
+from weft.engine.block_manager import cache_root
+from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId
+from weft.errors import InvalidRequest, Overloaded
+
+
+class Held(NamedTuple):
+    """What a request leases: the adapters that it names, and the experts if it names a mixture."""
+
+    versions: list[Version]
+    experts: list[Version]
+
+
+class Admitted(NamedTuple):
+    """A request that may go to the engine."""
+
+    checked: CheckedSpec
+    held: Held
+    request: Request
+
+
+class Admission:
+    """The queue places and leases of one server; used on the event loop.
+
+    num_requests: requests that hold a place.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, model: ModelFacts, max_requests: int) -> None:
+        self.num_requests = 0
+        self._lifecycle = lifecycle
+        self._registry = lifecycle.registry
+        self._model = model
+        self._max_requests = max_requests
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    async def wait_empty(self) -> None:
+        """Return when no request holds a place."""
+        await self._empty.wait()
+
+    def enter(self, checked: CheckedSpec, request_id: RequestId) -> Held:
+        """Take a place and lease every adapter, or take nothing.
+
+        Nothing awaits in here, so no version goes between being found and being held.
+        """
+        if self.num_requests >= self._max_requests:
+            raise Overloaded(
+                "QUEUE_FULL",
+                f"requests: the queue is full (limit {self._max_requests}); try again later",
+                metadata={"quota": "requests", "limit": self._max_requests, "given": self.num_requests + 1},
+                retry_after_s=1.0,
+            )
+        versions = [self._registry.require_active(part.reference, field=part.field) for part in checked.parts]
+        if checked.spec.composition is not None:
+            composition.check_versions(checked.parts, versions)
+        experts: list[Version] = []
+        if len(versions) == 1 and versions[0].info.experts:
+            experts = mixtures.require_experts(self._registry, versions[0].info, field=checked.parts[0].field)
+        if checked.spec.steering is not None and not experts:
+            given = versions[0].info.method if versions else "the base"
+            raise InvalidRequest.rule("STEERING_INVALID", "steering", "is for mixtures", given=given)
+        for version in versions + experts:
+            self._registry.hold(version, request_id)
+        self.num_requests += 1
+        self._empty.clear()
+        return Held(versions, experts)
+
+    def leave(self, held: Held, request_id: RequestId) -> None:
+        """Give back what `enter` took."""
+        for version in held.versions + held.experts:
+            self._lifecycle.release(version, request_id)
+        self.num_requests -= 1
+        if self.num_requests == 0:
+            self._empty.set()
+
+    def admit(
+        self,
+        checked: CheckedSpec,
+        held: Held,
+        request_id: RequestId,
+        tokens: Sequence[int],
+        *,
+        arrival_s: float,
+        deadline_s: float,
+    ) -> Admitted:
+        """Make the engine's request; InvalidRequest if its tokens do not fit the model."""
+        for version in held.versions + held.experts:
+            if version.removal is not None:
+                raise version.removal
+        self._check_length(len(tokens))
+        uses, mixture = self._uses(checked, held, tokens)
+        max_new_tokens = self._max_new_tokens(checked, len(tokens), sum(use.num_virtual_tokens for use in uses))
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(tokens),
+            params=replace(checked.params, max_new_tokens=max_new_tokens),
+            adapters=uses,
+            mixture=mixture,
+            cache_root=cache_root(checked.spec.cache_salt, self._model.digest, uses, mixture, tokens),
+            deadline_s=deadline_s,
+            arrival_s=arrival_s,
+        )
+        return Admitted(checked, held, request)
+
+    def _check_length(self, num_tokens: int) -> None:
+        longest = self._model.max_model_len
+        if not num_tokens:
+            raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
+        if num_tokens >= longest:
+            raise InvalidRequest.rule(
+                "PROMPT_TOO_LONG", "input", "has too many tokens", limit=longest - 1, given=num_tokens
+            )
+
+    def _max_new_tokens(self, checked: CheckedSpec, num_tokens: int, num_virtual: int) -> int:
+        longest, asked = self._model.max_model_len, checked.spec.max_new_tokens
+        room = longest - num_virtual - num_tokens
+        if room < (asked or 1):
+            raise InvalidRequest(
+                "CONTEXT_EXCEEDED",
+                f"stopping.max_new_tokens: {num_tokens} prompt tokens and {num_virtual} virtual tokens leave room for "
+                f"{max(room, 0)} of max_model_len {longest}, given {asked or 1}",
+                field="stopping.max_new_tokens",
+                metadata={"limit": max(room, 0), "given": asked or 1},
+            )
+        return min(checked.params.max_new_tokens, room)
+
+    def _uses(
+        self, checked: CheckedSpec, held: Held, tokens: Sequence[int]
+    ) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
+        if not held.experts:
+            return composition.uses(checked.parts, held.versions, tokens), None
+        spec = checked.spec
+        mixture = mixtures.use_of(held.versions[0], held.experts, self._registry, spec.steering, spec.sight)
+        return mixtures.expert_uses(held.experts), mixture

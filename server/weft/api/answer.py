@@ -1,0 +1,93 @@
+"""The parts of an answer, and what its last part reports."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from weft.adapters.registry import Version
+from weft.api.admission import Admitted
+from weft.api.composition import Part
+from weft.engine import token_ranges
+from weft.engine.request import Finish, FinishReason, Gates, Request, SampledToken
+
+
+class EffectiveAdapter(NamedTuple):
+    """An adapter of a request, as the answer names it. mean_gate: over the tokens that the request computed."""
+
+    adapter_id: str
+    generation: str
+    method: str
+    weight: float
+    mean_gate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationEnd:
+    """The last part of an answer. experts, gates: of a mixture, if its gates were asked for."""
+
+    reason: FinishReason
+    stop_string: str | None
+    stop_token_id: int | None
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    seed: int
+    adapters: tuple[EffectiveAdapter, ...]
+    experts: tuple[Version, ...] = ()
+    gates: Gates | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPart:
+    """A part of an answer; only the last one has `end`."""
+
+    request_id: str
+    text: str
+    tokens: tuple[SampledToken, ...]
+    end: GenerationEnd | None = None
+
+
+def end(
+    admitted: Admitted, finish: Finish | None, stop: str | None, num_tokens: int, last: SampledToken | None
+) -> GenerationEnd:
+    """Return what the last part reports of an answer of `num_tokens` tokens.
+
+    finish: None if the caller got a stop string before the engine ended the request.
+    """
+    checked, held, request = admitted
+    reason = FinishReason.STOP if stop is not None or finish is None else finish.reason
+    token_id = None if last is None or stop is not None or reason is not FinishReason.STOP else last.token_id
+    return GenerationEnd(
+        reason=reason,
+        stop_string=stop,
+        stop_token_id=token_id,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_completion_tokens=num_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        seed=checked.params.seed,
+        adapters=tuple(
+            _effective(part, version, request, num_tokens)
+            for part, version in zip(checked.parts, held.versions, strict=True)
+        ),
+        experts=tuple(held.experts),
+        gates=None if finish is None else finish.gates,
+    )
+
+
+def takes_part(part: Part, version: Version, request: Request) -> bool:
+    """Return whether an adapter acts in the answer: not at weight 0, nor without the invocation that it acts from."""
+    if version.info.invocation_tokens:
+        return any(use.generation == version.generation for use in request.adapters)
+    return part.gate != 0
+
+
+def _effective(part: Part, version: Version, request: Request, num_tokens: int) -> EffectiveAdapter:
+    """Return what the answer reports of one adapter; the last of the tokens was never computed with."""
+    use = next((use for use in request.adapters if use.generation == version.generation), None)
+    weight = mean = part.weight
+    if part.gate and not takes_part(part, version, request):
+        weight = mean = 0.0
+    elif use is not None and use.ranges:
+        begin, end = request.num_cached_tokens, request.num_prompt_tokens + num_tokens - 1
+        within = sum(one.end - one.begin for one in token_ranges.clip(use.ranges, begin, end))
+        mean = part.weight * within / (end - begin)
+    return EffectiveAdapter(version.adapter_id, version.generation, version.info.method, weight, mean)

@@ -1,0 +1,73 @@
+"""From an input to token ids: text, or a conversation rendered by the base's chat template."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from weft.api.validation import ChatTurn, check_prompt_bytes
+from weft.config import RequestLimits
+from weft.errors import InvalidRequest
+
+_INLINE_PROMPT_BYTES = 4096  # shorter prompts are tokenized on the event loop: a thread costs more than they do
+
+
+class PromptEncoder:
+    """Tokenizes prompts. tokenizer: a fast transformers tokenizer."""
+
+    def __init__(self, tokenizer: Any, limits: RequestLimits) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    async def encode(self, text: str | None, messages: Sequence[ChatTurn] | None) -> list[int]:
+        """Return the tokens of the one input that is given; long ones are tokenized in a thread."""
+        if text is None:
+            return await asyncio.to_thread(self._encode_messages, messages or ())
+        if len(text) <= _INLINE_PROMPT_BYTES:
+            return self._encode(text)
+        return await asyncio.to_thread(self._encode, text)
+
+    def _encode(self, text: str) -> list[int]:
+        # Special tokens spelled out in a prompt are ordinary text.
+        return self._tokenizer(text, split_special_tokens=True)["input_ids"]
+
+    def _encode_messages(self, messages: Sequence[ChatTurn]) -> list[int]:
+        tokenizer, turns = self._tokenizer, [turn._asdict() for turn in messages]
+        try:
+            rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template may raise anything; it is the base's, so its text may be shown
+            raise InvalidRequest.rule(
+                "PROMPT_INVALID", "messages", "do not fit the chat template", given=error
+            ) from error
+        check_prompt_bytes("messages", len(rendered.encode()), self._limits)
+        specials = [special for special in tokenizer.all_special_tokens if special]
+        if not any(special in turn.content for turn in messages for special in specials):
+            return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return [
+            token
+            for text, is_template in _pieces(rendered, [turn.content for turn in messages])
+            for token in tokenizer(text, add_special_tokens=False, split_special_tokens=not is_template)["input_ids"]
+        ]
+
+
+def _pieces(rendered: str, contents: list[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a rendered conversation into what the template wrote (True) and what the messages say (False), in order.
+
+    A template may trim a message. If a message cannot be found again as it was given, all that is left counts as given.
+    """
+    position = 0
+    for content in contents:
+        said = content.strip()
+        if not said:
+            continue
+        start = rendered.find(said, position)
+        if start < 0:
+            break
+        if start > position:
+            yield rendered[position:start], True
+        yield said, False
+        position = start + len(said)
+    else:
+        if position < len(rendered):
+            yield rendered[position:], True
+        return
+    yield rendered[position:], False

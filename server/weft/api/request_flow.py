@@ -1,0 +1,173 @@
+"""The life of a generate request outside the engine: admit, tokenize, submit, turn events into text, settle the end.
+
+Everything here runs on the event loop. An accepted request holds a queue place and leases; they end with the engine's
+terminal event, also when the caller has gone: the caller's going only asks the engine to end the request.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import AsyncGenerator
+
+from weft.api import answer
+from weft.api.admission import Admission, Admitted
+from weft.api.answer import GenerationPart
+from weft.api.lifecycle import Lifecycle
+from weft.api.prompt import PromptEncoder
+from weft.api.stream import Stream
+from weft.api.validation import ChatTurn, GenerationSpec, ModelFacts, check
+from weft.config import RequestLimits
+from weft.engine.detokenizer import Detokenizer
+from weft.engine.engine import Engine
+from weft.engine.request import Finish, FinishReason, GateSight, RequestId, TokenEvent
+from weft.errors import Cancelled, DeadlineExceeded, Unavailable, WeftError
+from weft.metrics import Metrics
+
+
+class RequestFlow:
+    """The generate requests of one server."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        lifecycle: Lifecycle,
+        model: ModelFacts,
+        limits: RequestLimits,
+        max_requests: int,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._registry = lifecycle.registry
+        self._model = model
+        self._limits = limits
+        self._metrics = metrics
+        self._prompts = PromptEncoder(model.tokenizer, limits)
+        self._admission = Admission(lifecycle, model, max_requests)
+        self._streams: dict[RequestId, Stream] = {}
+        self._ids = itertools.count()
+        self._refusal: Unavailable | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """Accepted requests that have not ended."""
+        return self._admission.num_requests
+
+    def refuse(self, error: Unavailable) -> None:
+        """Take no new requests; those inside go on."""
+        self._refusal = error
+
+    async def wait_empty(self) -> None:
+        """Return when no request is left inside."""
+        await self._admission.wait_empty()
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Hand an event to its stream."""
+        stream = self._streams[event.request_id]
+        stream.put(event)
+        if event.finish is not None:
+            del self._streams[event.request_id]
+            self._settle(stream.admitted, event.finish)
+        elif len(stream.events) > self._limits.stream_events_max and not stream.is_stalled:
+            stream.is_stalled = True
+            error = DeadlineExceeded("STREAM_STALLED", "the caller does not read its stream")
+            self._engine.end(event.request_id, FinishReason.ERROR, error)
+
+    async def generate(self, spec: GenerationSpec, *, timeout_s: float | None) -> AsyncGenerator[GenerationPart, None]:
+        """Answer `spec` in parts; the last has `end`. Raises WeftError, also after parts were given.
+
+        timeout_s: the caller's, None without one; cut to the server's maximum. Closing the iterator ends the request.
+        """
+        try:
+            stream = await self._accept(spec, timeout_s)
+        except WeftError as error:
+            self._metrics.rejections.labels(error.reason).inc()
+            raise
+        request, request_id = stream.admitted.request, stream.admitted.checked.request_id
+        ended = False
+        try:
+            detokenizer = self._detokenizer(spec, request.prompt_token_ids)
+            num_tokens = 0
+            while True:
+                event = await stream.next()
+                text, stop, count = detokenizer.add([token.token_id for token in event.tokens])
+                tokens = event.tokens[:count]
+                num_tokens += count
+                ended = event.finish is not None
+                error = event.finish.error if event.finish is not None and stop is None else None
+                if stop is None and (not ended or (error is not None and tokens)):
+                    yield GenerationPart(request_id=request_id, text=text, tokens=tokens)
+                if error is not None:
+                    raise error
+                if stop is None and not ended:
+                    continue
+                if stop is None:
+                    text += detokenizer.flush()
+                if not ended:
+                    self._engine.end(request.request_id, FinishReason.STOP)
+                    ended = True
+                    while event.finish is None and spec.sight is not GateSight.NONE:  # the gates come with the end
+                        event = await stream.next()
+                last = tokens[-1] if tokens else None
+                end = answer.end(stream.admitted, event.finish, stop, num_tokens, last)
+                yield GenerationPart(request_id=request_id, text=text, tokens=tokens, end=end)
+                return
+        finally:
+            if not ended:
+                error = Cancelled("CANCELLED", "the caller went away")
+                self._engine.end(request.request_id, FinishReason.CANCELLED, error)
+
+    async def tokenize(self, text: str | None, messages: list[ChatTurn] | None) -> list[int]:
+        """Return the tokens that `generate` would make of an input."""
+        check(GenerationSpec(text=text, messages=messages), self._limits, self._model)
+        return await self._prompts.encode(text, messages)
+
+    async def _accept(self, spec: GenerationSpec, timeout_s: float | None) -> Stream:
+        arrival_s = time.monotonic()
+        self._require_open()
+        checked = check(spec, self._limits, self._model)
+        deadline_s = arrival_s + self._allowed_s(timeout_s)
+        request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
+        held = self._admission.enter(checked, request_id)
+        try:
+            tokens = await self._prompts.encode(spec.text, spec.messages) if spec.token_ids is None else spec.token_ids
+            admitted = self._admission.admit(
+                checked, held, request_id, tokens, arrival_s=arrival_s, deadline_s=deadline_s
+            )
+            self._require_open()
+        except BaseException:
+            self._admission.leave(held, request_id)
+            raise
+        stream = self._streams[request_id] = Stream(admitted)
+        self._engine.submit(admitted.request)
+        return stream
+
+    def _require_open(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+
+    def _allowed_s(self, timeout_s: float | None) -> float:
+        """Return the seconds that a request may take; raises DeadlineExceeded if there are none."""
+        limits_s = (self._limits.deadline_default_s if timeout_s is None else timeout_s, self._limits.deadline_max_s)
+        allowed_s = min((limit for limit in limits_s if limit is not None), default=math.inf)
+        if allowed_s <= 0:
+            raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request was accepted")
+        return allowed_s
+
+    def _settle(self, admitted: Admitted, finish: Finish) -> None:
+        checked, held, request = admitted
+        if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
+            for part, version in zip(checked.parts, held.versions, strict=True):
+                if answer.takes_part(part, version, request):
+                    self._registry.fault(version, finish.error.reason)
+        self._admission.leave(held, request.request_id)
+
+    def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:
+        return Detokenizer(
+            self._model.tokenizer.backend_tokenizer,
+            spec.stop,
+            # The answer to a conversation begins a text; the continuation of a prompt goes on with one.
+            continued=() if spec.messages is not None else prompt,
+            include_stop=spec.include_stop,
+            min_new_tokens=spec.min_new_tokens or 0,
+        )

@@ -1,0 +1,88 @@
+"""Messages to the engine thread, which take effect there between two steps. Any thread may send them."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple, TypeVar
+
+from weft.errors import Unavailable, WeftError
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _Message(NamedTuple):
+    """What to do on the engine thread, and what to do with the error if the engine takes no messages any more."""
+
+    apply: Callable[[], object]
+    refuse: Callable[[WeftError], object]
+
+
+class Inbox:
+    """The one way onto the engine thread.
+
+    refusal: the answer to every message from now on; None while messages are applied.
+    """
+
+    def __init__(self) -> None:
+        self.refusal: Unavailable | None = None
+        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._is_closed = False
+        self._after_close = threading.Lock()
+
+    def post(self, apply: Callable[[], object], refuse: Callable[[WeftError], object] = lambda error: None) -> None:
+        """Put a message in. Once the inbox is closed, the sender answers it, so that no message waits for ever."""
+        self._messages.put(_Message(apply, refuse))
+        if self._is_closed:
+            self._refuse_all()
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Run `function` on the engine thread between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # the caller has gone
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        def refuse(error: WeftError) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+        self.post(run, refuse)
+        return future
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Run `function` on the engine thread and wait for its result."""
+        return self.call(function).result()
+
+    def take(self, timeout_s: float | None) -> bool:
+        """Handle one message if one comes within `timeout_s`; None waits for ever. Called on the engine thread."""
+        try:
+            message = self._messages.get(timeout_s != 0.0, timeout=timeout_s)
+        except queue.Empty:
+            return False
+        if self.refusal is None:
+            message.apply()
+            return True
+        try:
+            message.refuse(self.refusal)
+        except Exception:
+            _log.exception("engine: an answer was lost")  # the messages behind it are answered all the same
+        return True
+
+    def close(self, refusal: Unavailable) -> None:
+        """End the engine thread's part: messages are refused with `refusal`, unless they were refused before."""
+        self.refusal = self.refusal or refusal
+        self._is_closed = True
+        self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        with self._after_close:
+            while self.take(0.0):
+                pass

@@ -1,0 +1,134 @@
+"""Loads beside the engine: what comes back, what the host keeps, and what it must not keep."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, cast
+
+import pytest
+from tests.engine.fakes import FakeAdapter
+
+from weft.adapters.host import HostCache
+from weft.adapters.identifiers import Generation
+from weft.adapters.ingest import Ingested
+from weft.adapters.loader import AdapterLoader
+from weft.adapters.registry import AdapterInfo
+from weft.errors import DataLoss, Unavailable, WeftError
+from weft.metrics import Metrics
+
+A, B = FakeAdapter(1), FakeAdapter(2)
+
+
+class Worker(Executor):
+    """A worker thread that works when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self.is_shut_down = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if self.is_shut_down:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        future: Future[Any] = Future()
+        self.jobs.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def work(self) -> None:
+        while self.jobs:
+            future, job = self.jobs.pop(0)
+            try:
+                future.set_result(job())
+            except Exception as error:
+                future.set_exception(error)
+
+
+class Disk:
+    """A loader over a worker, and files in place of the store's, which `test_store.py` reads for real."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.worker = Worker()
+        self.host = HostCache(1 << 20)
+        self.reads: list[Generation] = []
+        self.during_read: Callable[[], object] = lambda: None
+        self.loader = AdapterLoader(cast(Any, None), cast(Any, None), self.host, workers=self.worker, metrics=Metrics())
+        monkeypatch.setattr(self.loader, "read", self._read)
+
+    def _read(self, generation: Generation) -> Ingested:
+        self.reads.append(generation)
+        self.during_read()
+        adapter = next(adapter for adapter in (A, B) if adapter.generation == generation)
+        return Ingested(AdapterInfo(), adapter.slab())
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_a_slab_is_read_once_and_then_comes_from_the_host(disk: Disk) -> None:
+    futures = [disk.loader.request(A.generation), disk.loader.request(A.generation)]
+    disk.worker.work()
+    futures.append(disk.loader.request(A.generation))
+    disk.worker.work()
+    assert disk.reads == [A.generation]
+    first, *others = (future.result(timeout=0) for future in futures)
+    assert all(other is first for other in others)
+    assert A.generation in disk.loader
+    assert disk.loader.drop(A.generation) == first.size_bytes
+    assert A.generation not in disk.loader
+
+
+@pytest.mark.parametrize("when", ["queued", "reading"])
+def test_what_was_dropped_on_its_way_is_not_kept(disk: Disk, when: str) -> None:
+    """Nothing would ever drop it again. The caller still gets its slab."""
+    future = disk.loader.request(A.generation)
+    if when == "queued":
+        disk.loader.drop(A.generation)
+    else:
+        disk.during_read = lambda: disk.loader.drop(A.generation)
+    assert disk.loader.running(A.generation) == [future]
+    assert disk.loader.running(B.generation) == []
+    disk.worker.work()
+    assert future.result(timeout=0)
+    assert A.generation not in disk.loader
+    assert disk.loader.running(A.generation) == [], "its files are closed"
+
+
+def test_a_load_after_the_drop_is_kept(disk: Disk) -> None:
+    disk.loader.request(A.generation)
+    disk.loader.drop(A.generation)
+    disk.loader.request(A.generation)
+    disk.worker.work()
+    assert A.generation in disk.loader
+
+
+def test_a_failed_load_says_why_and_the_next_one_reads_again(disk: Disk) -> None:
+    def fail() -> None:
+        raise DataLoss("BLOB_CORRUPT", "the stored files changed")
+
+    disk.during_read = fail
+    future = disk.loader.request(A.generation)
+    disk.worker.work()
+    assert isinstance(future.exception(timeout=0), DataLoss)
+    assert A.generation not in disk.loader
+    disk.during_read = lambda: None
+    future = disk.loader.request(A.generation)
+    disk.worker.work()
+    assert future.result(timeout=0)
+    assert A.generation in disk.loader
+
+
+@pytest.mark.usefixtures("caplog")
+def test_a_bug_ends_the_load_as_internal_and_tells_nothing(disk: Disk) -> None:
+    disk.during_read = lambda: {}["/secret/path"]
+    future = disk.loader.request(A.generation)
+    disk.worker.work()
+    error = future.exception(timeout=0)
+    assert isinstance(error, WeftError)
+    assert (error.reason, error.message) == ("INTERNAL", "internal error")
+
+
+def test_after_the_end_a_load_is_refused(disk: Disk) -> None:
+    disk.worker.is_shut_down = True
+    error = disk.loader.request(A.generation).exception(timeout=0)
+    assert isinstance(error, Unavailable)
+    assert error.reason == "DRAINING"
