@@ -35,7 +35,7 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
+@dataclass(frozen=True, slots=True, kw_only=True, config={**CHECKS, "arbitrary_types_allowed": True})
 class TrainConfig:
     """One training run; recipes have its fields in sections (weft_training/sections.py)."""
 
