@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.driven_engine import DrivenEngine
 from benchmarks.gpu_base import Loras
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.config import EngineConfig
 from weft.engine.request import AdapterUse, FinishReason, Request, RequestId, RequestStatus, SamplingParams
 from weft.engine.runner import ModelRunner
@@ -77,14 +77,14 @@ class DecodeLoop:
             config,
             num_kv_blocks=num_kv_blocks,
             max_model_len=max_model_len,
-            slab_of=lambda generation: loras.slab(int(generation)),
+            packed_of=lambda digest: loras.packed(int(digest)),
         )
 
     def submit(self, adapter: int, prompt: Sequence[int], num_new_tokens: int) -> RequestId:
         """Queue a greedy request that ends after exactly `num_new_tokens`."""
         request_id = RequestId(str(self._num_requests))
         self._num_requests += 1
-        uses = () if adapter < 0 else (AdapterUse(Generation(str(adapter)), 1.0, 0),)
+        uses = () if adapter < 0 else (AdapterUse(AdapterDigest(str(adapter)), 1.0, 0),)
         params = SamplingParams(temperature=0.0, max_new_tokens=num_new_tokens)
         request = Request(request_id=request_id, prompt_token_ids=tuple(prompt), params=params, adapters=uses)
         self.requests[request_id], self.tokens_at[request_id] = request, []

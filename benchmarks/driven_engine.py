@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 
-from benchmarks.slabs_at_hand import SlabsAtHand
-from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
+from benchmarks.loaded_adapters import LoadedAdapters
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.config import EngineConfig
 from weft.engine.engine import Engine
 from weft.engine.inbox import Inbox
@@ -16,7 +16,7 @@ from weft.metrics import Metrics
 
 
 class DrivenEngine(Engine):
-    """An engine that gets each adapter from `slab_of` as soon as it asks, and keeps its events until they are read."""
+    """An engine that gets each adapter from `packed_of` at once, and keeps its events until they are read."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class DrivenEngine(Engine):
         *,
         num_kv_blocks: int,
         max_model_len: int,
-        slab_of: Callable[[Generation], Slab],
+        packed_of: Callable[[AdapterDigest], PackedAdapter],
     ) -> None:
         self._timed_events: list[tuple[float, TokenEvent]] = []
         super().__init__(
@@ -34,7 +34,7 @@ class DrivenEngine(Engine):
             num_kv_blocks=num_kv_blocks,
             max_model_len=max_model_len,
             inbox=Inbox(),
-            loader=SlabsAtHand(slab_of),
+            loader=LoadedAdapters(packed_of),
             publish=self._keep,
             metrics=Metrics(),
         )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.driven_engine import DrivenEngine
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.ingest import Ingested
-from weft.adapters.slab import Slab
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.api.serve import build_model
 from weft.config import WeftConfig
 from weft.engine.block_manager import cache_root
@@ -25,12 +25,12 @@ _NAP_S = 0.001
 class Held(NamedTuple):
     """An adapter in host memory, which the engine loads when a request needs it."""
 
-    generation: Generation
+    digest: AdapterDigest
     read: Ingested
 
     def use(self, gate: float = 1.0) -> AdapterUse:
         """Return how a request names it."""
-        return AdapterUse(self.generation, gate, self.read.info.num_virtual_tokens)
+        return AdapterUse(self.digest, gate, self.read.info.num_virtual_tokens)
 
 
 class EngineLoop:
@@ -39,27 +39,27 @@ class EngineLoop:
     def __init__(self, config: WeftConfig) -> None:
         self.model, runner = build_model(config)
         threads.compute_with(self.model.num_threads)
-        self._slabs: dict[Generation, Slab] = {}
+        self._packed_adapters: dict[AdapterDigest, PackedAdapter] = {}
         self._engine = DrivenEngine(
             runner,
             config.engine,
             num_kv_blocks=self.model.plan.num_kv_blocks,
             max_model_len=self.model.facts.max_model_len,
-            slab_of=self._slabs.__getitem__,
+            packed_of=self._packed_adapters.__getitem__,
         )
         self._ids = count()
 
     def hold(self, path: Path) -> Held:
-        """Read an adapter's directory; the engine loads it with its first request. Its path is its generation."""
+        """Read an adapter's directory; the engine loads it with its first request. Its path is its digest."""
         files = pair_of(file.name for file in path.iterdir())
         assert files is not None, path
         config, weights = (path / name for name in files)
         with config.open("rb") as config_file, weights.open("rb") as weights_file:
             size_bytes = config.stat().st_size + weights.stat().st_size
             read = self.model.ingest.read(config_file, weights_file, size_bytes=size_bytes, files=files)
-        generation = generation_of(path)
-        self._slabs[generation] = read.slab
-        return Held(generation, read)
+        digest = digest_of(path)
+        self._packed_adapters[digest] = read.packed
+        return Held(digest, read)
 
     def request(
         self,
@@ -101,6 +101,6 @@ class EngineLoop:
         return list(token_s.values())
 
 
-def generation_of(path: Path) -> Generation:
+def digest_of(path: Path) -> AdapterDigest:
     """Name the adapter in a directory, for the engine."""
-    return Generation(hashlib.sha256(str(path).encode()).hexdigest())
+    return AdapterDigest(hashlib.sha256(str(path).encode()).hexdigest())

@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.driven_engine import DrivenEngine
 from benchmarks.models import prompts
-from weft.adapters import slab
-from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
+from weft.adapters import packed_adapter
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot
 from weft.config import EngineConfig
 from weft.engine.block_manager import BlockManager, cache_root
@@ -116,21 +116,24 @@ class FixedSteps:
         )
         self._stepper = Stepper(self._runner, _BLOCK_SIZE)
         self._runner.warm_up()
-        built = (slab.build(adapter, base.shape, dtype=base.dtype) for adapter in (*given.adapters, *given.resident))
+        built = (
+            packed_adapter.build(adapter, base.shape, dtype=base.dtype)
+            for adapter in (*given.adapters, *given.resident)
+        )
         slots = [self._place(one) for one in built]
-        routers = [self._place(slab.build_router(one)) for one in given.mixtures]
+        routers = [self._place(packed_adapter.build_router(one)) for one in given.mixtures]
         per_row = len(given.adapters) // num_rows
         self._slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
 
         def request(name: str, prompt: Sequence[int], row: int) -> Request:
             first = row * per_row
-            uses = [AdapterUse(Generation(f"{first + place:03}"), 1.0, 0) for place in range(per_row)]
+            uses = [AdapterUse(AdapterDigest(f"{first + place:03}"), 1.0, 0) for place in range(per_row)]
             made = Request(
                 request_id=RequestId(name),
                 prompt_token_ids=tuple(prompt),
                 params=SamplingParams(),
                 adapters=tuple(uses),
-                mixture=MixtureUse(Generation(str(row))) if routers else None,
+                mixture=MixtureUse(AdapterDigest(str(row))) if routers else None,
             )
             self._slots_of[made] = (*slots[first : first + per_row], *routers[row : row + 1])
             return made
@@ -152,7 +155,7 @@ class FixedSteps:
         """Compute the prompt; the logits of its last token [1, V]."""
         return self._runner.forward(self._prompt)
 
-    def _place(self, laid_out: Slab) -> AdapterSlot:
+    def _place(self, laid_out: PackedAdapter) -> AdapterSlot:
         slot = self._runner.slots.put(laid_out)
         assert slot is not None, "_ADAPTER_BYTES is room for all"
         return slot
@@ -190,7 +193,7 @@ class PromptAgain:
             config,
             num_kv_blocks=num_blocks,
             max_model_len=NUM_PROMPT + 1,
-            slab_of={}.__getitem__,
+            packed_of={}.__getitem__,
         )
         self._prompt = tuple(prompts(1, NUM_PROMPT)[0])
         self._root = cache_root("", base.shape.digest, ())

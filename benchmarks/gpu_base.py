@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from weft.adapters import slab
-from weft.adapters.slab import Slab
+from weft.adapters import packed_adapter
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.config import Quantization
 from weft.kernels.selection import select
 from weft.methods import lora
@@ -142,7 +142,7 @@ class Loras:
         }
         pinned = device.type == "cuda"
         adapter = Adapter(method=lora.METHOD, config=config, sites=sites)
-        self._template = slab.build(adapter, base, dtype=torch.bfloat16)
+        self._template = packed_adapter.build(adapter, base, dtype=torch.bfloat16)
         self.size_bytes = self._template.buffer.nbytes
         self._buffers = []
         generator = torch.Generator(device).manual_seed(1)
@@ -152,6 +152,6 @@ class Loras:
             buffer.view(torch.bfloat16).copy_(_STD * values)
             self._buffers.append(buffer)
 
-    def slab(self, index: int) -> Slab:
+    def packed(self, index: int) -> PackedAdapter:
         """The adapter of that number."""
         return replace(self._template, buffer=self._buffers[index % len(self._buffers)])

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import models, report
-from benchmarks.engine_loop import EngineLoop, Held, generation_of
+from benchmarks.engine_loop import EngineLoop, Held, digest_of
 from benchmarks.models import Hold, lora_of, prompts
 from weft.adapters.identifiers import AdapterId
 from weft.config import ModelConfig, Quantization, WeftConfig
@@ -102,7 +102,7 @@ def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[tuple[str, str
         mixture = Mixture(
             config,
             MixtureParams(weight),
-            tuple(Expert(generation_of(Path(place)), AdapterId(adapter_id)) for adapter_id, place in named),
+            tuple(Expert(digest_of(Path(place)), AdapterId(adapter_id)) for adapter_id, place in named),
         )
         paths.append(path / f"mixture-{row:02d}")
         mixture_files.write(mixture, paths[-1], base)
@@ -110,7 +110,7 @@ def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[tuple[str, str
 
 
 def _mixture(held: Held, experts: Sequence[Held]) -> Adapters:
-    return Adapters(canonical(expert.use() for expert in experts), MixtureUse(held.generation))
+    return Adapters(canonical(expert.use() for expert in experts), MixtureUse(held.digest))
 
 
 def _step_ms(loop: EngineLoop, rows: Sequence[Adapters], num_new: int, salt: str) -> float:

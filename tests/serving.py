@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import (
+    AdapterDigest,
     AdapterUse,
     ExpertBound,
     Gates,
     GateSight,
-    Generation,
     MixtureUse,
     Request,
     RequestId,
@@ -81,12 +81,12 @@ class Step:
             request_slots: list[AdapterSlot] = []
             virtual_blocks: list[int] = []
             for part, (adapter, gate) in enumerate(row.parts):
-                laid_out = slab.build(adapter, self.base.shape, dtype=self.base.dtype)
+                laid_out = packed_adapter.build(adapter, self.base.shape, dtype=self.base.dtype)
                 slot = self.runner.slots.put(laid_out)
                 assert slot is not None
                 request_slots.append(slot)
                 ranges = row.ranges[part] if row.ranges else ()
-                named = Generation(f"{index}-{part:03}")
+                named = AdapterDigest(f"{index}-{part:03}")
                 uses.append(AdapterUse(named, gate, laid_out.num_virtual_tokens, ranges))
                 if laid_out.virtual is not None:
                     taken = self.blocks.take_virtual(laid_out.num_virtual_tokens)
@@ -95,11 +95,11 @@ class Step:
                     self.runner.write_virtual(taken, laid_out.virtual)
             mixture = None
             if row.mixture is not None:
-                slot = self.runner.slots.put(slab.build_router(row.mixture))
+                slot = self.runner.slots.put(packed_adapter.build_router(row.mixture))
                 assert slot is not None
                 request_slots.append(slot)
                 reads_prompt = row.mixture.config.level is Level.SEQUENCE
-                mixture = MixtureUse(Generation(f"{index}"), reads_prompt, row.bounds, GateSight.TOKENS)
+                mixture = MixtureUse(AdapterDigest(f"{index}"), reads_prompt, row.bounds, GateSight.TOKENS)
             slots += request_slots
             request = Request(
                 request_id=RequestId(str(index)),

@@ -214,7 +214,7 @@ def test_upload_sends_both_files_in_chunks_with_their_hashes(
     assert uploaded.adapter.state == ADAPTER_STATE_ACTIVE
     header = service.last(UploadHeader)
     assert (header.adapter_id, header.pin, header.replace) == ("reverse", True, False)
-    assert not header.HasField("expected_generation")
+    assert not header.HasField("expected_digest")
     assert service.uploaded == {path.name: path.read_bytes() for path in peft_directory.iterdir()}
     config_bytes = len(service.uploaded["adapter_config.json"])
     total = config_bytes + 2 * MIB + 100
@@ -261,10 +261,10 @@ def test_upload_of_a_pickle_says_how_to_convert_it(service: FakeService, client:
 
 def test_register_says_what_it_expects(service: FakeService, client: Client) -> None:
     client.register("reverse", "demo/reverse")
-    again = client.register("reverse", "demo/other", replace=True, expected_generation="", validate_only=True)
+    again = client.register("reverse", "demo/other", replace=True, expected_digest="", validate_only=True)
     assert again.outcome == REGISTER_OUTCOME_REPLACED
     assert service.last(RegisterAdapterRequest) == RegisterAdapterRequest(
-        adapter_id="reverse", source="demo/other", replace=True, expected_generation="", validate_only=True
+        adapter_id="reverse", source="demo/other", replace=True, expected_digest="", validate_only=True
     )
 
 

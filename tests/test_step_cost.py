@@ -15,7 +15,7 @@ from tests.calls import counted
 from tests.mixing.test_composition import MAKERS, VIRTUAL
 from tests.mixing.test_mixture import made
 from tests.serving import Row, Step
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.config import ModelConfig
 from weft.engine.runner import ModelRunner
 from weft.engine.token_ranges import TokenRange
@@ -255,7 +255,7 @@ def test_rows_pay_for_what_they_have_not_for_what_is_resident(base: loader.Base)
     """Adapters that nobody asks for stand at every site; a step of an IA³ asks kernels where that acts alone."""
     step = _step(base, select(base.device, base.dtype))
     for seed in range(3):
-        resident = slab.build(tiny.random_lora(base.shape, rank=2, seed=seed), base.shape, dtype=base.dtype)
+        resident = packed_adapter.build(tiny.random_lora(base.shape, rank=2, seed=seed), base.shape, dtype=base.dtype)
         assert step.runner.slots.put(resident) is not None
     calls = _calls(step, [tiny.random_ia3(base.shape, seed=9), None])
     assert calls["deltas.py:post"] == 2 * base.shape.num_layers, "k and v"

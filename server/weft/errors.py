@@ -3,9 +3,9 @@
     WeftError
     ├── InvalidRequest        INVALID_ARGUMENT    a field breaks its rule
     │   └── InvalidAdapter    INVALID_ARGUMENT    an adapter's files break a rule
-    ├── AdapterNotFound       NOT_FOUND           no such adapter id or generation
+    ├── AdapterNotFound       NOT_FOUND           no such adapter id or digest
     ├── AdapterExists         ALREADY_EXISTS      the id is taken and replacing was not requested
-    ├── AdapterConflict       ABORTED             lost a race: stale expected generation, unregistered while queued
+    ├── AdapterConflict       ABORTED             lost a race: stale expected digest, unregistered while queued
     ├── AdapterUnusable       FAILED_PRECONDITION the adapter is loading, draining, quarantined, of another base
     ├── Overloaded            RESOURCE_EXHAUSTED  a queue, quota or pool is full
     ├── DeadlineExceeded      DEADLINE_EXCEEDED   the caller's time ran out

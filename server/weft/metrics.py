@@ -62,7 +62,7 @@ class Metrics:
         )
         self.adapter_load_seconds = Histogram(
             "weft_adapter_load_duration_seconds",
-            "From asking for an adapter to having its slab.",
+            "From asking for an adapter to having its packed adapter.",
             buckets=_SECONDS,
             registry=r,
         )

@@ -13,7 +13,7 @@ from weft.adapters.identifiers import (
     ADAPTER_ID_PATTERN,
     AdapterReference,
     check_adapter_id,
-    check_generation,
+    check_digest,
     parse_reference,
 )
 from weft.errors import Code, InvalidRequest
@@ -112,7 +112,7 @@ def test_only_the_alphabet_passes(value: str) -> None:
 
 
 @given(st.from_regex(re.compile(r"\A[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?\Z"), fullmatch=True))
-def test_every_id_of_the_pattern_passes_alone_and_with_a_generation(value: str) -> None:
+def test_every_id_of_the_pattern_passes_alone_and_with_a_digest(value: str) -> None:
     if value in {"base", "default"}:
         return
     assert check_adapter_id(value) == value
@@ -123,14 +123,14 @@ def test_every_id_of_the_pattern_passes_alone_and_with_a_generation(value: str) 
 
 
 @pytest.mark.parametrize(
-    "generation",
+    "digest",
     [
         *["", GENERATION[:12], GENERATION + "0", GENERATION.upper(), "g" * 64, "sha256:" + GENERATION],
         *[GENERATION + "\n", "../" + GENERATION[3:], "@" + GENERATION, "x" * (1 << 20)],
     ],
 )
-def test_a_generation_is_64_lower_case_hex_digits(generation: str) -> None:
-    for call in (lambda: check_generation(generation), lambda: parse_reference(f"a@{generation}")):
+def test_a_digest_is_64_lower_case_hex_digits(digest: str) -> None:
+    for call in (lambda: check_digest(digest), lambda: parse_reference(f"a@{digest}")):
         with pytest.raises(InvalidRequest, match="64 lower-case hex digits") as caught:
             call()
         assert caught.value.reason == "ID_INVALID"

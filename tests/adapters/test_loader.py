@@ -8,7 +8,7 @@ import pytest
 from tests.engine.fakes import FakeAdapter
 
 from weft.adapters.host import HostCache
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.ingest import Ingested
 from weft.adapters.loader import AdapterLoader
 from weft.adapters.registry import AdapterInfo
@@ -47,16 +47,16 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.worker = Worker()
         self.host = HostCache(1 << 20)
-        self.reads: list[Generation] = []
+        self.reads: list[AdapterDigest] = []
         self.during_read: Callable[[], object] = lambda: None
         self.loader = AdapterLoader(cast(Any, None), cast(Any, None), self.host, workers=self.worker, metrics=Metrics())
         monkeypatch.setattr(self.loader, "read", self._read)
 
-    def _read(self, generation: Generation) -> Ingested:
-        self.reads.append(generation)
+    def _read(self, digest: AdapterDigest) -> Ingested:
+        self.reads.append(digest)
         self.during_read()
-        adapter = next(adapter for adapter in (A, B) if adapter.generation == generation)
-        return Ingested(AdapterInfo(), adapter.slab())
+        adapter = next(adapter for adapter in (A, B) if adapter.digest == digest)
+        return Ingested(AdapterInfo(), adapter.packed())
 
 
 @pytest.fixture
@@ -64,41 +64,41 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def test_a_slab_is_read_once_and_then_comes_from_the_host(disk: Disk) -> None:
-    futures = [disk.loader.request(A.generation), disk.loader.request(A.generation)]
+def test_a_packed_adapter_is_read_once_and_then_comes_from_the_host(disk: Disk) -> None:
+    futures = [disk.loader.request(A.digest), disk.loader.request(A.digest)]
     disk.worker.work()
-    futures.append(disk.loader.request(A.generation))
+    futures.append(disk.loader.request(A.digest))
     disk.worker.work()
-    assert disk.reads == [A.generation]
+    assert disk.reads == [A.digest]
     first, *others = (future.result(timeout=0) for future in futures)
     assert all(other is first for other in others)
-    assert A.generation in disk.loader
-    assert disk.loader.drop(A.generation) == first.size_bytes
-    assert A.generation not in disk.loader
+    assert A.digest in disk.loader
+    assert disk.loader.drop(A.digest) == first.size_bytes
+    assert A.digest not in disk.loader
 
 
 @pytest.mark.parametrize("when", ["queued", "reading"])
 def test_what_was_dropped_on_its_way_is_not_kept(disk: Disk, when: str) -> None:
-    """Nothing would ever drop it again. The caller still gets its slab."""
-    future = disk.loader.request(A.generation)
+    """Nothing would ever drop it again. The caller still gets its packed adapter."""
+    future = disk.loader.request(A.digest)
     if when == "queued":
-        disk.loader.drop(A.generation)
+        disk.loader.drop(A.digest)
     else:
-        disk.during_read = lambda: disk.loader.drop(A.generation)
-    assert disk.loader.running(A.generation) == [future]
-    assert disk.loader.running(B.generation) == []
+        disk.during_read = lambda: disk.loader.drop(A.digest)
+    assert disk.loader.running(A.digest) == [future]
+    assert disk.loader.running(B.digest) == []
     disk.worker.work()
     assert future.result(timeout=0)
-    assert A.generation not in disk.loader
-    assert disk.loader.running(A.generation) == [], "its files are closed"
+    assert A.digest not in disk.loader
+    assert disk.loader.running(A.digest) == [], "its files are closed"
 
 
 def test_a_load_after_the_drop_is_kept(disk: Disk) -> None:
-    disk.loader.request(A.generation)
-    disk.loader.drop(A.generation)
-    disk.loader.request(A.generation)
+    disk.loader.request(A.digest)
+    disk.loader.drop(A.digest)
+    disk.loader.request(A.digest)
     disk.worker.work()
-    assert A.generation in disk.loader
+    assert A.digest in disk.loader
 
 
 def test_a_failed_load_says_why_and_the_next_one_reads_again(disk: Disk) -> None:
@@ -106,21 +106,21 @@ def test_a_failed_load_says_why_and_the_next_one_reads_again(disk: Disk) -> None
         raise DataLoss("BLOB_CORRUPT", "the stored files changed")
 
     disk.during_read = fail
-    future = disk.loader.request(A.generation)
+    future = disk.loader.request(A.digest)
     disk.worker.work()
     assert isinstance(future.exception(timeout=0), DataLoss)
-    assert A.generation not in disk.loader
+    assert A.digest not in disk.loader
     disk.during_read = lambda: None
-    future = disk.loader.request(A.generation)
+    future = disk.loader.request(A.digest)
     disk.worker.work()
     assert future.result(timeout=0)
-    assert A.generation in disk.loader
+    assert A.digest in disk.loader
 
 
 @pytest.mark.usefixtures("caplog")
 def test_a_bug_ends_the_load_as_internal_and_tells_nothing(disk: Disk) -> None:
     disk.during_read = lambda: {}["/secret/path"]
-    future = disk.loader.request(A.generation)
+    future = disk.loader.request(A.digest)
     disk.worker.work()
     error = future.exception(timeout=0)
     assert isinstance(error, WeftError)
@@ -129,6 +129,6 @@ def test_a_bug_ends_the_load_as_internal_and_tells_nothing(disk: Disk) -> None:
 
 def test_after_the_end_a_load_is_refused(disk: Disk) -> None:
     disk.worker.is_shut_down = True
-    error = disk.loader.request(A.generation).exception(timeout=0)
+    error = disk.loader.request(A.digest).exception(timeout=0)
     assert isinstance(error, Unavailable)
     assert error.reason == "DRAINING"

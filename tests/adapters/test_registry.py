@@ -1,4 +1,4 @@
-"""Ids, generations, states and leases: the dictionary behind every request."""
+"""Ids, digests, states and leases: the dictionary behind every request."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
 from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
 NAME, OTHER = AdapterId("name"), AdapterId("other")
-A, B, C = (Generation(letter * 64) for letter in "abc")
+A, B, C = (AdapterDigest(letter * 64) for letter in "abc")
 
 
 class Told:
@@ -23,12 +23,12 @@ class Told:
         self.changes: list[tuple[Change, str]] = []
         self.now = 100.0
         self.registry = Registry(
-            changed=lambda change, version: self.changes.append((change, version.generation[:1])),
+            changed=lambda change, version: self.changes.append((change, version.digest[:1])),
             wall_clock=lambda: self.now,
         )
 
-    def publish(self, generation: Generation, adapter_id: AdapterId = NAME) -> Version:
-        version = Version(adapter_id=adapter_id, generation=generation, info=AdapterInfo(), create_time_s=0.0)
+    def publish(self, digest: AdapterDigest, adapter_id: AdapterId = NAME) -> Version:
+        version = Version(adapter_id=adapter_id, digest=digest, info=AdapterInfo(), create_time_s=0.0)
         previous = self.registry.publish(version)
         if previous is not None and not previous.leases:
             self.idle.append(previous)
@@ -38,15 +38,15 @@ class Told:
         if self.registry.release(version, request_id):
             self.idle.append(version)
 
-    def acquire(self, request_id: str, generation: Generation | None = None) -> Version:
-        version = self.registry.require_active(AdapterReference(NAME, generation))
+    def acquire(self, request_id: str, digest: AdapterDigest | None = None) -> Version:
+        version = self.registry.require_active(AdapterReference(NAME, digest))
         self.registry.hold(version, request_id)
         return version
 
-    def refusal(self, generation: Generation | None = None) -> WeftError:
+    def refusal(self, digest: AdapterDigest | None = None) -> WeftError:
         before = [set(version.leases) for version in self.registry.versions(NAME)]
         with pytest.raises(WeftError) as caught:
-            self.acquire("refused", generation)
+            self.acquire("refused", digest)
         assert [set(version.leases) for version in self.registry.versions(NAME)] == before, "a refusal holds nothing"
         return caught.value
 
@@ -62,18 +62,18 @@ def told() -> Told:
 def test_a_lease_is_taken_with_the_look_up_and_ends_once(told: Told) -> None:
     told.publish(A)
     version = told.acquire("r")
-    assert (version.generation, version.leases, version.last_used_time_s) == (A, {"r"}, 100.0)
+    assert (version.digest, version.leases, version.last_used_time_s) == (A, {"r"}, 100.0)
     told.release(version, "r")
     assert (version.leases, told.idle) == (set(), [])
     with pytest.raises(KeyError):
         told.release(version, "r")
 
 
-def test_an_id_or_a_generation_that_is_not_current_is_not_found(told: Told) -> None:
+def test_an_id_or_a_digest_that_is_not_current_is_not_found(told: Told) -> None:
     assert isinstance(told.refusal(), AdapterNotFound)
     told.publish(A)
     assert isinstance(told.refusal(B), AdapterNotFound)
-    assert told.acquire("r", A).generation == A
+    assert told.acquire("r", A).digest == A
     foreign = told.refusal(B)
     assert foreign.message == f"adapter_id: {NAME}@{B} is not registered", "nothing of what is registered shows"
 
@@ -82,15 +82,15 @@ def test_running_requests_keep_the_replaced_version_and_new_ones_get_the_new(tol
     told.publish(A)
     old = told.acquire("old")
     told.publish(B)
-    assert told.acquire("new").generation == B
+    assert told.acquire("new").digest == B
     assert old.state is AdapterState.DRAINING
-    assert [version.generation for version in told.registry.versions(NAME)] == [B, A]
-    assert told.registry.generations() == {A, B}
+    assert [version.digest for version in told.registry.versions(NAME)] == [B, A]
+    assert told.registry.digests() == {A, B}
     error = told.refusal(A)
     assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_DRAINING")
     told.release(old, "old")
     assert told.idle == [old]
-    assert told.registry.generations() == {B}
+    assert told.registry.digests() == {B}
     assert isinstance(told.refusal(A), AdapterNotFound)
 
 
@@ -122,14 +122,14 @@ def test_content_that_comes_back_is_current_while_its_old_version_drains(told: T
     assert told.acquire("plain") is second
     told.release(first, "first")
     assert told.idle[-1] is first
-    assert A in told.registry.generations(), "what `idle` may free is asked again"
+    assert A in told.registry.digests(), "what `idle` may free is asked again"
 
 
 # -- publish ---------------------------------------------------------------------------------------------------------
 
 
-def check(told: Told, generation: Generation, *, replace: bool = False, expected: str | None = None) -> bool:
-    return told.registry.check_publish(NAME, generation, replace=replace, expected_generation=expected)
+def check(told: Told, digest: AdapterDigest, *, replace: bool = False, expected: str | None = None) -> bool:
+    return told.registry.check_publish(NAME, digest, replace=replace, expected_digest=expected)
 
 
 def test_the_rules_of_publishing(told: Told) -> None:
@@ -142,7 +142,7 @@ def test_the_rules_of_publishing(told: Told) -> None:
     assert not check(told, A, expected=B), "the content is there already: nothing to conflict with"
     with pytest.raises(AdapterExists) as exists:
         check(told, B)
-    assert exists.value.metadata["generation"].startswith("a")
+    assert exists.value.metadata["digest"].startswith("a")
     assert check(told, B, replace=True)
     assert check(told, B, replace=True, expected=A)
     for expected in (B, ""):
@@ -154,9 +154,9 @@ def test_the_rules_of_publishing(told: Told) -> None:
 def test_an_id_that_is_being_removed_takes_no_content(told: Told) -> None:
     told.publish(A)
     told.registry.drain(NAME, None)
-    for generation in (A, B):
+    for digest in (A, B):
         with pytest.raises(AdapterConflict) as conflict:
-            check(told, generation, replace=True)
+            check(told, digest, replace=True)
         assert conflict.value.reason == "ADAPTER_UNREGISTERED"
 
 
@@ -182,22 +182,22 @@ def test_a_new_id_is_loading_until_it_is_published_or_given_up(told: Told) -> No
     told.registry.begin(NAME)
     error = told.refusal()
     assert (error.reason, error.retry_after_s) == ("ADAPTER_NOT_READY", 1.0)
-    assert told.registry.generations() == frozenset()
+    assert told.registry.digests() == frozenset()
     told.registry.abandon(NAME)
     assert isinstance(told.refusal(), AdapterNotFound)
     told.registry.begin(NAME)
     told.publish(A)
     told.registry.abandon(NAME)
-    assert told.acquire("r").generation == A
+    assert told.acquire("r").digest == A
     assert told.changes == [(Change.ADDED, "a")]
 
 
 def test_beginning_on_a_taken_id_leaves_it_in_service(told: Told) -> None:
     told.publish(A)
     told.registry.begin(NAME)
-    assert told.acquire("r").generation == A
+    assert told.acquire("r").digest == A
     told.registry.abandon(NAME)
-    assert told.acquire("s").generation == A
+    assert told.acquire("s").digest == A
 
 
 # -- drain and remove ------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_draining_refuses_new_requests_and_only_one_caller_gets_it(told: Told) -
     told.publish(B)
     told.acquire("current")
     versions = told.registry.drain(NAME, None)
-    assert [version.generation for version in versions] == [B, A]
+    assert [version.digest for version in versions] == [B, A]
     assert told.refusal().reason == "ADAPTER_DRAINING"
     with pytest.raises(AdapterNotFound):
         told.registry.drain(NAME, None)
@@ -218,15 +218,15 @@ def test_draining_refuses_new_requests_and_only_one_caller_gets_it(told: Told) -
     told.registry.remove(NAME)
     assert isinstance(told.refusal(), AdapterNotFound)
     assert len(told.registry) == 0
-    assert told.registry.generations() == frozenset()
+    assert told.registry.digests() == frozenset()
     assert told.changes[-1] == (Change.REMOVED, "b")
 
 
-def test_drain_compares_the_expected_generation_first(told: Told) -> None:
+def test_drain_compares_the_expected_digest_first(told: Told) -> None:
     told.publish(A)
     with pytest.raises(AdapterConflict):
         told.registry.drain(NAME, B)
-    assert told.acquire("r").generation == A
+    assert told.acquire("r").digest == A
     assert told.registry.drain(NAME, A)
 
 
@@ -276,7 +276,7 @@ def test_faults_of_a_version_that_is_leaving_change_nothing(told: Told) -> None:
     for _ in range(3):
         told.registry.fault(old, "ADAPTER_NON_FINITE")
     assert old.state is AdapterState.DRAINING
-    assert told.acquire("s").generation == B
+    assert told.acquire("s").digest == B
 
 
 def test_lost_files_fail_every_id_with_that_content(told: Told) -> None:
@@ -324,7 +324,7 @@ class RegistryMachine(RuleBasedStateMachine):
     """Against the obvious model: what is current, and who holds which version."""
 
     names = st.sampled_from([NAME, OTHER])
-    generations = st.sampled_from([A, B, C])
+    digests = st.sampled_from([A, B, C])
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,34 +335,34 @@ class RegistryMachine(RuleBasedStateMachine):
         self.drained: set[AdapterId] = set()
         self.number = 0
 
-    @rule(name=names, generation=generations, replace=st.booleans())
-    def publish(self, name: AdapterId, generation: Generation, replace: bool) -> None:
+    @rule(name=names, digest=digests, replace=st.booleans())
+    def publish(self, name: AdapterId, digest: AdapterDigest, replace: bool) -> None:
         old = self.current.get(name)
         try:
-            changes = self.registry.check_publish(name, generation, replace=replace, expected_generation=None)
+            changes = self.registry.check_publish(name, digest, replace=replace, expected_digest=None)
         except AdapterConflict:
             assert name in self.drained
             return
         except AdapterExists:
             assert old is not None
             assert not replace
-            assert old.generation != generation
+            assert old.digest != digest
             return
-        assert changes == (old is None or old.generation != generation)
+        assert changes == (old is None or old.digest != digest)
         if changes:
-            version = Version(adapter_id=name, generation=generation, info=AdapterInfo(), create_time_s=0.0)
+            version = Version(adapter_id=name, digest=digest, info=AdapterInfo(), create_time_s=0.0)
             assert self.registry.publish(version) is old
             if old is not None and not old.leases:
                 self.idle.append(old)
             self.current[name] = version
 
-    @rule(name=names, generation=st.one_of(st.none(), generations))
-    def acquire(self, name: AdapterId, generation: Generation | None) -> None:
+    @rule(name=names, digest=st.one_of(st.none(), digests))
+    def acquire(self, name: AdapterId, digest: AdapterDigest | None) -> None:
         self.number += 1
         current = self.current.get(name)
-        usable = current is not None and name not in self.drained and generation in (None, current.generation)
+        usable = current is not None and name not in self.drained and digest in (None, current.digest)
         try:
-            version = self.registry.require_active(AdapterReference(name, generation))
+            version = self.registry.require_active(AdapterReference(name, digest))
         except (AdapterNotFound, AdapterUnusable):
             assert not usable
             return
@@ -410,10 +410,10 @@ class RegistryMachine(RuleBasedStateMachine):
     def all_is_as_the_model_says(self) -> None:
         assert {version.adapter_id: version for version in self.registry} == self.current
         alive = {id(version): version for version in [*self.current.values(), *self.held.values()]}
-        assert self.registry.generations() == {version.generation for version in alive.values()}
-        for generation in (A, B, C):
-            assert {id(v) for v in self.registry.of(generation)} == {
-                key for key, version in alive.items() if version.generation == generation
+        assert self.registry.digests() == {version.digest for version in alive.values()}
+        for digest in (A, B, C):
+            assert {id(v) for v in self.registry.of(digest)} == {
+                key for key, version in alive.items() if version.digest == digest
             }
         leases: dict[int, set[str]] = {}
         for request_id, version in self.held.items():

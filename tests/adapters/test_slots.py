@@ -1,4 +1,4 @@
-"""Slots and host slabs: bytes decide, every weight is where the tables say, and nothing of a left adapter is found."""
+"""Slots and the host cache: bytes decide, every weight is where the tables say, and nothing dropped is found."""
 
 import ctypes
 import threading
@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.adapters.host import HostCache
-from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.methods import ia3, lora, prefix
 from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Packed, Site
@@ -59,8 +59,8 @@ def prefix_adapter(length: int) -> Adapter:
     return Adapter(method=prefix.METHOD, config=prefix.math.PrefixConfig(), sites={}, prefix=params)
 
 
-def laid_out(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Slab:
-    return slab.build(adapter, SHAPE, dtype=dtype)
+def laid_out(adapter: Adapter, dtype: torch.dtype = torch.float32) -> PackedAdapter:
+    return packed_adapter.build(adapter, SHAPE, dtype=dtype)
 
 
 def table(capacity_bytes: int = 1 << 20) -> SlotTable:
@@ -73,11 +73,11 @@ def read(address: int, like: Tensor) -> Tensor:
     return torch.frombuffer(raw, dtype=like.dtype).view(like.shape)
 
 
-# -- slabs -----------------------------------------------------------------------------------------------------------
+# -- packed adapters ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_slab_holds_every_tensor_at_an_aligned_place_of_its_own(dtype: torch.dtype) -> None:
+def test_a_packed_adapter_holds_every_tensor_at_an_aligned_place_of_its_own(dtype: torch.dtype) -> None:
     built = laid_out(lora_adapter(3), dtype)
     parts = sorted(part for entry in built.entries for part in (entry.first, entry.second) if part is not None)
     assert all(part.offset % 64 == 0 for part in parts)
@@ -154,7 +154,7 @@ def test_the_table_tells_kernels_kind_rank_and_address() -> None:
                 assert torch.equal(read(second, packed.second), packed.second)
 
 
-def two_planes(seed: int) -> Adapter:
+def two_rows(seed: int) -> Adapter:
     """A method whose delta at a site is a LoRA's and a scale's."""
     adapter, scales = (
         lora_adapter(2, seed),
@@ -169,23 +169,23 @@ def two_planes(seed: int) -> Adapter:
     return replace(adapter, method=replace(lora.METHOD, pack=pack, unpack=lambda packed: packed))
 
 
-def test_an_adapter_with_two_kinds_of_delta_at_a_site_takes_two_planes_and_one_slot() -> None:
+def test_an_adapter_with_two_kinds_of_delta_at_a_site_takes_two_rows_and_one_slot() -> None:
     slots = table()
     plain = slots.put(laid_out(lora_adapter(1)))
-    placed = [slots.put(laid_out(two_planes(seed))) for seed in range(12)]  # more than the first table holds
+    placed = [slots.put(laid_out(two_rows(seed))) for seed in range(12)]  # more than the first table holds
     assert len(slots) == 13
-    taken = [plane for slot in placed for plane in slots.planes[slot]]
+    taken = [table_row for slot in placed for table_row in slots.table_rows[slot]]
     assert len(set(taken) | {plain}) == 25
     for slot in placed:
-        assert slot == slots.planes[slot][0]
+        assert slot == slots.table_rows[slot][0]
         for name, site in SHAPE.sites.items():
-            kinds = slots.table[site.index, list(slots.planes[slot]), 0].tolist()
+            kinds = slots.table[site.index, list(slots.table_rows[slot]), 0].tolist()
             assert kinds == ([DeltaKind.LORA, DeltaKind.SCALE_OUTPUT] if name in slots.params(slot) else [0, 0])
             assert [packed.kind for packed in slots.params(slot).get(name, ())] == [kind for kind in kinds if kind]
     for slot in placed:
         slots.drop(slot)
-    assert not slots.planes
-    assert {int(plane) for plane in slots.table[:, :, 0].any(0).nonzero()} == {plain}
+    assert not slots.table_rows
+    assert {int(table_row) for table_row in slots.table[:, :, 0].any(0).nonzero()} == {plain}
 
 
 def test_a_left_slot_is_empty_and_is_used_again() -> None:
@@ -234,22 +234,22 @@ def test_slots_grow_in_number_and_keep_what_they_hold() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=40))
 def test_any_sequence_of_put_and_drop_keeps_the_books(operations: list[tuple[bool, int]]) -> None:
-    slabs = [laid_out(lora_adapter(1 + number % 5, number)) for number in range(10)]
-    slots = table(3 * slabs[4].buffer.nbytes)
+    packed_adapters = [laid_out(lora_adapter(1 + number % 5, number)) for number in range(10)]
+    slots = table(3 * packed_adapters[4].buffer.nbytes)
     held: dict[AdapterSlot, int] = {}
     for put, number in operations:
         if put:
-            slot = slots.put(slabs[number])
+            slot = slots.put(packed_adapters[number])
             assert (slot is None) == (
-                sum(slabs[n].buffer.nbytes for n in [*held.values(), number]) > slots.capacity_bytes
+                sum(packed_adapters[n].buffer.nbytes for n in [*held.values(), number]) > slots.capacity_bytes
             )
             if slot is not None:
                 assert slot not in held
                 held[slot] = number
         elif held:
             slot = list(held)[number % len(held)]
-            assert slots.drop(slot) == slabs[held.pop(slot)].buffer.nbytes
-        assert slots.used_bytes == sum(slabs[number].buffer.nbytes for number in held.values())
+            assert slots.drop(slot) == packed_adapters[held.pop(slot)].buffer.nbytes
+        assert slots.used_bytes == sum(packed_adapters[number].buffer.nbytes for number in held.values())
         assert len(slots) == len(held)
         busy = {AdapterSlot(int(slot)) for slot in slots.table[:, :, 0].any(0).nonzero()}
         assert busy == held.keys()
@@ -261,63 +261,67 @@ def test_any_sequence_of_put_and_drop_keeps_the_books(operations: list[tuple[boo
 # -- the host --------------------------------------------------------------------------------------------------------
 
 
-def generation(number: int) -> Generation:
-    return Generation(f"{number:064x}")
+def digest(number: int) -> AdapterDigest:
+    return AdapterDigest(f"{number:064x}")
 
 
 def test_the_host_keeps_the_most_recently_used_within_its_bytes() -> None:
     one = laid_out(lora_adapter(2))
     host = HostCache(2 * one.size_bytes)
-    host.put(generation(1), one)
-    host.put(generation(2), one)
-    assert host.get(generation(1)) is one
-    host.put(generation(3), one)
-    assert [generation(n) in host for n in (1, 2, 3)] == [True, False, True]
+    host.put(digest(1), one)
+    host.put(digest(2), one)
+    assert host.get(digest(1)) is one
+    host.put(digest(3), one)
+    assert [digest(n) in host for n in (1, 2, 3)] == [True, False, True]
     assert host.used_bytes == 2 * one.size_bytes
-    assert host.drop(generation(1)) == one.size_bytes
-    assert host.drop(generation(1)) == 0
-    assert host.get(generation(1)) is None
+    assert host.drop(digest(1)) == one.size_bytes
+    assert host.drop(digest(1)) == 0
+    assert host.get(digest(1)) is None
 
 
-def test_a_slab_larger_than_the_host_is_not_kept_and_drives_nobody_out() -> None:
+def test_a_packed_adapter_larger_than_the_host_is_not_kept_and_drives_nobody_out() -> None:
     small, large = laid_out(lora_adapter(1)), laid_out(prefix_adapter(50))
     host = HostCache(small.size_bytes)
-    host.put(generation(1), small)
-    host.put(generation(2), large)
-    assert generation(1) in host
-    assert generation(2) not in host
+    host.put(digest(1), small)
+    host.put(digest(2), large)
+    assert digest(1) in host
+    assert digest(2) not in host
     assert host.used_bytes == small.size_bytes
 
 
 def test_putting_again_counts_once() -> None:
     one, other = laid_out(lora_adapter(1)), laid_out(lora_adapter(2))
     host = HostCache(1 << 20)
-    host.put(generation(1), one)
-    host.put(generation(1), other)
-    assert host.get(generation(1)) is other
+    host.put(digest(1), one)
+    host.put(digest(1), other)
+    assert host.get(digest(1)) is other
     assert host.used_bytes == other.size_bytes
 
 
 def test_many_threads_leave_the_books_right() -> None:
-    slabs = [laid_out(lora_adapter(1 + number)) for number in range(6)]
-    host = HostCache(3 * slabs[3].size_bytes)
+    packed_adapters = [laid_out(lora_adapter(1 + number)) for number in range(6)]
+    host = HostCache(3 * packed_adapters[3].size_bytes)
 
     def work(seed: int) -> None:
         for step in range(300):
             number = (step * (2 * seed + 1)) % 6
             if step % 3 == 0:
-                host.drop(generation(number))
+                host.drop(digest(number))
             else:
-                host.put(generation(number), slabs[number])
-            host.get(generation(number))
+                host.put(digest(number), packed_adapters[number])
+            host.get(digest(number))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    kept = [number for number in range(6) if generation(number) in host]
-    assert host.used_bytes == sum(slabs[number].size_bytes for number in kept) <= 3 * slabs[3].size_bytes
+    kept = [number for number in range(6) if digest(number) in host]
+    assert (
+        host.used_bytes
+        == sum(packed_adapters[number].size_bytes for number in kept)
+        <= 3 * packed_adapters[3].size_bytes
+    )
     for number in kept:
-        host.drop(generation(number))
+        host.drop(digest(number))
     assert host.used_bytes == 0

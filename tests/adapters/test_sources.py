@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from weft import durable
-from weft.adapters.identifiers import AdapterId, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.store import AdapterStore
-from weft.adapters.versions import FileDigest, generation_of
+from weft.adapters.versions import FileDigest, digest_of
 from weft.config import AdapterLimits
 from weft.errors import AdapterUnusable, Code, InvalidRequest, WeftError
 from weft.v1.adapter_files import PEFT_FILES
@@ -24,7 +24,7 @@ from weft.v1.adapter_files import PEFT_FILES
 CONFIG, WEIGHTS = PEFT_FILES
 LIMITS = AdapterLimits(file_bytes_max=100_000, config_bytes_max=1000)
 CONTENT = {CONFIG: b'{"peft_type": "LORA"}', WEIGHTS: b"weights " * 20}
-GENERATION = generation_of(FileDigest(n, len(data), hashlib.sha256(data).hexdigest()) for n, data in CONTENT.items())
+GENERATION = digest_of(FileDigest(n, len(data), hashlib.sha256(data).hexdigest()) for n, data in CONTENT.items())
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def source(root: Path) -> Path:
     return directory
 
 
-def copied(store: AdapterStore, source: str) -> Generation:
+def copied(store: AdapterStore, source: str) -> AdapterDigest:
     with store.stage_copy(source) as staging:
-        return staging.seal().generation
+        return staging.seal().digest
 
 
 def copy_refused(store: AdapterStore, root: Path, source: str) -> WeftError:
@@ -70,8 +70,8 @@ def test_a_directory_below_the_root_is_copied(store: AdapterStore) -> None:
     for spelling in ("demo/upper", "demo/upper/"):
         with store.stage_copy(spelling) as staging:
             manifest = store.commit(staging.seal(), adapter_id=AdapterId("alpha"), method="lora", source=spelling)
-    assert manifest.generation == GENERATION
-    with store.open_version(manifest.generation) as version:
+    assert manifest.digest == GENERATION
+    with store.open_version(manifest.digest) as version:
         assert {name: file.read() for name, file in version.files.items()} == CONTENT
 
 
@@ -298,7 +298,7 @@ def test_no_text_opens_anything_outside_of_the_root(store: AdapterStore, root: P
         for door in (
             lambda: store.read_manifest(AdapterId(text)),
             lambda: store.remove(AdapterId(text)),
-            lambda: store.open_version(Generation(text)),
+            lambda: store.open_version(AdapterDigest(text)),
             lambda: store.stage_copy(text),
         ):
             with contextlib.suppress(WeftError):

@@ -19,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft import durable
 from weft.adapters.catalog import MANIFEST_BYTES_MAX, Manifest, ManifestFault, decode
-from weft.adapters.identifiers import AdapterId, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.store import AdapterStore
-from weft.adapters.versions import FileDigest, StagedVersion, generation_of
+from weft.adapters.versions import FileDigest, StagedVersion, digest_of
 from weft.config import AdapterLimits
 from weft.errors import (
     AdapterConflict,
@@ -38,7 +38,7 @@ from weft.v1.adapter_files import PEFT_FILES
 CONFIG, WEIGHTS = PEFT_FILES
 LIMITS = AdapterLimits(file_bytes_max=100_000, config_bytes_max=1000)
 ID, OTHER = AdapterId("alpha"), AdapterId("beta")
-ABSENT = Generation("0" * 64)
+ABSENT = AdapterDigest("0" * 64)
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def content(seed: int) -> dict[str, bytes]:
     return {CONFIG: json.dumps({"seed": seed}).encode(), WEIGHTS: f"weights of {seed} ".encode() * 20}
 
 
-def generation(seed: int) -> Generation:
-    return generation_of(
+def digest(seed: int) -> AdapterDigest:
+    return digest_of(
         FileDigest(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in content(seed).items()
     )
 
@@ -81,8 +81,8 @@ def commit(store: AdapterStore, adapter_id: str, seed: int, **options: object) -
         return store.commit(version, adapter_id=AdapterId(adapter_id), method="lora", **options)  # pyright: ignore[reportArgumentType]
 
 
-def stored(store: AdapterStore, generation: Generation) -> dict[str, bytes]:
-    with store.open_version(generation) as version:
+def stored(store: AdapterStore, digest: AdapterDigest) -> dict[str, bytes]:
+    with store.open_version(digest) as version:
         return {name: file.read() for name, file in version.files.items()}
 
 
@@ -96,7 +96,7 @@ def names(directory: Path) -> list[str]:
 def test_the_digest_is_a_published_constant() -> None:
     files = [FileDigest(name, 5, hashlib.sha256(b"bytes").hexdigest()) for name in (WEIGHTS, CONFIG)]
     expected = "2f0f7d85fafb9ac462042eda977b2855a180e6881373a09e3735d1fffcddcd8c"
-    assert generation_of(files) == generation_of(reversed(files)) == expected
+    assert digest_of(files) == digest_of(reversed(files)) == expected
 
 
 def test_the_readme_computes_the_same_digest(store: AdapterStore, root: Path) -> None:
@@ -107,14 +107,14 @@ def test_the_readme_computes_the_same_digest(store: AdapterStore, root: Path) ->
     exec(recipe.group(1), scope)  # the documentation is what is tested
     for seed in range(3):
         manifest = commit(store, f"a{seed}", seed)
-        directory = root / "versions" / manifest.generation
-        assert scope["generation_of_directory"](directory) == directory.name == generation(seed)
+        directory = root / "versions" / manifest.digest
+        assert scope["digest_of_directory"](directory) == directory.name == digest(seed)
 
 
 @given(st.dictionaries(st.sampled_from(["a.b", "a.bc", "b.b"]), st.binary(max_size=3), min_size=1))
 def test_no_two_contents_share_a_digest(files: dict[str, bytes]) -> None:
-    def digest(files: dict[str, bytes]) -> Generation:
-        return generation_of(FileDigest(n, len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items())
+    def digest(files: dict[str, bytes]) -> AdapterDigest:
+        return digest_of(FileDigest(n, len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items())
 
     mine = digest(files)
     for name, data in files.items():
@@ -128,13 +128,13 @@ def test_no_two_contents_share_a_digest(files: dict[str, bytes]) -> None:
 
 def test_what_was_committed_is_read_back(store: AdapterStore, root: Path) -> None:
     manifest = commit(store, "alpha", 1, pinned=True, source="demo/alpha")
-    assert manifest.generation == generation(1)
+    assert manifest.digest == digest(1)
     assert manifest.size_bytes == sum(map(len, content(1).values()))
     assert (manifest.method, manifest.pinned, manifest.source) == ("lora", True, "demo/alpha")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", manifest.create_time)
     assert store.read_manifest(ID) == manifest
     assert store.read_catalog() == ({ID: manifest}, ())
-    assert stored(store, manifest.generation) == content(1)
+    assert stored(store, manifest.digest) == content(1)
     assert AdapterStore(root, LIMITS).recover() == ({ID: manifest}, (), 0)
     assert names(root / "staging") == []
     assert json.loads((root / "catalog" / "alpha.json").read_text())["format"] == 1
@@ -142,7 +142,7 @@ def test_what_was_committed_is_read_back(store: AdapterStore, root: Path) -> Non
 
 def test_files_are_private_and_positioned_at_their_start(store: AdapterStore, root: Path) -> None:
     manifest = commit(store, "alpha", 1)
-    with store.open_version(manifest.generation) as version:
+    with store.open_version(manifest.digest) as version:
         assert version.size_bytes == manifest.size_bytes
         assert all(file.tell() == 0 for file in version.files.values())
     for path in [*root.rglob("*")]:
@@ -154,21 +154,21 @@ def test_an_id_is_changed_only_by_who_says_so(store: AdapterStore) -> None:
     with pytest.raises(AdapterExists) as taken:
         commit(store, "alpha", 2)
     assert (taken.value.code, taken.value.reason) == (Code.ALREADY_EXISTS, "ADAPTER_EXISTS")
-    assert first.generation in taken.value.message
+    assert first.digest in taken.value.message
     assert taken.value.metadata["adapter_id"] == "alpha"
     with pytest.raises(AdapterConflict) as conflict:
-        commit(store, "alpha", 2, expected_generation=ABSENT)
+        commit(store, "alpha", 2, expected_digest=ABSENT)
     assert (conflict.value.code, conflict.value.reason) == (Code.ABORTED, "VERSION_CONFLICT")
     with pytest.raises(AdapterConflict, match="found none"):
-        commit(store, "beta", 2, expected_generation=first.generation, replace=True)
+        commit(store, "beta", 2, expected_digest=first.digest, replace=True)
     assert store.read_catalog().manifests == {ID: first}
     with pytest.raises(AdapterNotFound):
-        store.open_version(generation(2))
+        store.open_version(digest(2))
 
     assert commit(store, "alpha", 1) == first, "the same content again changes nothing, not even the pin"
-    second = commit(store, "alpha", 2, expected_generation=first.generation)
+    second = commit(store, "alpha", 2, expected_digest=first.digest)
     third = commit(store, "alpha", 3, replace=True)
-    assert [second.generation, third.generation] == [generation(2), generation(3)]
+    assert [second.digest, third.digest] == [digest(2), digest(3)]
     unpinned = commit(store, "alpha", 3, replace=True, pinned=False)
     assert store.read_manifest(ID) == unpinned
 
@@ -181,28 +181,28 @@ def test_content_is_kept_once_and_collected_when_nobody_names_it(store: AdapterS
     store.remove(ID)
     store.remove(AdapterId("gamma"))
     store.remove(AdapterId("delta"))
-    assert store.collect([generation(2)]) == (generation(3),)
-    assert names(root / "versions") == sorted([generation(1), generation(2)])
+    assert store.collect([digest(2)]) == (digest(3),)
+    assert names(root / "versions") == sorted([digest(1), digest(2)])
     store.remove(OTHER)
-    assert set(store.collect([])) == {generation(1), generation(2)}
+    assert set(store.collect([])) == {digest(1), digest(2)}
     assert names(root / "versions") == names(root / "staging") == names(root / "catalog") == []
 
 
 def test_an_open_version_is_not_collected_and_stays_readable(store: AdapterStore, root: Path) -> None:
     manifest = commit(store, "alpha", 1)
-    with store.open_version(manifest.generation, verify=False) as version:
+    with store.open_version(manifest.digest, verify=False) as version:
         store.remove(ID)
         assert store.collect([]) == ()
         assert AdapterStore(root, LIMITS).recover().num_orphans_removed == 0
         assert version.files[CONFIG].read() == content(1)[CONFIG]
-    assert store.collect([]) == (manifest.generation,)
+    assert store.collect([]) == (manifest.digest,)
 
 
 def test_removing_twice_is_not_found(store: AdapterStore) -> None:
     manifest = commit(store, "alpha", 1)
     with pytest.raises(AdapterConflict):
-        store.remove(ID, expected_generation=ABSENT)
-    store.remove(ID, expected_generation=manifest.generation)
+        store.remove(ID, expected_digest=ABSENT)
+    store.remove(ID, expected_digest=manifest.digest)
     for call in (store.remove, store.read_manifest, lambda i: store.set_pinned(i, True)):
         with pytest.raises(AdapterNotFound) as caught:
             call(ID)
@@ -272,7 +272,7 @@ def test_other_files_can_be_versions_too(store: AdapterStore) -> None:
         with version.open("mixture.json") as opened:
             assert opened.read() == b"mixture.json"
         store.commit(version, adapter_id=ID, method="mixture")
-    assert set(stored(store, version.generation)) == {"mixture.json", "router.safetensors", CONFIG}
+    assert set(stored(store, version.digest)) == {"mixture.json", "router.safetensors", CONFIG}
 
 
 def test_an_unfinished_file_is_not_sealed(store: AdapterStore, root: Path) -> None:
@@ -289,12 +289,12 @@ def test_an_unfinished_file_is_not_sealed(store: AdapterStore, root: Path) -> No
 
 
 @pytest.mark.parametrize("bad", ["../x", "a/b", "A", "", "base", "x" * 64, "a\0"])
-def test_ids_and_generations_are_checked_at_every_door(store: AdapterStore, bad: str) -> None:
+def test_ids_and_digests_are_checked_at_every_door(store: AdapterStore, bad: str) -> None:
     doors: list[Callable[[], object]] = [
         lambda: store.read_manifest(AdapterId(bad)),
         lambda: store.remove(AdapterId(bad)),
         lambda: store.set_pinned(AdapterId(bad), True),
-        lambda: store.open_version(Generation(bad)),
+        lambda: store.open_version(AdapterDigest(bad)),
         lambda: commit(store, bad, 1),
     ]
     for door in doors:
@@ -309,18 +309,18 @@ def test_every_flipped_bit_of_a_version_is_seen(store: AdapterStore, root: Path)
     manifest = commit(store, "alpha", 1)
     healthy = commit(store, "beta", 2)
     for name, data in content(1).items():
-        path = root / "versions" / manifest.generation / name
+        path = root / "versions" / manifest.digest / name
         for at in range(0, len(data), 7):
             flipped = bytearray(data)
             flipped[at] ^= 1 << (at % 8)
             path.write_bytes(flipped)
             with pytest.raises(DataLoss) as caught:
-                store.open_version(manifest.generation)
+                store.open_version(manifest.digest)
             assert (caught.value.code, caught.value.reason) == (Code.DATA_LOSS, "BLOB_CORRUPT")
             assert str(root) not in caught.value.message
         path.write_bytes(data)
-    assert stored(store, manifest.generation) == content(1)
-    assert stored(store, healthy.generation) == content(2)
+    assert stored(store, manifest.digest) == content(1)
+    assert stored(store, healthy.digest) == content(2)
 
 
 def test_every_flipped_bit_of_a_manifest_is_seen(store: AdapterStore) -> None:
@@ -342,6 +342,19 @@ def test_every_flipped_bit_of_a_manifest_is_seen(store: AdapterStore) -> None:
             decode(other, ID)
 
 
+def test_a_manifest_of_the_first_format_is_read(store: AdapterStore, root: Path) -> None:
+    """Weft 0.1 spelled the digest `generation`. The next change of the id writes the manifest as it is spelled now."""
+    manifest = commit(store, "alpha", 1)
+    path = root / "catalog" / f"{ID}.json"
+    path.write_bytes(manifest.encode(1))
+    assert b'"generation"' in path.read_bytes()
+    assert decode(path.read_bytes(), ID) == manifest
+    with pytest.raises(ManifestFault, match="checksum"):
+        decode(path.read_bytes().replace(b'"format": 1', b'"format": 2').replace(b'"generation"', b'"digest"'), ID)
+    replaced = commit(store, "alpha", 2, replace=True)
+    assert path.read_bytes() == replaced.encode()
+
+
 def test_a_manifest_that_could_not_be_read_back_is_not_written(store: AdapterStore) -> None:
     manifest = commit(store, "alpha", 1)
     for source in ("\ud800", "x" * MANIFEST_BYTES_MAX):
@@ -349,7 +362,7 @@ def test_a_manifest_that_could_not_be_read_back_is_not_written(store: AdapterSto
             commit(store, "alpha", 2, replace=True, source=source)
     assert store.read_catalog() == ({ID: manifest}, ())
     with pytest.raises(AdapterNotFound):
-        store.open_version(generation(2))
+        store.open_version(digest(2))
 
 
 def rot(directory: Path, how: str) -> None:
@@ -376,21 +389,21 @@ ROTS = ["file gone", "file too many", "file shorter", "file a link", "all gone",
 @pytest.mark.parametrize("how", ROTS)
 def test_a_rotten_version_is_data_loss_and_heals_by_the_same_content(store: AdapterStore, root: Path, how: str) -> None:
     manifest = commit(store, "alpha", 1)
-    rot(root / "versions" / manifest.generation, how)
-    with pytest.raises(DataLoss, match=manifest.generation[:12]) as caught:
-        store.open_version(manifest.generation)
+    rot(root / "versions" / manifest.digest, how)
+    with pytest.raises(DataLoss, match=manifest.digest[:12]) as caught:
+        store.open_version(manifest.digest)
     assert caught.value.reason == "BLOB_CORRUPT"
     assert commit(store, "alpha", 1) == manifest
-    assert stored(store, manifest.generation) == content(1)
+    assert stored(store, manifest.digest) == content(1)
     assert names(root / "staging") == []
 
 
 def test_a_version_that_is_gone(store: AdapterStore, root: Path) -> None:
     manifest = commit(store, "alpha", 1)
-    shutil.rmtree(root / "versions" / manifest.generation)
+    shutil.rmtree(root / "versions" / manifest.digest)
     with pytest.raises(DataLoss, match="gone"):
-        store.open_version(manifest.generation)
-    with pytest.raises(AdapterNotFound, match="no such generation"):
+        store.open_version(manifest.digest)
+    with pytest.raises(AdapterNotFound, match="no such digest"):
         store.open_version(ABSENT)
     assert store.recover().problems[0][1:3] == (ID, "BLOB_CORRUPT")
     assert commit(store, "alpha", 1) == manifest
@@ -405,7 +418,7 @@ def test_a_corrupt_manifest_blocks_its_id_alone(store: AdapterStore, root: Path)
         lambda: store.read_manifest(ID),
         lambda: store.set_pinned(ID, True),
         lambda: commit(store, "alpha", 1),
-        lambda: commit(store, "alpha", 1, expected_generation=generation(1)),
+        lambda: commit(store, "alpha", 1, expected_digest=digest(1)),
     ):
         with pytest.raises(DataLoss) as caught:
             call()
@@ -415,7 +428,7 @@ def test_a_corrupt_manifest_blocks_its_id_alone(store: AdapterStore, root: Path)
     commit(store, "beta", 2)
     assert store.read_catalog().manifests.keys() == {healthy.adapter_id}
     assert commit(store, "alpha", 3, replace=True) == store.read_manifest(ID)
-    assert store.collect([]) == (generation(1),)
+    assert store.collect([]) == (digest(1),)
     (root / "catalog" / "alpha.json").write_bytes(b"")
     store.remove(ID)
     assert store.read_catalog().manifests.keys() == {OTHER}
@@ -426,7 +439,7 @@ def test_a_corrupt_manifest_blocks_its_id_alone(store: AdapterStore, root: Path)
 
 def test_a_start_with_1_percent_of_1000_corrupt(store: AdapterStore, root: Path) -> None:
     template = commit(store, "alpha", 1)
-    fields = {name: getattr(template, name) for name in ("generation", "size_bytes", "method", "pinned", "create_time")}
+    fields = {name: getattr(template, name) for name in ("digest", "size_bytes", "method", "pinned", "create_time")}
     for index in range(999):
         manifest = Manifest(adapter_id=AdapterId(f"a{index}"), source="", **fields)
         (root / "catalog" / f"a{index}.json").write_bytes(manifest.encode())
@@ -458,11 +471,11 @@ def test_a_start_with_1_percent_of_1000_corrupt(store: AdapterStore, root: Path)
 def test_a_start_names_versions_that_changed_size(store: AdapterStore, root: Path, how: str) -> None:
     manifest = commit(store, "alpha", 1)
     healthy = commit(store, "beta", 2)
-    rot(root / "versions" / manifest.generation, how)
+    rot(root / "versions" / manifest.digest, how)
     recovery = store.recover()
     assert recovery.manifests.keys() == {OTHER}
     assert {(p.adapter_id, p.reason) for p in recovery.problems} == {(ID, "BLOB_CORRUPT")}
-    assert stored(store, healthy.generation) == content(2)
+    assert stored(store, healthy.digest) == content(2)
 
 
 def test_strangers_are_reported_and_left_alone(store: AdapterStore, root: Path) -> None:
@@ -487,16 +500,16 @@ def test_leftovers_go_and_living_work_stays(store: AdapterStore, root: Path) -> 
         (root / "staging" / left_over / WEIGHTS).write_bytes(b"x")
     for left_over in ("dead.lock", "alone.lock", "temporary.json"):
         (root / "staging" / left_over).write_bytes(b"x")
-    shutil.copytree(root / "versions" / manifest.generation, root / "versions" / generation(9))
+    shutil.copytree(root / "versions" / manifest.digest, root / "versions" / digest(9))
     with staged(store, 2) as version:
         alive = names(root / "staging")
         recovery = AdapterStore(root, LIMITS).recover()
         assert (recovery.num_orphans_removed, recovery.problems) == (5, ())
-        assert names(root / "versions") == [manifest.generation]
+        assert names(root / "versions") == [manifest.digest]
         assert names(root / "staging") == [name for name in alive if version.directory.name in name]
         store.commit(version, adapter_id=OTHER, method="lora")
     assert names(root / "staging") == []
-    assert stored(store, generation(2)) == content(2)
+    assert stored(store, digest(2)) == content(2)
 
 
 def test_a_new_store_makes_its_directories(root: Path) -> None:
@@ -518,7 +531,7 @@ def test_one_lock_holder_at_a_time_and_patience_has_an_end(store: AdapterStore, 
             hasty.remove(ID)
         assert (caught.value.reason, caught.value.code) == ("STORE_UNAVAILABLE", Code.UNAVAILABLE)
         assert caught.value.retry_after_s is not None
-        assert stored(hasty, generation(1)) == content(1), "reading takes no lock"
+        assert stored(hasty, digest(1)) == content(1), "reading takes no lock"
         recovery = hasty.recover()
         assert recovery.manifests.keys() == {ID}
         assert [p.reason for p in recovery.problems] == ["STORE_UNAVAILABLE"]
@@ -556,11 +569,11 @@ class StoreModel(RuleBasedStateMachine):
     @rule(adapter_id=adapter_ids, seed=seeds, expected=seeds)
     def swap(self, adapter_id: str, seed: int, expected: int) -> None:
         if self.bound.get(adapter_id) == expected:
-            commit(self.store, adapter_id, seed, expected_generation=generation(expected))
+            commit(self.store, adapter_id, seed, expected_digest=digest(expected))
             self.bound[adapter_id] = seed
         else:
             with pytest.raises(AdapterConflict):
-                commit(self.store, adapter_id, seed, expected_generation=generation(expected))
+                commit(self.store, adapter_id, seed, expected_digest=digest(expected))
 
     @rule(adapter_id=adapter_ids)
     def remove(self, adapter_id: str) -> None:
@@ -572,15 +585,15 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(live=st.sets(seeds))
     def collect(self, live: set[int]) -> None:
-        self.store.collect([generation(seed) for seed in live])
-        named = {generation(seed) for seed in self.bound.values()}
-        assert named <= set(names(self.root / "versions")) <= named | {generation(seed) for seed in live}
+        self.store.collect([digest(seed) for seed in live])
+        named = {digest(seed) for seed in self.bound.values()}
+        assert named <= set(names(self.root / "versions")) <= named | {digest(seed) for seed in live}
 
     @precondition(lambda self: self.bound)
     @rule(data=st.data())
     def rot_and_heal(self, data: st.DataObject) -> None:
         adapter_id, seed = data.draw(st.sampled_from(sorted(self.bound.items())))
-        rot(self.root / "versions" / generation(seed), data.draw(st.sampled_from(ROTS)))
+        rot(self.root / "versions" / digest(seed), data.draw(st.sampled_from(ROTS)))
         commit(self.store, adapter_id, seed)
 
     @rule()
@@ -592,9 +605,9 @@ class StoreModel(RuleBasedStateMachine):
     def agrees(self) -> None:
         manifests, problems = self.store.read_catalog()
         assert problems == ()
-        assert {i: m.generation for i, m in manifests.items()} == {i: generation(s) for i, s in self.bound.items()}
+        assert {i: m.digest for i, m in manifests.items()} == {i: digest(s) for i, s in self.bound.items()}
         for seed in set(self.bound.values()):
-            assert stored(self.store, generation(seed)) == content(seed)
+            assert stored(self.store, digest(seed)) == content(seed)
         assert names(self.root / "staging") == []
 
 

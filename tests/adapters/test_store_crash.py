@@ -30,9 +30,9 @@ import pytest
 
 from weft import failpoints
 from weft.adapters.catalog import Manifest, manifest_path
-from weft.adapters.identifiers import AdapterId, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.store import AdapterStore
-from weft.adapters.versions import FileDigest, StoredVersion, generation_of
+from weft.adapters.versions import FileDigest, StoredVersion, digest_of
 from weft.config import AdapterLimits
 from weft.errors import AdapterNotFound, Code, DataLoss, Overloaded, WeftError
 from weft.v1.adapter_files import PEFT_FILES
@@ -48,13 +48,13 @@ def content(seed: int) -> dict[str, bytes]:
     return {CONFIG: json.dumps({"seed": seed}).encode(), WEIGHTS: f"weights of {seed} ".encode() * 300}
 
 
-def generation(seed: int) -> Generation:
-    return generation_of(
+def digest(seed: int) -> AdapterDigest:
+    return digest_of(
         FileDigest(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in content(seed).items()
     )
 
 
-GENERATIONS = {generation(seed): seed for seed in range(NUM_SEEDS)}
+GENERATIONS = {digest(seed): seed for seed in range(NUM_SEEDS)}
 
 
 def commit(store: AdapterStore, adapter_id: str, seed: int) -> Manifest:
@@ -225,15 +225,15 @@ class Ledger:
         num_torn, num_lost = len(recovery.problems), 0
         for adapter_id, possible in self.possible.items():
             manifest = recovery.manifests.get(AdapterId(adapter_id))
-            found = None if manifest is None else GENERATIONS[manifest.generation]
+            found = None if manifest is None else GENERATIONS[manifest.digest]
             num_lost += found not in possible
             self.possible[adapter_id] = {found}
         for manifest in recovery.manifests.values():
             try:
-                num_torn += read(store.open_version(manifest.generation)) != content(GENERATIONS[manifest.generation])
+                num_torn += read(store.open_version(manifest.digest)) != content(GENERATIONS[manifest.digest])
             except DataLoss:
                 num_torn += 1
-        named = {manifest.generation for manifest in recovery.manifests.values()}
+        named = {manifest.digest for manifest in recovery.manifests.values()}
         orphans = [*names(root / "staging"), *(set(names(root / "versions")) - named)]
         num_operations, self.num_operations = self.num_operations, 0
         return Findings(
@@ -495,10 +495,10 @@ class FailingCalls:
 
 def workload(store: AdapterStore, told: dict[str, int | None]) -> None:
     """Every call that changes something; `told` is what the caller knows of each id."""
-    told["alpha"] = GENERATIONS[commit(store, "alpha", 1).generation]
-    told["alpha"] = GENERATIONS[commit(store, "alpha", 2).generation]
-    told["beta"] = GENERATIONS[commit_copy(store, "beta", 3).generation]
-    told["gamma"] = GENERATIONS[commit(store, "gamma", 2).generation]
+    told["alpha"] = GENERATIONS[commit(store, "alpha", 1).digest]
+    told["alpha"] = GENERATIONS[commit(store, "alpha", 2).digest]
+    told["beta"] = GENERATIONS[commit_copy(store, "beta", 3).digest]
+    told["gamma"] = GENERATIONS[commit(store, "gamma", 2).digest]
     store.set_pinned(AdapterId("alpha"), True)
     store.remove(AdapterId("beta"))
     told["beta"] = None
@@ -556,18 +556,18 @@ def check(store: AdapterStore, root: Path, told: dict[str, int | None], error: W
     manifests, problems = store.read_catalog()
     assert not problems
     found = {
-        adapter_id: GENERATIONS[manifests[AdapterId(adapter_id)].generation] if adapter_id in manifests else None
+        adapter_id: GENERATIONS[manifests[AdapterId(adapter_id)].digest] if adapter_id in manifests else None
         for adapter_id in told
     }
     differing = {adapter_id for adapter_id in told if found[adapter_id] != told[adapter_id]}
     assert len(differing) <= (error is not None)
     for manifest in manifests.values():
-        assert read(store.open_version(manifest.generation)) == content(GENERATIONS[manifest.generation])
+        assert read(store.open_version(manifest.digest)) == content(GENERATIONS[manifest.digest])
     recovery = store.recover()
     assert recovery.manifests == manifests
     assert recovery.problems == ()
     assert names(root / "staging") == []
-    assert set(names(root / "versions")) == {manifest.generation for manifest in manifests.values()}
+    assert set(names(root / "versions")) == {manifest.digest for manifest in manifests.values()}
 
 
 def test_what_is_acknowledged_was_fsynced_in_order(
@@ -580,7 +580,7 @@ def test_what_is_acknowledged_was_fsynced_in_order(
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         relative = str(Path(path).relative_to(root))
-        return re.sub(r"staging/[0-9a-f]{32}", "staging/T", relative).replace(generation(1), "G")
+        return re.sub(r"staging/[0-9a-f]{32}", "staging/T", relative).replace(digest(1), "G")
 
     def logged(name: str, num_paths: int) -> None:
         real = getattr(os, name)
@@ -630,8 +630,8 @@ for number, expected in enumerate(sys.stdin):
         print("staged", flush=True)
         sys.stdin.readline()
         try:
-            store.commit(version, adapter_id="alpha", method="lora", expected_generation=expected.strip())
-            print(version.generation, flush=True)
+            store.commit(version, adapter_id="alpha", method="lora", expected_digest=expected.strip())
+            print(version.digest, flush=True)
         except AdapterConflict as error:
             print(error.reason, flush=True)
 """
@@ -646,7 +646,7 @@ def test_of_two_processes_exactly_one_swaps(store: AdapterStore, root: Path) -> 
             competitor.stdin.flush()
         return [competitor.stdout.readline().strip() for competitor in competitors if competitor.stdout is not None]
 
-    current = commit(store, "alpha", 1).generation
+    current = commit(store, "alpha", 1).digest
     with contextlib.ExitStack() as stack:
         competitors = [
             stack.enter_context(
@@ -663,7 +663,7 @@ def test_of_two_processes_exactly_one_swaps(store: AdapterStore, root: Path) -> 
             assert tell(current) == ["staged", "staged"]
             outcomes = tell("go")
             assert outcomes.count("VERSION_CONFLICT") == 1
-            current = store.read_manifest(AdapterId("alpha")).generation
+            current = store.read_manifest(AdapterId("alpha")).digest
             assert current in outcomes
     store.collect([])
     assert names(root / "versions") == [current]

@@ -83,7 +83,7 @@ def test_loras_differ_and_have_the_bytes_that_the_bound_counts() -> None:
     shape = SHAPES["tiny"]
     base = make_base(shape, CPU, Quantization.NONE)
     loras = Loras(base.shape, CPU, rank=4, num_buffers=2)
-    buffers = [loras.slab(index).buffer for index in range(3)]
+    buffers = [loras.packed(index).buffer for index in range(3)]
     assert not buffers[0].equal(buffers[1])
     assert buffers[2].equal(buffers[0])
     sites = base.shape.of_kind(SiteKind.LINEAR)

@@ -27,8 +27,8 @@ from weft.v1.generation_service_pb2_grpc import GenerationServiceServicer, add_G
 PAGE_SIZE = 2
 SEED = 2**60 + 1
 GATES = (
-    generation_pb2.AdapterGate(adapter_id="a\x1b[2Jb", generation="ab" * 32, mean=0.75, layer_means=[0.0, 0.5, 1.0]),
-    generation_pb2.AdapterGate(generation="cd" * 32, mean=0.25, layer_means=[1e-3, 0.5, 0.0]),
+    generation_pb2.AdapterGate(adapter_id="a\x1b[2Jb", digest="ab" * 32, mean=0.75, layer_means=[0.0, 0.5, 1.0]),
+    generation_pb2.AdapterGate(digest="cd" * 32, mean=0.25, layer_means=[1e-3, 0.5, 0.0]),
 )
 
 
@@ -48,7 +48,7 @@ class FakeService(GenerationServiceServicer, AdapterServiceServicer):
         """Register an adapter without a call."""
         content = hashlib.sha256(json.dumps([adapter_id, method, str(fields)]).encode()).hexdigest()
         fields = {
-            "generation": content,
+            "digest": content,
             "state": adapter_pb2.ADAPTER_STATE_ACTIVE,
             "residency": adapter_pb2.ADAPTER_RESIDENCY_DISK,
             "size_bytes": 1536,
@@ -188,13 +188,13 @@ class FakeService(GenerationServiceServicer, AdapterServiceServicer):
         return self.adapters[adapter_id]
 
     def _registered(self, request: Any, content: bytes, method: str, context: Any) -> tuple[adapter_pb2.Adapter, Any]:
-        generation = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(content).hexdigest()
         held = self.adapters.get(request.adapter_id)
-        if held and held.generation == generation:
+        if held and held.digest == digest:
             return held, adapter_service_pb2.REGISTER_OUTCOME_UNCHANGED
         if held and not request.replace:
             _abort(context, AdapterExists("ADAPTER_EXISTS", f"adapter_id: {request.adapter_id} is taken"))
-        adapter = self.put(request.adapter_id, method, generation=generation, size_bytes=len(content), rank=8)
+        adapter = self.put(request.adapter_id, method, digest=digest, size_bytes=len(content), rank=8)
         created, replaced = (
             adapter_service_pb2.REGISTER_OUTCOME_CREATED,
             adapter_service_pb2.REGISTER_OUTCOME_REPLACED,
@@ -206,7 +206,7 @@ class FakeService(GenerationServiceServicer, AdapterServiceServicer):
         effective = [
             generation_pb2.EffectiveAdapter(
                 adapter_id=part.adapter_id,
-                generation="cd" * 32,
+                digest="cd" * 32,
                 method="lora",
                 weight=part.weight if request.composition.adapters else 1,
             )

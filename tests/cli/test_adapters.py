@@ -31,7 +31,7 @@ def peft_directory(tmp_path: Path) -> Path:
 def test_add_uploads_a_directory(fake: FakeService, weft: Weft, peft_directory: Path) -> None:
     result = weft("adapters", "add", "reverse", str(peft_directory), "--pin")
     assert result.exit_code == 0
-    assert result.stdout == f"created: reverse lora active, disk, {fake.adapters['reverse'].generation}\n"
+    assert result.stdout == f"created: reverse lora active, disk, {fake.adapters['reverse'].digest}\n"
     assert fake.uploaded["adapter_model.safetensors"] == b"weights"
     assert fake.last(UploadHeader).pin
 
@@ -45,13 +45,13 @@ def test_add_registers_a_source(fake: FakeService, weft: Weft) -> None:
         "--source",
         "demo/two",
         "--replace",
-        "--expected-generation",
+        "--expected-digest",
         "",
         "--validate-only",
     )
     assert result.stdout.startswith("would be replaced: reverse lora active")
     assert fake.last(RegisterAdapterRequest) == RegisterAdapterRequest(
-        adapter_id="reverse", source="demo/two", replace=True, expected_generation="", validate_only=True
+        adapter_id="reverse", source="demo/two", replace=True, expected_digest="", validate_only=True
     )
 
 
@@ -74,12 +74,12 @@ def test_ls_is_a_table_with_a_line_for_each_adapter(fake: FakeService, weft: Wef
     fake.put("reverse", rank=8, residency=ADAPTER_RESIDENCY_DEVICE, pinned=True, in_flight_requests=3)
     fake.put("zero", "ia3", size_bytes=3 << 30)
     header, *lines = weft("adapters", "ls").stdout.splitlines()
-    assert header.split() == ["id", "method", "state", "residency", "rank/tokens", "size", "in", "flight", "generation"]
-    generations = [adapter.generation[:12] for _, adapter in sorted(fake.adapters.items())]
+    assert header.split() == ["id", "method", "state", "residency", "rank/tokens", "size", "in", "flight", "digest"]
+    digests = [adapter.digest[:12] for _, adapter in sorted(fake.adapters.items())]
     assert [line.split() for line in lines] == [
-        ["reverse", "lora", "active", "device", "(pinned)", "8", "1.5", "KiB", "3", generations[0]],
-        ["upper", "prefix", "quarantined", "(NON_FINITE)", "disk", "10", "1.5", "KiB", "0", generations[1]],
-        ["zero", "ia3", "active", "disk", "-", "3", "GiB", "0", generations[2]],
+        ["reverse", "lora", "active", "device", "(pinned)", "8", "1.5", "KiB", "3", digests[0]],
+        ["upper", "prefix", "quarantined", "(NON_FINITE)", "disk", "10", "1.5", "KiB", "0", digests[1]],
+        ["zero", "ia3", "active", "disk", "-", "3", "GiB", "0", digests[2]],
     ]
 
 
@@ -106,18 +106,18 @@ def test_ls_refuses_an_unknown_state(fake: FakeService, weft: Weft) -> None:
 
 def test_show_tells_everything(fake: FakeService, weft: Weft) -> None:
     adapter = fake.put("reverse", rank=8, modules=["self_attn.q_proj"], base_model_name="evil\x1b[2Jbase")
-    adapter.draining_generations.add(generation="ef" * 32, in_flight_requests=2)
-    adapter.experts.add(generation="0a" * 32, adapter_id="one", available=True)
-    adapter.experts.add(generation="0b" * 32)
+    adapter.draining_versions.add(digest="ef" * 32, in_flight_requests=2)
+    adapter.experts.add(digest="0a" * 32, adapter_id="one", available=True)
+    adapter.experts.add(digest="0b" * 32)
     shown = weft("adapters", "show", "reverse").stdout
     assert f"one@{'0a' * 32}" in shown
     assert f"one@{'0a' * 32} (not available)" not in shown
     assert f"?@{'0b' * 32} (not available)" in shown
-    assert adapter.generation in shown
+    assert adapter.digest in shown
     assert f"{'ef' * 32}: 2 in flight" in shown
     assert "evil\\x1b[2Jbase" in shown
     assert "\x1b" not in shown
-    assert json.loads(weft("adapters", "show", "reverse", "--json").stdout)["generation"] == adapter.generation
+    assert json.loads(weft("adapters", "show", "reverse", "--json").stdout)["digest"] == adapter.digest
 
 
 def test_times_are_those_of_this_machine(fake: FakeService, weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +155,9 @@ def test_rm_can_cancel_and_wait(fake: FakeService, weft: Weft) -> None:
 
 
 def test_load_and_unload(fake: FakeService, weft: Weft) -> None:
-    generation = fake.put("reverse").generation
+    digest = fake.put("reverse").digest
     loaded = weft("adapters", "load", "reverse", "--pin").stdout
-    assert loaded == f"loaded: reverse lora active, device (pinned), {generation}\n"
+    assert loaded == f"loaded: reverse lora active, device (pinned), {digest}\n"
     weft("adapters", "load", "reverse", "--to", "host")
     request = fake.last(LoadAdapterRequest)
     assert (request.residency, request.HasField("pin")) == (ADAPTER_RESIDENCY_HOST, False)

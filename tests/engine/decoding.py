@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from weft.adapters import slab
-from weft.adapters.identifiers import Generation
+from weft.adapters import packed_adapter
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import (
@@ -74,7 +74,7 @@ class Decoding:
             parts = [Part(expert, 1.0) for expert in taken.experts] if isinstance(taken, Blend) else taken
             made, virtual_blocks = {}, []
             for number, part in enumerate(parts):
-                laid_out = slab.build(part.adapter, self.base.shape, dtype=self.base.dtype)
+                laid_out = packed_adapter.build(part.adapter, self.base.shape, dtype=self.base.dtype)
                 slot = self.runner.slots.put(laid_out)
                 assert slot is not None
                 if laid_out.virtual is not None:
@@ -82,17 +82,17 @@ class Decoding:
                     assert blocks is not None
                     virtual_blocks += blocks
                     self.runner.write_virtual(blocks, laid_out.virtual)
-                use = AdapterUse(Generation(f"{index}-{number:03}"), part.gate, laid_out.num_virtual_tokens)
+                use = AdapterUse(AdapterDigest(f"{index}-{number:03}"), part.gate, laid_out.num_virtual_tokens)
                 made[use] = slot
             uses = canonical(made)
             slots = [made[use] for use in uses]
             mixture = None
             if isinstance(taken, Blend):
-                slot = self.runner.slots.put(slab.build_router(taken.mixture))
+                slot = self.runner.slots.put(packed_adapter.build_router(taken.mixture))
                 assert slot is not None
                 slots.append(slot)
                 reads_prompt = taken.mixture.config.level is Level.SEQUENCE
-                mixture = MixtureUse(Generation(str(index)), reads_prompt, taken.bounds, GateSight.TOKENS)
+                mixture = MixtureUse(AdapterDigest(str(index)), reads_prompt, taken.bounds, GateSight.TOKENS)
             request = Request(
                 request_id=RequestId(str(index)),
                 prompt_token_ids=tuple(2 + (7 * index + place) % 90 for place in range(1 + index % 23)),

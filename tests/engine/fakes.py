@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weft.adapters import slab
-from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
+from weft.adapters import packed_adapter
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import EngineConfig
 from weft.engine import block_manager, sampler
@@ -52,7 +52,7 @@ from weft.methods.protocol import Adapter, BaseShape, Site, SoftRows, Virtual
 from weft.metrics import Metrics
 
 VOCAB_SIZE = 32
-UNIT_BYTES = 64  # the smallest slab: one cache line
+UNIT_BYTES = 64  # the smallest packed adapter: one cache line
 MAX_UNITS = 8
 SHAPE = BaseShape(
     sites={
@@ -77,13 +77,13 @@ class FakeAdapter(NamedTuple):
     is_soft: bool = False
 
     @property
-    def generation(self) -> Generation:
-        return Generation(f"{self.watermark:064x}")
+    def digest(self) -> AdapterDigest:
+        return AdapterDigest(f"{self.watermark:064x}")
 
     def use(self, gate: float = 1.0, ranges: Ranges = ()) -> AdapterUse:
-        return AdapterUse(self.generation, gate, self.num_virtual, () if self.num_virtual else ranges)
+        return AdapterUse(self.digest, gate, self.num_virtual, () if self.num_virtual else ranges)
 
-    def slab(self) -> Slab:
+    def packed(self) -> PackedAdapter:
         if self.is_soft:
             params = prompt.math.PromptParams(torch.full((self.num_virtual, 1), float(self.watermark)))
             adapter = Adapter(method=prompt.METHOD, config=prompt.math.PromptConfig(), sites={}, prefix=params)
@@ -93,7 +93,7 @@ class FakeAdapter(NamedTuple):
         else:
             params = ia3.math.Ia3Params(torch.full((16 * self.units,), float(self.watermark)), False)
             adapter = Adapter(method=ia3.METHOD, config=ia3.math.Ia3Config(), sites={f"site{self.units}": params})
-        return slab.build(adapter, SHAPE, dtype=torch.float32)
+        return packed_adapter.build(adapter, SHAPE, dtype=torch.float32)
 
 
 class FakeMixture(NamedTuple):
@@ -104,16 +104,16 @@ class FakeMixture(NamedTuple):
     units: int = 1
 
     @property
-    def generation(self) -> Generation:
-        return Generation(f"{self.watermark:064x}")
+    def digest(self) -> AdapterDigest:
+        return AdapterDigest(f"{self.watermark:064x}")
 
-    def slab(self) -> Slab:
+    def packed(self) -> PackedAdapter:
         count = len(self.experts)
         hidden = 16 * self.units // count
         config = mixture.MixtureConfig(num_experts=count, top_k=1, shared=True)
         params = mixture.MixtureParams(torch.full((1, count, hidden), float(self.watermark)))
-        named = tuple(mixture.Expert(expert.generation) for expert in self.experts)
-        return slab.build_router(mixture.Mixture(config, params, named))
+        named = tuple(mixture.Expert(expert.digest) for expert in self.experts)
+        return packed_adapter.build_router(mixture.Mixture(config, params, named))
 
 
 Spans = tuple[tuple[int, float], ...]  # (watermark, log-gate) of each span of a request
@@ -122,13 +122,13 @@ Deltas = tuple[tuple[int, float], ...]  # (watermark, gate) of what acts on a to
 
 def spans_of(uses: Iterable[AdapterUse]) -> Spans:
     """A request's virtual positions."""
-    return tuple((int(use.generation, 16), float32(math.log(use.gate))) for use in uses if use.num_virtual_tokens)
+    return tuple((int(use.digest, 16), float32(math.log(use.gate))) for use in uses if use.num_virtual_tokens)
 
 
 def deltas_at(uses: Iterable[AdapterUse], index: int) -> Deltas:
     """What acts on the real token `index`."""
     return tuple(
-        (int(use.generation, 16), use.gate)
+        (int(use.digest, 16), use.gate)
         for use in uses
         if not use.num_virtual_tokens and (not use.ranges or any(begin <= index < end for begin, end in use.ranges))
     )
@@ -330,17 +330,17 @@ class FakeLoader:
 
     def __init__(self) -> None:
         self.came = Semaphore(0)
-        self.asked: list[tuple[Generation, Future[Slab]]] = []
+        self.asked: list[tuple[AdapterDigest, Future[PackedAdapter]]] = []
 
-    def request(self, generation: Generation) -> Future[Slab]:
-        slab: Future[Slab] = Future()
-        self.asked.append((generation, slab))
+    def request(self, digest: AdapterDigest) -> Future[PackedAdapter]:
+        packed: Future[PackedAdapter] = Future()
+        self.asked.append((digest, packed))
         self.came.release()
-        return slab
+        return packed
 
-    def take(self, generation: Generation) -> Future[Slab]:
+    def take(self, digest: AdapterDigest) -> Future[PackedAdapter]:
         """The oldest request for an adapter, which is now answered."""
-        index = [asked for asked, _ in self.asked].index(generation)
+        index = [asked for asked, _ in self.asked].index(digest)
         return self.asked.pop(index)[1]
 
 
@@ -364,12 +364,12 @@ class Harness:
         self.runner = FakeRunner(block_size=block_size, capacity_bytes=capacity_bytes)
         self.inbox = Inbox()
         self.loader = FakeLoader()
-        self.failed: list[tuple[Generation, str]] = []
+        self.failed: list[tuple[AdapterDigest, str]] = []
         self.num_down = 0
         self.events: dict[RequestId, list[TokenEvent]] = {}
         self.requests: dict[RequestId, Request] = {}
         self.on_finish: Callable[[RequestId, Finish], None] = lambda request_id, finish: None
-        self._contents: dict[Generation, FakeAdapter | FakeMixture] = {}
+        self._contents: dict[AdapterDigest, FakeAdapter | FakeMixture] = {}
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -390,14 +390,14 @@ class Harness:
         )
 
     @property
-    def loads(self) -> list[Generation]:
+    def loads(self) -> list[AdapterDigest]:
         """What the engine asked for and has no answer to, oldest first."""
-        return [generation for generation, _ in self.loader.asked]
+        return [digest for digest, _ in self.loader.asked]
 
     def _take(self, events: Sequence[EngineEvent]) -> None:
         for event in events:
             if isinstance(event, AdapterFailed):
-                self.failed.append((event.generation, event.error.reason))
+                self.failed.append((event.digest, event.error.reason))
             if isinstance(event, EngineDown):
                 self.num_down += 1
             if not isinstance(event, TokenEvent):
@@ -430,10 +430,10 @@ class Harness:
         adapters = adapters if mixture is None else mixture.experts
         gates = gates or [1.0] * len(adapters)
         uses = tuple(adapter.use(gate, ranges) for adapter, gate in zip(adapters, gates, strict=True))
-        mixed = None if mixture is None else MixtureUse(mixture.generation, reads_prompt, wanted, sight)
+        mixed = None if mixture is None else MixtureUse(mixture.digest, reads_prompt, wanted, sight)
         if mixture is not None:
             uses = canonical(uses)
-            self._contents[mixture.generation] = mixture
+            self._contents[mixture.digest] = mixture
         request = Request(
             request_id=RequestId(str(len(self.requests))),
             prompt_token_ids=tuple(prompt),
@@ -446,21 +446,21 @@ class Harness:
         )
         self.requests[request.request_id] = request
         for adapter in adapters:
-            self._contents[adapter.generation] = adapter
+            self._contents[adapter.digest] = adapter
         self.engine.submit(request)
         return request
 
-    def answer_load(self, generation: Generation, error: WeftError | None = None) -> None:
-        """Let the oldest load of `generation` come back."""
-        slab = self.loader.take(generation)
+    def answer_load(self, digest: AdapterDigest, error: WeftError | None = None) -> None:
+        """Let the oldest load of `digest` come back."""
+        packed = self.loader.take(digest)
         if error is None:
-            slab.set_result(self._contents[generation].slab())
+            packed.set_result(self._contents[digest].packed())
         else:
-            slab.set_exception(error)
+            packed.set_exception(error)
 
     def know(self, adapter: FakeAdapter) -> None:
         """Make loads of an adapter possible that no request has named."""
-        self._contents[adapter.generation] = adapter
+        self._contents[adapter.digest] = adapter
 
     def turn(self, count: int = 1) -> None:
         """Let the engine go on, checking its books after each turn."""
@@ -525,8 +525,8 @@ class Harness:
         held = Counter(block for request in alive for block in [*request.blocks, *request.virtual_blocks])
         held.update(block for resident in residents.values() for block in resident.blocks)
         assert held == +Counter(dict(enumerate(blocks._references)))
-        holders = Counter(g for request in residency.slots_of for g in request.generations)
-        assert holders == +Counter({generation: resident.holders for generation, resident in residents.items()})
+        holders = Counter(g for request in residency.slots_of for g in request.digests)
+        assert holders == +Counter({digest: resident.holders for digest, resident in residents.items()})
         assert residency.slots_of.keys() >= set(scheduler.running)
         assert residency.slots_of.keys() | residency._seekers.keys() <= set(alive)
         assert not residency._pending & residents.keys()
@@ -535,7 +535,7 @@ class Harness:
         assert residency._arrived.keys() <= wanted
         slots = self.runner.slots
         assert len(slots) == len(residents)
-        assert slots.used_bytes == sum(resident.slab.buffer.nbytes for resident in residents.values())
+        assert slots.used_bytes == sum(resident.packed.buffer.nbytes for resident in residents.values())
         assert slots.used_bytes <= slots.capacity_bytes
 
 

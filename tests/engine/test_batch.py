@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.slots import AdapterSlot
 from weft.engine import batch as batches
 from weft.engine import token_ranges
@@ -60,12 +60,12 @@ def steps(draw: Any) -> tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, 
     step, slots_of, first_block, next_slot = [], {}, 0, 0
     for name in range(draw(st.integers(1, 5))):
         uses = [
-            AdapterUse(Generation(f"d{k}"), draw(st.sampled_from([1.0, 0.5, -2.0, 0.0])), 0, draw(ranges()))
+            AdapterUse(AdapterDigest(f"d{k}"), draw(st.sampled_from([1.0, 0.5, -2.0, 0.0])), 0, draw(ranges()))
             for k in range(draw(st.integers(0, 3)))
         ]
         for k in range(draw(st.integers(0, 3))):
             gate = draw(st.sampled_from([1.0, 1.0, 0.3, 2.5]))
-            virtual = AdapterUse(Generation(f"v{k}"), gate, draw(st.integers(1, 9)))
+            virtual = AdapterUse(AdapterDigest(f"v{k}"), gate, draw(st.integers(1, 9)))
             uses.insert(draw(st.integers(0, len(uses))), virtual)
         num_prompt, num_output = draw(st.integers(1, 12)), draw(st.integers(0, 6))
         num_computed = draw(st.integers(0, num_prompt + num_output - 1))
@@ -184,7 +184,7 @@ def test_an_adapter_that_is_not_on_the_device_is_a_bug_not_a_base_answer() -> No
         num_prompt=3,
         num_output=0,
         num_computed=0,
-        uses=(AdapterUse(Generation("g"), 1.0, 0),),
+        uses=(AdapterUse(AdapterDigest("g"), 1.0, 0),),
         block_size=4,
         first_block=0,
     )
@@ -194,7 +194,11 @@ def test_an_adapter_that_is_not_on_the_device_is_a_bug_not_a_base_answer() -> No
 
 def test_each_adapters_virtual_positions_begin_a_block() -> None:
     """Spans of 3 and 5 in blocks of 4: three blocks with two holes, then the tokens, whose positions count no hole."""
-    uses = (AdapterUse(Generation("v"), 0.5, 3), AdapterUse(Generation("d"), 2.0, 0), AdapterUse(Generation("w"), 1, 5))
+    uses = (
+        AdapterUse(AdapterDigest("v"), 0.5, 3),
+        AdapterUse(AdapterDigest("d"), 2.0, 0),
+        AdapterUse(AdapterDigest("w"), 1, 5),
+    )
     one = request(1, num_prompt=2, num_output=0, num_computed=0, uses=uses, block_size=4, first_block=10)
     plain = request(2, num_prompt=1, num_output=0, num_computed=0, block_size=4, first_block=20)
     slots = tuple(map(AdapterSlot, range(3)))
@@ -216,5 +220,5 @@ def test_a_gate_without_a_logarithm_is_refused(gate: float) -> None:
             request_id=RequestId("r"),
             prompt_token_ids=(1,),
             params=SamplingParams(),
-            adapters=(AdapterUse(Generation("g"), gate, 3),),
+            adapters=(AdapterUse(AdapterDigest("g"), gate, 3),),
         )

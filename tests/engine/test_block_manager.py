@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.engine.block_manager import BlockManager, block_key, cache_root
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.token_ranges import OPEN, TokenRange
@@ -16,12 +16,12 @@ SIZE = 4
 _ids = itertools.count()
 
 
-def request(prompt: Sequence[int], *, root: bytes = b"root", generations: Sequence[str] = ()) -> Request:
+def request(prompt: Sequence[int], *, root: bytes = b"root", digests: Sequence[str] = ()) -> Request:
     return Request(
         request_id=RequestId(str(next(_ids))),
         prompt_token_ids=tuple(prompt),
         params=SamplingParams(),
-        adapters=tuple(AdapterUse(Generation(generation), 1.0, 0) for generation in generations),
+        adapters=tuple(AdapterUse(AdapterDigest(digest), 1.0, 0) for digest in digests),
         cache_root=root,
     )
 
@@ -40,7 +40,7 @@ def compute(blocks: BlockManager, request: Request) -> int:
 _uses = st.lists(
     st.builds(
         AdapterUse,
-        st.sampled_from(["", "a", "b", "ab", "aa", "a" * 64, "b" * 64]).map(Generation),
+        st.sampled_from(["", "a", "b", "ab", "aa", "a" * 64, "b" * 64]).map(AdapterDigest),
         st.sampled_from([0.0, 0.5, 1.0, -1.0, 1.0000000000000002]),
         st.just(0),
         st.just(()),
@@ -77,8 +77,8 @@ def test_parts_are_framed(one: tuple, other: tuple) -> None:
 
 
 def test_virtual_positions_need_no_place_in_the_key() -> None:
-    """They are part of the generation's content; the count beside it says nothing new."""
-    one, other = AdapterUse(Generation("g"), 1.0, 0), AdapterUse(Generation("g"), 1.0, 7)
+    """They are part of the digest's content; the count beside it says nothing new."""
+    one, other = AdapterUse(AdapterDigest("g"), 1.0, 0), AdapterUse(AdapterDigest("g"), 1.0, 7)
     assert cache_root("", "", [one]) == cache_root("", "", [other])
 
 
@@ -93,15 +93,15 @@ def test_different_blocks_have_different_keys(one: tuple, other: tuple) -> None:
 
 def test_a_key_tells_what_acts_on_its_tokens() -> None:
     """Who, how much and where within the block: each of them alone makes another key."""
-    parent, tokens, a = b"p" * 32, [1, 2, 3, 4], AdapterUse(Generation("a"), 1.0, 0, (TokenRange(1, 3),))
+    parent, tokens, a = b"p" * 32, [1, 2, 3, 4], AdapterUse(AdapterDigest("a"), 1.0, 0, (TokenRange(1, 3),))
     acting = [
         (),
         (a,),
-        (a._replace(generation=Generation("b")),),
+        (a._replace(digest=AdapterDigest("b")),),
         (a._replace(gate=0.5),),
         (a._replace(ranges=(TokenRange(1, 4),)),),
         (a._replace(ranges=(TokenRange(1, 2), TokenRange(3, 4))),),
-        (a, a._replace(generation=Generation("b"))),
+        (a, a._replace(digest=AdapterDigest("b"))),
         (a, a),
     ]
     keys = [block_key(parent, tokens, uses) for uses in acting]
@@ -112,10 +112,9 @@ def test_a_key_tells_what_acts_on_its_tokens() -> None:
 
 
 def _ranged(prompt: Sequence[int], *uses: tuple[str, Sequence[tuple[int, int]]]) -> Request:
-    """The adapters by generation, each with where it acts."""
+    """The adapters by digest, each with where it acts."""
     adapters = tuple(
-        AdapterUse(Generation(generation), 1.0, 0, tuple(TokenRange(*one) for one in ranges))
-        for generation, ranges in uses
+        AdapterUse(AdapterDigest(digest), 1.0, 0, tuple(TokenRange(*one) for one in ranges)) for digest, ranges in uses
     )
     return Request(
         request_id=RequestId(str(next(_ids))),
@@ -158,7 +157,7 @@ def test_a_purge_takes_what_an_adapter_s_tokens_made_and_what_follows() -> None:
     blocks = BlockManager(16, SIZE)
     compute(blocks, one := _ranged(range(21), ("a", [(5, 6)])))
     blocks.release(one)
-    assert blocks.purge(Generation("a")) == 4, "the block with token 5, and the three after it"
+    assert blocks.purge(AdapterDigest("a")) == 4, "the block with token 5, and the three after it"
     blocks.check()
     assert compute(blocks, _ranged(range(21))) == 4, "the first block is the base's, and stays"
 
@@ -282,26 +281,26 @@ def test_a_used_block_is_young_again() -> None:
 # -- adapters --------------------------------------------------------------------------------------------------------
 
 
-def test_purge_forgets_a_generation_in_every_composition() -> None:
+def test_purge_forgets_a_digest_in_every_composition() -> None:
     blocks = BlockManager(16, SIZE)
     uses = {"one": ["g"], "other": ["h"], "both": ["g", "h"], "base": []}
-    for name, generations in uses.items():
-        made = request(range(8), root=name.encode(), generations=generations)
+    for name, digests in uses.items():
+        made = request(range(8), root=name.encode(), digests=digests)
         compute(blocks, made)
         blocks.release(made)
-    assert blocks.purge(Generation("g")) == 4
+    assert blocks.purge(AdapterDigest("g")) == 4
     blocks.check()
     matched = {name: blocks.match(request(range(9), root=name.encode())) for name in uses}
     assert matched == {"one": 0, "other": 8, "both": 0, "base": 8}
-    assert blocks.purge(Generation("g")) == 0
+    assert blocks.purge(AdapterDigest("g")) == 0
     assert blocks.num_free_blocks == 12
 
 
 def test_purged_blocks_that_are_in_use_are_freed_by_their_last_user() -> None:
     blocks = BlockManager(4, SIZE)
-    user = request(range(8), generations=["g"])
+    user = request(range(8), digests=["g"])
     compute(blocks, user)
-    assert blocks.purge(Generation("g")) == 2
+    assert blocks.purge(AdapterDigest("g")) == 2
     assert blocks.num_used_blocks == 2
     blocks.release(user)
     blocks.check()
@@ -412,10 +411,8 @@ def test_blocks_come_back_after_any_sequence(operations: list[tuple[str, int]], 
 
     for operation, number in operations:
         if operation == "start":
-            generations = [] if number % 3 == 0 else [f"g{number % 3}"]
-            new = request(
-                [*range(number + 1), *range(number % 2)], root=str(generations).encode(), generations=generations
-            )
+            digests = [] if number % 3 == 0 else [f"g{number % 3}"]
+            new = request([*range(number + 1), *range(number % 2)], root=str(digests).encode(), digests=digests)
             cached = blocks.match(new)
             for index, block in enumerate(new.blocks):
                 assert written[block] == (new.cache_root, new.prompt_token_ids[: (index + 1) * SIZE])
@@ -435,7 +432,7 @@ def test_blocks_come_back_after_any_sequence(operations: list[tuple[str, int]], 
         elif operation == "drop" and virtual:
             blocks.drop_virtual(virtual.pop(number % len(virtual)))
         elif operation == "purge":
-            blocks.purge(Generation(f"g{number % 3}"))
+            blocks.purge(AdapterDigest(f"g{number % 3}"))
         elif alive:
             one = alive[number % len(alive)]
             if operation == "grow":

@@ -143,7 +143,7 @@ def test_events_come_in_the_order_of_tokens_and_the_last_one_ends() -> None:
 # -- the prefix cache ------------------------------------------------------------------------------------------------
 
 
-def test_kv_of_the_same_tokens_is_not_shared_across_generations_gates_or_salts() -> None:
+def test_kv_of_the_same_tokens_is_not_shared_across_digests_gates_or_salts() -> None:
     h = harness(num_blocks=200)
     prompt = list(range(12))
     origins: list[tuple[Sequence[FakeAdapter], Sequence[float], str]] = [
@@ -228,19 +228,19 @@ def test_cancel_at_every_step_index() -> None:
     for index in range(12):
         h = harness(max_num_batched_tokens=4, max_num_seqs=2)
         request = h.submit(range(13), ONE, PREFIX, params=long(6))
-        while h.engine.residency.resident() < {ONE.generation, PREFIX.generation} and not h.tokens(request):
+        while h.engine.residency.resident() < {ONE.digest, PREFIX.digest} and not h.tokens(request):
             if index == 0:
                 break
             h.turn()
-            for generation in list(h.loads):
-                h.answer_load(generation)
+            for digest in list(h.loads):
+                h.answer_load(digest)
         h.turn(index)
         cancel(h, request)
         cancel(h, request)
         h.turn()
         assert h.finish(request) is not None
         assert (request.blocks, request.virtual_blocks) == ([], [])
-        virtual = 2 if PREFIX.generation in h.engine.residency.resident() else 0
+        virtual = 2 if PREFIX.digest in h.engine.residency.resident() else 0
         assert h.engine.blocks.num_used_blocks == virtual
         h.assert_answers()
 
@@ -273,7 +273,7 @@ def test_a_deadline_frees_a_running_request_within_one_step() -> None:
     h = harness()
     request = h.submit(range(9), PREFIX, params=long(20), deadline_s=1.0)
     h.turn()
-    h.answer_load(PREFIX.generation)
+    h.answer_load(PREFIX.digest)
     h.turn(4)
     assert len(h.tokens(request)) == 4
     h.now = 1.0
@@ -412,14 +412,14 @@ def test_a_request_whose_adapter_loads_slowly_waits_while_the_others_step() -> N
     h = harness()
     slow, other, base = h.submit([1], ONE), h.submit([2], TWO), h.submit([3])
     h.turn()
-    assert h.loads == [ONE.generation, TWO.generation]
-    h.answer_load(TWO.generation)
+    assert h.loads == [ONE.digest, TWO.digest]
+    h.answer_load(TWO.digest)
     h.turn(8)
     assert h.reason(other) == h.reason(base) == "length"
     assert h.events.get(slow.request_id) is None
     again = h.submit([4], ONE)
     h.turn(3)
-    assert h.loads == [ONE.generation], "it is asked for once"
+    assert h.loads == [ONE.digest], "it is asked for once"
     h.run()
     h.assert_answers(slow, again)
 
@@ -430,8 +430,8 @@ def test_what_a_queued_request_needs_is_brought_before_its_turn() -> None:
     h.turn()
     second = h.submit([5, 6], ONE)
     h.turn()
-    assert h.loads == [ONE.generation], "it is asked for while the only place is taken"
-    h.answer_load(ONE.generation)
+    assert h.loads == [ONE.digest], "it is asked for while the only place is taken"
+    h.answer_load(ONE.digest)
     h.turn()
     assert not h.engine.residency.resident(), "and the device is not touched for it"
     h.run()
@@ -443,14 +443,14 @@ def test_a_load_that_fails_ends_those_who_wait_for_it() -> None:
     waiters = [h.submit([1], ONE), h.submit([2], ONE, TWO)]
     others = [h.submit([3], TWO), h.submit([4])]
     h.turn()
-    h.answer_load(ONE.generation, DataLoss("BLOB_CORRUPT", "its files changed"))
+    h.answer_load(ONE.digest, DataLoss("BLOB_CORRUPT", "its files changed"))
     h.turn()
     assert [h.reason(waiter) for waiter in waiters] == ["BLOB_CORRUPT"] * 2
     h.run()
     assert [h.reason(other) for other in others] == ["length"] * 2
     later = h.submit([1], ONE)
     h.turn()
-    assert h.loads == [ONE.generation], "the next request asks again"
+    assert h.loads == [ONE.digest], "the next request asks again"
     h.run()
     h.assert_answers(later)
 
@@ -470,15 +470,15 @@ def test_a_request_without_room_for_its_adapter_does_not_drive_out_what_others_n
     h = harness(capacity_bytes=3 * UNIT_BYTES)
     holder = h.submit([1], BIG, params=long(30))
     h.turn()
-    h.answer_load(BIG.generation)
+    h.answer_load(BIG.digest)
     h.turn()
     large = h.submit([2], FakeAdapter(8, units=2))
     for _ in range(3):
         small = h.submit([3], ONE)
         for _ in range(8):
             h.turn()
-            for generation in list(h.loads):
-                h.answer_load(generation)
+            for digest in list(h.loads):
+                h.answer_load(digest)
         assert h.reason(small) == "length"
     assert h.finish(large) is None
     assert h.finish(holder) is None
@@ -510,9 +510,9 @@ def test_a_large_adapter_gets_its_room_under_unending_traffic_of_others() -> Non
 def test_who_cannot_fit_beside_pinned_adapters_ends_and_holds_up_nobody() -> None:
     h = harness(capacity_bytes=3 * UNIT_BYTES)
     h.know(ONE)
-    h.engine.preload(ONE.generation, pin=True)
+    h.engine.preload(ONE.digest, pin=True)
     h.turn()
-    h.answer_load(ONE.generation)
+    h.answer_load(ONE.digest)
     runs = h.submit([1], ONE, params=long(40))
     h.turn()
     large = h.submit([2], FakeAdapter(8, units=3))
@@ -557,19 +557,19 @@ def test_idle_virtual_positions_make_way_for_a_request(caching: bool) -> None:
     h.submit(range(38), params=long(8))
     h.run(max_turns=60)
     h.assert_answers()
-    assert PREFIX.generation not in h.engine.residency.resident()
+    assert PREFIX.digest not in h.engine.residency.resident()
 
 
 def test_pinned_virtual_positions_stay_and_the_request_ends() -> None:
     h = harness(num_blocks=12, caching=False, max_num_batched_tokens=8)
     h.know(PREFIX)
-    h.engine.preload(PREFIX.generation, pin=True)
+    h.engine.preload(PREFIX.digest, pin=True)
     h.turn()
-    h.answer_load(PREFIX.generation)
+    h.answer_load(PREFIX.digest)
     grows = h.submit(range(38), params=long(8))
     h.run(max_turns=60)
     assert h.reason(grows) == "POOL_EXHAUSTED"
-    assert PREFIX.generation in h.engine.residency.resident()
+    assert PREFIX.digest in h.engine.residency.resident()
     h.assert_answers()
 
 
@@ -671,7 +671,7 @@ def test_requests_that_race_with_the_stop_are_answered(threaded: Threaded) -> No
 def test_after_a_cuda_error_nobody_waits_for_ever(threaded: Threaded) -> None:
     requests = [threaded.submit([index], adapter) for index, adapter in enumerate((ONE, TWO))]
     assert all(threaded.loader.came.acquire(timeout=20.0) for _ in requests)
-    answered, failed = (threaded.loader.take(adapter.generation) for adapter in (ONE, TWO))
+    answered, failed = (threaded.loader.take(adapter.digest) for adapter in (ONE, TWO))
     threaded.runner.fail = failing(RuntimeError("CUDA error: device-side assert triggered"), at=1)
     requests += [threaded.submit([index], params=long(40)) for index in range(3)]
     threaded.wait(*requests)
@@ -681,14 +681,14 @@ def test_after_a_cuda_error_nobody_waits_for_ever(threaded: Threaded) -> None:
     late = threaded.submit([3], ONE)
     threaded.wait(late, timeout_s=1.0)
     assert threaded.reason(late) == ENGINE_DOWN
-    answered.set_result(ONE.slab())
+    answered.set_result(ONE.packed())
     failed.set_exception(WeftError("INTERNAL", ""))
-    threaded.engine.preload(TWO.generation)
+    threaded.engine.preload(TWO.digest)
     threaded.engine.end(late.request_id, FinishReason.CANCELLED, CANCELLED)
     assert not threaded.loads
     assert not len(threaded.runner.slots), "nothing touches the device any more"
     with pytest.raises(Unavailable):
-        threaded.engine.evict(ONE.generation).result(timeout=1.0)
+        threaded.engine.evict(ONE.digest).result(timeout=1.0)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -723,7 +723,7 @@ def test_the_thread_sleeps_while_a_load_is_on_its_way_and_wakes_for_a_deadline(t
     threaded.wait(waits)
     assert threaded.reason(waits) == "DEADLINE_EXCEEDED"
     assert turns < 10, "the engine spins while it waits"
-    threaded.answer_load(ONE.generation)
+    threaded.answer_load(ONE.digest)
     threaded.wait(patient)
     threaded.assert_answers()
 
@@ -742,7 +742,7 @@ def test_the_fake_sees_what_it_should_see() -> None:
     h = harness()
     request = h.submit(range(6), ONE, params=GREEDY)
     h.turn()
-    h.answer_load(ONE.generation)
+    h.answer_load(ONE.digest)
     h.turn(2)
     batch = h.runner.steps[-1]
     row = request.blocks[0] * 4 + 1

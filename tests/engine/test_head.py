@@ -5,9 +5,9 @@ import torch
 
 from tests import tiny
 from tests.serving import BLOCK_SIZE, Row, Step
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.config import ModelConfig, Quantization
-from weft.engine.request import AdapterUse, Generation, Request, RequestId, SamplingParams
+from weft.engine.request import AdapterDigest, AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.scheduler import Scheduled
 from weft.engine.stepper import Stepper
 from weft.kernels.selection import REFERENCE, Kernels, select
@@ -54,14 +54,16 @@ def test_a_step_in_which_no_adapter_row_samples(kernels: str, num_new: int, base
     """A chunk of a prompt with a head adapter, alone or beside a request of the base that does sample."""
     step = Step(base, _kernels(kernels, base))
     slot = step.runner.slots.put(
-        slab.build(tiny.random_lora(base.shape, rank=3, seed=1, targets=("lm_head",)), base.shape, dtype=base.dtype)
+        packed_adapter.build(
+            tiny.random_lora(base.shape, rank=3, seed=1, targets=("lm_head",)), base.shape, dtype=base.dtype
+        )
     )
     assert slot is not None
     chunked = Request(
         request_id=RequestId("chunk"),
         prompt_token_ids=tuple(range(30, 40)),
         params=SamplingParams(),
-        adapters=(AdapterUse(Generation("g"), 1.0, 0),),
+        adapters=(AdapterUse(AdapterDigest("g"), 1.0, 0),),
     )
     plain = Request(request_id=RequestId("plain"), prompt_token_ids=(5, 6, 7), params=SamplingParams())
     scheduled = [Scheduled(chunked, 4), *([Scheduled(plain, 3)] if num_new else [])]

@@ -129,18 +129,18 @@ def test_all_of_a_mixture_comes_or_nothing_of_it() -> None:
     h = Harness(capacity_bytes=4 * UNIT_BYTES)
     holder = h.submit([1], FakeAdapter(40), params=LONG)
     h.turn()
-    h.answer_load(FakeAdapter(40).generation)
+    h.answer_load(FakeAdapter(40).digest)
     h.turn()
     mixed = h.submit([2], mixture=MIXTURE)
     h.turn()
     while h.loads:
         h.answer_load(h.loads[0])
     h.turn()
-    assert h.engine.residency.resident() == {FakeAdapter(40).generation}
+    assert h.engine.residency.resident() == {FakeAdapter(40).digest}
     assert h.finish(holder) is None
     h.run()
     h.assert_answers(holder, mixed)
-    assert h.engine.residency.resident() == {MIXTURE.generation, *(expert.generation for expert in EXPERTS)}
+    assert h.engine.residency.resident() == {MIXTURE.digest, *(expert.digest for expert in EXPERTS)}
 
 
 @pytest.mark.parametrize("failing", [MIXTURE, *EXPERTS], ids=str)
@@ -148,8 +148,8 @@ def test_a_part_that_cannot_be_loaded_ends_the_request(failing: FakeAdapter | Fa
     h = Harness()
     request = h.submit([1], mixture=MIXTURE)
     h.turn()
-    assert sorted(h.loads) == sorted([MIXTURE.generation, *(expert.generation for expert in EXPERTS)])
-    h.answer_load(failing.generation, DataLoss("BLOB_CORRUPT", "gone"))
+    assert sorted(h.loads) == sorted([MIXTURE.digest, *(expert.digest for expert in EXPERTS)])
+    h.answer_load(failing.digest, DataLoss("BLOB_CORRUPT", "gone"))
     h.turn()
     assert h.reason(request) == "BLOB_CORRUPT"
     assert len(h.engine._stepper.mixtures) == 0
@@ -160,7 +160,7 @@ def test_taking_a_mixture_out_forgets_what_it_made() -> None:
     h.submit(list(range(1, 10)), mixture=MIXTURE)
     h.run()
     assert h.engine.blocks.num_cached_blocks == 3
-    freed = h.engine.evict(MIXTURE.generation)
+    freed = h.engine.evict(MIXTURE.digest)
     h.turn()
     told = freed.result()
     assert told is not None

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeRunner, VirtualCell
-from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.engine.block_manager import BlockManager
 from weft.engine.observer import Observer
 from weft.engine.outbox import AdaptersResident, EngineEvent, Outbox
@@ -23,7 +23,7 @@ A, B, C = FakeAdapter(1), FakeAdapter(2), FakeAdapter(3)
 BIG = FakeAdapter(4, units=2)
 P, Q = FakeAdapter(5, num_virtual=5), FakeAdapter(6, num_virtual=3)
 SOFT = FakeAdapter(7, num_virtual=5, is_soft=True)
-ALL = {adapter.generation: adapter for adapter in (A, B, C, BIG, P, Q, SOFT)}
+ALL = {adapter.digest: adapter for adapter in (A, B, C, BIG, P, Q, SOFT)}
 
 
 BROKEN = DataLoss("BLOB_CORRUPT", "")
@@ -39,13 +39,13 @@ class Device:
     def __init__(self, *, units: int = 2, num_blocks: int = 8) -> None:
         self.runner = FakeRunner(block_size=4, capacity_bytes=units * UNIT_BYTES)
         self.blocks = BlockManager(num_blocks, 4)
-        self.told: frozenset[Generation] = frozenset()  # residents, by what was published
+        self.told: frozenset[AdapterDigest] = frozenset()  # residents, by what was published
         self.metrics = Metrics()
         self.residency = Residency(self.runner, self.blocks, Observer(self.metrics), Outbox(self._published, 0.0))
-        self._asked: list[Generation] = []
+        self._asked: list[AdapterDigest] = []
 
     @property
-    def asked(self) -> list[Generation]:
+    def asked(self) -> list[AdapterDigest]:
         """What is to be loaded and was not answered yet."""
         self._asked += self.residency.take_wanted()
         return self._asked
@@ -59,8 +59,8 @@ class Device:
     def _published(self, events: Sequence[EngineEvent]) -> None:
         for event in events:
             assert isinstance(event, AdaptersResident)
-            assert len(event.generations ^ self.told) == 1, "one comes or goes at a time"
-            self.told = event.generations
+            assert len(event.digests ^ self.told) == 1, "one comes or goes at a time"
+            self.told = event.digests
 
     def request(self, *adapters: FakeAdapter) -> Request:
         return Request(
@@ -72,8 +72,8 @@ class Device:
 
     def answer(self) -> None:
         while self.asked:
-            generation = self.asked.pop(0)
-            self.residency.arrived(generation, ALL[generation].slab())
+            digest = self.asked.pop(0)
+            self.residency.arrived(digest, ALL[digest].packed())
 
     def bring(self, *adapters: FakeAdapter) -> Request:
         """A request that is admitted, with whatever loads that takes."""
@@ -87,15 +87,15 @@ class Device:
         for adapter in adapters:
             self.residency.release(self.bring(adapter))
 
-    def preload(self, adapter: FakeAdapter, *, slab: Slab | None = None, pin: bool = False) -> Future[None]:
+    def preload(self, adapter: FakeAdapter, *, packed: PackedAdapter | None = None, pin: bool = False) -> Future[None]:
         future: Future[None] = Future()
-        self.residency.preload(adapter.generation, future, slab=slab, pin=pin)
+        self.residency.preload(adapter.digest, future, packed=packed, pin=pin)
         return future
 
     @property
     def resident(self) -> set[int]:
         assert self.told == self.residency.resident()
-        return {int(generation, 16) for generation in self.told}
+        return {int(digest, 16) for digest in self.told}
 
 
 def test_a_missing_adapter_is_asked_for_once_and_held_from_admission_to_release() -> None:
@@ -103,7 +103,7 @@ def test_a_missing_adapter_is_asked_for_once_and_held_from_admission_to_release(
     first, second = device.request(A), device.request(A)
     assert not device.residency.admit(first)
     assert not device.residency.admit(second)
-    assert device.asked == [A.generation]
+    assert device.asked == [A.digest]
     assert device.residency.is_loading(first)
     device.answer()
     assert not device.residency.is_loading(first)
@@ -112,10 +112,10 @@ def test_a_missing_adapter_is_asked_for_once_and_held_from_admission_to_release(
     assert device.residency.admit(second)
     assert device.residency.slots_of[first] == device.residency.slots_of[second]
     device.residency.release(first)
-    assert device.residency.evict(A.generation) is None, "a request holds it"
+    assert device.residency.evict(A.digest) is None, "a request holds it"
     assert device.resident == {1}
     device.residency.release(second)
-    assert device.residency.evict(A.generation) == UNIT_BYTES
+    assert device.residency.evict(A.digest) == UNIT_BYTES
     assert device.resident == set()
 
 
@@ -165,7 +165,7 @@ def test_pinned_adapters_stay_until_unpinned() -> None:
     device.residency.admit(newcomer)
     device.answer()
     assert not device.residency.admit(newcomer)
-    device.residency.unpin(A.generation)
+    device.residency.unpin(A.digest)
     assert device.residency.admit(newcomer)
     assert device.resident == {2}
 
@@ -174,7 +174,7 @@ def test_a_preload_brings_an_adapter_in_and_may_drive_out_an_idle_one() -> None:
     device = Device(units=1)
     device.leave_idle(A)
     calls = [device.preload(B), device.preload(B)]
-    assert device.asked == [B.generation]
+    assert device.asked == [B.digest]
     assert not calls[0].done()
     device.answer()
     assert [call.result(timeout=0) for call in calls] == [None, None]
@@ -183,13 +183,13 @@ def test_a_preload_brings_an_adapter_in_and_may_drive_out_an_idle_one() -> None:
 
 
 @pytest.mark.parametrize("is_loading", [False, True])
-def test_a_slab_that_is_given_spares_the_load(is_loading: bool) -> None:
+def test_a_packed_adapter_that_is_given_spares_the_load(is_loading: bool) -> None:
     device = Device()
     asked = device.request(A)
     if is_loading:
         assert not device.residency.admit(asked)
-        assert device.asked == [A.generation]
-    call = device.preload(A, slab=A.slab(), pin=True)
+        assert device.asked == [A.digest]
+    call = device.preload(A, packed=A.packed(), pin=True)
     assert call.result(timeout=0) is None
     assert device.resident == {1}
     device.answer()
@@ -198,13 +198,13 @@ def test_a_slab_that_is_given_spares_the_load(is_loading: bool) -> None:
     assert device.residency.admit(asked)
 
 
-def test_a_given_slab_without_room_is_not_kept() -> None:
+def test_a_given_packed_adapter_without_room_is_not_kept() -> None:
     device = Device(units=1)
     device.bring(A)
-    call = device.preload(B, slab=B.slab(), pin=True)
+    call = device.preload(B, packed=B.packed(), pin=True)
     with pytest.raises(Overloaded):
         call.result(timeout=0)
-    device.residency.unpin(B.generation)
+    device.residency.unpin(B.digest)
     assert device.residency._arrived == {}
     assert device.asked == []
 
@@ -216,7 +216,7 @@ def test_a_preload_that_finds_no_room_says_so() -> None:
     device.answer()
     with pytest.raises(Overloaded):
         call.result(timeout=0)
-    assert device.residency._arrived == {}, "and keeps no slab"
+    assert device.residency._arrived == {}, "and keeps no packed adapter"
 
 
 @pytest.mark.parametrize("end", ["failed", "evicted", "abandoned"])
@@ -224,9 +224,9 @@ def test_who_waits_for_an_adapter_is_told_when_it_will_not_come(end: str) -> Non
     device = Device()
     call = device.preload(A)
     if end == "failed":
-        device.residency.failed(A.generation, BROKEN)
+        device.residency.failed(A.digest, BROKEN)
     elif end == "evicted":
-        device.residency.evict(A.generation)
+        device.residency.evict(A.digest)
     else:
         device.residency.abandon(BROKEN)
     with pytest.raises(AdapterConflict if end == "evicted" else DataLoss):
@@ -268,7 +268,7 @@ def test_virtual_positions_are_written_once_shared_and_given_back(adapter: FakeA
         device.residency.release(user)
     assert device.blocks.num_used_blocks == 2, "the resident adapter keeps them"
     freed = 5 * 2 * torch.float32.itemsize  # keys and values of the only layer, of one number each
-    assert device.residency.evict(adapter.generation) == freed
+    assert device.residency.evict(adapter.digest) == freed
     assert device.blocks.num_used_blocks == 0
 
 
@@ -285,11 +285,11 @@ def test_virtual_positions_of_several_adapters_are_placed_together_in_the_order_
     device.answer()
     assert device.residency.admit(third), "two more blocks are all there is"
     device.residency.release(one)
-    assert device.residency.evict(P.generation) is None, "the other request still holds it"
+    assert device.residency.evict(P.digest) is None, "the other request still holds it"
     device.residency.release(both)
     assert both.virtual_blocks == []
-    assert device.residency.evict(P.generation) is not None
-    assert device.residency.evict(Q.generation) is None
+    assert device.residency.evict(P.digest) is not None
+    assert device.residency.evict(Q.digest) is None
     assert device.blocks.num_used_blocks == 3
     device.blocks.check()
 
@@ -318,9 +318,7 @@ def test_soft_rows_that_cannot_be_computed_leave_nothing_and_are_told_of_once() 
         call.result(timeout=0)
     assert not device.residency.admit(waits)
     assert device.asked == [], "no second try before those who wait are told"
-    assert {g: error.reason for g, error in device.residency.take_failures().items()} == {
-        SOFT.generation: "STEP_FAILED"
-    }
+    assert {g: error.reason for g, error in device.residency.take_failures().items()} == {SOFT.digest: "STEP_FAILED"}
     assert device.residency.take_failures() == {}
     device.residency.release(waits)
     assert device.residency._arrived == {}
@@ -336,7 +334,7 @@ def test_a_failure_of_one_adapter_leaves_the_others_of_its_request_alone() -> No
     device.residency.admit(waits)
     device.answer()
     assert not device.residency.admit(waits)
-    assert set(device.residency.take_failures()) == {SOFT.generation}
+    assert set(device.residency.take_failures()) == {SOFT.digest}
     device.residency.release(waits)
     device.residency.release(device.bring(A))
     assert device.resident == {1}
@@ -388,13 +386,13 @@ def test_an_adapter_evicted_while_it_was_on_its_way_does_not_come_back() -> None
     request = device.request(A)
     device.residency.admit(request)
     device.residency.release(request)
-    assert device.residency.evict(A.generation) == 0
+    assert device.residency.evict(A.digest) == 0
     device.answer()
     assert device.resident == set()
     assert device.residency._arrived == {}
 
 
-def test_a_slab_that_nobody_waits_for_any_more_is_let_go() -> None:
+def test_a_packed_adapter_that_nobody_waits_for_any_more_is_let_go() -> None:
     device = Device(units=1)
     held = device.bring(A)
     leaving = [device.request(B), device.request(B, C)]
@@ -402,7 +400,7 @@ def test_a_slab_that_nobody_waits_for_any_more_is_let_go() -> None:
         device.residency.admit(request)
     device.residency.release(leaving[1])
     device.answer()
-    assert set(device.residency._arrived) == {B.generation}, "C came after its only seeker had gone"
+    assert set(device.residency._arrived) == {B.digest}, "C came after its only seeker had gone"
     device.residency.release(leaving[0])
     assert device.residency._arrived == {}
     device.residency.release(held)
@@ -412,9 +410,9 @@ def test_a_failed_load_is_asked_for_again_by_the_next_request() -> None:
     device = Device()
     device.residency.admit(device.request(A))
     device.asked.clear()
-    device.residency.failed(A.generation, BROKEN)
+    device.residency.failed(A.digest, BROKEN)
     device.residency.admit(device.request(A))
-    assert device.asked == [A.generation]
+    assert device.asked == [A.digest]
 
 
 def test_waiting_requests_can_be_made_to_let_go() -> None:
@@ -431,7 +429,7 @@ def test_waiting_requests_can_be_made_to_let_go() -> None:
 
 
 _adapters = st.sampled_from([A, B, C, BIG, P, Q, SOFT])
-PRELOADS = "preload", "preload with slab"
+PRELOADS = "preload", "preload with packed adapter"
 _operations = st.lists(
     st.tuples(
         st.sampled_from(
@@ -452,10 +450,10 @@ def test_budget_and_holds_under_any_sequence(
     device = Device(units=units, num_blocks=num_blocks)
     residency, slots = device.residency, device.runner.slots
     requests: list[Request] = []
-    pinned: set[Generation] = set()
+    pinned: set[AdapterDigest] = set()
     for operation, adapters, number in operations:
-        generation = adapters[0].generation
-        held = {use.generation for request in residency.slots_of for use in request.adapters}
+        digest = adapters[0].digest
+        held = {use.digest for request in residency.slots_of for use in request.adapters}
         before = residency.resident()
         if operation == "admit":
             requests.append(device.request(*adapters))
@@ -463,33 +461,33 @@ def test_budget_and_holds_under_any_sequence(
         elif operation == "end" and requests:
             residency.release(requests.pop(number % len(requests)))
         elif operation in ("arrive", "fail") and device.asked:
-            generation = device.asked.pop(number % len(device.asked))
+            digest = device.asked.pop(number % len(device.asked))
             if operation == "fail":
-                residency.failed(generation, BROKEN)
+                residency.failed(digest, BROKEN)
             else:
-                residency.arrived(generation, ALL[generation].slab())
+                residency.arrived(digest, ALL[digest].packed())
             for request in requests:
                 residency.admit(request)
         elif operation == "unpin":
-            residency.unpin(generation)
-            pinned.discard(generation)
+            residency.unpin(digest)
+            pinned.discard(digest)
         elif operation in ("pin", *PRELOADS):
-            slab = ALL[generation].slab() if operation == "preload with slab" else None
-            device.preload(adapters[0], slab=slab, pin=operation == "pin")
-            pinned |= {generation} if operation == "pin" else set()
-        elif operation == "evict" and generation not in held:
-            residency.unpin(generation)
-            pinned.discard(generation)
-            assert residency.evict(generation) is not None
-            assert generation not in residency.resident()
-            before -= {generation}
+            packed = ALL[digest].packed() if operation == "preload with packed adapter" else None
+            device.preload(adapters[0], packed=packed, pin=operation == "pin")
+            pinned |= {digest} if operation == "pin" else set()
+        elif operation == "evict" and digest not in held:
+            residency.unpin(digest)
+            pinned.discard(digest)
+            assert residency.evict(digest) is not None
+            assert digest not in residency.resident()
+            before -= {digest}
         elif operation == "evict":
-            assert residency.evict(generation) is None
+            assert residency.evict(digest) is None
         elif operation == "spoil":
             device.runner.fail_virtual = fault if number % 2 else lambda: None
-        for generation in residency.take_failures():
-            assert generation not in residency.resident()
-            for request in [r for r in requests if generation in {use.generation for use in r.adapters}]:
+        for digest in residency.take_failures():
+            assert digest not in residency.resident()
+            for request in [r for r in requests if digest in {use.digest for use in r.adapters}]:
                 assert request not in residency.slots_of
                 requests.remove(request)
                 residency.release(request)
@@ -507,12 +505,12 @@ def test_budget_and_holds_under_any_sequence(
                 for slot, use in zip(request_slots, request.adapters, strict=True)
                 if not use.num_virtual_tokens
             ]
-            assert [device.runner._watermark(slot) for slot, _ in deltas] == [int(u.generation, 16) for _, u in deltas]
+            assert [device.runner._watermark(slot) for slot, _ in deltas] == [int(u.digest, 16) for _, u in deltas]
     for request in requests:
         residency.release(request)
-    for generation in ALL:
-        residency.unpin(generation)
-        residency.evict(generation)
+    for digest in ALL:
+        residency.unpin(digest)
+        residency.evict(digest)
     assert residency.resident() == frozenset()
     assert slots.used_bytes == len(slots) == device.blocks.num_used_blocks == 0
     assert residency._arrived == {}

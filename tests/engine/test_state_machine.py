@@ -23,9 +23,9 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness
-from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.registry import AdapterInfo, AdapterState, Registry, Version
-from weft.adapters.slab import Slab
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.engine import batch as batches
 from weft.engine import block_manager, token_ranges
@@ -112,9 +112,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.publish(adapter_id, data.draw(st.sampled_from(self.adapters)))
 
     def publish(self, adapter_id: AdapterId, adapter: FakeAdapter) -> None:
-        generation = adapter.generation
+        digest = adapter.digest
         try:
-            changes = self.registry.check_publish(adapter_id, generation, replace=True, expected_generation=None)
+            changes = self.registry.check_publish(adapter_id, digest, replace=True, expected_digest=None)
         except AdapterConflict:
             assert adapter_id in self.removing
             return
@@ -124,7 +124,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert changes == (self.current.get(adapter_id) != adapter)
         if changes:
             info = AdapterInfo(num_virtual_tokens=adapter.num_virtual)
-            version = Version(adapter_id=adapter_id, generation=generation, info=info, create_time_s=0.0)
+            version = Version(adapter_id=adapter_id, digest=digest, info=info, create_time_s=0.0)
             previous = self.registry.publish(version)
             if previous is not None and not previous.leases:
                 self.went_idle(previous)
@@ -151,23 +151,23 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             self.registry.remove(adapter_id)
             del self.removing[adapter_id], self.current[adapter_id]
-            for generation in {version.generation for version in versions} - self.registry.generations():
-                evicted = self.engine.evict(generation)
+            for digest in {version.digest for version in versions} - self.registry.digests():
+                evicted = self.engine.evict(digest)
                 self.turn()
                 evicted.result(timeout=0)
-                self.assert_gone(generation)
+                self.assert_gone(digest)
 
     def went_idle(self, version: Version) -> None:
-        if version.generation not in self.registry.generations():
-            self.engine.evict(version.generation)
+        if version.digest not in self.registry.digests():
+            self.engine.evict(version.digest)
 
-    def assert_gone(self, generation: object) -> None:
+    def assert_gone(self, digest: object) -> None:
         residency, blocks = self.engine.residency, self.engine.blocks
-        assert generation not in residency.resident()
-        assert generation not in residency._arrived
-        assert generation not in residency._pending
-        assert generation not in blocks._blocks_of_generation
-        assert not any(generation in generations for generations in blocks._generations_of.values())
+        assert digest not in residency.resident()
+        assert digest not in residency._arrived
+        assert digest not in residency._pending
+        assert digest not in blocks._blocks_of_digest
+        assert not any(digest in digests for digests in blocks._digests_of.values())
 
     @rule(adapter_id=ids, how=st.sampled_from(["preload", "pin", "unpin", "evict"]))
     def move(self, adapter_id: AdapterId, how: str) -> None:
@@ -176,14 +176,14 @@ class EngineMachine(RuleBasedStateMachine):
         if adapter is None:
             return
         users = [v for current in self.registry for v in self.registry.versions(current.adapter_id)]
-        if how == "evict" and not any(v.leases for v in users if v.generation == adapter.generation):
-            self.engine.evict(adapter.generation)
+        if how == "evict" and not any(v.leases for v in users if v.digest == adapter.digest):
+            self.engine.evict(adapter.digest)
         elif how != "evict":
             self.was_pinned |= how == "pin"
             if how == "unpin":
-                self.engine.unpin(adapter.generation)
+                self.engine.unpin(adapter.digest)
             else:
-                self.engine.preload(adapter.generation, pin=how == "pin")
+                self.engine.preload(adapter.digest, pin=how == "pin")
 
     # -- the requests --------------------------------------------------------------------------------------------
 
@@ -236,24 +236,22 @@ class EngineMachine(RuleBasedStateMachine):
         versions: list[Version] = []
         for name in names:
             adapter = self.current.get(name)
-            generation = None
+            digest = None
             if pinned_to is not None and pinned_to < len(self.adapters):
-                generation = self.adapters[pinned_to].generation
+                digest = self.adapters[pinned_to].digest
             try:
-                version = self.registry.require_active(AdapterReference(name, generation))
+                version = self.registry.require_active(AdapterReference(name, digest))
             except (AdapterNotFound, AdapterUnusable):
-                is_current = adapter is not None and generation in (None, adapter.generation)
+                is_current = adapter is not None and digest in (None, adapter.digest)
                 assert not is_current or name in self.removing
                 continue
             assert adapter is not None
-            assert version.generation == adapter.generation, "the registry gave other content than the id's"
+            assert version.digest == adapter.digest, "the registry gave other content than the id's"
             if version in versions:
                 continue
             self.registry.hold(version, request_id)
             versions.append(version)
-        taken = [
-            adapter for version in versions for adapter in self.adapters if adapter.generation == version.generation
-        ]
+        taken = [adapter for version in versions for adapter in self.adapters if adapter.digest == version.digest]
         gates = [gate + 0.25 * index for index, _ in enumerate(taken)]  # no two alike
         self.leases[request_id] = versions
         self.harness.submit(
@@ -271,8 +269,8 @@ class EngineMachine(RuleBasedStateMachine):
             if self.registry.release(version, request_id):
                 self.went_idle(version)
         if finish.error is not None and finish.error.reason == "POOL_EXHAUSTED":
-            uses = {use.generation for use in self.harness.requests[request_id].adapters}
-            units = sum(adapter.units for adapter in self.adapters if adapter.generation in uses)
+            uses = {use.digest for use in self.harness.requests[request_id].adapters}
+            units = sum(adapter.units for adapter in self.adapters if adapter.digest in uses)
             assert units > DEVICE_UNITS or self.was_pinned, "ended for want of room that there was"
 
     @precondition(lambda self: self.leases)
@@ -302,8 +300,8 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.harness.loads)
     @rule(data=st.data(), fails=st.sampled_from([False, False, False, True]))
     def answer_load(self, data: st.DataObject, fails: bool) -> None:
-        generation = data.draw(st.sampled_from(sorted(set(self.harness.loads))))
-        self.harness.answer_load(generation, DataLoss("BLOB_CORRUPT", "") if fails else None)
+        digest = data.draw(st.sampled_from(sorted(set(self.harness.loads))))
+        self.harness.answer_load(digest, DataLoss("BLOB_CORRUPT", "") if fails else None)
         self.turn()
 
     @rule(seconds=st.floats(0.1, 5.0))
@@ -330,8 +328,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert finish.error is not None
         if hit:
             last = self.request(hit[-1])
-            generations = [use.generation for use in last.adapters]
-            names = [name for name, adapter in self.current.items() if adapter.generation in generations]
+            digests = [use.digest for use in last.adapters]
+            names = [name for name, adapter in self.current.items() if adapter.digest in digests]
             gate = min((use.gate for use in last.adapters), default=1.0)
             self.generate_one(names, None, list(last.prompt_token_ids), last.params, gate, float("inf"), "")
             self.turn()
@@ -348,11 +346,11 @@ class EngineMachine(RuleBasedStateMachine):
             self.harness.answer_load(self.harness.loads[0])
         self.turn()
         self.harness.runner.fail_virtual = lambda: None
-        failed = {generation for generation, _ in self.harness.failed[unfit:]}
+        failed = {digest for digest, _ in self.harness.failed[unfit:]}
         assert fails or not failed
         assert not failed & self.engine.residency.resident()
         for request_id in before | set(self.leases):
-            waited = failed & {use.generation for use in self.request(request_id).adapters}
+            waited = failed & {use.digest for use in self.request(request_id).adapters}
             assert not (waited and request_id in self.leases), "it waits for an adapter that nobody brings"
 
     def request(self, request_id: RequestId) -> Request:
@@ -371,7 +369,7 @@ class EngineMachine(RuleBasedStateMachine):
         for adapter_id, adapter in self.current.items():
             version = self.registry.current(adapter_id)
             assert version is not None
-            assert version.generation == adapter.generation
+            assert version.digest == adapter.digest
             assert version.state is (AdapterState.DRAINING if adapter_id in self.removing else AdapterState.ACTIVE)
 
     def teardown(self) -> None:
@@ -391,7 +389,7 @@ class EngineMachine(RuleBasedStateMachine):
         harness.assert_answers()
         assert not len(self.registry)
         for adapter in self.adapters:
-            self.assert_gone(adapter.generation)
+            self.assert_gone(adapter.digest)
         residency, blocks = self.engine.residency, self.engine.blocks
         assert not residency._resident
         assert not residency._arrived
@@ -436,7 +434,7 @@ def test_nothing_leaks_and_every_token_is_from_the_pinned_weights() -> None:
 # -- negative controls: the machine sees what it is there to see ------------------------------------------------------
 
 
-def _key_without_generations(patch: pytest.MonkeyPatch) -> None:
+def _key_without_digests(patch: pytest.MonkeyPatch) -> None:
     real = block_manager.cache_root
     patch.setattr(block_manager, "cache_root", lambda salt, digest, adapters, *more: real(salt, digest, (), *more))
 
@@ -468,16 +466,16 @@ def _purge_keeps_blocks_behind_a_range(patch: pytest.MonkeyPatch) -> None:
     real = BlockManager.commit
 
     def commit(self: BlockManager, request: Request) -> None:
-        uses, before = request.adapters, self._generations_of.keys() - set()
+        uses, before = request.adapters, self._digests_of.keys() - set()
         real(self, request)
-        for block in self._generations_of.keys() - before:
+        for block in self._digests_of.keys() - before:
             index = request.blocks.index(block)
             begin, end = index * self.block_size, (index + 1) * self.block_size
-            acting = [u.generation for u in uses if not u.ranges or token_ranges.clip(u.ranges, begin, end)]
-            for generation in set(self._generations_of[block]) - set(acting):
-                self._blocks_of_generation[generation].discard(block)
-                if not self._blocks_of_generation[generation]:
-                    del self._blocks_of_generation[generation]
+            acting = [u.digest for u in uses if not u.ranges or token_ranges.clip(u.ranges, begin, end)]
+            for digest in set(self._digests_of[block]) - set(acting):
+                self._blocks_of_digest[digest].discard(block)
+                if not self._blocks_of_digest[digest]:
+                    del self._blocks_of_digest[digest]
 
     patch.setattr(BlockManager, "commit", commit)
 
@@ -543,7 +541,7 @@ def _non_finite_kv_stays_cached(patch: pytest.MonkeyPatch) -> None:
 
 
 def _purge_forgets_the_cache(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockManager, "purge", lambda self, generation: 0)
+    patch.setattr(BlockManager, "purge", lambda self, digest: 0)
 
 
 def _holds_never_end(patch: pytest.MonkeyPatch) -> None:
@@ -553,11 +551,11 @@ def _holds_never_end(patch: pytest.MonkeyPatch) -> None:
 def _late_loads_are_placed(patch: pytest.MonkeyPatch) -> None:
     real = Residency.arrived
 
-    def arrived(self: Residency, generation: Generation, slab: Slab) -> None:
-        self._pending.add(generation)
-        self._pinned.add(generation)
-        real(self, generation, slab)
-        self._pinned.discard(generation)
+    def arrived(self: Residency, digest: AdapterDigest, packed: PackedAdapter) -> None:
+        self._pending.add(digest)
+        self._pinned.add(digest)
+        real(self, digest, packed)
+        self._pinned.discard(digest)
 
     patch.setattr(Residency, "arrived", arrived)
 
@@ -579,8 +577,8 @@ def _slots_are_not_cleared(patch: pytest.MonkeyPatch) -> None:
     """A slot given away twice: the second adapter is computed with the first one's weights."""
     real = SlotTable.put
 
-    def put(self: SlotTable, slab: Slab) -> AdapterSlot | None:
-        slot = real(self, slab)
+    def put(self: SlotTable, packed: PackedAdapter) -> AdapterSlot | None:
+        slot = real(self, packed)
         if slot is not None and len(self) > 1:
             self._held[slot].buffer = next(iter(self._held.values())).buffer
         return slot
@@ -636,7 +634,7 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "seed_bug",
     [
-        _key_without_generations,
+        _key_without_digests,
         _key_without_gates,
         _key_without_ranged_adapters,
         _key_without_ranges,

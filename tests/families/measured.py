@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.families.configurations import VOCAB_SIZE, Configuration
 from tests.tiny import save_tokenizer
-from weft.adapters import slab
-from weft.adapters.identifiers import Generation
+from weft.adapters import packed_adapter
+from weft.adapters.identifiers import AdapterDigest
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
@@ -124,9 +124,9 @@ def decode(base: Base, asked: Sequence[tuple[Sequence[int], Adapter | None]]) ->
     for index, (prompt, adapter) in enumerate(asked):
         uses, placed = (), ()
         if adapter is not None:
-            slot = runner.slots.put(slab.build(adapter, base.shape, dtype=base.dtype))
+            slot = runner.slots.put(packed_adapter.build(adapter, base.shape, dtype=base.dtype))
             assert slot is not None
-            uses, placed = (AdapterUse(Generation("0"), 1.0, 0),), (slot,)
+            uses, placed = (AdapterUse(AdapterDigest("0"), 1.0, 0),), (slot,)
         request = Request(
             request_id=RequestId(str(index)), prompt_token_ids=tuple(prompt), params=SamplingParams(), adapters=uses
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.adapters.slots import SlotTable
 from weft.model import loader
 
@@ -19,7 +19,7 @@ def _table(base: loader.Base) -> SlotTable:
 
 def test_a_slot_holds_its_adapter_after_wait(base: loader.Base) -> None:
     adapter = tiny.random_lora(base.shape, rank=8, seed=1)
-    laid_out = slab.build(adapter, base.shape, dtype=torch.float32, pinned=True)
+    laid_out = packed_adapter.build(adapter, base.shape, dtype=torch.float32, pinned=True)
     assert laid_out.buffer.is_pinned()
     slots = _table(base)
     slot = slots.put(laid_out)
@@ -32,7 +32,9 @@ def test_a_slot_holds_its_adapter_after_wait(base: loader.Base) -> None:
 
 def test_a_copy_does_not_wait_for_what_is_computed(base: loader.Base) -> None:
     slots = _table(base)
-    laid_out = slab.build(tiny.random_lora(base.shape, rank=8, seed=1), base.shape, dtype=torch.float32, pinned=True)
+    laid_out = packed_adapter.build(
+        tiny.random_lora(base.shape, rank=8, seed=1), base.shape, dtype=torch.float32, pinned=True
+    )
     slots.put(laid_out)  # the first allocation may wait
     torch.cuda.synchronize()
     torch.cuda._sleep(_CYCLES)
@@ -44,7 +46,9 @@ def test_a_copy_does_not_wait_for_what_is_computed(base: loader.Base) -> None:
 
 def test_a_step_comes_after_the_copies_before_it(base: loader.Base) -> None:
     slots = _table(base)
-    laid_out = slab.build(tiny.random_lora(base.shape, rank=64, seed=1), base.shape, dtype=torch.float32, pinned=True)
+    laid_out = packed_adapter.build(
+        tiny.random_lora(base.shape, rank=64, seed=1), base.shape, dtype=torch.float32, pinned=True
+    )
     transfer = slots._transfer
     with torch.cuda.stream(transfer._stream):  # pyright: ignore[reportAttributeAccessIssue]  # a CudaTransfer
         torch.cuda._sleep(_CYCLES)  # the copy comes late
@@ -59,7 +63,7 @@ def test_a_step_comes_after_the_copies_before_it(base: loader.Base) -> None:
 def test_memory_of_a_dropped_slot_is_not_reused_while_a_step_reads_it(base: loader.Base) -> None:
     slots = _table(base)
     first, second = (
-        slab.build(tiny.random_lora(base.shape, rank=8, seed=s), base.shape, dtype=torch.float32, pinned=True)
+        packed_adapter.build(tiny.random_lora(base.shape, rank=8, seed=s), base.shape, dtype=torch.float32, pinned=True)
         for s in (1, 2)
     )
     slot = slots.put(first)

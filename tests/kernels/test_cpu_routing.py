@@ -8,7 +8,7 @@ import torch
 from tests.methods.test_mixture import BOUNDS, steering_of
 from torch import Tensor
 
-from weft.adapters.slab import build_router
+from weft.adapters.packed_adapter import build_router
 from weft.adapters.slots import SlotTable
 from weft.kernels.cpu import library, routing
 from weft.kernels.step import Routing
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not library.available(), reason=library.load().r
 
 @dataclass
 class Given:
-    """A batch with one run for each mixture, whose rows take their experts in order, the first one in two planes."""
+    """A batch with one run for each mixture, whose rows take their experts in order, the first in two table rows."""
 
     hidden: Tensor
     table: Tensor
@@ -124,8 +124,8 @@ def test_gates_equal_the_mathematics(bounds: tuple[tuple[bool, float, float], ..
             weight = one.params.at(layer).double()
             wanted = mixture.gates(one.config, weight, batch.hidden[first:last].double(), steering_of(bounds))
             entries = slice(int(batch.offsets[first]), int(batch.offsets[last]))
-            both_planes = wanted[:, [0, 0, 1, 2]].float()
-            torch.testing.assert_close(got[entries].view(-1, 4), both_planes, rtol=0, atol=TOLERANCE)
+            both_rows = wanted[:, [0, 0, 1, 2]].float()
+            torch.testing.assert_close(got[entries].view(-1, 4), both_rows, rtol=0, atol=TOLERANCE)
             torch.testing.assert_close(logs[entries], got[entries].log(), rtol=1e-6, atol=1e-6)
             told = batch.trace[layer, traced_at : traced_at + wanted.numel()].view_as(wanted)
             assert told.equal(got[entries].view(-1, 4)[:, 1:])

@@ -19,7 +19,7 @@ from tests.mixing.test_mixture import mixtures
 from tests.serving import Row, Step
 from torch import Tensor
 
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.adapters.slots import SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.kernels.cuda import attention, deltas
@@ -194,7 +194,7 @@ def launches_of_a_step(table: SlotTable, base: loader.Base, monkeypatch: pytest.
 def table_of(base: loader.Base, adapters: Sequence[Adapter]) -> SlotTable:
     table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 28, device=DEVICE)
     for adapter in adapters:
-        assert table.put(slab.build(adapter, base.shape, dtype=torch.float32)) is not None
+        assert table.put(packed_adapter.build(adapter, base.shape, dtype=torch.float32)) is not None
     return table
 
 
@@ -234,7 +234,9 @@ def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.
         return all(torch.allclose(mine, theirs, atol=1e-4) for mine, theirs in zip(together, apart, strict=True))
 
     assert calls()[2] == []
-    slot = table.put(slab.build(tiny.random_lora(base.shape, rank=2, seed=1), base.shape, dtype=torch.float32))
+    slot = table.put(
+        packed_adapter.build(tiny.random_lora(base.shape, rank=2, seed=1), base.shape, dtype=torch.float32)
+    )
     assert slot == 0
     together, apart, seen = calls()
     assert seen == [3]
@@ -258,7 +260,7 @@ def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
         )
         ranks.add(adapter.rank)
         at, size = table.device_table.data_ptr(), table.table.shape[1]
-        held.append(table.put(slab.build(adapter, base.shape, dtype=torch.float32)))
+        held.append(table.put(packed_adapter.build(adapter, base.shape, dtype=torch.float32)))
         assert torch.equal(table.device_table.cpu(), table.table)
         assert table.device_table.data_ptr() != table.table.data_ptr()
         assert (table.device_table.data_ptr() == at) is (table.table.shape[1] == size)

@@ -12,7 +12,7 @@ from tests.kernels.partial_steps import step_of
 from tests.methods.test_mixture import BOUNDS, steering_of
 from torch import Tensor
 
-from weft.adapters.slab import build_router
+from weft.adapters.packed_adapter import build_router
 from weft.adapters.slots import SlotTable
 from weft.kernels.cuda import routing
 from weft.kernels.step import Entries, Routing
@@ -27,7 +27,7 @@ CHOICES = 16
 
 @dataclass
 class Given:
-    """A batch with one run for each mixture, whose rows take their experts in order, the first one in two planes, and
+    """A batch with one run for each mixture, whose rows take their experts in order, the first in two table rows, and
     in spans in the opposite order. A run of no rows comes last, as padding has it."""
 
     hidden: Tensor

@@ -55,7 +55,7 @@ def test_what_is_packed_is_what_is_trained(has_bias: bool) -> None:
     params, x = params_at(base), random(4, I, seed=6)
     packed = dora.math.pack(params, torch.float32)
     kinds = [DeltaKind.LORA, DeltaKind.SCALE_OUTPUT, *([DeltaKind.BIAS] if has_bias else [])]
-    assert [plane.kind for plane in packed] == kinds
+    assert [table_row.kind for table_row in packed] == kinds
     y = base(x).float()
     served = dora.math.delta(dora.math.unpack(packed), x.float(), y)
     torch.testing.assert_close(served, dora.math.delta(params, x.float(), y), atol=1e-5, rtol=0)

@@ -59,6 +59,17 @@ def test_what_is_written_is_read(base: BaseShape, tmp_path: Path) -> None:
         assert again.params.weight.equal(mixture.params.weight)
 
 
+def test_experts_as_weft_0_1_names_them_are_read(base: BaseShape, tmp_path: Path) -> None:
+    mixture = made(base, MixtureConfig(num_experts=3, top_k=2))
+    files.write(mixture, tmp_path, base)
+    path = tmp_path / files.CONFIG_FILE
+    path.write_text(path.read_text().replace('"digest"', '"generation"'))
+    assert read(tmp_path, base).experts == mixture.experts
+    path.write_text(path.read_text().replace('"generation"', '"digest": "x", "generation"', 1))
+    with pytest.raises(InvalidAdapter, match="generation"):
+        read(tmp_path, base)
+
+
 def test_the_order_of_experts_changes_no_byte(base: BaseShape, tmp_path: Path) -> None:
     mixture = made(base, MixtureConfig(num_experts=3, top_k=2, null_expert=True))
     order = [2, 0, 1]

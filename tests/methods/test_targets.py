@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.methods import targets
 from weft.methods.bitfit.math import BitfitConfig
@@ -103,9 +103,9 @@ def test_every_site_has_one_rank_and_one_scale_trained_saved_served_and_in_peft(
     for adapter in (trained, served):
         sites = [shape.sites[name] for name in adapter.sites]
         assert count(adapter.config, sites, shape).total == adapter.num_parameters
-    # The slots hold the same update: a slab of what was trained is one of what was read.
-    slabs = [slab.build(one, shape, dtype=torch.float32) for one in (trained, served)]
-    assert torch.equal(slabs[0].buffer, slabs[1].buffer)
+    # The slots hold the same update: a packed adapter of what was trained is one of what was read.
+    packed_adapters = [packed_adapter.build(one, shape, dtype=torch.float32) for one in (trained, served)]
+    assert torch.equal(packed_adapters[0].buffer, packed_adapters[1].buffer)
 
 
 def test_patterns_fit_as_in_peft() -> None:

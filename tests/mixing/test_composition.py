@@ -21,7 +21,7 @@ from tests import tiny
 from tests.mixing import textbook_composition as textbook
 from tests.mixing.textbook_composition import Composition
 from tests.serving import Row, Step
-from weft.adapters.slab import Slab
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import REFERENCE, Kernels, select
@@ -110,8 +110,8 @@ class ExactSlots(SlotTable):
     coming: list[Adapter]
     exact: dict[AdapterSlot, Any]
 
-    def put(self, slab: Slab) -> AdapterSlot | None:
-        slot = super().put(slab)
+    def put(self, packed: PackedAdapter) -> AdapterSlot | None:
+        slot = super().put(packed)
         assert slot is not None
         self.exact[slot] = {site: _doubled(params) for site, params in self.coming.pop(0).sites.items()}
         return slot

@@ -28,7 +28,7 @@ from tests.mixing.test_composition import (
     selected,
 )
 from tests.serving import Row, Step
-from weft.adapters.slab import Slab
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import ModelConfig, Quantization
 from weft.engine.request import ExpertBound
@@ -113,10 +113,10 @@ class ExactRouters(ExactSlots):
     coming_routers: list[Mixture]
     exact_routers: dict[AdapterSlot, Mixture]
 
-    def put(self, slab: Slab) -> AdapterSlot | None:
-        if slab.router is None:
-            return super().put(slab)
-        slot = SlotTable.put(self, slab)
+    def put(self, packed: PackedAdapter) -> AdapterSlot | None:
+        if packed.router is None:
+            return super().put(packed)
+        slot = SlotTable.put(self, packed)
         assert slot is not None
         self.exact_routers[slot] = self.coming_routers.pop(0)
         return slot

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny
 from tests.server.files import Good, Parts
 from tests.server.live import LiveServer, Loop, wait_until
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.store import AdapterStore
 from weft.config import (
     AdapterLimits,
@@ -178,21 +178,21 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
     wait_until(lambda: live.staging() == [])
     wait_until(lambda: live.application.requests.num_requests == 0)
     store = AdapterStore(live.config.store, live.config.adapters)
-    generations = {manifest.generation for manifest in store.read_catalog().manifests.values()}
+    digests = {manifest.digest for manifest in store.read_catalog().manifests.values()}
     # A removal whose caller has gone sweeps a moment after the catalog has forgotten it.
-    wait_until(lambda: {path.name for path in (live.config.store / "versions").iterdir()} == generations)
+    wait_until(lambda: {path.name for path in (live.config.store / "versions").iterdir()} == digests)
     live.check_well()
 
 
 @pytest.fixture
-def registered(server: LiveServer) -> Iterator[Callable[[str, Path], Generation]]:
-    """Registers a source until the test ends, a mixture after its experts; gives its generation."""
+def registered(server: LiveServer) -> Iterator[Callable[[str, Path], AdapterDigest]]:
+    """Registers a source until the test ends, a mixture after its experts; gives its digest."""
     ids: list[str] = []
 
-    def register(adapter_id: str, source: Path) -> Generation:
-        generation = server.client.register(adapter_id, source).adapter.generation
+    def register(adapter_id: str, source: Path) -> AdapterDigest:
+        digest = server.client.register(adapter_id, source).adapter.digest
         ids.append(adapter_id)
-        return Generation(generation)
+        return AdapterDigest(digest)
 
     yield register
     for adapter_id in reversed(ids):

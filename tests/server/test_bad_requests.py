@@ -153,7 +153,7 @@ REQUESTS = [
             ("9-parts", tuple((f"a{i}", 1.0) for i in range(9)), ("limit 8", "given 9")),
             ("500-parts", tuple((f"a{i}", 1.0) for i in range(500)), ("limit 8", "given 500")),
             ("twice", (("lora-1", 1.0), ("ia3-1", 1.0), ("lora-1", 0.5)), ("adapters[2].adapter_id: is part 0",)),
-            ("twice-by-generation", (("lora-1", 1.0), (f"lora-1@{'0' * 64}", 1.0)), ("adapters[1].adapter_id",)),
+            ("twice-by-digest", (("lora-1", 1.0), (f"lora-1@{'0' * 64}", 1.0)), ("adapters[1].adapter_id",)),
             ("nan", (("ia3-1", 1.0), ("lora-1", _NAN)), ("adapters[1].weight", "from -4 to 4", "given nan")),
             ("infinite", (("lora-1", _INF),), ("adapters[0].weight", "given inf")),
             ("minus-infinite", (("lora-1", -_INF),), ("adapters[0].weight", "given -inf")),
@@ -181,7 +181,7 @@ REQUESTS = [
         "NOT_FOUND",
     ),
     Case(
-        "85-other-generation",
+        "85-other-digest",
         "ADAPTER_NOT_FOUND",
         _parts((f"lora-1@{'0' * 64}", 1.0), ("ia3-1", 1.0)),
         ("composition.adapters[0].adapter_id: lora-1@",),
@@ -204,7 +204,7 @@ def test_row(case: Case, server: LiveServer) -> None:
 
 def test_row_73_no_input_at_all(server: LiveServer) -> None:
     request = generation_pb2.GenerateRequest(adapter_id="lora-1")
-    refused(lambda: server.client.generation.Generate(request), "INVALID_ARGUMENT", "PROMPT_INVALID", "input")
+    refused(lambda: server.client.digest.Generate(request), "INVALID_ARGUMENT", "PROMPT_INVALID", "input")
     refused(lambda: server.client.tokenize(), "INVALID_ARGUMENT", "PROMPT_INVALID", "input")
 
 
@@ -241,8 +241,8 @@ def test_row_83_an_unknown_enum_value(call: Callable[[Client], object], server: 
         (lambda client: client.unload("lora-1", residency="ADAPTER_RESIDENCY_DEVICE"), "RESIDENCY_INVALID"),
         (lambda client: client.unregister("lora-1", timeout={"seconds": -1}), "TIMEOUT_INVALID"),
         (lambda client: client.unregister("lora-1", timeout={"seconds": 601}), "TIMEOUT_INVALID"),
-        (lambda client: client.register("new", "x", content_generation="abc"), "CHECKSUM_INVALID"),
-        (lambda client: client.register("new", "x", expected_generation="abc"), "ID_INVALID"),
+        (lambda client: client.register("new", "x", content_digest="abc"), "CHECKSUM_INVALID"),
+        (lambda client: client.register("new", "x", expected_digest="abc"), "ID_INVALID"),
     ],
 )
 def test_other_fields_of_adapter_calls(call: Callable[[Client], object], reason: str, server: LiveServer) -> None:
@@ -251,19 +251,19 @@ def test_other_fields_of_adapter_calls(call: Callable[[Client], object], reason:
 
 def test_rows_9_10_11_ids_that_are_taken_stale_or_unknown(server: LiveServer, sources: Sources) -> None:
     client = server.client
-    current = client.get("lora-1").generation
+    current = client.get("lora-1").digest
     other = sources("lora-2")
     refused(
         lambda: client.register("lora-1", other), "ALREADY_EXISTS", "ADAPTER_EXISTS", current, "replace", retry=False
     )
     refused(
-        lambda: client.register("lora-1", other, replace=True, expected_generation="0" * 64),
+        lambda: client.register("lora-1", other, replace=True, expected_digest="0" * 64),
         "ABORTED",
         "VERSION_CONFLICT",
         current,
     )
-    refused(lambda: client.register("new", other, expected_generation=current), "ABORTED", "VERSION_CONFLICT", "none")
-    assert client.get("lora-1").generation == current
+    refused(lambda: client.register("new", other, expected_digest=current), "ABORTED", "VERSION_CONFLICT", "none")
+    assert client.get("lora-1").digest == current
     for call in (client.generate, client.stream, client.unregister, client.get, client.load, client.unload):
         failure = refused(lambda call=call: call("nobody"), "NOT_FOUND", "ADAPTER_NOT_FOUND", "nobody", retry=False)
         assert "lora" not in failure.message + str(failure.metadata), "names adapters of others"
@@ -369,7 +369,7 @@ def test_row_19_register_and_unregister_race_on_one_id(server: LiveServer, sourc
     catalog = AdapterStore(server.config.store, server.config.adapters).read_catalog().manifests
     assert set(catalog) == there, "memory and disk disagree"
     if "raced" in there:
-        assert server.client.generate("raced", 2).generation == catalog[AdapterId("raced")].generation
+        assert server.client.generate("raced", 2).digest == catalog[AdapterId("raced")].digest
         server.client.unregister("raced")
 
 
@@ -400,7 +400,7 @@ def test_row_89_a_client_that_does_not_read(tight: LiveServer) -> None:
     options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
     wanted = tight.client.request("lora-1", 200, options={"token_ids": True, "logprobs": 5})
     with grpc.insecure_channel(f"127.0.0.1:{tight.serving.port}", options=options) as channel:
-        stream = type(tight.client.generation)(channel).StreamGenerate(wanted, timeout=WAIT_S)
+        stream = type(tight.client.digest)(channel).StreamGenerate(wanted, timeout=WAIT_S)
         wait_until(lambda: tight.application.requests.num_requests == 1)
         wait_until(lambda: tight.application.requests.num_requests == 0)
         assert tight.client.get("lora-1").in_flight_requests == 0
@@ -494,7 +494,7 @@ def test_row_99_two_messages_on_a_unary_call(server: LiveServer) -> None:
 def test_row_97_too_much_metadata_or_message(server: LiveServer) -> None:
     request = server.client.request(num_tokens=2)
     with pytest.raises(grpc.RpcError) as error:
-        server.client.generation.Generate(request, metadata=(("x-big", "y" * 20_000),), timeout=WAIT_S)
+        server.client.digest.Generate(request, metadata=(("x-big", "y" * 20_000),), timeout=WAIT_S)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.RpcError) as error:
         server.client.generate(text="x" * (5 * MIB))
@@ -504,10 +504,10 @@ def test_row_97_too_much_metadata_or_message(server: LiveServer) -> None:
 def test_row_29_a_message_that_inflates_past_the_limit(server: LiveServer) -> None:
     request = server.client.request(text="x" * (5 * MIB))
     with pytest.raises(grpc.RpcError) as error:
-        server.client.generation.Generate(request, compression=grpc.Compression.Gzip, timeout=WAIT_S)
+        server.client.digest.Generate(request, compression=grpc.Compression.Gzip, timeout=WAIT_S)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     small = server.client.request(num_tokens=2, text="x" * 100)
-    assert len(server.client.generation.Generate(small, compression=grpc.Compression.Gzip).token_ids) == 2
+    assert len(server.client.digest.Generate(small, compression=grpc.Compression.Gzip).token_ids) == 2
 
 
 def test_row_91_draining_and_a_dead_engine(

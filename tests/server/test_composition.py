@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, LiveServer, refused, wait_until
 from tests.server.test_metrics import change_of, value
-from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.adapters.registry import AdapterInfo, Version
 from weft.adapters.slots import AdapterSlot
 from weft.api import composition
@@ -84,25 +84,25 @@ def test_one_part_of_weight_1_is_the_adapter(server: LiveServer) -> None:
 def test_an_answer_names_every_part(server: LiveServer) -> None:
     """Also those of weight 0, which took no part; weights are told as they were written."""
     options = generation_pb2.ResponseOptions(token_ids=True, gates=True)
-    generations = {name: server.client.get(name).generation for name in ("lora-1", "ia3-1", "prefix-1")}
+    digests = {name: server.client.get(name).digest for name in ("lora-1", "ia3-1", "prefix-1")}
     answer = server.client.generate(None, options=options, **of(prefix_1=0.0, lora_1=0.3, ia3_1=1e-60))
-    told = [(part.adapter_id, part.generation, part.weight) for part in answer.finish.effective_adapters]
+    told = [(part.adapter_id, part.digest, part.weight) for part in answer.finish.effective_adapters]
     weights = {"prefix-1": 0.0, "lora-1": 0.3, "ia3-1": 1e-60}
-    assert told == [(name, generations[name], weight) for name, weight in weights.items()]
+    assert told == [(name, digests[name], weight) for name, weight in weights.items()]
     assert [gate.adapter_id for gate in answer.finish.gates] == list(weights)
     assert [gate.mean for gate in answer.finish.gates] == pytest.approx(list(weights.values()))
     assert answer.tokens == server.client.tokens(None, **of(lora_1=0.3))
 
 
-def test_a_part_can_name_its_generation(server: LiveServer) -> None:
-    lora, ia3 = (server.client.get(name).generation for name in ("lora-1", "ia3-1"))
+def test_a_part_can_name_its_digest(server: LiveServer) -> None:
+    lora, ia3 = (server.client.get(name).digest for name in ("lora-1", "ia3-1"))
     parts = [
         generation_pb2.WeightedAdapter(adapter_id=f"lora-1@{lora}"),
         generation_pb2.WeightedAdapter(adapter_id=f"ia3-1@{ia3}"),
     ]
     answer = server.client.generate(composition=generation_pb2.Composition(adapters=parts))
     assert answer.tokens == server.client.tokens(None, **of(lora_1=1.0, ia3_1=1.0))
-    assert [(part.adapter_id, part.generation) for part in answer.finish.effective_adapters] == [
+    assert [(part.adapter_id, part.digest) for part in answer.finish.effective_adapters] == [
         ("lora-1", lora),
         ("ia3-1", ia3),
     ]
@@ -139,13 +139,13 @@ def test_cached_blocks_of_a_composition_go_with_any_of_its_adapters(
     server: LiveServer, sources: Sources, registered: Callable[[str, Path], str]
 ) -> None:
     held = server.application.engine.blocks
-    generation = registered("leaving", sources("lora-6"))
+    digest = registered("leaving", sources("lora-6"))
     for _ in range(2):
         finish = server.client.generate(None, 4, text=TEXT, **of(lora_1=0.5, leaving=0.5)).finish
     assert finish.usage.cached_prompt_tokens > 0
-    assert held._blocks_of_generation[Generation(generation)]
+    assert held._blocks_of_digest[AdapterDigest(digest)]
     assert server.client.unregister("leaving").freed_kv_blocks >= len(TEXT) // 16
-    assert Generation(generation) not in held._blocks_of_generation
+    assert AdapterDigest(digest) not in held._blocks_of_digest
 
 
 # -- what fails, fails as a whole -------------------------------------------------------------------------------------
@@ -181,10 +181,10 @@ def test_row_84_tells_the_index(server: LiveServer) -> None:
 def test_row_84_a_mixture_is_no_part() -> None:
     def version(name: str, method: str, experts: tuple[AdapterReference, ...] = ()) -> Version:
         info = AdapterInfo(method=method, experts=experts)
-        return Version(adapter_id=AdapterId(name), generation=Generation(name * 64), info=info, create_time_s=0)
+        return Version(adapter_id=AdapterId(name), digest=AdapterDigest(name * 64), info=info, create_time_s=0)
 
     parts = [Part(AdapterReference(AdapterId(name), None), 1.0, 1.0, "") for name in "ab"]
-    expert = AdapterReference(AdapterId("a"), Generation("a" * 64))
+    expert = AdapterReference(AdapterId("a"), AdapterDigest("a" * 64))
     composition.check_versions(parts, [version("a", "lora"), version("b", "ia3")])
     with pytest.raises(InvalidRequest, match=r"adapters\[1\].adapter_id: is a mixture.*given b") as caught:
         composition.check_versions(parts, [version("a", "lora"), version("b", "mixture", (expert,))])
@@ -289,11 +289,11 @@ def test_a_part_of_weight_0_that_holds_nan_has_no_effect(
     """The ingest would refuse it: NaN is written over its bytes on the device."""
     client = server.client
     wanted = client.tokens(None, LONG, text=TEXT, cache_salt="nan", **of(lora_1=0.5, ia3_1=1.0))
-    generation = Generation(registered("nan", sources("lora-8")))
+    digest = AdapterDigest(registered("nan", sources("lora-8")))
     client.load("nan")
     residency = server.application.engine.residency
-    slot: AdapterSlot = residency._resident[generation].slot
-    for entry in server.runner.slots._held[slot].slab.entries:
+    slot: AdapterSlot = residency._resident[digest].slot
+    for entry in server.runner.slots._held[slot].packed.entries:
         packed = entry.packed(server.runner.slots._held[slot].buffer)
         packed.first.fill_(float("nan"))
     with server.gate.held():  # beside a request for which it is NaN

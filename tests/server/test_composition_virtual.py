@@ -9,7 +9,7 @@ import pytest
 
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, LiveServer, refused, wait_until
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.v1 import generation_pb2
 
 LONG = 24
@@ -23,7 +23,7 @@ def of(*parts: tuple[str, float]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def soft(registered: Callable[[str, Path], Generation], sources: Sources) -> Generation:
+def soft(registered: Callable[[str, Path], AdapterDigest], sources: Sources) -> AdapterDigest:
     """A soft prompt under the id "soft"."""
     return registered("soft", sources("prompt-2"))
 
@@ -32,7 +32,7 @@ def _cached(server: LiveServer, *parts: tuple[str, float], salt: str) -> int:
     return server.client.generate(None, 2, text=TEXT, cache_salt=salt, **of(*parts)).finish.usage.cached_prompt_tokens
 
 
-def test_virtual_parts_answer_together(server: LiveServer, soft: Generation) -> None:
+def test_virtual_parts_answer_together(server: LiveServer, soft: AdapterDigest) -> None:
     """Weight 0 is absent, weight 1 the adapter itself; every other weight, and another part, is another answer."""
 
     def tokens(*parts: tuple[str, float]) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ def test_virtual_parts_answer_together(server: LiveServer, soft: Generation) -> 
     assert tokens(("soft", 1.0)) == tuple(server.client.tokens("soft", LONG, text=TEXT))
 
 
-def test_the_same_composition_shares_its_prefix(server: LiveServer, soft: Generation) -> None:
+def test_the_same_composition_shares_its_prefix(server: LiveServer, soft: AdapterDigest) -> None:
     """Virtual parts in their order, deltas in any."""
     full = len(TEXT) // 16 * 16
     lora, ia3, prefix, prompt = ("lora-1", 0.5), ("ia3-1", 1.0), ("prefix-1", 0.25), ("soft", 2.0)
@@ -71,10 +71,10 @@ def test_the_same_composition_shares_its_prefix(server: LiveServer, soft: Genera
         assert _cached(server, *other, salt="virtual") == 0, other
 
 
-def test_pages_of_virtual_tokens_are_shared(server: LiveServer, soft: Generation) -> None:
+def test_pages_of_virtual_tokens_are_shared(server: LiveServer, soft: AdapterDigest) -> None:
     """Two compositions and two plain requests at once hold one set of pages of each adapter, at any weight."""
     held = server.application.engine.residency
-    prefix = Generation(server.client.get("prefix-1").generation)
+    prefix = AdapterDigest(server.client.get("prefix-1").digest)
     for adapter_id in ("prefix-1", "soft"):
         server.client.load(adapter_id)
     with server.gate.held():
@@ -87,7 +87,7 @@ def test_pages_of_virtual_tokens_are_shared(server: LiveServer, soft: Generation
         wait_until(lambda: server.application.requests.num_requests == 4)
         server.gate.let(1)
         wait_until(lambda: len(_running(server)) == 4)
-        pages = {generation: held._resident[generation].blocks for generation in (prefix, soft)}
+        pages = {digest: held._resident[digest].blocks for digest in (prefix, soft)}
         tables = [request.virtual_blocks for request in _running(server)]
         server.gate.open()
         for stream in streams:
@@ -102,7 +102,7 @@ def _running(server: LiveServer) -> list[Any]:
     return list(server.application.engine.scheduler.running)
 
 
-def test_context_counts_the_virtual_tokens_of_all_parts(server: LiveServer, soft: Generation) -> None:
+def test_context_counts_the_virtual_tokens_of_all_parts(server: LiveServer, soft: AdapterDigest) -> None:
     refused(
         lambda: server.client.generate(None, 7, text="x" * 245, **of(("prefix-1", 0.5), ("soft", 4.0))),
         "INVALID_ARGUMENT",
@@ -113,7 +113,7 @@ def test_context_counts_the_virtual_tokens_of_all_parts(server: LiveServer, soft
 
 
 def test_a_prefix_that_goes_ends_what_it_is_part_of(
-    server: LiveServer, registered: Callable[[str, Path], Generation], sources: Sources, soft: Generation
+    server: LiveServer, registered: Callable[[str, Path], AdapterDigest], sources: Sources, soft: AdapterDigest
 ) -> None:
     registered("leaving", sources("prefix-3"))
     with server.gate.held(), ThreadPoolExecutor() as threads:

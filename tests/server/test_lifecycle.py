@@ -17,8 +17,8 @@ import pytest
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, LiveServer, Loop, Running, refused, wait_until
 from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.identifiers import AdapterDigest as Digest
 from weft.adapters.identifiers import AdapterId
-from weft.adapters.identifiers import Generation as Digest
 from weft.adapters.ingest import Ingest
 from weft.adapters.registry import AdapterInfo, Change, Version
 from weft.adapters.safetensors_header import WEIGHTS_FILE
@@ -72,24 +72,24 @@ def test_register_replace_and_compare_and_swap(server: LiveServer, sources: Sour
     first = client.register("one", sources("lora-2"))
     assert first.outcome == CREATED
     assert (first.adapter.state, first.adapter.method, first.adapter.rank) == (ACTIVE, "lora", 8)
-    generation = first.adapter.generation
-    for fields in ({}, {"replace": True}, {"expected_generation": generation}, {"expected_generation": ""}):
+    digest = first.adapter.digest
+    for fields in ({}, {"replace": True}, {"expected_digest": digest}, {"expected_digest": ""}):
         again = client.register("one", sources("lora-2"), **fields)
-        assert (again.outcome, again.adapter.generation) == (UNCHANGED, generation)
-    assert client.register("two", sources("lora-2")).adapter.generation == generation, "content has one name"
+        assert (again.outcome, again.adapter.digest) == (UNCHANGED, digest)
+    assert client.register("two", sources("lora-2")).adapter.digest == digest, "content has one name"
     checked = client.register("one", sources("ia3-2"), replace=True, validate_only=True)
     assert (checked.outcome, checked.adapter.method) == (REPLACED, "ia3")
-    assert client.get("one").generation == generation
-    swapped = client.register("one", sources("ia3-2"), replace=True, expected_generation=generation)
+    assert client.get("one").digest == digest
+    swapped = client.register("one", sources("ia3-2"), replace=True, expected_digest=digest)
     assert swapped.outcome == REPLACED
-    assert swapped.adapter.generation == checked.adapter.generation != generation
+    assert swapped.adapter.digest == checked.adapter.digest != digest
     refused(
-        lambda: client.register("one", sources("lora-2"), replace=True, expected_generation=generation),
+        lambda: client.register("one", sources("lora-2"), replace=True, expected_digest=digest),
         "ABORTED",
         "VERSION_CONFLICT",
     )
     refused(
-        lambda: client.register("three", sources("lora-3"), content_generation=generation),
+        lambda: client.register("three", sources("lora-3"), content_digest=digest),
         "INVALID_ARGUMENT",
         "CHECKSUM_MISMATCH",
     )
@@ -97,20 +97,20 @@ def test_register_replace_and_compare_and_swap(server: LiveServer, sources: Sour
         client.unregister(name)
 
 
-def test_a_running_stream_keeps_its_generation(
+def test_a_running_stream_keeps_its_digest(
     server: LiveServer, sources: Sources, alone: Callable[[str], list[int]]
 ) -> None:
     """Replaced twice under it, it ends with the tokens of the content it began with; the next request gets the new."""
     client = server.client
     wanted = {name: alone(name) for name in ("lora-2", "ia3-2", "prefix-2")}
     assert len({tuple(tokens) for tokens in wanted.values()}) == 3, "a swapped adapter could not be told"
-    old = client.register("swapped", sources("lora-2")).adapter.generation
+    old = client.register("swapped", sources("lora-2")).adapter.digest
     with server.gate.held():
         stream = client.stream("swapped", LONG)
         server.gate.let(5)
-        middle = client.register("swapped", sources("ia3-2"), replace=True).adapter.generation
-        assert [d.generation for d in client.get("swapped").draining_generations] == [old]
-        assert client.get("swapped").draining_generations[0].in_flight_requests == 1
+        middle = client.register("swapped", sources("ia3-2"), replace=True).adapter.digest
+        assert [d.digest for d in client.get("swapped").draining_versions] == [old]
+        assert client.get("swapped").draining_versions[0].in_flight_requests == 1
         second = client.stream("swapped", LONG)
         server.gate.let(5)
         client.register("swapped", sources("prefix-2"), replace=True)
@@ -118,10 +118,10 @@ def test_a_running_stream_keeps_its_generation(
         refused(lambda: client.generate(f"swapped@{middle}"), "FAILED_PRECONDITION", "ADAPTER_DRAINING", middle)
     answers = [running.result() for running in (stream, second, third)]
     assert [answer.tokens for answer in answers] == [wanted["lora-2"], wanted["ia3-2"], wanted["prefix-2"]]
-    assert answers[0].generation == old
-    assert answers[1].generation == middle
-    # Once nobody holds it, an old generation is gone: from memory, from disk, and for requests.
-    wait_until(lambda: not client.get("swapped").draining_generations)
+    assert answers[0].digest == old
+    assert answers[1].digest == middle
+    # Once nobody holds it, an old digest is gone: from memory, from disk, and for requests.
+    wait_until(lambda: not client.get("swapped").draining_versions)
     refused(lambda: client.generate(f"swapped@{old}"), "NOT_FOUND", "ADAPTER_NOT_FOUND", old)
     wait_until(lambda: not (server.config.store / "versions" / old).exists())
     client.unregister("swapped")
@@ -133,12 +133,12 @@ def test_the_comparison_sees_a_swapped_adapter(
     """Negative control of every test here that compares tokens: leases that follow the id instead of the content."""
     client = server.client
     client.register("swapped", sources("lora-2"))
-    other = client.register("other", sources("lora-3")).adapter.generation
+    other = client.register("other", sources("lora-3")).adapter.digest
     admit = Admission.admit
 
     def wrong(*arguments: object, **options: object) -> Admitted:
         made = admit(*arguments, **options)  # pyright: ignore[reportArgumentType]
-        uses = tuple(use._replace(generation=other) for use in made.request.adapters)
+        uses = tuple(use._replace(digest=other) for use in made.request.adapters)
         return made._replace(request=replace(made.request, adapters=uses))
 
     wanted = alone("lora-2")
@@ -153,17 +153,17 @@ def test_the_comparison_sees_a_swapped_adapter(
         client.unregister(name)
 
 
-def test_an_id_with_a_generation_is_exact(server: LiveServer, sources: Sources) -> None:
+def test_an_id_with_a_digest_is_exact(server: LiveServer, sources: Sources) -> None:
     client = server.client
-    generation = client.register("exact", sources("lora-2")).adapter.generation
-    answer = client.generate(f"exact@{generation}")
-    assert answer.generation == generation
+    digest = client.register("exact", sources("lora-2")).adapter.digest
+    answer = client.generate(f"exact@{digest}")
+    assert answer.digest == digest
     assert answer.finish.effective_adapters[0].adapter_id == "exact"
-    assert client.get(f"exact@{generation}").generation == generation
+    assert client.get(f"exact@{digest}").digest == digest
     client.register("exact", sources("lora-3"), replace=True)
     for call in (client.generate, client.get):
-        refused(lambda call=call: call(f"exact@{generation}"), "NOT_FOUND", "ADAPTER_NOT_FOUND", generation)
-    for malformed in ("exact@", "exact@abc", f"exact@{generation[:-1]}", f"exact@{generation.upper()}"):
+        refused(lambda call=call: call(f"exact@{digest}"), "NOT_FOUND", "ADAPTER_NOT_FOUND", digest)
+    for malformed in ("exact@", "exact@abc", f"exact@{digest[:-1]}", f"exact@{digest.upper()}"):
         refused(lambda name=malformed: client.generate(name), "INVALID_ARGUMENT", "ID_INVALID")
     client.unregister("exact")
 
@@ -246,10 +246,10 @@ def test_unregister_after_each_lifecycle_shape(
     for other in running:
         assert len(other.result().tokens) == 4
     refused(lambda: client.get("leaving"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
-    generation = _generation(sources("lora-2"), tight)
+    digest = _digest(sources("lora-2"), tight)
     memory = tight.application.lifecycle.memory
-    assert memory.place_of(generation).value == "disk", "a copy is left in memory"
-    assert generation not in blocks._blocks_of_generation, "cached keys are left"
+    assert memory.place_of(digest).value == "disk", "a copy is left in memory"
+    assert digest not in blocks._blocks_of_digest, "cached keys are left"
 
 
 def test_a_drain_ends_at_its_timeout(tight: LiveServer, sources: Sources) -> None:
@@ -285,7 +285,7 @@ def test_an_adapter_that_is_removed_while_it_is_loaded_leaves_nothing(
 ) -> None:
     """The disk is slow, the request is cancelled, the adapter goes: what the disk gives then is not kept."""
     client, memory = server.client, server.application.lifecycle.memory
-    generation = Digest(client.register("late", sources("lora-2")).adapter.generation)
+    digest = Digest(client.register("late", sources("lora-2")).adapter.digest)
     client.unload("late")
     reading, go_on = threading.Event(), threading.Event()
     read = Ingest.read
@@ -304,7 +304,7 @@ def test_an_adapter_that_is_removed_while_it_is_loaded_leaves_nothing(
         go_on.set()
         removing.result(WAIT_S)
     client.generate("lora-1", 2)  # whatever was still on its way has arrived by now
-    wait_until(lambda: memory.place_of(generation).value == "disk")
+    wait_until(lambda: memory.place_of(digest).value == "disk")
 
 
 # -- residency --------------------------------------------------------------------------------------------------------
@@ -365,9 +365,9 @@ def test_a_blob_that_rots_on_disk(server: LiveServer, sources: Sources) -> None:
     """Row 93: DATA_LOSS for that adapter alone, until it is registered again."""
     client = server.client
     path = sources("lora-2")
-    generation = client.register("rotten", path).adapter.generation
+    digest = client.register("rotten", path).adapter.digest
     before = client.tokens("rotten", 4)
-    blob = server.config.store / "versions" / generation / WEIGHTS_FILE
+    blob = server.config.store / "versions" / digest / WEIGHTS_FILE
     blob.chmod(0o600)
     data = bytearray(blob.read_bytes())
     data[-5] ^= 1
@@ -448,8 +448,8 @@ def test_watch_tells_what_is_there_and_what_changes(server: LiveServer, sources:
     assert watcher.events[:synced] == [("EXISTING", name) for name in ("ia3-1", "lora-1", "prefix-1")]
     client.register("seen", sources("lora-2"))
     wait_until(lambda: watcher.changes_of("seen") == ["ADDED"])
-    new = client.register("seen", sources("lora-3"), replace=True).adapter.generation
-    wait_until(lambda: watcher.states["seen"].generation == new)
+    new = client.register("seen", sources("lora-3"), replace=True).adapter.digest
+    wait_until(lambda: watcher.states["seen"].digest == new)
     client.load("seen", pin=True)
     wait_until(lambda: watcher.states["seen"].pinned and watcher.states["seen"].residency == DEVICE)
     client.unload("seen")
@@ -465,8 +465,8 @@ def test_watch_tells_what_is_there_and_what_changes(server: LiveServer, sources:
 
 def test_a_slow_watcher_gets_the_latest_state_and_costs_no_memory() -> None:
     def version(adapter_id: str) -> Version:
-        generation = Digest("0" * 64)
-        return Version(adapter_id=AdapterId(adapter_id), generation=generation, info=AdapterInfo(), create_time_s=0.0)
+        digest = Digest("0" * 64)
+        return Version(adapter_id=AdapterId(adapter_id), digest=digest, info=AdapterInfo(), create_time_s=0.0)
 
     async def take(watches: Watches) -> list[tuple[str, str]]:
         with watches.watching() as watch:
@@ -503,14 +503,14 @@ def test_list_in_pages_and_by_kind(server: LiveServer) -> None:
 
 
 def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, sources: Sources, tmp_path: Path) -> None:
-    """Every adapter with its generation and pin; what was damaged meanwhile is FAILED, and the server starts."""
+    """Every adapter with its digest and pin; what was damaged meanwhile is FAILED, and the server starts."""
     config = replace(tight_config, store=tmp_path / "store")
     live = LiveServer(loop, config)
     names = ("fine", "pinned", "rotten", "gone", "torn")
     for number, name in enumerate(names):
         live.client.register(name, sources(f"lora-{number + 1}"), pin=name == "pinned")
     answers = {name: live.client.tokens(name, 4) for name in ("fine", "pinned")}
-    generations = {name: live.client.get(name).generation for name in names}
+    digests = {name: live.client.get(name).digest for name in names}
     watcher = Watcher(live)
     wait_until(lambda: ("SYNCED", "") in watcher.events)
     live.stop()
@@ -518,12 +518,12 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
     refused(lambda: _raise(watcher.error), "UNAVAILABLE", "DRAINING", retry=True)
 
     versions, catalog = config.store / "versions", config.store / "catalog"
-    blob = versions / generations["rotten"] / WEIGHTS_FILE
+    blob = versions / digests["rotten"] / WEIGHTS_FILE
     blob.chmod(0o600)
     blob.write_bytes(blob.read_bytes()[:-1] + b"\xff")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        (versions / generations["gone"] / name).unlink()
-    (versions / generations["gone"]).rmdir()
+        (versions / digests["gone"] / name).unlink()
+    (versions / digests["gone"]).rmdir()
     (catalog / "torn.json").write_bytes((catalog / "torn.json").read_bytes()[:40])
     (catalog / "stranger.txt").write_text("what is this")
 
@@ -540,7 +540,7 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
         assert found["pinned"].pinned
         wait_until(lambda: live.client.get("pinned").residency == DEVICE)
         assert {name: live.client.tokens(name, 4) for name in answers} == answers
-        assert {name: found[name].generation for name in answers} == {name: generations[name] for name in answers}
+        assert {name: found[name].digest for name in answers} == {name: digests[name] for name in answers}
         reasons = {name: found[name].state_reason for name in ("rotten", "gone", "torn")}
         assert reasons == {"rotten": "BLOB_CORRUPT", "gone": "BLOB_CORRUPT", "torn": "MANIFEST_CORRUPT"}
         refused(lambda: live.client.generate("rotten"), "DATA_LOSS", "BLOB_CORRUPT", "rotten")
@@ -585,7 +585,7 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
     assert (adapter.state, adapter.state_reason) == (QUARANTINED, "ADAPTER_NON_FINITE")
     # The blocks that held NaN are used again, and nothing of it was kept for others.
     blocks = tight.application.engine.blocks
-    assert adapter.generation not in blocks._blocks_of_generation
+    assert adapter.digest not in blocks._blocks_of_digest
     for _ in range(3):
         with ThreadPoolExecutor() as threads:
             tokens = threads.map(lambda target: client.tokens(target, LONG, text=prompt), targets)
@@ -598,10 +598,10 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
     assert json.loads((source / CONFIG_FILE).read_text())["r"] == 8
 
 
-def _generation(path: Path, live: LiveServer) -> Digest:
+def _digest(path: Path, live: LiveServer) -> Digest:
     """Of a source, without registering it."""
     checked = live.client.register("checked", path, validate_only=True)
-    return Digest(checked.adapter.generation)
+    return Digest(checked.adapter.digest)
 
 
 def _raise(error: grpc.RpcError | None) -> None:

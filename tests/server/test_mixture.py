@@ -33,18 +33,18 @@ Register = Callable[[str, Path], str]
 def write_mixture(
     path: Path, sources: Sources, experts: dict[str, str], *, seed: int = 1, scale: float = 0.5, **config: Any
 ) -> Path:
-    """A random router over experts: ids by generation."""
+    """A random router over experts: ids by digest."""
     made = MixtureConfig(num_experts=len(experts), **{"top_k": 2, **config})
     shape = (1 if made.shared else sources.base.num_layers, made.num_choices, sources.base.embedding_size)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-    named = tuple(Expert(generation, adapter_id) for generation, adapter_id in experts.items())
+    named = tuple(Expert(digest, adapter_id) for digest, adapter_id in experts.items())
     mixture_files.write(Mixture(made, MixtureParams(weight), named), path, sources.base)
     return path
 
 
 @pytest.fixture
 def experts(registered: Register, sources: Sources) -> dict[str, str]:
-    """Ids by generation, in the order of the generations: two LoRAs and an IA³ that are nobody else's."""
+    """Ids by digest, in the order of the digests: two LoRAs and an IA³ that are nobody else's."""
     names = {"first": "lora-21", "second": "lora-22", "third": "ia3-23"}
     return dict(sorted((registered(name, sources(source)), name) for name, source in names.items()))
 
@@ -61,11 +61,11 @@ def test_a_mixture_is_registered_answers_and_is_described(
 ) -> None:
     told = server.client.get(mixed)
     assert (told.method, told.state) == ("mixture", adapter_pb2.ADAPTER_STATE_ACTIVE)
-    assert [(e.generation, e.adapter_id, e.available) for e in told.experts] == [(*e, True) for e in experts.items()]
+    assert [(e.digest, e.adapter_id, e.available) for e in told.experts] == [(*e, True) for e in experts.items()]
     answer = server.client.generate(mixed, LONG, text=TEXT, options=GATES)
     (effective,) = answer.finish.effective_adapters
-    assert (effective.adapter_id, effective.generation, effective.method) == (mixed, told.generation, "mixture")
-    assert [(gate.generation, gate.adapter_id) for gate in answer.finish.gates] == list(experts.items())
+    assert (effective.adapter_id, effective.digest, effective.method) == (mixed, told.digest, "mixture")
+    assert [(gate.digest, gate.adapter_id) for gate in answer.finish.gates] == list(experts.items())
     means = torch.tensor([gate.layer_means for gate in answer.finish.gates])
     assert means.shape == (3, server.model.shape.num_layers)
     torch.testing.assert_close(means.sum(0), torch.ones(server.model.shape.num_layers))
@@ -75,10 +75,10 @@ def test_a_mixture_is_registered_answers_and_is_described(
 
 
 def test_one_expert_alone_is_that_adapter(server: LiveServer, mixed: str, experts: dict[str, str]) -> None:
-    """Steered to one expert all gates are exactly 1, and the answer is the adapter's; by id and by generation."""
-    for generation, name in experts.items():
+    """Steered to one expert all gates are exactly 1, and the answer is the adapter's; by id and by digest."""
+    for digest, name in experts.items():
         wanted = server.client.tokens(name, LONG, text=TEXT)
-        for spelled in (name, generation, f"{name}@{generation}"):
+        for spelled in (name, digest, f"{name}@{digest}"):
             steering = generation_pb2.Steering(restrict=[spelled])
             assert server.client.tokens(mixed, LONG, text=TEXT, steering=steering) == wanted
         others = [other for other in experts.values() if other != name]
@@ -104,14 +104,14 @@ def test_an_expert_that_is_gone_fails_the_mixture_s_requests_by_name(
 ) -> None:
     """The mixture stays; the same content under another id brings it back."""
     wanted = server.client.tokens(mixed, LONG, text=TEXT)
-    generation = next(generation for generation, name in experts.items() if name == "second")
+    digest = next(digest for digest, name in experts.items() if name == "second")
     server.client.unregister("second")
     said = refused(lambda: server.client.generate(mixed), "FAILED_PRECONDITION", "EXPERT_UNAVAILABLE", "second@")
-    assert generation in said.message
+    assert digest in said.message
     told = server.client.get(mixed)
     assert told.state == adapter_pb2.ADAPTER_STATE_ACTIVE
     assert [expert.available for expert in told.experts] == [name != "second" for name in experts.values()]
-    assert registered("another-name", sources("lora-22")) == generation
+    assert registered("another-name", sources("lora-22")) == digest
     assert server.client.tokens(mixed, LONG, text=TEXT) == wanted
     assert "another-name" in [expert.adapter_id for expert in server.client.get(mixed).experts]
     # Replaced by other content it is gone as well, and never stands in for what the mixture names.
@@ -155,16 +155,14 @@ def test_a_mixture_is_replaced_and_removed_like_any_adapter(
     before = client.tokens(mixed, LONG, text=TEXT)
     other = write_mixture(sources.root / f"{tmp_path.name}-other", sources, experts, seed=7, scale=4.0)
     refused(lambda: client.register(mixed, other), "ALREADY_EXISTS", "ADAPTER_EXISTS")
-    generation = client.get(mixed).generation
+    digest = client.get(mixed).digest
     stale = "0" * 64
-    refused(
-        lambda: client.register(mixed, other, replace=True, expected_generation=stale), "ABORTED", "VERSION_CONFLICT"
-    )
+    refused(lambda: client.register(mixed, other, replace=True, expected_digest=stale), "ABORTED", "VERSION_CONFLICT")
     with server.gate.held():
         running = client.stream(mixed, LONG, text=TEXT)
         wait_until(lambda: client.get(mixed).in_flight_requests == 1)
-        client.register(mixed, other, replace=True, expected_generation=generation)
-        assert [old.generation for old in client.get(mixed).draining_generations] == [generation]
+        client.register(mixed, other, replace=True, expected_digest=digest)
+        assert [old.digest for old in client.get(mixed).draining_versions] == [digest]
     assert running.result().tokens == before, "a request keeps the router that it was admitted with"
     assert client.tokens(mixed, LONG, text=TEXT) != before
     client.unregister(mixed)
@@ -180,7 +178,7 @@ def test_a_mixture_is_uploaded(
         uploaded = client.upload("uploaded", path)
         try:
             assert uploaded.adapter.method == "mixture"
-            assert registered("same", path) == uploaded.adapter.generation
+            assert registered("same", path) == uploaded.adapter.digest
             assert server.client.tokens("same", LONG) == server.client.tokens("uploaded", LONG)
             answer = client.generate(TEXT, "uploaded", token_gates=True, max_new_tokens=3, temperature=0.0)
             tokens = answer.finish.usage.prompt_tokens - answer.finish.usage.cached_prompt_tokens + 2
@@ -203,7 +201,7 @@ def test_registering_needs_every_expert(
         shutil.rmtree(path)
 
     refuse({**experts, "f" * 64: "nobody"}, "EXPERT_UNAVAILABLE", "nobody@ffff", "not registered")
-    refuse({**experts, server.client.get(mixed).generation: ""}, "FEATURE_UNSUPPORTED", "is a mixture itself")
+    refuse({**experts, server.client.get(mixed).digest: ""}, "FEATURE_UNSUPPORTED", "is a mixture itself")
     refused(lambda: server.client.get("wrong"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
 
 
@@ -211,7 +209,7 @@ def test_experts_bring_virtual_tokens(
     server: LiveServer, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
 ) -> None:
     """Steered to the prefix alone, the mixture is the prefix; steered away from it, it has no part in the answer."""
-    prefix = server.client.get("prefix-1").generation
+    prefix = server.client.get("prefix-1").digest
     path = write_mixture(sources.root / tmp_path.name, sources, {**experts, prefix: "prefix-1"}, scale=0.05, top_k=4)
     registered("with-prefix", path)
     tokens = lambda **steering: server.client.tokens(  # noqa: E731
@@ -234,15 +232,15 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     "no router": (lambda c: c.pop("router"), "MIXTURE_INVALID", "router: must be an object"),
     "no experts": (lambda c: c.update(experts=[]), "MIXTURE_INVALID", "at least 1"),
     "experts by name": (lambda c: c.update(experts=["a", "b", "c"]), "MIXTURE_INVALID", "experts[0]"),
-    "an abbreviated digest": (lambda c: c["experts"][1].update(generation="ab"), "MIXTURE_INVALID", "experts[1]"),
+    "an abbreviated digest": (lambda c: c["experts"][1].update(digest="ab"), "MIXTURE_INVALID", "experts[1]"),
     "an expert twice": (
-        lambda c: c["experts"][2].update(generation=c["experts"][0]["generation"]),
+        lambda c: c["experts"][2].update(digest=c["experts"][0]["digest"]),
         "MIXTURE_INVALID",
         "is expert 0 already",
     ),
     "a bad id": (lambda c: c["experts"][0].update(adapter_id="../x"), "ID_INVALID", "experts[0].adapter_id"),
     "one expert more than rows": (
-        lambda c: c["experts"].append({"generation": "a" * 64}),
+        lambda c: c["experts"].append({"digest": "a" * 64}),
         "DIM_MISMATCH",
         "router.weight",
     ),
@@ -313,7 +311,7 @@ def test_the_order_in_the_file_means_nothing(
     safetensors_file.write(turned / mixture_files.WEIGHTS_FILE, {"router.weight": weight.flip(1)}, {})
     registered("turned", turned)
     assert server.client.tokens("turned", LONG, text=TEXT) == server.client.tokens(mixed, LONG, text=TEXT)
-    told = [expert.generation for expert in server.client.get("turned").experts]
+    told = [expert.digest for expert in server.client.get("turned").experts]
     assert told == sorted(told)
 
 
@@ -396,7 +394,7 @@ def test_gates_are_told_to_their_caller_alone(
     scraped = str(server.scrape())
     for gate in finish.gates:
         assert f"{gate.mean:.3f}" not in caplog.text
-        assert gate.generation not in scraped
+        assert gate.digest not in scraped
     for name in (mixed, *experts.values()):
         assert f'"{name}"' not in scraped
     plain = server.client.generate(mixed, LONG, text=TEXT).finish
@@ -424,7 +422,7 @@ def test_a_router_that_makes_no_numbers_takes_its_mixture_out_of_service_and_no_
     tight: LiveServer, sources: Sources, tmp_path: Path
 ) -> None:
     client = tight.client
-    expert = client.register("expert", sources("ia3-31")).adapter.generation
+    expert = client.register("expert", sources("ia3-31")).adapter.digest
     wanted = client.tokens("expert", 2)
     source = write_mixture(sources.root / tmp_path.name, sources, {expert: ""}, top_k=1, null_expert=True, scale=3e37)
     client.register("broken", source)
@@ -439,9 +437,9 @@ def test_a_router_that_makes_no_numbers_takes_its_mixture_out_of_service_and_no_
 def test_a_mixture_that_can_never_fit_is_told_so(tight: LiveServer, sources: Sources, tmp_path: Path) -> None:
     """Two LoRAs fit here; a mixture of two does, and one of three answers at once instead of waiting for ever."""
     client = tight.client
-    named = {f"many-{i}": client.register(f"many-{i}", sources(f"lora-4{i}")).adapter.generation for i in range(3)}
+    named = {f"many-{i}": client.register(f"many-{i}", sources(f"lora-4{i}")).adapter.digest for i in range(3)}
     for count in (2, 3):
-        listed = {generation: name for name, generation in list(named.items())[:count]}
+        listed = {digest: name for name, digest in list(named.items())[:count]}
         client.register(f"mix-{count}", write_mixture(sources.root / f"{tmp_path.name}{count}", sources, listed))
     assert len(client.tokens("mix-2", 2)) == 2
     refused(lambda: client.generate("mix-3", 2), "RESOURCE_EXHAUSTED", "POOL_EXHAUSTED")
@@ -460,7 +458,7 @@ def test_under_changes_every_answer_is_of_what_it_names_or_fails_by_name(
     for router in reversed(routers):
         client.register(mixed, router, replace=True)
         answer = client.generate(mixed, 4, text=TEXT)
-        wanted[answer.finish.effective_adapters[0].generation] = answer.tokens
+        wanted[answer.finish.effective_adapters[0].digest] = answer.tokens
     assert len({tuple(tokens) for tokens in wanted.values()}) == 2, "negative control"
     has_ended, answered, failed = threading.Event(), [], []
 
@@ -471,7 +469,7 @@ def test_under_changes_every_answer_is_of_what_it_names_or_fails_by_name(
             except grpc.RpcError as error:
                 failed.append(failure_of(error))
             else:
-                answered.append((answer.finish.effective_adapters[0].generation, answer.tokens))
+                answered.append((answer.finish.effective_adapters[0].digest, answer.tokens))
 
     with ThreadPoolExecutor() as pool:
         callers = [pool.submit(ask) for _ in range(4)]
@@ -486,7 +484,7 @@ def test_under_changes_every_answer_is_of_what_it_names_or_fails_by_name(
         has_ended.set()
         for caller in callers:
             caller.result()
-    assert {generation for generation, _ in answered} == wanted.keys()
-    assert all(tokens == wanted[generation] for generation, tokens in answered)
+    assert {digest for digest, _ in answered} == wanted.keys()
+    assert all(tokens == wanted[digest] for digest, tokens in answered)
     assert {failure.reason for failure in failed} <= {"EXPERT_UNAVAILABLE", "ADAPTER_UNREGISTERED"}
     assert all("second" in failure.message for failure in failed)

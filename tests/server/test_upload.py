@@ -47,7 +47,7 @@ def test_an_upload_is_registered_whole(server: LiveServer, files: Files) -> None
     created = server.client.upload(upload_messages("uploaded", files, chunk_bytes=1000))
     assert created.outcome == adapter_service_pb2.REGISTER_OUTCOME_CREATED
     answer = server.client.generate("uploaded")
-    assert answer.generation == created.adapter.generation
+    assert answer.digest == created.adapter.digest
     again = server.client.upload(upload_messages("uploaded", files))
     assert again.outcome == adapter_service_pb2.REGISTER_OUTCOME_UNCHANGED
     server.client.unregister("uploaded")
@@ -58,7 +58,7 @@ def test_an_upload_is_registered_whole(server: LiveServer, files: Files) -> None
         chunk(0, 0, files.weights),
         chunk(1, 0, files.config),
     ]
-    assert server.client.upload(messages).adapter.generation == answer.generation
+    assert server.client.upload(messages).adapter.digest == answer.digest
     assert server.client.generate("uploaded").tokens == answer.tokens
     path = files.write(server.config.allowed_sources[0] / "uploaded")
     registered = server.client.register("uploaded", path)
@@ -363,6 +363,6 @@ def test_a_client_that_leaves_while_it_is_registered(
         go_on.set()
         wait_until(lambda: server.staging() == [])
     wait_until(lambda: server.client.get("uploaded").state == 2)
-    assert server.client.generate("uploaded").generation == server.client.get("uploaded").generation
+    assert server.client.generate("uploaded").digest == server.client.get("uploaded").digest
     server.client.unregister("uploaded")
     assert isinstance(call, grpc.Future)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests import tiny
 
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.config import ModelConfig, Quantization
 from weft.methods import ia3, lora, prefix
 from weft.methods.catalog import METHODS
@@ -34,7 +34,7 @@ def test_the_formula_is_what_is_counted(architecture: str, tmp_path: Path) -> No
         assert one.count.total == one.num_parameters == sum(t.numel() for t in made.tensors()) > 0
         assert eval(one.count.numbers.translate({ord("·"): "*", ord("×"): "*"})) == one.count.total
         assert one.ratio == found.num_parameters / one.num_parameters
-        assert one.slot_bytes == slab.build(made, base.shape, dtype=base.dtype).size_bytes > 0
+        assert one.slot_bytes == packed_adapter.build(made, base.shape, dtype=base.dtype).size_bytes > 0
         assert one.overhead is None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.adapters.identifiers import check_adapter_id
 from weft.adapters.store import AdapterStore
-from weft.adapters.versions import generation_at
+from weft.adapters.versions import digest_at
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.methods import mixture as gating
 from weft.methods.checkpoint import directory
@@ -201,13 +201,13 @@ def config_of(nf4: ModelConfig, output: Path, adapter: MixtureTrainConfig, **kno
 def test_a_router_is_trained_and_its_experts_are_left_alone(
     nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path
 ) -> None:
-    before = {path: generation_at(path) for path in paths}
+    before = {path: digest_at(path) for path in paths}
     result = train(config_of(nf4, tmp_path / "made", MixtureTrainConfig(experts=paths)), examples=EXAMPLES)
     assert result.losses[-1] < result.losses[0]
     assert result.num_parameters == 2 * 4 * 64
-    assert {path: generation_at(path) for path in paths} == before
+    assert {path: digest_at(path) for path in paths} == before
     written = json.loads((tmp_path / "made" / CONFIG_FILE).read_text())
-    assert [one["generation"] for one in written["experts"]] == sorted(before.values())
+    assert [one["digest"] for one in written["experts"]] == sorted(before.values())
     assert {one["adapter_id"] for one in written["experts"]} == {path.name for path in paths}
     assert sorted(file.name for file in (tmp_path / "made").iterdir()) == [
         "README.md",
@@ -224,16 +224,16 @@ def test_experts_train_with_their_router(nf4: ModelConfig, paths: tuple[Path, ..
     train(config_of(nf4, tmp_path / "made", adapter), examples=EXAMPLES)
     base = bases.load(nf4)
     made = output.read_mixture(tmp_path / "made", base.shape)
-    new = {path.name: generation_at(path) for path in (tmp_path / "made" / output.EXPERTS).iterdir()}
-    assert {one.adapter_id: one.generation for one in made.experts} == new
-    assert not set(new.values()) & {generation_at(path) for path in paths}
+    new = {path.name: digest_at(path) for path in (tmp_path / "made" / output.EXPERTS).iterdir()}
+    assert {one.adapter_id: one.digest for one in made.experts} == new
+    assert not set(new.values()) & {digest_at(path) for path in paths}
 
 
 def test_a_mixture_is_published_into_a_store(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:
     config = config_of(nf4, tmp_path / "made", MixtureTrainConfig(experts=paths))
     train(config, examples=EXAMPLES)
     published = publish.publish(PublishConfig(publish=str(tmp_path / "store")), config.output, nf4)
-    assert published.generation == generation_at(tmp_path / "made")
+    assert published.digest == digest_at(tmp_path / "made")
     assert AdapterStore(tmp_path / "store", AdapterLimits()).read_manifest(check_adapter_id("made")).method == "mixture"
 
 
@@ -241,19 +241,19 @@ def test_a_name_that_no_adapter_can_have_is_no_hint(nf4: ModelConfig, paths: tup
     odd = paths[0].rename(tmp_path / "No.Id")
     train(config_of(nf4, tmp_path / "made", MixtureTrainConfig(experts=(odd, paths[1]))), examples=EXAMPLES)
     made = output.read_mixture(tmp_path / "made", bases.load(nf4).shape)
-    assert {one.adapter_id: one.generation for one in made.experts} == {
-        "": generation_at(odd),
-        "e1": generation_at(paths[1]),
+    assert {one.adapter_id: one.digest for one in made.experts} == {
+        "": digest_at(odd),
+        "e1": digest_at(paths[1]),
     }
 
 
-def test_an_experts_generation_is_what_registering_it_gives(paths: tuple[Path, ...], tmp_path: Path) -> None:
+def test_an_experts_digest_is_what_registering_it_gives(paths: tuple[Path, ...], tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store", AdapterLimits(), allowed_sources=(tmp_path,))
     store.recover()
     with store.stage_copy(str(paths[0])) as staging:
         manifest = store.commit(staging.seal(), adapter_id=check_adapter_id("e0"), method="lora")
-    assert manifest.generation == generation_at(paths[0])
-    assert manifest.generation != generation_at(paths[1])
+    assert manifest.digest == digest_at(paths[0])
+    assert manifest.digest != digest_at(paths[1])
 
 
 def test_a_recipe_says_it_all(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_store_gets_it_offline_through_its_own_checks(recipe: Path, tmp_path: 
     assert done.exit_code == 0, done.output
     manifests = AdapterStore(tmp_path / "store", AdapterLimits()).recover().manifests
     assert {adapter_id: manifest.method for adapter_id, manifest in manifests.items()} == {"named": "lora"}
-    assert manifests["named"].generation[:12] in done.output.replace("\n", "")
+    assert manifests["named"].digest[:12] in done.output.replace("\n", "")
     refused = run(recipe, "--steps", "3", "--overwrite", "--publish", tmp_path / "store", "--adapter-id", "named")
     assert refused.exit_code == 1
     assert AdapterStore(tmp_path / "store", AdapterLimits()).recover().manifests == manifests

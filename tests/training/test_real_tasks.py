@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from weft.adapters.versions import generation_at
+from weft.adapters.versions import digest_at
 from weft_training import shipped
 from weft_training.demo.real import contacts, figures, mails, model, tickets
 from weft_training.demo.real.adapters import MIXTURE, RECIPES
@@ -156,5 +156,5 @@ def test_the_committed_adapters_are_small_and_those_of_the_recipes() -> None:
     for path in shipped.REAL.iterdir():
         assert sum(file.stat().st_size for file in path.iterdir()) <= 4_000_000
     router = json.loads((shipped.REAL / MIXTURE / "mixture_config.json").read_text())
-    named = {generation_at(shipped.REAL / name) for name in RECIPES}
-    assert {expert["generation"] for expert in router["experts"]} == named
+    named = {digest_at(shipped.REAL / name) for name in RECIPES}
+    assert {expert["digest"] for expert in router["experts"]} == named

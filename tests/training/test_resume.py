@@ -60,7 +60,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def weights(path: Path) -> bytes:
-    """The file, so that equal adapters are one generation."""
+    """The file, so that equal adapters are one digest."""
     return (path / directory.WEIGHTS_FILE).read_bytes()
 
 

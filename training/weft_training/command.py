@@ -105,8 +105,7 @@ def _train(console: "Console", loaded: "Recipe") -> None:
     if loaded.publish is not None:
         published = publish.publish(loaded.publish, config.output, config.model)
         console.print(
-            f"published {published.adapter_id} {published.generation[:12]} at {loaded.publish.publish}: "
-            f"{published.call}",
+            f"published {published.adapter_id} {published.digest[:12]} at {loaded.publish.publish}: {published.call}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.adapters.slots import SlotTable
 from weft.kernels.selection import select
 from weft.kernels.step import Entries, Step, lone_request
@@ -82,7 +82,7 @@ def compare(base: Base, methods: Sequence[str] = (), *, num_tokens: int = 32, re
                 count=count,
                 num_parameters=adapter.num_parameters,
                 ratio=efficiency_ratio(total, adapter.num_parameters),
-                slot_bytes=slab.build(adapter, base.shape, dtype=base.dtype).size_bytes,
+                slot_bytes=packed_adapter.build(adapter, base.shape, dtype=base.dtype).size_bytes,
                 overhead=overheads.get(name),
             )
         )
@@ -138,15 +138,15 @@ def _served(base: Base, adapter: Adapter, inputs: Mapping[str, Tensor]) -> Calla
         computed = PrefixParams(torch.stack([part.transpose(0, 1) for part in virtual], dim=2))
         model = AdaptedModel(base, replace(adapter, method=METHODS["prefix"], prefix=computed))
         return lambda: model(**inputs)
-    laid_out = slab.build(adapter, base.shape, dtype=base.dtype)
+    laid_out = packed_adapter.build(adapter, base.shape, dtype=base.dtype)
     slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=laid_out.size_bytes, device=base.device)
     slot = slots.put(laid_out)
     assert slot is not None
     make_driver = select(base.device, base.dtype).driver
-    planes = torch.tensor(slots.planes.get(slot, (slot,)), dtype=torch.int32)
+    table_rows = torch.tensor(slots.table_rows.get(slot, (slot,)), dtype=torch.int32)
     rows = inputs["input_ids"].reshape(-1)
-    offsets = torch.arange(0, len(rows) * len(planes) + 1, len(planes), dtype=torch.int32)
-    taken = planes.repeat(len(rows))
+    offsets = torch.arange(0, len(rows) * len(table_rows) + 1, len(table_rows), dtype=torch.int32)
+    taken = table_rows.repeat(len(rows))
     entries = Entries(*(part.to(base.device) for part in (offsets, taken, torch.ones(len(taken)))))
     step = Step(rows, rows, rows, lone_request(rows, [0], len(rows)), entries)
 

@@ -1,4 +1,4 @@
-"""Experts of a mixture as directories: the generation of each, and its adapter."""
+"""Experts of a mixture as directories: the digest of each, and its adapter."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from weft.adapters.identifiers import Generation
-from weft.adapters.versions import generation_at
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.versions import digest_at
 from weft.methods.protocol import Adapter, BaseShape
 from weft_training import adapter as adapters
 
 
 class TrainedExpert(NamedTuple):
-    """An expert and its name. generation: of the directory that it was read from, until it is trained further."""
+    """An expert and its name. digest: of the directory that it was read from, until it is trained further."""
 
     name: str
     adapter: Adapter
-    generation: Generation
+    digest: AdapterDigest
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "TrainedExpert":
         """Return the same expert with `function` applied to every parameter tensor."""
@@ -25,22 +25,22 @@ class TrainedExpert(NamedTuple):
 
 
 def read(paths: Sequence[Path], shape: BaseShape) -> list[TrainedExpert]:
-    """Read the experts in the order of their generations, which is the order of a router's rows.
+    """Read the experts in the order of their digests, which is the order of a router's rows.
 
     Raises ValueError for a duplicate adapter and for one that a router cannot gate, and what `adapters.read` raises for
     one that does not fit the base.
     """
-    found: dict[Generation, Path] = {}
+    found: dict[AdapterDigest, Path] = {}
     experts = []
     for path in paths:
-        generation = generation_at(path)
-        if generation in found:
-            raise ValueError(f"experts: must differ, given {found[generation]} and {path} with one content")
-        found[generation] = path
-        expert = TrainedExpert(path.resolve().name, adapters.read(path, shape), generation)
+        digest = digest_at(path)
+        if digest in found:
+            raise ValueError(f"experts: must differ, given {found[digest]} and {path} with one content")
+        found[digest] = path
+        expert = TrainedExpert(path.resolve().name, adapters.read(path, shape), digest)
         require_gateable(expert)
         experts.append(expert)
-    return sorted(experts, key=lambda expert: expert.generation)
+    return sorted(experts, key=lambda expert: expert.digest)
 
 
 def require_gateable(expert: TrainedExpert) -> None:

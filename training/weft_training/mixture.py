@@ -178,7 +178,7 @@ class MixtureModel(nn.Module):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Digests of what the run reads besides its data and its base."""
-        return tuple(one.generation for one in self._made.experts)
+        return tuple(one.digest for one in self._made.experts)
 
     @property
     def device(self) -> torch.device:

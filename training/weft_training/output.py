@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.adapters.identifiers import check_adapter_id
-from weft.adapters.versions import generation_at
+from weft.adapters.versions import digest_at
 from weft.config import AdapterLimits
 from weft.errors import InvalidRequest
 from weft.methods.checkpoint import directory
@@ -95,13 +95,13 @@ def read_mixture(path: Path, shape: BaseShape) -> Mixture:
 
 
 def _write_mixture(made: TrainedMixture, path: Path, shape: BaseShape) -> None:
-    named = [Expert(one.generation, _hint(one.name)) for one in made.experts]
+    named = [Expert(one.digest, _hint(one.name)) for one in made.experts]
     if made.writes_experts:
         named = []
         for index, one in enumerate(made.experts):
             own = path / EXPERTS / _directory(index, made)
             write(one.adapter, own, shape)
-            named.append(Expert(generation_at(own), _hint(own.name)))
+            named.append(Expert(digest_at(own), _hint(own.name)))
     mixtures.write(Mixture(made.config, made.params, tuple(named)), path, shape)
 
 

@@ -34,10 +34,10 @@ class PublishConfig:
 
 
 class Published(NamedTuple):
-    """Its id and generation, and a command that uses it."""
+    """Its id and digest, and a command that uses it."""
 
     adapter_id: str
-    generation: str
+    digest: str
     call: str
 
 
@@ -54,16 +54,16 @@ def publish(config: PublishConfig, output: Path, model: ModelConfig) -> Publishe
     adapter_id = check(config, output)
     if config.is_server:
         with Client(config.publish) as client:
-            generation = client.upload(adapter_id, output, replace=config.replace).adapter.generation
+            digest = client.upload(adapter_id, output, replace=config.replace).adapter.digest
         call = f'weft generate "…" --adapter {adapter_id} --server {config.publish}'
     else:
-        generation = _register(Path(config.publish), adapter_id, output, model, replace=config.replace)
+        digest = _register(Path(config.publish), adapter_id, output, model, replace=config.replace)
         call = f'weft serve {model.path} --store {config.publish}, then weft generate "…" --adapter {adapter_id}'
-    return Published(adapter_id, generation, call)
+    return Published(adapter_id, digest, call)
 
 
 def _register(root: Path, adapter_id: AdapterId, output: Path, model: ModelConfig, *, replace: bool) -> str:
-    """Register the directory and return its generation in the store. It is checked against the base, as by a server."""
+    """Register the directory and return its digest in the store. It is checked against the base, as by a server."""
     base = loader.load(model, attention="eager")
     limits = AdapterLimits()
     parent = output.resolve().parent
@@ -78,4 +78,4 @@ def _register(root: Path, adapter_id: AdapterId, output: Path, model: ModelConfi
                 config_file, weights_file, size_bytes=staged.size_bytes, files=files
             )
         manifest = store.commit(staged, adapter_id=adapter_id, method=ingested.info.method, replace=replace)
-    return manifest.generation
+    return manifest.digest

@@ -1,4 +1,4 @@
-"""The catalog: one manifest per adapter id, the small file that binds the id to a generation.
+"""The catalog: one manifest per adapter id, the small file that binds the id to a digest.
 
 Manifests are the only thing in the store that changes. Each carries its own checksum and has exactly one spelling, so a
 flipped bit anywhere in it is noticed and not obeyed.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from weft import durable
-from weft.adapters.identifiers import AdapterId, Generation, check_adapter_id, is_generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId, check_adapter_id, is_digest
 from weft.adapters.storage import storage_errors
 from weft.adapters.strict_json import JsonFault, parse_object
 from weft.errors import (
@@ -25,15 +25,16 @@ from weft.errors import (
     shown,
 )
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 MANIFEST_BYTES_MAX = 64 * 1024
 LOCK_FILE = ".lock"  # lies beside the manifests; whoever changes the store holds it
 
 _SUFFIX = ".json"
+_DIGEST_KEYS = {1: "generation", MANIFEST_FORMAT: "digest"}  # by format; 1 is read, not written
 
 _FIELD_TYPES: dict[str, type] = {
     "adapter_id": str,
-    "generation": str,
+    "digest": str,
     "size_bytes": int,
     "method": str,
     "pinned": bool,
@@ -51,20 +52,21 @@ class Manifest:
     """What the catalog says of one adapter id.
 
     method: the caller's word for what the adapter is; the store does not read it.
-    create_time: RFC 3339, UTC: when the id was bound to this generation.
+    create_time: RFC 3339, UTC: when the id was bound to this digest.
     source: where a local copy was taken from, or "" for an upload.
     """
 
     adapter_id: AdapterId
-    generation: Generation
+    digest: AdapterDigest
     size_bytes: int
     method: str
     pinned: bool
     create_time: str
     source: str
 
-    def encode(self) -> bytes:
-        fields: dict[str, object] = {"format": MANIFEST_FORMAT, **asdict(self)}
+    def encode(self, manifest_format: int = MANIFEST_FORMAT) -> bytes:
+        fields: dict[str, object] = {"format": manifest_format, **asdict(self)}
+        fields[_DIGEST_KEYS[manifest_format]] = fields.pop("digest")
         fields["checksum"] = hashlib.sha256(_spelled(fields)).hexdigest()
         return _spelled(fields)
 
@@ -146,18 +148,20 @@ def decode(data: bytes, adapter_id: AdapterId) -> Manifest:
         fields = parse_object(data, depth_max=1)
     except JsonFault as fault:
         raise ManifestFault(str(fault)) from None
-    if fields.get("format") != MANIFEST_FORMAT:
-        raise ManifestFault(f"has another format than {MANIFEST_FORMAT}")
+    manifest_format = fields.get("format")
+    if type(manifest_format) is not int or manifest_format not in _DIGEST_KEYS:
+        raise ManifestFault(f"has a format that is none of {', '.join(map(str, _DIGEST_KEYS))}")
     values = {name: fields.get(name) for name in _FIELD_TYPES}
+    values["digest"] = fields.get(_DIGEST_KEYS[manifest_format])
     for name, value in values.items():
         if type(value) is not _FIELD_TYPES[name]:
             raise ManifestFault(f"has no proper {name}")
     manifest = Manifest(**values)  # pyright: ignore[reportArgumentType]  # each type was just compared
-    if not is_generation(manifest.generation):
-        raise ManifestFault("has no proper generation")
+    if not is_digest(manifest.digest):
+        raise ManifestFault("has no proper digest")
     if manifest.adapter_id != adapter_id:
         raise ManifestFault("names another adapter id than its file")
-    if manifest.encode() != data:
+    if manifest.encode(manifest_format) != data:
         raise ManifestFault("does not have its checksum")
     return manifest
 
@@ -166,14 +170,14 @@ def _spelled(fields: dict[str, object]) -> bytes:
     return json.dumps(fields, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def require_expected(adapter_id: AdapterId, expected: Generation, current: Manifest | None) -> None:
-    if current is not None and current.generation == expected:
+def require_expected(adapter_id: AdapterId, expected: AdapterDigest, current: Manifest | None) -> None:
+    if current is not None and current.digest == expected:
         return
-    found = "none" if current is None else current.generation
+    found = "none" if current is None else current.digest
     raise AdapterConflict(
         "VERSION_CONFLICT",
-        f"adapter_id {adapter_id}: expected generation {expected}, found {found}",
-        field="expected_generation",
+        f"adapter_id {adapter_id}: expected digest {expected}, found {found}",
+        field="expected_digest",
         metadata={"adapter_id": adapter_id, "expected": expected, "given": found},
     )
 
@@ -181,9 +185,9 @@ def require_expected(adapter_id: AdapterId, expected: Generation, current: Manif
 def taken(current: Manifest) -> AdapterExists:
     return AdapterExists(
         "ADAPTER_EXISTS",
-        f"adapter_id {current.adapter_id}: holds generation {current.generation}; set replace to change it",
+        f"adapter_id {current.adapter_id}: holds digest {current.digest}; set replace to change it",
         field="adapter_id",
-        metadata={"adapter_id": current.adapter_id, "generation": current.generation},
+        metadata={"adapter_id": current.adapter_id, "digest": current.digest},
     )
 
 

@@ -1,56 +1,56 @@
-"""Host memory between disk and device: a thread-safe LRU cache of adapters' slabs."""
+"""Host memory between disk and device: a thread-safe LRU cache of adapters' packed adapters."""
 
 import threading
 from collections import OrderedDict
 
-from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.packed_adapter import PackedAdapter
 
 
 class HostCache:
-    """At most `capacity_bytes` of slabs. A slab larger than that is not kept."""
+    """At most `capacity_bytes` of packed adapters. A packed adapter larger than that is not kept."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._used_bytes = 0
-        self._slabs: OrderedDict[Generation, Slab] = OrderedDict()
+        self._packed_adapters: OrderedDict[AdapterDigest, PackedAdapter] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __contains__(self, generation: Generation) -> bool:
+    def __contains__(self, digest: AdapterDigest) -> bool:
         with self._lock:
-            return generation in self._slabs
+            return digest in self._packed_adapters
 
     @property
     def used_bytes(self) -> int:
         return self._used_bytes
 
-    def get(self, generation: Generation) -> Slab | None:
-        """Return the slab, now the most recently used one, or None."""
+    def get(self, digest: AdapterDigest) -> PackedAdapter | None:
+        """Return the packed adapter, now the most recently used one, or None."""
         with self._lock:
-            slab = self._slabs.get(generation)
-            if slab is not None:
-                self._slabs.move_to_end(generation)
-            return slab
+            packed = self._packed_adapters.get(digest)
+            if packed is not None:
+                self._packed_adapters.move_to_end(digest)
+            return packed
 
-    def put(self, generation: Generation, slab: Slab) -> None:
-        """Keep a slab, evicting older ones as needed."""
+    def put(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
+        """Keep a packed adapter, evicting older ones as needed."""
         with self._lock:
-            self._drop(generation)
-            if slab.size_bytes > self._capacity_bytes:
+            self._drop(digest)
+            if packed.size_bytes > self._capacity_bytes:
                 return
-            self._slabs[generation] = slab
-            self._used_bytes += slab.size_bytes
+            self._packed_adapters[digest] = packed
+            self._used_bytes += packed.size_bytes
             while self._used_bytes > self._capacity_bytes:
-                self._drop(next(iter(self._slabs)))
+                self._drop(next(iter(self._packed_adapters)))
 
-    def drop(self, generation: Generation) -> int:
-        """Drop a slab; return its bytes."""
+    def drop(self, digest: AdapterDigest) -> int:
+        """Drop a packed adapter; return its bytes."""
         with self._lock:
-            return self._drop(generation)
+            return self._drop(digest)
 
-    def _drop(self, generation: Generation) -> int:
-        slab = self._slabs.pop(generation, None)
-        if slab is None:
+    def _drop(self, digest: AdapterDigest) -> int:
+        packed = self._packed_adapters.pop(digest, None)
+        if packed is None:
             return 0
-        self._used_bytes -= slab.size_bytes
-        return slab.size_bytes
+        self._used_bytes -= packed.size_bytes
+        return packed.size_bytes

@@ -1,8 +1,8 @@
-"""Adapter ids, generations and references, checked here and nowhere else.
+"""Adapter ids, digests and references, checked here and nowhere else.
 
     adapter id   [a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?   the public name; at most 63 characters, no dots, no slashes
-    generation   64 lower-case hex digits              the sha256 of the content (`weft.adapters.versions`)
-    reference    adapter_id or adapter_id@generation
+    digest   64 lower-case hex digits              the sha256 of the content (`weft.adapters.versions`)
+    reference    adapter_id or adapter_id@digest
 
 The alphabet has no character with a meaning to a file system, a shell, a log line or a URL, and no two ids look alike:
 an upper-case, decomposed or look-alike spelling is refused, never normalized into another id.
@@ -14,24 +14,24 @@ from typing import NamedTuple, NewType
 from weft.errors import InvalidRequest, shown
 
 AdapterId = NewType("AdapterId", str)
-Generation = NewType("Generation", str)
+AdapterDigest = NewType("AdapterDigest", str)
 
 ADAPTER_ID_CHARACTERS_MAX = 63
 ADAPTER_ID_PATTERN = "[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?"
 RESERVED_ADAPTER_IDS = frozenset({"base", "default"})
 
 _ADAPTER_ID = re.compile(ADAPTER_ID_PATTERN)
-_GENERATION = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class AdapterReference(NamedTuple):
-    """The adapter that a request names: an id, and exactly one of its generations if `generation` is given."""
+    """The adapter that a request names: an id, and exactly one of its digests if `digest` is given."""
 
     adapter_id: AdapterId
-    generation: Generation | None
+    digest: AdapterDigest | None
 
     def __str__(self) -> str:
-        return self.adapter_id if self.generation is None else f"{self.adapter_id}@{self.generation}"
+        return self.adapter_id if self.digest is None else f"{self.adapter_id}@{self.digest}"
 
 
 def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_id") -> AdapterId:
@@ -55,33 +55,33 @@ def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_
     return AdapterId(value)
 
 
-def is_generation(value: str) -> bool:
-    """Return whether a name that was found, not given, is a generation."""
-    return _GENERATION.fullmatch(value) is not None
+def is_digest(value: str) -> bool:
+    """Return whether a name that was found, not given, is a digest."""
+    return _DIGEST.fullmatch(value) is not None
 
 
-def check_generation(value: str, *, field: str = "generation") -> Generation:
-    """Return `value` as a generation.
+def check_digest(value: str, *, field: str = "digest") -> AdapterDigest:
+    """Return `value` as a digest.
 
-    Raises InvalidRequest ID_INVALID, also for an abbreviation, because a generation names content exactly.
+    Raises InvalidRequest ID_INVALID, also for an abbreviation, because a digest names content exactly.
     """
-    if not is_generation(value):
+    if not is_digest(value):
         raise InvalidRequest.rule("ID_INVALID", field, "must be 64 lower-case hex digits", given=value)
-    return Generation(value)
+    return AdapterDigest(value)
 
 
 def parse_reference(value: str, *, base_model: str = "", field: str = "adapter_id") -> AdapterReference:
-    """Split `adapter_id` or `adapter_id@generation`, and check each part by its own rule."""
-    adapter_id, at, generation = value.partition("@")
+    """Split `adapter_id` or `adapter_id@digest`, and check each part by its own rule."""
+    adapter_id, at, digest = value.partition("@")
     return AdapterReference(
         check_adapter_id(adapter_id, base_model=base_model, field=field),
-        check_generation(generation, field=field) if at else None,
+        check_digest(digest, field=field) if at else None,
     )
 
 
-def abbreviated(generation: Generation) -> str:
-    """Return the beginning of a generation, for people and log lines only; no call accepts it back."""
-    return shown(generation[:12])
+def abbreviated(digest: AdapterDigest) -> str:
+    """Return the beginning of a digest, for people and log lines only; no call accepts it back."""
+    return shown(digest[:12])
 
 
 def _names_of(base_model: str) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""From the two files of an adapter to a slab: the one way in, for uploads, local directories and stored versions alike.
+"""Read the two files of an adapter into a packed adapter: uploads, local directories and stored versions all come here.
 
 The files are data: our own strict parsers read them, no loader of PEFT or transformers ever sees them.
 """
@@ -10,9 +10,10 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from weft.adapters import slab
+from weft.adapters import packed_adapter
 from weft.adapters.config_file import read_config
-from weft.adapters.identifiers import AdapterId, AdapterReference, Generation, check_adapter_id
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, check_adapter_id
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.registry import AdapterInfo
 from weft.adapters.safetensors_header import TensorEntry, read_header
 from weft.config import AdapterLimits
@@ -29,14 +30,14 @@ class Ingested(NamedTuple):
     """An adapter that passed every check."""
 
     info: AdapterInfo
-    slab: slab.Slab
+    packed: PackedAdapter
 
 
 class Ingest(NamedTuple):
     """What adapters are fitted to.
 
-    dtype: of the matrices in slots and of virtual keys and values. pinned: whether slabs lie in pinned memory, for a
-    CUDA device to copy from while it computes.
+    dtype: of the matrices in slots and of virtual keys and values. pinned: whether packed adapters are in pinned
+    memory, which a CUDA device copies from while it computes.
     """
 
     base: BaseShape
@@ -61,12 +62,12 @@ class Ingest(NamedTuple):
         if files == MIXTURE_FILES:
             return self._mixture(config, tensors, header.metadata, size_bytes)
         adapter = directory.read(config, tensors, header.metadata, self.base, self.limits)
-        laid_out = slab.build(adapter, self.base, dtype=self.dtype, pinned=self.pinned)
+        laid_out = packed_adapter.build(adapter, self.base, dtype=self.dtype, pinned=self.pinned)
         base_model = config.get("base_model_name_or_path")
         info = AdapterInfo(
             method=adapter.method.name,
             size_bytes=size_bytes,
-            slab_bytes=laid_out.size_bytes,
+            packed_bytes=laid_out.size_bytes,
             rank=adapter.rank,
             num_virtual_tokens=adapter.num_virtual_tokens,
             num_parameters=adapter.num_parameters,
@@ -90,16 +91,16 @@ class Ingest(NamedTuple):
         for index, expert in enumerate(mixture.experts):
             if expert.adapter_id:
                 check_adapter_id(expert.adapter_id, field=f"mixture_config.experts[{index}].adapter_id")
-        laid_out = slab.build_router(mixture, pinned=self.pinned)
+        laid_out = packed_adapter.build_router(mixture, pinned=self.pinned)
         info = AdapterInfo(
             method=mixture_method.METHOD.name,
             size_bytes=size_bytes,
-            slab_bytes=laid_out.size_bytes,
+            packed_bytes=laid_out.size_bytes,
             num_parameters=mixture.params.weight.numel(),
             trained_held_as=mixture_files.trained_held_as(config, self.base),
             trained_rope_factors=base_binding.trained_rope_factors(metadata, self.base),
             experts=tuple(
-                AdapterReference(AdapterId(expert.adapter_id), Generation(expert.generation))
+                AdapterReference(AdapterId(expert.adapter_id), AdapterDigest(expert.digest))
                 for expert in mixture.experts
             ),
             is_sequence_level=mixture.config.level is mixture_method.Level.SEQUENCE,

@@ -5,9 +5,9 @@ import threading
 from concurrent.futures import Executor, Future
 
 from weft.adapters.host import HostCache
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.ingest import Ingest, Ingested
-from weft.adapters.slab import Slab
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, corrupt
 from weft.errors import WeftError, draining_error
@@ -31,37 +31,37 @@ class AdapterLoader:
         self._host = host
         self._workers = workers
         self._metrics = metrics
-        self._tickets: dict[Generation, object] = {}  # of loads whose slab may be kept
-        self._running: dict[Future[Slab], Generation] = {}
+        self._tickets: dict[AdapterDigest, object] = {}  # of loads whose packed adapter may be kept
+        self._running: dict[Future[PackedAdapter], AdapterDigest] = {}
         self._lock = threading.Lock()
 
-    def __contains__(self, generation: Generation) -> bool:
-        return generation in self._host
+    def __contains__(self, digest: AdapterDigest) -> bool:
+        return digest in self._host
 
-    def request(self, generation: Generation) -> "Future[Slab]":
-        """Return the adapter's slab as a future, which ends with the slab or with WeftError."""
+    def request(self, digest: AdapterDigest) -> "Future[PackedAdapter]":
+        """Return the adapter's packed adapter as a future, which ends with the packed adapter or with WeftError."""
         with self._lock:
-            ticket = self._tickets.setdefault(generation, object())
+            ticket = self._tickets.setdefault(digest, object())
             try:
-                load = self._workers.submit(self._load, generation, ticket)
+                load = self._workers.submit(self._load, digest, ticket)
             except RuntimeError:  # what an executor that was shut down raises
                 load = Future()
                 load.set_exception(draining_error())
-            self._running[load] = generation
+            self._running[load] = digest
         load.add_done_callback(self._ended)
         return load
 
-    def running(self, generation: Generation) -> "list[Future[Slab]]":
+    def running(self, digest: AdapterDigest) -> "list[Future[PackedAdapter]]":
         """Return the loads that have not ended; the store cannot remove a version that is being read."""
         with self._lock:
-            return [load for load, loaded in self._running.items() if loaded == generation]
+            return [load for load, loaded in self._running.items() if loaded == digest]
 
-    def read(self, generation: Generation) -> Ingested:
+    def read(self, digest: AdapterDigest) -> Ingested:
         """Read and check a stored adapter; blocks on the disk."""
-        with self._store.open_version(generation) as stored:
+        with self._store.open_version(digest) as stored:
             pair = pair_of(stored.files)
             if pair is None:
-                raise corrupt(generation, "it holds other files than an adapter has")
+                raise corrupt(digest, "it holds other files than an adapter has")
             config, weights = (stored.files[name] for name in pair)
             return self._ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
 
@@ -72,30 +72,30 @@ class AdapterLoader:
         with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
             return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
 
-    def keep(self, generation: Generation, slab: Slab) -> None:
-        """Keep a slab on the host."""
-        self._host.put(generation, slab)
+    def keep(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
+        """Keep a packed adapter on the host."""
+        self._host.put(digest, packed)
 
-    def drop(self, generation: Generation) -> int:
+    def drop(self, digest: AdapterDigest) -> int:
         """Let the host's copy go, and keep nothing of loads that were requested before; returns the bytes."""
         with self._lock:
-            self._tickets.pop(generation, None)
-            return self._host.drop(generation)
+            self._tickets.pop(digest, None)
+            return self._host.drop(digest)
 
-    def _ended(self, load: "Future[Slab]") -> None:
+    def _ended(self, load: "Future[PackedAdapter]") -> None:
         with self._lock:
             del self._running[load]
 
-    def _load(self, generation: Generation, ticket: object) -> Slab:
+    def _load(self, digest: AdapterDigest, ticket: object) -> PackedAdapter:
         try:
             with self._metrics.adapter_load_seconds.time():
-                slab = self._host.get(generation)
-                if slab is None:
-                    slab = self.read(generation).slab
+                packed = self._host.get(digest)
+                if packed is None:
+                    packed = self.read(digest).packed
                     with self._lock:
-                        if self._tickets.get(generation) is ticket:
-                            self._host.put(generation, slab)
-                return slab
+                        if self._tickets.get(digest) is ticket:
+                            self._host.put(digest, packed)
+                return packed
         except WeftError:
             raise
         except Exception:
@@ -103,5 +103,5 @@ class AdapterLoader:
             raise WeftError("INTERNAL", "internal error") from None
         finally:
             with self._lock:
-                if self._tickets.get(generation) is ticket:
-                    del self._tickets[generation]
+                if self._tickets.get(digest) is ticket:
+                    del self._tickets[digest]

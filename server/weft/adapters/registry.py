@@ -1,6 +1,6 @@
-"""Which adapters there are: ids, generations, states and leases. Pure state, no disk, no device; one thread owns it.
+"""Which adapters there are: ids, digests, states and leases. Pure state, no disk, no device; one thread owns it.
 
-An id names its *current* version. A version is one generation under one id; replacing an id leaves the old version in
+An id names its *current* version. A version is one digest under one id; replacing an id leaves the old version in
 service for the requests that hold it. A lease is a request's hold on a version, taken with the look-up in one step, so
 no version can go between being found and being held.
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
 _FAULTS_UNTIL_QUARANTINE = 3
@@ -38,20 +38,20 @@ class Change(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """What is known of a version's content. `slab_bytes` is what it takes in memory.
+    """What is known of a version's content. `packed_bytes` is what it takes in memory.
 
     trained_held_as: how the base was held in training, if that differs from this server's; "" if it does not, or if
         no base is named.
     trained_rope_factors: the base's rotary factors in training (model/rope.py) if they differ from this server's,
         else "".
     invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
-    experts: of a mixture, in the order of their generations; an id is what the expert was called, or "".
+    experts: of a mixture, in the order of their digests; an id is what the expert was called, or "".
     is_sequence_level: whether a mixture's gates depend on the whole prompt.
     """
 
     method: str = ""
     size_bytes: int = 0
-    slab_bytes: int = 0
+    packed_bytes: int = 0
     rank: int = 0
     num_virtual_tokens: int = 0
     num_parameters: int = 0
@@ -66,13 +66,13 @@ class AdapterInfo:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Version:
-    """One generation under one id. `leases` holds the requests that use it.
+    """One digest under one id. `leases` holds the requests that use it.
 
     removal: the error of all its requests, once the version is removed without waiting for them.
     """
 
     adapter_id: AdapterId
-    generation: Generation
+    digest: AdapterDigest
     info: AdapterInfo
     create_time_s: float
     state: AdapterState = AdapterState.ACTIVE
@@ -97,7 +97,7 @@ class Registry:
         self._wall_clock = wall_clock
         self._current: dict[AdapterId, Version] = {}
         self._replaced: dict[AdapterId, list[Version]] = {}  # newest first; each still leased
-        self._of: dict[Generation, list[Version]] = {}  # all of them, but those that are LOADING
+        self._of: dict[AdapterDigest, list[Version]] = {}  # all of them, but those that are LOADING
         self._drained_from: dict[AdapterId, AdapterState] = {}
 
     def __iter__(self) -> Iterator[Version]:
@@ -120,27 +120,27 @@ class Registry:
         current = self._current.get(adapter_id)
         return ([] if current is None else [current]) + self.replaced(adapter_id)
 
-    def of(self, generation: Generation) -> list[Version]:
+    def of(self, digest: AdapterDigest) -> list[Version]:
         """Every version that is this content, under whatever id."""
-        return list(self._of.get(generation, ()))
+        return list(self._of.get(digest, ()))
 
-    def generations(self) -> frozenset[Generation]:
-        """Every generation that some version needs."""
+    def digests(self) -> frozenset[AdapterDigest]:
+        """Every digest that some version needs."""
         return frozenset(self._of)
 
     def require(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
         """The current version that `reference` names; AdapterNotFound otherwise, which names `field`."""
         version = self._current.get(reference.adapter_id)
-        if version is None or reference.generation not in (None, version.generation):
+        if version is None or reference.digest not in (None, version.digest):
             raise not_found(reference, field)
         return version
 
     def require_active(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
         """The same if requests can use it now; else AdapterUnusable or DataLoss with the state's reason."""
         current = self._current.get(reference.adapter_id)
-        if current is None or current.generation != reference.generation:  # an older content can be current again
+        if current is None or current.digest != reference.digest:  # an older content can be current again
             for version in self.replaced(reference.adapter_id):
-                if version.generation == reference.generation:
+                if version.digest == reference.digest:
                     raise _draining(version, field)
         version = self.require(reference, field=field)
         if version.state is not AdapterState.ACTIVE:
@@ -157,16 +157,16 @@ class Registry:
             is_other = version.adapter_id != expert.adapter_id
             return version.state is not AdapterState.ACTIVE, is_other, version.adapter_id
 
-        found = sorted(self.of(Generation(expert.generation or "")), key=preference)
+        found = sorted(self.of(AdapterDigest(expert.digest or "")), key=preference)
         if found and found[0].state is AdapterState.ACTIVE:
             return found[0]
         state = found[0].state.value if found else "not registered"
-        name = str(expert) if expert.adapter_id else expert.generation
+        name = str(expert) if expert.adapter_id else expert.digest
         raise AdapterUnusable(
             "EXPERT_UNAVAILABLE",
             f"{field}: expert {name} is {state}",
             field=field,
-            metadata={"expert": expert.adapter_id, "generation": expert.generation, "state": state},
+            metadata={"expert": expert.adapter_id, "digest": expert.digest, "state": state},
         )
 
     def hold(self, version: Version, request_id: str) -> None:
@@ -192,7 +192,7 @@ class Registry:
         if adapter_id not in self._current:
             self._current[adapter_id] = Version(
                 adapter_id=adapter_id,
-                generation=Generation(""),
+                digest=AdapterDigest(""),
                 info=AdapterInfo(),
                 create_time_s=self._wall_clock(),
                 state=AdapterState.LOADING,
@@ -205,11 +205,11 @@ class Registry:
             del self._current[adapter_id]
 
     def check_publish(
-        self, adapter_id: AdapterId, generation: Generation, *, replace: bool, expected_generation: str | None
+        self, adapter_id: AdapterId, digest: AdapterDigest, *, replace: bool, expected_digest: str | None
     ) -> bool:
         """Whether publishing changes anything (False: the content is current already).
 
-        Raises AdapterExists without `replace`, AdapterConflict if `expected_generation` is not current or the id is
+        Raises AdapterExists without `replace`, AdapterConflict if `expected_digest` is not current or the id is
         being removed, AdapterUnusable for the very content that is quarantined.
         """
         version = self._current.get(adapter_id)
@@ -218,20 +218,20 @@ class Registry:
             raise AdapterConflict(
                 "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} is being unregistered", field="adapter_id"
             )
-        if current is not None and current.generation == generation:
+        if current is not None and current.digest == digest:
             if current.state is AdapterState.QUARANTINED:
                 raise _unusable(current)
             if current.state is AdapterState.ACTIVE:
                 return False
-        given = "" if current is None else current.generation
-        _require_expected(adapter_id, given, expected_generation)
-        # An id whose files were lost has no generation; whatever is registered now repairs it.
-        if current is not None and not replace and current.generation not in ("", generation):
+        given = "" if current is None else current.digest
+        _require_expected(adapter_id, given, expected_digest)
+        # An id whose files were lost has no digest; whatever is registered now repairs it.
+        if current is not None and not replace and current.digest not in ("", digest):
             raise AdapterExists(
                 "ADAPTER_EXISTS",
-                f"adapter_id: {adapter_id} is registered with generation {given}; set replace to give it other content",
+                f"adapter_id: {adapter_id} is registered with digest {given}; set replace to give it other content",
                 field="adapter_id",
-                metadata={"adapter_id": adapter_id, "generation": given},
+                metadata={"adapter_id": adapter_id, "digest": given},
             )
         return True
 
@@ -241,7 +241,7 @@ class Registry:
         if previous is not None and previous.state is AdapterState.LOADING:
             previous = None
         self._current[version.adapter_id] = version
-        self._of.setdefault(version.generation, []).append(version)
+        self._of.setdefault(version.digest, []).append(version)
         self._changed(Change.ADDED if previous is None else Change.UPDATED, version)
         if previous is not None:
             previous.state = AdapterState.DRAINING
@@ -251,13 +251,13 @@ class Registry:
                 self._forget(previous)
         return previous
 
-    def drain(self, adapter_id: AdapterId, expected_generation: str | None) -> list[Version]:
+    def drain(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
         """Refuse new requests for an id; returns its versions. Only one caller gets them."""
         version = self._current.get(adapter_id)
         reference = AdapterReference(adapter_id, None)
         if version is None or version.state in (AdapterState.DRAINING, AdapterState.LOADING):
             raise not_found(reference)
-        _require_expected(adapter_id, version.generation, expected_generation)
+        _require_expected(adapter_id, version.digest, expected_digest)
         self._drained_from[adapter_id] = version.state
         version.state = AdapterState.DRAINING
         self._changed(Change.UPDATED, version)
@@ -290,26 +290,26 @@ class Registry:
             version.state, version.state_reason = AdapterState.QUARANTINED, reason
             self._changed(Change.UPDATED, version)
 
-    def fail(self, generation: Generation, reason: str) -> None:
+    def fail(self, digest: AdapterDigest, reason: str) -> None:
         """This content cannot be used: its stored files, or what the base makes of them, are no good."""
-        for version in self.of(generation):
+        for version in self.of(digest):
             if version.state is AdapterState.ACTIVE:
                 version.state, version.state_reason = AdapterState.FAILED, reason
                 self._changed(Change.UPDATED, version)
 
     def _forget(self, version: Version) -> None:
-        same = self._of[version.generation]
+        same = self._of[version.digest]
         same.remove(version)
         if not same:
-            del self._of[version.generation]
+            del self._of[version.digest]
 
 
 def _require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
     if expected is not None and expected != current:
         raise AdapterConflict(
             "VERSION_CONFLICT",
-            f"expected_generation: the current generation of {adapter_id} is {current or 'none'}",
-            field="expected_generation",
+            f"expected_digest: the current digest of {adapter_id} is {current or 'none'}",
+            field="expected_digest",
             metadata={"adapter_id": adapter_id, "limit": current, "given": expected},
         )
 
@@ -327,7 +327,7 @@ def not_found(reference: AdapterReference, field: str = "adapter_id") -> Adapter
 def _draining(version: Version, field: str) -> AdapterUnusable:
     return AdapterUnusable(
         "ADAPTER_DRAINING",
-        f"{field}: {version.adapter_id}@{version.generation} is being taken out of service",
+        f"{field}: {version.adapter_id}@{version.digest} is being taken out of service",
         field=field,
         metadata={"adapter_id": version.adapter_id},
     )

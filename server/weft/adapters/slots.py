@@ -1,9 +1,9 @@
 """Device memory of adapters: which slot holds which adapter's weights.
 
 A slot is storage, not mathematics: one contiguous buffer per adapter, of its own size, so nothing is padded to a
-largest rank and bytes alone decide what fits. Kernels find weights through `table`, one row per site and plane; the
-reference driver gets views. An adapter that makes several kinds of delta at one site takes a plane for each, and its
-slot has the number of the first. Only the engine thread calls this.
+largest rank and bytes alone decide what fits. Kernels find weights through `table`, which has an entry for
+each site and row; the reference driver gets views. An adapter that makes several kinds of delta at one site takes a
+table row for each, and its slot has the number of the first. Only the engine thread calls this.
 """
 
 import struct
@@ -15,7 +15,7 @@ from typing import Any, NewType
 import torch
 from torch import Tensor
 
-from weft.adapters.slab import Slab
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.kernels.device import transfer_to
 from weft.kernels.slot_tables import CaptureKey, SlotTables
 from weft.methods.mixture import MixtureConfig, MixtureParams
@@ -31,20 +31,20 @@ _NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
 
 
 class _Held:
-    __slots__ = ("buffer", "method", "params", "slab")
+    __slots__ = ("buffer", "method", "packed", "params")
 
-    def __init__(self, slab: Slab, buffer: Tensor) -> None:
-        self.slab = slab
+    def __init__(self, packed: PackedAdapter, buffer: Tensor) -> None:
+        self.packed = packed
         self.buffer = buffer
-        self.method = slab.method
+        self.method = packed.method
         self.params: Mapping[str, Any] | None = None
 
 
 class SlotTable(SlotTables):
     """Slots of one base, and the tables that kernels read.
 
-    num_entries: by site, how many planes act there.
-    planes: the planes of every slot that has more than one, its own number first.
+    num_entries: by site, how many table rows act there.
+    table rows: the table rows of every slot that has more than one, its own number first.
     capacity_bytes: bounds the sum of the buffers. S grows as needed, at 32 bytes per site.
     """
 
@@ -69,7 +69,7 @@ class SlotTable(SlotTables):
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self.num_entries = [0] * num_sites
-        self.planes: dict[AdapterSlot, tuple[int, ...]] = {}
+        self.table_rows: dict[AdapterSlot, tuple[int, ...]] = {}
         self._transfer = transfer_to(device)
         self._held: dict[AdapterSlot, _Held] = {}
         self._free = list(reversed(range(8)))
@@ -90,48 +90,48 @@ class SlotTable(SlotTables):
         """Order all later work on the device after the copies to every slot that was filled before."""
         self._transfer.wait()
 
-    def put(self, slab: Slab) -> AdapterSlot | None:
+    def put(self, packed: PackedAdapter) -> AdapterSlot | None:
         """Copy an adapter into a slot, readable after `wait`; return None if the budget has no room for it now."""
-        if slab.buffer.nbytes > self.free_bytes:
+        if packed.buffer.nbytes > self.free_bytes:
             return None
-        while len(self._free) < slab.num_planes:
+        while len(self._free) < packed.num_table_rows:
             self._grow()
-        planes = tuple(self._free.pop() for _ in range(slab.num_planes))
-        slot = AdapterSlot(planes[0])
-        if len(planes) > 1:
-            self.planes[slot] = planes
-        buffer = self._transfer.stage(slab.buffer)
-        self._held[slot] = _Held(slab, buffer)
-        self.used_bytes += slab.buffer.nbytes
+        table_rows = tuple(self._free.pop() for _ in range(packed.num_table_rows))
+        slot = AdapterSlot(table_rows[0])
+        if len(table_rows) > 1:
+            self.table_rows[slot] = table_rows
+        buffer = self._transfer.stage(packed.buffer)
+        self._held[slot] = _Held(packed, buffer)
+        self.used_bytes += packed.buffer.nbytes
         start = buffer.data_ptr()
-        self.outputs_at |= dict.fromkeys(planes, 0)
-        self.inputs_at |= dict.fromkeys(planes, 0)
-        for entry in slab.entries:
+        self.outputs_at |= dict.fromkeys(table_rows, 0)
+        self.inputs_at |= dict.fromkeys(table_rows, 0)
+        for entry in packed.entries:
             at = self.inputs_at if entry.kind is DeltaKind.SCALE_INPUT else self.outputs_at
-            at[planes[entry.plane]] |= 1 << entry.site_index
+            at[table_rows[entry.table_row]] |= 1 << entry.site_index
             second = 0 if entry.second is None else start + entry.second.offset
-            self.table[entry.site_index, planes[entry.plane]] = torch.tensor(
+            self.table[entry.site_index, table_rows[entry.table_row]] = torch.tensor(
                 [entry.kind, entry.rank, start + entry.first.offset, second], dtype=torch.int64
             )
-        if slab.router is not None:
-            self.routers[slot] = torch.tensor(_router_row(slab.router.config, self.router(slot)[1]))
-        self._mirror(planes)
-        self._count(slab, 1)
+        if packed.router is not None:
+            self.routers[slot] = torch.tensor(_router_row(packed.router.config, self.router(slot)[1]))
+        self._mirror(table_rows)
+        self._count(packed, 1)
         return slot
 
     def drop(self, slot: AdapterSlot) -> int:
         """Free a slot; return its bytes. The caller ensures that no running request uses it."""
         held = self._held.pop(slot)
-        planes = self.planes.pop(slot, (slot,))
-        for plane in planes:
-            del self.outputs_at[plane], self.inputs_at[plane]
-            self.table[:, plane] = DeltaKind.NONE
-            self.routers[plane] = 0
-            self._free.append(plane)
-        self._mirror(planes)
-        self.used_bytes -= held.slab.buffer.nbytes
-        self._count(held.slab, -1)
-        return held.slab.buffer.nbytes
+        table_rows = self.table_rows.pop(slot, (slot,))
+        for table_row in table_rows:
+            del self.outputs_at[table_row], self.inputs_at[table_row]
+            self.table[:, table_row] = DeltaKind.NONE
+            self.routers[table_row] = 0
+            self._free.append(table_row)
+        self._mirror(table_rows)
+        self.used_bytes -= held.packed.buffer.nbytes
+        self._count(held.packed, -1)
+        return held.packed.buffer.nbytes
 
     def method(self, slot: AdapterSlot) -> Method:
         """Return the method whose parameters the slot holds."""
@@ -140,18 +140,18 @@ class SlotTable(SlotTables):
     def router(self, slot: AdapterSlot) -> tuple[MixtureConfig, MixtureParams]:
         """Return the router of a mixture's slot, as a view of device memory."""
         held = self._held[slot]
-        assert held.slab.router is not None, slot
-        return held.slab.router.config, MixtureParams(held.slab.router.weight.view(held.buffer))
+        assert held.packed.router is not None, slot
+        return held.packed.router.config, MixtureParams(held.packed.router.weight.view(held.buffer))
 
     def params(self, slot: AdapterSlot) -> Mapping[str, Any]:
         """Return the slot's parameters by site name, as views of device memory, for the reference driver."""
         held = self._held[slot]
         if held.params is None:
             packed: dict[str, tuple[Packed, ...]] = {}
-            for entry in held.slab.entries:  # those of a site come in the order of their planes
+            for entry in held.packed.entries:  # those of a site come in the order of their table rows
                 packed[entry.site_name] = (*packed.get(entry.site_name, ()), entry.packed(held.buffer))
             unpack = held.method.unpack
-            held.params = {} if unpack is None else {site: unpack(planes) for site, planes in packed.items()}
+            held.params = {} if unpack is None else {site: unpack(table_rows) for site, table_rows in packed.items()}
         return held.params
 
     def _key(self, device_table: Tensor) -> CaptureKey:
@@ -159,13 +159,13 @@ class SlotTable(SlotTables):
         choices = max(_CHOICES, 1 << (max(self._choices, default=1) - 1).bit_length())
         return CaptureKey(device_table.data_ptr(), rank, self._kinds.tobytes(), choices)
 
-    def _count(self, slab: Slab, step: int) -> None:
-        self._ranks[max((entry.rank for entry in slab.entries), default=0)] += step
+    def _count(self, packed: PackedAdapter, step: int) -> None:
+        self._ranks[max((entry.rank for entry in packed.entries), default=0)] += step
         self._ranks = +self._ranks
-        if slab.router is not None:
-            self._choices[slab.router.config.num_choices] += step
+        if packed.router is not None:
+            self._choices[packed.router.config.num_choices] += step
             self._choices = +self._choices
-        for entry in slab.entries:
+        for entry in packed.entries:
             counts = self._num_of_kind[entry.site_index]
             counts[entry.kind] += step
             if counts[entry.kind] == max(step, 0):  # the first has been added, or the last removed
@@ -175,11 +175,11 @@ class SlotTable(SlotTables):
                 self.num_residual_readers += step
         self.capture_key = self._key(self.device_table)
 
-    def _mirror(self, planes: Sequence[int]) -> None:
+    def _mirror(self, table_rows: Sequence[int]) -> None:
         """Bring the device's tables up to date, in order with the steps that read them."""
-        for plane in planes:
-            self.device_table[:, plane] = self.table[:, plane].to(self.device_table.device)
-            self.device_routers[plane] = self.routers[plane].to(self.device_routers.device)
+        for table_row in table_rows:
+            self.device_table[:, table_row] = self.table[:, table_row].to(self.device_table.device)
+            self.device_routers[table_row] = self.routers[table_row].to(self.device_routers.device)
 
     def _grow(self) -> None:
         num_sites, capacity, _ = self.table.shape

@@ -1,7 +1,7 @@
 """The durable adapter store: a catalog of small manifests over immutable, content-addressed versions.
 
-    catalog/<adapter_id>.json     the manifest: which generation the id is bound to
-    versions/<generation>/        the files of a generation, never changed
+    catalog/<adapter_id>.json     the manifest: which digest the id is bound to
+    versions/<digest>/        the files of a digest, never changed
     staging/                      work in progress, worthless after a crash
 
 An acknowledged change survives kill -9 and power loss; any other leaves the old state. Reading takes no lock. Every
@@ -34,7 +34,7 @@ from weft.adapters.catalog import (
     require_expected,
     taken,
 )
-from weft.adapters.identifiers import AdapterId, Generation, abbreviated, check_generation, is_generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId, abbreviated, check_digest, is_digest
 from weft.adapters.sources import holds, open_source_file, source_directory
 from weft.adapters.storage import named, storage_errors
 from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, is_open, open_stored
@@ -91,14 +91,14 @@ class AdapterStore:
         with storage_errors():
             version_names = sorted(os.listdir(self._versions))
         for name in version_names:
-            if not is_generation(name):
+            if not is_digest(name):
                 problems.append(Problem(f"versions/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no version"))
         manifests, unreadable = self.read_catalog()
         problems.extend(unreadable)
         for manifest in manifests.values():
             fault = self._fault_of(manifest)
             if fault:
-                path = f"versions/{manifest.generation}"
+                path = f"versions/{manifest.digest}"
                 problems.append(Problem(path, manifest.adapter_id, "BLOB_CORRUPT", fault))
         bad = {problem.adapter_id for problem in problems}
         healthy = {adapter_id: manifest for adapter_id, manifest in manifests.items() if adapter_id not in bad}
@@ -118,19 +118,19 @@ class AdapterStore:
             raise no_adapter(adapter_id)
         return manifest
 
-    def open_version(self, generation: Generation, *, verify: bool = True) -> StoredVersion:
-        """Return the files of a generation, hashed again if `verify` is set.
+    def open_version(self, digest: AdapterDigest, *, verify: bool = True) -> StoredVersion:
+        """Return the files of a digest, hashed again if `verify` is set.
 
         Raises DataLoss BLOB_CORRUPT if they have changed, or are gone while a manifest names them; AdapterNotFound if
-        the store has no such generation, which also results from losing a race against replace and collect.
+        the store has no such digest, which also results from losing a race against replace and collect.
         """
         with storage_errors():
-            version = self._open(generation, verify=verify)
+            version = self._open(digest, verify=verify)
         if version is not None:
             return version
-        if generation in {manifest.generation for manifest in self.read_catalog().manifests.values()}:
-            raise corrupt(generation, "its files are gone")
-        raise AdapterNotFound("ADAPTER_NOT_FOUND", f"generation {abbreviated(generation)}: no such generation")
+        if digest in {manifest.digest for manifest in self.read_catalog().manifests.values()}:
+            raise corrupt(digest, "its files are gone")
+        raise AdapterNotFound("ADAPTER_NOT_FOUND", f"digest {abbreviated(digest)}: no such digest")
 
     # Staging
 
@@ -175,18 +175,18 @@ class AdapterStore:
         pinned: bool = False,
         source: str = "",
         replace: bool = False,
-        expected_generation: Generation | None = None,
+        expected_digest: AdapterDigest | None = None,
     ) -> Manifest:
         """Bind `adapter_id` to the staged content; when this returns, the binding is durable.
 
         The id may be free, or already bound to the same content; with `replace`, bound to other content; with
-        `expected_generation`, bound to exactly that. Otherwise raises AdapterExists or AdapterConflict. Content that
+        `expected_digest`, bound to exactly that. Otherwise raises AdapterExists or AdapterConflict. Content that
         the store already has is kept once, and repaired if it has rotted. After Overloaded or Unavailable the old
         binding stands, unless it was the last step that failed, making the new one durable: then either may be found.
         """
         manifest = Manifest(
             adapter_id=adapter_id,
-            generation=staged.generation,
+            digest=staged.digest,
             size_bytes=staged.size_bytes,
             method=method,
             pinned=pinned,
@@ -195,14 +195,14 @@ class AdapterStore:
         )
         with self._changing():
             failpoints.hit("before_version")
-            replaces = replace or expected_generation is not None
-            current = self._current(adapter_id, or_corrupt=replace and expected_generation is None)
-            if expected_generation is not None:
-                require_expected(adapter_id, expected_generation, current)
-            elif current is not None and not replace and current.generation != staged.generation:
+            replaces = replace or expected_digest is not None
+            current = self._current(adapter_id, or_corrupt=replace and expected_digest is None)
+            if expected_digest is not None:
+                require_expected(adapter_id, expected_digest, current)
+            elif current is not None and not replace and current.digest != staged.digest:
                 raise taken(current)
             with self._placed(staged):
-                if current is not None and current.generation == staged.generation and not replaces:
+                if current is not None and current.digest == staged.digest and not replaces:
                     return current
                 failpoints.hit("before_manifest")
                 self._replace_manifest(manifest)
@@ -212,14 +212,14 @@ class AdapterStore:
     @contextlib.contextmanager
     def _placed(self, staged: StagedVersion) -> Iterator[None]:
         """Put a version's files in place; if the block fails, files that were not there before go again."""
-        is_new = not os.path.lexists(self._version_path(staged.generation))
+        is_new = not os.path.lexists(self._version_path(staged.digest))
         try:
             self._place(staged)
             yield
         except BaseException:
             if is_new:
                 with contextlib.suppress(OSError, Unavailable):
-                    self._sweep_versions(self._unreferenced(()) & {staged.generation}, [])
+                    self._sweep_versions(self._unreferenced(()) & {staged.digest}, [])
             raise
 
     def set_pinned(self, adapter_id: AdapterId, pinned: bool) -> Manifest:
@@ -229,11 +229,11 @@ class AdapterStore:
             self._replace_manifest(changed)
         return changed
 
-    def remove(self, adapter_id: AdapterId, *, expected_generation: Generation | None = None) -> None:
+    def remove(self, adapter_id: AdapterId, *, expected_digest: AdapterDigest | None = None) -> None:
         """Unbind the id durably; its version stays until it is collected. A corrupt manifest can be removed too."""
         with self._changing():
-            if expected_generation is not None:
-                require_expected(adapter_id, expected_generation, self.read_manifest(adapter_id))
+            if expected_digest is not None:
+                require_expected(adapter_id, expected_digest, self.read_manifest(adapter_id))
             failpoints.hit("before_remove")
             try:
                 os.unlink(manifest_path(self._catalog, adapter_id))
@@ -242,14 +242,14 @@ class AdapterStore:
             failpoints.hit("after_remove")
             durable.sync_directory(self._catalog)
 
-    def collect(self, live_generations: Collection[Generation]) -> tuple[Generation, ...]:
-        """Delete versions that no manifest and no element of `live_generations` names, and that no process has open.
+    def collect(self, live_digests: Collection[AdapterDigest]) -> tuple[AdapterDigest, ...]:
+        """Delete versions that no manifest and no element of `live_digests` names, and that no process has open.
 
         Nothing is deleted while a manifest is unreadable, since it may name any of them.
         """
         problems: list[Problem] = []
         with self._changing():
-            removed = self._sweep_versions(self._unreferenced(live_generations), problems)
+            removed = self._sweep_versions(self._unreferenced(live_digests), problems)
         if problems:
             raise Unavailable(problems[0].reason, problems[0].message)
         return removed
@@ -264,9 +264,9 @@ class AdapterStore:
         ):
             yield
 
-    def _version_path(self, generation: Generation) -> Path:
-        """Return the path of a generation; no other code makes one."""
-        return self._versions / check_generation(generation)
+    def _version_path(self, digest: AdapterDigest) -> Path:
+        """Return the path of a digest; no other code makes one."""
+        return self._versions / check_digest(digest)
 
     def _current(self, adapter_id: AdapterId, *, or_corrupt: bool) -> Manifest | None:
         """Return the manifest that a commit finds. An unconditional replacement also replaces an unreadable one."""
@@ -277,9 +277,9 @@ class AdapterStore:
                 return None
             raise
 
-    def _open(self, generation: Generation, *, verify: bool) -> StoredVersion | None:
+    def _open(self, digest: AdapterDigest, *, verify: bool) -> StoredVersion | None:
         try:
-            version = open_stored(self._version_path(generation), generation)
+            version = open_stored(self._version_path(digest), digest)
         except FileNotFoundError:
             return None
         try:
@@ -293,19 +293,19 @@ class AdapterStore:
     def _fault_of(self, manifest: Manifest) -> str:
         """Return the fault that shows in the files' presence and size, without reading them; "" if there is none."""
         try:
-            with os.scandir(self._version_path(manifest.generation)) as entries:
+            with os.scandir(self._version_path(manifest.digest)) as entries:
                 size_bytes = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
         except OSError as error:
-            return f"generation {abbreviated(manifest.generation)}: {named(error).message}"
+            return f"digest {abbreviated(manifest.digest)}: {named(error).message}"
         if size_bytes == manifest.size_bytes:
             return ""
-        return f"generation {abbreviated(manifest.generation)}: has {size_bytes} bytes instead of {manifest.size_bytes}"
+        return f"digest {abbreviated(manifest.digest)}: has {size_bytes} bytes instead of {manifest.size_bytes}"
 
     def _place(self, staged: StagedVersion) -> None:
         """Make `versions/` hold the staged content, whole and durable."""
-        target = self._version_path(staged.generation)
+        target = self._version_path(staged.digest)
         try:
-            version = self._open(staged.generation, verify=True)
+            version = self._open(staged.digest, verify=True)
         except DataLoss:
             self._take_away(target)
             version = None
@@ -332,24 +332,24 @@ class AdapterStore:
                 os.unlink(temporary)
             raise
 
-    def _unreferenced(self, live_generations: Collection[Generation]) -> set[Generation]:
+    def _unreferenced(self, live_digests: Collection[AdapterDigest]) -> set[AdapterDigest]:
         """Return the versions that nothing names; none at all while a manifest is unreadable."""
         manifests, problems = self.read_catalog()
         if any(problem.adapter_id is not None for problem in problems):
             return set()
-        named = {manifest.generation for manifest in manifests.values()}.union(live_generations)
-        return {Generation(name) for name in os.listdir(self._versions) if is_generation(name)} - named
+        named = {manifest.digest for manifest in manifests.values()}.union(live_digests)
+        return {AdapterDigest(name) for name in os.listdir(self._versions) if is_digest(name)} - named
 
-    def _sweep_versions(self, generations: Collection[Generation], problems: list[Problem]) -> tuple[Generation, ...]:
-        removed: list[Generation] = []
-        for generation in sorted(generations):
-            directory = self._version_path(generation)
+    def _sweep_versions(self, digests: Collection[AdapterDigest], problems: list[Problem]) -> tuple[AdapterDigest, ...]:
+        removed: list[AdapterDigest] = []
+        for digest in sorted(digests):
+            directory = self._version_path(digest)
             try:
                 if not is_open(directory):
                     self._take_away(directory)
-                    removed.append(generation)
+                    removed.append(digest)
             except OSError as error:
-                problems.append(_left_over(f"versions/{generation}", error))
+                problems.append(_left_over(f"versions/{digest}", error))
         return tuple(removed)
 
     def _take_away(self, directory: Path) -> None:

@@ -1,9 +1,9 @@
-"""The content of an adapter: how a generation is computed, staged and read back.
+"""The content of an adapter: how a digest is computed, staged and read back.
 
-    generation = sha256( "weft generation 1\\n" | u64 n | for each of the n files, by name:
+    digest = sha256( "weft generation 1\\n" | u64 n | for each of the n files, by name:
                          u64 length of name | name | u64 size | sha256 of its bytes )       u64 is big-endian
 
-The files count byte for byte: a config with the same meaning in another spelling is another generation. So the digest
+The files count byte for byte: a config with the same meaning in another spelling is another digest. So the digest
 is free of any opinion about JSON, and can be reproduced with nothing but sha256.
 """
 
@@ -19,14 +19,14 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 from weft import durable
-from weft.adapters.identifiers import Generation, abbreviated
+from weft.adapters.identifiers import AdapterDigest, abbreviated
 from weft.adapters.storage import storage_errors
 from weft.config import AdapterLimits
 from weft.errors import DataLoss, InvalidAdapter
 from weft.v1.adapter_files import CONFIG_FILES, PAIRS
 
 _COPY_BYTES = 1 << 20
-_DOMAIN = b"weft generation 1\n"
+_DOMAIN = b"weft generation 1\n"  # a digest was called a generation; another word would give other digests
 _FILE_NAME = re.compile(r"[a-z0-9_]{1,48}\.[a-z0-9]{1,15}")
 
 
@@ -38,18 +38,18 @@ class FileDigest(NamedTuple):
     sha256: str
 
 
-def generation_of(files: Iterable[FileDigest]) -> Generation:
+def digest_of(files: Iterable[FileDigest]) -> AdapterDigest:
     """Return the digest of the files together. Every part is framed by its length, so no two sets of files collide."""
     ordered = sorted(files)
     digest = hashlib.sha256(_DOMAIN + _u64(len(ordered)))
     for file in ordered:
         name = file.name.encode()
         digest.update(_u64(len(name)) + name + _u64(file.size_bytes) + bytes.fromhex(file.sha256))
-    return Generation(digest.hexdigest())
+    return AdapterDigest(digest.hexdigest())
 
 
-def generation_at(directory: Path) -> Generation:
-    """Return the generation that registering a directory yields.
+def digest_at(directory: Path) -> AdapterDigest:
+    """Return the digest that registering a directory yields.
 
     Raises FileNotFoundError if it holds no pair of files.
     """
@@ -58,7 +58,7 @@ def generation_at(directory: Path) -> Generation:
         with (directory / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             files.append(FileDigest(name, file.tell(), digest))
-    return generation_of(files)
+    return digest_of(files)
 
 
 def _u64(value: int) -> bytes:
@@ -122,7 +122,7 @@ class StagedFile:
 class StagedVersion(NamedTuple):
     """Complete, durable files that no other call can see yet."""
 
-    generation: Generation
+    digest: AdapterDigest
     files: tuple[FileDigest, ...]
     directory: Path
 
@@ -162,7 +162,7 @@ class Staging:
         with storage_errors():
             durable.sync_directory(self.directory)
         files = tuple(sorted(file.digest for file in self._files))
-        return StagedVersion(generation_of(files), files, self.directory)
+        return StagedVersion(digest_of(files), files, self.directory)
 
     def discard(self) -> None:
         """Leave nothing behind; recovery removes what cannot be removed now."""
@@ -185,10 +185,10 @@ class Staging:
 
 
 class StoredVersion:
-    """An open generation: `files` by name, each at its first byte. No process collects it while it is open."""
+    """An open digest: `files` by name, each at its first byte. No process collects it while it is open."""
 
-    def __init__(self, generation: Generation, files: dict[str, BufferedReader]) -> None:
-        self.generation = generation
+    def __init__(self, digest: AdapterDigest, files: dict[str, BufferedReader]) -> None:
+        self.digest = digest
         self.files = files
 
     @property
@@ -203,8 +203,8 @@ class StoredVersion:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             found.append(FileDigest(name, file.tell(), digest))
             file.seek(0)
-        if generation_of(found) != self.generation:
-            raise corrupt(self.generation, "its files no longer have its digest")
+        if digest_of(found) != self.digest:
+            raise corrupt(self.digest, "its files no longer have its digest")
 
     def close(self) -> None:
         for file in self.files.values():
@@ -217,12 +217,12 @@ class StoredVersion:
         self.close()
 
 
-def open_stored(directory: Path, generation: Generation) -> StoredVersion:
+def open_stored(directory: Path, digest: AdapterDigest) -> StoredVersion:
     """Open every file in `directory`.
 
     Raises FileNotFoundError if there is no such directory, DataLoss if it holds anything but files, or none.
     """
-    version = StoredVersion(generation, {})
+    version = StoredVersion(digest, {})
     try:
         for name in sorted(os.listdir(directory)):
             file = durable.open_regular(directory / name)
@@ -231,17 +231,15 @@ def open_stored(directory: Path, generation: Generation) -> StoredVersion:
     except OSError as error:
         version.close()
         if error.errno in durable.NOT_REGULAR:
-            raise corrupt(generation, "it holds something other than its files") from None
+            raise corrupt(digest, "it holds something other than its files") from None
         raise
     if not version.files:
-        raise corrupt(generation, "its files are gone")
+        raise corrupt(digest, "its files are gone")
     return version
 
 
-def corrupt(generation: Generation, what: str) -> DataLoss:
-    return DataLoss(
-        "BLOB_CORRUPT", f"generation {abbreviated(generation)}: {what}", metadata={"generation": generation}
-    )
+def corrupt(digest: AdapterDigest, what: str) -> DataLoss:
+    return DataLoss("BLOB_CORRUPT", f"digest {abbreviated(digest)}: {what}", metadata={"digest": digest})
 
 
 def is_open(directory: Path) -> bool:

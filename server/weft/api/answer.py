@@ -14,7 +14,7 @@ class EffectiveAdapter(NamedTuple):
     """An adapter of a request, as the answer names it. mean_gate: over the tokens that the request computed."""
 
     adapter_id: str
-    generation: str
+    digest: str
     method: str
     weight: float
     mean_gate: float
@@ -76,13 +76,13 @@ def end(
 def takes_part(part: Part, version: Version, request: Request) -> bool:
     """Return whether an adapter acts in the answer: not at weight 0, nor without the invocation that it acts from."""
     if version.info.invocation_tokens:
-        return any(use.generation == version.generation for use in request.adapters)
+        return any(use.digest == version.digest for use in request.adapters)
     return part.gate != 0
 
 
 def _effective(part: Part, version: Version, request: Request, num_tokens: int) -> EffectiveAdapter:
     """Return what the answer reports of one adapter; the last of the tokens was never computed with."""
-    use = next((use for use in request.adapters if use.generation == version.generation), None)
+    use = next((use for use in request.adapters if use.digest == version.digest), None)
     weight = mean = part.weight
     if part.gate and not takes_part(part, version, request):
         weight = mean = 0.0
@@ -90,4 +90,4 @@ def _effective(part: Part, version: Version, request: Request, num_tokens: int) 
         begin, end = request.num_cached_tokens, request.num_prompt_tokens + num_tokens - 1
         within = sum(one.end - one.begin for one in token_ranges.clip(use.ranges, begin, end))
         mean = part.weight * within / (end - begin)
-    return EffectiveAdapter(version.adapter_id, version.generation, version.info.method, weight, mean)
+    return EffectiveAdapter(version.adapter_id, version.digest, version.info.method, weight, mean)

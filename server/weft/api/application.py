@@ -139,10 +139,10 @@ class Application:
             match event:
                 case TokenEvent():
                     self.requests.deliver(event)
-                case AdaptersResident(generations):
-                    self.lifecycle.memory.residents_are(generations)
-                case AdapterFailed(generation, error):
-                    self.lifecycle.memory.failed(generation, error)
+                case AdaptersResident(digests):
+                    self.lifecycle.memory.residents_are(digests)
+                case AdapterFailed(digest, error):
+                    self.lifecycle.memory.failed(digest, error)
                 case EngineDown(error):
                     self._refuse(error)
                     self.down.set()

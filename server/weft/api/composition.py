@@ -19,7 +19,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterId, AdapterReference, Generation, parse_reference
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, parse_reference
 from weft.adapters.registry import Version
 from weft.api.mixtures import is_mixture
 from weft.config import RequestLimits
@@ -85,12 +85,12 @@ def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_mod
 
 def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
     """COMPOSITION_INVALID with the index of the first part that cannot be one, or cannot have its weight."""
-    seen: dict[Generation, int] = {}
+    seen: dict[AdapterDigest, int] = {}
     for index, (part, version) in enumerate(zip(parts, versions, strict=True)):
         name = version.adapter_id
         if is_mixture(version):
             raise _refused(index, "adapter_id", "is a mixture, which answers alone", name)
-        first = seen.setdefault(version.generation, index)
+        first = seen.setdefault(version.digest, index)
         if first != index:
             raise _refused(index, "adapter_id", f"has the content of part {first}, {versions[first].adapter_id}", name)
         if version.info.num_virtual_tokens and part.weight < 0:
@@ -116,7 +116,7 @@ def uses(parts: Sequence[Part], versions: Sequence[Version], tokens: Sequence[in
                 continue
             ranges = token_ranges.normal(within)
         if part.gate:
-            taken.append(AdapterUse(version.generation, part.gate, version.info.num_virtual_tokens, ranges))
+            taken.append(AdapterUse(version.digest, part.gate, version.info.num_virtual_tokens, ranges))
     return canonical(taken)
 
 

@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterId, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.ingest import Ingested
 from weft.adapters.loader import AdapterLoader
 from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
@@ -47,10 +47,10 @@ class RegisterOptions:
     """How to register; see RegisterAdapterRequest."""
 
     replace: bool = False
-    expected_generation: str | None = None
+    expected_digest: str | None = None
     pin: bool = False
     validate_only: bool = False
-    content_generation: str | None = None
+    content_digest: str | None = None
 
 
 class Registered(NamedTuple):
@@ -105,28 +105,28 @@ class Lifecycle:
         for done, manifest in enumerate(recovery.manifests.values(), 1):
             version = Version(
                 adapter_id=manifest.adapter_id,
-                generation=manifest.generation,
+                digest=manifest.digest,
                 info=AdapterInfo(method=manifest.method, size_bytes=manifest.size_bytes),
                 create_time_s=datetime.fromisoformat(manifest.create_time).timestamp(),
                 pinned=manifest.pinned,
             )
             try:
-                ingested = await self._work.run(self._loader.read, manifest.generation)
+                ingested = await self._work.run(self._loader.read, manifest.digest)
             except WeftError as error:
                 version.state, version.state_reason = AdapterState.FAILED, error.reason
                 _log.warning("store: adapter %s is not served: %s", manifest.adapter_id, error)
             else:
                 version.info = ingested.info
-                self._loader.keep(manifest.generation, ingested.slab)
+                self._loader.keep(manifest.digest, ingested.packed)
             self.registry.publish(version)
             if version.pinned and version.state is AdapterState.ACTIVE:
-                self._engine.preload(version.generation, pin=True)  # as soon as that can be
+                self._engine.preload(version.digest, pin=True)  # as soon as that can be
             progress(done, total)
         for problem in recovery.problems:
             adapter_id, state = problem.adapter_id, AdapterState.FAILED
             if adapter_id is not None and self.registry.current(adapter_id) is None:
                 lost = Version(
-                    adapter_id=adapter_id, generation=Generation(""), info=AdapterInfo(), create_time_s=0.0, state=state
+                    adapter_id=adapter_id, digest=AdapterDigest(""), info=AdapterInfo(), create_time_s=0.0, state=state
                 )
                 lost.state_reason = problem.reason
                 self.registry.publish(lost)
@@ -161,10 +161,10 @@ class Lifecycle:
         self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions, source: str
     ) -> Registered:
         staged = await self._work.run(staging.seal)
-        wanted, given = options.content_generation, staged.generation
+        wanted, given = options.content_digest, staged.digest
         if wanted not in (None, given):
             rule = "is not the content's"
-            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_generation", rule, limit=wanted, given=given)
+            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_digest", rule, limit=wanted, given=given)
         ingested = await self._work.run(self._loader.read_staged, staged)
         self._check_fit(ingested)
         mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
@@ -174,7 +174,7 @@ class Lifecycle:
         self, adapter_id: AdapterId, staged: StagedVersion, ingested: Ingested, options: RegisterOptions, source: str
     ) -> Registered:
         changes = self.registry.check_publish(
-            adapter_id, staged.generation, replace=options.replace, expected_generation=options.expected_generation
+            adapter_id, staged.digest, replace=options.replace, expected_digest=options.expected_digest
         )
         previous = self.registry.current(adapter_id)
         if previous is not None and previous.state is AdapterState.LOADING:
@@ -186,7 +186,7 @@ class Lifecycle:
             return Registered(previous, Outcome.UNCHANGED)
         version = Version(
             adapter_id=adapter_id,
-            generation=staged.generation,
+            digest=staged.digest,
             info=ingested.info,
             create_time_s=time.time(),
             pinned=options.pin or (previous is not None and previous.pinned),  # a pin is the id's, not the content's
@@ -199,20 +199,20 @@ class Lifecycle:
         self, version: Version, staged: StagedVersion, ingested: Ingested, source: str, *, replace: bool
     ) -> None:
         """Make a version durable, then current."""
-        adapter_id, generation, info = version.adapter_id, version.generation, version.info
+        adapter_id, digest, info = version.adapter_id, version.digest, version.info
         commit = partial(self._store.commit, adapter_id=adapter_id, method=info.method, pinned=version.pinned)
         try:
             if version.pinned:  # first of all: a call that fails for want of room leaves nothing behind
-                await self.memory.bring(generation, pin=True, slab=ingested.slab)
+                await self.memory.bring(digest, pin=True, packed=ingested.packed)
             manifest = await self._work.run(partial(commit, staged, source=source, replace=replace))
         except BaseException:
-            await self.memory.free(generation)
+            await self.memory.free(digest)
             raise
         version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
-        self._loader.keep(generation, ingested.slab)
+        self._loader.keep(digest, ingested.packed)
         replaced = self.registry.publish(version)
         if replaced is not None and not replaced.leases:
-            self._free_later(replaced.generation)
+            self._free_later(replaced.digest)
         if info.trained_held_as:
             _log.warning("%s: trained on another quantization (%s) of the base", adapter_id, info.trained_held_as)
         if info.trained_rope_factors:
@@ -223,12 +223,12 @@ class Lifecycle:
             )
 
     def _check_fit(self, ingested: Ingested) -> None:
-        blocks, slab, reason = self._engine.blocks, ingested.slab, "ADAPTER_TOO_LARGE"
-        given, most = slab.buffer.nbytes, self._device_bytes
+        blocks, packed, reason = self._engine.blocks, ingested.packed, "ADAPTER_TOO_LARGE"
+        given, most = packed.buffer.nbytes, self._device_bytes
         if given > most:
             field, rule = "adapter_model.safetensors", "can never fit the adapter pool in bytes"
             raise InvalidAdapter.rule(reason, field, rule, limit=most, given=given)
-        given, most = blocks.count(slab.num_virtual_tokens), blocks.num_blocks - 1
+        given, most = blocks.count(packed.num_virtual_tokens), blocks.num_blocks - 1
         if given > most:
             field, rule = "adapter_config.num_virtual_tokens", "can never fit the KV pool in blocks"
             raise InvalidAdapter.rule(reason, field, rule, limit=most, given=given)
@@ -236,21 +236,21 @@ class Lifecycle:
     # -- unregister ----------------------------------------------------------------------------------------------
 
     async def unregister(
-        self, adapter_id: AdapterId, *, cancel: bool, timeout_s: float, expected_generation: str | None
+        self, adapter_id: AdapterId, *, cancel: bool, timeout_s: float, expected_digest: str | None
     ) -> Removed:
         """Remove an adapter; returns when nothing of it is left."""
         self._work.require_open()
 
         async def remove() -> Removed:
             async with self._work.lock(adapter_id):  # a registration that came first is let through
-                versions = await self._unbind(adapter_id, expected_generation)
+                versions = await self._unbind(adapter_id, expected_digest)
             return await self._remove(adapter_id, versions, cancel=cancel, timeout_s=timeout_s)
 
         return await self._work.to_the_end(remove())
 
-    async def _unbind(self, adapter_id: AdapterId, expected_generation: str | None) -> list[Version]:
+    async def _unbind(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
         """Let the id go in the store; from here on it is DRAINING. Returns its versions."""
-        versions = self.registry.drain(adapter_id, expected_generation)
+        versions = self.registry.drain(adapter_id, expected_digest)
         try:
             await self._work.run(self._store.remove, adapter_id)
         except WeftError as error:
@@ -276,15 +276,15 @@ class Lifecycle:
         await self._wait_released(versions)
         self.registry.remove(adapter_id)
         total = Freed()
-        for generation in {version.generation for version in versions}:
-            total = Freed(*map(sum, zip(total, await self.memory.free(generation), strict=True)))
+        for digest in {version.digest for version in versions}:
+            total = Freed(*map(sum, zip(total, await self.memory.free(digest), strict=True)))
         await self._collect()
         return Removed(total, cancelled_requests=len(leftover))
 
     def release(self, version: Version, request_id: str) -> None:
         """End a request's lease. The memory of a replaced version goes with the last one."""
         if self.registry.release(version, request_id):
-            self._free_later(version.generation)
+            self._free_later(version.digest)
         self._lease_ended.set()
         self._lease_ended = asyncio.Event()
 
@@ -292,17 +292,17 @@ class Lifecycle:
         while any(version.leases for version in versions):
             await self._lease_ended.wait()
 
-    def _free_later(self, generation: Generation) -> None:
+    def _free_later(self, digest: AdapterDigest) -> None:
         if not self._work.is_closed:
-            self._work.keep(self._free(generation))
+            self._work.keep(self._free(digest))
 
-    async def _free(self, generation: Generation) -> None:
-        await self.memory.free(generation)
+    async def _free(self, digest: AdapterDigest) -> None:
+        await self.memory.free(digest)
         await self._collect()
 
     async def _collect(self) -> None:
         try:
-            await self._work.run(self._store.collect, self.registry.generations())
+            await self._work.run(self._store.collect, self.registry.digests())
         except WeftError as error:  # files that cannot be removed now are removed by the next collection
             _log.warning("store: %s", error)
 

@@ -6,10 +6,10 @@ The engine decides what is on the device and publishes it after every change; he
 import asyncio
 from enum import StrEnum
 
-from weft.adapters.identifiers import AdapterId, AdapterReference, Generation
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.adapters.loader import AdapterLoader
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.registry import Change, Registry, Version
-from weft.adapters.slab import Slab
 from weft.adapters.store import AdapterStore
 from weft.api.watch import Watches
 from weft.api.work import Work
@@ -44,7 +44,7 @@ class AdapterMemory:
         self._registry = registry
         self._watches = watches
         self._work = work
-        self._resident: frozenset[Generation] = frozenset()
+        self._resident: frozenset[AdapterDigest] = frozenset()
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -56,9 +56,9 @@ class AdapterMemory:
             if pin:
                 await self.pin(version)
             elif to_device:
-                await self.bring(version.generation)
-            elif self.place_of(version.generation) is Residence.DISK:
-                await self._read(version.generation)
+                await self.bring(version.digest)
+            elif self.place_of(version.digest) is Residence.DISK:
+                await self._read(version.digest)
             if pin is False and version.pinned:
                 await self._work.run(self._store.set_pinned, adapter_id, False)
                 self._unpin(version)
@@ -69,15 +69,15 @@ class AdapterMemory:
         self._work.require_open()
         async with self._work.lock(adapter_id):
             version = self._registry.require(AdapterReference(adapter_id, None))
-            twins = [twin for twin in self._registry.of(version.generation) if twin is not version]
+            twins = [twin for twin in self._registry.of(version.digest) if twin is not version]
             num_requests = sum(len(twin.leases) for twin in (version, *twins))
             if num_requests:
                 raise _in_use(adapter_id, num_requests)
             if not any(twin.pinned for twin in twins):
-                if await asyncio.wrap_future(self._engine.evict(version.generation)) is None:
+                if await asyncio.wrap_future(self._engine.evict(version.digest)) is None:
                     raise _in_use(adapter_id, 1)  # it came an instant ago
                 if not keep_host:
-                    self._loader.drop(version.generation)
+                    self._loader.drop(version.digest)
             if version.pinned:
                 await self._work.run(self._store.set_pinned, adapter_id, False)
                 self._unpin(version)
@@ -86,7 +86,7 @@ class AdapterMemory:
 
     async def pin(self, version: Version) -> None:
         """Bring an adapter to the device to stay there, also after a restart."""
-        await self.bring(version.generation, pin=True)
+        await self.bring(version.digest, pin=True)
         if version.pinned:
             return
         try:
@@ -98,67 +98,67 @@ class AdapterMemory:
 
     # -- copies --------------------------------------------------------------------------------------------------
 
-    def place_of(self, generation: Generation) -> Residence:
+    def place_of(self, digest: AdapterDigest) -> Residence:
         """Where the fastest copy is."""
-        if generation in self._resident:
+        if digest in self._resident:
             return Residence.DEVICE
-        return Residence.HOST if generation in self._loader else Residence.DISK
+        return Residence.HOST if digest in self._loader else Residence.DISK
 
-    async def bring(self, generation: Generation, *, pin: bool = False, slab: Slab | None = None) -> None:
-        """Return when the adapter is on the device, with `pin` to stay. `slab` spares the way to the disk.
+    async def bring(self, digest: AdapterDigest, *, pin: bool = False, packed: PackedAdapter | None = None) -> None:
+        """Return when the adapter is on the device, with `pin` to stay. `packed adapter` spares the way to the disk.
 
         Raises what its load failed with, or Overloaded POOL_EXHAUSTED.
         """
         try:
-            await asyncio.wrap_future(self._engine.preload(generation, slab=slab, pin=pin))
+            await asyncio.wrap_future(self._engine.preload(digest, packed=packed, pin=pin))
         except BaseException:
-            if not self._is_pinned(generation):
-                self._engine.unpin(generation)
+            if not self._is_pinned(digest):
+                self._engine.unpin(digest)
             raise
 
-    async def free(self, generation: Generation) -> Freed:
+    async def free(self, digest: AdapterDigest) -> Freed:
         """Let every copy go, unless an adapter is this content. Returns when no load reads its files any more."""
-        if self._is_wanted(generation):
+        if self._is_wanted(digest):
             return Freed()
         # It is held only if it was registered again a moment ago.
-        evicted = await asyncio.wrap_future(self._engine.evict(generation))
-        if self._is_wanted(generation):
+        evicted = await asyncio.wrap_future(self._engine.evict(digest))
+        if self._is_wanted(digest):
             return evicted or Freed()
-        freed = (evicted or Freed())._replace(host_bytes=self._loader.drop(generation))
-        loads = map(asyncio.wrap_future, self._loader.running(generation))
+        freed = (evicted or Freed())._replace(host_bytes=self._loader.drop(digest))
+        loads = map(asyncio.wrap_future, self._loader.running(digest))
         await asyncio.gather(*loads, return_exceptions=True)
         return freed
 
-    def residents_are(self, resident: frozenset[Generation]) -> None:
+    def residents_are(self, resident: frozenset[AdapterDigest]) -> None:
         """Take in what is on the device now."""
         moved, self._resident = self._resident ^ resident, resident
-        for generation in moved:
-            for version in self._registry.of(generation):
+        for digest in moved:
+            for version in self._registry.of(digest):
                 if version is self._registry.current(version.adapter_id):
                     self._watches.put(Change.UPDATED, version)
 
-    def failed(self, generation: Generation, error: WeftError) -> None:
+    def failed(self, digest: AdapterDigest, error: WeftError) -> None:
         """Take an adapter out of service whose files, or what the base makes of them, are of no use."""
         if not isinstance(error, Unavailable | Overloaded | AdapterNotFound):  # these pass, or it was removed
-            self._registry.fail(generation, error.reason)
+            self._registry.fail(digest, error.reason)
 
-    async def _read(self, generation: Generation) -> None:
+    async def _read(self, digest: AdapterDigest) -> None:
         try:
-            await asyncio.wrap_future(self._loader.request(generation))
+            await asyncio.wrap_future(self._loader.request(digest))
         except WeftError as error:
-            self.failed(generation, error)
+            self.failed(digest, error)
             raise
 
     def _unpin(self, version: Version) -> None:
         self._registry.pin(version, False)
-        if not self._is_pinned(version.generation):
-            self._engine.unpin(version.generation)
+        if not self._is_pinned(version.digest):
+            self._engine.unpin(version.digest)
 
-    def _is_pinned(self, generation: Generation) -> bool:
-        return any(version.pinned for version in self._registry.of(generation))
+    def _is_pinned(self, digest: AdapterDigest) -> bool:
+        return any(version.pinned for version in self._registry.of(digest))
 
-    def _is_wanted(self, generation: Generation) -> bool:
-        return bool(self._registry.of(generation))
+    def _is_wanted(self, digest: AdapterDigest) -> bool:
+        return bool(self._registry.of(digest))
 
 
 def _in_use(adapter_id: AdapterId, num_requests: int) -> AdapterUnusable:

@@ -1,6 +1,6 @@
 """Mixtures of adapters: which experts a mixture may have, and what a request wants of their gates.
 
-A mixture names its experts by generation. They are looked up when it is registered and again for each request, which
+A mixture names its experts by digest. They are looked up when it is registered and again for each request, which
 holds all of them or none: where one cannot answer, the request fails as a whole and says which. Nothing keeps an expert
 registered for a mixture's sake.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from weft.adapters.identifiers import Generation, is_generation, parse_reference
+from weft.adapters.identifiers import AdapterDigest, is_digest, parse_reference
 from weft.adapters.registry import AdapterInfo, Registry, Version
 from weft.engine.request import AdapterUse, ExpertBound, GateSight, MixtureUse, canonical
 from weft.errors import AdapterUnusable, InvalidRequest
@@ -70,7 +70,7 @@ def check_steering(given: Steering, *, base_model: str) -> None:
 
 def expert_uses(experts: Sequence[Version]) -> tuple[AdapterUse, ...]:
     """The experts as the engine computes them; their gates are the router's."""
-    return canonical(AdapterUse(expert.generation, 1.0, expert.info.num_virtual_tokens) for expert in experts)
+    return canonical(AdapterUse(expert.digest, 1.0, expert.info.num_virtual_tokens) for expert in experts)
 
 
 def use_of(
@@ -80,20 +80,20 @@ def use_of(
     bounds: tuple[ExpertBound, ...] = ()
     if steering is not None:
         bounds = _bounds(steering, mixture, experts, registry)
-    return MixtureUse(mixture.generation, mixture.info.is_sequence_level, bounds, sight)
+    return MixtureUse(mixture.digest, mixture.info.is_sequence_level, bounds, sight)
 
 
 def _bounds(
     steering: Steering, mixture: Version, experts: Sequence[Version], registry: Registry
 ) -> tuple[ExpertBound, ...]:
     def index_of(name: str, field: str) -> int:
-        """By generation; by the id that is registered with it now; by the id that the mixture's file names."""
+        """By digest; by the id that is registered with it now; by the id that the mixture's file names."""
         adapter_id, _, wanted = name.partition("@")
-        current = registry.current(parse_reference(adapter_id).adapter_id) if not is_generation(name) else None
-        generations = [expert.generation for expert in experts]
-        for candidate in (wanted or name, current.generation if current is not None else ""):
-            if candidate in generations and (not wanted or candidate == wanted):
-                return generations.index(Generation(candidate))
+        current = registry.current(parse_reference(adapter_id).adapter_id) if not is_digest(name) else None
+        digests = [expert.digest for expert in experts]
+        for candidate in (wanted or name, current.digest if current is not None else ""):
+            if candidate in digests and (not wanted or candidate == wanted):
+                return digests.index(AdapterDigest(candidate))
         hints = [reference.adapter_id for reference in mixture.info.experts]
         if not wanted and adapter_id in hints:
             return hints.index(parse_reference(adapter_id).adapter_id)
@@ -118,7 +118,7 @@ def _bounds(
 
 
 def _check_name(name: str, field: str, base_model: str) -> None:
-    if not is_generation(name):
+    if not is_digest(name):
         parse_reference(name, base_model=base_model, field=field)
 
 
@@ -129,7 +129,7 @@ def _refused(field: str, rule: str, given: object) -> InvalidRequest:
 def _unsupported(version: Version, field: str, what: str) -> AdapterUnusable:
     return AdapterUnusable(
         "FEATURE_UNSUPPORTED",
-        f"{field}: expert {version.adapter_id}@{version.generation} {what}",
+        f"{field}: expert {version.adapter_id}@{version.digest} {what}",
         field=field,
-        metadata={"expert": version.adapter_id, "generation": version.generation},
+        metadata={"expert": version.adapter_id, "digest": version.digest},
     )

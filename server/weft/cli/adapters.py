@@ -29,10 +29,10 @@ for _name, _help in {
     app.command(_name, help=_help, **handover.SETTINGS)(handover.tool(_name))
 
 AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
-ExpectedGeneration = Annotated[str | None, typer.Option(metavar="G", help="Only if the id is at this generation.")]
+ExpectedDigest = Annotated[str | None, typer.Option(metavar="G", help="Only if the id is at this digest.")]
 
-_COLUMNS = ("id", "method", "state", "residency", "rank/tokens", "size", "in flight", "generation")
-_GENERATION_CHARACTERS = 12
+_COLUMNS = ("id", "method", "state", "residency", "rank/tokens", "size", "in flight", "digest")
+_DIGEST_CHARACTERS = 12
 
 
 class Memory(StrEnum):
@@ -57,8 +57,8 @@ def add(
         str | None, typer.Option(metavar="REL", help="Directory on the server instead, relative to its store.")
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Allow other content under a taken id.")] = False,
-    expected_generation: Annotated[
-        str | None, typer.Option(metavar="G", help='Only if the id is at this generation; "" if it is free.')
+    expected_digest: Annotated[
+        str | None, typer.Option(metavar="G", help='Only if the id is at this digest; "" if it is free.')
     ] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything and keep nothing.")] = False,
@@ -69,7 +69,7 @@ def add(
         raise typer.BadParameter("give PATH or --source, one of the two")
     how: dict[str, Any] = {
         "replace": replace,
-        "expected_generation": expected_generation,
+        "expected_digest": expected_digest,
         "pin": pin,
         "validate_only": validate_only,
     }
@@ -120,7 +120,7 @@ def remove(
     timeout: Annotated[
         float | None, typer.Option(metavar="S", min=0, help="Seconds that its requests may take to finish.")
     ] = None,
-    expected_generation: ExpectedGeneration = None,
+    expected_digest: ExpectedDigest = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Fine if it is not registered.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     server: ServerOption = DEFAULT_SERVER,
@@ -134,7 +134,7 @@ def remove(
             cancel=cancel,
             drain_timeout_s=timeout,
             allow_missing=allow_missing,
-            expected_generation=expected_generation,
+            expected_digest=expected_digest,
         )
     print_line(
         f"removed: {adapter_id}; freed {size(freed.freed_device_bytes)} on the device, "
@@ -203,19 +203,19 @@ def _row(adapter: "Adapter") -> tuple[str, ...]:
         str(adapter.rank or adapter.num_virtual_tokens or "-"),
         size(adapter.size_bytes),
         str(adapter.in_flight_requests),
-        adapter.generation[:_GENERATION_CHARACTERS],
+        adapter.digest[:_DIGEST_CHARACTERS],
     )
 
 
 def _line(adapter: "Adapter") -> str:
-    return f"{adapter.adapter_id} {adapter.method} {_state(adapter)}, {_residency(adapter)}, {adapter.generation}"
+    return f"{adapter.adapter_id} {adapter.method} {_state(adapter)}, {_residency(adapter)}, {adapter.digest}"
 
 
 def _facts(adapter: "Adapter") -> dict[str, str]:
-    draining = (f"{old.generation}: {old.in_flight_requests} in flight" for old in adapter.draining_generations)
+    draining = (f"{old.digest}: {old.in_flight_requests} in flight" for old in adapter.draining_versions)
     return {
         "id": adapter.adapter_id,
-        "generation": adapter.generation,
+        "digest": adapter.digest,
         "method": adapter.method,
         "state": _state(adapter),
         "residency": _residency(adapter),
@@ -244,7 +244,7 @@ def _trained_on(adapter: "Adapter") -> str:
 
 def _expert(expert: "Expert") -> str:
     unavailable = "" if expert.available else " (not available)"
-    return f"{expert.adapter_id or '?'}@{expert.generation}{unavailable}"
+    return f"{expert.adapter_id or '?'}@{expert.digest}{unavailable}"
 
 
 def _state(adapter: "Adapter") -> str:

@@ -19,7 +19,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Write proto JSON, for 
 _HINTS = {
     "ADAPTER_EXISTS": "--replace registers other content under a taken id",
     "ADAPTER_NOT_FOUND": "`weft adapters ls` lists the registered adapters",
-    "VERSION_CONFLICT": "`weft adapters show ID` tells the current generation",
+    "VERSION_CONFLICT": "`weft adapters show ID` tells the current digest",
     "SOURCE_NOT_FOUND": "--source is a path on the server; `weft adapters add ID PATH` uploads a local directory",
     "SOURCE_FORBIDDEN": "`weft serve --allowed-source DIR` allows it; `weft adapters add ID PATH` uploads instead",
     "ADAPTER_QUARANTINED": "register other content under the id: `weft adapters add ID PATH --replace`",

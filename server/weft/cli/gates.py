@@ -21,7 +21,7 @@ def heat(gates: Iterable["AdapterGate"]) -> Table:
     for column in ("expert", "layers", "mean", ""):
         table.add_column(column, no_wrap=True)
     for gate in gates:
-        name = gate.adapter_id or gate.generation[:12]
+        name = gate.adapter_id or gate.digest[:12]
         cells = "".join(map(_shade, gate.layer_means))
         bar = "━" * round(_BAR_CELLS * min(max(gate.mean, 0.0), 1.0))
         table.add_row(printable(name), Text(cells, style="cyan"), f"{gate.mean:.3f}", Text(bar, style="green"))

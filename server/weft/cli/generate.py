@@ -19,7 +19,7 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         metavar="ID[=WEIGHT]",
-        help="Adapter to answer, or ID@GENERATION. May be repeated: several are added, each times its weight, or 1.",
+        help="Adapter to answer, or ID@DIGEST. May be repeated: several are added, each times its weight, or 1.",
     ),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")]
@@ -144,7 +144,7 @@ def told(finish: "Finish") -> str:
     ]
     for adapter in finish.effective_adapters:
         weight = "" if adapter.weight == 1 else f" × {adapter.weight:g}"
-        parts.append(f"{adapter.adapter_id}@{adapter.generation[:12]}{weight}")
+        parts.append(f"{adapter.adapter_id}@{adapter.digest[:12]}{weight}")
     return " · ".join(parts)
 
 

@@ -123,7 +123,7 @@ def _tell_base(config: ModelConfig, methods: list[str], repeats: int, as_json: b
 
 
 def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
-    from weft.adapters import slab
+    from weft.adapters import packed_adapter
     from weft.methods import targets
     from weft.model import loader
 
@@ -137,7 +137,7 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
         for name, params in places.items()
         for measure, norm in adapter.method.norms(params).items()
     ]
-    slot_bytes = slab.build(adapter, base.shape, dtype=base.dtype).size_bytes
+    slot_bytes = packed_adapter.build(adapter, base.shape, dtype=base.dtype).size_bytes
     modules = targets.describe(adapter.sites, base.shape)
     if as_json:
         told: dict[str, Any] = {

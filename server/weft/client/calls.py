@@ -95,7 +95,7 @@ class Parameters(TypedDict, total=False):
 
 
 class Stubs(NamedTuple):
-    generation: GenerationServiceStub
+    digest: GenerationServiceStub
     adapters: AdapterServiceStub
 
 
@@ -166,7 +166,7 @@ def _messages(turns: Any) -> Messages:
 def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[Completion]:
     """Return the whole answer to `prompt`, through one adapter, several with weights, or the base alone."""
     return Rpc(
-        method=lambda stubs: stubs.generation.Generate,
+        method=lambda stubs: stubs.digest.Generate,
         request=generate_request(prompt, adapter, **parameters),
         answer=_unchanged,
         deadline_s=lambda given: parameters.get("timeout_s") or given,
@@ -176,7 +176,7 @@ def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parame
 def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[StreamGenerateResponse]:
     """Stream the answer to `prompt` as it is generated; the stream's `finish` states how it ended."""
     return Rpc(
-        method=lambda stubs: stubs.generation.StreamGenerate,
+        method=lambda stubs: stubs.digest.StreamGenerate,
         request=generate_request(prompt, adapter, **parameters),
         answer=_unchanged,
         deadline_s=lambda given: parameters.get("timeout_s") or given,
@@ -190,13 +190,13 @@ def tokenize(text: str | Conversation, *, pieces: bool = False) -> Rpc[TokenizeR
         request.text = text
     else:
         request.messages.CopyFrom(_messages(text))
-    return Rpc(method=lambda stubs: stubs.generation.Tokenize, request=request, answer=_unchanged)
+    return Rpc(method=lambda stubs: stubs.digest.Tokenize, request=request, answer=_unchanged)
 
 
 def model_info() -> Rpc[ModelInfo]:
     """Describe the base model and the limits of the server."""
     return Rpc(
-        method=lambda stubs: stubs.generation.GetModelInfo,
+        method=lambda stubs: stubs.digest.GetModelInfo,
         request=GetModelInfoRequest(),
         answer=lambda response: response.model,
     )
@@ -207,20 +207,20 @@ def register(
     source: str,
     *,
     replace: bool = False,
-    expected_generation: str | None = None,
+    expected_digest: str | None = None,
     pin: bool = False,
     validate_only: bool = False,
-    content_generation: str | None = None,
+    content_digest: str | None = None,
 ) -> Rpc[RegisterAdapterResponse]:
     """Register an adapter from a directory that the server can read; `upload` sends a local one."""
     request = RegisterAdapterRequest(
         adapter_id=adapter_id,
         source=source,
         replace=replace,
-        expected_generation=expected_generation,
+        expected_digest=expected_digest,
         pin=pin,
         validate_only=validate_only,
-        content_generation=content_generation,
+        content_digest=content_digest,
     )
     return Rpc(method=lambda stubs: stubs.adapters.RegisterAdapter, request=request, answer=_unchanged)
 
@@ -230,7 +230,7 @@ def upload(
     directory: str | Path,
     *,
     replace: bool = False,
-    expected_generation: str | None = None,
+    expected_digest: str | None = None,
     pin: bool = False,
     validate_only: bool = False,
     progress: Callable[[int, int], None] = lambda sent_bytes, size_bytes: None,
@@ -250,7 +250,7 @@ def upload(
         adapter_id=adapter_id,
         files=files,
         replace=replace,
-        expected_generation=expected_generation,
+        expected_digest=expected_digest,
         pin=pin,
         validate_only=validate_only,
     )
@@ -291,7 +291,7 @@ def unregister(
     cancel: bool = False,
     drain_timeout_s: float | None = None,
     allow_missing: bool = False,
-    expected_generation: str | None = None,
+    expected_digest: str | None = None,
 ) -> Rpc[UnregisterAdapterResponse]:
     """Remove an adapter; its requests finish within `drain_timeout_s`, or end at once with `cancel`."""
     timeout = None
@@ -304,7 +304,7 @@ def unregister(
         mode=UnregisterMode.UNREGISTER_MODE_CANCEL if cancel else UnregisterMode.UNREGISTER_MODE_DRAIN,
         timeout=timeout,
         allow_missing=allow_missing,
-        expected_generation=expected_generation,
+        expected_digest=expected_digest,
     )
     return Rpc(
         method=lambda stubs: stubs.adapters.UnregisterAdapter,
@@ -315,7 +315,7 @@ def unregister(
 
 
 def adapter(adapter_id: str) -> Rpc[Adapter]:
-    """Return one registered adapter, by its id or by "id@generation"."""
+    """Return one registered adapter, by its id or by "id@digest"."""
     return Rpc(
         method=lambda stubs: stubs.adapters.GetAdapter,
         request=GetAdapterRequest(adapter_id=adapter_id),

@@ -17,26 +17,26 @@ from weft.engine.request import Request
 from weft.engine.scheduler import Scheduled
 from weft.kernels.step import Entries, Paging, Step
 
-Planes = Mapping[AdapterSlot, tuple[int, ...]]
+TableRows = Mapping[AdapterSlot, tuple[int, ...]]
 
 
 def build(
     scheduled: Sequence[Scheduled],
     slots_of: Mapping[Request, tuple[AdapterSlot, ...]],
     block_size: int,
-    planes: Planes = MappingProxyType({}),
+    table_rows: TableRows = MappingProxyType({}),
     mixtures: MixtureStates | None = None,
 ) -> Step:
     """Return the step of the scheduled requests.
 
-    planes: of every slot that has more than one (adapters/slots.py).
+    table rows: of every slot that has more than one (adapters/slots.py).
     mixtures: state of the requests with a mixture; the slot of a mixture's router is the last of its request's.
     """
     input_ids: list[int] = []
     starts, sample_rows, spans = [0], [], []
     # Added to a row's number, these give its position, and its place in the request's blocks, holes included.
     to_position, to_place = [], []
-    taken = _TakenRows(planes, mixtures)
+    taken = _TakenRows(table_rows, mixtures)
     for request, num_tokens in scheduled:
         begin = request.num_computed_tokens
         input_ids += request.token_ids(begin, begin + num_tokens)
@@ -82,9 +82,9 @@ def build(
 class _TakenRows:
     """Gathers which rows use which adapters, request by request."""
 
-    def __init__(self, planes: Planes, mixtures: MixtureStates | None) -> None:
+    def __init__(self, table_rows: TableRows, mixtures: MixtureStates | None) -> None:
         self.routed = RoutedRows(mixtures)
-        self._planes = planes
+        self._table_rows = table_rows
         self._run_ends: list[int] = []  # runs of rows with the same entries
         self._entries_per_row: list[int] = []
         self._slots: list[int] = []
@@ -103,23 +103,25 @@ class _TakenRows:
             self.routed.skip()
             return
         uses = [
-            (self._planes.get(slot, (slot,)), use)
+            (self._table_rows.get(slot, (slot,)), use)
             for slot, use in zip(slots[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
         first_entry = len(self._slots)
         for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, end):
-            of_row = [(plane, use.gate) for planes, use in map(uses.__getitem__, acting) for plane in planes]
+            of_row = [
+                (table_row, use.gate) for table_rows, use in map(uses.__getitem__, acting) for table_row in table_rows
+            ]
             self._run_ends.append(first_row + last)
             self._entries_per_row.append(len(of_row))
-            self._slots += [plane for plane, _ in of_row] * (last - first)
+            self._slots += [table_row for table_row, _ in of_row] * (last - first)
             self._gates += [gate for _, gate in of_row] * (last - first)
         if request.mixture is None:
             self.routed.skip()
         else:
-            num_planes = [len(planes) for planes, _ in uses]
+            num_table_rows = [len(table_rows) for table_rows, _ in uses]
             rows = first_row + begin, first_row + end
-            self.routed.add(request, request.mixture, slots[-1], num_planes, rows, first_entry)
+            self.routed.add(request, request.mixture, slots[-1], num_table_rows, rows, first_entry)
 
     def entries(self, rows: Tensor) -> Entries | None:
         """Return the entries of the rows 0 to T - 1; None if no row has an adapter."""

@@ -2,11 +2,11 @@
 
 A full block of real tokens is keyed by what made it, never by a name or a slot:
 
-    root  = H(tenant salt, base digest, generation and gate of every adapter that acts everywhere, the mixture)
+    root  = H(tenant salt, base digest, digest and gate of every adapter that acts everywhere, the mixture)
                                                                                                     (`cache_root`)
     key_i = H(key_{i-1}, tokens of block i, what acts in parts of it),   key_{-1} = root
 
-An adapter with token ranges enters the keys of the blocks that hold such tokens, with its generation, gate and the
+An adapter with token ranges enters the keys of the blocks that hold such tokens, with its digest, gate and the
 places within the block. So earlier blocks have the same keys as without it, and are shared with requests that never
 name it; later blocks differ through the chain.
 
@@ -19,7 +19,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, MixtureUse, Request
 from weft.engine.token_ranges import TokenRange
@@ -43,8 +43,8 @@ def cache_root(
     for use in adapters:
         if not use.ranges:
             digest.update(_identity(use))
-    if mixture is not None:  # after a mark that cannot be the length of a generation
-        digest.update(b"mixture " + mixture.generation.encode() + struct.pack("<Q", len(mixture.bounds)))
+    if mixture is not None:  # after a mark that cannot be the length of a digest
+        digest.update(b"mixture " + mixture.digest.encode() + struct.pack("<Q", len(mixture.bounds)))
         for bound in mixture.bounds:
             digest.update(struct.pack("<?dd", *bound))
         if mixture.reads_prompt:
@@ -65,7 +65,7 @@ def block_key(parent: bytes, tokens: Sequence[int], acting: Iterable[AdapterUse]
 
 
 def _identity(use: AdapterUse) -> bytes:
-    return struct.pack("<Q", len(use.generation)) + use.generation.encode() + struct.pack("<d", use.gate)
+    return struct.pack("<Q", len(use.digest)) + use.digest.encode() + struct.pack("<d", use.gate)
 
 
 def _acting(uses: Iterable[AdapterUse], begin: int, end: int) -> Iterator[AdapterUse]:
@@ -88,8 +88,8 @@ class BlockManager:
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # keyed blocks without references, oldest first
-        self._blocks_of_generation: dict[Generation, set[int]] = {}
-        self._generations_of: dict[int, tuple[Generation, ...]] = {}
+        self._blocks_of_digest: dict[AdapterDigest, set[int]] = {}
+        self._digests_of: dict[int, tuple[AdapterDigest, ...]] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -156,11 +156,11 @@ class BlockManager:
                 self._block_of[key] = block
                 self._key_of[block] = key
                 end = (index + 1) * size
-                later = {use.generation for use in request.adapters if use.ranges and use.ranges[0].begin >= end}
-                generations = tuple(generation for generation in request.generations if generation not in later)
-                self._generations_of[block] = generations
-                for generation in generations:
-                    self._blocks_of_generation.setdefault(generation, set()).add(block)
+                later = {use.digest for use in request.adapters if use.ranges and use.ranges[0].begin >= end}
+                digests = tuple(digest for digest in request.digests if digest not in later)
+                self._digests_of[block] = digests
+                for digest in digests:
+                    self._blocks_of_digest.setdefault(digest, set()).add(block)
 
     def distrust(self, request: Request) -> None:
         """Unkey every block that the request uses, so that it is not shared from now on."""
@@ -200,9 +200,9 @@ class BlockManager:
         for block in blocks:
             self._drop(block)
 
-    def purge(self, generation: Generation) -> int:
+    def purge(self, digest: AdapterDigest) -> int:
         """Forget every cached block that an adapter's content contributed to; return how many there were."""
-        blocks = self._blocks_of_generation.pop(generation, set())
+        blocks = self._blocks_of_digest.pop(digest, set())
         for block in list(blocks):
             self._forget(block)
             if self._references[block] == 0:
@@ -240,12 +240,12 @@ class BlockManager:
 
     def _forget(self, block: int) -> None:
         del self._block_of[self._key_of.pop(block)]
-        for generation in self._generations_of.pop(block):
-            blocks = self._blocks_of_generation.get(generation)
+        for digest in self._digests_of.pop(block):
+            blocks = self._blocks_of_digest.get(digest)
             if blocks is not None:
                 blocks.discard(block)
                 if not blocks:
-                    del self._blocks_of_generation[generation]
+                    del self._blocks_of_digest[digest]
 
     def check(self) -> None:
         """Assert that every block is either free, idle or referenced, and that keys and blocks lead to each other."""
@@ -256,6 +256,6 @@ class BlockManager:
             assert (references == 0) == (block in free or block in idle), (block, references)
         assert idle <= set(self._key_of)
         assert {key: block for block, key in self._key_of.items()} == self._block_of
-        of_generation = {(g, block) for g, blocks in self._blocks_of_generation.items() for block in blocks}
-        assert self._generations_of.keys() == self._key_of.keys()
-        assert of_generation <= {(g, block) for block, gs in self._generations_of.items() for g in gs}
+        of_digest = {(g, block) for g, blocks in self._blocks_of_digest.items() for block in blocks}
+        assert self._digests_of.keys() == self._key_of.keys()
+        assert of_digest <= {(g, block) for block, gs in self._digests_of.items() for g in gs}

@@ -14,9 +14,9 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.loader import AdapterLoader
-from weft.adapters.slab import Slab
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.config import EngineConfig
 from weft.engine import sampler
 from weft.engine.block_manager import BlockManager
@@ -109,23 +109,25 @@ class Engine:
         """End a request before its own end; nothing happens when it has ended already."""
         self._inbox.post(partial(self._end_by_id, request_id, reason, error))
 
-    def evict(self, generation: Generation) -> "Future[Freed | None]":
+    def evict(self, digest: AdapterDigest) -> "Future[Freed | None]":
         """Take an adapter, its pin and its cached KV off the device; None if a request holds it."""
-        return self._inbox.call(partial(self._evict, generation))
+        return self._inbox.call(partial(self._evict, digest))
 
-    def preload(self, generation: Generation, *, slab: Slab | None = None, pin: bool = False) -> "Future[None]":
+    def preload(
+        self, digest: AdapterDigest, *, packed: PackedAdapter | None = None, pin: bool = False
+    ) -> "Future[None]":
         """Bring an adapter in ahead of its requests; ends with what its load failed with, or POOL_EXHAUSTED.
 
-        slab: spares the load. pin: keep it on the device.
+        packed adapter: spares the load. pin: keep it on the device.
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # one caller may give up while others wait for the same adapter
-        self._inbox.post(partial(self.residency.preload, generation, future, slab=slab, pin=pin), future.set_exception)
+        self._inbox.post(partial(self.residency.preload, digest, future, packed=packed, pin=pin), future.set_exception)
         return future
 
-    def unpin(self, generation: Generation) -> None:
+    def unpin(self, digest: AdapterDigest) -> None:
         """Let an adapter leave the device."""
-        self._inbox.post(partial(self.residency.unpin, generation))
+        self._inbox.post(partial(self.residency.unpin, digest))
 
     # -- the engine thread --------------------------------------------------------------------------------------
 
@@ -160,8 +162,8 @@ class Engine:
         if blocked is not None and not self.residency.can_fit(blocked):
             self._end_without_room(blocked)
         if self.residency.failures:
-            for generation, error in self.residency.take_failures().items():
-                self._fail_adapter(generation, error)
+            for digest, error in self.residency.take_failures().items():
+                self._fail_adapter(digest, error)
         if not step:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
@@ -273,28 +275,28 @@ class Engine:
     # -- loads --------------------------------------------------------------------------------------------------
 
     def _request_loads(self) -> None:
-        for generation in self.residency.take_wanted():
-            self._loader.request(generation).add_done_callback(partial(self._load_ended, generation))
+        for digest in self.residency.take_wanted():
+            self._loader.request(digest).add_done_callback(partial(self._load_ended, digest))
 
-    def _load_ended(self, generation: Generation, slab: "Future[Slab]") -> None:
+    def _load_ended(self, digest: AdapterDigest, packed: "Future[PackedAdapter]") -> None:
         """Wake the engine thread; called on the loader's."""
-        self._inbox.post(partial(self._take_load, generation, slab))
+        self._inbox.post(partial(self._take_load, digest, packed))
 
-    def _take_load(self, generation: Generation, slab: "Future[Slab]") -> None:
-        error = slab.exception()
+    def _take_load(self, digest: AdapterDigest, packed: "Future[PackedAdapter]") -> None:
+        error = packed.exception()
         if error is None:
-            self.residency.arrived(generation, slab.result())
+            self.residency.arrived(digest, packed.result())
         else:
             assert isinstance(error, WeftError), error
-            self._fail_adapter(generation, error)
-            self.residency.failed(generation, error)
+            self._fail_adapter(digest, error)
+            self.residency.failed(digest, error)
 
-    def _fail_adapter(self, generation: Generation, error: WeftError) -> None:
+    def _fail_adapter(self, digest: AdapterDigest, error: WeftError) -> None:
         """Publish that an adapter cannot come, and end the requests that wait for it."""
-        self._outbox.publish(AdapterFailed(generation, error))
+        self._outbox.publish(AdapterFailed(digest, error))
         self._observer.load_failed()
         for request in list(self.scheduler.waiting):
-            if generation in request.generations:
+            if digest in request.digests:
                 self._end(request, FinishReason.ERROR, error)
 
     # -- messages -----------------------------------------------------------------------------------------------
@@ -335,9 +337,9 @@ class Engine:
         if request is not None:
             self._end(request, reason, error)
 
-    def _evict(self, generation: Generation) -> Freed | None:
-        device_bytes = self.residency.evict(generation)
-        return None if device_bytes is None else Freed(device_bytes, kv_blocks=self.blocks.purge(generation))
+    def _evict(self, digest: AdapterDigest) -> Freed | None:
+        device_bytes = self.residency.evict(digest)
+        return None if device_bytes is None else Freed(device_bytes, kv_blocks=self.blocks.purge(digest))
 
     def _stop(self) -> None:
         self._stopping = True

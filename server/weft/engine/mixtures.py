@@ -130,18 +130,18 @@ class RoutedRows:
         request: Request,
         mixture: MixtureUse,
         router: AdapterSlot,
-        num_planes: Sequence[int],
+        num_table_rows: Sequence[int],
         rows: tuple[int, int],
         first_entry: int,
     ) -> None:
-        """Add a request. num_planes: entries per row of each of its uses with deltas."""
+        """Add a request. num_table_rows: entries per row of each of its uses with deltas."""
         assert self._states is not None
         first, last = rows
-        digests = sorted(use.generation for use in request.adapters)
-        experts = [digests.index(use.generation) for use in request.adapters if not use.num_virtual_tokens]
-        of_row = [expert for expert, count in zip(experts, num_planes, strict=True) for _ in range(count)]
+        digests = sorted(use.digest for use in request.adapters)
+        experts = [digests.index(use.digest) for use in request.adapters if not use.num_virtual_tokens]
+        of_row = [expert for expert, count in zip(experts, num_table_rows, strict=True) for _ in range(count)]
         self._experts.append((first_entry, of_row, last - first))
-        self.spans.append([digests.index(use.generation) for use in request.spans])
+        self.spans.append([digests.index(use.digest) for use in request.spans])
         traced_at = -1
         if mixture.sight is not GateSight.NONE:
             traced_at = self._num_traced

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from weft.adapters.slab import Slab
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.engine.request import Finish, Request
 from weft.engine.scheduler import Scheduled, Scheduler
 from weft.metrics import Metrics
@@ -19,7 +19,7 @@ class Observer:
         metrics = self._metrics
         adapters = set()
         for request, _ in step:
-            adapters.update(request.generations)
+            adapters.update(request.digests)
             if request.scheduled_s is None:
                 request.scheduled_s = now - seconds
                 metrics.queue_time.observe(request.scheduled_s - request.arrival_s)
@@ -62,20 +62,20 @@ class Observer:
         metrics.prompt_tokens.inc(finish.num_prompt_tokens)
         metrics.cached_tokens.inc(finish.num_cached_tokens)
 
-    def adapter_placed(self, slab: Slab) -> None:
+    def adapter_placed(self, packed: PackedAdapter) -> None:
         """An adapter is on the device."""
-        method = slab.method.name
+        method = packed.method.name
         self._metrics.adapter_loads.labels(method, "ok").inc()
         self._metrics.adapters_resident.labels(method).inc()
-        self._metrics.adapter_resident_bytes.labels(method).inc(slab.size_bytes)
+        self._metrics.adapter_resident_bytes.labels(method).inc(packed.size_bytes)
 
-    def adapter_left(self, slab: Slab, *, for_room: bool) -> None:
+    def adapter_left(self, packed: PackedAdapter, *, for_room: bool) -> None:
         """An adapter is no longer on the device."""
-        method = slab.method.name
+        method = packed.method.name
         if for_room:
             self._metrics.adapter_evictions.labels(method).inc()
         self._metrics.adapters_resident.labels(method).dec()
-        self._metrics.adapter_resident_bytes.labels(method).dec(slab.size_bytes)
+        self._metrics.adapter_resident_bytes.labels(method).dec(packed.size_bytes)
 
     def load_failed(self) -> None:
         """An adapter could not be read; its method is not known here."""

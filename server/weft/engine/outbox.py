@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.engine.request import RequestId, TokenEvent
 from weft.errors import Unavailable, WeftError
 
@@ -11,13 +11,13 @@ from weft.errors import Unavailable, WeftError
 class AdaptersResident(NamedTuple):
     """The adapters on the device, after every change and before any other event that depends on it."""
 
-    generations: frozenset[Generation]
+    digests: frozenset[AdapterDigest]
 
 
 class AdapterFailed(NamedTuple):
     """An adapter could not be loaded, or the base could not compute its virtual positions."""
 
-    generation: Generation
+    digest: AdapterDigest
     error: WeftError
 
 

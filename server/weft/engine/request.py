@@ -6,7 +6,7 @@ from enum import Enum, IntEnum, StrEnum, auto
 from random import Random
 from typing import NamedTuple, NewType
 
-from weft.adapters.identifiers import Generation
+from weft.adapters.identifiers import AdapterDigest
 from weft.engine.token_ranges import Ranges
 from weft.errors import WeftError
 
@@ -58,7 +58,7 @@ class AdapterUse(NamedTuple):
     ranges: the real tokens in which it acts; () is all of them, as for every adapter with virtual positions.
     """
 
-    generation: Generation
+    digest: AdapterDigest
     gate: float
     num_virtual_tokens: int
     ranges: Ranges = ()
@@ -81,20 +81,20 @@ class GateSight(IntEnum):
 
 
 class MixtureUse(NamedTuple):
-    """The mixture that makes the gates of a request's adapters, which are its experts by generation.
+    """The mixture that makes the gates of a request's adapters, which are its experts by digest.
 
     reads_prompt: the gates depend on the prompt as a whole, the same for every token.
-    bounds: one for each expert, in the order of their generations; empty for no wish.
+    bounds: one for each expert, in the order of their digests; empty for no wish.
     """
 
-    generation: Generation
+    digest: AdapterDigest
     reads_prompt: bool = False
     bounds: tuple[ExpertBound, ...] = ()
     sight: GateSight = GateSight.NONE
 
 
 class Gates(NamedTuple):
-    """The gates that a mixture made for a request: the experts in the order of their generations.
+    """The gates that a mixture made for a request: the experts in the order of their digests.
 
     mean: of each layer and expert, over the tokens that the request computed. tokens: of each of those tokens, layer
     and expert, in order; empty unless asked for.
@@ -166,7 +166,7 @@ class Request:
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
     num_cached_tokens: prompt tokens that others had computed when the request first started.
     num_overtaken: later requests that started while this one waited for adapter room.
-    generations: what must be on the device: the adapters in order, then the mixture's router.
+    digests: what must be on the device: the adapters in order, then the mixture's router.
     spans: the uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other.
     """
 
@@ -188,7 +188,7 @@ class Request:
     virtual_blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     random: Random = field(default_factory=Random)
-    generations: tuple[Generation, ...] = field(init=False)
+    digests: tuple[AdapterDigest, ...] = field(init=False)
     spans: tuple[AdapterUse, ...] = field(init=False)
     num_virtual_tokens: int = field(init=False)
     num_prompt_tokens: int = field(init=False)
@@ -196,8 +196,8 @@ class Request:
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        adapters = tuple(use.generation for use in self.adapters)
-        self.generations = adapters if self.mixture is None else (*adapters, self.mixture.generation)
+        adapters = tuple(use.digest for use in self.adapters)
+        self.digests = adapters if self.mixture is None else (*adapters, self.mixture.digest)
         self.spans = tuple(use for use in self.adapters if use.num_virtual_tokens)
         self.num_prompt_tokens = len(self.prompt_token_ids)
         self.num_virtual_tokens = sum(use.num_virtual_tokens for use in self.spans)

@@ -2,7 +2,7 @@
 
 An adapter is resident when its slot is filled and its virtual positions are in the KV pool. A request holds its
 adapters from the step that starts it to its end; held and pinned adapters stay, the others leave, longest unused first,
-when room is needed. What is missing is wanted once (`take_wanted`) and arrives as a slab between two steps.
+when room is needed. What is missing is wanted once (`take_wanted`) and arrives as a packed adapter between two steps.
 Soft rows go through the base when their adapter is placed; if that fails, the requests that wait for it end.
 
 An adapter leaves only for one that is used at once: all adapters of a request are placed together when all are here and
@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 
-from weft.adapters.identifiers import Generation
-from weft.adapters.slab import Slab
+from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot
 from weft.engine.block_manager import BlockManager
 from weft.engine.observer import Observer
@@ -30,10 +30,10 @@ _log = logging.getLogger(__name__)
 
 
 class _Resident:
-    __slots__ = ("blocks", "holders", "slab", "slot")
+    __slots__ = ("blocks", "holders", "packed", "slot")
 
-    def __init__(self, slab: Slab, slot: AdapterSlot, blocks: list[int]) -> None:
-        self.slab = slab
+    def __init__(self, packed: PackedAdapter, slot: AdapterSlot, blocks: list[int]) -> None:
+        self.packed = packed
         self.slot = slot
         self.blocks = blocks
         self.holders = 0
@@ -50,50 +50,52 @@ class Residency:
         self._blocks = blocks
         self._observer = observer
         self._outbox = outbox
-        self._resident: OrderedDict[Generation, _Resident] = OrderedDict()  # least recently used first
-        self.wanted: list[Generation] = []  # to be loaded
-        self._pending: set[Generation] = set()  # wanted, and not here yet
-        self._arrived: dict[Generation, Slab] = {}  # came, and found no room yet
-        self.failures: dict[Generation, WeftError] = {}  # came, and could not be computed
-        self._seekers: dict[Request, frozenset[Generation]] = {}  # requests that were not admitted, and what they need
-        self._preloading: set[Generation] = set()
-        self._awaited: dict[Generation, list[Future[None]]] = {}
-        self._pinned: set[Generation] = set()
+        self._resident: OrderedDict[AdapterDigest, _Resident] = OrderedDict()  # least recently used first
+        self.wanted: list[AdapterDigest] = []  # to be loaded
+        self._pending: set[AdapterDigest] = set()  # wanted, and not here yet
+        self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # came, and found no room yet
+        self.failures: dict[AdapterDigest, WeftError] = {}  # came, and could not be computed
+        self._seekers: dict[
+            Request, frozenset[AdapterDigest]
+        ] = {}  # requests that were not admitted, and what they need
+        self._preloading: set[AdapterDigest] = set()
+        self._awaited: dict[AdapterDigest, list[Future[None]]] = {}
+        self._pinned: set[AdapterDigest] = set()
         self.slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
 
-    def resident(self) -> frozenset[Generation]:
-        """Return the generations on the device."""
+    def resident(self) -> frozenset[AdapterDigest]:
+        """Return the digests on the device."""
         return frozenset(self._resident)
 
     def is_loading(self, request: Request) -> bool:
         """Return whether a load that the request needs is on its way."""
-        return any(generation in self._pending for generation in request.generations)
+        return any(digest in self._pending for digest in request.digests)
 
     def foresee(self, request: Request) -> None:
         """Have what a queued request needs brought to the host while it waits for its turn.
 
         Nothing is kept here for it; the host's memory decides what stays.
         """
-        for generation in request.generations:
-            if generation not in self._resident and generation not in self._arrived:
-                self._want(generation)
+        for digest in request.digests:
+            if digest not in self._resident and digest not in self._arrived:
+                self._want(digest)
 
     def admit(self, request: Request) -> bool:
         """Hold every adapter of a request; False if one is not resident: it is on its way, or there is no room."""
         if request in self.slots_of:
             return True
-        generations = request.generations
-        if not self._bring(generations):
-            self._seekers[request] = frozenset(generations)
+        digests = request.digests
+        if not self._bring(digests):
+            self._seekers[request] = frozenset(digests)
             return False
         self._seekers.pop(request, None)
-        for generation in generations:
-            resident = self._resident[generation]
+        for digest in digests:
+            resident = self._resident[digest]
             resident.holders += 1
-            self._resident.move_to_end(generation)
+            self._resident.move_to_end(digest)
             if resident.blocks:
                 self._blocks.share_virtual(request, resident.blocks)
-        self.slots_of[request] = tuple(self._resident[generation].slot for generation in generations)
+        self.slots_of[request] = tuple(self._resident[digest].slot for digest in digests)
         return True
 
     def release(self, request: Request) -> None:
@@ -101,11 +103,11 @@ class Residency:
         if request.virtual_blocks:
             self._blocks.unshare_virtual(request)
         if self.slots_of.pop(request, None) is not None:
-            for generation in request.generations:
-                self._resident[generation].holders -= 1
-                self._resident.move_to_end(generation)
-        for generation in self._seekers.pop(request, ()):
-            self._forget_unwanted(generation)
+            for digest in request.digests:
+                self._resident[digest].holders -= 1
+                self._resident.move_to_end(digest)
+        for digest in self._seekers.pop(request, ()):
+            self._forget_unwanted(digest)
 
     def release_all(self, requests: Collection[Request]) -> bool:
         """Release those of the requests that hold adapters; False if none does."""
@@ -119,151 +121,149 @@ class Residency:
 
         What has not been loaded yet counts as nothing.
         """
-        own = set(request.generations)
-        slabs = [resident.slab for g, resident in self._resident.items() if g in own or g in self._pinned]
-        slabs += [slab for g, slab in self._arrived.items() if g in own]
-        num_blocks = sum(self._blocks.count(slab.num_virtual_tokens) for slab in slabs)
-        num_bytes = sum(slab.buffer.nbytes for slab in slabs)
+        own = set(request.digests)
+        packed_adapters = [resident.packed for g, resident in self._resident.items() if g in own or g in self._pinned]
+        packed_adapters += [packed for g, packed in self._arrived.items() if g in own]
+        num_blocks = sum(self._blocks.count(packed.num_virtual_tokens) for packed in packed_adapters)
+        num_bytes = sum(packed.buffer.nbytes for packed in packed_adapters)
         return num_bytes <= self._runner.slots.capacity_bytes and num_blocks <= self._blocks.num_blocks
 
-    def arrived(self, generation: Generation, slab: Slab) -> None:
-        """Take a slab in: it waits for the step that starts its request, or goes to the device by itself."""
-        if generation not in self._pending:
+    def arrived(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
+        """Take a packed adapter in: it waits for the step that starts its request, or goes to the device by itself."""
+        if digest not in self._pending:
             return  # evicted while it was on its way
-        self._pending.discard(generation)
-        self._arrived[generation] = slab
-        if generation in self._preloading or generation in self._pinned:
-            self._bring([generation])
-        self._answer(generation)
-        self._forget_unwanted(generation)
+        self._pending.discard(digest)
+        self._arrived[digest] = packed
+        if digest in self._preloading or digest in self._pinned:
+            self._bring([digest])
+        self._answer(digest)
+        self._forget_unwanted(digest)
 
-    def failed(self, generation: Generation, error: WeftError) -> None:
+    def failed(self, digest: AdapterDigest, error: WeftError) -> None:
         """End the wait for a load that failed; the next request for the adapter asks again."""
-        self._pending.discard(generation)
-        self._preloading.discard(generation)
-        for future in self._awaited.pop(generation, ()):
+        self._pending.discard(digest)
+        self._preloading.discard(digest)
+        for future in self._awaited.pop(digest, ()):
             future.set_exception(error)
 
-    def take_wanted(self) -> list[Generation]:
+    def take_wanted(self) -> list[AdapterDigest]:
         """Return the adapters to load that the last call did not have."""
         wanted, self.wanted = dict.fromkeys(self.wanted), []
-        return [generation for generation in wanted if generation in self._pending]
+        return [digest for digest in wanted if digest in self._pending]
 
-    def take_failures(self) -> dict[Generation, WeftError]:
+    def take_failures(self) -> dict[AdapterDigest, WeftError]:
         """Return the adapters that could not be placed since the last call, and why; a new request loads them again."""
         failures, self.failures = self.failures, {}
         return failures
 
     def preload(
-        self, generation: Generation, future: "Future[None]", *, slab: Slab | None = None, pin: bool = False
+        self, digest: AdapterDigest, future: "Future[None]", *, packed: PackedAdapter | None = None, pin: bool = False
     ) -> None:
         """Bring an adapter in without a request; `future` ends with it, or with why it cannot come now.
 
-        slab: spares the load. pin: keep the adapter on the device.
+        packed adapter: spares the load. pin: keep the adapter on the device.
         """
         if pin:
-            self._pinned.add(generation)
-        if slab is not None and generation not in self._resident:
-            self._pending.discard(generation)
-            self._arrived[generation] = slab
-        self._awaited.setdefault(generation, []).append(future)
-        if not self._bring([generation]) and generation not in self.failures:
-            self._preloading.add(generation)
-        self._answer(generation)
+            self._pinned.add(digest)
+        if packed is not None and digest not in self._resident:
+            self._pending.discard(digest)
+            self._arrived[digest] = packed
+        self._awaited.setdefault(digest, []).append(future)
+        if not self._bring([digest]) and digest not in self.failures:
+            self._preloading.add(digest)
+        self._answer(digest)
 
     def abandon(self, error: WeftError) -> None:
         """End every wait with `error`: nothing comes any more."""
-        for generation in list(self._awaited):
-            self.failed(generation, error)
+        for digest in list(self._awaited):
+            self.failed(digest, error)
 
-    def unpin(self, generation: Generation) -> None:
+    def unpin(self, digest: AdapterDigest) -> None:
         """Let the adapter leave when room is needed."""
-        self._pinned.discard(generation)
-        self._forget_unwanted(generation)
+        self._pinned.discard(digest)
+        self._forget_unwanted(digest)
 
     def evict_virtual(self) -> bool:
         """Make the longest unused adapter with virtual positions leave, as KV runs short. False if there is none."""
-        for generation, resident in self._resident.items():
-            if resident.blocks and self._can_leave(generation):
-                self._take_off(generation, for_room=True)
+        for digest, resident in self._resident.items():
+            if resident.blocks and self._can_leave(digest):
+                self._take_off(digest, for_room=True)
                 return True
         return False
 
-    def evict(self, generation: Generation) -> int | None:
+    def evict(self, digest: AdapterDigest) -> int | None:
         """Take an adapter and its pin off the device; returns the freed bytes, or None if a request holds it.
 
         One that is on its way is no longer awaited.
         """
-        resident = self._resident.get(generation)
+        resident = self._resident.get(digest)
         if resident is not None and resident.holders:
             return None
-        self._pinned.discard(generation)
-        self._arrived.pop(generation, None)
-        self.failures.pop(generation, None)
-        self.failed(
-            generation, AdapterConflict("ADAPTER_UNREGISTERED", "adapter_id: was taken out of memory meanwhile")
-        )
-        return 0 if resident is None else self._take_off(generation, for_room=False)
+        self._pinned.discard(digest)
+        self._arrived.pop(digest, None)
+        self.failures.pop(digest, None)
+        self.failed(digest, AdapterConflict("ADAPTER_UNREGISTERED", "adapter_id: was taken out of memory meanwhile"))
+        return 0 if resident is None else self._take_off(digest, for_room=False)
 
-    def _bring(self, generations: Sequence[Generation]) -> bool:
+    def _bring(self, digests: Sequence[AdapterDigest]) -> bool:
         """Make all of these resident, or change nothing on the device; what is not here is asked for."""
-        if any(generation in self.failures for generation in generations):
+        if any(digest in self.failures for digest in digests):
             return False
-        missing = {g: self._arrived.get(g) for g in generations if g not in self._resident}
+        missing = {g: self._arrived.get(g) for g in digests if g not in self._resident}
         if not missing:
             return True
-        for generation, slab in missing.items():
-            if slab is None:
-                self._want(generation)
-        slabs = {generation: slab for generation, slab in missing.items() if slab is not None}
-        if len(slabs) < len(missing) or not self._make_room(slabs.values(), keep=generations):
+        for digest, packed in missing.items():
+            if packed is None:
+                self._want(digest)
+        packed_adapters = {digest: packed for digest, packed in missing.items() if packed is not None}
+        if len(packed_adapters) < len(missing) or not self._make_room(packed_adapters.values(), keep=digests):
             return False
-        return all(self._place(generation, slab) for generation, slab in slabs.items())
+        return all(self._place(digest, packed) for digest, packed in packed_adapters.items())
 
-    def _want(self, generation: Generation) -> None:
-        if generation not in self._pending:
-            self._pending.add(generation)
-            self.wanted.append(generation)
+    def _want(self, digest: AdapterDigest) -> None:
+        if digest not in self._pending:
+            self._pending.add(digest)
+            self.wanted.append(digest)
 
-    def _answer(self, generation: Generation) -> None:
+    def _answer(self, digest: AdapterDigest) -> None:
         """End the futures that await an adapter, once no load of it is on its way."""
-        if generation in self._pending:
+        if digest in self._pending:
             return
-        for future in self._awaited.pop(generation, ()):
-            if generation in self._resident:
+        for future in self._awaited.pop(digest, ()):
+            if digest in self._resident:
                 future.set_result(None)
                 continue
-            self._preloading.discard(generation)
+            self._preloading.discard(digest)
             no_room = Overloaded(
                 "POOL_EXHAUSTED",
                 "adapter_id: no room on the device; everything there is in use or pinned",
                 metadata={"quota": "adapter_device_bytes"},
                 retry_after_s=1.0,
             )
-            future.set_exception(self.failures.get(generation, no_room))
-        self._forget_unwanted(generation)
+            future.set_exception(self.failures.get(digest, no_room))
+        self._forget_unwanted(digest)
 
-    def _forget_unwanted(self, generation: Generation) -> None:
-        """Let an arrived slab go if no request and no call wants it any more."""
-        wanted = generation in self._preloading or generation in self._pinned
-        if not wanted and not any(generation in sought for sought in self._seekers.values()):
-            self._arrived.pop(generation, None)
+    def _forget_unwanted(self, digest: AdapterDigest) -> None:
+        """Let an arrived packed adapter go if no request and no call wants it any more."""
+        wanted = digest in self._preloading or digest in self._pinned
+        if not wanted and not any(digest in sought for sought in self._seekers.values()):
+            self._arrived.pop(digest, None)
 
-    def _place(self, generation: Generation, slab: Slab) -> bool:
+    def _place(self, digest: AdapterDigest, packed: PackedAdapter) -> bool:
         """Put an adapter that fits on the device; False if its virtual positions cannot be computed."""
-        blocks, slot = self._blocks.take_virtual(slab.num_virtual_tokens), self._runner.slots.put(slab)
+        blocks, slot = self._blocks.take_virtual(packed.num_virtual_tokens), self._runner.slots.put(packed)
         assert blocks is not None
         assert slot is not None
-        del self._arrived[generation]
-        self._preloading.discard(generation)
-        failure = None if slab.virtual is None else self._write_virtual(blocks, slab.virtual)
+        del self._arrived[digest]
+        self._preloading.discard(digest)
+        failure = None if packed.virtual is None else self._write_virtual(blocks, packed.virtual)
         if failure is not None:
             self._runner.slots.drop(slot)
             self._blocks.drop_virtual(blocks)
-            self.failures[generation] = failure
+            self.failures[digest] = failure
             return False
-        self._resident[generation] = _Resident(slab, slot, blocks)
-        self._observer.adapter_placed(slab)
+        self._resident[digest] = _Resident(packed, slot, blocks)
+        self._observer.adapter_placed(packed)
         self._outbox.publish(AdaptersResident(self.resident()))
         return True
 
@@ -280,32 +280,32 @@ class Residency:
             return WeftError("STEP_FAILED", "computing the adapter's virtual positions failed")
         return None
 
-    def _make_room(self, slabs: Collection[Slab], keep: Collection[Generation]) -> bool:
-        """Let adapters leave until all `slabs` fit; False, with all still there, if even that would not do."""
-        missing_bytes = sum(slab.buffer.nbytes for slab in slabs) - self._runner.slots.free_bytes
-        wanted_blocks = sum(self._blocks.count(slab.num_virtual_tokens) for slab in slabs)
+    def _make_room(self, packed_adapters: Collection[PackedAdapter], keep: Collection[AdapterDigest]) -> bool:
+        """Evict adapters until all of these fit; return False, with none evicted, if even that is not enough."""
+        missing_bytes = sum(packed.buffer.nbytes for packed in packed_adapters) - self._runner.slots.free_bytes
+        wanted_blocks = sum(self._blocks.count(packed.num_virtual_tokens) for packed in packed_adapters)
         missing_blocks = wanted_blocks - self._blocks.num_free_blocks
         leaving = []
-        for generation, resident in self._resident.items():
-            gives_bytes = missing_bytes > 0 and resident.slab.buffer.nbytes > 0
+        for digest, resident in self._resident.items():
+            gives_bytes = missing_bytes > 0 and resident.packed.buffer.nbytes > 0
             gives_blocks = missing_blocks > 0 and len(resident.blocks) > 0
-            if (gives_bytes or gives_blocks) and self._can_leave(generation, keep):
-                leaving.append(generation)
-                missing_bytes -= resident.slab.buffer.nbytes
+            if (gives_bytes or gives_blocks) and self._can_leave(digest, keep):
+                leaving.append(digest)
+                missing_bytes -= resident.packed.buffer.nbytes
                 missing_blocks -= len(resident.blocks)
         if missing_bytes > 0 or missing_blocks > 0:
             return False
-        for generation in leaving:
-            self._take_off(generation, for_room=True)
+        for digest in leaving:
+            self._take_off(digest, for_room=True)
         return True
 
-    def _can_leave(self, generation: Generation, keep: Collection[Generation] = ()) -> bool:
-        return not self._resident[generation].holders and generation not in self._pinned and generation not in keep
+    def _can_leave(self, digest: AdapterDigest, keep: Collection[AdapterDigest] = ()) -> bool:
+        return not self._resident[digest].holders and digest not in self._pinned and digest not in keep
 
-    def _take_off(self, generation: Generation, *, for_room: bool) -> int:
-        resident = self._resident.pop(generation)
-        freed = self._runner.slots.drop(resident.slot) + resident.slab.kv_bytes
+    def _take_off(self, digest: AdapterDigest, *, for_room: bool) -> int:
+        resident = self._resident.pop(digest)
+        freed = self._runner.slots.drop(resident.slot) + resident.packed.kv_bytes
         self._blocks.drop_virtual(resident.blocks)
-        self._observer.adapter_left(resident.slab, for_room=for_room)
+        self._observer.adapter_left(resident.packed, for_room=for_room)
         self._outbox.publish(AdaptersResident(self.resident()))
         return freed

@@ -28,7 +28,7 @@ class Stepper:
         for request, _ in scheduled:
             if request.mixture is not None:
                 self.mixtures.begin(request, request.mixture)
-        return batch.build(scheduled, slots_of, self._block_size, self._runner.slots.planes, self.mixtures)
+        return batch.build(scheduled, slots_of, self._block_size, self._runner.slots.table_rows, self.mixtures)
 
     def compute(self, scheduled: Sequence[Scheduled], slots_of: SlotsOf) -> Tensor:
         """Return the logits [number of requests that sample, V], valid until the next step.

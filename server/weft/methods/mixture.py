@@ -87,9 +87,9 @@ NO_WISH = Steering()
 
 
 class Expert(NamedTuple):
-    """Which adapter an expert is: its generation decides; the id is what it was called, or ""."""
+    """Which adapter an expert is: its digest decides; the id is what it was called, or ""."""
 
-    generation: str
+    digest: str
     adapter_id: str = ""
 
 
@@ -102,7 +102,7 @@ class Mixture(NamedTuple):
 
     def in_order(self) -> "Mixture":
         """The same mixture with its experts in the order of their digests, which is what breaks ties."""
-        order = sorted(range(len(self.experts)), key=lambda index: self.experts[index].generation)
+        order = sorted(range(len(self.experts)), key=lambda index: self.experts[index].digest)
         rows = [*order, *range(len(order), self.config.num_choices)]
         weight = self.params.weight[:, rows]
         return Mixture(self.config, MixtureParams(weight), tuple(self.experts[index] for index in order))

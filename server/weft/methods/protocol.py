@@ -142,7 +142,7 @@ def require_dropout(share: float) -> None:
 
 
 class DeltaKind(IntEnum):
-    """What a plane of a slot does at a site, as the kernels know it (the `kind` column of a site's table)."""
+    """What a table row of a slot does at a site, as the kernels know it (the `kind` column of a site's table)."""
 
     NONE = 0
     LORA = 1

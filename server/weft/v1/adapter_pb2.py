@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15weft/v1/adapter.proto\x12\x07weft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xea\x04\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.weft.v1.AdapterState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12,\n\tresidency\x18\x06 \x01(\x0e\x32\x19.weft.v1.AdapterResidency\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\x0c\n\x04rank\x18\n \x01(\r\x12\x1a\n\x12num_virtual_tokens\x18\x0b \x01(\r\x12\x0f\n\x07modules\x18\x0c \x03(\t\x12\x16\n\x0enum_parameters\x18\r \x01(\x04\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12in_flight_requests\x18\x10 \x01(\r\x12\x17\n\x0f\x62\x61se_model_name\x18\x11 \x01(\t\x12\x39\n\x14\x64raining_generations\x18\x12 \x03(\x0b\x32\x1b.weft.v1.DrainingGeneration\x12\x19\n\x11invocation_tokens\x18\x13 \x03(\r\x12 \n\x07\x65xperts\x18\x14 \x03(\x0b\x32\x0f.weft.v1.Expert\x12\x1c\n\x14trained_quantization\x18\x15 \x01(\t\"C\n\x06\x45xpert\x12\x12\n\ngeneration\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x11\n\tavailable\x18\x03 \x01(\x08\"D\n\x12\x44rainingGeneration\x12\x12\n\ngeneration\x18\x01 \x01(\t\x12\x1a\n\x12in_flight_requests\x18\x02 \x01(\r*\xb7\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_STATE_ACTIVE\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1d\n\x19\x41\x44\x41PTER_STATE_QUARANTINED\x10\x05*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_DEVICE\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15weft/v1/adapter.proto\x12\x07weft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x04\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.weft.v1.AdapterState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12,\n\tresidency\x18\x06 \x01(\x0e\x32\x19.weft.v1.AdapterResidency\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\x0c\n\x04rank\x18\n \x01(\r\x12\x1a\n\x12num_virtual_tokens\x18\x0b \x01(\r\x12\x0f\n\x07modules\x18\x0c \x03(\t\x12\x16\n\x0enum_parameters\x18\r \x01(\x04\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12in_flight_requests\x18\x10 \x01(\r\x12\x17\n\x0f\x62\x61se_model_name\x18\x11 \x01(\t\x12\x33\n\x11\x64raining_versions\x18\x12 \x03(\x0b\x32\x18.weft.v1.DrainingVersion\x12\x19\n\x11invocation_tokens\x18\x13 \x03(\r\x12 \n\x07\x65xperts\x18\x14 \x03(\x0b\x32\x0f.weft.v1.Expert\x12\x1c\n\x14trained_quantization\x18\x15 \x01(\t\"?\n\x06\x45xpert\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x11\n\tavailable\x18\x03 \x01(\x08\"=\n\x0f\x44rainingVersion\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x1a\n\x12in_flight_requests\x18\x02 \x01(\r*\xb7\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_STATE_ACTIVE\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1d\n\x19\x41\x44\x41PTER_STATE_QUARANTINED\x10\x05*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_DEVICE\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=828
-  _globals['_ADAPTERSTATE']._serialized_end=1011
-  _globals['_ADAPTERRESIDENCY']._serialized_start=1014
-  _globals['_ADAPTERRESIDENCY']._serialized_end=1153
+  _globals['_ADAPTERSTATE']._serialized_start=807
+  _globals['_ADAPTERSTATE']._serialized_end=990
+  _globals['_ADAPTERRESIDENCY']._serialized_start=993
+  _globals['_ADAPTERRESIDENCY']._serialized_end=1132
   _globals['_ADAPTER']._serialized_start=68
-  _globals['_ADAPTER']._serialized_end=686
-  _globals['_EXPERT']._serialized_start=688
-  _globals['_EXPERT']._serialized_end=755
-  _globals['_DRAININGGENERATION']._serialized_start=757
-  _globals['_DRAININGGENERATION']._serialized_end=825
+  _globals['_ADAPTER']._serialized_end=676
+  _globals['_EXPERT']._serialized_start=678
+  _globals['_EXPERT']._serialized_end=741
+  _globals['_DRAININGVERSION']._serialized_start=743
+  _globals['_DRAININGVERSION']._serialized_end=804
 # @@protoc_insertion_point(module_scope)

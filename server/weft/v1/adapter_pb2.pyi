@@ -99,7 +99,7 @@ class Adapter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     STATE_REASON_FIELD_NUMBER: _builtins.int
@@ -115,7 +115,7 @@ class Adapter(_message.Message):
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_REQUESTS_FIELD_NUMBER: _builtins.int
     BASE_MODEL_NAME_FIELD_NUMBER: _builtins.int
-    DRAINING_GENERATIONS_FIELD_NUMBER: _builtins.int
+    DRAINING_VERSIONS_FIELD_NUMBER: _builtins.int
     INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     TRAINED_QUANTIZATION_FIELD_NUMBER: _builtins.int
@@ -123,9 +123,9 @@ class Adapter(_message.Message):
     """Public name: 1 to 63 characters, lower-case letters, digits, "-" and "_", beginning and ending with a letter or
     digit.
     """
-    generation: _builtins.str
-    """The generation that this message describes: sha256 of the adapter's canonical content, 64 hexadecimal digits.
-    Other content under the same id is another generation.
+    digest: _builtins.str
+    """The digest that this message describes: sha256 of the adapter's canonical content, 64 hexadecimal digits.
+    Other content under the same id is another digest.
     """
     method: _builtins.str
     """Kind of adapter: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "vera", "bitfit", "ia3", "bottleneck",
@@ -151,7 +151,7 @@ class Adapter(_message.Message):
     num_parameters: _builtins.int
     """Number of its parameters."""
     in_flight_requests: _builtins.int
-    """Requests that hold this generation now, including waiting ones."""
+    """Requests that hold this digest now, including waiting ones."""
     base_model_name: _builtins.str
     """Base model that the adapter's own file names; empty if it names none. For information only: the shapes must fit
     and, if the file has the digest of its base, the weights must be the same.
@@ -167,15 +167,15 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When this generation was registered."""
+        """When this digest was registered."""
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
         """When a request last used it; unset if none has since the server started."""
 
     @_builtins.property
-    def draining_generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainingGeneration]:
-        """Replaced generations of this id that still have requests, newest first."""
+    def draining_versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainingVersion]:
+        """Replaced digests of this id that still have requests, newest first."""
 
     @_builtins.property
     def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -186,13 +186,13 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Expert]:
-        """Experts of a mixture, in the order of their generations, which is the order of its gates."""
+        """Experts of a mixture, in the order of their digests, which is the order of its gates."""
 
     def __init__(
         self,
         *,
         adapter_id: _builtins.str = ...,
-        generation: _builtins.str = ...,
+        digest: _builtins.str = ...,
         method: _builtins.str = ...,
         state: Global___AdapterState.ValueType = ...,
         state_reason: _builtins.str = ...,
@@ -208,14 +208,14 @@ class Adapter(_message.Message):
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         in_flight_requests: _builtins.int = ...,
         base_model_name: _builtins.str = ...,
-        draining_generations: _abc.Iterable[Global___DrainingGeneration] | None = ...,
+        draining_versions: _abc.Iterable[Global___DrainingVersion] | None = ...,
         invocation_tokens: _abc.Iterable[_builtins.int] | None = ...,
         experts: _abc.Iterable[Global___Expert] | None = ...,
         trained_quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_used_time", b"last_used_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "draining_generations", b"draining_generations", "experts", b"experts", "generation", b"generation", "in_flight_requests", b"in_flight_requests", "invocation_tokens", b"invocation_tokens", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "trained_quantization", b"trained_quantization"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_model_name", b"base_model_name", "create_time", b"create_time", "digest", b"digest", "draining_versions", b"draining_versions", "experts", b"experts", "in_flight_requests", b"in_flight_requests", "invocation_tokens", b"invocation_tokens", "last_used_time", b"last_used_time", "method", b"method", "modules", b"modules", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "trained_quantization", b"trained_quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,11 +227,11 @@ class Expert(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    GENERATION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     AVAILABLE_FIELD_NUMBER: _builtins.int
-    generation: _builtins.str
-    """The expert's content, as `Adapter.generation`: it decides which adapter the expert is."""
+    digest: _builtins.str
+    """The expert's content, as `Adapter.digest`: it decides which adapter the expert is."""
     adapter_id: _builtins.str
     """An id that is registered with this content now, else the id in the mixture's file, which may be empty."""
     available: _builtins.bool
@@ -239,40 +239,40 @@ class Expert(_message.Message):
     def __init__(
         self,
         *,
-        generation: _builtins.str = ...,
+        digest: _builtins.str = ...,
         adapter_id: _builtins.str = ...,
         available: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "available", b"available", "generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "available", b"available", "digest", b"digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Expert: _TypeAlias = Expert  # noqa: Y015
 
 @_typing.final
-class DrainingGeneration(_message.Message):
-    """A replaced generation that still answers the requests that were admitted with it."""
+class DrainingVersion(_message.Message):
+    """A replaced digest that still answers the requests that were admitted with it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    GENERATION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_REQUESTS_FIELD_NUMBER: _builtins.int
-    generation: _builtins.str
-    """The generation, as `Adapter.generation`."""
+    digest: _builtins.str
+    """The digest, as `Adapter.digest`."""
     in_flight_requests: _builtins.int
     """Requests that hold it now; it is freed when there are none."""
     def __init__(
         self,
         *,
-        generation: _builtins.str = ...,
+        digest: _builtins.str = ...,
         in_flight_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "in_flight_requests", b"in_flight_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "in_flight_requests", b"in_flight_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DrainingGeneration: _TypeAlias = DrainingGeneration  # noqa: Y015
+Global___DrainingVersion: _TypeAlias = DrainingVersion  # noqa: Y015

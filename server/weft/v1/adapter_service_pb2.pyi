@@ -88,7 +88,7 @@ class _AdapterChangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     ADAPTER_CHANGE_ADDED: _AdapterChange.ValueType  # 3
     """A new id was registered."""
     ADAPTER_CHANGE_UPDATED: _AdapterChange.ValueType  # 4
-    """Generation, state, residency or pin changed. Counters and times alone do not count as a change."""
+    """AdapterDigest, state, residency or pin changed. Counters and times alone do not count as a change."""
     ADAPTER_CHANGE_REMOVED: _AdapterChange.ValueType  # 5
     """An id was unregistered and nothing of it is left."""
 
@@ -104,7 +104,7 @@ ADAPTER_CHANGE_SYNCED: AdapterChange.ValueType  # 2
 ADAPTER_CHANGE_ADDED: AdapterChange.ValueType  # 3
 """A new id was registered."""
 ADAPTER_CHANGE_UPDATED: AdapterChange.ValueType  # 4
-"""Generation, state, residency or pin changed. Counters and times alone do not count as a change."""
+"""AdapterDigest, state, residency or pin changed. Counters and times alone do not count as a change."""
 ADAPTER_CHANGE_REMOVED: AdapterChange.ValueType  # 5
 """An id was unregistered and nothing of it is left."""
 Global___AdapterChange: _TypeAlias = AdapterChange  # noqa: Y015
@@ -118,10 +118,10 @@ class RegisterAdapterRequest(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
-    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
-    CONTENT_GENERATION_FIELD_NUMBER: _builtins.int
+    CONTENT_DIGEST_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """The id to register. Required."""
     source: _builtins.str
@@ -132,11 +132,11 @@ class RegisterAdapterRequest(_message.Message):
     that is never read, SOURCE_DISABLED for one that is not enabled here.
     """
     replace: _builtins.bool
-    """Allow other content under an id that is taken. Default: false, ADAPTER_EXISTS. Running requests keep the generation
+    """Allow other content under an id that is taken. Default: false, ADAPTER_EXISTS. Running requests keep the digest
     that they were admitted with.
     """
-    expected_generation: _builtins.str
-    """Register only if this is the id's current generation, else VERSION_CONFLICT; empty: only if the id is not
+    expected_digest: _builtins.str
+    """Register only if this is the id's current digest, else VERSION_CONFLICT; empty: only if the id is not
     registered. It is no substitute for `replace`. Content that is already current answers UNCHANGED whatever is
     expected. Unset: no condition.
     """
@@ -146,8 +146,8 @@ class RegisterAdapterRequest(_message.Message):
     """
     validate_only: _builtins.bool
     """Check everything and keep nothing: the response is that of the same call without this. Default: false."""
-    content_generation: _builtins.str
-    """Generation that the content must have, 64 lower-case hexadecimal digits (CHECKSUM_INVALID), else
+    content_digest: _builtins.str
+    """AdapterDigest that the content must have, 64 lower-case hexadecimal digits (CHECKSUM_INVALID), else
     CHECKSUM_MISMATCH. Unset: any.
     """
     def __init__(
@@ -156,23 +156,23 @@ class RegisterAdapterRequest(_message.Message):
         adapter_id: _builtins.str = ...,
         source: _builtins.str = ...,
         replace: _builtins.bool = ...,
-        expected_generation: _builtins.str | None = ...,
+        expected_digest: _builtins.str | None = ...,
         pin: _builtins.bool = ...,
         validate_only: _builtins.bool = ...,
-        content_generation: _builtins.str | None = ...,
+        content_digest: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_content_generation", b"_content_generation", "_expected_generation", b"_expected_generation", "content_generation", b"content_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_content_digest", b"_content_digest", "_expected_digest", b"_expected_digest", "content_digest", b"content_digest", "expected_digest", b"expected_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content_generation", b"_content_generation", "_expected_generation", b"_expected_generation", "adapter_id", b"adapter_id", "content_generation", b"content_generation", "expected_generation", b"expected_generation", "pin", b"pin", "replace", b"replace", "source", b"source", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content_digest", b"_content_digest", "_expected_digest", b"_expected_digest", "adapter_id", b"adapter_id", "content_digest", b"content_digest", "expected_digest", b"expected_digest", "pin", b"pin", "replace", b"replace", "source", b"source", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__content_generation: _TypeAlias = _typing.Literal["content_generation"]  # noqa: Y015
-    _WhichOneofArgType__content_generation: _TypeAlias = _typing.Literal["_content_generation", b"_content_generation"]  # noqa: Y015
-    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
-    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
+    _WhichOneofReturnType__content_digest: _TypeAlias = _typing.Literal["content_digest"]  # noqa: Y015
+    _WhichOneofArgType__content_digest: _TypeAlias = _typing.Literal["_content_digest", b"_content_digest"]  # noqa: Y015
+    _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
+    _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__content_generation) -> _WhichOneofReturnType__content_generation | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__content_digest) -> _WhichOneofReturnType__content_digest | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_digest) -> _WhichOneofReturnType__expected_digest | None: ...
 
 Global___RegisterAdapterRequest: _TypeAlias = RegisterAdapterRequest  # noqa: Y015
 
@@ -245,15 +245,15 @@ class UploadHeader(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
-    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """The id to register. Required."""
     replace: _builtins.bool
     """As `RegisterAdapterRequest.replace`."""
-    expected_generation: _builtins.str
-    """As `RegisterAdapterRequest.expected_generation`."""
+    expected_digest: _builtins.str
+    """As `RegisterAdapterRequest.expected_digest`."""
     pin: _builtins.bool
     """As `RegisterAdapterRequest.pin`."""
     validate_only: _builtins.bool
@@ -270,17 +270,17 @@ class UploadHeader(_message.Message):
         adapter_id: _builtins.str = ...,
         files: _abc.Iterable[Global___UploadFile] | None = ...,
         replace: _builtins.bool = ...,
-        expected_generation: _builtins.str | None = ...,
+        expected_digest: _builtins.str | None = ...,
         pin: _builtins.bool = ...,
         validate_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "expected_digest", b"expected_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "adapter_id", b"adapter_id", "expected_generation", b"expected_generation", "files", b"files", "pin", b"pin", "replace", b"replace", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "adapter_id", b"adapter_id", "expected_digest", b"expected_digest", "files", b"files", "pin", b"pin", "replace", b"replace", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
-    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+    _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
+    _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_digest) -> _WhichOneofReturnType__expected_digest | None: ...
 
 Global___UploadHeader: _TypeAlias = UploadHeader  # noqa: Y015
 
@@ -386,15 +386,15 @@ class UnregisterAdapterRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
-    EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """The adapter. Required."""
     mode: Global___UnregisterMode.ValueType
     """Fate of the requests that hold it. Default: DRAIN."""
     allow_missing: _builtins.bool
     """Answer OK, with nothing freed, if the adapter is not registered. Default: false, ADAPTER_NOT_FOUND."""
-    expected_generation: _builtins.str
-    """Remove only if this is the current generation, else VERSION_CONFLICT. Unset: no condition."""
+    expected_digest: _builtins.str
+    """Remove only if this is the current digest, else VERSION_CONFLICT. Unset: no condition."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """How long DRAIN waits before it cancels the remaining requests. Range: 0 to 10 minutes, else TIMEOUT_INVALID.
@@ -408,21 +408,21 @@ class UnregisterAdapterRequest(_message.Message):
         mode: Global___UnregisterMode.ValueType = ...,
         timeout: _duration_pb2.Duration | None = ...,
         allow_missing: _builtins.bool = ...,
-        expected_generation: _builtins.str | None = ...,
+        expected_digest: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "expected_generation", b"expected_generation", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "expected_digest", b"expected_digest", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "adapter_id", b"adapter_id", "allow_missing", b"allow_missing", "expected_generation", b"expected_generation", "mode", b"mode", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "adapter_id", b"adapter_id", "allow_missing", b"allow_missing", "expected_digest", b"expected_digest", "mode", b"mode", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
-    _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_generation) -> _WhichOneofReturnType__expected_generation | None: ...
+    _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
+    _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_digest) -> _WhichOneofReturnType__expected_digest | None: ...
 
 Global___UnregisterAdapterRequest: _TypeAlias = UnregisterAdapterRequest  # noqa: Y015
 
 @_typing.final
 class UnregisterAdapterResponse(_message.Message):
-    """Resources freed by a removal, over all generations of the adapter."""
+    """Resources freed by a removal, over all digests of the adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -462,7 +462,7 @@ class GetAdapterRequest(_message.Message):
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """The adapter, or "id@generation" for one that must be current, else ADAPTER_NOT_FOUND. Required."""
+    """The adapter, or "id@digest" for one that must be current, else ADAPTER_NOT_FOUND. Required."""
     def __init__(
         self,
         *,

@@ -70,9 +70,9 @@ class GenerateRequest(_message.Message):
     beginning-of-sequence token, is added.
     """
     adapter_id: _builtins.str
-    """One adapter at weight 1: its id, or "id@generation" to be answered by exactly that generation or not at all.
-    The generation is fixed when the request is admitted; replacing the adapter later does not change this answer.
-    ID_INVALID if malformed, ADAPTER_NOT_FOUND if unknown, ADAPTER_DRAINING for a replaced generation that still
+    """One adapter at weight 1: its id, or "id@digest" to be answered by exactly that digest or not at all.
+    The digest is fixed when the request is admitted; replacing the adapter later does not change this answer.
+    ID_INVALID if malformed, ADAPTER_NOT_FOUND if unknown, ADAPTER_DRAINING for a replaced digest that still
     has requests.
     """
     cache_salt: _builtins.str
@@ -140,8 +140,8 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Steering(_message.Message):
-    """Constraints on the gates of a mixture's experts. An expert is named by its adapter id, its generation or
-    "id@generation", as in `Adapter.experts`. A broken rule answers STEERING_INVALID with the field.
+    """Constraints on the gates of a mixture's experts. An expert is named by its adapter id, its digest or
+    "id@digest", as in `Adapter.experts`. A broken rule answers STEERING_INVALID with the field.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -427,7 +427,7 @@ class Sampling(_message.Message):
     multiplied. Range: above 0, at most 100. Default: 1, no effect; below 1 it rewards repetition.
     """
     seed: _builtins.int
-    """Seed of this request's own random numbers. The same request with the same seed, adapter generations and server
+    """Seed of this request's own random numbers. The same request with the same seed, adapter digests and server
     draws the same tokens, as far as the arithmetic is reproducible. Default: drawn by the server and reported in
     `Finish.seed`.
     """
@@ -781,7 +781,7 @@ class Finish(_message.Message):
 
     @_builtins.property
     def effective_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___EffectiveAdapter]:
-        """The adapters of the request, with the generations that were fixed at admission, in the order of the request; empty
+        """The adapters of the request, with the digests that were fixed at admission, in the order of the request; empty
         for the base. Parts of weight 0 are named too, with weight 0, and took no part.
         """
 
@@ -849,13 +849,13 @@ class EffectiveAdapter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """Id of the adapter, without "@generation"."""
-    generation: _builtins.str
-    """Generation that answered: sha256 of its canonical content, 64 hexadecimal digits."""
+    """Id of the adapter, without "@digest"."""
+    digest: _builtins.str
+    """AdapterDigest that answered: sha256 of its canonical content, 64 hexadecimal digits."""
     method: _builtins.str
     """Kind of adapter, as `Adapter.method`."""
     weight: _builtins.float
@@ -866,13 +866,13 @@ class EffectiveAdapter(_message.Message):
         self,
         *,
         adapter_id: _builtins.str = ...,
-        generation: _builtins.str = ...,
+        digest: _builtins.str = ...,
         method: _builtins.str = ...,
         weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "generation", b"generation", "method", b"method", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "digest", b"digest", "method", b"method", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -885,14 +885,14 @@ class AdapterGate(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
     LAYER_MEANS_FIELD_NUMBER: _builtins.int
     TOKEN_GATES_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """Id of the adapter, without "@generation"."""
-    generation: _builtins.str
-    """Generation of the adapter, as in `EffectiveAdapter`."""
+    """Id of the adapter, without "@digest"."""
+    digest: _builtins.str
+    """AdapterDigest of the adapter, as in `EffectiveAdapter`."""
     mean: _builtins.float
     """Mean gate over the tokens that this request computed and the modules that the adapter touches. If the weight is
     constant, it is the weight.
@@ -911,14 +911,14 @@ class AdapterGate(_message.Message):
         self,
         *,
         adapter_id: _builtins.str = ...,
-        generation: _builtins.str = ...,
+        digest: _builtins.str = ...,
         mean: _builtins.float = ...,
         layer_means: _abc.Iterable[_builtins.float] | None = ...,
         token_gates: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "generation", b"generation", "layer_means", b"layer_means", "mean", b"mean", "token_gates", b"token_gates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "digest", b"digest", "layer_means", b"layer_means", "mean", b"mean", "token_gates", b"token_gates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ from tests import tiny
 from torch import Tensor
 from typer.testing import CliRunner
 
-from weft.adapters.versions import generation_at
+from weft.adapters.versions import digest_at
 from weft.cli import app
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.methods import mixture
@@ -131,9 +131,9 @@ def test_the_command_makes_a_mixture_that_servers_read(tmp_path: Path) -> None:
         config, load_file(tmp_path / "made" / mixture_files.WEIGHTS_FILE), base.shape, AdapterLimits()
     )
     assert made.config == arrow.config(2, top_k=2, temperature=1.0)
-    assert {one.adapter_id: one.generation for one in made.experts} == {
-        "one": generation_at(tmp_path / "e0"),
-        "two": generation_at(tmp_path / "e1"),
+    assert {one.adapter_id: one.digest for one in made.experts} == {
+        "one": digest_at(tmp_path / "e0"),
+        "two": digest_at(tmp_path / "e1"),
     }
     other = loader.load(ModelConfig(path=tiny.save_base(tmp_path / "other", seed=1), device="cpu"), attention="eager")
     directory.write(tiny.random_lora(base.shape, rank=2, seed=0), tmp_path / "foreign", other.shape)

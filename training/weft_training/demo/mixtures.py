@@ -154,7 +154,7 @@ def mixture_model(base: Base, router: Path, paths: Sequence[Path]) -> MixtureMod
     """Return the mixture in a directory, over the experts that it names."""
     made = read_mixture(router, base.shape)
     found = experts.read(paths, base.shape)
-    if [one.generation for one in made.experts] != [one.generation for one in found]:
+    if [one.digest for one in made.experts] != [one.digest for one in found]:
         raise ValueError(f"experts: {router} names others than those in {paths[0].parent}")
     return MixtureModel(base, TrainedMixture(made.config, made.params, found, writes_experts=False))
 

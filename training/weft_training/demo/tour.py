@@ -243,17 +243,17 @@ async def _hot_swap(console: Console, server: Server, adapters: Path, methods: d
                 after = await client.register("swap", str(adapters / new), replace=True)
         require(after is not None, "the adapter was replaced while the stream ran")
         assert after is not None
-        kept = stream.finish.effective_adapters[0].generation
+        kept = stream.finish.effective_adapters[0].digest
         following = await client.generate(prompt(example), "swap", temperature=0, max_new_tokens=24)
-        took = following.finish.effective_adapters[0].generation
+        took = following.finish.effective_adapters[0].digest
         await client.unregister("swap")
     console.print(
-        f"  {prompt(example)!r} → {answered.text!r} by generation {before.adapter.generation[:12]} ({old})\n"
+        f"  {prompt(example)!r} → {answered.text!r} by digest {before.adapter.digest[:12]} ({old})\n"
         f"  replaced after 5 of {stream.finish.usage.completion_tokens} tokens; the stream ended on {kept[:12]}\n"
-        f"  {prompt(example)!r} → {following.text!r} by generation {took[:12]} ({new})"
+        f"  {prompt(example)!r} → {following.text!r} by digest {took[:12]} ({new})"
     )
-    require(kept == before.adapter.generation, "the running stream kept its generation")
-    require(took == after.adapter.generation != kept, "the next request took the new generation")
+    require(kept == before.adapter.digest, "the running stream kept its digest")
+    require(took == after.adapter.digest != kept, "the next request took the new digest")
     require(answered.text != following.text, "the answer changed")
 
 
@@ -277,7 +277,7 @@ def _train_live(console: Console, server: Server, base: Path, scratch: Path) -> 
     right = [sum(a == one.output for a, one in zip(given, held_back, strict=True)) for given in (before, after)]
     console.print(
         f"  {LIVE.name}: {trained.num_parameters:,} parameters in {trained.seconds:.0f} s, "
-        f"uploaded as generation {uploaded.adapter.generation[:12]}\n"
+        f"uploaded as digest {uploaded.adapter.digest[:12]}\n"
         f"  {prompt(held_back[0])!r} → {before[0]!r} before, {after[0]!r} after\n"
         f"  {right[0]} of {len(held_back)} right before, {right[1]} of {len(held_back)} after"
     )

@@ -171,7 +171,7 @@ def arrow(
     Register the experts first and then OUT, like any adapter.
     """
     from weft.adapters.identifiers import check_adapter_id
-    from weft.adapters.versions import generation_at
+    from weft.adapters.versions import digest_at
     from weft.methods import lora
     from weft.methods.checkpoint import directory, mixture
     from weft.methods.mixture import Expert, Mixture
@@ -187,7 +187,7 @@ def arrow(
                 raise ValueError(f"{name}: must be a LoRA, which has directions, given {adapter.method.name}")
             if adapter.invocation_tokens:
                 raise ValueError(f"{name}: must act on all tokens, given an activated LoRA")
-            found.append(Expert(generation_at(path), check_adapter_id(name)))
+            found.append(Expert(digest_at(path), check_adapter_id(name)))
             params.append(adapter.sites)
         config = arrow.config(len(found), top_k=top_k, temperature=temperature)
         router = arrow.router(arrow.norm_readers(held.model, held.shape), params, held.shape)

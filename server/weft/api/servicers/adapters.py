@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc.aio
 
-from weft.adapters.identifiers import AdapterId, AdapterReference, check_adapter_id, check_generation, parse_reference
+from weft.adapters.identifiers import AdapterId, AdapterReference, check_adapter_id, check_digest, parse_reference
 from weft.adapters.registry import AdapterState, Change, Version
 from weft.api.application import Application
 from weft.api.lifecycle import Outcome, Registered, RegisterOptions
@@ -40,11 +40,11 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         del context
         adapter_id = self._adapter_id(request.adapter_id)
         options = _options(request)
-        if request.HasField("content_generation"):
-            given, rule = request.content_generation, "must be 64 lower-case hex digits"
+        if request.HasField("content_digest"):
+            given, rule = request.content_digest, "must be 64 lower-case hex digits"
             if not SHA256.fullmatch(given):
-                raise InvalidRequest.rule("CHECKSUM_INVALID", "content_generation", rule, given=given)
-            options = replace(options, content_generation=given)
+                raise InvalidRequest.rule("CHECKSUM_INVALID", "content_digest", rule, given=given)
+            options = replace(options, content_digest=given)
         registered = await self._lifecycle.register_from(adapter_id, request.source, options)
         return adapter_service_pb2.RegisterAdapterResponse(
             adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
@@ -89,7 +89,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 adapter_id,
                 cancel=request.mode == adapter_service_pb2.UNREGISTER_MODE_CANCEL,
                 timeout_s=timeout_s,
-                expected_generation=request.expected_generation if request.HasField("expected_generation") else None,
+                expected_digest=request.expected_digest if request.HasField("expected_digest") else None,
             )
         except AdapterNotFound:
             if not request.allow_missing:
@@ -197,17 +197,17 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         return check_adapter_id(value, base_model=self._base_model)
 
     def _adapter(self, version: Version) -> adapter_pb2.Adapter:
-        info, place = version.info, self._lifecycle.memory.place_of(version.generation)
+        info, place = version.info, self._lifecycle.memory.place_of(version.digest)
         adapter = adapter_pb2.Adapter(
             adapter_id=version.adapter_id,
-            generation=version.generation,
+            digest=version.digest,
             method=info.method,
             state=_STATES[version.state],
             state_reason=version.state_reason,
             residency=_RESIDENCES[place],
             pinned=version.pinned,
             size_bytes=info.size_bytes,
-            resident_bytes=0 if place is Residence.DISK else info.slab_bytes,
+            resident_bytes=0 if place is Residence.DISK else info.packed_bytes,
             rank=info.rank,
             num_virtual_tokens=info.num_virtual_tokens,
             invocation_tokens=info.invocation_tokens,
@@ -216,8 +216,8 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             in_flight_requests=len(version.leases),
             base_model_name=info.base_model_name,
             trained_quantization=info.trained_held_as,
-            draining_generations=[
-                adapter_pb2.DrainingGeneration(generation=old.generation, in_flight_requests=len(old.leases))
+            draining_versions=[
+                adapter_pb2.DrainingVersion(digest=old.digest, in_flight_requests=len(old.leases))
                 for old in self._lifecycle.registry.replaced(version.adapter_id)
             ],
             experts=[self._expert(expert) for expert in info.experts],
@@ -232,17 +232,17 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             adapter_id, available = self._lifecycle.registry.require_expert(expert).adapter_id, True
         except AdapterUnusable:
             adapter_id, available = expert.adapter_id, False
-        return adapter_pb2.Expert(generation=expert.generation or "", adapter_id=adapter_id, available=available)
+        return adapter_pb2.Expert(digest=expert.digest or "", adapter_id=adapter_id, available=available)
 
 
 def _options(
     request: adapter_service_pb2.RegisterAdapterRequest | adapter_service_pb2.UploadHeader,
 ) -> RegisterOptions:
-    expected = request.expected_generation if request.HasField("expected_generation") else None
+    expected = request.expected_digest if request.HasField("expected_digest") else None
     if expected:
-        check_generation(expected, field="expected_generation")
+        check_digest(expected, field="expected_digest")
     return RegisterOptions(
-        replace=request.replace, expected_generation=expected, pin=request.pin, validate_only=request.validate_only
+        replace=request.replace, expected_digest=expected, pin=request.pin, validate_only=request.validate_only
     )
 
 

@@ -210,9 +210,7 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         ),
         seed=end.seed,
         effective_adapters=[
-            generation_pb2.EffectiveAdapter(
-                adapter_id=a.adapter_id, generation=a.generation, method=a.method, weight=a.weight
-            )
+            generation_pb2.EffectiveAdapter(adapter_id=a.adapter_id, digest=a.digest, method=a.method, weight=a.weight)
             for a in end.adapters
         ],
     )
@@ -224,8 +222,7 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         finish.gates.extend(_gates(index, expert, end.gates) for index, expert in enumerate(end.experts))
     elif _sight(options) is not GateSight.NONE and not end.experts:
         finish.gates.extend(
-            generation_pb2.AdapterGate(adapter_id=a.adapter_id, generation=a.generation, mean=a.mean_gate)
-            for a in end.adapters
+            generation_pb2.AdapterGate(adapter_id=a.adapter_id, digest=a.digest, mean=a.mean_gate) for a in end.adapters
         )
     return finish
 
@@ -234,7 +231,7 @@ def _gates(index: int, expert: Version, gates: Gates) -> generation_pb2.AdapterG
     means = [layer[index] for layer in gates.mean]
     return generation_pb2.AdapterGate(
         adapter_id=expert.adapter_id,
-        generation=expert.generation,
+        digest=expert.digest,
         mean=sum(means) / len(means),
         layer_means=means,
         token_gates=[layer[index] for token in gates.tokens for layer in token],

@@ -50,9 +50,9 @@ def capture_key(slots: SlotTables, slot_of_entry: Tensor) -> CaptureKey:
 
 def _acting(slots: SlotTables, slot_of_entry: Tensor) -> tuple[int, int]:
     """Return the sites, as bits, at which some entry adds to the output, and those at which one scales the input."""
-    planes = set(slot_of_entry.tolist())
-    outputs_at = reduce(or_, map(slots.outputs_at.__getitem__, planes), 0)
-    return outputs_at, reduce(or_, map(slots.inputs_at.__getitem__, planes), 0)
+    table_rows = set(slot_of_entry.tolist())
+    outputs_at = reduce(or_, map(slots.outputs_at.__getitem__, table_rows), 0)
+    return outputs_at, reduce(or_, map(slots.inputs_at.__getitem__, table_rows), 0)
 
 
 class CpuDriver:

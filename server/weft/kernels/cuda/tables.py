@@ -1,7 +1,7 @@
 """Reads that delta kernels share: a slot's line in a site's table, hidden vectors, products with narrow weights.
 
-Addresses come from the table, so a compiler cannot infer their alignment. Slabs align their contents to 64 bytes
-(adapters/slab.py), and kernels declare it to get wide loads.
+Addresses come from the table, so a compiler cannot infer their alignment. Packed adapters align their contents to 64
+bytes (adapters/packed_adapter.py), and kernels declare it to get wide loads.
 """
 
 # Kernels are Triton, which only looks like Python.
@@ -65,7 +65,7 @@ def products_at(hidden, part, site, n, num_entries, width, GROUP: tl.constexpr):
 
 @triton.jit
 def matrix_at(address, DTYPE: tl.constexpr):
-    """Return a pointer to the beginning of a slab's contents."""
+    """Return a pointer to the beginning of a packed adapter's contents."""
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 

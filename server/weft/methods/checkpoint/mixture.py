@@ -1,6 +1,6 @@
 """Mixtures on disk: `mixture_config.json` beside `mixture_router.safetensors`. adapters_store/README.md has the format.
 
-The experts are named by their generations and lie elsewhere; here is the router over them. `read` takes parsed data,
+The experts are named by their digests and lie elsewhere; here is the router over them. `read` takes parsed data,
 and gives the experts in the order of their digests, so that their order in the file means nothing.
 """
 
@@ -24,12 +24,12 @@ FORMAT = 1
 WEIGHT = "router.weight"
 
 _TEMPERATURE_MIN, _TEMPERATURE_MAX = 1e-4, 1e4  # beyond them float32 logits need not be finite
-_GENERATION = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{64}")
 _KEYS = frozenset(
     {"mixture_format", "base_digest", "experts", "router", "top_k", "temperature", "normalize", "null_expert"}
 )
 _ROUTER_KEYS = frozenset({"level", "shared", "absolute", "rms_norm"})
-_EXPERT_KEYS = frozenset({"generation", "adapter_id"})
+_EXPERT_KEYS = frozenset({"digest", "adapter_id"})
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Mixture:
@@ -67,7 +67,7 @@ def write(mixture: Mixture, directory: Path, base: BaseShape) -> None:
         "mixture_format": FORMAT,
         **({"base_digest": base.digest} if base.digest else {}),
         "experts": [
-            {"generation": expert.generation, **({"adapter_id": expert.adapter_id} if expert.adapter_id else {})}
+            {"digest": expert.digest, **({"adapter_id": expert.adapter_id} if expert.adapter_id else {})}
             for expert in made.experts
         ],
         "router": {
@@ -136,16 +136,18 @@ def _experts(given: object, limits: AdapterLimits) -> tuple[Expert, ...]:
         name = f"experts[{index}]"
         if not isinstance(one, dict):
             raise _invalid(name, "must be an object", one)
+        if "generation" in one and "digest" not in one:  # how files of weft 0.1 spell it
+            one = {("digest" if key == "generation" else key): value for key, value in one.items()}
         _closed(one, _EXPERT_KEYS, f"{name}.")
-        generation, adapter_id = one.get("generation"), one.get("adapter_id", "")
-        if not isinstance(generation, str) or not _GENERATION.fullmatch(generation):
-            raise _invalid(f"{name}.generation", "must be 64 lower-case hex digits", generation)
+        digest, adapter_id = one.get("digest"), one.get("adapter_id", "")
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise _invalid(f"{name}.digest", "must be 64 lower-case hex digits", digest)
         if not isinstance(adapter_id, str):
             raise _invalid(f"{name}.adapter_id", "must be text", adapter_id)
-        first = seen.setdefault(generation, index)
+        first = seen.setdefault(digest, index)
         if first != index:
-            raise _invalid(f"{name}.generation", f"is expert {first} already", generation)
-        experts.append(Expert(generation, adapter_id))
+            raise _invalid(f"{name}.digest", f"is expert {first} already", digest)
+        experts.append(Expert(digest, adapter_id))
     return tuple(experts)
 
 

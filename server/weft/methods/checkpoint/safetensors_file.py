@@ -1,4 +1,4 @@
-"""Writing safetensors so that the same content is the same bytes, and with that the same generation.
+"""Writing safetensors so that the same content is the same bytes, and with that the same digest.
 
 The library writes the metadata in an order that differs from run to run.
 """

@@ -112,10 +112,10 @@ def delta(params: DoraParams | Folded, x: Tensor, y: Tensor, drop: Drop = keep) 
 def pack(params: DoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
     """LoRA's two matrices; scale and bias in float32 whatever the slots hold."""
     folded = fold(params)
-    planes = (*lora.pack(folded.product, dtype), Packed(DeltaKind.SCALE_OUTPUT, 0, folded.scale.float(), None))
+    table_rows = (*lora.pack(folded.product, dtype), Packed(DeltaKind.SCALE_OUTPUT, 0, folded.scale.float(), None))
     if folded.shift is None:
-        return planes
-    return (*planes, Packed(DeltaKind.BIAS, 0, folded.shift.float(), None))
+        return table_rows
+    return (*table_rows, Packed(DeltaKind.BIAS, 0, folded.shift.float(), None))
 
 
 def unpack(packed: tuple[Packed, ...]) -> Folded:

@@ -18,12 +18,12 @@ from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed,
 _ALIGNMENT = 64  # bytes: a cache line, and what vector loads prefer
 
 
-class SlabEntry(NamedTuple):
-    """One kind of delta that the adapter makes at one site; if it makes several there, each has its own plane."""
+class PackedDelta(NamedTuple):
+    """One kind of delta that the adapter makes at one site; if it makes several there, each has its own table row."""
 
     site_index: int
     site_name: str
-    plane: int
+    table_row: int
     kind: DeltaKind
     rank: int
     first: Part
@@ -43,12 +43,12 @@ class RouterEntry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slab:
+class PackedAdapter:
     """An adapter ready for a slot. `virtual` has the base's dtype, which is also that of the KV cache."""
 
     method: Method
     buffer: Tensor  # uint8 [bytes], on the host
-    entries: tuple[SlabEntry, ...]
+    entries: tuple[PackedDelta, ...]
     virtual: Virtual | None
     kv_bytes: int  # of its virtual positions in the KV cache, not rounded up to whole blocks
     router: RouterEntry | None = None
@@ -58,9 +58,9 @@ class Slab:
         return 0 if self.virtual is None else self.virtual.num_positions
 
     @property
-    def num_planes(self) -> int:
+    def num_table_rows(self) -> int:
         """Number of rows of the slot table that the adapter takes."""
-        return 1 + max((entry.plane for entry in self.entries), default=0)
+        return 1 + max((entry.table_row for entry in self.entries), default=0)
 
     @property
     def size_bytes(self) -> int:
@@ -69,10 +69,10 @@ class Slab:
         return self.buffer.nbytes + virtual
 
 
-def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool = False) -> Slab:
+def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool = False) -> PackedAdapter:
     """Lay out `adapter` for slots of `dtype`. pinned: in memory that a CUDA device can copy from by itself."""
     placed: list[tuple[Part, Tensor]] = []
-    entries: list[SlabEntry] = []
+    entries: list[PackedDelta] = []
     offset = 0
 
     def place(tensor: Tensor) -> Part:
@@ -84,10 +84,12 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool
 
     for name in sorted(adapter.sites, key=lambda name: base.sites[name].index):
         assert adapter.method.pack is not None
-        for plane, packed in enumerate(adapter.method.pack(adapter.sites[name], dtype)):
+        for table_row, packed in enumerate(adapter.method.pack(adapter.sites[name], dtype)):
             first = place(packed.first)
             second = None if packed.second is None else place(packed.second)
-            entries.append(SlabEntry(base.sites[name].index, name, plane, packed.kind, packed.rank, first, second))
+            entries.append(
+                PackedDelta(base.sites[name].index, name, table_row, packed.kind, packed.rank, first, second)
+            )
     buffer = torch.zeros(offset, dtype=torch.uint8, pin_memory=pinned)
     for part, tensor in placed:
         part.view(buffer).copy_(tensor)
@@ -97,14 +99,16 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool
         virtual = type(given)(*(tensor.to(dtype).contiguous() for tensor in given))
         per_position = 2 * base.num_layers * base.num_kv_heads * base.head_dim * dtype.itemsize
         kv_bytes = virtual.num_positions * per_position
-    return Slab(method=adapter.method, buffer=buffer, entries=tuple(entries), virtual=virtual, kv_bytes=kv_bytes)
+    return PackedAdapter(
+        method=adapter.method, buffer=buffer, entries=tuple(entries), virtual=virtual, kv_bytes=kv_bytes
+    )
 
 
-def build_router(given: Mixture, *, pinned: bool = False) -> Slab:
+def build_router(given: Mixture, *, pinned: bool = False) -> PackedAdapter:
     """Lay out a mixture's router, which stays float32 whatever the slots' dtype. pinned: as in `build`."""
     weight = given.params.weight.float().contiguous()
     part = Part(0, tuple(weight.shape), weight.dtype)
     buffer = torch.zeros(-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
     part.view(buffer).copy_(weight)
     router = RouterEntry(given.config, part)
-    return Slab(method=mixture.METHOD, buffer=buffer, entries=(), virtual=None, kv_bytes=0, router=router)
+    return PackedAdapter(method=mixture.METHOD, buffer=buffer, entries=(), virtual=None, kv_bytes=0, router=router)
