@@ -45,7 +45,7 @@ class DrivenEngine(Engine):
 
     def drive(self) -> list[tuple[float, TokenEvent]]:
         """Run one step; return new events with their times on the monotonic clock. Raises a request's error."""
-        self.turn()
+        self.run_once()
         events, self._timed_events = self._timed_events, []
         for _, event in events:
             if event.finish is not None and event.finish.error is not None:

@@ -14,8 +14,8 @@ from weft.engine.request import (
     AdapterDigest,
     AdapterUse,
     ExpertBound,
+    GateDetail,
     Gates,
-    GateSight,
     MixtureUse,
     Request,
     RequestId,
@@ -99,7 +99,7 @@ class Step:
                 assert slot is not None
                 request_slots.append(slot)
                 reads_prompt = row.mixture.config.level is Level.SEQUENCE
-                mixture = MixtureUse(AdapterDigest(f"{index}"), reads_prompt, row.bounds, GateSight.TOKENS)
+                mixture = MixtureUse(AdapterDigest(f"{index}"), reads_prompt, row.bounds, GateDetail.TOKENS)
             slots += request_slots
             request = Request(
                 request_id=RequestId(str(index)),

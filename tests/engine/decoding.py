@@ -12,8 +12,8 @@ from weft.engine.block_manager import BlockManager
 from weft.engine.request import (
     AdapterUse,
     ExpertBound,
+    GateDetail,
     Gates,
-    GateSight,
     MixtureUse,
     Request,
     RequestId,
@@ -92,7 +92,7 @@ class Decoding:
                 assert slot is not None
                 slots.append(slot)
                 reads_prompt = taken.mixture.config.level is Level.SEQUENCE
-                mixture = MixtureUse(AdapterDigest(str(index)), reads_prompt, taken.bounds, GateSight.TOKENS)
+                mixture = MixtureUse(AdapterDigest(str(index)), reads_prompt, taken.bounds, GateDetail.TOKENS)
             request = Request(
                 request_id=RequestId(str(index)),
                 prompt_token_ids=tuple(2 + (7 * index + place) % 90 for place in range(1 + index % 23)),

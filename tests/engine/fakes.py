@@ -35,7 +35,7 @@ from weft.engine.request import (
     ExpertBound,
     Finish,
     FinishReason,
-    GateSight,
+    GateDetail,
     MixtureUse,
     Request,
     RequestId,
@@ -421,7 +421,7 @@ class Harness:
         mixture: FakeMixture | None = None,
         wanted: tuple[ExpertBound, ...] = (),
         reads_prompt: bool = False,
-        sight: GateSight = GateSight.NONE,
+        gate_detail: GateDetail = GateDetail.NONE,
     ) -> Request:
         """Send a request in; it takes effect in the next turn. ranges: where its deltas act.
 
@@ -430,7 +430,7 @@ class Harness:
         adapters = adapters if mixture is None else mixture.experts
         gates = gates or [1.0] * len(adapters)
         uses = tuple(adapter.use(gate, ranges) for adapter, gate in zip(adapters, gates, strict=True))
-        mixed = None if mixture is None else MixtureUse(mixture.digest, reads_prompt, wanted, sight)
+        mixed = None if mixture is None else MixtureUse(mixture.digest, reads_prompt, wanted, gate_detail)
         if mixture is not None:
             uses = canonical(uses)
             self._contents[mixture.digest] = mixture
@@ -465,7 +465,7 @@ class Harness:
     def turn(self, count: int = 1) -> None:
         """Let the engine go on, checking its books after each turn."""
         for _ in range(count):
-            self.engine.turn()
+            self.engine.run_once()
             self.check()
 
     def run(self, *, answer_loads: bool = True, max_turns: int = 2000) -> None:

@@ -313,7 +313,7 @@ def test_distrusted_blocks_are_not_shared_again() -> None:
     bad, sharer = request(range(12)), request(range(9))
     compute(blocks, bad)
     assert compute(blocks, sharer) == 8
-    blocks.distrust(bad)
+    blocks.invalidate(bad)
     blocks.check()
     assert blocks.match(request(range(9))) == 0
     blocks.release(bad)
@@ -445,7 +445,7 @@ def test_blocks_come_back_after_any_sequence(operations: list[tuple[str, int]], 
                 else:
                     one.output.pop()
             elif operation == "distrust":
-                blocks.distrust(one)
+                blocks.invalidate(one)
             else:
                 blocks.release(one)
                 alive.remove(one)

@@ -329,7 +329,7 @@ def quiet() -> Iterator[None]:
 def until_down(h: Harness) -> tuple[Request, Future[int]]:
     """Let the engine go on until it goes down, as its thread would; then a request and a call come late."""
     for _ in range(20):
-        h.engine.turn()
+        h.engine.run_once()
         if h.num_down:
             break
     assert h.num_down == 1
@@ -372,7 +372,7 @@ def test_a_fault_of_the_books_takes_the_engine_down_and_everyone_is_told_once(
     def fault(*_: object) -> None:
         raise KeyError("our own bug")
 
-    h.engine.turn()
+    h.engine.run_once()
     owner, method = broken.split(".")
     monkeypatch.setattr(getattr(h.engine, owner), method, fault)
     late, _ = until_down(h)
@@ -613,7 +613,7 @@ def test_every_request_ends_once_however_the_engine_ends(operations: list[str], 
             h.turn()
     if last == "cuda":
         h.runner.fail = failing(RuntimeError("CUDA error: unspecified launch failure"), at=0)
-        h.engine.turn()
+        h.engine.run_once()
     elif last == "bug":
         h.engine.submit(None)  # type: ignore[arg-type]  # our own bug, outside a step
     h.engine.stop()
@@ -820,7 +820,7 @@ def test_nothing_waits_while_the_engine_sleeps() -> None:
     assert events_of(h, request) == [1]
     h.engine.scheduler.running.clear()  # as if preempted, with everything else gone
     h.submit([4], params=long(1))
-    h.engine.turn(wait=True)
+    h.engine.run_once(wait=True)
     assert sum(events_of(h, request)) == 3
 
 
@@ -847,7 +847,7 @@ def test_requests_that_come_together_are_computed_together() -> None:
     coming = [[3], [4, 5]]
     h.inbox._messages = Arriving(lambda: h.submit(coming.pop(), params=long(3)) if coming else None)
     h.submit([1, 2], params=long(3))
-    h.engine.turn(wait=True)
+    h.engine.run_once(wait=True)
     assert [events_of(h, request) for request in h.requests.values()] == [[1], [1], [1]]
     h.run()
     h.assert_answers()
@@ -862,7 +862,7 @@ def test_who_comes_later_does_not_keep_the_first_waiting() -> None:
 
     h.inbox._messages = Arriving(come)
     h.submit([1, 2], params=long(3))
-    h.engine.turn(wait=True)
+    h.engine.run_once(wait=True)
     assert len(h.requests) == 4, "those of five milliseconds"
     assert all(events_of(h, request) == [1] for request in h.requests.values())
 
@@ -872,7 +872,7 @@ def test_nobody_is_waited_for_while_a_load_is() -> None:
     h = harness()
     inbox = h.inbox._messages = Arriving(lambda: h.submit([9], params=long(1)))
     request = h.submit([1], ONE, params=long(2))
-    h.engine.turn(wait=True)
+    h.engine.run_once(wait=True)
     assert inbox.waits == [None, 0.0]
     h.run()
     assert sum(events_of(h, request)) == 2

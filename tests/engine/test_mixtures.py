@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeMixture, Harness
-from weft.engine.request import ExpertBound, Gates, GateSight, Request, SamplingParams
+from weft.engine.request import ExpertBound, GateDetail, Gates, Request, SamplingParams
 from weft.errors import DataLoss
 
 EXPERTS = (FakeAdapter(7), FakeAdapter(3), FakeAdapter(5))
@@ -56,25 +56,25 @@ def test_only_the_rows_of_mixtures_are_routed() -> None:
     assert [(run.first, run.last) for run in routing.runs] == [(3, 5)], "whose adapters were not waited for came first"
 
 
-@pytest.mark.parametrize("sight", list(GateSight))
-def test_each_computed_token_is_seen_once(sight: GateSight) -> None:
+@pytest.mark.parametrize("detail", list(GateDetail))
+def test_each_computed_token_is_seen_once(detail: GateDetail) -> None:
     """In chunks, and with a preemption whose tokens are computed twice."""
     h = Harness(num_blocks=12, max_num_seqs=4, max_num_batched_tokens=5, caching=False)
-    seen = h.submit(list(range(1, 10)), mixture=MIXTURE, params=LONG, sight=sight)
+    seen = h.submit(list(range(1, 10)), mixture=MIXTURE, params=LONG, gate_detail=detail)
     others = [h.submit(list(range(11, 20)), params=LONG) for _ in range(2)]
-    late = h.submit(list(range(1, 10)), mixture=MIXTURE, params=LONG, sight=sight)
+    late = h.submit(list(range(1, 10)), mixture=MIXTURE, params=LONG, gate_detail=detail)
     h.run()
     h.assert_answers(seen, *others, late)
     computed = sum(len(batch.input_ids) for batch in h.runner.steps)
     assert computed > 4 * (9 + 12 - 1), "negative control: nothing was computed twice"
     for request in (seen, late):
-        if sight is GateSight.NONE:
+        if detail is GateDetail.NONE:
             finish = h.finish(request)
             assert finish is not None
             assert finish.gates is None
             continue
         wanted = expected(0, 9 + 12 - 1)
-        assert gates_of(h, request).tokens == (wanted if sight is GateSight.TOKENS else [])
+        assert gates_of(h, request).tokens == (wanted if detail is GateDetail.TOKENS else [])
         means = torch.tensor(wanted, dtype=torch.float64).mean(0)
         torch.testing.assert_close(torch.tensor(gates_of(h, request).mean, dtype=torch.float64), means)
 
@@ -83,7 +83,7 @@ def test_cached_tokens_have_no_gates() -> None:
     h = Harness()
     h.submit(list(range(1, 10)), mixture=MIXTURE)
     h.run()
-    again = h.submit(list(range(1, 10)), mixture=MIXTURE, sight=GateSight.TOKENS)
+    again = h.submit(list(range(1, 10)), mixture=MIXTURE, gate_detail=GateDetail.TOKENS)
     h.run()
     assert again.num_cached_tokens == 8
     assert gates_of(h, again).tokens == expected(8, 9 + 4 - 1)

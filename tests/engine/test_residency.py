@@ -228,7 +228,7 @@ def test_who_waits_for_an_adapter_is_told_when_it_will_not_come(end: str) -> Non
     elif end == "evicted":
         device.residency.evict(A.digest)
     else:
-        device.residency.abandon(BROKEN)
+        device.residency.fail_all(BROKEN)
     with pytest.raises(AdapterConflict if end == "evicted" else DataLoss):
         call.result(timeout=0)
     device.answer()

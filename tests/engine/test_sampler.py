@@ -229,9 +229,9 @@ def test_repetition_penalty_is_ctrls_formula(penalty: float) -> None:
     logits = torch.randn(1, V, generator=torch.Generator().manual_seed(5))
     seen = {1, 2, 3, 9}
     one = request([1, 2, 2, 3], [9, 1], repetition_penalty=penalty)
-    wishes = sampler._wishes([one], V)
-    assert wishes is not None
-    got = sampler._penalize_repetition(logits, wishes.seen, wishes.penalties)[0].tolist()
+    sampling = sampler._sampling_tensors([one], V)
+    assert sampling is not None
+    got = sampler._penalize_repetition(logits, sampling.seen, sampling.penalties)[0].tolist()
     for token, (before, after) in enumerate(zip(logits[0].tolist(), got, strict=True)):
         wanted = before if token not in seen else before / penalty if before > 0 else before * penalty
         assert after == pytest.approx(wanted, rel=1e-6)

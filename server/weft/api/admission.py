@@ -140,5 +140,5 @@ class Admission:
         if not held.experts:
             return composition.uses(checked.parts, held.versions, tokens), None
         spec = checked.spec
-        mixture = mixtures.use_of(held.versions[0], held.experts, self._registry, spec.steering, spec.sight)
+        mixture = mixtures.use_of(held.versions[0], held.experts, self._registry, spec.steering, spec.gate_detail)
         return mixtures.expert_uses(held.experts), mixture

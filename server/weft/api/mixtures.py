@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from weft.adapters.identifiers import AdapterDigest, is_digest, parse_reference
 from weft.adapters.registry import AdapterInfo, Registry, Version
-from weft.engine.request import AdapterUse, ExpertBound, GateSight, MixtureUse, canonical
+from weft.engine.request import AdapterUse, ExpertBound, GateDetail, MixtureUse, canonical
 from weft.errors import AdapterUnusable, InvalidRequest
 
 _FIELD = "steering"
@@ -74,13 +74,13 @@ def expert_uses(experts: Sequence[Version]) -> tuple[AdapterUse, ...]:
 
 
 def use_of(
-    mixture: Version, experts: Sequence[Version], registry: Registry, steering: Steering | None, sight: GateSight
+    mixture: Version, experts: Sequence[Version], registry: Registry, steering: Steering | None, gate_detail: GateDetail
 ) -> MixtureUse:
     """The engine's view of a mixture and of what the request wants of it; STEERING_INVALID where that cannot be had."""
     bounds: tuple[ExpertBound, ...] = ()
     if steering is not None:
         bounds = _bounds(steering, mixture, experts, registry)
-    return MixtureUse(mixture.digest, mixture.info.is_sequence_level, bounds, sight)
+    return MixtureUse(mixture.digest, mixture.info.is_sequence_level, bounds, gate_detail)
 
 
 def _bounds(

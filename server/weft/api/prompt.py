@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from weft.api.validation import ChatTurn, check_prompt_bytes
+from weft.api.validation import ChatMessage, check_prompt_bytes
 from weft.config import RequestLimits
 from weft.errors import InvalidRequest
 
@@ -18,7 +18,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._limits = limits
 
-    async def encode(self, text: str | None, messages: Sequence[ChatTurn] | None) -> list[int]:
+    async def encode(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
         """Return the tokens of the one input that is given; long ones are tokenized in a thread."""
         if text is None:
             return await asyncio.to_thread(self._encode_messages, messages or ())
@@ -30,21 +30,21 @@ class PromptEncoder:
         # Special tokens spelled out in a prompt are ordinary text.
         return self._tokenizer(text, split_special_tokens=True)["input_ids"]
 
-    def _encode_messages(self, messages: Sequence[ChatTurn]) -> list[int]:
-        tokenizer, turns = self._tokenizer, [turn._asdict() for turn in messages]
+    def _encode_messages(self, messages: Sequence[ChatMessage]) -> list[int]:
+        tokenizer, as_mappings = self._tokenizer, [message._asdict() for message in messages]
         try:
-            rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            rendered = tokenizer.apply_chat_template(as_mappings, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may raise anything; it is the base's, so its text may be shown
             raise InvalidRequest.rule(
                 "PROMPT_INVALID", "messages", "do not fit the chat template", given=error
             ) from error
         check_prompt_bytes("messages", len(rendered.encode()), self._limits)
         specials = [special for special in tokenizer.all_special_tokens if special]
-        if not any(special in turn.content for turn in messages for special in specials):
+        if not any(special in message.content for message in messages for special in specials):
             return tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return [
             token
-            for text, is_template in _pieces(rendered, [turn.content for turn in messages])
+            for text, is_template in _pieces(rendered, [message.content for message in messages])
             for token in tokenizer(text, add_special_tokens=False, split_special_tokens=not is_template)["input_ids"]
         ]
 

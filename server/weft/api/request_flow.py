@@ -15,11 +15,11 @@ from weft.api.answer import GenerationPart
 from weft.api.lifecycle import Lifecycle
 from weft.api.prompt import PromptEncoder
 from weft.api.stream import Stream
-from weft.api.validation import ChatTurn, GenerationSpec, ModelFacts, check
+from weft.api.validation import ChatMessage, GenerationSpec, ModelFacts, check
 from weft.config import RequestLimits
 from weft.engine.detokenizer import Detokenizer
 from weft.engine.engine import Engine
-from weft.engine.request import Finish, FinishReason, GateSight, RequestId, TokenEvent
+from weft.engine.request import Finish, FinishReason, GateDetail, RequestId, TokenEvent
 from weft.errors import Cancelled, DeadlineExceeded, Unavailable, WeftError
 from weft.metrics import Metrics
 
@@ -106,7 +106,9 @@ class RequestFlow:
                 if not ended:
                     self._engine.end(request.request_id, FinishReason.STOP)
                     ended = True
-                    while event.finish is None and spec.sight is not GateSight.NONE:  # the gates come with the end
+                    while (
+                        event.finish is None and spec.gate_detail is not GateDetail.NONE
+                    ):  # the gates come with the end
                         event = await stream.next()
                 last = tokens[-1] if tokens else None
                 end = answer.end(stream.admitted, event.finish, stop, num_tokens, last)
@@ -117,7 +119,7 @@ class RequestFlow:
                 error = Cancelled("CANCELLED", "the caller went away")
                 self._engine.end(request.request_id, FinishReason.CANCELLED, error)
 
-    async def tokenize(self, text: str | None, messages: list[ChatTurn] | None) -> list[int]:
+    async def tokenize(self, text: str | None, messages: list[ChatMessage] | None) -> list[int]:
         """Return the tokens that `generate` would make of an input."""
         check(GenerationSpec(text=text, messages=messages), self._limits, self._model)
         return await self._prompts.encode(text, messages)

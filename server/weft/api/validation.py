@@ -13,7 +13,7 @@ from weft.adapters.identifiers import parse_reference
 from weft.api import composition, mixtures
 from weft.api.composition import Part, WeightedReference
 from weft.config import RequestLimits
-from weft.engine.request import GateSight, SamplingParams
+from weft.engine.request import GateDetail, SamplingParams
 from weft.errors import InvalidRequest
 
 _TEMPERATURE_MIN = 0.01
@@ -38,7 +38,7 @@ class ModelFacts:
         return self.tokenizer.chat_template is not None
 
 
-class ChatTurn(NamedTuple):
+class ChatMessage(NamedTuple):
     """One message of a conversation."""
 
     role: str
@@ -52,7 +52,7 @@ class GenerationSpec:
     request_id: str = ""
     text: str | None = None
     token_ids: Sequence[int] | None = None
-    messages: Sequence[ChatTurn] | None = None
+    messages: Sequence[ChatMessage] | None = None
     adapter_id: str | None = None
     composition: Sequence[WeightedReference] | None = None
     temperature: float | None = None
@@ -68,7 +68,7 @@ class GenerationSpec:
     include_stop: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
-    sight: GateSight = GateSight.NONE
+    gate_detail: GateDetail = GateDetail.NONE
     steering: mixtures.Steering | None = None
     cache_salt: str = ""
 
@@ -153,8 +153,8 @@ def _check_input(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts)
         )
         if not model.has_chat_template:
             raise InvalidRequest.rule("PROMPT_INVALID", "messages", "needs a base with a chat template", given="none")
-        for index, turn in enumerate(spec.messages):
-            if not turn.role:
+        for index, message in enumerate(spec.messages):
+            if not message.role:
                 field = f"messages.messages[{index}].role"
                 raise InvalidRequest.rule("PROMPT_INVALID", field, "must not be empty", given="")
 

@@ -25,7 +25,7 @@ def command(
     seed: Seed = None,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Talk to the model, through any adapter at each turn."""
+    """Talk to the model, through any adapter in each message."""
     asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -35,7 +35,7 @@ def command(
     }
     target = target_of(adapter)
     opening = [{"role": "system", "content": system}] if system else []
-    turns = list(opening)
+    messages = list(opening)
     with connected(server) as client:
         if not client.model_info().has_chat_template:
             raise fail("the base model has no chat template", hint="`weft generate` takes plain prompts")
@@ -47,18 +47,18 @@ def command(
                 case ["/exit"]:
                     return
                 case ["/clear"]:
-                    turns = list(opening)
+                    messages = list(opening)
                 case ["/adapter", *adapters]:
                     target = _target_or_told(adapters, target)
                 case [command, *_] if command.startswith("/"):
                     note(_HELP)
                 case _:
-                    turns.append({"role": "user", "content": line})
-                    answer = _answered(client, server, turns, target, asked)
+                    messages.append({"role": "user", "content": line})
+                    answer = _answered(client, server, messages, target, asked)
                     if answer is None:
-                        turns.pop()
+                        messages.pop()
                     else:
-                        turns.append({"role": "assistant", "content": answer})
+                        messages.append({"role": "assistant", "content": answer})
 
 
 def _asked() -> str | None:
@@ -79,14 +79,14 @@ def _target_or_told(adapters: list[str], before: Any) -> Any:
 
 
 def _answered(
-    client: "Client", server: str, turns: list[dict[str, str]], target: Any, asked: dict[str, Any]
+    client: "Client", server: str, messages: list[dict[str, str]], target: Any, asked: dict[str, Any]
 ) -> str | None:
     """The answer, written as it comes; None if it failed or was interrupted, which does not end the conversation."""
     from weft.client import RpcFailure
 
     parts: list[str] = []
     try:
-        with client.stream(turns, target, **asked) as answer:
+        with client.stream(messages, target, **asked) as answer:
             for delta in answer:
                 write(delta.text)
                 parts.append(delta.text)

@@ -162,7 +162,7 @@ class BlockManager:
                 for digest in digests:
                     self._blocks_of_digest.setdefault(digest, set()).add(block)
 
-    def distrust(self, request: Request) -> None:
+    def invalidate(self, request: Request) -> None:
         """Unkey every block that the request uses, so that it is not shared from now on."""
         for block in request.blocks:
             if block in self._key_of:

@@ -133,7 +133,7 @@ class _Router:
         seen = rows[run.first : run.last]
         if run.pooled is not None:
             seen = run.pooled.expand_as(seen)
-        gates = mixture.gates(self._config, self._params.at(layer), seen, run.wishes)  # [rows, experts]
+        gates = mixture.gates(self._config, self._params.at(layer), seen, run.bounds)  # [rows, experts]
         self._gates.copy_(gates[self._of_entry])
         for span, expert in enumerate(run.spans):
             assert self._log_gates is not None

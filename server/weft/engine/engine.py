@@ -131,7 +131,7 @@ class Engine:
 
     # -- the engine thread --------------------------------------------------------------------------------------
 
-    def turn(self, *, wait: bool = False) -> None:
+    def run_once(self, *, wait: bool = False) -> None:
         """Take messages in, step, deliver events: the engine thread does nothing else. A test may be that thread."""
         try:
             self._receive(wait=wait)
@@ -145,7 +145,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self.turn(wait=True)
+                self.run_once(wait=True)
         finally:
             self._fail_all(self._inbox.refusal or draining_error())
             self._inbox.close(Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0))
@@ -194,7 +194,7 @@ class Engine:
     def _append(self, request: Request, token: SampledToken | None, now: float) -> None:
         if token is None:
             self._observer.row_not_finite()
-            self.blocks.distrust(request)
+            self.blocks.invalidate(request)
             self._end(request, FinishReason.ERROR, _non_finite(request))
             return
         request.output.append(token.token_id)
@@ -326,7 +326,7 @@ class Engine:
     def _add(self, request: Request) -> None:
         self._requests[request.request_id] = request
         self.scheduler.add(request)
-        self.residency.foresee(request)
+        self.residency.prefetch(request)
 
     def _refuse(self, request: Request, error: WeftError) -> None:
         self._put_finish(request, FinishReason.ERROR, error)
@@ -353,7 +353,7 @@ class Engine:
 
     def _fail_all(self, error: WeftError) -> None:
         """End every request, and touch no accounting: it may be what broke, and nothing runs after this."""
-        self.residency.abandon(error)
+        self.residency.fail_all(error)
         for request in list(self._requests.values()):
             self._put_finish(request, FinishReason.ERROR, error)
 

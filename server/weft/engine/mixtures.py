@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot
-from weft.engine.request import Gates, GateSight, MixtureUse, Request
+from weft.engine.request import GateDetail, Gates, MixtureUse, Request
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled
 from weft.kernels.step import RoutedRun, Routing
@@ -91,7 +91,7 @@ class MixtureStates:
             num_rows, num_experts = run.last - run.first, len(request.adapters)
             gates = routing.trace[:, run.traced_at : run.traced_at + num_rows * num_experts]
             gates = gates.view(len(gates), num_rows, num_experts)
-            keep = request.mixture.sight is GateSight.TOKENS
+            keep = request.mixture.gate_detail is GateDetail.TOKENS
             self._of[request].record(request.num_computed_tokens, gates, keep=keep)
 
     def end(self, request: Request) -> Gates | None:
@@ -143,7 +143,7 @@ class RoutedRows:
         self._experts.append((first_entry, of_row, last - first))
         self.spans.append([digests.index(use.digest) for use in request.spans])
         traced_at = -1
-        if mixture.sight is not GateSight.NONE:
+        if mixture.gate_detail is not GateDetail.NONE:
             traced_at = self._num_traced
             self._num_traced += (last - first) * len(digests)
         self._runs.append(

@@ -72,7 +72,7 @@ class ExpertBound(NamedTuple):
     ceiling: float = float("inf")
 
 
-class GateSight(IntEnum):
+class GateDetail(IntEnum):
     """Which gates an answer reports: none, their means, or those of every token too."""
 
     NONE = 0
@@ -90,7 +90,7 @@ class MixtureUse(NamedTuple):
     digest: AdapterDigest
     reads_prompt: bool = False
     bounds: tuple[ExpertBound, ...] = ()
-    sight: GateSight = GateSight.NONE
+    gate_detail: GateDetail = GateDetail.NONE
 
 
 class Gates(NamedTuple):

@@ -71,7 +71,7 @@ class Residency:
         """Return whether a load that the request needs is on its way."""
         return any(digest in self._pending for digest in request.digests)
 
-    def foresee(self, request: Request) -> None:
+    def prefetch(self, request: Request) -> None:
         """Have what a queued request needs brought to the host while it waits for its turn.
 
         Nothing is kept here for it; the host's memory decides what stays.
@@ -173,7 +173,7 @@ class Residency:
             self._preloading.add(digest)
         self._answer(digest)
 
-    def abandon(self, error: WeftError) -> None:
+    def fail_all(self, error: WeftError) -> None:
         """End every wait with `error`: nothing comes any more."""
         for digest in list(self._awaited):
             self.failed(digest, error)

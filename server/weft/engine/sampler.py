@@ -21,7 +21,7 @@ _NOT_FINITE = -1  # instead of a token
 _LARGEST = torch.finfo(torch.float32).max
 
 
-class _Wishes(NamedTuple):
+class SamplingTensors(NamedTuple):
     """Sampling parameters of a step's requests as tensors. Cells count along the flattened logits [B · V]."""
 
     seen: Tensor  # int64 [N]: cells of tokens with a penalty
@@ -40,26 +40,26 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = IN_
     transfer: the way to the logits' device.
     """
     finite = (logits * 0).sum(-1) == 0  # [B]; inf · 0 and nan · 0 are nan: five times faster than isfinite
-    host = _wishes(requests, logits.shape[-1])
+    host = _sampling_tensors(requests, logits.shape[-1])
     if host is None:
         largest = logits.float().argmax(-1)  # in bfloat16 it takes four times as long
         told = transfer.to_host(torch.where(finite, largest, _NOT_FINITE))
         return [None if token == _NOT_FINITE else SampledToken(token) for token in told.tolist()]
-    wishes = _Wishes(*transfer.to_device(host))
+    sampling = SamplingTensors(*transfer.to_device(host))
     raw = logits = logits.float()
-    if len(wishes.seen):
-        logits = _penalize_repetition(logits, wishes.seen, wishes.penalties)
-    if len(wishes.held):
+    if len(sampling.seen):
+        logits = _penalize_repetition(logits, sampling.seen, sampling.penalties)
+    if len(sampling.held):
         logits = _contiguous_copy(logits)
-        logits.view(-1).index_fill_(0, wishes.held, float("-inf"))
+        logits.view(-1).index_fill_(0, sampling.held, float("-inf"))
     chosen = logits.argmax(-1)  # [B]
-    if len(wishes.drawing):
-        drawn = logits if len(wishes.drawing) == len(logits) else logits[wishes.drawing]
-        chosen = chosen.index_copy(0, wishes.drawing, _draw(drawn, wishes.filters, wishes.uniform))
+    if len(sampling.drawing):
+        drawn = logits if len(sampling.drawing) == len(logits) else logits[sampling.drawing]
+        chosen = chosen.index_copy(0, sampling.drawing, _draw(drawn, sampling.filters, sampling.uniform))
     made = [torch.where(finite, chosen, _NOT_FINITE).int()]
-    if len(wishes.asked):
+    if len(sampling.asked):
         num_top = max(request.params.logprobs or 0 for request in requests)
-        made += _logprobs(raw[wishes.asked], chosen[wishes.asked], num_top)
+        made += _logprobs(raw[sampling.asked], chosen[sampling.asked], num_top)
     tokens, *told = transfer.to_host(torch.cat(made)).split([len(part) for part in made])
     logprobs = _read_logprobs(told, host.asked.tolist(), requests)
     return [
@@ -68,7 +68,7 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = IN_
     ]
 
 
-def _wishes(requests: Sequence[Request], vocab_size: int) -> _Wishes | None:
+def _sampling_tensors(requests: Sequence[Request], vocab_size: int) -> SamplingTensors | None:
     """Gather the parameters; None if every request takes the largest logit and needs nothing else."""
     seen: list[int] = []
     penalties: list[float] = []
@@ -91,7 +91,7 @@ def _wishes(requests: Sequence[Request], vocab_size: int) -> _Wishes | None:
         return None
     drawn = [request.params for _, request in drawing]
     filters = [[p.temperature, float(p.top_k or vocab_size), p.top_p, p.min_p] for p in drawn]
-    return _Wishes(
+    return SamplingTensors(
         seen=torch.tensor(seen, dtype=torch.int64),
         penalties=torch.tensor(penalties, dtype=torch.float32),
         held=torch.tensor(held, dtype=torch.int64),

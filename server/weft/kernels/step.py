@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from weft.methods.mixture import NO_WISH, Steering
+from weft.methods.mixture import NO_BOUNDS, Steering
 
 
 class Paging(NamedTuple):
@@ -78,9 +78,9 @@ class RoutedRun:
         return [self.first, self.last, self.slot, *addresses, self.traced_at]
 
     @property
-    def wishes(self) -> Steering:
+    def bounds(self) -> Steering:
         """`steering` in the form that the mathematics takes."""
-        return NO_WISH if self.steering is None else Steering(self.steering[0] > 0, *self.steering[1:])
+        return NO_BOUNDS if self.steering is None else Steering(self.steering[0] > 0, *self.steering[1:])
 
 
 class Routing(NamedTuple):

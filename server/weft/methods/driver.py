@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from weft.methods import inject, mixture
-from weft.methods.mixture import NO_WISH, MixtureConfig, MixtureParams, Steering
+from weft.methods.mixture import NO_BOUNDS, MixtureConfig, MixtureParams, Steering
 from weft.methods.protocol import Method, Site
 
 
@@ -42,7 +42,7 @@ class Routed:
         config: MixtureConfig,
         params: MixtureParams,
         rows: Tensor | None = None,
-        steering: Steering = NO_WISH,
+        steering: Steering = NO_BOUNDS,
         pooled: Tensor | None = None,
     ) -> None:
         self._config = config

@@ -83,7 +83,7 @@ class Steering(NamedTuple):
     ceiling: Tensor | None = None  # float32, infinity for none, else not below the floor: the largest
 
 
-NO_WISH = Steering()
+NO_BOUNDS = Steering()
 
 
 class Expert(NamedTuple):
@@ -114,7 +114,7 @@ def init(config: MixtureConfig, num_layers: int, hidden_size: int, generator: to
     return MixtureParams(torch.randn(shape, generator=generator) * hidden_size**-0.5 * 0.02)
 
 
-def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_WISH) -> Tensor:
+def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_BOUNDS) -> Tensor:
     """The gates [T, N] of the experts for the hidden states [T, hidden] that enter a layer with router `weight`.
 
     Differentiable in both. Rows do not depend on each other.
@@ -129,7 +129,7 @@ def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steer
     return steered(chosen[:, : config.num_experts], steering)
 
 
-def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_WISH) -> Tensor:
+def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_BOUNDS) -> Tensor:
     """The softmax over all choices [T, C], before any is dropped; float32 or better."""
     h = hidden.to(weight.dtype)
     if config.rms_norm:

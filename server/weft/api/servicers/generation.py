@@ -14,9 +14,9 @@ from weft.api.answer import GenerationEnd, GenerationPart
 from weft.api.application import Application
 from weft.api.composition import WeightedReference
 from weft.api.mixtures import GateBound, Steering
-from weft.api.validation import ChatTurn, GenerationSpec
+from weft.api.validation import ChatMessage, GenerationSpec
 from weft.config import AdapterLimits, RequestLimits
-from weft.engine.request import FinishReason, Gates, GateSight, SampledToken, TokenLogprob
+from weft.engine.request import FinishReason, GateDetail, Gates, SampledToken, TokenLogprob
 from weft.engine.token_ranges import OPEN, TokenRange
 from weft.methods.catalog import KINDS
 from weft.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc, model_pb2
@@ -69,7 +69,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         del context
         kind = request.WhichOneof("input")
         tokens = await self._application.requests.tokenize(
-            request.text if kind == "text" else None, _turns(request.messages) if kind == "messages" else None
+            request.text if kind == "text" else None, _messages(request.messages) if kind == "messages" else None
         )
         return await asyncio.to_thread(self._tokenized, tokens, request.pieces)  # there may be a million of them
 
@@ -147,7 +147,7 @@ def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
         request_id=request.request_id,
         text=request.text if kind == "text" else None,
         token_ids=list(request.token_ids.ids) if kind == "token_ids" else None,
-        messages=_turns(request.messages) if kind == "messages" else None,
+        messages=_messages(request.messages) if kind == "messages" else None,
         adapter_id=request.adapter_id if target == "adapter_id" else None,
         composition=[
             WeightedReference(
@@ -172,16 +172,16 @@ def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
         include_stop=stopping.include_stop,
         ignore_eos=stopping.ignore_eos,
         logprobs=given(request.options, "logprobs"),
-        sight=_sight(request.options),
+        gate_detail=_gate_detail(request.options),
         steering=_steering(request.steering) if request.HasField("steering") else None,
         cache_salt=request.cache_salt,
     )
 
 
-def _sight(options: generation_pb2.ResponseOptions) -> GateSight:
+def _gate_detail(options: generation_pb2.ResponseOptions) -> GateDetail:
     if options.token_gates:
-        return GateSight.TOKENS
-    return GateSight.MEAN if options.gates else GateSight.NONE
+        return GateDetail.TOKENS
+    return GateDetail.MEAN if options.gates else GateDetail.NONE
 
 
 def _steering(steering: generation_pb2.Steering) -> Steering:
@@ -196,8 +196,8 @@ def _steering(steering: generation_pb2.Steering) -> Steering:
     return Steering(list(steering.restrict), list(steering.mask), bounds)
 
 
-def _turns(messages: generation_pb2.Messages) -> list[ChatTurn]:
-    return [ChatTurn(message.role, message.content) for message in messages.messages]
+def _messages(messages: generation_pb2.Messages) -> list[ChatMessage]:
+    return [ChatMessage(message.role, message.content) for message in messages.messages]
 
 
 def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> generation_pb2.Finish:
@@ -220,7 +220,7 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         finish.stop_token_id = end.stop_token_id
     if end.gates is not None:
         finish.gates.extend(_gates(index, expert, end.gates) for index, expert in enumerate(end.experts))
-    elif _sight(options) is not GateSight.NONE and not end.experts:
+    elif _gate_detail(options) is not GateDetail.NONE and not end.experts:
         finish.gates.extend(
             generation_pb2.AdapterGate(adapter_id=a.adapter_id, digest=a.digest, mean=a.mean_gate) for a in end.adapters
         )
