@@ -5,7 +5,7 @@ it, and then is missing on the other side of the comparison too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from weft.adapters.slots import SlotTable
 from weft.engine.drivers import routers
 from weft.kernels.selection import Kernels
+from weft.kernels.slot_tables import SlotTables
 from weft.kernels.step import Step
 from weft.methods.driver import Router
 from weft.methods.inject import Driver
@@ -109,22 +110,14 @@ def _routed_by_torch(kernels: Kernels) -> Kernels:
     return replace(kernels, driver=driver)
 
 
-class _AllAlike(NamedTuple):
-    """Slots that all seem to act at every site where any of them does."""
+def _all_alike(slots: SlotTables) -> SlotTables:
+    """Return slots that all seem to act at every site where any of them does."""
 
-    table: Tensor
-    outputs_at: Mapping[int, int]
-    inputs_at: Mapping[int, int]
-    routers: Tensor
-    num_residual_readers: int
-
-
-def _all_alike(slots: Any) -> _AllAlike:
-    def united(at: Mapping[int, int]) -> Mapping[int, int]:
+    def united(at: Mapping[int, int]) -> dict[int, int]:
         return dict.fromkeys(at, reduce(or_, at.values(), 0))
 
-    outputs_at, inputs_at = united(slots.outputs_at), united(slots.inputs_at)
-    return _AllAlike(slots.table, outputs_at, inputs_at, slots.routers, slots.num_residual_readers)
+    own = {field.name: getattr(slots, field.name) for field in fields(SlotTables)}
+    return SlotTables(**own | {"outputs_at": united(slots.outputs_at), "inputs_at": united(slots.inputs_at)})
 
 
 def _asked_everywhere(kernels: Kernels) -> Kernels:

@@ -126,7 +126,7 @@ def test_buf_format_passes():
 @pytest.mark.parametrize(
     ("command", "before", "after"),
     [
-        (("lint",), "// What to split into tokens.\n", ""),
+        (("lint",), "// Input to split into tokens.\n", ""),
         (("lint",), "package weft.v1;", "package weft.v2;"),
         (("format", "--diff", "--exit-code"), "  bool pieces = 3;", "    bool pieces=3;"),
     ],
@@ -236,7 +236,7 @@ def test_scalars_tell_unset_from_zero():
 def test_every_kind_of_adapter_is_named_where_clients_look():
     """In the comment of `Adapter.method`, and no other."""
     text = (PROTOS / "weft" / "v1" / "adapter.proto").read_text()
-    comment = text[text.index("// What kind of adapter it is") : text.index("string method = 3")]
+    comment = text[text.index("// Kind of adapter:") : text.index("string method = 3")]
     assert set(re.findall(r'"(\w+)"', comment)) == KINDS
 
 

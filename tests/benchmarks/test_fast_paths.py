@@ -126,7 +126,7 @@ def test_what_is_left_behind(monkeypatch: pytest.MonkeyPatch, bench: Bench, tmp_
 
 def _kernels_of(compute: Callable[[FixedSteps], torch.Tensor], steps: FixedSteps) -> Counter[str]:
     found: Counter[str] = Counter()
-    with library.noting(lambda kernel, *_: found.update([kernel])):
+    with library.logging_to(lambda kernel, *_: found.update([kernel])):
         compute(steps)
     return found
 
