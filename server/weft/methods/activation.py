@@ -1,5 +1,4 @@
-"""Activated adapters: adapters that act only from an invocation on (Greenewald et al. 2025, arXiv:2504.12397, section
-3).
+"""Adapters that act only from an invocation on, called activated (Greenewald et al. 2025, arXiv:2504.12397, section 3).
 
     gate[t] = 1  from the first token of the last occurrence of the invocation tokens in the prompt on
               0  before it, and everywhere if the prompt does not hold them
@@ -13,11 +12,9 @@ from collections.abc import Sequence
 
 
 def begin(invocation: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Return the index at which the last occurrence of `invocation`, which is not empty, begins in `tokens`; None if
-    absent.
+    """Return the index of the last occurrence of `invocation`, which is not empty, in `tokens`; None if there is none.
 
-    The search is Knuth, Morris and Pratt's, run from the end: linear in the tokens however an invocation repeats
-    itself.
+    The search is Knuth, Morris and Pratt's, from the end: linear in the tokens, however an invocation repeats itself.
     """
     wanted = tuple(reversed(invocation))
     borders = _borders(wanted)
@@ -33,9 +30,7 @@ def begin(invocation: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 
 def _borders(wanted: Sequence[int]) -> list[int]:
-    """Compute KMP's failure function: for each prefix, the length of its longest proper prefix that is also a
-    suffix.
-    """
+    """Compute KMP's failure function: for each prefix, the length of its longest proper prefix that is a suffix."""
     borders = [0]
     for token in wanted[1:]:
         length = borders[-1]

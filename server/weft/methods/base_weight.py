@@ -107,8 +107,7 @@ def _rows_of_4bit(module: Linear4bit) -> Callable[[int, int], Tensor]:
     """Return a function that reads rows of a 4-bit weight.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks the weight at its first use in evaluation mode and rounds the scales
-    to
-    bfloat16. They are rounded here from the beginning, so that a base reads the same before and after.
+    to bfloat16. They are rounded here from the beginning, so that a base reads the same before and after.
     """
     weight = cast(Params4bit, module.weight)
     state = weight.quant_state

@@ -99,8 +99,7 @@ class ReferenceDriver(NamedTuple):
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the site's output for `x` [..., I]; leading dimensions flatten to the rows. No argument is written to.
 
-        residual: the stream that entered the site's sublayer [..., O]; None if the site has none or no segment reads
-        it.
+        residual: the stream that entered the site's sublayer [..., O]; None if there is none or no segment reads it.
         """
         here = [(segment, segment.params[site.name]) for segment in self.segments if site.name in segment.params]
         if not here:

@@ -124,8 +124,7 @@ class AdaptedLinear(nn.Module):
 class LinearGroup(nn.Module):
     """Linear modules that share an input (q, k and v; gate and up), held and computed as one.
 
-    Model code calls them one after another with the same tensor: the first call computes all outputs, and the last one
-    drops them.
+    Model code calls them one by one with the same tensor: the first call computes all outputs, the last drops them.
     """
 
     def __init__(self, whole: nn.Module, sites: Sequence[Site], context: AdapterContext) -> None:

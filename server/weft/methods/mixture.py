@@ -101,9 +101,7 @@ class Mixture(NamedTuple):
     experts: tuple[Expert, ...]
 
     def in_order(self) -> "Mixture":
-        """Return the same mixture with its experts in the order of their digests, which is the order that breaks
-        ties.
-        """
+        """Return the same mixture with its experts in the order of their digests, which is what breaks ties."""
         order = sorted(range(len(self.experts)), key=lambda index: self.experts[index].digest)
         rows = [*order, *range(len(order), self.config.num_choices)]
         weight = self.params.weight[:, rows]
@@ -117,8 +115,7 @@ def init(config: MixtureConfig, num_layers: int, hidden_size: int, generator: to
 
 
 def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_BOUNDS) -> Tensor:
-    """Compute the gates [T, N] of the experts for the hidden states [T, hidden] that enter a layer with router
-    `weight`.
+    """Compute the experts' gates [T, N] for hidden states [T, hidden] that enter a layer with router `weight`.
 
     Differentiable in both. Rows do not depend on each other.
     """
@@ -152,8 +149,7 @@ def steered(chosen: Tensor, steering: Steering) -> Tensor:
 
     If the bounds do not allow that sum, the bounds hold and the sum changes. A gate of 0 grows to its floor, and no
     further. (The rounds are those of flexible lengths in CSS: fix the gates that break whichever bound is broken by
-    more in
-    sum, then share again.)
+    more in sum, then share again.)
     """
     if steering.floor is None and steering.ceiling is None:
         return chosen

@@ -51,9 +51,7 @@ class BaseWeight(Protocol):
         ...
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the weight [O, I], dequantized, as blocks [N, I] of its rows in order; N is bounded by a block's
-        bytes.
-        """
+        """Yield the weight [O, I], dequantized, as blocks [N, I] of its rows in order; a block's bytes bound N."""
         ...
 
 
@@ -95,9 +93,8 @@ class BaseShape:
 
     digest: fingerprint of the weights and of how they are held: all that keys and values depend on.
     held_as: how the linear weights are held, such as "nf4".
-    same_weights: maps each digest that these weights have when held otherwise to how they are held then. Adapters
-    trained
-        on one of these digests are served; those trained on any other base are refused.
+    same_weights: for each digest that these weights have when held otherwise, how they are held then. An adapter that
+        names one of these digests is served; one that names any other base is refused.
     rope_factors: the rotary factors that the base was fixed to if they depend on the longest request (model/rope.py),
         else "".
     """
@@ -145,9 +142,7 @@ def require_dropout(share: float) -> None:
 
 
 class DeltaKind(IntEnum):
-    """The operation of one of a slot's table rows at a site, as kernels read it (the `kind` column of a site's
-    table).
-    """
+    """The operation of one of a slot's table rows at a site, as kernels read it (the `kind` column of the table)."""
 
     NONE = 0
     LORA = 1
@@ -189,8 +184,7 @@ class VirtualKV(NamedTuple):
 
 
 class SoftRows(NamedTuple):
-    """Inputs of the first layer at `P` virtual positions; the base makes keys and values from them, rotated as any
-    others.
+    """Inputs of the first layer at `P` virtual positions; the base makes keys and values from them, rotated as usual.
 
     They enter behind the embedding module: a base that scales inside that module (Gemma) does not scale them.
     """
@@ -244,12 +238,10 @@ class Format(NamedTuple):
 class Method:
     """One PEFT method: its name, its settings, its pure functions and its files. `Any` is its own parameter NamedTuple.
 
-    usual: its default config, whose type is the method's. fit(usual, base) names its modules as the base does, and
-    raises
+    usual: its default config, whose type is the method's. fit(usual, base) names its modules as the base does. Raises
         ValueError for a base that has none of them.
     begin(config, base, generator) makes an untrained adapter with a resolved config: `target_modules` are all that it
-        touches, `layers` and `exclude` are worked in. It raises ValueError for a setting that means nothing on the
-        base,
+        touches, `layers` and `exclude` are worked in. Raises ValueError for a setting that means nothing on the base,
         and InvalidAdapter if a bottleneck has no place.
     formats, write: the formats that are read, and the function that writes the first of them: its config's keys and its
         tensors.

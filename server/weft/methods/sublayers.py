@@ -26,9 +26,8 @@ from weft.methods.protocol import Site, SiteKind
 def mark(model: Any, sites: Sequence[Site]) -> list[Site]:
     """Return `sites`, with those that end a sublayer marked as such.
 
-    `model` is a transformers model that is not yet wrapped; no weight of a linear site is used, and the model is left
-    as it
-    was.
+    `model` is a transformers model that is not yet wrapped. No weight of a linear site is used, and the model
+    is left as it was.
     """
     linear = [site for site in sites if site.kind is SiteKind.LINEAR]
     layers = layers_of(model, linear)

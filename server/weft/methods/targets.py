@@ -34,11 +34,9 @@ def any_names(targets: Iterable[str], module: str) -> bool:
 
 
 def decisive(patterns: Iterable[str], module: str) -> str | None:
-    """Return the first of `patterns` that fits the module, as PEFT's rank_pattern and alpha_pattern do; None if none
-    fits.
+    """Return the first of `patterns` that fits the module, as PEFT's rank_pattern and alpha_pattern do; else None.
 
-    PEFT's rule is the regular expression `(.*\\.)?(pattern)$`. Patterns are plain paths here, so the rule becomes a
-    suffix
+    PEFT's rule is the regular expression `(.*\\.)?(pattern)$`. Patterns are plain paths here, so this means a suffix
     that begins at a whole name, in which a dot stands for any one character.
     """
     return next((pattern for pattern in patterns if _fits(pattern, module)), None)
@@ -74,8 +72,7 @@ def describe(modules: Collection[str], base: BaseShape) -> tuple[str, ...]:
 def select(
     sites: Iterable[Site], base: BaseShape, *, targets: Collection[str], layers: Collection[int], exclude: Iterable[str]
 ) -> list[Site]:
-    """Return the sites that `targets` name and `exclude` does not, in these layers; () means all layers and outside of
-    them.
+    """Return the sites in these layers (() means all, and outside of them) that `targets` name and `exclude` does not.
 
     Raises ValueError naming the entry that names nothing, or the index that is no layer's.
     """

@@ -115,9 +115,7 @@ def places(config: BottleneckConfig, sites: Iterable[Site]) -> list[Site]:
 
 
 def init(config: BottleneckConfig, site: Site, generator: torch.Generator | None = None) -> BottleneckParams:
-    """Draw W_down uniformly as torch.nn.Linear does; W_up and biases are 0, the LN's gain 1, so f starts at exactly
-    zero.
-    """
+    """Draw W_down as torch.nn.Linear does; W_up and biases are 0, the LN's gain 1: f starts at exactly zero."""
     size, features = config.size_at(site), site.out_features
     bound = 1 / math.sqrt(features)
     return BottleneckParams(

@@ -50,9 +50,7 @@ def trained_rope_factors(metadata: Mapping[str, str], base: BaseShape) -> str:
 
 
 def base_name(given: object) -> str:
-    """Return a base's name as a file gives it: a hub id, or the last part of a local path, whose rest is kept
-    private.
-    """
+    """Return a base's name as a file may give it: a hub id, or just the last part of a local path, for privacy."""
     text = str(given).rstrip("/")[:256]
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "~", "/"))
     return text if is_hub_id else text.rpartition("/")[2] or "?"

@@ -59,9 +59,7 @@ def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base
 
 
 def require_served(config: Mapping[str, Any]) -> None:
-    """Raise InvalidAdapter for a type that is not served, with a way to convert it if there is one, or the served
-    types.
-    """
+    """Raise InvalidAdapter for a type that is not served, with the way to convert it, or with the types that are."""
     _form_of(config)
 
 

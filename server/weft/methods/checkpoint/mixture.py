@@ -87,9 +87,7 @@ def write(mixture: Mixture, directory: Path, base: BaseShape) -> None:
 
 
 def _width(base: BaseShape) -> int:
-    """Return the width of the residual stream, which every sublayer's last site has; most bases embed in the same
-    width.
-    """
+    """Return the width of the residual stream, to which every sublayer adds; most bases embed in the same width."""
     return next((site.out_features for site in base.sites.values() if site.sublayer), base.embedding_size)
 
 

@@ -15,9 +15,7 @@ _CHUNK_ELEMENTS = 1 << 22  # bounds the temporaries of the scan
 
 
 def split_key(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
-    """Return (module path in the base, ending) of a tensor name; None if no ending fits. The PEFT prefix is
-    optional.
-    """
+    """Return (module path in the base, ending) of a tensor name; None if no ending fits. PEFT's prefix is optional."""
     for ending in endings:
         if key.endswith("." + ending):
             return key.removesuffix("." + ending).removeprefix(_PEFT_PREFIX), ending
@@ -54,8 +52,7 @@ def require_sites(
 ) -> dict[str, Site]:
     """Return the sites called `names`, of `kinds` (LINEAR if none is given).
 
-    Refuses an unknown module, a file none of whose modules is in the base, and a module to which the method cannot
-    apply.
+    Refuses an unknown module, a file with no module in the base, and a module to which the method cannot apply.
     """
     names = sorted(set(names))
     unknown = [name for name in names if name not in base.sites]

@@ -2,8 +2,7 @@
 
 A key is *used* (its value enters the mathematics or is checked), *inert* (PEFT writes it; it means nothing for a
 finished adapter, so any value passes), or *fixed* (another value changes the mathematics, and is refused by name).
-A key in none of these lists (a later PEFT's) passes if its value switches nothing on, or if the operator allows the key
-by name.
+A key in none of these lists (a later PEFT's) passes if its value switches nothing on, or if the operator allows it.
 Patterns are never compiled: the tensor names decide which modules an adapter touches.
 """
 
@@ -79,9 +78,7 @@ def check(config: Mapping[str, Any], schema: Schema, limits: AdapterLimits) -> N
 
 
 def _is_off(value: Any) -> bool:
-    """Return whether the value of an unknown key switches nothing on. Zero may be a setting: a scale, a layer, a
-    token.
-    """
+    """Return whether an unknown key's value switches nothing on. Zero may be a setting: a scale, a layer, a token."""
     return value is None or value is False or value in ("", [], {})
 
 

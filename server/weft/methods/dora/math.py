@@ -125,9 +125,7 @@ def unpack(packed: tuple[Packed, ...]) -> Folded:
 
 
 def is_identity(params: DoraParams) -> bool:
-    """Return whether the lengths are the base's own, within bfloat16's rounding, in which PEFT may have measured
-    them.
-    """
+    """Return whether the lengths are the base's own, up to bfloat16's rounding, since PEFT may have used that."""
     return bool(((fold(params).scale - 1).abs() <= torch.finfo(torch.bfloat16).eps).all())
 
 

@@ -4,8 +4,7 @@
 
 The keys are stored as attention reads them: they are not rotated, and real tokens take positions from P on (as in
 PEFT). The paper's reparameterization P = MLP(R) (section 4.3) belongs to training: only P itself is saved and served.
-It exists in PEFT's variant, one MLP for keys and values, and in that of the owner's document, P_K = MLP_K(R) and P_V =
-MLP_V(R).
+It can be PEFT's, one MLP for keys and values, or the owner's document's, P_K = MLP_K(R) and P_V = MLP_V(R).
 """
 
 import math
@@ -66,9 +65,7 @@ def virtual(params: PrefixParams) -> VirtualKV:
 
 
 def count(config: PrefixConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """Count keys and values in every layer. The owner's 2ldL has d for H·D: they differ if heads share keys and
-    values.
-    """
+    """Count keys and values in every layer. The owner's 2ldL has d for H·D, which differ if heads share them."""
     del sites
     shape = (2, config.num_virtual_tokens, base.num_layers, base.num_kv_heads, base.head_dim)
     return gather("2·P·L·H·D", [Term("·".join(map(str, shape)), math.prod(shape))])

@@ -26,9 +26,7 @@ def read(
     config_of: Callable[..., Any] = PromptConfig,
     method: str = "prompt",
 ) -> Fitted:
-    """Check the file, and return the adapter. config_of, method: the config's type, and the adapter's name in
-    errors.
-    """
+    """Check the file, and return the adapter. config_of: the config's type. method: the adapter's name in errors."""
     width = base.embedding_size
     rows = virtual.read_rows(config, tensors, limits, method=method, width=width, width_is="embedding size")
     return Fitted(config_of(num_virtual_tokens=len(rows)), prefix=PromptParams(rows))
@@ -42,8 +40,6 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
 
 
 def sizes(rows: Tensor) -> dict[str, Any]:
-    """Return PEFT's keys for rows, without heads and layers: PEFT takes these from the base, and rows do not need
-    them.
-    """
+    """Return PEFT's keys of rows, without heads and layers: PEFT takes these from the base, and rows need neither."""
     length, embedding_size = rows.shape
     return {"num_virtual_tokens": length, "token_dim": embedding_size, "num_transformer_submodules": 1}

@@ -62,9 +62,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return PEFT's config keys and tensors; the projection has the vectors' dtype, and the size that the modules
-    need.
-    """
+    """Return PEFT's config keys and tensors; the projection has the vectors' dtype, and only the needed size."""
     config: VeraConfig = adapter.config
     keys = {
         "r": config.rank,

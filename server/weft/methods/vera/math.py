@@ -56,9 +56,7 @@ class VeraParams(NamedTuple):
 
 
 def begin(config: VeraConfig, base: BaseShape, generator: torch.Generator) -> Fitted:
-    """Draw a projection as PEFT does, and make vectors at every site that the config means: the delta starts at
-    zero.
-    """
+    """Draw a projection as PEFT does, and make vectors at every site of the config: the delta starts at zero."""
     config, sites = targets.place(config, base, (SiteKind.LINEAR,))
 
     def draw(num_rows: int, num_columns: int) -> Tensor:
