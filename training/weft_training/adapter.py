@@ -27,9 +27,7 @@ USUAL: Mapping[str, MethodConfig] = MappingProxyType({name: method.usual for nam
 
 
 def usual(method: str, shape: BaseShape) -> MethodConfig:
-    """Return the method's `USUAL` config with this base's module names; ValueError if the base has none that it
-    adapts.
-    """
+    """Return the method's `USUAL` config with this base's module names; ValueError if the base has none for it."""
     return METHODS[method].fit(USUAL[method], shape)
 
 
@@ -66,7 +64,7 @@ def read(path: Path, shape: BaseShape) -> Adapter:
 
 
 def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapter:
-    """Apply `function` to every parameter tensor; frozen tensors that sites share follow to the device."""
+    """Return the adapter with `function` applied to every parameter tensor; frozen shared ones follow to its device."""
     moved: dict[int, Any] = {}
 
     def convert(params: Any) -> Any:
@@ -226,8 +224,7 @@ class AdaptedModel(nn.Module):
         """Return keys and values of the virtual positions; differentiable. None for a method without any.
 
         Soft rows go through the base once, as in serving, not once per row. Deviation from PEFT, which puts them before
-        every
-        row: the first token of a row is no target, because no server ever generates it.
+        every row: the first token of a row is no target, because no server ever generates it.
         """
         adapter = self.adapter
         if adapter.method.virtual is None:

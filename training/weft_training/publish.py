@@ -42,9 +42,7 @@ class Published(NamedTuple):
 
 
 def check(config: PublishConfig, output: Path) -> AdapterId:
-    """Return the id that `output` will get. Raises InvalidRequest for an invalid one, so that it fails before
-    training.
-    """
+    """Return the id that `output` will get. Raises InvalidRequest for an invalid one, before training and not after."""
     return check_adapter_id(config.adapter_id or output.name)
 
 

@@ -1,6 +1,4 @@
-"""The object that a run trains: one adapter, or a mixture of several. The loop and its checkpoints make no further
-distinction.
-"""
+"""What a run trains: one adapter, or a mixture of several. The loop and its checkpoints distinguish no further."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -153,9 +153,8 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
     """Train an adapter and write it to `config.output`; `progress` is called after every step.
 
     Raises ValueError (InvalidData for a line of the data), OSError, or InvalidAdapter if a server would refuse the
-    result.
-    All of these come before the first step, except for a full disk, and for numbers that training itself drives out of
-    bounds: Diverged names the step. After any error, the output is as it was before.
+    result. All of these come before the first step, except for a full disk, and for numbers that training itself drives
+    out of bounds: Diverged names the step. After any error, the output is as it was before.
     """
     require_free(config.output, overwrite=config.overwrite)
     prepared = prepare(config, examples=examples)
@@ -229,9 +228,7 @@ def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> ca
 
 
 def _last_checkpoint(config: TrainConfig, checkpoints: Path, run: str) -> Path | None:
-    """Return the checkpoint to resume from. Raises FileExistsError for checkpoints that may be neither used nor
-    dropped.
-    """
+    """Return the checkpoint to resume from. Raises FileExistsError for those that may be neither used nor dropped."""
     if not config.checkpoint_every or not checkpoints.exists():
         return None
     if config.resume:
