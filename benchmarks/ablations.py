@@ -1,7 +1,7 @@
 """Ablations: Weft without one of its fast paths. The product has no option for them.
 
-An ablation replaces a part of the serving form, or gives the runner other kernels. What depends on the path goes with
-it, and then is missing on the other side of the comparison too.
+An ablation replaces a part of the serving form, or gives the runner other kernels. Anything that depends on the path
+goes with it, and is then missing on the other side of the comparison too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +26,9 @@ Change = Callable[[Kernels], Kernels]
 
 
 class Ablation(NamedTuple):
-    """What to change about a server before it computes.
+    """A change to a server before it computes.
 
-    instead: parts of the serving form, by name, and what replaces them.
+    instead: replacements for parts of the serving form, by name.
     changes: applied in order to the selected kernels, before the runner gets them.
     """
 
@@ -41,7 +41,7 @@ class Ablation(NamedTuple):
 
 
 WHOLE = Ablation()
-"""Nothing is taken away: as a server computes."""
+"""The full server, with nothing removed."""
 
 
 def without(*parts: str) -> Ablation:
@@ -50,7 +50,7 @@ def without(*parts: str) -> Ablation:
 
 
 def plain(ablation: Ablation) -> Ablation:
-    """Also compute decode steps uncaptured, as steps with prompts in them are."""
+    """Add to an ablation that decode steps are not captured, as steps with prompts never are."""
     return ablation._replace(changes=tuple(dict.fromkeys((*ablation.changes, _uncaptured))))
 
 
@@ -75,7 +75,7 @@ def _reference_attention(kernels: Kernels) -> Kernels:
 
 
 class _RoutedByTorch(NamedTuple):
-    """A driver whose mixtures get their gates from torch, request by request, and are otherwise rows like any."""
+    """A driver whose mixtures get their gates from torch, request by request, and are otherwise ordinary rows."""
 
     driver: Driver
     routers: Sequence[Router]
@@ -110,7 +110,7 @@ def _routed_by_torch(kernels: Kernels) -> Kernels:
 
 
 class _AllAlike(NamedTuple):
-    """Slots that all seem to act at every site where any of them does."""
+    """Slots in which every adapter seems to act at each site where any of them does."""
 
     table: Tensor
     outputs_at: Mapping[int, int]
@@ -138,7 +138,7 @@ def _asked_everywhere(kernels: Kernels) -> Kernels:
 
 
 UNCAPTURED = plain(WHOLE)
-REFERENCE_DRIVER = plain(Ablation(changes=(_reference_driver,)))  # it reads on the host what cannot be captured,
+REFERENCE_DRIVER = plain(Ablation(changes=(_reference_driver,)))  # it reads on the host, so it cannot be captured,
 REFERENCE_ATTENTION = plain(Ablation(changes=(_reference_attention,)))  # and so does this
 TORCH_ROUTERS = plain(Ablation(changes=(_routed_by_torch,)))
 ONEDNN_PRODUCT = Ablation(instead=(("packing", _for_onednn),))
