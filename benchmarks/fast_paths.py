@@ -1,8 +1,8 @@
-"""What each fast path gains: the whole beside the whole without it, `make bench-paths`.
+"""The gain of each fast path: the whole server beside one without it, `make bench-paths`.
 
-Two instances stand side by side, alike but for the one path (ablations.py), and compute the same thing, call by call in
-turns, so that what else the machine does falls on both. A turn's gain is the median time without the path ÷ that with
-it. Answers are compared first: a path that changes them by more than rounding is refused.
+Two instances that differ only in the one path (ablations.py) compute the same thing, alternating call by call, so that
+other load on the machine falls on both. A turn's gain is the median time without the path ÷ that with it. Answers are
+compared first: a path that changes them by more than rounding is refused.
 """
 
 import argparse
@@ -53,10 +53,10 @@ from weft_training.demo.document import markdown, table
 _MODEL = "bench-80m"
 _NUM_STREAMED = 32
 _ERROR_MAX = 0.03
-_NOTHING = 0.02  # a gain of less is none
+_NOTHING = 0.02  # a smaller gain counts as none
 
 Compute = Callable[[], Tensor]
-"""Does what is measured, once, and gives its answers."""
+"""A function that computes what is measured, once, and returns its answers."""
 
 
 class Differs(Exception):
@@ -64,7 +64,7 @@ class Differs(Exception):
 
 
 class Line(NamedTuple):
-    """A path, by its short name and in words, and what of it is measured. num_calls: of each side in a turn."""
+    """A path, by its short name and in words, and the quantity measured. num_calls: of each side in a turn."""
 
     name: str
     path: str
@@ -76,7 +76,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """A line that was measured. error: how far the answers of the two sides are apart, relative."""
+    """A measured line. error: relative difference of the two sides' answers."""
 
     path: str
     what: str
@@ -93,7 +93,7 @@ class Gain:
 
 
 class Bench:
-    """What lines hold: bases, steps and servers, each made when a line first asks; leave it as a context manager.
+    """Bases, steps and servers of the lines, each made at its first use; leave it as a context manager.
 
     folder: where models lie.
     """
@@ -128,7 +128,7 @@ class Bench:
         return base, ablation.kernels(_selected(base))
 
     def steps(self, ablation: Ablation, rows: Callable[[Base], Rows]) -> FixedSteps:
-        """Return steps that are computed under an ablation."""
+        """Return steps computed under an ablation."""
         if (ablation, rows) not in self._steps:
             base, kernels = self.held(ablation)
             if rows not in self._rows:
@@ -137,7 +137,7 @@ class Bench:
         return self._steps[ablation, rows]
 
     def server(self, *options: str) -> WeftGrpc:
-        """A `weft serve` with these options, and no adapters."""
+        """Return a `weft serve` with these options, and no adapters."""
         started = WeftGrpc(options)
         self._open.callback(started.close)
         started.load(
@@ -161,11 +161,11 @@ def _selected(base: Base) -> Kernels:
     return found
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
+# -- quantities ------------------------------------------------------------------------------------------------------
 
 
 class Quantity(NamedTuple):
-    """Something of FixedSteps. num_calls: in a turn. of: the ablation that is measured, of the one that is given."""
+    """A quantity of FixedSteps. num_calls: in a turn. of: maps the given ablation to the one measured."""
 
     what: str
     num_calls: int
@@ -191,7 +191,7 @@ def _of_steps(
     quantities: Sequence[Quantity],
     rows: Callable[[Base], Rows] = loras,
 ) -> list[Line]:
-    """A path's lines. beside: the side that has the path."""
+    """Return a path's lines. beside: the side that has the path."""
 
     def computing(ablation: Ablation, quantity: Quantity, bench: Bench) -> Compute:
         return partial(quantity.compute, bench.steps(quantity.of(ablation), rows))
@@ -208,7 +208,7 @@ def _prompt_again(bench: Bench, *, caching: bool) -> Compute:
 
 
 def _streams(bench: Bench, *, options: Sequence[str] = ()) -> Compute:
-    """Runs over gRPC. The answers are how many tokens came: which ones can hang on what rows met in a step."""
+    """Return runs over gRPC. Answers are token counts: the tokens may depend on which rows shared a step."""
     server, runs = bench.server(*options), count()
     trace = workload.generate(
         NUM_ROWS,
@@ -286,7 +286,7 @@ LINES = [*STEPS, *SERVED]
 
 
 def measure(line: Line, bench: Bench, turns: int) -> Gain:
-    """The sides in turns, after a call of each that does not count. Raises Differs."""
+    """Measure the sides in turns, after one call of each that does not count. Raises Differs."""
     sides = line.with_it(bench), line.without(bench)
     wanted, given = (side().float().clone() for side in sides)
     error = float((given - wanted).norm() / wanted.norm())
@@ -308,7 +308,7 @@ def measure(line: Line, bench: Bench, turns: int) -> Gain:
 
 
 def _turn(sides: tuple[Compute, Compute], num_calls: int, turn: int) -> tuple[float, float]:
-    """The median times of both, in milliseconds; who is first changes from call to call, and from turn to turn."""
+    """Return both median times in milliseconds; the order alternates from call to call, and from turn to turn."""
     times: tuple[list[float], list[float]] = [], []
     for call in range(turn, turn + num_calls):
         for place in (call % 2, 1 - call % 2):
@@ -320,7 +320,7 @@ def _turn(sides: tuple[Compute, Compute], num_calls: int, turn: int) -> tuple[fl
 
 
 def entry(gain: Gain, turns: int, conditions: Mapping[str, str], command: str) -> Entry:
-    """A line for the file."""
+    """Make an entry for the file."""
     name = f"{gain.path}, {gain.what}"
     found = {"name": name, **asdict(gain), "verdict": gain.verdict, "turns": turns}
     return {**found, "conditions": conditions, "command": command}
@@ -331,7 +331,7 @@ NUM_NAMES = 2
 
 
 def cells(entries: Sequence[Entry]) -> list[list[str]]:
-    """The table."""
+    """Return the table's cells."""
     found = [HEAD]
     for one in entries:
         times = [f"{one[side]['median']:.1f}" for side in ("with_ms", "without_ms")]
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="write the table of that file's lines here, as Markdown")
     options = parser.parse_args()
     chosen = [line for line in LINES if line.name in (options.only or names)]
-    if not multiplies_bfloat16():  # there is no product of oneDNN's to be beside
+    if not multiplies_bfloat16():  # there is no oneDNN product to compare with
         chosen = [line for line in chosen if line.name != "onednn"]
     conditions, command = report.conditions(), shlex.join(["python", "-m", "benchmarks.fast_paths", *sys.argv[1:]])
     entries: list[Entry] = []
@@ -360,7 +360,7 @@ def main() -> None:
             progress.update(task, description=f"{line.path}, {line.what}")
             entries.append(entry(measure(line, bench, options.turns), options.turns, conditions, command))
             if options.json is not None:
-                results.store(entries[-1:], options.json)  # who ends it early keeps the lines that were done
+                results.store(entries[-1:], options.json)  # an early end keeps the lines that are done
             progress.advance(task)
     if options.json is not None:
         entries = results.read(options.json)

@@ -1,7 +1,7 @@
 """Steps and prompts that repeat exactly, so that two ways of computing them can be compared.
 
-A step writes keys and values where it wrote them before, and reads what it read before: it may be computed again and
-again, and its logits are the same.
+A step writes keys and values where it wrote them before, and reads what it read before: it can be repeated any number
+of times with the same logits.
 """
 
 import time
@@ -42,9 +42,9 @@ _NUM_EXPERTS = 4
 
 
 class Rows(NamedTuple):
-    """What rows take: adapters, one for each, or mixtures, each of as many of the adapters as it has experts, in turn.
+    """Adapters of the rows, one for each, or mixtures, which in turn take as many of the adapters as they have experts.
 
-    resident: what is on the device while no row has it.
+    resident: adapters that are on the device but used by no row.
     """
 
     adapters: Sequence[Adapter]
@@ -53,17 +53,17 @@ class Rows(NamedTuple):
 
 
 def loras(base: Base) -> Rows:
-    """A LoRA on every linear module, another one for each row."""
+    """Return LoRAs on every linear module, another for each row."""
     return Rows([models.made(models.lora_of(RANK), base.shape, seed) for seed in range(NUM_ROWS)])
 
 
 def one_lora(base: Base) -> Rows:
-    """The first of `loras` alone: one row, whose step is so short that every call shows."""
+    """Return the first of `loras` alone: one row, whose step is so short that every call shows."""
     return Rows([models.made(models.lora_of(RANK), base.shape, 0)])
 
 
 def loras_at_q(base: Base) -> Rows:
-    """LoRAs on q_proj alone, while adapters of every kind are resident that act elsewhere."""
+    """Return LoRAs on q_proj alone, while adapters of every kind that act elsewhere are resident."""
     whole = loras(base).adapters
     kinds = models.IA3, models.PREFIX, models.BOTTLENECK
     return Rows(
@@ -73,7 +73,7 @@ def loras_at_q(base: Base) -> Rows:
 
 
 def mixtures(base: Base) -> Rows:
-    """Another mixture for each row, of four LoRAs, two at a time."""
+    """Return mixtures of four LoRAs, two active at a time, another for each row."""
     config = MixtureConfig(num_experts=_NUM_EXPERTS, top_k=2)
     return Rows(
         adapters=[models.made(models.lora_of(RANK), base.shape, seed) for seed in range(NUM_ROWS * _NUM_EXPERTS)],
@@ -145,14 +145,14 @@ class FixedSteps:
             request.num_computed_tokens = request.num_tokens
             request.output.append(1)
         self._decode, self._prompt = self._step(rows), self._step([prompt])
-        self.decode()  # records it
+        self.decode()  # captures the step
 
     def decode(self) -> Tensor:
-        """Compute the decode step; its logits [rows, V] are valid until the next step."""
+        """Compute the decode step; return its logits [rows, V], which are valid until the next step."""
         return self._runner.forward(self._decode)
 
     def prefill(self) -> Tensor:
-        """Compute the prompt; the logits of its last token [1, V]."""
+        """Compute the prompt; return the logits of its last token [1, V]."""
         return self._runner.forward(self._prompt)
 
     def _place(self, laid_out: PackedAdapter) -> AdapterSlot:
@@ -169,7 +169,7 @@ class FixedSteps:
 
 
 class _KeepingRunner(ModelRunner):
-    """Keep the logits of the last step, and how many rows it had."""
+    """Keeps the logits of the last step, and its number of rows."""
 
     logits: Tensor
     num_rows: int
@@ -181,7 +181,7 @@ class _KeepingRunner(ModelRunner):
 
 
 class PromptAgain:
-    """An engine that gets the same prompt of NUM_PROMPT tokens every time, and makes one token."""
+    """An engine that gets the same prompt of NUM_PROMPT tokens every time, and generates one token."""
 
     def __init__(self, base: Base, kernels: Kernels, config: EngineConfig) -> None:
         num_blocks = 1 + NUM_PROMPT // config.block_size
@@ -198,15 +198,15 @@ class PromptAgain:
         self._prompt = tuple(prompts(1, NUM_PROMPT)[0])
         self._root = cache_root("", base.shape.digest, ())
         self._num_asked = 0
-        self.ask()  # what may be kept of it is there from now on
+        self.ask()  # whatever may be cached from it is cached from now on
 
     @property
     def num_rows(self) -> int:
-        """Rows of the step that made the token."""
+        """Rows of the step that generated the token."""
         return self._runner.num_rows
 
     def ask(self) -> Tensor:
-        """Submit the prompt and run until the token is there; its logits [1, V]."""
+        """Submit the prompt and run until the token is there; return its logits [1, V]."""
         self._num_asked += 1
         self._engine.submit(
             Request(

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --shape tiny --device cpu
 
 Random weights, made on the spot; greedy; every answer runs to its length; contexts of about 1,000 tokens; the engine in
-this process, scheduler and sampler included. Rows that no time is left for say so.
+this process, scheduler and sampler included. Rows for which there is no time left are marked so.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much is measured: everything, or next to nothing to see that it runs."""
+    """The amount of measuring: everything, or just enough to see that it runs."""
 
     shape: Shape
     device: torch.device
@@ -54,7 +54,7 @@ class Plan:
 
     @classmethod
     def of(cls, shape: Shape, device: torch.device, *, budget_s: float) -> "Plan":
-        """The whole for a GPU; on a CPU, or of a tiny model, just enough to see that everything runs."""
+        """Return the whole plan for a GPU; on a CPU, or for a tiny model, just enough to see that everything runs."""
         if device.type == "cuda" and shape.name != "tiny":
             return cls(shape=shape, device=device, budget_s=budget_s)
         return cls(
@@ -73,13 +73,13 @@ class Plan:
         )
 
     def rows(self, number: int) -> int:
-        """A batch size."""
+        """Return a batch size, scaled."""
         return max(1, number // self.rows_scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One line. value, target, reach, bound: in `unit`. at_most: less is better. note: why there is no value."""
+    """One line. value, target, reach, bound: in `unit`. at_most: less is better. note: reason for a missing value."""
 
     row: str
     what: str
@@ -94,14 +94,14 @@ class Result:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the target is; None without a value."""
+        """Whether the target is met; None without a value."""
         if self.value is None:
             return None
         return self.value <= self.target if self.at_most else self.value >= self.target
 
 
 class Speed(NamedTuple):
-    """Of decode steps. step_s: the median. busy: the share of the time in which the device computed them."""
+    """Speed of decode steps. step_s: the median. busy: the share of the time in which the device computed them."""
 
     tokens_per_s: float
     step_s: float
@@ -109,7 +109,7 @@ class Speed(NamedTuple):
 
 
 class Bench:
-    """Bases and engines of one run, made when a row first asks for them; only one base is there at a time."""
+    """Bases and engines of one run, made when a row first needs them; only one base exists at a time."""
 
     def __init__(self, plan: Plan, quantization: Quantization) -> None:
         self.plan = plan
@@ -119,11 +119,11 @@ class Bench:
 
     @cached_property
     def device(self) -> roofline.Device:
-        """What the device can do."""
+        """The measured rates of the device."""
         return roofline.measure(self.plan.device, copy_bytes=self.plan.copy_bytes, product_size=self.plan.product_size)
 
     def base(self, quantization: Quantization) -> tuple[Base, Loras]:
-        """A base held so, and LoRAs for it; another one goes first."""
+        """Return a base in this quantization, and LoRAs for it; a base in another one is freed first."""
         if self._base is None or self._base[0] is not quantization:
             self.forget()
             base = make_base(self.plan.shape, self.plan.device, quantization)
@@ -132,27 +132,27 @@ class Bench:
         return self._base[1:]
 
     def forget(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._base = None
         gc.collect()
         if self.plan.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def loop(self, quantization: Quantization, *, rows: int, num_slots: int) -> DecodeLoop:
-        """A new engine."""
+        """Return a new engine."""
         base, loras = self.base(quantization)
         length = self.plan.prompt + 8 * self.plan.num_steps
         return DecodeLoop(base, loras, max_num_seqs=rows, num_slots=num_slots, max_model_len=length)
 
     def prompt(self, seed: int) -> list[int]:
-        """Token ids, other ones for every seed."""
+        """Return token ids that differ for every seed."""
         dice = random.Random(seed)
         return [dice.randrange(1, self.plan.shape.vocab_size) for _ in range(self.plan.prompt)]
 
     def speed(self, quantization: Quantization, *, rows: int, distinct: int) -> Speed:
-        """Of steps of `rows` decode rows.
+        """Return the speed of steps of `rows` decode rows.
 
-        distinct: so many adapters take turns; 0 is the base alone.
+        distinct: number of adapters that take turns; 0 is the base alone.
         """
         key = quantization, rows, distinct
         if key not in self._speeds:
@@ -169,7 +169,7 @@ class Bench:
         return self._speeds[key]
 
     def bound(self, quantization: Quantization, *, rows: int, distinct: int) -> float:
-        """Tokens/s that the roofline allows."""
+        """Return the tokens/s that the roofline allows."""
         base, loras = self.base(quantization)
         context = self.plan.prompt + self.plan.num_steps
         return roofline.bound(
@@ -182,7 +182,7 @@ class Bench:
 
 
 def decode(loop: DecodeLoop, adapters: Sequence[int], prompt: Callable[[int], list[int]], num_steps: int) -> list[Step]:
-    """Steps in which every request decodes; prompts and the first steps, which record, do not count."""
+    """Return steps in which every request decodes; prompts and the first steps, which are captured, do not count."""
     for index, adapter in enumerate(adapters):
         loop.submit(adapter, prompt(index), 4 * num_steps)
     loop.run(until=lambda: loop.all_have(3))
@@ -216,7 +216,7 @@ def _throughput(
 
 
 def single(bench: Bench) -> list[Result]:
-    """G1, G2: one request."""
+    """Measure G1, G2: one request."""
     return [
         _throughput(bench, "G1", bench.nf4, rows=1, distinct=0, target=300, reach=500),
         _throughput(bench, "G2", bench.nf4, rows=1, distinct=1, target=230, reach=380),
@@ -224,7 +224,7 @@ def single(bench: Bench) -> list[Result]:
 
 
 def many(bench: Bench) -> list[Result]:
-    """G3, G5: a LoRA for each of many requests, on the quantized base."""
+    """Measure G3, G5: a LoRA for each of many requests, on the quantized base."""
     return [
         _throughput(bench, "G3", bench.nf4, rows=32, distinct=32, target=3000, reach=6500),
         _throughput(bench, "G5", bench.nf4, rows=128, distinct=128, target=6000, reach=7500),
@@ -232,7 +232,7 @@ def many(bench: Bench) -> list[Result]:
 
 
 def tax(bench: Bench) -> list[Result]:
-    """G6: what LoRAs add to a step of 32 rows."""
+    """Measure G6: the time that LoRAs add to a step of 32 rows."""
     rows = bench.plan.rows(32)
     alone = bench.speed(bench.nf4, rows=rows, distinct=0)
     results = []
@@ -255,14 +255,14 @@ def tax(bench: Bench) -> list[Result]:
 
 
 def flatness(bench: Bench) -> list[Result]:
-    """G7: many registered adapters, drawn uniformly, more than the device has room for, against eight."""
+    """Measure G7: many registered adapters, drawn uniformly, more than the device has room for, against eight."""
     plan, rows = bench.plan, bench.plan.rows(32)
     speeds = []
     for registered in (8, plan.num_churned):
         dice = random.Random(3)
         loop = bench.loop(bench.nf4, rows=rows, num_slots=plan.num_slots)
         try:
-            for index in range(3 * rows):  # so that places are taken over by requests with other adapters
+            for index in range(3 * rows):  # so that requests with other adapters take places over
                 loop.submit(dice.randrange(registered), bench.prompt(index), plan.num_steps + index % 7)
             steps = loop.run(until=lambda loop=loop: loop.num_unfinished() == 0)
         finally:
@@ -282,7 +282,7 @@ def flatness(bench: Bench) -> list[Result]:
 
 
 def cold(bench: Bench) -> list[Result]:
-    """G8: a request whose adapter is in the host's memory only, among others that decode."""
+    """Measure G8: a request whose adapter is in host memory only, among others that decode."""
     plan, rows = bench.plan, bench.plan.rows(32)
     loop = bench.loop(bench.nf4, rows=rows + 1, num_slots=plan.num_slots)
     first_tokens: dict[bool, list[float]] = {False: [], True: []}
@@ -335,7 +335,7 @@ def _steps(loop: DecodeLoop, count: int) -> Callable[[], bool]:
 
 
 def busy(bench: Bench) -> list[Result]:
-    """G9: the device's share of the time of decode steps."""
+    """Measure G9: the device's share of the time of decode steps."""
     rows = bench.plan.rows(32)
     share = bench.speed(bench.nf4, rows=rows, distinct=rows).busy
     note = "" if bench.plan.device.type == "cuda" else "a CPU is not asked"
@@ -354,7 +354,7 @@ def busy(bench: Bench) -> list[Result]:
 
 
 def peft(bench: Bench) -> list[Result]:
-    """G10: against PEFT's mixed batch."""
+    """Measure G10: against PEFT's mixed batch."""
     plan, rows = bench.plan, bench.plan.rows(32)
     ours = bench.speed(bench.nf4, rows=rows, distinct=rows).tokens_per_s
     blank = partial(
@@ -376,7 +376,7 @@ def peft(bench: Bench) -> list[Result]:
 
 
 def unquantized(bench: Bench) -> list[Result]:
-    """G4, G5: the linear weights held in bf16, as a shadow of all of them holds them."""
+    """Measure G4, G5: the linear weights held in bf16, as a shadow of all of them holds them."""
     return [
         _throughput(bench, "G4", Quantization.NONE, rows=64, distinct=64, target=5500, reach=7500),
         _throughput(bench, "G5", Quantization.NONE, rows=128, distinct=128, target=8000, reach=10500),
@@ -390,7 +390,7 @@ ROWS: tuple[Row, ...] = (single, many, tax, busy, cold, flatness, unquantized, p
 
 
 def run(plan: Plan, quantization: Quantization, console: Console) -> tuple[roofline.Device, list[Result]]:
-    """Every row, in order, while there is time."""
+    """Measure every row, in order, while there is time."""
     began = time.monotonic()
     bench = Bench(plan, quantization)
     results: list[Result] = []
@@ -403,7 +403,7 @@ def run(plan: Plan, quantization: Quantization, console: Console) -> tuple[roofl
             else:
                 try:
                     results += row(bench)
-                except Exception as error:  # the other rows stand
+                except Exception as error:  # the other rows stay valid
                     console.print_exception()
                     results.append(_not_run(row, f"{type(error).__name__}: {error}"))
             progress.advance(task)
@@ -416,7 +416,7 @@ def _not_run(row: Row, why: str) -> Result:
 
 
 def quantization_on(device: torch.device) -> tuple[Quantization, str]:
-    """NF4 where bitsandbytes computes it on this device; else none, and why."""
+    """Return NF4 if bitsandbytes computes it on this device; else none, and the reason."""
     try:
         from bitsandbytes import functional as bnb
 
@@ -427,7 +427,7 @@ def quantization_on(device: torch.device) -> tuple[Quantization, str]:
 
 
 def fitting(shape: Shape, device: torch.device, quantization: Quantization) -> Shape:
-    """The shape, or a smaller one where a bf16 base of it and what is measured on it would not fit."""
+    """Return the shape, or a smaller one if a bf16 base of it would not fit together with what is measured on it."""
     if quantization is Quantization.NF4 or shape.name != "8b" or device.type != "cuda":
         return shape
     free_bytes, _ = torch.cuda.mem_get_info(device)
@@ -435,7 +435,7 @@ def fitting(shape: Shape, device: torch.device, quantization: Quantization) -> S
 
 
 def table(results: Sequence[Result], *, judged: bool) -> str:
-    """Markdown. judged: whether the targets are for what was measured."""
+    """Return a Markdown table. judged: whether the targets apply to what was measured."""
     lines = ["| row | what | value | target | reach | bound here | met |", "|---|---|---|---|---|---|---|"]
     for result in results:
         if result.value is None:
@@ -451,7 +451,7 @@ def table(results: Sequence[Result], *, judged: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 where no row gave a value."""
+    """Measure, print, write; return 1 if no row gave a value."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

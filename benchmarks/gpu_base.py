@@ -1,4 +1,4 @@
-"""A Llama of a given shape with random weights, and LoRAs for it, made on the device: seconds, no file, no download."""
+"""A Llama of a given shape with random weights, and LoRAs for it, made on the device in seconds, with no download."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +32,7 @@ class Shape:
     max_model_len: int = 4096
 
     def config(self) -> LlamaConfig:
-        """As transformers wants it."""
+        """Return the config in transformers' form."""
         return LlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -67,7 +67,7 @@ SHAPES = {
 
 
 def make_model(shape: Shape, device: torch.device, quantization: Quantization, *, attention: str) -> Any:
-    """transformers' Llama in bfloat16, its linear modules but the head held as NF4 where `quantization` says so."""
+    """Make transformers' Llama in bfloat16; with NF4 in `quantization`, its linear modules except the head are NF4."""
     config = shape.config()
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
@@ -103,12 +103,12 @@ def _nf4(weight: Tensor) -> nn.Module:
         device="meta",
     )
     held = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=False, quant_type="nf4")
-    linear.weight = held.to(weight.device)  # quantizes
+    linear.weight = held.to(weight.device)  # the move quantizes
     return linear.eval()
 
 
 def make_base(shape: Shape, device: torch.device, quantization: Quantization) -> loader.Base:
-    """The same as a base that serves; it has no tokenizer."""
+    """Make a base as it serves, but without a tokenizer."""
     paged_attention.register()
     model = make_model(shape, device, quantization, attention=paged_attention.ATTENTION)
     base = loader.wrap(
@@ -126,9 +126,9 @@ def make_base(shape: Shape, device: torch.device, quantization: Quantization) ->
 
 
 class Loras:
-    """LoRAs of one rank on every linear site, as many as are asked for.
+    """LoRAs of one rank on every linear site, in any number.
 
-    num_buffers: so many have weights of their own on the host; the others are copies of them, each a load by itself.
+    num_buffers: number of LoRAs with host weights of their own; the others share these, but each is loaded separately.
     """
 
     def __init__(self, base: BaseShape, device: torch.device, *, rank: int, num_buffers: int) -> None:
@@ -153,5 +153,5 @@ class Loras:
             self._buffers.append(buffer)
 
     def packed(self, index: int) -> PackedAdapter:
-        """The adapter of that number."""
+        """Return the adapter with this number."""
         return replace(self._template, buffer=self._buffers[index % len(self._buffers)])

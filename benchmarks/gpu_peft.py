@@ -1,4 +1,4 @@
-"""PEFT's mixed batch on the same weights and device: `generate(adapter_names=…)`, what a user would take instead."""
+"""PEFT's mixed batch on the same weights and device: `generate(adapter_names=…)`, which a user would choose instead."""
 
 import time
 import warnings
@@ -20,7 +20,7 @@ def tokens_per_s(
     prompt: int,
     num_steps: int,
 ) -> float:
-    """Of decode steps alone, every row with a LoRA of its own: a long answer's time less a short one's."""
+    """Measure decode steps alone, each row with its own LoRA: a long answer's time less a short one's."""
     from peft import LoraConfig, get_peft_model
 
     model: Any = make_model(shape, device, quantization, attention="sdpa")

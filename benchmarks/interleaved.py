@@ -1,4 +1,4 @@
-"""Measure the sides of a scenario in turns, each in a worker process, so that drift of the machine falls on all alike.
+"""Measures the sides of a scenario in turns, each in a worker process, so that drift of the machine falls on all alike.
 
 A worker lives as long as consecutive scenarios need it, so sides that hold the same share one process. A side that
 fails is left out from there on; the others go on.
@@ -23,11 +23,11 @@ HERE = Path(__file__).resolve().parent
 _LOAD_LIMIT_S = 600.0
 _RUN_LIMIT_S = 600.0
 _NUM_WARM_TOKENS = 8
-_SLOT_SHARE = 1.02  # of an adapter's file: slots are aligned to 64 bytes for each matrix
+_SLOT_SHARE = 1.02  # size relative to the adapter's file: slots align each matrix to 64 bytes
 
 
 class Key(NamedTuple):
-    """Identify a worker: sides with equal keys share one."""
+    """Identity of a worker: sides with equal keys share one."""
 
     backend: str
     spec: LoadSpec
@@ -35,10 +35,10 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A side over its turns; `failure` says why turns are missing.
+    """A side over its turns; `failure` gives the reason for missing turns.
 
     notes: medians of the numbers that the backend gave beside its records.
-    same_first_tokens: how many requests began with the token that ours gave, where both tell and were asked the same.
+    same_first_tokens: number of requests whose first token was ours, if both sides report tokens for equal requests.
     """
 
     label: str
@@ -74,10 +74,10 @@ class ScenarioResult:
 
 
 Tick = Callable[[str, int], None]
-"""Takes what is running, and how many runs have ended since the last call."""
+"""A function called with what is running, and the number of runs that ended since the last call."""
 
 Start = Callable[[Key, Path, Tick], Remote]
-"""Starts the worker of a key, with a log at this path."""
+"""A function that starts the worker of a key, with a log at this path."""
 
 
 def start(key: Key, log: Path, tick: Tick) -> Remote:
@@ -170,7 +170,7 @@ class Bench:
         except (Cannot, Failed, environments.NotMade) as reason:
             one.failure = str(reason)
             if not isinstance(reason, Cannot):
-                self._close(one.key)  # whoever asks for it next gets a new one
+                self._close(one.key)  # the next use of the key starts a new one
             return None
         finally:
             self._tick(about, 1)

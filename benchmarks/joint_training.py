@@ -1,6 +1,6 @@
 """Eight adapters trained together against one after the other, on the demo base: `python -m benchmarks.joint_training`.
 
-Both ways make the same directories from the same configs; runs alternate, medians count. Seconds are of the loops,
+Both ways write the same directories from the same configs; runs alternate, and medians count. Seconds are of the loops,
 without loading the base, which the separate runs do eight times.
 """
 
@@ -62,7 +62,7 @@ def main(
 def _measure(
     methods: Sequence[MethodConfig], size: int, learned: Sequence[Sequence[Example]], steps: int, repeats: int
 ) -> tuple[float, float]:
-    """Milliseconds for a step of all adapters: one after the other, and together."""
+    """Return milliseconds for a step of all adapters: one after the other, and together."""
     with tempfile.TemporaryDirectory() as scratch:
         configs = [
             TrainConfig(

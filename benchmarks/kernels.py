@@ -1,9 +1,9 @@
-"""The CPU kernels beside what torch offers for the same work: microseconds, medians of interleaved calls.
+"""The CPU kernels beside torch's alternatives for the same work: microseconds, medians of interleaved calls.
 
     python benchmarks/kernels.py [--threads N] [--rounds N]
 
-Torch's alternatives get their inputs in the layout they like best (contiguous slots, contiguous unpaged keys with the
-query heads of a group as rows), which a server would first have to make.
+Torch's alternatives get their inputs in their fastest layout (contiguous slots, contiguous unpaged keys with the query
+heads of a group as rows), which a server would first have to make.
 """
 
 import argparse
@@ -30,13 +30,13 @@ Calls = dict[str, Callable[[], object]]
 
 class Case(NamedTuple):
     name: str
-    calls: Calls  # the first is the kernel, where this machine has it
+    calls: Calls  # the first is the kernel, if this machine has it
 
 
 def post(
     num_rows: int, num_slots: int, rank: int, size_in: int, size_out: int, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """One call of `deltas.post` with rows and weights in `dtype`, every row with one adapter."""
+    """Return one call of `deltas.post` with rows and weights in `dtype`, every row with one adapter."""
     a, b = torch.randn(num_slots, rank, size_in).to(dtype), torch.randn(num_slots, rank, size_out).to(dtype)
     table = torch.tensor([(int(DeltaKind.LORA), rank, a[s].data_ptr(), b[s].data_ptr()) for s in range(num_slots)])
     site = deltas.Site(table=table, size_in=size_in, size_out=size_out, weight_dtype=dtype)
@@ -51,7 +51,7 @@ def post(
 
 
 def decode_deltas(num_slots: int, rank: int, size_in: int, size_out: int) -> Case:
-    """One row for each slot."""
+    """Return a case with one row for each slot."""
     x = torch.randn(num_slots, 1, size_in)
     a, b = torch.randn(num_slots, size_in, rank), torch.randn(num_slots, rank, size_out)
     base_x, base = x[:, 0].bfloat16(), torch.randn(size_out, size_in).bfloat16()
@@ -75,7 +75,7 @@ def decode_deltas(num_slots: int, rank: int, size_in: int, size_out: int) -> Cas
 
 
 def prefill_deltas(num_rows: int, rank: int, size_in: int, size_out: int) -> Case:
-    """All rows of one slot."""
+    """Return a case with all rows in one slot."""
     x, base = torch.randn(num_rows, size_in).bfloat16(), torch.randn(size_out, size_in).bfloat16()
     a, b = torch.randn(rank, size_in).bfloat16(), torch.randn(size_out, rank).bfloat16()
     y = torch.zeros(num_rows, size_out).bfloat16()
@@ -91,7 +91,7 @@ def prefill_deltas(num_rows: int, rank: int, size_in: int, size_out: int) -> Cas
 
 
 def decode_bottlenecks(num_slots: int, size: int, features: int) -> Case:
-    """One row for each of `num_slots` bottleneck adapters."""
+    """Return a case with one row for each of `num_slots` bottleneck adapters."""
     config = bottleneck.math.BottleneckConfig(size=size, has_norm=False)
     site = Site(0, "down_proj", features, features, sublayer="mlp", layer=0)
     networks = [bottleneck.math.init(config, site)._replace(up=torch.randn(features, size)) for _ in range(num_slots)]
@@ -106,7 +106,7 @@ def decode_bottlenecks(num_slots: int, size: int, features: int) -> Case:
     base = torch.randn(features, features).bfloat16()
 
     def kernel() -> None:
-        assert len(packed) == num_slots  # keeps the weights that the table points at
+        assert len(packed) == num_slots  # keeps the weights alive that the table points at
         deltas.post(x, y, rows, place)
 
     def loop() -> None:
@@ -122,14 +122,14 @@ def decode_bottlenecks(num_slots: int, size: int, features: int) -> Case:
 def attend(
     num_requests: int, num_queries: int, context: int, heads: tuple[int, int, int], dtype: torch.dtype
 ) -> Callable[[], None]:
-    """One call of `attention.attend`, blocks of 16 in random order."""
+    """Return one call of `attention.attend`, with blocks of 16 in random order."""
     query_heads, kv_heads, head_size = heads
     blocks = -(-context // 16)
     shape = (num_requests * blocks, 16, kv_heads, head_size)
     cache = attention.Cache(keys=torch.randn(shape).to(dtype), values=torch.randn(shape).to(dtype))
     packed = attention.pack(
         Paging(
-            torch.empty(0),  # what is attended to is stored already
+            torch.empty(0),  # all keys and values are stored already
             torch.arange(num_requests + 1, dtype=torch.int32) * num_queries,
             torch.full((num_requests,), context, dtype=torch.int32),
             torch.zeros(num_requests, 0, dtype=torch.int32),
@@ -142,7 +142,7 @@ def attend(
 
 
 def decode_attention(context: int, dtype: torch.dtype) -> Case:
-    """Sixteen requests with one query each."""
+    """Return a case of sixteen requests with one query each."""
     heads = query_heads, kv_heads, head_size = 12, 4, 64
     group = query_heads // kv_heads
     query = torch.randn(16 * kv_heads, group, head_size).to(dtype)
@@ -161,7 +161,7 @@ def decode_attention(context: int, dtype: torch.dtype) -> Case:
 
 
 def prefill_attention(num_queries: int, context: int, dtype: torch.dtype) -> Case:
-    """One request."""
+    """Return a case of one request."""
     heads = query_heads, _, head_size = 12, 4, 64
     query = torch.randn(1, query_heads, num_queries, head_size).to(dtype)
     keys, values = torch.randn(2, 1, query_heads, context, head_size).to(dtype)
@@ -177,7 +177,7 @@ def prefill_attention(num_queries: int, context: int, dtype: torch.dtype) -> Cas
 
 
 def product(num_rows: int, size_in: int, size_out: int) -> Case:
-    """The product of a linear module, each call with another copy of the weight: as in a step, from memory."""
+    """Return the product of a linear module; each call uses another copy of the weight, from memory as in a step."""
     weight, x = torch.randn(size_out, size_in).bfloat16(), torch.randn(num_rows, size_in).bfloat16()
     num_copies = 1 + _PAST_CACHES // (2 * weight.numel())
     plain = itertools.cycle([weight.clone() for _ in range(num_copies)])
@@ -194,7 +194,7 @@ def product(num_rows: int, size_in: int, size_out: int) -> Case:
 
 
 def medians_us(calls: Calls, rounds: int) -> dict[str, float]:
-    """Interleaved, so that what else the machine does falls on all alike; each call follows one of its own kind."""
+    """Time interleaved calls, so that other load falls on all alike; each call follows one of its own kind."""
     taken_s: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""A loader for an engine without a store: packed adapters that are in memory already."""
+"""A loader for an engine without a store: packed adapters that are already in memory."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -8,13 +8,13 @@ from weft.adapters.packed_adapter import PackedAdapter
 
 
 class LoadedAdapters:
-    """Answers each request of the engine at once, with what `packed_of` returns."""
+    """Answers each request of the engine immediately, with what `packed_of` returns."""
 
     def __init__(self, packed_of: Callable[[AdapterDigest], PackedAdapter]) -> None:
         self._packed_of = packed_of
 
     def request(self, digest: AdapterDigest) -> "Future[PackedAdapter]":
-        """Return the packed adapter as a future that has ended."""
+        """Return the packed adapter as a finished future."""
         future: Future[PackedAdapter] = Future()
         future.set_result(self._packed_of(digest))
         return future

@@ -1,7 +1,7 @@
-"""What a run is measured by.
+"""The metrics of a run.
 
 A reader waits from one arrival to the next, however many tokens come with it: these times are pooled over the requests
-of a run. The time of a step is that of a token after the first, on the average of a request; median over the requests.
+of a run. The time of a step is that of a token after the first: the average of a request, the median over requests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Spread:
 
 
 def measure(outcome: Outcome) -> dict[str, float]:
-    """The METRICS of a run; those of the times between tokens only where a request has two tokens."""
+    """Return the METRICS of a run; those of times between tokens only if a request has two tokens."""
     began_s = min(record.arrival_s for record in outcome.records)
     duration_s = max(record.token_s[-1] for record in outcome.records) - began_s
     num_tokens = sum(len(record.token_s) for record in outcome.records)
@@ -63,7 +63,7 @@ def measure(outcome: Outcome) -> dict[str, float]:
 
 
 def spread(turns: Sequence[float]) -> Spread:
-    """Quartiles of at least one turn."""
+    """Return median and quartiles of at least one turn."""
     q1, median, q3 = np.percentile(turns, [25, 50, 75]).tolist()
     return Spread(median=median, q1=q1, q3=q3, turns=tuple(turns))
 

@@ -1,10 +1,10 @@
-"""What mixing costs: the step time of compositions and mixtures beside plain LoRAs, `python -m benchmarks.mixing`.
+"""The cost of mixing: step times of compositions and mixtures beside plain LoRAs, `python -m benchmarks.mixing`.
 
-Requests decode in lockstep on `bench-80m`, the engine driven in process: over gRPC the differences below drown in what
-else the machine does. The step time is that from a request's first token to its last ÷ the steps between them. The
-kinds of batches take turns (A, B, C, A, B, C …), so that a ratio holds although the machine's speed drifts. What eight
-rows without adapters cost beside eight with them is the difference to those eight alone; what they cost by themselves
-is the difference between sixteen and eight rows of the base.
+Requests decode in lockstep on `bench-80m`, with the engine driven in process: over gRPC the differences below drown in
+other load on the machine. The step time is the time from a request's first token to its last ÷ the steps between them.
+The kinds of batches take turns (A, B, C, A, B, C …), so that a ratio holds although the machine's speed drifts. The
+cost of eight rows without adapters beside eight with them is the difference to those eight alone; their cost by
+themselves is the difference between sixteen and eight rows of the base.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _PARTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """What a row goes through: nothing is the base, several are a composition, or what a mixture mixes."""
+    """Adapters of a row: none is the base, several are a composition, or the experts of a mixture."""
 
     uses: tuple[AdapterUse, ...] = ()
     mixture: MixtureUse | None = None
@@ -71,7 +71,7 @@ HALF_BASE, HALF_MIXED, BOTH = "8 base", "4 compositions, 4 mixtures", "4 composi
 
 
 def _kinds(small: Sequence[Held], large: Sequence[Held], mixtures: Sequence[Adapters]) -> list[Kind]:
-    """small: 4 × 16 LoRAs of rank 8; large: 16 of rank 32; mixtures: 16, each of 4 of the small ones."""
+    """Return all kinds. small: 4 × 16 LoRAs of rank 8; large: 16 of rank 32; mixtures: 16, each of 4 small ones."""
     plain = [Adapters((one.use(),)) for one in small[:_BATCH]]
     composed = [Adapters(canonical(one.use(1 / _PARTS) for one in _parts(small, row))) for row in range(_BATCH)]
     half = [*composed[:4], *mixtures[4:8]]
@@ -93,7 +93,7 @@ def _parts(small: Sequence[Held], row: int) -> Sequence[Held]:
 
 
 def _save_mixtures(path: Path, base: BaseShape, experts: Sequence[tuple[str, str]]) -> list[Path]:
-    """Sixteen mixtures of four experts each, (id, directory), with random routers."""
+    """Write sixteen mixtures of four experts each, (id, directory), with random routers."""
     config = MixtureConfig(num_experts=_PARTS, top_k=2)
     paths = []
     for row in range(_BATCH):
@@ -118,7 +118,7 @@ def _step_ms(loop: EngineLoop, rows: Sequence[Adapters], num_new: int, salt: str
         (0.0, loop.request(prompt, num_new, row.uses, row.mixture, salt=salt))
         for row, prompt in zip(rows, prompts(len(rows), _NUM_PROMPT), strict=True)
     ]
-    times = np.array(loop.run(asked))  # [rows, num_new]: tokens are told several at a time
+    times = np.array(loop.run(asked))  # [rows, num_new]: several tokens may come at a time
     return 1e3 * float(np.median((times[:, -1] - times[:, 0]) / (num_new - 1)))
 
 
@@ -159,7 +159,7 @@ def _ratio(times: Sequence[float], beside: Sequence[float]) -> float:
 
 
 def _extra(results: Sequence[Measured]) -> float:
-    """What eight base rows cost beside mixed ones, more than beside base ones: in shares of a step of sixteen."""
+    """Return what eight base rows cost more beside mixed ones than beside base ones, in shares of a step of sixteen."""
     both, mixed, base, half = (
         next(one.turns_ms for one in results if one.batch == name) for name in (BOTH, HALF_MIXED, BASE, HALF_BASE)
     )

@@ -1,8 +1,8 @@
 """The bench models and their adapters: random, seeded, made when first needed, the same files for every backend.
 
 They lie outside git: models in `benchmarks/.models/<model>`, adapters in `benchmarks/.models/adapters/<model>/<kind>`.
-Adapters are PEFT directories in bfloat16 on every linear module, bound to no base, so that they serve a quantized one
-as well; bottleneck adapters, which PEFT has not, are in our own form.
+Adapters are PEFT directories in bfloat16 on every linear module, bound to no base, so that they also serve a quantized
+one; bottleneck adapters, which PEFT does not have, are in our own format.
 """
 
 import random
@@ -26,12 +26,12 @@ from weft.model import loader, paged_attention
 VOCAB_SIZE = 8192
 FOLDER = Path(__file__).resolve().parent / ".models"
 _NUM_VIRTUAL_TOKENS = 16
-_REDUCTION_FACTOR = 16.0  # what AdapterHub takes where nothing is said: a width of 48 in bench-80m
+_REDUCTION_FACTOR = 16.0  # AdapterHub's default: a width of 48 in bench-80m
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What tells one bench model from another; all are Llamas with tied embeddings."""
+    """Sizes in which bench models differ; all are Llamas with tied embeddings."""
 
     hidden_size: int
     intermediate_size: int
@@ -51,7 +51,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of adapter: its method, and the rank where it has one. `str` is its folder and the start of its ids."""
+    """A kind of adapter: its method, and its rank if it has one. `str` is its folder and the start of its ids."""
 
     method: str
     rank: int = 0
@@ -61,7 +61,7 @@ class Kind:
 
 
 def lora_of(rank: int) -> Kind:
-    """A LoRA on every linear module."""
+    """Return a LoRA on every linear module."""
     return Kind("lora", rank)
 
 
@@ -84,12 +84,12 @@ class Hold(NamedTuple):
         return range(self.first, self.first + self.count)
 
     def paths(self, model: str, *, folder: Path = FOLDER) -> list[tuple[str, str]]:
-        """(id, directory) of each, whether it has been made or not."""
+        """Return (id, directory) of each, whether or not it has been made."""
         within = folder / "adapters" / model / str(self.kind)
         return [(adapter_id, str(within / adapter_id)) for adapter_id in self.ids]
 
     def make(self, model: str, *, folder: Path = FOLDER) -> list[tuple[str, str]]:
-        """`paths`, which are there afterwards."""
+        """Make the missing ones, and return `paths`."""
         listed = self.paths(model, folder=folder)
         places = zip(self._seeds, (Path(path) for _, path in listed), strict=True)
         missing = [(seed, path) for seed, path in places if not (path / directory.CONFIG_FILE).exists()]
@@ -101,7 +101,7 @@ class Hold(NamedTuple):
 
 
 def base(name: str, *, folder: Path = FOLDER) -> Path:
-    """The directory of a model of SIZES."""
+    """Return the directory of a model of SIZES, making it if needed."""
     path = folder / name
     if not (path / "tokenizer.json").exists():  # the last file that is written
         save(SIZES[name], path)
@@ -109,7 +109,7 @@ def base(name: str, *, folder: Path = FOLDER) -> Path:
 
 
 def save(size: Size, path: Path) -> Path:
-    """A checkpoint directory in bfloat16, with a tokenizer of one word a token."""
+    """Write a checkpoint directory in bfloat16, with a tokenizer of one word per token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size.vocab_size,
@@ -133,14 +133,14 @@ def save(size: Size, path: Path) -> Path:
 
 
 def shape_of(path: Path) -> BaseShape:
-    """What adapters are fitted to, without the digest that would bind them to one quantization."""
+    """Return the shape that adapters are fitted to, without the digest that would bind them to one quantization."""
     paged_attention.register()
     config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="bfloat16")
     return replace(loader.load(config, attention=paged_attention.ATTENTION).shape, digest="")
 
 
 def write(adapter: Adapter, path: Path, shape: BaseShape) -> None:
-    """The adapter's directory, its matrices in bfloat16; the config comes last."""
+    """Write the adapter's directory, its matrices in bfloat16; the config comes last."""
     directory.write(adapter, path, shape)
     config = (path / directory.CONFIG_FILE).read_bytes()
     (path / directory.CONFIG_FILE).unlink()
@@ -150,7 +150,7 @@ def write(adapter: Adapter, path: Path, shape: BaseShape) -> None:
 
 
 def made(kind: Kind, shape: BaseShape, seed: int) -> Adapter:
-    """An adapter with an effect: nothing in it is zero or one as training starts."""
+    """Make an adapter with an effect: nothing in it is zero or one as at the start of training."""
     generator = torch.Generator().manual_seed(seed)
     return _MAKERS[kind.method](kind, shape, generator)
 
@@ -200,6 +200,6 @@ _MAKERS: Mapping[str, Callable[[Kind, BaseShape, torch.Generator], Adapter]] = M
 
 
 def prompts(count: int, num_tokens: int) -> list[list[int]]:
-    """Token ids of as many prompts, the same in every run."""
+    """Return token ids of `count` prompts, the same in every run."""
     dice = random.Random(0)
     return [[dice.randrange(1, VOCAB_SIZE) for _ in range(num_tokens)] for _ in range(count)]

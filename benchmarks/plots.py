@@ -27,8 +27,8 @@ _STYLES = ("-", "--", ":")
 
 
 def draw(entries: Sequence[Entry], folder: Path) -> list[Path]:
-    """One SVG file for each axis, with the quartiles of the turns as bars."""
-    matplotlib.rcParams["svg.hashsalt"] = "weft"  # the same rows make the same file
+    """Write one SVG file for each axis, with the quartiles of the turns as bars."""
+    matplotlib.rcParams["svg.hashsalt"] = "weft"  # makes the file depend only on its rows
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for axis, label in _LABELS.items():
@@ -62,7 +62,7 @@ def _figure(axis: str, label: str, points: Sequence[Entry]) -> Figure:
 
 
 def _lines(axes: Axes, points: Sequence[Entry], metric: str, style: str, *, with_metric: bool) -> None:
-    """One line for each side that has numbers, in the order of the sides."""
+    """Draw one line for each side that has numbers, in the order of the sides."""
     labels = list(dict.fromkeys(side["label"] for one in points for side in one["sides"]))
     for number, label in enumerate(labels):
         values = sorted(

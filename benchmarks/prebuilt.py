@@ -1,4 +1,4 @@
-"""The wheel's kernels beside those that are compiled here: a decode step of sixteen LoRAs, in turns, in one process.
+"""The wheel's kernels beside those compiled here: a decode step of sixteen LoRAs, in turns, in one process.
 
 Run it with the Python of an environment that has the wheels (`make wheel-test` does) and a compiler on PATH.
 """
@@ -20,7 +20,7 @@ from weft.kernels.cpu import library
 from weft.kernels.selection import select
 from weft.model import loader, paged_attention, serving_form
 
-_NUM_CALLS = 3  # of each side in a turn; the median counts
+_NUM_CALLS = 3  # per side in a turn; the median counts
 _RATIO_MAX = 1.05
 
 
@@ -93,7 +93,7 @@ def _opened(wanted: str) -> library.Library:
 
 
 def _use(loaded: library.Library) -> None:
-    """Let these kernels compute from here on, also in what is captured; others that were captured keep theirs."""
+    """Use these kernels from here on, also in new captures; earlier captures keep theirs."""
     vars(library)["load"] = lambda: loaded
 
 

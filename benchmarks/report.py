@@ -1,4 +1,4 @@
-"""What every benchmark prints beside its table: the conditions that it was measured under."""
+"""The conditions of a measurement, which every benchmark prints beside its table."""
 
 import os
 import platform
@@ -11,14 +11,14 @@ import torch
 
 
 def conditions(*packages: str) -> dict[str, str]:
-    """Machine, versions, commit and day."""
+    """Return machine, versions, commit and day."""
     versions = {package: version(package) for package in ("torch", *packages)}
     machine = {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     return {**machine, **versions, "commit": _commit(), "day": _day()}
 
 
 def line(found: dict[str, str]) -> str:
-    """The conditions in a line."""
+    """Return the conditions in one line."""
     return ", ".join(_LINE.get(key, key + " {}").format(value) for key, value in found.items())
 
 

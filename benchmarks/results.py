@@ -13,10 +13,10 @@ from benchmarks.interleaved import ScenarioResult
 from benchmarks.metrics import METRICS
 
 Entry = Mapping[str, Any]
-"""A row as the file has it."""
+"""A row as it is in the file."""
 
 DEFAULT_MODEL = "bench-80m"
-"""In bfloat16, it is not named in the table."""
+"""The model that the table does not name, if it is in bfloat16."""
 
 
 def entry(result: ScenarioResult, conditions: Mapping[str, str], command: str) -> Entry:
@@ -78,7 +78,7 @@ def cells(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def failures(entries: Sequence[Entry]) -> list[str]:
-    """Say why sides are missing from the table, a line each."""
+    """Report why sides are missing from the table, a line each."""
     return [
         f"{one['name']}, {side['label']}: {side['failure']}"
         for one in entries
@@ -88,9 +88,9 @@ def failures(entries: Sequence[Entry]) -> list[str]:
 
 
 def misses(entries: Sequence[Entry], limits: Mapping[tuple[str, str], str]) -> list[str]:
-    """Say by how much bounds were missed, and what stands in the way, a line each.
+    """Report by how much bounds were missed, and the obstacle to each, a line each.
 
-    limits: by row and metric, what stands in the way of its bound.
+    limits: the obstacle to a bound, by row and metric.
     """
     found = []
     for one in entries:

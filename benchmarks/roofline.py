@@ -1,4 +1,4 @@
-"""What bounds a decode step: the bytes that it must read, at the rate that this device was seen to copy.
+"""The bounds of a decode step: the bytes that it must read, at the copy rate measured on this device.
 
 step ≥ max(bytes / bandwidth, operations / rate) · bytes = weights as they are held + keys and values + adapters
 """
@@ -12,19 +12,19 @@ from weft.config import Quantization
 from weft.methods.protocol import SiteKind
 from weft.model.loader import Base
 
-_NF4_BYTES = 0.5 + 4 / 64  # of a weight: four bits, and a float32 scale for each 64
+_NF4_BYTES = 0.5 + 4 / 64  # per weight: four bits, and a float32 scale for each 64
 
 
 class Device(NamedTuple):
-    """What a device was seen to do."""
+    """Measured rates of a device."""
 
     name: str
-    bytes_per_s: float  # read and written, of a copy within its memory
+    bytes_per_s: float  # bytes read and written by a copy within its memory
     flops_per_s: float  # of a bfloat16 product
 
 
 class Work(NamedTuple):
-    """What a decode step of one row more or less costs. Bytes and operations."""
+    """Costs of a decode step: bytes of weights, bytes of keys and values per token of context, operations per row."""
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 def measure(device: torch.device, *, copy_bytes: int, product_size: int) -> Device:
-    """Copy and multiply, several times; the best of each."""
+    """Copy and multiply several times; return the best of each."""
     source = torch.ones(copy_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copied_s = _best_s(device, lambda: target.copy_(source))
@@ -59,7 +59,7 @@ def _finish(device: torch.device) -> None:
 
 
 def work_of(base: Base) -> Work:
-    """What a step reads of a base: the weights of linear modules and head, once; the rest is next to nothing."""
+    """Return a step's reads of a base: the weights of linear modules and head, once; the rest is negligible."""
     shape, itemsize = base.shape, base.dtype.itemsize
     linear, head = (
         sum(site.in_features * site.out_features for site in shape.of_kind(kind))
@@ -71,7 +71,7 @@ def work_of(base: Base) -> Work:
 
 
 def bound(device: Device, work: Work, *, rows: int, context: int, adapter_bytes: int) -> float:
-    """Tokens a second that a step of `rows` cannot exceed. adapter_bytes: of all distinct adapters in the batch."""
+    """Return the tokens/s that a step of `rows` cannot exceed. adapter_bytes: of all distinct adapters in the batch."""
     num_bytes = work.weight_bytes + rows * context * work.kv_bytes_per_token + adapter_bytes
     step_s = max(num_bytes / device.bytes_per_s, rows * work.flops_per_row / device.flops_per_s)
     return rows / step_s

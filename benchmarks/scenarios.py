@@ -1,4 +1,4 @@
-"""The scenarios of the suite: what runs beside what, and which ratio is the goal. Each is a row of the table.
+"""The scenarios of the suite: the sides compared, and the ratio that is the goal. Each is a row of the table.
 
 A scenario's sides take turns on the same machine, so its ratios hold although the machine's speed drifts. A tax is the
 time of a whole run with adapters over that of the same run without.
@@ -28,7 +28,7 @@ class Goal:
     at_least: bool = True
 
     def verdict(self, ratio: float) -> str:
-        """Say whether the bounds hold; "" without bounds."""
+        """Describe whether the bounds hold; "" without bounds."""
         if self.must is None or self.reach is None:
             return ""
         sign = 1 if self.at_least else -1
@@ -51,10 +51,10 @@ def at_most(must: float, reach: float, metric: str = "duration_s") -> Goal:
 class Side:
     """One backend with what it holds and what it is asked.
 
-    label: beside the backend's own, where a scenario has a backend twice.
+    label: suffix to the backend's own label, if a scenario has a backend twice.
     brings: adapters that the trace registers, which must be made before.
-    device_slots: room for so many of the first adapter's size on the device; None is the backend's default.
-    max_num_seqs: requests at once, for backends that have their size from it.
+    device_slots: number of adapters of the first one's size that fit on the device; None is the backend's default.
+    max_num_seqs: requests at once, for backends that set their size by it.
     """
 
     backend: str
@@ -82,7 +82,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A line of the table, or with `point` of a plot."""
+    """A line of the table, or of a plot if it has a `point`."""
 
     name: str
     what: str
@@ -100,7 +100,7 @@ class Scenario:
 
 
 class Scale(NamedTuple):
-    """How much is measured."""
+    """The amount of measuring."""
 
     turns: int
     num_new_tokens: int
@@ -116,7 +116,7 @@ COLD = Hold(lora_of(8), 16, first=2000)
 MANY = Hold(lora_of(8), 1000)
 IA3S, PREFIXES, BOTTLENECKS = Hold(IA3, _BATCH), Hold(PREFIX, _BATCH), Hold(BOTTLENECK, _BATCH)
 EVERYTHING = (LORAS, LARGE, IA3S, PREFIXES, BOTTLENECKS)
-"""What Weft holds in most scenarios; adapters that no request names cost it nothing."""
+"""Adapters that Weft holds in most scenarios; those that no request names cost it nothing."""
 
 
 def short() -> list[Scenario]:
@@ -191,7 +191,7 @@ def _loras(scale: Scale, *backends: str) -> Scenario:
 
 
 def _ragged(scale: Scale) -> Scenario:
-    """Draw lengths with the means of the fixed batch."""
+    """Return a scenario whose lengths are drawn, with the means of the fixed batch."""
     longest = 2 * scale.num_new_tokens - scale.num_new_tokens // 8
     new = workload.between(scale.num_new_tokens // 8, longest)
     trace = batch(workload.distinct(LORAS.ids), scale, prompt=workload.between(16, 112), new=new)
@@ -276,7 +276,7 @@ def _mixed(scale: Scale) -> Scenario:
 
 
 def _churn() -> Scenario:
-    """Fifteen streams of some seconds; on one side a cold adapter comes to the device every second.
+    """Return a scenario of fifteen streams of some seconds; on one side a cold adapter is loaded every second.
 
     Prompts are short, so that the percentile is not that of the streams' own beginnings.
     """
@@ -298,7 +298,7 @@ def _churn() -> Scenario:
 
 
 def _flatness() -> Scenario:
-    """More adapters in use than the device has room for, and eight, in one server."""
+    """Return a scenario with more adapters in use than the device has room for, against eight, in one server."""
     count = 128
 
     def side(hold: Hold, label: str) -> Side:
@@ -365,7 +365,7 @@ LIMITS: Mapping[tuple[str, str], str] = MappingProxyType(
         ),
     }
 )
-"""By scenario and metric: what stands in the way of a bound, as measured. Printed if the bound is missed."""
+"""Obstacles to bounds, as measured, by scenario and metric. Printed if the bound is missed."""
 
 
 def named(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario]:

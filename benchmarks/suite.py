@@ -1,4 +1,4 @@
-"""`make bench`, `make bench-peers`: Weft beside what a user would take instead, on the same weights and requests.
+"""`make bench`, `make bench-peers`: Weft beside a user's alternatives, on the same weights and requests.
 
 python -m benchmarks.suite --short                      Weft and PEFT, three minutes
 python -m benchmarks.suite                              every row, every backend, each in its own environment

@@ -1,4 +1,4 @@
-"""The points of the plots: scenarios in which one thing grows."""
+"""The points of the plots: scenarios in which one quantity grows."""
 
 from dataclasses import replace
 
@@ -66,9 +66,10 @@ def _context(num_tokens: int) -> Scenario:
 
 
 def _rate(rate_per_s: float) -> Scenario:
-    """A stream of requests as a server sees them: Poisson arrivals, a few favourites, lengths with a tail.
+    """Return a scenario of requests as servers get them: Poisson arrivals, a few favourites, lengths with a tail.
 
-    Beside vLLM alone: batch after batch (PEFT) or adapter after adapter (llama.cpp), 40 take a minute at any rate.
+    Only vLLM is compared: batch after batch (PEFT) or adapter after adapter (llama.cpp), 40 requests take a minute at
+    any rate.
     """
     trace = workload.generate(
         40,

@@ -1,7 +1,7 @@
 """`python -m benchmarks.training`: steps per second of our trainer beside PEFT under transformers.Trainer.
 
-The same base, precision, examples, order, batch size, LoRA and optimizer; each turn trains afresh, and the two take
-turns. Both run transformers' loop; what differs is how the adapter meets the base, and which attention a CPU gets.
+Base, precision, examples, order, batch size, LoRA and optimizer are the same. Each turn trains from the start, and the
+two sides alternate. Both run transformers' loop; how the adapter meets the base differs, and the attention on a CPU.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""`make wheel-test`: what is installed from the wheels, on a machine without a compiler, beside kernels compiled here.
+"""`make wheel-test`: an installation from the wheels, on a machine without a compiler, beside kernels compiled here.
 
 Both wheels are built and installed into an environment that has nothing else, with a PATH that has no compiler. There
-`weft demo` runs in an empty directory and has to name prebuilt kernels. Then the Python of that environment measures
-them beside kernels that are compiled for this processor (benchmarks/prebuilt.py).
+`weft demo` runs in an empty directory and must name prebuilt kernels. Then the Python of that environment measures
+these beside kernels that are compiled for this processor (benchmarks/prebuilt.py).
 """
 
 import argparse
@@ -27,7 +27,7 @@ _KERNELS = re.compile(r"kernels (cpu \S+?)[,)]")
 
 
 class Broken(Exception):
-    """An installation that does not do what it should; the text has its last words."""
+    """An installation that does not work as it should; the text has its last output."""
 
 
 class Installed(NamedTuple):
@@ -41,12 +41,12 @@ class Installed(NamedTuple):
 
     @property
     def variables(self) -> dict[str, str]:
-        """What makes a process see this environment's commands alone, no compiler and no kernels of before."""
+        """Environment variables that hide all commands but this environment's, every compiler and older kernels."""
         return {"PATH": str(self.python.parent), "XDG_CACHE_HOME": str(self.directory / "cache"), "WEFT_KERNELS": ""}
 
 
 def installed(directory: Path) -> Installed:
-    """Build both wheels and install them, with what they depend on, into an environment; one that is there is taken."""
+    """Build both wheels and install them with their dependencies into an environment; an existing one is reused."""
     made = Installed(directory)
     if made.python.with_name("weft").exists():
         return made
@@ -65,7 +65,7 @@ def installed(directory: Path) -> Installed:
 
 
 def demonstrated(made: Installed) -> str:
-    """Run `weft demo` in an empty directory, once in an environment; what it says. Raises Broken."""
+    """Run `weft demo` in an empty directory, once per environment; return its output. Raises Broken."""
     log = made.directory / "demo.log"
     if not log.exists():
         with tempfile.TemporaryDirectory() as empty:
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def named(text: str) -> str:
-    """The kernels that a banner names, wherever its lines break."""
+    """Return the kernels that a banner names, wherever its lines break."""
     found = _KERNELS.search(" ".join(text.split()))
     return found[1] if found else "none"
 

@@ -1,10 +1,10 @@
-"""What the backends are asked: a trace of requests and registrations, as JSON lines, and seeded generators of them.
+"""The input of the backends: a trace of requests and registrations, as JSON lines, and seeded generators of them.
 
     {"arrival_s": 0.25, "adapters": ["lora-00"], "prompt": [17, 4, 2], "num_new_tokens": 64}
     {"arrival_s": 1.0, "register": "lora-99", "path": "/…/lora-99"}
 
-Arrivals, adapters, prompts and output lengths are drawn by random numbers of their own, so that two traces of one seed
-differ only in what was asked to differ. Standard library alone: every backend's Python reads this file.
+Arrivals, adapters, prompts and output lengths are drawn from separate random numbers, so that two traces of one seed
+differ only in what was meant to differ. Standard library alone: every backend's Python reads this file.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 Adapters = tuple[str, ...]
-"""What a request goes through: () is the base."""
+"""The adapters of a request: () is the base."""
 
 Arrivals = Callable[[random.Random], Iterator[float]]
 Popularity = Callable[[random.Random], Iterator[Adapters]]
@@ -24,7 +24,7 @@ Length = Callable[[random.Random], int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request: due at `arrival_s` from the start, greedy, exactly `num_new_tokens` long."""
+    """One request, which arrives at `arrival_s` from the start: greedy, exactly `num_new_tokens` long."""
 
     arrival_s: float
     adapters: Adapters
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
-    """An adapter that becomes known while requests run: the directory `path`, as `adapter_id`, from `arrival_s` on."""
+    """An adapter that is registered while requests run: the directory `path`, as `adapter_id`, from `arrival_s` on."""
 
     arrival_s: float
     adapter_id: str
@@ -50,17 +50,17 @@ class Trace:
 
     @property
     def num_new_tokens(self) -> int:
-        """Of all requests together."""
+        """Number of tokens to generate for all requests together."""
         return sum(request.num_new_tokens for request in self.requests)
 
     @property
     def num_tokens_max(self) -> int:
-        """Of the longest request, prompt and answer."""
+        """Number of tokens of the longest request, prompt and answer."""
         return max(len(request.prompt) + request.num_new_tokens for request in self.requests)
 
 
 def write(trace: Trace, path: Path) -> Path:
-    """One line an entry, by arrival."""
+    """Write one line per entry, by arrival."""
     lines = [(request.arrival_s, asdict(request)) for request in trace.requests]
     for one in trace.registrations:
         entry = {"arrival_s": one.arrival_s, "register": one.adapter_id, "path": one.path}
@@ -72,7 +72,7 @@ def write(trace: Trace, path: Path) -> Path:
 
 
 def read(path: Path) -> Trace:
-    """The trace in a file. Raises ValueError naming the line that is none."""
+    """Read the trace in a file. Raises ValueError naming the first line that is not an entry."""
     requests, registrations = [], []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
@@ -106,7 +106,7 @@ def generate(
     registrations: Iterable[Registration] = (),
     seed: int = 0,
 ) -> Trace:
-    """`count` requests. Token 0 is in no prompt: it pads where a backend pads."""
+    """Draw `count` requests. Token 0 is in no prompt, because some backends pad with it."""
     times = arrivals(random.Random(f"arrivals {seed}"))
     adapters = popularity(random.Random(f"popularity {seed}"))
     prompt_dice, length_dice = random.Random(f"prompts {seed}"), random.Random(f"lengths {seed}")
@@ -126,18 +126,18 @@ def generate(
 
 
 def at_once(dice: random.Random) -> Iterator[float]:
-    """A fixed batch: all at the start."""
+    """Yield a fixed batch: all at the start."""
     del dice
     return itertools.repeat(0.0)
 
 
 def poisson(rate_per_s: float) -> Arrivals:
-    """Independent of each other."""
+    """Draw arrivals that are independent of each other."""
     return gamma(rate_per_s, cv=1.0)
 
 
 def gamma(rate_per_s: float, *, cv: float) -> Arrivals:
-    """Gaps of a Gamma distribution with mean 1/rate and standard deviation cv/rate; cv above 1 comes in bursts."""
+    """Draw gaps of a Gamma distribution with mean 1/rate and standard deviation cv/rate; cv above 1 comes in bursts."""
     shape, scale = 1 / cv**2, cv**2 / rate_per_s
 
     def draw(dice: random.Random) -> Iterator[float]:
@@ -150,28 +150,28 @@ def gamma(rate_per_s: float, *, cv: float) -> Arrivals:
 
 
 def base_only(dice: random.Random) -> Iterator[Adapters]:
-    """No adapters."""
+    """Yield no adapters."""
     del dice
     return itertools.repeat(())
 
 
 def identical(adapter_ids: Sequence[str]) -> Popularity:
-    """The first one, always."""
+    """Choose the first one, always."""
     return lambda dice: itertools.repeat((adapter_ids[0],))
 
 
 def distinct(adapter_ids: Sequence[str]) -> Popularity:
-    """One after the other, from the first again when all have had their turn."""
+    """Choose one after the other, beginning again after the last."""
     return lambda dice: ((adapter_id,) for adapter_id in itertools.cycle(adapter_ids))
 
 
 def uniform(adapter_ids: Sequence[str]) -> Popularity:
-    """All alike."""
+    """Choose each with the same probability."""
     return lambda dice: ((dice.choice(adapter_ids),) for _ in itertools.count())
 
 
 def zipf(adapter_ids: Sequence[str], *, alpha: float) -> Popularity:
-    """The k-th with a probability in proportion to 1/k^alpha."""
+    """Choose the k-th with a probability in proportion to 1/k^alpha."""
     weights = list(itertools.accumulate(rank**-alpha for rank in range(1, len(adapter_ids) + 1)))
     return lambda dice: ((dice.choices(adapter_ids, cum_weights=weights)[0],) for _ in itertools.count())
 
@@ -180,17 +180,17 @@ def zipf(adapter_ids: Sequence[str], *, alpha: float) -> Popularity:
 
 
 def fixed(num_tokens: int) -> Length:
-    """Always the same."""
+    """Return the same length every time."""
     return lambda dice: num_tokens
 
 
 def between(num_tokens_min: int, num_tokens_max: int) -> Length:
-    """Uniform, both ends included."""
+    """Draw uniformly, both ends included."""
     return lambda dice: dice.randint(num_tokens_min, num_tokens_max)
 
 
 def lognormal(median: int, *, sigma: float, num_tokens_max: int) -> Length:
-    """The logarithm is normal with standard deviation `sigma`; cut to 1 … `num_tokens_max`."""
+    """Draw lengths whose logarithm is normal with standard deviation `sigma`, cut to 1 … `num_tokens_max`."""
 
     def draw(dice: random.Random) -> int:
         return max(1, min(num_tokens_max, round(median * dice.lognormvariate(0.0, sigma))))
@@ -202,7 +202,7 @@ def lognormal(median: int, *, sigma: float, num_tokens_max: int) -> Length:
 
 
 def churn(adapters: Iterable[tuple[str, str]], *, every_s: float) -> tuple[Registration, ...]:
-    """Registrations of these (id, path), one each `every_s`, the first after one such time."""
+    """Return registrations of these (id, path), one each `every_s`, the first after one such time."""
     return tuple(
         Registration(arrival_s=every_s * turn, adapter_id=adapter_id, path=path)
         for turn, (adapter_id, path) in enumerate(adapters, start=1)

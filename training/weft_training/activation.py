@@ -3,7 +3,7 @@
     gate[b, t] = 1 on the last `counts[b]` tokens of row b, 0 before
 
 The invocation is searched for only in tokens that are not learned, just as serving searches only the prompt. Counting
-from the end also fits a digest step, in which each row's one token is its last.
+from the end also fits a generation step, in which each row's one token is its last.
 """
 
 from collections.abc import Callable, Sequence

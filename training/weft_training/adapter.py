@@ -1,4 +1,4 @@
-"""One adapter as a trainable module on a frozen base, through the mathematics of `weft.methods`."""
+"""One adapter as a trainable module on a frozen base, with the mathematics of `weft.methods`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,24 +22,25 @@ from weft.model.loader import Base
 from weft_training import activation, prompt_init, reparameterization
 from weft_training.reparameterization import Reparameterization
 
-# What a method is trained with if nothing else is said, by its name.
+# Default training config of each method, by name.
 USUAL: Mapping[str, MethodConfig] = MappingProxyType({name: method.usual for name, method in METHODS.items()})
 
 
 def usual(method: str, shape: BaseShape) -> MethodConfig:
-    """`USUAL`, with modules called as this base calls them; ValueError if it has none that the method knows."""
+    """Return the method's `USUAL` config with this base's module names; ValueError if the base has none for it."""
     return METHODS[method].fit(USUAL[method], shape)
 
 
 def method_of(config: MethodConfig) -> Method:
-    """The method that `config` configures."""
+    """Return the method that `config` configures."""
     return next(method for method in METHODS.values() if type(method.usual) is type(config))
 
 
 def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) -> Adapter:
     """Return an untrained adapter for a base.
 
-    Empty `target_modules` means every linear module, for BitFit every norm too. Raises what `Method.begin` raises.
+    Empty `target_modules` means every linear module, and for BitFit every norm too. Raises the errors of
+    `Method.begin`.
     """
     method = method_of(config)
     assert method.begin is not None
@@ -47,9 +48,9 @@ def initial(config: MethodConfig, shape: BaseShape, generator: torch.Generator) 
 
 
 def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "AdaptedModel":
-    """A base with an untrained adapter, and with the module that makes it where the method trains one.
+    """Return a base with an untrained adapter, and with the module that makes it if the method trains one.
 
-    Raises ValueError for a target that no site is called, or an `init_text` without tokens.
+    Raises ValueError for a target that names no site, or an `init_text` without tokens.
     """
     adapter = initial(config, base.shape, generator)
     rows = prompt_init.begin(config, base, generator)
@@ -58,12 +59,12 @@ def begin(config: MethodConfig, base: Base, generator: torch.Generator) -> "Adap
 
 
 def read(path: Path, shape: BaseShape) -> Adapter:
-    """The adapter in a PEFT directory. Raises what `directory.read` raises."""
+    """Read the adapter in a PEFT directory. Raises the errors of `directory.read`."""
     return directory.load(path, shape, AdapterLimits())
 
 
 def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapter:
-    """The same adapter with `function` of every parameter tensor; what its sites share frozen follows to the device."""
+    """Return the adapter with `function` applied to every parameter tensor; frozen shared ones follow to its device."""
     moved: dict[int, Any] = {}
 
     def convert(params: Any) -> Any:
@@ -81,7 +82,7 @@ def map_tensors(adapter: Adapter, function: Callable[[Tensor], Tensor]) -> Adapt
 
 
 def _dropping(adapter: Adapter, drop: Drop) -> Method:
-    """The adapter's method, with `drop` in its delta where its config wants dropout."""
+    """Return the adapter's method, with `drop` in its delta if its config has dropout."""
     if not getattr(adapter.config, "dropout", 0):
         return adapter.method
     method = adapter.method
@@ -105,19 +106,19 @@ class AdaptedModel(nn.Module):
             adapter = map_tensors(adapter, lambda t: nn.Parameter(t.to(base.device, torch.float32, copy=True)))
         else:
             cast(nn.Module, reparameterized).to(base.device)
-        # The optimizer writes the parameters in place, so this and the driver always hold the newest values.
+        # The optimizer updates the parameters in place, so this and the driver always hold the newest values.
         self._adapter = adapter
         self.tensors = nn.ParameterList([] if reparameterized is not None else adapter.tensors())
         self._segment = Segment(_dropping(adapter, self._drop), adapter.sites)
-        self.driver: Driver = ReferenceDriver((self._segment,))  # of the newest batch
+        self.driver: Driver = ReferenceDriver((self._segment,))  # of the latest batch
 
     def _drop(self, tensor: Tensor) -> Tensor:
-        """Drop a share of what the adapter reads, in training mode alone; torch's generator decides which."""
+        """Drop a share of the adapter's input, in training mode only; torch's generator decides which."""
         return nn.functional.dropout(tensor, self._adapter.config.dropout, self.training)
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter as it is now, and as it would be written."""
+        """The adapter with its current parameters, as it would be written."""
         if self.reparameterized is None:
             return self._adapter
         return replace(self._adapter, prefix=self.reparameterized())
@@ -134,17 +135,17 @@ class AdaptedModel(nn.Module):
 
     @property
     def invocation_tokens(self) -> Sequence[int]:
-        """What the adapter waits for in a prompt; empty where it acts everywhere."""
+        """The tokens from which on the adapter acts in a prompt; empty if it acts everywhere."""
         return self._adapter.invocation_tokens
 
     @property
     def num_trained(self) -> int:
-        """Parameters of what is made. (`num_parameters` would be what transformers calls on its own models.)"""
+        """Number of trained parameters. (transformers has a `num_parameters` on its own models.)"""
         return self.adapter.num_parameters
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Digests of what the run reads beside its data and its base: nothing."""
+        """Digests of what the run reads besides its data and its base: none."""
         return ()
 
     def forward(
@@ -155,7 +156,7 @@ class AdaptedModel(nn.Module):
         position_ids: Tensor | None = None,
         **loss_options: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], and the loss where there are labels. All inputs are [B, T], rows padded on the right.
+        """Return logits [B, T, V], and the loss if labels are given. All inputs are [B, T], padded on the right.
 
         Packed rows come with positions instead of a mask (weft_training/packing.py).
         """
@@ -182,13 +183,13 @@ class AdaptedModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Prompts [B, T], padded on the left, with their continuations [B, T + N]; the options are transformers'."""
-        # transformers drops as many ids as the cache already holds: the virtual positions' are never looked at.
+        """Return prompts [B, T], padded on the left, with continuations [B, T + N]; the options are transformers'."""
+        # transformers drops as many ids as the cache already holds, so the ids of the virtual positions are never read.
         ids = torch.cat([input_ids.new_zeros(len(input_ids), self.num_virtual_tokens), input_ids], dim=1)
         past = self.past(len(ids))
         self._activate(input_ids, attention_mask)
         was_training = self.training
-        self.eval()  # an answer is nothing to drop from
+        self.eval()  # no dropout in answers
         try:
             with self.base.context.use(self.driver):
                 whole = self.base.model.generate(
@@ -209,7 +210,7 @@ class AdaptedModel(nn.Module):
             self.driver = activation.ActivatedDriver(self._segment, counts)
 
     def past(self, batch_size: int) -> DynamicCache | None:
-        """The cache that holds the virtual positions of every row; None for a method without any."""
+        """Return a cache with the virtual positions of every row; None for a method without any."""
         virtual = self.virtual()
         if virtual is None:
             return None
@@ -220,10 +221,10 @@ class AdaptedModel(nn.Module):
         return cache
 
     def virtual(self) -> VirtualKV | None:
-        """Keys and values of the virtual positions; differentiable. None for a method without any.
+        """Return keys and values of the virtual positions; differentiable. None for a method without any.
 
         Soft rows go through the base once, as in serving, not once per row. Deviation from PEFT, which puts them before
-        every row: the first token of a row is no target, as no server ever generates it.
+        every row: the first token of a row is no target, because no server ever generates it.
         """
         adapter = self.adapter
         if adapter.method.virtual is None:
@@ -232,16 +233,16 @@ class AdaptedModel(nn.Module):
         return self._computed(virtual) if isinstance(virtual, SoftRows) else virtual
 
     def _computed(self, soft: SoftRows) -> VirtualKV:
-        """What the base alone makes of soft rows at positions 0 to P - 1; differentiable."""
+        """Compute the base's keys and values of soft rows at positions 0 to P - 1; differentiable."""
         cache = DynamicCache()
         self.base.model(
             inputs_embeds=soft.rows[None].to(self.base.dtype), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        layers: Any = cache.layers  # typed for layers of other kinds too
+        layers: Any = cache.layers  # its type allows other kinds of layers
         keys, values = zip(*((layer.keys[0], layer.values[0]) for layer in layers), strict=True)  # each [H, P, D]
         return VirtualKV(torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2))
 
     def _extend(self, attention_mask: Tensor) -> Tensor:
-        """The mask [B, P + T]: every row sees all virtual positions, and its tokens count from P."""
+        """Return the mask [B, P + T]: every row sees all virtual positions, and its tokens count from P."""
         seen = attention_mask.new_ones(len(attention_mask), self.num_virtual_tokens)
         return torch.cat([seen, attention_mask], dim=1)

@@ -37,7 +37,7 @@ def directory_of(output: Path) -> Path:
 
 
 def digest_of(config: Any, *inputs: str) -> str:
-    """Digest what decides a run's result: its config without output paths, and the digests that it reads."""
+    """Return the digest of all that decides a run: its config without output paths, and the digests of its inputs."""
     decisive = {name: value for name, value in to_jsonable_python(config).items() if name not in _DECIDES_NOTHING}
     # Keep the keys in order: of two patterns the first decides.
     return hashlib.sha256(json.dumps([decisive, *inputs]).encode()).hexdigest()

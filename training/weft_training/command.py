@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    rich_markup_mode=None,  # as `weft` has it: plain help
+    rich_markup_mode=None,  # plain help, as in `weft`
     pretty_exceptions_show_locals=False,
 )
 _HELP = """Train an adapter on a frozen, quantized base and write it as a PEFT directory.
@@ -54,7 +54,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell sizes and memory; train nothing.")] = False,
     list_keys: Annotated[bool, typer.Option("--list-keys", help="Tell every key of a recipe.")] = False,
 ) -> None:
-    """Train an adapter; `_HELP` is what users read."""
+    """Train an adapter; users read `_HELP` instead."""
     from rich.console import Console
 
     from weft.client import RpcFailure
@@ -152,7 +152,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _print_keys(options: "Sequence[Given]") -> None:
-    """One key a line, whole: to be read, and searched with grep."""
+    """Print one whole key a line, to be read, and searched with grep."""
     from pydantic_core import to_jsonable_python
 
     from weft.settings import type_name

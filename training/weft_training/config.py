@@ -1,4 +1,4 @@
-"""What one training run is told."""
+"""Configuration of one training run."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -12,7 +12,7 @@ from weft_training.trained import TrainedConfig
 
 
 class Optimizer(StrEnum):
-    """What turns gradients into steps."""
+    """The optimizer, which turns gradients into steps."""
 
     ADAMW = "adamw"
     ADAMW_8BIT = "adamw_8bit"
@@ -20,7 +20,7 @@ class Optimizer(StrEnum):
 
 
 class SaveDtype(StrEnum):
-    """What the numbers of an adapter are written as; they are trained in float32."""
+    """The dtype in which an adapter is written; it is trained in float32."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -28,7 +28,7 @@ class SaveDtype(StrEnum):
 
 
 class Schedule(StrEnum):
-    """How the learning rate goes on after its warm-up."""
+    """Course of the learning rate after its warm-up."""
 
     COSINE = "cosine"
     LINEAR = "linear"
@@ -37,15 +37,13 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, config={**CHECKS, "arbitrary_types_allowed": True})
 class TrainConfig:
-    """One training run; recipes have its fields in sections (weft_training/sections.py)."""
+    """Configuration of one training run; recipes have its fields in sections (weft_training/sections.py)."""
 
     model: ModelConfig
-    adapter: SkipValidation[TrainedConfig] = Field(description="The method's config; its type says which method.")
-    output: TypedPath = Field(description="The PEFT directory to make; with `overwrite` it may be there already.")
+    adapter: SkipValidation[TrainedConfig] = Field(description="The method's config, whose type determines the method.")
+    output: TypedPath = Field(description="PEFT directory to write; with `overwrite` it may exist already.")
     data: tuple[TypedPath, ...] = Field(default=(), description="JSON Lines files, unless `train` is given examples.")
-    num_steps: Positive = Field(
-        default=200, description="Optimizer steps; examples that are used up are shuffled again."
-    )
+    num_steps: Positive = Field(default=200, description="Optimizer steps; examples that run out are shuffled again.")
     batch_size: Positive = Field(
         default=16, description="Examples of one step, over all processes; packed rows if `packing`."
     )
@@ -55,25 +53,29 @@ class TrainConfig:
     optimizer: Optimizer = Field(
         default=Optimizer.ADAMW,
         description="adamw; adamw_8bit, bitsandbytes' AdamW whose moments take 8 bits in tensors of at least 4,096 "
-        "numbers; or paged_adamw_8bit, the same in memory that may leave the GPU. A CPU has nothing to page: "
-        "adamw_8bit runs there, and a warning says so.",
+        "numbers; or paged_adamw_8bit, the same in memory that may leave the GPU. On a CPU, "
+        "adamw_8bit runs instead, with a warning: there is nothing to page.",
     )
     learning_rate: float = Field(
         default=2e-4,
         gt=0,
-        description="Its peak, after `num_warmup_steps` of linear growth; `schedule` then takes it to zero or keeps "
-        "it.",
+        description="Peak learning rate, after `num_warmup_steps` of linear growth; `schedule` then decays it to zero "
+        "or keeps it.",
     )
-    schedule: Schedule = Field(default=Schedule.COSINE, description="What the learning rate does after its warm-up.")
+    schedule: Schedule = Field(default=Schedule.COSINE, description="Course of the learning rate after its warm-up.")
     num_warmup_steps: Count = Field(default=0, description="Steps in which the learning rate grows.")
-    weight_decay: Number = Field(default=0.0, description="Of AdamW, per unit of learning rate.")
-    gradient_norm_max: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to it.")
+    weight_decay: Number = Field(default=0.0, description="AdamW's decay, per unit of learning rate.")
+    gradient_norm_max: float = Field(
+        default=1.0, gt=0, description="Gradients with a larger norm are scaled down to it."
+    )
     autocast: bool = Field(default=False, description="bfloat16 for what torch deems safe; the adapter stays float32.")
     gradient_checkpointing: bool = Field(
-        default=False, description="Compute activations inside layers again to save memory."
+        default=False, description="Recompute activations inside layers to save memory."
     )
-    seed: int = Field(default=0, description="Of the adapter's start, the examples' order and the evaluation share.")
-    evaluation_data: tuple[TypedPath, ...] = Field(default=(), description="Files that are evaluated and not learned.")
+    seed: int = Field(
+        default=0, description="Seed of the adapter's start, the examples' order and the evaluation share."
+    )
+    evaluation_data: tuple[TypedPath, ...] = Field(default=(), description="Files that are evaluated, not learned.")
     evaluation_share: float = Field(
         default=0.0, ge=0, lt=1, description="Share of the data that is evaluated, not learned."
     )
@@ -87,7 +89,7 @@ class TrainConfig:
     max_model_len: int | None = Field(
         default=None,
         description="Longest request of the server that the adapter is for; null takes the base's limit. It bounds "
-        "the rows, and a base whose rotary factors depend on the length takes those of this one.",
+        "the rows, and a base whose rotary factors depend on the length takes those of this length.",
     )
     max_length: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="Tokens of one example; null takes the base's limit, or `max_model_len`."
@@ -99,13 +101,13 @@ class TrainConfig:
     checkpoint_every: Count = Field(
         default=0, description="Steps between checkpoints (`<output>.checkpoints`); 0 for none."
     )
-    resume: bool = Field(default=False, description="Go on from the last checkpoint, if there is one.")
+    resume: bool = Field(default=False, description="Continue from the last checkpoint, if there is one.")
     overwrite: bool = Field(
         default=False, description="Replace an adapter at the output, and another run's checkpoints."
     )
     tensorboard: TypedPath | None = Field(default=None, description="Directory for TensorBoard's event files.")
     save_dtype: SaveDtype = Field(
-        default=SaveDtype.FLOAT32, description="What it is rounded to in files; bfloat16 halves them."
+        default=SaveDtype.FLOAT32, description="Type of the numbers in files; bfloat16 halves their size."
     )
 
     def __post_init__(self) -> None:
@@ -125,7 +127,7 @@ class TrainConfig:
 
 
 def optimizer_on(device_type: str, config: TrainConfig) -> Optimizer:
-    """Return the optimizer that runs there: paging takes a GPU, 8-bit moments do not."""
+    """Return the optimizer that runs on the device: paging needs a GPU, 8-bit moments do not."""
     if config.optimizer == Optimizer.PAGED_ADAMW_8BIT and device_type != "cuda":
         return Optimizer.ADAMW_8BIT
     return config.optimizer

@@ -48,7 +48,7 @@ class DistillationConfig:
         "directory with the same vocabulary."
     )
     alpha: float = Field(default=0.5, ge=0, le=1, description="Weight of the labels; the teacher has the rest.")
-    temperature: float = Field(default=2.0, gt=0, description="Of both distributions.")
+    temperature: float = Field(default=2.0, gt=0, description="Divisor τ of both models' logits.")
     direction: Direction = Field(
         default=Direction.FORWARD, description="forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher)."
     )
@@ -107,7 +107,7 @@ class _WholeModel(nn.Module):
 def load_teacher(path: Path, base: Base, model: ModelConfig) -> nn.Module:
     """Load the teacher at `path`. An adapter runs on `base` itself; a checkpoint is loaded as `model` specifies.
 
-    Raises FileNotFoundError if there is neither, and ValueError if the vocabularies differ.
+    Raises FileNotFoundError if neither is there, and ValueError if the vocabularies differ.
     """
     if (path / directory.CONFIG_FILE).is_file():
         return AdaptedModel(base, adapters.read(path, base.shape)).requires_grad_(False)

@@ -60,7 +60,7 @@ class MixtureTrainConfig:
             self.gates()
 
     def gates(self) -> MixtureConfig:
-        """Return the mixture's own part. Raises ValueError for what no mixture can be."""
+        """Return the config of the mixture itself. Raises ValueError for settings that no mixture can have."""
         if not self.experts:
             raise ValueError("experts must name at least 1 directory, given none")
         return MixtureConfig(
@@ -85,7 +85,7 @@ class TrainedMixture(NamedTuple):
 
 
 def begin(config: MixtureTrainConfig, base: Base, generator: torch.Generator) -> "MixtureModel":
-    """Return a base with its experts and an untrained router. Raises what `expert.read` raises."""
+    """Return a base with its experts and an untrained router. Raises the errors of `expert.read`."""
     gates = config.gates()
     found = experts.read(config.experts, base.shape)
     params = mixture.init(gates, base.shape.num_layers, base.shape.embedding_size, generator)

@@ -1,4 +1,4 @@
-"""Publishing of a finished adapter to a server or a store, through the same ingest as any tenant's."""
+"""Publishes a finished adapter to a server or a store, through the same ingest as any tenant's."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ class PublishConfig:
 
     publish: str = Field(description="HOST:PORT of a server, to which it is uploaded, or the directory of a store.")
     adapter_id: str | None = Field(
-        default=None, description="The id it gets; by default the name of the output directory."
+        default=None, description="The adapter's id; by default the name of the output directory."
     )
     replace: bool = Field(default=False, description="Whether the id may be bound to other content already.")
 
@@ -34,7 +34,7 @@ class PublishConfig:
 
 
 class Published(NamedTuple):
-    """Its id and digest, and a command that uses it."""
+    """The adapter's id and digest, and a command that uses it."""
 
     adapter_id: str
     digest: str

@@ -4,15 +4,15 @@
     adapter:        method, and the fields of its config
     data:           train, evaluation, evaluation_share, max_length, packing
     optimization:   num_steps, batch_size, learning_rate, …
-    distillation:   teacher, alpha, temperature, direction    (only where there is a teacher)
+    distillation:   teacher, alpha, temperature, direction    (only with a teacher)
     output:         path, overwrite, checkpoint_every, resume, tensorboard, publish, adapter_id, replace
 
-A name without a suffix is that of a recipe that comes with Weft (`lora`), unless there is such a file; its base is the
-demo base, wherever that lies.
+A name without a suffix means a recipe that ships with Weft (`lora`), unless such a file exists; its base is the demo
+base, wherever that lies.
 
-A key that is not known, a wrong type and a wrong value are refused by file, line and key. `--section.key value` sets
-one, and so does `--key value`, except for `distillation`'s keys and those that two sections have.
-Relative paths start where the command runs.
+An unknown key, a wrong type and a wrong value are refused with file, line and key. `--section.key value` sets a key,
+and so does `--key value`, except for keys of `distillation` and those that two sections have.
+Relative paths start in the directory in which the command runs.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from weft_training.distillation import DistillationConfig
 from weft_training.publish import PublishConfig
 from weft_training.trained import CONFIGS
 
-# The names that options had before there were recipes, and the shortest ones.
+# Option names from before there were recipes, and abbreviations.
 _ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "base": "model.path",
@@ -52,14 +52,14 @@ Key = tuple[str, str]  # section and name
 
 
 class Recipe(NamedTuple):
-    """What to train, and where it goes when it is done."""
+    """The training run, and the destination of its result."""
 
     train: TrainConfig
     publish: PublishConfig | None
 
 
 class Given(NamedTuple):
-    """What a source says of a key.
+    """The content that a source gives a key.
 
     origin: `file:line`, or the option as it was spelled: `--learning-rate`.
     content: text, None for nothing, or a list or a mapping of these.
@@ -70,7 +70,7 @@ class Given(NamedTuple):
 
 
 def load(path: Path | None, options: Sequence[Given] = ()) -> Recipe:
-    """Return the recipe in a file, or none, with the options in place of its keys.
+    """Return the recipe in a file, or an empty one, with the options in place of its keys.
 
     Raises InvalidSettings (a ValueError) naming what is wrong and its place, OSError for a file that cannot be read.
     """
@@ -81,7 +81,7 @@ def load(path: Path | None, options: Sequence[Given] = ()) -> Recipe:
         if name not in known[section]:
             raise InvalidSettings(f"{one.origin}: {section}.{name}: {_unknown(f'{section}.{name}', method, known)}")
     for option in options:
-        content = {None: "true", "null": None}.get(option.content, option.content)  # an option alone means true
+        content = {None: "true", "null": None}.get(option.content, option.content)  # a bare option means true
         given[_place(option.origin, method, known)] = option._replace(content=content)
     for needed in _REQUIRED:
         section, _, name = needed.partition(".")
@@ -111,7 +111,9 @@ def keys(method: str) -> dict[str, dict[str, FieldInfo]]:
 
 
 def options(arguments: Iterable[str]) -> tuple[Path | None, list[Given]]:
-    """Return the recipe's path, which comes first, and the options of a command line; content None if none follows."""
+    """Return the recipe's path, which comes first, and the options of a command line; bare options have content
+    None.
+    """
     path: Path | None = None
     found: list[Given] = []
     for argument in arguments:
@@ -128,7 +130,7 @@ def options(arguments: Iterable[str]) -> tuple[Path | None, list[Given]]:
 
 
 def _read_named(path: Path) -> dict[Key, Given]:
-    """Read the recipe in a file, or the one of this name that comes with Weft, whose base lies beside it."""
+    """Read the recipe in a file, or the one of this name that ships with Weft, whose base lies beside it."""
     known = shipped.recipes()
     if path.name != str(path) or path.suffix or path.is_file():
         return _read(path)
@@ -165,9 +167,9 @@ def _read(path: Path) -> dict[Key, Given]:
 
 
 def _content(node: yaml.Node, path: Path, origins: dict[tuple[str, ...], str], above: tuple[str, ...] = ()) -> Any:
-    """Return texts, and lists and mappings of them: YAML would read `1e-3` as a word and `no` as false.
+    """Return the node as texts, and lists and mappings of them: YAML would read `1e-3` as a word and `no` as false.
 
-    origins: receives the place of each key, by the keys above it and its own.
+    origins: receives the place of each key, by the path of keys down to it.
     """
     if isinstance(node, yaml.SequenceNode):
         return [_content(one, path, origins, above) for one in node.value]
@@ -186,7 +188,7 @@ def _content(node: yaml.Node, path: Path, origins: dict[tuple[str, ...], str], a
 
 
 def method_of(given: Mapping[Key, Given], options: Sequence[Given]) -> str:
-    """Return the method, which decides what the other keys of `adapter` are."""
+    """Return the method, which determines the other keys of `adapter`."""
     named = given.get(("adapter", "method"))
     for option in options:
         if option.origin in ("--method", "--adapter.method"):
@@ -214,7 +216,7 @@ def _place(spelling: str, method: str, known: Mapping[str, Mapping[str, FieldInf
 
 
 def _unknown(name: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> str:
-    """Say what is wrong with a key, `section.key` or the key alone, that no section has."""
+    """Describe the error of a key, `section.key` or the key alone, that no section has."""
     section, _, key = name.rpartition(".")
     if section and section not in known:
         return f"no such section{nearest(section, known)}"
@@ -231,7 +233,7 @@ def _build(given: Mapping[Key, Given], method: str, known: Mapping[str, Mapping[
         values[section][name] = split(one.content) if is_text_of_list else one.content
 
     def spelled(section: str, name: str, *rest: object) -> str:
-        """Name a key after its place; one that is not given, after that of another in its section."""
+        """Spell a key as its source did; a key that is not given, as another key of its section is spelled."""
         near = (one.origin for key, one in given.items() if key[0] == section)
         origin = given[section, name].origin if (section, name) in given else next(near, "weft train")
         return f"{origin}: {'.'.join(map(str, (section, name, *rest)))}:"

@@ -1,4 +1,4 @@
-"""How a run's config is laid out in a recipe: which section has which field, and by which name."""
+"""The layout of a run's config in a recipe: the section and the name of each field."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -9,12 +9,12 @@ from pydantic_core import to_jsonable_python
 from weft_training.config import TrainConfig
 from weft_training.trained import name_of
 
-# Of TrainConfig's fields, those that are sections of their own, and the places of the others; `optimization` has what
-# has no place here, under its own name.
+# The fields of TrainConfig that are sections of their own, and the places of the others. A field without a place here
+# is in `optimization`, under its own name.
 OWN = ("model", "adapter", "distillation")
 _PLACES: Mapping[str, str] = MappingProxyType(
     {
-        "max_model_len": "model.max_model_len",  # beside ModelConfig's
+        "max_model_len": "model.max_model_len",  # beside ModelConfig's fields
         "data": "data.train",
         "evaluation_data": "data.evaluation",
         "evaluation_share": "data.evaluation_share",

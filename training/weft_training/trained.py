@@ -1,4 +1,4 @@
-"""What a run trains: one adapter, or a mixture of several. The loop and its checkpoints make no further distinction."""
+"""What a run trains: one adapter, or a mixture of several. The loop and its checkpoints distinguish no further."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -25,7 +25,7 @@ def name_of(config: TrainedConfig) -> str:
 
 
 def begin(config: TrainedConfig, base: Base, generator: torch.Generator) -> TrainedModel:
-    """Return a base with what will be trained on it. Raises what `adapter.begin` and `mixture.begin` raise."""
+    """Return a base with the adapter or mixture to train. Raises the errors of `adapter.begin` and `mixture.begin`."""
     if isinstance(config, MixtureTrainConfig):
         return mixture.begin(config, base, generator)
     return adapters.begin(config, base, generator)

@@ -1,8 +1,8 @@
-"""Training one adapter: `train(TrainConfig(…))` gives a PEFT directory.
+"""Trains one adapter: `train(TrainConfig(…))` writes a PEFT directory.
 
 transformers.Trainer runs the loop; the mathematics is `weft.methods`, as in serving. The same config, examples, thread
-count and library versions give the same adapter on a CPU, bit for bit, also through a kill and `resume`. Under
-`accelerate launch` the processes share the examples of each step, and the first one alone writes.
+count and library versions give the same adapter on a CPU, bit for bit, even through a kill and `resume`. Under
+`accelerate launch` the processes share the examples of each step, and only the first one writes.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import weft.methods.bnb  # first: what follows imports bitsandbytes where peft is installed
+import weft.methods.bnb  # first: later imports load bitsandbytes if peft is installed
 
 import torch
 import transformers
@@ -62,10 +62,10 @@ _MIXTURE_LACKS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What came of it. losses: one per step, before that step's update. seconds: of the loop, without loading.
+    """Results of a run. losses: one per step, before that step's update. seconds: of the loop, without loading.
 
     evaluations: evaluation losses by step, means over batches.
-    best_step: whose adapter it is; 0 where nothing was evaluated: the last.
+    best_step: the step whose adapter is kept; 0 if nothing was evaluated, which keeps the last one.
     optimizer: the one that ran.
     """
 
@@ -85,12 +85,12 @@ class Prepared:
     model: TrainedModel
     rows: Sequence[Row]
     evaluation: Sequence[Row]
-    max_length: int  # tokens of a row
+    max_length: int  # tokens per row
     run: str  # digest of all that decides the result
 
 
 def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepared:
-    """Load the base and encode the data. Raises what `train` raises before its rehearsal."""
+    """Load the base and encode the data. Raises the errors of `train` that come before its rehearsal."""
     learned, kept = read_data(config, examples)
     if config.model.num_threads:
         torch.set_num_threads(config.model.num_threads)
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepare
 
 
 def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples, Examples]:
-    """What is learned, and what is only evaluated."""
+    """Return the examples to learn, and those that are only evaluated."""
     if (examples is None) == (not config.data):
         raise ValueError("data: give either a file or the examples")
     if examples is None:
@@ -110,7 +110,7 @@ def read_data(config: TrainConfig, examples: Examples | None) -> tuple[Examples,
 
 
 def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> Prepared:
-    """An untrained adapter on `base`, and the rows that its tokenizer makes of the data."""
+    """Return an untrained adapter on `base`, and the data as rows of its tokenizer."""
     generator = torch.Generator().manual_seed(config.seed)
     model = trained.begin(config.adapter, base, generator)
     limit = base.max_model_len - model.num_virtual_tokens
@@ -128,7 +128,7 @@ def fit(config: TrainConfig, base: Base, learned: Examples, kept: Examples) -> P
 
 
 def _require_fit(config: TrainConfig, model: TrainedModel) -> None:
-    """Refuse what this method or this base cannot do."""
+    """Refuse settings that this method or this base does not support."""
     if config.batch_size % (config.accumulation_steps * _world_size()):
         raise ValueError(
             f"batch_size must be a multiple of accumulation_steps times processes "
@@ -150,11 +150,11 @@ def _require_fit(config: TrainConfig, model: TrainedModel) -> None:
 
 
 def train(config: TrainConfig, *, examples: Examples | None = None, progress: Report | None = None) -> TrainResult:
-    """Train an adapter and write it to `config.output`; `progress` is told of every step.
+    """Train an adapter and write it to `config.output`; `progress` is called after every step.
 
-    Raises ValueError (InvalidData for a line of the data), OSError, or InvalidAdapter where a server would refuse the
-    result. All of these come before the first step, except for a full disk, and for numbers that training itself
-    drives out of bounds: Diverged names the step. Whatever is raised, the output is as it was before.
+    Raises ValueError (InvalidData for a line of the data), OSError, or InvalidAdapter if a server would refuse the
+    result. All of these come before the first step, except for a full disk, and for numbers that training itself drives
+    out of bounds: Diverged names the step. After any error, the output is as it was before.
     """
     require_free(config.output, overwrite=config.overwrite)
     prepared = prepare(config, examples=examples)
@@ -205,7 +205,7 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
 
 
 def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> card.Facts:
-    """What the model card says."""
+    """Return the facts on the model card."""
     shape = prepared.model.base.shape
     return card.Facts(
         name=config.output.name,
@@ -228,7 +228,7 @@ def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> ca
 
 
 def _last_checkpoint(config: TrainConfig, checkpoints: Path, run: str) -> Path | None:
-    """Where to go on. Raises FileExistsError for checkpoints that are neither to be used nor to be dropped."""
+    """Return the checkpoint to resume from. Raises FileExistsError for those that may be neither used nor dropped."""
     if not config.checkpoint_every or not checkpoints.exists():
         return None
     if config.resume:
@@ -252,9 +252,9 @@ def make_loop(
     max_length: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> CheckpointingTrainer:
-    """The loop of one run: its order of rows, optimizer, schedule and clipping. `directory` is for its own files.
+    """Make the loop of one run: its order of rows, optimizer, schedule and clipping. `directory` is for its own files.
 
-    max_length: tokens of a packed row; needed with `packing` only.
+    max_length: tokens of a packed row; needed only with `packing`.
     """
     base = model.base
     whole: nn.Module = model
@@ -281,7 +281,7 @@ def make_loop(
 
 
 def arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> TrainingArguments:
-    """What transformers' loop is told."""
+    """Return the arguments of transformers' loop."""
     optimizer = optimizer_on("cpu" if use_cpu else "cuda", config)
     if optimizer != config.optimizer:
         _log.warning(
@@ -306,7 +306,7 @@ def arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> Trainin
         seed=config.seed,
         use_cpu=use_cpu,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is no number is to be seen
+        logging_nan_inf_filter=False,  # a loss that is not finite must stay visible
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         eval_strategy="steps" if config.evaluates else "no",
         eval_steps=config.evaluate_every or config.num_steps,
@@ -323,7 +323,7 @@ def arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> Trainin
 
 
 def _world_size() -> int:
-    """Processes of this run, as torch's launchers tell them."""
+    """Return the number of processes of this run, as torch's launchers set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,20 +1,20 @@
-"""Activated adapters: those that act from an invocation on (Greenewald et al. 2025, arXiv:2504.12397, section 3).
+"""Adapters that act only from an invocation on, called activated (Greenewald et al. 2025, arXiv:2504.12397, section 3).
 
     gate[t] = 1  from the first token of the last occurrence of the invocation tokens in the prompt on
               0  before it, and everywhere if the prompt does not hold them
 
-So the keys and values before the invocation are the base's own, and any number of such adapters share them. PEFT has
-the same rule (`alora_invocation_tokens`). Deviation: generated tokens never move the beginning, here and there alike,
-since the prompt alone is searched.
+The keys and values before the invocation are therefore the base's own, and any number of such adapters share them. PEFT
+has the same rule (`alora_invocation_tokens`). Deviation: generated tokens never move the beginning, in PEFT as here,
+since only the prompt is searched.
 """
 
 from collections.abc import Sequence
 
 
 def begin(invocation: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Where the last occurrence of `invocation`, not empty, begins in `tokens`; None where there is none.
+    """Return the index of the last occurrence of `invocation`, which is not empty, in `tokens`; None if there is none.
 
-    Knuth, Morris and Pratt's search, from the end: its time is linear in the tokens whatever an invocation repeats.
+    The search is Knuth, Morris and Pratt's, from the end: linear in the tokens, however an invocation repeats itself.
     """
     wanted = tuple(reversed(invocation))
     borders = _borders(wanted)
@@ -30,7 +30,7 @@ def begin(invocation: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 
 def _borders(wanted: Sequence[int]) -> list[int]:
-    """For each beginning of `wanted`, how long its longest shorter beginning is that it ends with, too."""
+    """Compute KMP's failure function: for each prefix, the length of its longest proper prefix that is a suffix."""
     borders = [0]
     for token in wanted[1:]:
         length = borders[-1]

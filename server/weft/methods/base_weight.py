@@ -1,6 +1,6 @@
-"""The frozen weight of one linear module as numbers, however the base holds it: plain, Conv1D, NF4 or int8.
+"""The frozen weight of one linear module as plain numbers, however the base holds it: plain, Conv1D, NF4 or int8.
 
-It is given in blocks of rows, so that no more than a block of it is ever there in full precision.
+It is read in blocks of rows, so that at most one block exists in full precision at a time.
 """
 
 import copy
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB in float32
-_ROWS_MULTIPLE = 64  # so that a block begins with a quantization block, and with a tile of the packed layout
-_TILE_ROWS = 32  # rows that bitsandbytes' packed layout interleaves
+_ROWS_MULTIPLE = 64  # a block begins with a quantization block, and with a tile of the packed layout
+_TILE_ROWS = 32  # rows that bitsandbytes interleaves in its packed layout
 
 T = TypeVar("T")
 
 
 class LinearPart:
-    """Some output rows of a linear module, as the linear module that they would be alone."""
+    """A range of a linear module's output rows, seen as a linear module of its own."""
 
     def __init__(self, whole: Callable[[], nn.Module], begin: int, size: int) -> None:
         self._whole = whole
@@ -31,35 +31,35 @@ class LinearPart:
 
     @property
     def whole(self) -> nn.Module:
-        """The module, however the base holds it now."""
+        """The module as the base holds it now."""
         return self._whole()
 
     @property
     def weight(self) -> Tensor:
-        """[size, I]; of a quantized module what it stores of all rows, since that has no parts."""
+        """[size, I]; for a quantized module the stored data of all rows, since that cannot be sliced."""
         weight = cast(Tensor, self.whole.weight)
         return weight if isinstance(self.whole, Linear4bit) else weight[self.begin : self.begin + self.size]
 
     @property
     def bias(self) -> Tensor | None:
-        """[size]; None where the module has none."""
+        """[size]; None if the module has none."""
         bias = cast("Tensor | None", self.whole.bias)
         return None if bias is None else bias[self.begin : self.begin + self.size]
 
 
 class ModuleWeight:
-    """What a linear module of the base holds; weft.methods.protocol.BaseWeight."""
+    """The content of a linear module of the base; implements weft.methods.protocol.BaseWeight."""
 
     def __init__(self, module: nn.Module | LinearPart) -> None:
         self._module = module
 
     @property
     def bias(self) -> Tensor | None:
-        """[O], in the base's dtype; None where the module has none."""
+        """[O], in the base's dtype; None if the module has none."""
         return cast("Tensor | None", self._module.bias)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The weight [O, I] as blocks [N, I] of its rows, in order, in `dtype`."""
+        """Yield the weight [O, I] as blocks [N, I] of its rows, in order, in `dtype`."""
         num_rows, width, rows_of = _rows(self._module)
         step = max(1, _BLOCK_ELEMENTS // width // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
         for begin in range(0, num_rows, step):
@@ -67,9 +67,9 @@ class ModuleWeight:
 
 
 class ReadModule:
-    """Reads one module's weight at once, in the calling thread; weft.methods.protocol.ReadBase.
+    """Reads one module's weight immediately, in the calling thread; implements weft.methods.protocol.ReadBase.
 
-    The module is looked up at each reading, under its path: a server may hold it otherwise than it was loaded.
+    The module is looked up by its path at each reading, because a server may replace the module that it loaded.
     """
 
     def __init__(self, model: nn.Module, name: str = "") -> None:
@@ -78,11 +78,11 @@ class ReadModule:
 
     def __call__(self, function: Callable[[ModuleWeight], T], /) -> T:
         module = self._model.get_submodule(self._name)
-        return function(ModuleWeight(getattr(module, "base", module)))  # wrapped, once the base serves
+        return function(ModuleWeight(getattr(module, "base", module)))  # wrapped as soon as the base serves
 
 
 def _rows(module: nn.Module | LinearPart) -> tuple[int, int, Callable[[int, int], Tensor]]:
-    """O, I, and what gives rows [begin, end) of the weight; begin is a multiple of 64."""
+    """Return O, I, and a function of (begin, end) that returns those rows of the weight; begin is a multiple of 64."""
     if isinstance(module, LinearPart):
         _, width, rows_of = _rows(module.whole)
         first = module.begin
@@ -104,9 +104,9 @@ def _slices(weight: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def _rows_of_4bit(module: Linear4bit) -> Callable[[int, int], Tensor]:
-    """Rows of a 4-bit weight.
+    """Return a function that reads rows of a 4-bit weight.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks the weight at its first use in evaluation mode and rounds the scales
+    On a CPU with AVX512-BF16, bitsandbytes repacks the weight at its first use in evaluation mode and rounds the scales
     to bfloat16. They are rounded here from the beginning, so that a base reads the same before and after.
     """
     weight = cast(Params4bit, module.weight)
@@ -123,7 +123,7 @@ def _rows_of_4bit(module: Linear4bit) -> Callable[[int, int], Tensor]:
     scales = scales.float()
     if data.device.type == "cpu" and module.support_avx512bf16_for_cpu and not module.training:
         scales = scales.bfloat16().float()
-    flat = data.view(torch.uint8).reshape(-1)  # two values a byte
+    flat = data.view(torch.uint8).reshape(-1)  # two values per byte
 
     def rows_of(begin: int, end: int) -> Tensor:
         part = copy.copy(state)
@@ -137,7 +137,10 @@ def _rows_of_4bit(module: Linear4bit) -> Callable[[int, int], Tensor]:
 
 
 def _rows_of_packed(data: Tensor, state: bnb.QuantState, width: int) -> Callable[[int, int], Tensor]:
-    """Rows of a repacked weight: tiles of 32 rows, column pair by column pair, the first 16 rows' nibbles low."""
+    """Return a function that reads rows of a repacked weight.
+
+    The layout is tiles of 32 rows, column pair by column pair, with the first 16 rows in the low nibbles.
+    """
     scales = state.absmax.float().mT  # [O, I / block size]; the packed state holds them transposed
     assert state.code is not None
     code = state.code.float()  # the 16 values of the data type
@@ -153,8 +156,8 @@ def _rows_of_packed(data: Tensor, state: bnb.QuantState, width: int) -> Callable
 
 
 def _rows_of_int8(module: Linear8bitLt) -> Callable[[int, int], Tensor]:
-    """Rows of a weight that is 1/127 of its row's scale times whole numbers."""
-    state = module.state  # bitsandbytes moves both there at the first use
+    """Return a function that reads rows of an int8 weight: whole numbers times 1/127 of their row's scale."""
+    state = module.state  # bitsandbytes moves codes and scales there at the first use
     weight = cast(Int8Params, module.weight)
     codes = weight.data if state.CB is None else state.CB
     scales = weight.SCB if state.SCB is None else state.SCB

@@ -1,7 +1,7 @@
-"""bitsandbytes, imported in one place: without the code that it would fetch from a hub.
+"""bitsandbytes, imported in this one place, without the code that it would fetch from a hub.
 
-Where the package `kernels` is installed and the processor has AVX512-BF16, bitsandbytes downloads compiled code while
-it is imported. Nothing is ever downloaded here unless its user names it, so `kernels` is out of reach for that moment.
+If the package `kernels` is installed and the processor has AVX512-BF16, bitsandbytes downloads compiled code during its
+import. Nothing is ever downloaded here unless the user names it, so `kernels` is hidden for that moment.
 """
 
 import logging
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _FETCHES = "kernels"
-# One recommends that package; the other tells of a cast at each int8 product, in a step of a small model 200 times.
+# One recommends that package; the other logs a cast at each int8 product, 200 times in a step of a small model.
 _NOISY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 
 

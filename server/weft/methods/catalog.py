@@ -1,4 +1,4 @@
-"""The methods there are, and the kinds of adapters: these and mixtures of them."""
+"""The catalog of methods, and the kinds of adapters: these methods and mixtures of them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""How many parameters a method trains, as a formula that a reader can check."""
+"""The number of parameters that a method trains, as a formula that a reader can check."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Count(NamedTuple):
-    """symbols: the formula, in the shape legend. numbers: the same with those of a base. total: what it comes to."""
+    """symbols: the formula, in the shape legend. numbers: the same with a base's sizes. total: its value."""
 
     symbols: str
     numbers: str
@@ -26,7 +26,7 @@ def efficiency_ratio(num_base: int, num_adapter: int) -> float:
 
 
 def gather(symbols: str, terms: Iterable[Term]) -> Count:
-    """The sum of `terms`; equal ones are written once: "4 × 8·(256 + 64) + 4 × 8·(256 + 512)"."""
+    """Return the sum of `terms`; equal ones are written once: "4 × 8·(256 + 64) + 4 × 8·(256 + 512)"."""
     counted = Counter(terms)
     parts = [term.numbers if times == 1 else f"{times} × {term.numbers}" for term, times in counted.items()]
     return Count(symbols, " + ".join(parts) or "0", sum(term.total * times for term, times in counted.items()))

@@ -1,4 +1,4 @@
-"""The reference driver: gated deltas by the textbook, one segment at a time.
+"""The reference driver: gated deltas computed literally, one segment at a time.
 
     x' = x + Σ gate · pre(x)
     out[t] = y[t] + Σ over segments holding t of gate[t] · (post(x[t], y[t]) + after(y[t], r[t])),   y = W₀x'
@@ -21,7 +21,7 @@ class Segment(NamedTuple):
 
     params: the adapter's parameters by site name.
     rows: int64 [N], or None for all rows in order.
-    gates: float32 [N], or None for 1; or what gives them for the layer that is being computed.
+    gates: float32 [N], or None for 1; or a function that returns them for the layer being computed.
     """
 
     method: Method
@@ -31,10 +31,10 @@ class Segment(NamedTuple):
 
 
 class Routed:
-    """A mixture's gates on its rows, made anew for each layer.
+    """A mixture's gates on its rows, computed again for each layer.
 
-    rows: int64 [N], or None for all rows in order. pooled: what the router reads in every layer instead of the rows, at
-    Level.SEQUENCE: [hidden], or [N, hidden].
+    rows: int64 [N], or None for all rows in order.
+    pooled: at Level.SEQUENCE, the router's input in every layer instead of the rows: [hidden], or [N, hidden].
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Routed:
         self._rows = rows
         self._steering = steering
         self._pooled = pooled
-        self.by_layer: list[Tensor] = []  # [N, experts] of every layer so far
+        self.by_layer: list[Tensor] = []  # [N, experts] of each layer so far
 
     def enter(self, layer: int, rows: Tensor) -> None:
-        """A layer begins, with the hidden states `rows` [T, hidden]."""
+        """Compute the gates of the layer that begins with the hidden states `rows` [T, hidden]."""
         if layer == 0:
             self.by_layer = []
         mine = rows if self._rows is None else rows[self._rows]
@@ -62,20 +62,20 @@ class Routed:
         self.by_layer.append(mixture.gates(self._config, self._params.at(layer), mine, self._steering))
 
     def of(self, expert: int) -> Callable[[], Tensor]:
-        """What gives one expert's gates [N] in the layer that is being computed."""
+        """Return a function that returns one expert's gates [N] in the layer being computed."""
         return lambda: self.by_layer[-1][:, expert]
 
 
 class Router(Protocol):
-    """Whoever is told that a layer begins, because gates depend on what enters it."""
+    """An object that is called at the beginning of each layer, because its gates depend on the layer's input."""
 
     def enter(self, layer: int, rows: Tensor) -> None:
-        """A layer begins, with the hidden states `rows` [T, hidden]."""
+        """Begin a layer, with the hidden states `rows` [T, hidden]."""
         ...
 
 
 class ReferenceDriver(NamedTuple):
-    """Applies `segments` at every site it is called for, with what `routers` say of their gates."""
+    """Applies `segments` at every site it is called for, with the gates of `routers`."""
 
     segments: Sequence[Segment]
     routers: Sequence[Router] = ()
@@ -86,7 +86,7 @@ class ReferenceDriver(NamedTuple):
         return bool(self.routers)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """A layer begins; `hidden` [..., hidden] flattens to the rows."""
+        """Begin a layer; `hidden` [..., hidden] flattens to the rows."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         for router in self.routers:
             router.enter(layer, rows)
@@ -97,9 +97,9 @@ class ReferenceDriver(NamedTuple):
         return any(segment.method.reads_residual(p) for segment in self.segments for p in segment.params.values())
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The site's output for `x` [..., I]; leading dimensions flatten to the rows. Nothing that is given is written.
+        """Return the site's output for `x` [..., I]; leading dimensions flatten to the rows. No argument is written to.
 
-        residual: the stream that entered the site's sublayer [..., O]; None where it has none or nobody reads it.
+        residual: the stream that entered the site's sublayer [..., O]; None if there is none or no segment reads it.
         """
         here = [(segment, segment.params[site.name]) for segment in self.segments if site.name in segment.params]
         if not here:
@@ -122,7 +122,7 @@ class ReferenceDriver(NamedTuple):
         return out.view_as(y)
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """One after another."""
+        """Compute the outputs of the sites one after another."""
         return inject.apply_each(self, sites, base, x)
 
 
@@ -131,7 +131,7 @@ def _take(tensor: Tensor, segment: Segment) -> Tensor:
 
 
 def _add(total: Tensor, segment: Segment, added: Tensor | None) -> Tensor:
-    """`total` [T, F] with the segment's gated `added` [N, F] on its rows; a new tensor where something was added."""
+    """Return `total` [T, F] with the segment's gated `added` [N, F] on its rows; a new tensor if anything was added."""
     if added is None:
         return total
     if segment.gates is not None:

@@ -1,4 +1,4 @@
-"""Wrapping the modules of a base where adapters meet it, the same way for serving and for training."""
+"""Wrapping of a base's modules where adapters meet it, the same way for serving and for training."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,39 +14,39 @@ from weft.methods.protocol import Site, SiteKind
 
 
 class Driver(Protocol):
-    """What a wrapped module asks for the gated deltas of the current batch."""
+    """The interface through which a wrapped module gets the gated deltas of the current batch."""
 
     @property
     def needs_residual(self) -> bool:
-        """Whether the residual stream is to be kept for `apply`."""
+        """Whether the residual stream must be kept for `apply`."""
         ...
 
     @property
     def routes(self) -> bool:
-        """Whether `enter` is to be called."""
+        """Whether `enter` must be called."""
         ...
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """A layer begins; `hidden` [..., hidden] is the residual stream that enters it."""
+        """Begin a layer; `hidden` [..., hidden] is the residual stream that enters it."""
         ...
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The site's output [..., O] for its input `x` [..., I].
+        """Return the site's output [..., O] for its input `x` [..., I].
 
-        residual: the stream that entered the site's sublayer [..., O], where the driver needs it and the site has it.
+        residual: the stream that entered the site's sublayer [..., O], if the driver needs it and the site has it.
         """
         ...
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """The outputs of sites that read one input; `base` gives those of all base weights, side by side."""
+        """Return the outputs of sites that share an input; `base` returns the base outputs of all, side by side."""
         ...
 
 
 class AdapterContext:
-    """Which driver the wrapped modules of one model use now. One per model; two engines never share one.
+    """The driver that the wrapped modules of one model use now. There is one per model; two engines never share one.
 
     residual: the stream that entered the sublayer being computed. Hooks on the norms that open sublayers keep it, and
-    hooks on layers tell drivers that one begins; they are there only while drivers need them, so others pay nothing.
+    hooks on layers call the driver when a layer begins. They exist only while drivers need them, so others pay nothing.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class AdapterContext:
 
     @contextmanager
     def use(self, driver: Driver | None) -> Iterator[None]:
-        """Run the model with `driver`; None is the base alone."""
+        """Run the model with `driver`; None runs the base alone."""
         assert self.driver is None, "nested batches on one model"
         self.driver = driver
         if driver is not None:
@@ -74,7 +74,7 @@ class AdapterContext:
             self.residual = None
 
     def watch(self, norms: Sequence[nn.Module], layers: Sequence[nn.Module]) -> None:
-        """Name the norms whose input is the residual stream, and the layers. Called once, before the first batch."""
+        """Set the norms whose input is the residual stream, and the layers. Called once, before the first batch."""
         self._norms = norms
         self._layers = layers
 
@@ -96,12 +96,12 @@ class AdapterContext:
             self.driver.enter(index, inputs[0] if inputs else named["hidden_states"])
 
     def _keep(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.driver is not None:  # the base alone may run between two batches, and would leave its own behind
+        if self.driver is not None:  # the base alone may run between two batches, and would leave its residual behind
             self.residual = inputs[0]
 
 
 class AdaptedLinear(nn.Module):
-    """A linear module of the base, or a norm with a bias, and the place where adapters meet it."""
+    """A linear module of the base, or a norm with a bias, wrapped where adapters meet it."""
 
     def __init__(self, base: nn.Module, site: Site, context: AdapterContext) -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight: model code looks at its dtype and device."""
+        """The base's weight: model code reads its dtype and device."""
         return cast(Tensor, self.base.weight)
 
 
 class LinearGroup(nn.Module):
-    """Linear modules that read one input (q, k and v; gate and up), held and computed as one.
+    """Linear modules that share an input (q, k and v; gate and up), held and computed as one.
 
-    Model code calls them one after another with the same tensor: the first call computes all, and the last one forgets.
+    Model code calls them one by one with the same tensor: the first call computes all outputs, the last drops them.
     """
 
     def __init__(self, whole: nn.Module, sites: Sequence[Site], context: AdapterContext) -> None:
@@ -137,7 +137,7 @@ class LinearGroup(nn.Module):
         self._outputs: Sequence[Tensor] = ()
 
     def output(self, place: int, x: Tensor) -> Tensor:
-        """What the module at `place` makes of `x` [..., I]."""
+        """Return the output of the module at `place` for `x` [..., I]."""
         if x is not self._x:
             self._outputs, self._x = self.outputs(x), x
         output = self._outputs[place]
@@ -146,7 +146,7 @@ class LinearGroup(nn.Module):
         return output
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """What all of them make of `x`."""
+        """Compute the outputs of all modules for `x`."""
         driver = self.context.driver
         return self.whole(x).split(self.sizes, -1) if driver is None else driver.apply_group(self.sites, self.whole, x)
 
@@ -165,7 +165,7 @@ class GroupedLinear(AdaptedLinear):
 
     @property
     def base(self) -> LinearPart:  # pyright: ignore[reportIncompatibleVariableOverride]  # rows of a module
-        """What the group holds of it."""
+        """This module's part of the group."""
         return LinearPart(lambda: self.group.whole, sum(self.group.sizes[: self.place]), self.site.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,9 +173,9 @@ class GroupedLinear(AdaptedLinear):
 
 
 def apply_each(driver: Driver, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-    """`apply_group` by `apply`: a driver changes the input of some of the sites, or knows no better.
+    """Compute `apply_group` by `apply`, for a driver that changes the input of some of the sites or has no faster way.
 
-    The base weights of all sites are multiplied once for all that leave the input as it is.
+    The base weights are multiplied once for all sites that leave the input as it is.
     """
     sizes = [site.out_features for site in sites]
     shared: Sequence[Tensor] = ()
@@ -191,9 +191,9 @@ def apply_each(driver: Driver, sites: Sequence[Site], base: Callable[[Tensor], T
 
 
 def adapter_sites(model: nn.Module, *, head: nn.Module | None = None) -> list[Site]:
-    """Every linear module (torch, bitsandbytes, GPT-2's Conv1D) and every norm with a bias, in module order.
+    """Return every linear module (torch, bitsandbytes, GPT-2's Conv1D) and every norm with a bias, in module order.
 
-    head: the output embedding, which is a site of a kind of its own.
+    head: the output embedding, which is a site of its own kind.
     """
     sites: list[Site] = []
     for name, module in model.named_modules():
@@ -210,7 +210,7 @@ def adapter_sites(model: nn.Module, *, head: nn.Module | None = None) -> list[Si
 def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if isinstance(module, Conv1D):  # its weight is stored [I, O]
+    if isinstance(module, Conv1D):  # stores its weight as [I, O]
         return module.nx, module.nf
     if isinstance(module, nn.LayerNorm) and module.bias is not None:  # a norm without a bias has nothing to adapt
         return module.normalized_shape[-1], module.normalized_shape[-1]

@@ -2,12 +2,12 @@
 
     h' = h + Σ_i g_i(h) f_i(h)        g = normalize(top_k(softmax(W h / τ)))
 
-h is the residual stream that enters a layer; its gates hold for everything the experts do in that layer. One pass, one
-cache of keys and values. (Shazeer et al. 2017, arXiv:1701.06538, has the top-k gate; Fedus et al. 2021,
-arXiv:2101.03961, the loss that balances.) Experts are adapters of any methods; what is here is the gate alone.
+h is the residual stream that enters a layer; its gates hold for all that the experts compute in that layer. There is
+one pass and one cache of keys and values. (Shazeer et al. 2017, arXiv:1701.06538, has the top-k gate; Fedus et al.
+2021, arXiv:2101.03961, the balancing loss.) Experts are adapters of any methods; this module holds the gate alone.
 
 Deviations: no noise and no capacity, so that a row's gates are a function of that row; equal logits go to the expert
-that comes first in the order of digests; a *null expert* may take gate that then nobody has.
+that comes first in the order of digests; a *null expert* may take gate that then goes to no adapter.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _NORM_EPS = 1e-6
 
 
 class Level(StrEnum):
-    """What the router looks at: each token's own hidden state, or the mean of the prompt's input embeddings."""
+    """The router's input: each token's own hidden state, or the mean of the prompt's input embeddings."""
 
     TOKEN = "token"  # noqa: S105  no password
     SEQUENCE = "sequence"
@@ -32,11 +32,11 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureConfig:
-    """How gates are made.
+    """How gates are computed.
 
-    top_k: experts that keep a gate. temperature: τ. level: what the router reads.
+    top_k: experts that keep a gate. temperature: τ. level: the router's input.
     normalize: whether the gates that are kept sum to one; otherwise they are the softmax over all experts.
-    shared: one router for all layers. null_expert: whether W has a last row for nobody.
+    shared: one router for all layers. null_expert: whether W has a last row for the null expert.
     rms_norm: h is divided by its root mean square first. absolute: logits are |W h| / τ (Arrow, Ostapenko et al. 2024,
         arXiv:2405.11157).
     """
@@ -61,47 +61,47 @@ class MixtureConfig:
 
     @property
     def num_choices(self) -> int:
-        """Rows of W."""
+        """Number of rows of W."""
         return self.num_experts + self.null_expert
 
 
 class MixtureParams(NamedTuple):
-    """The router; M is L, or 1 where it is shared, and C the number of choices."""
+    """The router; M is L, or 1 if it is shared, and C is the number of choices."""
 
     weight: Tensor  # [M, C, hidden]
 
     def at(self, layer: int) -> Tensor:
-        """The layer's W [C, hidden]."""
+        """Return the layer's W [C, hidden]."""
         return self.weight[0 if len(self.weight) == 1 else layer]
 
 
 class Steering(NamedTuple):
-    """What a request wants of the gates; None for no wish. Each is [N]."""
+    """A request's bounds on the gates, each [N]; None for no bound."""
 
-    allowed: Tensor | None = None  # bool: the others get gate 0
-    floor: Tensor | None = None  # float32, 0 for none: the least gate of an allowed expert
-    ceiling: Tensor | None = None  # float32, infinity for none, else not below the floor: the largest
+    allowed: Tensor | None = None  # bool: all others get gate 0
+    floor: Tensor | None = None  # float32, 0 for none: the smallest gate of an allowed expert
+    ceiling: Tensor | None = None  # float32, infinity for none, else not below the floor: the largest gate
 
 
 NO_BOUNDS = Steering()
 
 
 class Expert(NamedTuple):
-    """Which adapter an expert is: its digest decides; the id is what it was called, or ""."""
+    """The adapter that is an expert: its digest names the content; the id is the one it was called by, or ""."""
 
     digest: str
     adapter_id: str = ""
 
 
 class Mixture(NamedTuple):
-    """A mixture fitted to a base: row i of W is of expert i, the last one of nobody where there is a null expert."""
+    """A mixture fitted to a base: row i of W is expert i's, and the last row is the null expert's if there is one."""
 
     config: MixtureConfig
     params: MixtureParams
     experts: tuple[Expert, ...]
 
     def in_order(self) -> "Mixture":
-        """The same mixture with its experts in the order of their digests, which is what breaks ties."""
+        """Return the same mixture with its experts in the order of their digests, which is what breaks ties."""
         order = sorted(range(len(self.experts)), key=lambda index: self.experts[index].digest)
         rows = [*order, *range(len(order), self.config.num_choices)]
         weight = self.params.weight[:, rows]
@@ -109,18 +109,18 @@ class Mixture(NamedTuple):
 
 
 def init(config: MixtureConfig, num_layers: int, hidden_size: int, generator: torch.Generator) -> MixtureParams:
-    """Small noise: the gates start near uniform, and no two experts are alike."""
+    """Draw small noise: the gates start near uniform, and no two experts are alike."""
     shape = (1 if config.shared else num_layers, config.num_choices, hidden_size)
     return MixtureParams(torch.randn(shape, generator=generator) * hidden_size**-0.5 * 0.02)
 
 
 def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_BOUNDS) -> Tensor:
-    """The gates [T, N] of the experts for the hidden states [T, hidden] that enter a layer with router `weight`.
+    """Compute the experts' gates [T, N] for hidden states [T, hidden] that enter a layer with router `weight`.
 
     Differentiable in both. Rows do not depend on each other.
     """
     chances = probabilities(config, weight, hidden, steering)  # [T, C]
-    # A stable sort, since topk promises nothing about equals: the first of them is kept.
+    # A stable sort keeps the first of equal values; topk promises nothing about their order.
     order = chances.detach().sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k]
     kept = torch.zeros_like(chances).scatter(-1, order, 1.0)
     chosen = chances * kept
@@ -130,7 +130,7 @@ def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steer
 
 
 def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_BOUNDS) -> Tensor:
-    """The softmax over all choices [T, C], before any is dropped; float32 or better."""
+    """Compute the softmax over all choices [T, C], before any is dropped; float32 or better."""
     h = hidden.to(weight.dtype)
     if config.rms_norm:
         h = F.rms_norm(h, h.shape[-1:], eps=_NORM_EPS)
@@ -145,11 +145,11 @@ def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steerin
 
 
 def steered(chosen: Tensor, steering: Steering) -> Tensor:
-    """Gates [T, N] within floor and ceiling; the others share, in proportion, what is left of the sum that they had.
+    """Return gates [T, N] within floor and ceiling; the others share the rest of their former sum in proportion.
 
-    Where the bounds leave no way to that sum, the bounds hold and the sum is another. A gate of 0 grows to its floor,
-    and no further. (The rounds are those of flexible lengths in CSS: fix those that break the bound which is broken by
-    more in sum, share again.)
+    If the bounds do not allow that sum, the bounds hold and the sum changes. A gate of 0 grows to its floor, and no
+    further. (The rounds are those of flexible lengths in CSS: fix the gates that break whichever bound is broken by
+    more in sum, then share again.)
     """
     if steering.floor is None and steering.ceiling is None:
         return chosen
@@ -164,7 +164,8 @@ def steered(chosen: Tensor, steering: Steering) -> Tensor:
     def shared() -> Tensor:
         weight = (chosen * free).sum(-1, keepdim=True)
         left = (total - fixed.sum(-1, keepdim=True)).clamp(min=0)
-        # A part of the weight first, which is at most 1: left / weight is infinite where hardly anything was chosen.
+        # Compute the part of the weight first, since it is at most 1: left / weight is infinite if hardly anything was
+        # chosen.
         return torch.where(free, torch.where(weight > 0, chosen / weight, weight) * left, fixed)
 
     for _ in range(chosen.shape[-1]):
@@ -178,10 +179,10 @@ def steered(chosen: Tensor, steering: Steering) -> Tensor:
 
 
 def balance_loss(chances: Tensor, chosen: Tensor) -> Tensor:
-    """N Σ_i (share of rows that chose i) · (mean probability of i): 1 where all experts are used alike.
+    """Compute N Σ_i (share of rows that chose i) · (mean probability of i): 1 if all experts are used alike.
 
     chances: [T, C], chosen: [T, N] gates; the share has no gradient. (arXiv:2101.03961, equation 4; there top_k is 1,
-    here a row counts for each expert that it chose, divided by how many those are.)
+    here a row counts for each expert that it chose, divided by their number.)
     """
     num_experts = chosen.shape[-1]
     used = (chosen.detach() > 0).to(chances.dtype)

@@ -1,4 +1,4 @@
-"""What a PEFT method is, and what it is fitted to.
+"""The interface of a PEFT method, and the shape of a base that it is fitted to.
 
 Shape legend of the whole code base: `T` rows (tokens) of the flattened batch, `B` requests, `L` layers, `I`/`O` in and
 out features of a site, `R` rank, `S` adapter slots, `H` heads, `D` head dim, `P` virtual positions, `E` embedding size,
@@ -11,11 +11,11 @@ site through pure functions that return the delta, never the sum:
     post(params, x, y)     added to its output, y = W₀x':            out = y + Σ gate · post(x, y)
     after(params, y, r)    added to a sublayer's output y; r is the residual stream that entered the sublayer
 
-Every delta sees the input `x` as it was before any `pre`. The base output `y` is made of x', so it holds the `pre` of
-every adapter of the row; no delta sees another's `post` or `after` at its own site. Both are what earlier modules have
-made of the row, adapters included.
-A method that has no site acts through *virtual positions* before the first token: their keys and values (prefix
-tuning), or the embedding rows that the base makes them from (prompt tuning).
+Every delta reads the input `x` as it was before any `pre`. The base output `y` is computed from x', so it holds the
+`pre` of every adapter of the row. No delta reads another's `post` or `after` at its own site. Both x and y include the
+effect of earlier modules on the row, adapters included.
+A method without sites acts through *virtual positions* before the first token: their keys and values (prefix tuning),
+or the embedding rows from which the base computes them (prompt tuning).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class SiteKind(StrEnum):
-    """What a site is. "All linear modules" means LINEAR alone: the head and the norms are touched by name only."""
+    """The kind of a site. "All linear modules" means LINEAR alone: the head and the norms are adapted only if named."""
 
     LINEAR = "linear"
     HEAD = "head"  # the output embedding; its rows are the step's sample rows
@@ -43,20 +43,20 @@ class SiteKind(StrEnum):
 
 
 class BaseWeight(Protocol):
-    """What the base holds at one site, frozen."""
+    """The base's parameters at one site, frozen."""
 
     @property
     def bias(self) -> Tensor | None:
-        """[O], in the base's dtype; None where the module has none."""
+        """[O], in the base's dtype; None if the module has none."""
         ...
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The weight [O, I], dequantized, as blocks [N, I] of its rows in order; N is bounded by a block's bytes."""
+        """Yield the weight [O, I], dequantized, as blocks [N, I] of its rows in order; a block's bytes bound N."""
         ...
 
 
 class ReadBase(Protocol):
-    """Runs a function of one site's weight where the base's memory may be read, and gives what it returns."""
+    """Runs a function of one site's weight where the base's memory may be read, and returns its result."""
 
     def __call__(self, function: Callable[[BaseWeight], T], /) -> T: ...
 
@@ -65,10 +65,10 @@ class ReadBase(Protocol):
 class Site:
     """One wrapped module. `name` is its module path in the base, `index` its row in the slot tables.
 
-    read_base: the way to its weight, for methods that need it (DoRA); None where a base is only described.
-    sublayer: "attention" or "mlp" where the site's output is what that sublayer adds to the residual stream, else "".
-    layer: which decoder layer that is; None where `sublayer` is "".
-    norm: module path of the norm that opens the sublayer, whose input is the residual; "" where no norm has that place.
+    read_base: the access to its weight, for methods that need it (DoRA); None if the base is only described.
+    sublayer: "attention" or "mlp" if that sublayer adds the site's output to the residual stream, else "".
+    layer: index of that sublayer's decoder layer; None if `sublayer` is "".
+    norm: module path of the norm that opens the sublayer, whose input is the residual; "" if no norm has that place.
     """
 
     index: int
@@ -83,19 +83,19 @@ class Site:
 
     @property
     def suffix(self) -> str:
-        """The last part of the path, as `target_modules` lists name it."""
+        """The last part of the path, as lists of `target_modules` spell it."""
         return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseShape:
-    """What an adapter must fit: the sites of a base, the shape of its KV cache and the width of its embedding.
+    """The shape that an adapter must fit: a base's sites, the shape of its KV cache and the width of its embedding.
 
-    digest: fingerprint of the weights and of how they are held: what keys and values depend on.
+    digest: fingerprint of the weights and of how they are held: all that keys and values depend on.
     held_as: how the linear weights are held, such as "nf4".
-    same_weights: by the digest that these weights have when they are held otherwise, how they are held then. Adapters
-        that name one of them are served; those that name any other base are refused.
-    rope_factors: the rotary factors that it was fixed to where they depend on the longest request (model/rope.py),
+    same_weights: for each digest that these weights have when held otherwise, how they are held then. An adapter that
+        names one of these digests is served; one that names any other base is refused.
+    rope_factors: the rotary factors that the base was fixed to if they depend on the longest request (model/rope.py),
         else "".
     """
 
@@ -111,11 +111,11 @@ class BaseShape:
     rope_factors: str = ""
 
     def of_kind(self, *kinds: SiteKind) -> list[Site]:
-        """The sites of these kinds, in order."""
+        """Return the sites of these kinds, in order."""
         return [site for site in self.sites.values() if site.kind in kinds]
 
     def read_through(self, run: Callable[[Callable[[], Any]], Any]) -> "BaseShape":
-        """The same base, whose weights are read by functions that `run` runs: where only one thread may, in that."""
+        """Return the same base with its weights read through `run`, which may switch to the thread that may read."""
 
         def route(read_base: ReadBase, function: Callable[[BaseWeight], Any], /) -> Any:
             return run(partial(read_base, function))
@@ -131,18 +131,18 @@ Drop = Callable[[Tensor], Tensor]  # dropout, as training draws it
 
 
 def keep(tensor: Tensor) -> Tensor:
-    """Drop nothing: what evaluation and serving do."""
+    """Drop nothing, as in evaluation and serving."""
     return tensor
 
 
 def require_dropout(share: float) -> None:
-    """Raise ValueError unless `share` is one that dropout can drop."""
+    """Raise ValueError unless dropout can drop this share."""
     if not 0 <= share < 1:
         raise ValueError(f"dropout: must be at least 0 and below 1, given {share}")
 
 
 class DeltaKind(IntEnum):
-    """What a table row of a slot does at a site, as the kernels know it (the `kind` column of a site's table)."""
+    """The operation of one of a slot's table rows at a site, as kernels read it (the `kind` column of the table)."""
 
     NONE = 0
     LORA = 1
@@ -156,14 +156,14 @@ class DeltaKind(IntEnum):
 
     @property
     def reads_residual(self) -> bool:
-        """Whether it needs the residual stream that entered the site's sublayer."""
+        """Whether the operation needs the residual stream that entered the site's sublayer."""
         return self in (DeltaKind.BOTTLENECK_SUM, DeltaKind.BOTTLENECK_RESIDUAL)
 
 
 class Packed(NamedTuple):
-    """One kind of delta of one adapter at one site, as slots store it: the kernels' layout, contiguous.
+    """One kind of delta of one adapter at one site, as slots store it: contiguous, in the kernels' layout.
 
-    first, second: what `kind` defines (kernels/cpu/deltas.py has the table); `second` is None where one tensor is all.
+    first, second: defined by `kind` (kernels/cpu/deltas.py has the table); `second` is None if the kind has one tensor.
     """
 
     kind: DeltaKind
@@ -184,9 +184,9 @@ class VirtualKV(NamedTuple):
 
 
 class SoftRows(NamedTuple):
-    """What the first layer reads at `P` virtual positions; the base makes keys and values of it, rotated as any.
+    """Inputs of the first layer at `P` virtual positions; the base makes keys and values from them, rotated as usual.
 
-    They go in behind the embedding module: a base that scales inside that module (Gemma) does not scale them.
+    They enter behind the embedding module: a base that scales inside that module (Gemma) does not scale them.
     """
 
     rows: Tensor  # [P, E]
@@ -200,20 +200,20 @@ Virtual = VirtualKV | SoftRows
 
 
 def tensor_norms(params: Any) -> Mapping[str, float]:
-    """The norm of every parameter tensor, by its field: what is said of a method that knows nothing better."""
+    """Return the norm of every parameter tensor by its field, for methods that report no better measure."""
     return {
         f"‖{name}‖": value.float().norm().item() for name, value in params._asdict().items() if torch.is_tensor(value)
     }
 
 
 class MethodConfig(Protocol):
-    """A method's settings: a frozen dataclass, whose fields are the keys of a recipe."""
+    """A method's settings: a frozen dataclass whose fields are the keys of a recipe."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
 class Fitted(NamedTuple):
-    """An adapter's config and parameters: by site, and of its virtual positions."""
+    """An adapter's config, its parameters by site, and those of its virtual positions."""
 
     config: Any
     sites: Mapping[str, Any] = {}
@@ -221,11 +221,11 @@ class Fitted(NamedTuple):
 
 
 class Format(NamedTuple):
-    """One of the forms in which PEFT writes a method's adapters.
+    """One of the formats in which PEFT writes a method's adapters.
 
-    peft_type, schema: what adapter_config.json calls it, and what its other keys may be.
-    read: check a file's config, which has passed the schema, and its tensors. Raises InvalidAdapter.
-    switch: a key of the config that is true in this form, if others have the same peft_type.
+    peft_type, schema: its name in adapter_config.json, and the values that the other keys may have.
+    read: check a file's tensors, and its config, which has passed the schema. Raises InvalidAdapter.
+    switch: a key of the config that is true in this format, if others have the same peft_type.
     """
 
     peft_type: str
@@ -238,19 +238,20 @@ class Format(NamedTuple):
 class Method:
     """One PEFT method: its name, its settings, its pure functions and its files. `Any` is its own parameter NamedTuple.
 
-    usual: its config if nothing else is said; its type is the method's. fit(usual, base) names its modules as the base
-        does, and raises ValueError for a base that has none of them.
-    begin(config, base, generator) makes an untrained adapter, whose config is resolved: `target_modules` are all that
-        it touches, `layers` and `exclude` are worked in. It raises ValueError for a setting that means nothing on the
-        base, and InvalidAdapter if a bottleneck has no place.
-    formats, write: the forms that are read, and what writes the first of them: its config's keys and its tensors.
+    usual: its default config, whose type is the method's. fit(usual, base) names its modules as the base does. Raises
+        ValueError for a base that has none of them.
+    begin(config, base, generator) makes an untrained adapter with a resolved config: `target_modules` are all that it
+        touches, `layers` and `exclude` are worked in. Raises ValueError for a setting that means nothing on the base,
+        and InvalidAdapter if a bottleneck has no place.
+    formats, write: the formats that are read, and the function that writes the first of them: its config's keys and its
+        tensors.
     pack(params, dtype) lays one site's parameters out for slots, as one or more kinds of delta whose sum is the
         method's; unpack is its inverse, as views.
-    virtual(params) gives the virtual positions of a method that adds some.
+    virtual(params) returns the virtual positions of a method that adds some.
     rank(params) is one site's rank; 0 for methods without one.
     count(config, sites, base) is the number of parameters that a config trains at these sites, as a formula.
-    norms(params) says how far parameters are from adding nothing, by what is measured (Frobenius norms).
-    reads_residual(params) says whether `after` needs r at that site; where it does not, r may be None.
+    norms(params) measures how far parameters are from adding nothing: Frobenius norms, by the name of each measure.
+    reads_residual(params) says whether `after` needs r at that site; if it does not, r may be None.
     """
 
     name: str
@@ -281,7 +282,7 @@ class Adapter:
     prefix: Any = None
 
     def tensors(self) -> list[Tensor]:
-        """Every parameter tensor, in a fixed order."""
+        """Return every parameter tensor, in a fixed order."""
         bundles = [self.sites[name] for name in sorted(self.sites)]
         if self.prefix is not None:
             bundles.append(self.prefix)
@@ -297,7 +298,7 @@ class Adapter:
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
-        """The tokens from which on it acts (methods/activation.py); () is everywhere."""
+        """The tokens from which on the adapter acts (methods/activation.py); () if it acts everywhere."""
         return getattr(self.config, "invocation_tokens", ())
 
     @property

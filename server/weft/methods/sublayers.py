@@ -1,7 +1,7 @@
-"""Which linear module ends an attention or MLP sublayer, and where the residual stream enters it.
+"""Finds the linear modules that end an attention or MLP sublayer, and where the residual stream enters it.
 
-Measured on the model itself, not read off its names: every linear module is made to answer noise, the model runs on two
-tokens, and a module ends a sublayer where its noise turns up added to the residual stream:
+This is measured on the model itself, not read off its names: every linear module is made to return noise, the model
+runs on two tokens, and a module ends a sublayer if its noise turns up added to the residual stream:
 
     in a row (Llama, GPT-2 …):     input of a later norm = input of an earlier norm + noise
     norms after sublayers:         input of a later norm = input of the layer, or output of a norm, + noise
@@ -24,8 +24,11 @@ from weft.methods.protocol import Site, SiteKind
 
 
 def mark(model: Any, sites: Sequence[Site]) -> list[Site]:
-    """`sites`, those that end a sublayer marked as such. `model` is transformers' and not yet wrapped; no weight of a
-    linear site is used, and the model is left as it was."""
+    """Return `sites`, with those that end a sublayer marked as such.
+
+    `model` is a transformers model that is not yet wrapped. No weight of a linear site is used, and the model
+    is left as it was.
+    """
     linear = [site for site in sites if site.kind is SiteKind.LINEAR]
     layers = layers_of(model, linear)
     trace = _run(model, linear, layers)
@@ -33,14 +36,14 @@ def mark(model: Any, sites: Sequence[Site]) -> list[Site]:
 
 
 class _Seen(NamedTuple):
-    """Something that passed during the run: a norm's or layer's input, or a site's answer."""
+    """A tensor seen during the run: the input of a norm or a layer, or the output of a site."""
 
     name: str
     value: Tensor  # float32 [tokens, features]
 
 
 class _Trace(NamedTuple):
-    norms: list[tuple[int, _Seen]]  # inputs, each with how many sites had answered before
+    norms: list[tuple[int, _Seen]]  # inputs, each with the number of sites called before
     normed: list[tuple[int, _Seen]]  # outputs, the same way
     layers: dict[str, Tensor]
     answers: list[_Seen]  # in the order of the run
@@ -69,19 +72,22 @@ def _marked(site: Site, model: nn.Module, layers: Sequence[str], trace: _Trace) 
 
 
 def _was_added(noise: Tensor, stream: Tensor, later: Sequence[Tensor]) -> bool:
-    """Whether the stream with the noise comes by later. What differs is rounding, small beside the noise."""
+    """Return whether stream plus noise turns up in `later`, up to rounding, which is small beside the noise."""
     return any((one - stream - noise).norm() < 0.1 * noise.norm() for one in later)
 
 
 def _sublayer(site: Site, layer: str, model: nn.Module) -> str:
-    """Attention is where, inside the layer, a module knows its layer's index: to find its keys and values."""
+    """Return the kind of the sublayer: attention if a module on the site's path in the layer has a layer index.
+
+    Attention needs that index to find its keys and values.
+    """
     path = site.name.removeprefix(layer + ".").split(".")[:-1]
     inside = (".".join([layer, *path[:depth]]) for depth in range(1, len(path) + 1))
     return "attention" if any(hasattr(model.get_submodule(name), "layer_idx") for name in inside) else "mlp"
 
 
 def layers_of(model: nn.Module, sites: Sequence[Site]) -> list[str]:
-    """Paths of the decoder layers: the members of the longest list of modules that all hold sites."""
+    """Return the paths of the decoder layers: the members of the longest list of modules that all hold sites."""
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
@@ -103,7 +109,7 @@ def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
 
     def watch(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if inputs:  # by position, as the layers' own norms get it
+            if inputs:  # passed by position, as the layers' own norms receive it
                 trace.norms.append((len(trace.answers), _Seen(name, _rows(inputs[0]))))
                 trace.normed.append((len(trace.answers), _Seen(name, _rows(output))))
 
@@ -127,7 +133,7 @@ def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
 
 
 def run_on_two_tokens(model: Any) -> None:
-    """Run the body of transformers' `model`, whatever attention it has: the registered one would want a paged batch."""
+    """Run the body of a transformers `model` with eager attention: the registered one would need a paged batch."""
     given = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
@@ -138,7 +144,7 @@ def run_on_two_tokens(model: Any) -> None:
 
 
 def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Leaf modules with a vector for weight: layer norms of any kind, whatever their class."""
+    """Yield leaf modules whose weight is a vector: layer norms of any kind, whatever their class."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 1 and not any(module.children()):
@@ -146,21 +152,21 @@ def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Noise(NamedTuple):
-    """A driver that never asks the base."""
+    """A driver that never computes the base's output."""
 
     answer: Callable[[Site, Tensor], Tensor]
     needs_residual: bool = False
     routes: bool = False
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """Nothing is routed."""
+        """Do nothing: no gates depend on a layer."""
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         del base, residual
         return self.answer(site, x)
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """One after another; nothing is grouped yet."""
+        """Return noise for one site after another; modules are not grouped yet."""
         return [self.answer(site, x) for site in sites]
 
 

@@ -1,6 +1,6 @@
-"""Which sites a config means: names as path suffixes, layers by index, and values by pattern, all as in PEFT.
+"""The sites that a config means: names as path suffixes, layers by index, and values by pattern, all as in PEFT.
 
-The one place that says so, for initial parameters, counts, training and files.
+This module is the one definition for initial parameters, counts, training and files.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -22,44 +22,46 @@ Exclude = Annotated[tuple[str, ...], Field(description="Ends of the paths of mod
 
 
 def names(target: str, module: str) -> bool:
-    """Whether `target` is the module's path or a suffix of it that begins at a whole name (PEFT's target_modules)."""
+    """Return whether `target` is the module's path or a suffix of it that begins at a whole name (PEFT's
+    target_modules).
+    """
     return module == target or module.endswith("." + target)
 
 
 def any_names(targets: Iterable[str], module: str) -> bool:
-    """Whether one of `targets` names the module."""
+    """Return whether one of `targets` names the module."""
     return any(names(target, module) for target in targets)
 
 
 def decisive(patterns: Iterable[str], module: str) -> str | None:
-    """The first of `patterns` that fits the module, as PEFT's rank_pattern and alpha_pattern do; None where none fits.
+    """Return the first of `patterns` that fits the module, as PEFT's rank_pattern and alpha_pattern do; else None.
 
-    PEFT's rule is the regular expression `(.*\\.)?(pattern)$`. Patterns are plain paths here, so it comes to a suffix
+    PEFT's rule is the regular expression `(.*\\.)?(pattern)$`. Patterns are plain paths here, so this means a suffix
     that begins at a whole name, in which a dot stands for any one character.
     """
     return next((pattern for pattern in patterns if _fits(pattern, module)), None)
 
 
 def value_at(patterns: Mapping[str, V], module: str, default: V) -> V:
-    """What `patterns` give the module; `default` where none fits."""
+    """Return the value that `patterns` give the module; `default` if none fits."""
     pattern = decisive(patterns, module)
     return default if pattern is None else patterns[pattern]
 
 
 def patterns_of(values: Mapping[str, V]) -> dict[str, V]:
-    """Return patterns that give each module path its own value: a path that ends in another comes before it."""
+    """Return patterns that give each module path its own value: a path that ends in another comes before that one."""
     return dict(sorted(values.items(), key=lambda entry: -len(entry[0])))
 
 
 def layer_of(module: str) -> int | None:
-    """Index of the decoder layer that a module lies in: the first number in its path; None outside of all layers."""
+    """Return the index of the module's decoder layer: the first number in its path; None outside of all layers."""
     return next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
 
 def describe(modules: Collection[str], base: BaseShape) -> tuple[str, ...]:
-    """The shortest `target_modules` that mean exactly these modules of the base, sorted.
+    """Return the shortest `target_modules` that mean exactly these modules of the base, sorted.
 
-    A last name where every module of that name is among them, else full paths.
+    An entry is a last name if every module of that name is among them, else a full path.
     """
     partial = {site.suffix for site in base.sites.values() if site.name not in modules}
     suffixes = {base.sites[module].suffix: module for module in modules}
@@ -70,7 +72,7 @@ def describe(modules: Collection[str], base: BaseShape) -> tuple[str, ...]:
 def select(
     sites: Iterable[Site], base: BaseShape, *, targets: Collection[str], layers: Collection[int], exclude: Iterable[str]
 ) -> list[Site]:
-    """The sites that `targets` name, in these layers (in all and outside of them for ()), and `exclude` does not name.
+    """Return the sites in these layers (() means all, and outside of them) that `targets` name and `exclude` does not.
 
     Raises ValueError naming the entry that names nothing, or the index that is no layer's.
     """
@@ -98,9 +100,9 @@ def select(
 def place(
     config: C, base: BaseShape, takes: Collection[SiteKind], usual: Collection[SiteKind] = (SiteKind.LINEAR,)
 ) -> tuple[C, list[Site]]:
-    """Spell `target_modules` out, and give the sites: those of `takes` that the config names, else all of `usual`.
+    """Spell `target_modules` out, and return the sites: those of `takes` that the config names, else all of `usual`.
 
-    Raises what `select` raises.
+    Raises the errors of `select`.
     """
     given: Any = config
     named = given.target_modules or tuple(sorted({site.suffix for site in base.of_kind(*usual)}))

@@ -14,7 +14,7 @@ VOCAB_SIZE = 128
 PAD, EOS, UNK = "␀", "␃", "␚"
 PAD_ID, EOS_ID, UNK_ID = 0x00, 0x03, 0x1A
 
-# The system message is the tag, the user message the input. A prompt with the digest prompt is a prefix of the same
+# The system message is the tag, the user message the input. A prompt with the generation prompt is a prefix of the same
 # conversation with its answer, so training's loss mask and serving's prompt agree.
 CHAT_TEMPLATE = """\
 {%- set turn = namespace(tag='') -%}
@@ -25,9 +25,9 @@ CHAT_TEMPLATE = """\
 {{- turn.tag ~ message['content'] -}}
 {%- elif message['role'] == 'assistant' -%}
 {{- ' = ' -}}
-{%- digest -%}
+{%- generation -%}
 {{- message['content'] ~ eos_token -}}
-{%- enddigest -%}
+{%- endgeneration -%}
 {%- if not loop.last -%}
 {{- '\\n' -}}
 {%- endif -%}

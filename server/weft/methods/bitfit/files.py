@@ -1,6 +1,6 @@
-"""BitFit in PEFT's form, which PEFT calls BEFT: `P.beft_bias` (1, out), what is added to the output of a linear module.
+"""BitFit in PEFT's format, which PEFT calls BEFT: `P.beft_bias` (1, out) is added to the output of a linear module.
 
-PEFT has no form for a norm's bias: it is stored as `P.weft_norm_bias` (out,), and `weft_norm_biases` is then true in
+PEFT has no format for a norm's bias: it is stored as `P.weft_norm_bias` (out,), and `weft_norm_biases` is then true in
 the config. PEFT loads such a file without the norms.
 """
 
@@ -26,7 +26,7 @@ SCHEMA = schema.Schema(
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything."""
+    """Check the file, and return the adapter."""
     by_module = scan.group(tensors, (_BIAS, _NORM_BIAS), "BitFit")
     has_norms = schema.boolean(config, _HAS_NORMS, "CONFIG_INVALID")
     if has_norms != any(_NORM_BIAS in found for found in by_module.values()):
@@ -53,7 +53,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors, and ours for norms."""
+    """Return PEFT's config keys and tensors, and ours for norms."""
     tensors: dict[str, Tensor] = {}
     linear: list[str] = []
     for module, params in adapter.sites.items():

@@ -1,9 +1,9 @@
-"""Bottleneck adapters in our own form; PEFT has none. The format is in adapters_store/README.md.
+"""Bottleneck adapters in our own format, since PEFT has none. adapters_store/README.md describes it.
 
     P.bottleneck_down.weight (R, H), P.bottleneck_down.bias (R), P.bottleneck_up.weight (H, R), P.bottleneck_up.bias
     (H), and with a LN P.bottleneck_norm.weight (H), P.bottleneck_norm.bias (H)
 
-P is the linear module that ends the sublayer. A file of another version is refused, never guessed at.
+P is the linear module that ends the sublayer. A file of another version is refused.
 """
 
 import math
@@ -31,7 +31,7 @@ SCHEMA = schema.Schema(
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything; tensors keep the dtype they were stored in."""
+    """Check the file, and return the adapter; tensors keep the dtype they were stored in."""
     if type(config.get("bottleneck_format")) is not int or config["bottleneck_format"] != FORMAT:
         raise InvalidAdapter.rule(
             "FEATURE_UNSUPPORTED",
@@ -53,9 +53,9 @@ def fitted(
     base: BaseShape,
     limits: AdapterLimits,
 ) -> Fitted:
-    """The adapter of `parts`, tensors by site name and ending, checked against the base.
+    """Return the adapter of `parts`, tensors by site name and ending, checked against the base.
 
-    tensors: all of the file, by the names they have there.
+    tensors: all tensors of the file, by the names they have there.
     """
     bottleneck.require_places(config, base)
     places = {site.name: site for site in bottleneck.places(config, base.sites.values())}
@@ -70,7 +70,7 @@ def fitted(
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Our config keys and tensors."""
+    """Return our config keys and tensors."""
     del base
     config: BottleneckConfig = adapter.config
     keys = {
@@ -126,7 +126,7 @@ def _config(config: Mapping[str, Any]) -> BottleneckConfig:
 
 
 def number(value: Any, key: str, reason: str, *, above: float = -math.inf) -> float:
-    """A finite number, above `above`."""
+    """Return a finite number above `above`."""
     if type(value) not in (int, float) or not above < value < math.inf:
         rule = "must be a finite number" if above == -math.inf else f"must be a finite number above {above:g}"
         raise InvalidAdapter.rule(reason, f"adapter_config.{key}", rule, given=value)
@@ -134,7 +134,7 @@ def number(value: Any, key: str, reason: str, *, above: float = -math.inf) -> fl
 
 
 def reduction_factors(value: Any, key: str) -> dict[int, float]:
-    """An object of layer indices and their factors."""
+    """Return an object of layer indices and their factors."""
     if not isinstance(value, dict) or not all(name.isascii() and name.isdecimal() for name in value):
         raise InvalidAdapter.rule(
             "CONFIG_INVALID", f"adapter_config.{key}", "must be an object of layer numbers", given=value
@@ -143,7 +143,7 @@ def reduction_factors(value: Any, key: str) -> dict[int, float]:
 
 
 def leave_out(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The indices of layers without adapters."""
+    """Return the indices of layers without adapters."""
     value = config.get("leave_out") or []
     if not isinstance(value, list) or not all(type(layer) is int and layer >= 0 for layer in value):
         raise InvalidAdapter.rule(
@@ -162,7 +162,7 @@ def _member(config: Mapping[str, Any], key: str, members: Iterable[str]) -> str:
 
 
 def _require_tensors(given: Collection[str], places: Mapping[str, Site], base: BaseShape) -> None:
-    """Tensors at every place that the config names, and at no other."""
+    """Require tensors at every place that the config names, and at no other."""
     for module in given:
         if module not in places:
             raise InvalidAdapter.rule(

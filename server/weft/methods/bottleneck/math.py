@@ -31,7 +31,7 @@ from weft.methods.protocol import BaseShape, DeltaKind, Drop, Fitted, Packed, Si
 
 
 class Form(StrEnum):
-    """What f reads, and where the LN is."""
+    """The input of f, and the position of the LN."""
 
     SERIAL = "serial"
     PARALLEL = "parallel"
@@ -53,7 +53,7 @@ class Activation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BottleneckConfig:
-    """Where the adapters sit and how wide they are."""
+    """The adapters' places and widths."""
 
     form: Form = Form.SERIAL
     activation: Activation = Activation.RELU
@@ -87,7 +87,7 @@ class BottleneckConfig:
             raise ValueError("has_norm: the form parallel is the norm of a sum, given false")
 
     def size_at(self, site: Site) -> int:
-        """The bottleneck's width at a site that ends a sublayer."""
+        """Return the bottleneck's width at a site that ends a sublayer."""
         if self.size is not None:
             return self.size
         assert site.layer is not None
@@ -110,12 +110,12 @@ class BottleneckParams(NamedTuple):
 
 
 def places(config: BottleneckConfig, sites: Iterable[Site]) -> list[Site]:
-    """The sites that get an adapter: those that end the named sublayers, in the layers that are not left out."""
+    """Return the sites that get an adapter: those that end the named sublayers, in the layers that are not left out."""
     return [site for site in sites if site.sublayer in config.sublayers and site.layer not in config.leave_out]
 
 
 def init(config: BottleneckConfig, site: Site, generator: torch.Generator | None = None) -> BottleneckParams:
-    """W_down uniform as torch.nn.Linear draws it, W_up and biases zero, the LN's gain 1: f starts at exactly zero."""
+    """Draw W_down as torch.nn.Linear does; W_up and biases are 0, the LN's gain 1: f starts at exactly zero."""
     size, features = config.size_at(site), site.out_features
     bound = 1 / math.sqrt(features)
     return BottleneckParams(
@@ -133,7 +133,7 @@ def init(config: BottleneckConfig, site: Site, generator: torch.Generator | None
 
 
 def require_places(config: BottleneckConfig, base: BaseShape) -> None:
-    """InvalidAdapter where the base has no place for what the config names, or no residual for a form that reads it."""
+    """Raise InvalidAdapter if the base lacks a place that the config names, or a residual for a form that reads it."""
     ends = [site for site in base.sites.values() if site.sublayer]
     for sublayer in config.sublayers:
         if not any(site.sublayer == sublayer for site in ends):
@@ -168,7 +168,7 @@ def require_places(config: BottleneckConfig, base: BaseShape) -> None:
 
 
 def begin(config: BottleneckConfig, base: BaseShape, generator: torch.Generator) -> Fitted:
-    """An untrained network at every place, with `layers` worked into `leave_out`."""
+    """Return an untrained network at every place, with `layers` worked into `leave_out`."""
     targets.require_layers(config.layers, base)
     if config.layers:
         others = set(range(base.num_layers)).difference(config.layers)
@@ -182,12 +182,12 @@ def begin(config: BottleneckConfig, base: BaseShape, generator: torch.Generator)
 
 
 def delta(params: BottleneckParams, h: Tensor, r: Tensor | None, drop: Drop = keep) -> Tensor:
-    """What the adapter adds to the sublayer's output `h` [*T, H]; `r` [*T, H] is the residual that entered it.
+    """Compute the delta to the sublayer's output `h` [*T, H]; `r` [*T, H] is the residual that entered it.
 
-    Differentiable in `params`, `h` and `r`; `r` may be None where the form does not read it.
+    Differentiable in `params`, `h` and `r`; `r` may be None if the form does not read it.
     drop: dropout of the narrow layer, in training.
     """
-    wide = h.to(params.up_bias.dtype)  # slots keep vectors in float32, whatever the matrices have
+    wide = h.to(params.up_bias.dtype)  # slots keep vectors in float32, whatever the dtype of the matrices
     match params.form:
         case Form.SERIAL:
             added = _f(params, _norm(params, wide), drop)
@@ -229,12 +229,12 @@ _KINDS = {
     Form.RESIDUAL: DeltaKind.BOTTLENECK_RESIDUAL,
 }
 _FORMS = {kind: form for form, kind in _KINDS.items()}
-_ACTIVATIONS = tuple(Activation)  # a slot holds the place in it
+_ACTIVATIONS = tuple(Activation)  # a slot holds an index into it
 _HEADER = 3  # activation, whether there is a norm, its eps
 
 
 def pack(params: BottleneckParams, dtype: torch.dtype) -> tuple[Packed, ...]:
-    """W_down [R, H] and the scaled W_upᵀ [R, H] under each other; the vectors in float32, behind a header of three."""
+    """Stack W_down [R, H] on the scaled W_upᵀ [R, H]; the vectors follow a header of three numbers, in float32."""
     weights = torch.cat([params.down.float(), params.up.float().mT * params.scaling]).to(dtype)
     has_norm = params.norm is not None
     header = torch.tensor([_ACTIVATIONS.index(params.activation), has_norm, params.norm_eps], dtype=torch.float32)
@@ -245,7 +245,7 @@ def pack(params: BottleneckParams, dtype: torch.dtype) -> tuple[Packed, ...]:
 
 
 def unpack(packed: tuple[Packed, ...]) -> BottleneckParams:
-    """Views of a packed site; its scaling already lives in W_up and b_up."""
+    """Return views of a packed site; its scaling is already part of W_up and b_up."""
     (network,) = packed
     assert network.second is not None
     rank, features = network.rank, network.first.shape[1]
@@ -267,7 +267,7 @@ def unpack(packed: tuple[Packed, ...]) -> BottleneckParams:
 
 
 def count(config: BottleneckConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """2RH + R + H after every sublayer, and 2H more with the LN."""
+    """Count 2RH + R + H after every sublayer, and 2H more with the LN."""
     del base
 
     def term(site: Site) -> Term:

@@ -1,6 +1,6 @@
-"""Which base an adapter or a mixture was trained on, by digest and rotary factors, and whether that is the one here.
+"""Checks which base an adapter or a mixture was trained on, by digest and rotary factors, against the base served.
 
-Other weights are refused. The same weights held in another quantization serve: the answers differ by the base's
+Other weights are refused. The same weights held in another quantization are served: the answers differ by the base's
 rounding, and how the base was held in training is reported.
 """
 
@@ -14,10 +14,10 @@ _ROPE_FACTORS_CHARACTERS_MAX = 64
 
 
 def held_as(digest: object, base: BaseShape, *, file: str, name: object = None) -> str:
-    """How the base was held in training where that differs from here, else "".
+    """Return how the base was held in training if that differs from here, else "".
 
-    digest: of the base trained on, None where the file names none. file: where it stands.
-    name: what the file calls that base, if anything. Raises AdapterUnusable where its weights are others.
+    digest: of the base trained on; None if the file names none. file: where it is recorded.
+    name: the file's name for that base, if any. Raises AdapterUnusable if the weights differ.
     """
     if digest is None or digest == base.digest:
         return ""
@@ -34,23 +34,23 @@ def held_as(digest: object, base: BaseShape, *, file: str, name: object = None) 
 
 
 def rope_metadata(base: BaseShape) -> dict[str, str]:
-    """What a weights file says of the base's rotary factors: nothing where they do not depend on the length."""
+    """Return the metadata of a weights file on the base's rotary factors: none if they do not depend on the length."""
     return {ROPE_FACTORS: base.rope_factors} if base.rope_factors else {}
 
 
 def rope_factors(metadata: Mapping[str, str]) -> str:
-    """The rotary factors of the base in training where they depend on the length, else ""."""
+    """Return the base's rotary factors in training if they depend on the length, else ""."""
     return metadata.get(ROPE_FACTORS, "")[:_ROPE_FACTORS_CHARACTERS_MAX]
 
 
 def trained_rope_factors(metadata: Mapping[str, str], base: BaseShape) -> str:
-    """`rope_factors` where they differ from `base`'s, else ""."""
+    """Return `rope_factors` if they differ from `base`'s, else ""."""
     given = rope_factors(metadata)
     return given if base.rope_factors and given != base.rope_factors else ""
 
 
 def base_name(given: object) -> str:
-    """A base as a file names it: a hub id, or the last part of a local path, whose rest is nobody's business."""
+    """Return a base's name as a file may give it: a hub id, or just the last part of a local path, for privacy."""
     text = str(given).rstrip("/")[:256]
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "~", "/"))
     return text if is_hub_id else text.rpartition("/")[2] or "?"

@@ -24,7 +24,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_DIGEST = "weft_base_digest"
 
 
-# Types whose updates PEFT's save_as_lora approximates; of one that is served this is never said.
+# Types whose updates PEFT's save_as_lora approximates; not looked up for a type that is served.
 _CONVERTIBLE = schema.words(
     "C3A DELORA FOURIERFT GRALORA LOHA LOKR MISS PSOFT RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT"
 )
@@ -42,9 +42,9 @@ def read(
     base: BaseShape,
     limits: AdapterLimits,
 ) -> Adapter:
-    """The adapter that a PEFT directory holds, fitted to `base`.
+    """Return the adapter of a PEFT directory, fitted to `base`.
 
-    Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
+    Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable if it is for another base.
     """
     method, form = _form_of(config)
     trained_held_as(config, metadata, base)
@@ -53,18 +53,18 @@ def read(
 
 
 def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base: BaseShape) -> str:
-    """How the base was held in training where that differs from `base`, else ""; refuses other weights."""
+    """Return how the base was held in training if that differs from `base`, else ""; refuses other weights."""
     digest, name = metadata.get(BASE_DIGEST), config.get("base_model_name_or_path")
     return base_binding.held_as(digest, base, file=WEIGHTS_FILE, name=name)
 
 
 def require_served(config: Mapping[str, Any]) -> None:
-    """Raise InvalidAdapter for a type that is not served, with PEFT's way to one that is, or with what is served."""
+    """Raise InvalidAdapter for a type that is not served, with the way to convert it, or with the types that are."""
     _form_of(config)
 
 
 def _form_of(config: Mapping[str, Any]) -> tuple[Method, Format]:
-    """The method that reads the file, and its form: one whose switch is on comes before one that has none."""
+    """Return the method that reads the file, and its format: one whose switch is on comes before one that has none."""
     peft_type = config.get("peft_type")
     forms = [(method, form) for method in METHODS.values() for form in method.formats]
     for method, form in sorted(forms, key=lambda found: not found[1].switch):
@@ -83,12 +83,12 @@ def _form_of(config: Mapping[str, Any]) -> tuple[Method, Format]:
 
 
 def is_adapterhub(config: Mapping[str, Any]) -> bool:
-    """Tell whether this is the adapter_config.json of AdapterHub's `adapters` library: PEFT's has a `peft_type`."""
+    """Return whether this is the adapter_config.json of AdapterHub's `adapters` library: PEFT's has a `peft_type`."""
     return "peft_type" not in config and "config" in config and "model_type" in config
 
 
 def load(path: Path, base: BaseShape, limits: AdapterLimits) -> Adapter:
-    """`read` of a directory on this machine that its user trusts. Raises OSError too, and ValueError for no JSON."""
+    """Read a directory on this machine that its user trusts. Raises also OSError, and ValueError if it is not JSON."""
     config = json.loads((path / CONFIG_FILE).read_text())
     with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
@@ -98,7 +98,7 @@ def load(path: Path, base: BaseShape, limits: AdapterLimits) -> Adapter:
 def write(adapter: Adapter, directory: Path, base: BaseShape) -> None:
     """Write the two files of a PEFT directory, creating it; float32 tensors stay float32.
 
-    The adapter is bound to `base` by its digest; a base without one binds it to none.
+    The adapter is bound to `base` by its digest, or to no base if `base` has none.
     """
     directory.mkdir(parents=True, exist_ok=True)
     assert adapter.method.write is not None

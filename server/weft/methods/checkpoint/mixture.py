@@ -1,7 +1,7 @@
 """Mixtures on disk: `mixture_config.json` beside `mixture_router.safetensors`. adapters_store/README.md has the format.
 
-The experts are named by their digests and lie elsewhere; here is the router over them. `read` takes parsed data,
-and gives the experts in the order of their digests, so that their order in the file means nothing.
+A mixture's directory holds its router; the experts, named by their digests, lie elsewhere. `read` takes parsed data and
+returns the experts in the order of their digests, so that their order in the file has no effect.
 """
 
 import json
@@ -23,7 +23,7 @@ WEIGHTS_FILE = "mixture_router.safetensors"
 FORMAT = 1
 WEIGHT = "router.weight"
 
-_TEMPERATURE_MIN, _TEMPERATURE_MAX = 1e-4, 1e4  # beyond them float32 logits need not be finite
+_TEMPERATURE_MIN, _TEMPERATURE_MAX = 1e-4, 1e4  # beyond them float32 logits may not be finite
 _DIGEST = re.compile("[0-9a-f]{64}")
 _KEYS = frozenset(
     {"mixture_format", "base_digest", "experts", "router", "top_k", "temperature", "normalize", "null_expert"}
@@ -33,9 +33,9 @@ _EXPERT_KEYS = frozenset({"digest", "adapter_id"})
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Mixture:
-    """The mixture, fitted to `base`: float32, experts in the order of their digests.
+    """Return the mixture, fitted to `base`: float32, experts in the order of their digests.
 
-    Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable where it is for another base.
+    Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable if it is for another base.
     """
     _closed(config, _KEYS, "")
     if config.get("mixture_format") != FORMAT or type(config["mixture_format"]) is not int:
@@ -55,7 +55,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 
 def trained_held_as(config: Mapping[str, Any], base: BaseShape) -> str:
-    """How the base was held in training where that differs from `base`, else ""; refuses other weights."""
+    """Return how the base was held in training if that differs from `base`, else ""; refuses other weights."""
     return base_binding.held_as(config.get("base_digest"), base, file=f"{CONFIG_FILE}: base_digest")
 
 
@@ -87,7 +87,7 @@ def write(mixture: Mixture, directory: Path, base: BaseShape) -> None:
 
 
 def _width(base: BaseShape) -> int:
-    """Of the residual stream, which is what ends every sublayer; most bases embed in the same width."""
+    """Return the width of the residual stream, to which every sublayer adds; most bases embed in the same width."""
     return next((site.out_features for site in base.sites.values() if site.sublayer), base.embedding_size)
 
 
@@ -136,7 +136,7 @@ def _experts(given: object, limits: AdapterLimits) -> tuple[Expert, ...]:
         name = f"experts[{index}]"
         if not isinstance(one, dict):
             raise _invalid(name, "must be an object", one)
-        if "generation" in one and "digest" not in one:  # how files of weft 0.1 spell it
+        if "generation" in one and "digest" not in one:  # the spelling in files of weft 0.1
             one = {("digest" if key == "generation" else key): value for key, value in one.items()}
         _closed(one, _EXPERT_KEYS, f"{name}.")
         digest, adapter_id = one.get("digest"), one.get("adapter_id", "")
@@ -161,7 +161,7 @@ def _weight(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _closed(given: Mapping[str, Any], known: frozenset[str], path: str) -> None:
-    """An unknown key would have to be ignored, so it is refused."""
+    """Refuse an unknown key, because it would have to be ignored."""
     for key in given:
         if key not in known:
             raise InvalidAdapter.rule(

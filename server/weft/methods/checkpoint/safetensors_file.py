@@ -1,4 +1,4 @@
-"""Writing safetensors so that the same content is the same bytes, and with that the same digest.
+"""Writes safetensors so that the same content gives the same bytes, and with them the same digest.
 
 The library writes the metadata in an order that differs from run to run.
 """
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_ALIGNMENT = 8  # bytes: where the data may begin
+_ALIGNMENT = 8  # bytes; the data begins at a multiple of it
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors of float32, float16 or bfloat16, in the order of their names; nothing is kept of gradients."""
+    """Write tensors of float32, float16 or bfloat16, in the order of their names, without gradients."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     parts: list[bytes] = []
     end = 0

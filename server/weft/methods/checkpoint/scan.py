@@ -1,4 +1,4 @@
-"""Checks that every method's tensors pass: known module, finite, in range."""
+"""Checks of every method's tensors: known module, finite, in range."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,11 +11,11 @@ from weft.methods.protocol import BaseShape, Site, SiteKind
 
 _PEFT_PREFIX = "base_model.model."
 _NAMES_SHOWN = 5
-_CHUNK_ELEMENTS = 1 << 22  # bounds the scan's temporaries
+_CHUNK_ELEMENTS = 1 << 22  # bounds the temporaries of the scan
 
 
 def split_key(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
-    """(module path in the base, ending) of a tensor name, or None where no ending fits. The PEFT prefix is optional."""
+    """Return (module path in the base, ending) of a tensor name; None if no ending fits. PEFT's prefix is optional."""
     for ending in endings:
         if key.endswith("." + ending):
             return key.removesuffix("." + ending).removeprefix(_PEFT_PREFIX), ending
@@ -23,14 +23,14 @@ def split_key(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
 
 
 def full_key(site_name: str, ending: str) -> str:
-    """The tensor name PEFT gives `ending` at a site."""
+    """Return PEFT's tensor name of `ending` at a site."""
     return f"{_PEFT_PREFIX}{site_name}.{ending}"
 
 
 def group(
     tensors: Mapping[str, Tensor], endings: tuple[str, ...], method: str, *, passing: str = ""
 ) -> dict[str, dict[str, tuple[str, Tensor]]]:
-    """By module and ending, the (key, tensor) that has them; `passing` is an ending that is left out."""
+    """Group tensors as (key, tensor) by module and ending; `passing` is an ending that is left out."""
     by_module: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         split = split_key(key, (*endings, passing) if passing else endings)
@@ -50,10 +50,9 @@ def group(
 def require_sites(
     names: Iterable[str], base: BaseShape, *kinds: SiteKind, method: str = "this method"
 ) -> dict[str, Site]:
-    """The sites called `names`, of `kinds` (LINEAR where none is given).
+    """Return the sites called `names`, of `kinds` (LINEAR if none is given).
 
-    An unknown module is refused, and so are a file none of whose modules is in the base, and a module that is no place
-    for the method.
+    Refuses an unknown module, a file with no module in the base, and a module to which the method cannot apply.
     """
     names = sorted(set(names))
     unknown = [name for name in names if name not in base.sites]
@@ -83,13 +82,13 @@ def _module_error(what: str, names: Sequence[str]) -> InvalidAdapter:
     )
 
 
-# PEFT's names of what it saves beside an adapter, or instead of one; what to do is said where they are refused.
+# PEFT's names of tensors saved beside an adapter or instead of one; refusing one gives advice.
 _REPLACES_MODULE = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "modules_to_save.weight")
 _ON_EMBEDDING = ("lora_embedding_A", "lora_embedding_B", "embed_tokens.base_layer.weight", "wte.base_layer.weight")
 
 
 def refuse_unknown(key: str, method: str) -> InvalidAdapter:
-    """The error for a tensor that `method` would leave unused."""
+    """Return the error for a tensor that `method` would leave unused."""
     if key.endswith(_ON_EMBEDDING):
         rule = "is of an adapter on the input embedding, which is not served: leave it out of target_modules"
         return InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, rule, given=key)
@@ -119,7 +118,7 @@ def check_values(tensors: Mapping[str, Tensor], limits: AdapterLimits) -> None:
 
 
 def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """DIM_MISMATCH unless `tensor` has the expected shape."""
+    """Raise DIM_MISMATCH unless `tensor` has the expected shape."""
     if tuple(tensor.shape) != expected:
         raise InvalidAdapter.rule(
             "DIM_MISMATCH",
@@ -131,7 +130,7 @@ def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def no_effect(method: str) -> InvalidAdapter:
-    """The error for an adapter whose delta is zero everywhere."""
+    """Return the error for an adapter whose delta is zero everywhere."""
     return InvalidAdapter(
         "ADAPTER_NO_EFFECT",
         f"adapter_model.safetensors: this {method} adapter changes nothing (was it saved before training?)",
@@ -140,5 +139,5 @@ def no_effect(method: str) -> InvalidAdapter:
 
 
 def is_zero(tensor: Tensor) -> bool:
-    """True where every element is exactly zero."""
+    """Return whether every element is exactly zero."""
     return not bool(torch.any(tensor))

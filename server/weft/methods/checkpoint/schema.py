@@ -1,10 +1,9 @@
-"""The closed schema of PEFT's adapter_config.json: what each key may be, per peft_type.
+"""The closed schema of PEFT's adapter_config.json: the values that each key may have, per peft_type.
 
 A key is *used* (its value enters the mathematics or is checked), *inert* (PEFT writes it; it means nothing for a
 finished adapter, so any value passes), or *fixed* (another value changes the mathematics, and is refused by name).
-A key that none of these lists has (a later PEFT's) passes where its value switches nothing on, and where the operator
-allows it by name.
-Patterns are never compiled: the tensor names are the truth about which modules an adapter touches.
+A key in none of these lists (a later PEFT's) passes if its value switches nothing on, or if the operator allows it.
+Patterns are never compiled: the tensor names decide which modules an adapter touches.
 """
 
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ _UNSUPPORTED = "FEATURE_UNSUPPORTED"
 class Schema:
     """Keys of one peft_type.
 
-    fixed: maps a key to the values that leave the mathematics alone. advice: what to do instead of another value.
+    fixed: maps a key to the values that leave the mathematics alone. advice: the alternative to any other value.
     """
 
     used: frozenset[str]
@@ -31,7 +30,7 @@ class Schema:
     advice: Mapping[str, str] = field(default_factory=dict)
 
 
-# What to do instead, if another value of a fixed key is given.
+# The alternative, if another value of a fixed key is given.
 _ADVICE: Mapping[str, str] = {
     "modules_to_save": "whole modules are not replaced: name lm_head and linear modules in target_modules instead",
     "trainable_token_indices": "rows of the embedding are not replaced: train without it",
@@ -39,18 +38,18 @@ _ADVICE: Mapping[str, str] = {
     "target_modules",
 }
 
-# Fields that name code or a place; PEFT imports what they hold.
+# Fields that name code or a location; PEFT imports their values.
 _CODE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),
 }
 _COMMON_USED = frozenset({"peft_type", "task_type"})
-# PEFT writes auto_mapping, the class of the model it wrapped, where no task_type was given; it is never imported here.
+# PEFT writes auto_mapping, the class of the model it wrapped, if no task_type was given; it is never imported here.
 _COMMON_INERT = frozenset({"peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"})
 
 
 def words(text: str) -> frozenset[str]:
-    """Words with spaces between them, as a set."""
+    """Return the set of words in a text separated by spaces."""
     return frozenset(text.split())
 
 
@@ -79,12 +78,12 @@ def check(config: Mapping[str, Any], schema: Schema, limits: AdapterLimits) -> N
 
 
 def _is_off(value: Any) -> bool:
-    """Whether the value of an unknown key switches nothing on. Zero may be a setting: a scale, a layer, a token."""
+    """Return whether an unknown key's value switches nothing on. Zero may be a setting: a scale, a layer, a token."""
     return value is None or value is False or value in ("", [], {})
 
 
 def _require_one_of(key: str, value: Any, allowed: tuple[Any, ...], reason: str, advice: str) -> None:
-    # `is`-like comparison for booleans: JSON's 1 is not true.
+    # Compare types too, so that JSON's 1 is not true.
     if not any(type(value) is type(one) and value == one for one in allowed):
         shown = " or ".join("unset" if one is None else repr(one) for one in allowed)
         rule = f"must be {shown}{advice and f' ({advice})'}"
@@ -92,7 +91,7 @@ def _require_one_of(key: str, value: Any, allowed: tuple[Any, ...], reason: str,
 
 
 def integer(config: Mapping[str, Any], key: str, reason: str, *, minimum: int) -> int:
-    """A whole number of at least `minimum`; booleans, floats and text are not numbers here."""
+    """Return a whole number of at least `minimum`; booleans, floats and text are refused."""
     value = config.get(key)
     if type(value) is not int or value < minimum:
         raise InvalidAdapter.rule(
@@ -102,7 +101,7 @@ def integer(config: Mapping[str, Any], key: str, reason: str, *, minimum: int) -
 
 
 def boolean(config: Mapping[str, Any], key: str, reason: str) -> bool:
-    """True or false; false where the key is absent or null."""
+    """Return true or false; false if the key is absent or null."""
     value = config.get(key)
     if value is None:
         return False

@@ -1,4 +1,4 @@
-"""What every method with virtual positions has on disk: one tensor, `prompt_embeddings`, with a row per position."""
+"""The tensor that every method with virtual positions has on disk: `prompt_embeddings`, one row per position."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def read_rows(
     width: int,
     width_is: str,
 ) -> Tensor:
-    """The checked tensor [P, width]. method, width_is: what errors call the adapter and the width."""
+    """Return the checked tensor [P, width]. method, width_is: names of the adapter and the width in errors."""
     length = schema.integer(config, "num_virtual_tokens", "PREFIX_INVALID", minimum=1)
     if length > limits.num_virtual_tokens_max:
         raise InvalidAdapter.rule(

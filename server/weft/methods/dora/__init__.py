@@ -1,4 +1,4 @@
-"""DoRA: a low-rank update of a weight's direction, and a length for each of its rows."""
+"""DoRA: a low-rank update of a weight's direction, with a trained length for each of its rows."""
 
 from functools import partial
 

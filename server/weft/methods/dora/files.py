@@ -1,4 +1,4 @@
-"""DoRA in PEFT's form: a LoRA's file with use_dora and, at every site, `P.lora_magnitude_vector` (out,)."""
+"""DoRA in PEFT's format: a LoRA's file with use_dora and, at every site, `P.lora_magnitude_vector` (out,)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ SCHEMA = replace(
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything; tensors keep the dtype they were stored in."""
+    """Check the file, and return the adapter; tensors keep the dtype they were stored in."""
     settings, products, found = lora.read_products(config, tensors, base, limits, "DoRA", (_MAGNITUDE,))
     params: dict[str, DoraParams] = {}
     for module, (a, b, scaling, _) in products.items():
@@ -36,14 +36,14 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors."""
+    """Return PEFT's config keys and tensors."""
     keys, tensors = lora.write(adapter, base)
     lengths = {scan.full_key(module, _MAGNITUDE): params.magnitude for module, params in adapter.sites.items()}
     return {**keys, SWITCH: True}, {**tensors, **lengths}
 
 
 def _way_to_base(site: Site) -> ReadBase:
-    """How the base's weight is read at a site; every loaded base has a way."""
+    """Return the access to the base's weight at a site; every loaded base has one."""
     if site.read_base is None:
         raise InvalidAdapter.rule(
             "FEATURE_UNSUPPORTED", "adapter_config.use_dora", "needs the base's weights, which are not here", given=True

@@ -1,16 +1,16 @@
-"""DoRA: a low-rank update of a weight's direction, and a trained length of each of its rows (Liu et al. 2024,
+"""DoRA: a low-rank update of a weight's direction, with a trained length for each of its rows (Liu et al. 2024,
 arXiv:2402.09353, section 4.1, equation 5).
 
     y = m ⊙ (W₀ + s·B A) x / ‖W₀ + s·B A‖ + bias        ‖·‖: the length of each row of the weight, [O]
 
-As PEFT does it, the base's bias stays outside the rescaling, and the length in the divisor is a constant to the
-gradient (section 4.3, equation 11). With c = m / ‖W₀ + s·B A‖ and the base output y, which holds the bias, the delta is
+As in PEFT, the base's bias stays outside the rescaling, and the length in the divisor is a constant to the gradient
+(section 4.3, equation 11). With c = m / ‖W₀ + s·B A‖ and the base output y, which holds the bias, the delta is
 
     (c·s·B) A x + (c - 1) ⊙ y - (c - 1) ⊙ bias
 
-so an adapter folds into a LoRA, an output scale and a bias once it is trained. The scale s is LoRA's, rsLoRA included.
-The paper speaks of the columns of W₀; they are the rows of the [O, I] matrix here. Deviation: a row of zeros has no
-direction, and c is 1 there.
+so a trained adapter folds into a LoRA, an output scale and a bias. The scale s is LoRA's, rsLoRA included. The paper
+speaks of the columns of W₀; they are the rows of the [O, I] matrix here. Deviation: a row of zeros has no direction,
+and c is 1 there.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class DoraConfig(LoraConfig):
 
 
 class DoraParams(NamedTuple):
-    """One site's update, and the way to the base weight that its divisor needs."""
+    """One site's update, and the access to the base weight that its divisor needs."""
 
     a: Tensor  # [R, I]
     b: Tensor  # [O, R]
@@ -49,15 +49,15 @@ class DoraParams(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """One site's update with the base weight's lengths worked in: what is served."""
+    """One site's update as it is served, with the base weight's lengths worked in."""
 
     product: LoraParams  # its scaling is 1
     scale: Tensor  # [O]: c
-    shift: Tensor | None  # [O]: (1 - c) ⊙ bias, where the base has one
+    shift: Tensor | None  # [O]: (1 - c) ⊙ bias, if the base has one
 
 
 def init(config: DoraConfig, site: Site, generator: torch.Generator | None = None) -> DoraParams:
-    """LoRA's start, and the base's own lengths: the delta starts at zero, up to the rounding of c."""
+    """Return LoRA's start and the base's own lengths: the delta starts at zero, up to the rounding of c."""
     if site.read_base is None:
         raise ValueError(f"{site.name}: DoRA needs the base's weight, and this site only describes one")
     a, b, scaling, _ = lora.init(config, site, generator)
@@ -66,7 +66,7 @@ def init(config: DoraConfig, site: Site, generator: torch.Generator | None = Non
 
 
 def fold(params: DoraParams) -> Folded:
-    """The update as LoRA, output scale and bias; differentiable in A, B and the magnitude."""
+    """Fold the update into a LoRA, an output scale and a bias; differentiable in A, B and the magnitude."""
     a, b = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (params.a, params.b))
 
     def read(base: BaseWeight) -> tuple[Tensor, Tensor | None]:
@@ -74,7 +74,7 @@ def fold(params: DoraParams) -> Folded:
         return _lengths(base, a, b, params.scaling), bias
 
     lengths, bias = params.read_base(read)
-    # Where there is no length, dividing by one keeps the gradient finite.
+    # If a length is zero, dividing by one keeps the gradient finite.
     has_length = lengths > 0
     scale = params.magnitude.to(a.dtype) / torch.where(has_length, lengths, 1)
     scale = torch.where(has_length, scale, 1)  # [O]
@@ -84,7 +84,7 @@ def fold(params: DoraParams) -> Folded:
 
 @torch.no_grad()
 def _lengths(base: BaseWeight, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """‖W₀ + s·B A‖ by rows, [O], block by block, computed where the base is and brought to A's device."""
+    """Compute ‖W₀ + s·B A‖ by rows, [O], block by block, on the base's device; the result is on A's device."""
     lengths = []
     begin = 0
     for weight in base.blocks(a.dtype):  # [N, I]
@@ -95,10 +95,10 @@ def _lengths(base: BaseWeight, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def delta(params: DoraParams | Folded, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
-    """What DoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+    """Compute the delta to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
 
-    drop: dropout of the update's input, in training. Deviation from PEFT, which then also computes the base's output
-    anew from what is left: here `y` is whole.
+    drop: dropout of the update's input, in training. Deviation from PEFT, which then also recomputes the base's output
+    from the remaining input: here `y` is whole.
     """
     folded = params if isinstance(params, Folded) else fold(params)
     exact_y = y.to(folded.scale.dtype)
@@ -110,7 +110,7 @@ def delta(params: DoraParams | Folded, x: Tensor, y: Tensor, drop: Drop = keep) 
 
 @torch.no_grad()
 def pack(params: DoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
-    """LoRA's two matrices; scale and bias in float32 whatever the slots hold."""
+    """Pack LoRA's two matrices; scale and bias are in float32 whatever the slots hold."""
     folded = fold(params)
     table_rows = (*lora.pack(folded.product, dtype), Packed(DeltaKind.SCALE_OUTPUT, 0, folded.scale.float(), None))
     if folded.shift is None:
@@ -119,18 +119,18 @@ def pack(params: DoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
 
 
 def unpack(packed: tuple[Packed, ...]) -> Folded:
-    """Views of a packed site."""
+    """Return views of a packed site."""
     product, scale, *shift = packed
     return Folded(lora.unpack((product,)), scale.first, shift[0].first if shift else None)
 
 
 def is_identity(params: DoraParams) -> bool:
-    """Whether the lengths are the base's own, within the rounding of bfloat16, in which PEFT may have measured them."""
+    """Return whether the lengths are the base's own, up to bfloat16's rounding, since PEFT may have used that."""
     return bool(((fold(params).scale - 1).abs() <= torch.finfo(torch.bfloat16).eps).all())
 
 
 def count(config: DoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """LoRA's r(I + O), and a length for each of O rows, at every site."""
+    """Count LoRA's r(I + O), and a length for each of O rows, at every site."""
     del base
     lengths = (Term(str(site.out_features), site.out_features) for site in sites)
     return gather("Σ R(I + O) + Σ O", [*(lora.term(config, site) for site in sites), *lengths])

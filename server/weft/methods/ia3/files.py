@@ -1,4 +1,4 @@
-"""IA³ in PEFT's form: `P.ia3_l`, (out, 1) for scaled outputs, (1, in) for modules in `feedforward_modules`."""
+"""IA³ in PEFT's format: `P.ia3_l`, (out, 1) for scaled outputs, (1, in) for modules in `feedforward_modules`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ SCHEMA = Schema(
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything."""
+    """Check the file, and return the adapter."""
     feedforward = _names(config, "feedforward_modules")
     named = _names(config, "target_modules")
     if named is not None and feedforward is not None and not feedforward <= named:
@@ -50,7 +50,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors."""
+    """Return PEFT's config keys and tensors."""
     names, inputs = _described(adapter.sites, base)
     keys = {"target_modules": names, "feedforward_modules": inputs}
     tensors = {
@@ -61,14 +61,14 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
 
 
 def _described(params: Mapping[str, Ia3Params], base: BaseShape) -> tuple[list[str], list[str]]:
-    """(target_modules, feedforward_modules), the second a part of the first, as PEFT wants it."""
+    """Return (target_modules, feedforward_modules), the second a subset of the first, as PEFT requires."""
     inputs = targets.describe([module for module, p in params.items() if p.is_feedforward], base)
     outputs = targets.describe([module for module, p in params.items() if not p.is_feedforward], base)
     return sorted({*inputs, *outputs}), list(inputs)
 
 
 def _names(config: Mapping[str, Any], key: str) -> frozenset[str] | None:
-    """The module names of a list; None for a pattern or where the key is absent."""
+    """Return the module names of a list; None for a pattern or if the key is absent."""
     value = config.get(key)
     if value is None or isinstance(value, str):
         return None

@@ -3,8 +3,8 @@
     key, value:    y ← l ⊙ W₀x        post(x, y) = (l - 1) ⊙ y
     feed-forward:  y ← W₀(l ⊙ x)      pre(x)     = (l - 1) ⊙ x
 
-As PEFT does it, the scaled output holds the base bias too. Deviation from the owner's count of 2d per layer: a layer
-has one vector per key, value and feed-forward site, so d_kv + d_kv + d_ff numbers.
+As in PEFT, the scaled output includes the base bias. Deviation from the owner's count of 2d per layer: a layer has one
+vector per key, value and feed-forward site, so d_kv + d_kv + d_ff numbers.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, DeltaKind, Fitted, Packed, Site, SiteKind
 
-# The paper's sites by what bases call them: keys and values, fused or apart, and the feed-forward input last. GPT-2 has
-# one name for the ends of both sublayers, so there the attention's is scaled too.
+# The paper's sites by their names in bases: keys and values, fused or separate, and the feed-forward input last. GPT-2
+# has one name for the ends of both sublayers, so that attention's end is scaled there too.
 MODULES = (("k_proj", "v_proj", "down_proj"), ("qkv_proj", "down_proj"), ("c_attn", "c_proj"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3Config:
-    """Which modules are scaled, and which of them at their input."""
+    """The modules that are scaled, and those among them that are scaled at their input."""
 
     target_modules: Annotated[tuple[str, ...], Field(description="Ends of paths; empty for every linear module.")] = ()
     feedforward_modules: Annotated[tuple[str, ...], Field(description="Those of them scaled at their input.")] = ()
@@ -35,20 +35,20 @@ class Ia3Config:
 
 
 class Ia3Params(NamedTuple):
-    """One site's vector: [I] where the input is scaled, [O] where the output is."""
+    """One site's vector: [I] if the input is scaled, [O] if the output is."""
 
     scale: Tensor
     is_feedforward: bool
 
 
 def init(config: Ia3Config, site: Site) -> Ia3Params:
-    """Ones: the delta starts at exactly zero."""
+    """Return ones: the delta starts at exactly zero."""
     is_feedforward = targets.any_names(config.feedforward_modules, site.name)
     return Ia3Params(torch.ones(site.in_features if is_feedforward else site.out_features), is_feedforward)
 
 
 def fit(config: Ia3Config, base: BaseShape) -> Ia3Config:
-    """The config with the paper's sites as the base calls them."""
+    """Return the config with the paper's sites under the base's names."""
     suffixes = {site.suffix for site in base.sites.values()}
     for modules in MODULES:
         if suffixes >= set(modules):
@@ -57,7 +57,7 @@ def fit(config: Ia3Config, base: BaseShape) -> Ia3Config:
 
 
 def begin(config: Ia3Config, base: BaseShape, generator: torch.Generator) -> Fitted:
-    """Ones at every site that the config means; nothing is drawn."""
+    """Return ones at every site that the config means; nothing is drawn."""
     del generator
     config, sites = targets.place(config, base, (SiteKind.LINEAR,))
     targets.require_named("feedforward_modules", config.feedforward_modules, sites)
@@ -65,12 +65,12 @@ def begin(config: Ia3Config, base: BaseShape, generator: torch.Generator) -> Fit
 
 
 def pre(params: Ia3Params, x: Tensor) -> Tensor | None:
-    """What a feed-forward vector adds to the input `x` [*T, I]."""
+    """Compute the delta of a feed-forward vector to the input `x` [*T, I]."""
     return _excess(params.scale, x) if params.is_feedforward else None
 
 
 def post(params: Ia3Params, x: Tensor, y: Tensor) -> Tensor | None:
-    """What a key or value vector adds to the base output `y` [*T, O]."""
+    """Compute the delta of a key or value vector to the base output `y` [*T, O]."""
     del x
     return None if params.is_feedforward else _excess(params.scale, y)
 
@@ -80,20 +80,20 @@ def _excess(scale: Tensor, activation: Tensor) -> Tensor:
 
 
 def pack(params: Ia3Params, dtype: torch.dtype) -> tuple[Packed, ...]:
-    """The vector in float32 whatever the slots hold: a bfloat16 step near 1 is 0.4 %, and vectors are small."""
+    """Pack the vector in float32 whatever the slots hold: a bfloat16 step near 1 is 0.4 %, and vectors are small."""
     del dtype
     kind = DeltaKind.SCALE_INPUT if params.is_feedforward else DeltaKind.SCALE_OUTPUT
     return (Packed(kind, 0, params.scale.float().contiguous(), None),)
 
 
 def unpack(packed: tuple[Packed, ...]) -> Ia3Params:
-    """View of a packed site."""
+    """Return a view of a packed site."""
     (vector,) = packed
     return Ia3Params(vector.first, vector.kind is DeltaKind.SCALE_INPUT)
 
 
 def count(config: Ia3Config, sites: Sequence[Site], base: BaseShape) -> Count:
-    """O at every key and value site, I at every feed-forward site."""
+    """Count O at every key and value site, I at every feed-forward site."""
     del base
     inputs = config.feedforward_modules
     sizes = (s.in_features if targets.any_names(inputs, s.name) else s.out_features for s in sites)
@@ -101,5 +101,5 @@ def count(config: Ia3Config, sites: Sequence[Site], base: BaseShape) -> Count:
 
 
 def norms(params: Ia3Params) -> dict[str, float]:
-    """The distance from the vector that scales nothing."""
+    """Return the distance from the vector that scales nothing."""
     return {"‖l - 1‖": (params.scale.float() - 1).norm().item()}

@@ -1,10 +1,10 @@
-"""AdaLoRA in PEFT's form: `P.lora_A` (r, in), `P.lora_B` (out, r), `P.lora_E` (r, 1).
+"""AdaLoRA in PEFT's format: `P.lora_A` (r, in), `P.lora_B` (out, r), `P.lora_E` (r, 1).
 
     y = W₀x + alpha / (init_r + 1e-5) · B (A ⊙ E) x
 
-(Zhang et al. 2023, arXiv:2303.10512, equation 3; the scale is PEFT's.) A finished one is a LoRA whose A holds E, and is
-read as that; it is written as LoRA. Its training, which takes rows away, is not ours. The divisor is the rank it began
-with, also where rows have been taken away since.
+(Zhang et al. 2023, arXiv:2303.10512, equation 3; the scale is PEFT's.) A finished one is a LoRA with E folded into A:
+it is read and written as LoRA. Its training, which prunes rows, is not ours. The divisor is the rank that it began
+with, even if rows have been pruned since.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from weft.methods.protocol import BaseShape, Fitted
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _PEFT_EPSILON = 1e-5
-# Its `r` means nothing, and its rank_pattern lists which rows were kept, which the tensors say themselves.
+# Its `r` means nothing, and its rank_pattern lists the rows that were kept, which the tensors show themselves.
 SCHEMA = Schema(
     used=words("lora_alpha init_r rank_pattern"),
     inert=files.SCHEMA.inert
@@ -34,9 +34,9 @@ SCHEMA = Schema(
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything and give the LoRA that the adapter is."""
+    """Check the file, and return the LoRA that the adapter folds into."""
     init_rank = files.read_rank(config.get("init_r", 12), "init_r", limits)
-    alpha = files.read_alpha(config.get("lora_alpha", 8), "lora_alpha") or float(init_rank)  # PEFT's meaning of 0
+    alpha = files.read_alpha(config.get("lora_alpha", 8), "lora_alpha") or float(init_rank)  # PEFT reads 0 as the rank
     scaling = alpha / (init_rank + _PEFT_EPSILON)
     files.require_scale(scaling, limits)
     by_module = scan.group(tensors, (_A, _B, _E), "AdaLoRA")

@@ -1,6 +1,6 @@
 """Base biases that PEFT trained beside a LoRA (`bias` is "lora_only" or "all"): `P.base_layer.bias` (out,).
 
-PEFT stores the new bias; the base keeps its own here. The difference is added by the LoRA, as the bias that B may have:
+PEFT stores the new bias; the base keeps its own here. The LoRA adds the difference, as the bias that B may have:
 
     scaling · (B A x + bias),    bias = (new - base's) / scaling
 """
@@ -20,11 +20,11 @@ _BIAS = "base_layer.bias"
 _KEY = "adapter_config.bias"
 
 
-Replaced = Mapping[str, tuple[str, Tensor]]  # by module: the key, and the new bias
+Replaced = Mapping[str, tuple[str, Tensor]]  # the key and the new bias, by module
 
 
 def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Replaced, Mapping[str, Tensor]]:
-    """The replaced biases, and the other tensors. Refuses biases of modules that the LoRA leaves alone."""
+    """Return the replaced biases, and the other tensors. Refuses biases of modules that the LoRA leaves alone."""
     form = config.get("bias")
     if form in (None, "none"):
         return {}, tensors
@@ -53,7 +53,7 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Rep
 
 
 def add(replaced: Replaced, params: Mapping[str, LoraParams], base: BaseShape) -> dict[str, LoraParams]:
-    """The same updates with what the biases have changed; where one has a bias, PEFT's form wants all to have one."""
+    """Return the updates with the changes of the biases; if one update has a bias, PEFT's format needs one on all."""
     for module, (key, _) in replaced.items():
         if module not in params:
             raise InvalidAdapter.rule("PAIR_INCOMPLETE", key, "needs lora_A and lora_B beside it", given=module)

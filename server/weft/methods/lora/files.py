@@ -1,4 +1,4 @@
-"""LoRA in PEFT's form: `P.lora_A.weight` (r, in), `P.lora_B.weight` (out, r); r, lora_alpha, their patterns.
+"""LoRA in PEFT's format: `P.lora_A.weight` (r, in), `P.lora_B.weight` (out, r); r, lora_alpha, their patterns.
 
 `alora_invocation_tokens` make an activated LoRA, whose delta begins in the prompt (methods/activation.py).
 With lora_bias there is `P.lora_B.bias` (out,). Beside a head's matrices PEFT saves the head itself,
@@ -44,7 +44,7 @@ SCHEMA = schema.Schema(
         "use_bdlora": (None, False),
         "arrow_config": (None,),
         "kasa_config": (None,),
-        # The other initializations (PiSSA, OLoRA, CorDA, LoftQ …) also change the base: their files mean another base.
+        # The other initializations (PiSSA, OLoRA, CorDA, LoftQ …) also change the base: their files need another base.
         "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
     },
     advice={
@@ -52,12 +52,12 @@ SCHEMA = schema.Schema(
         "save_pretrained(..., path_initial_model_for_weight_conversion=the untrained adapter's directory)"
     },
 )
-# What only a plain LoRA has: other forms fix these keys.
+# Keys that only a plain LoRA may set: other formats fix them.
 PLAIN_ONLY: Mapping[str, tuple[Any, ...]] = {"lora_bias": (None, False), "bias": (None, "none"), _INVOCATION: (None,)}
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything; tensors keep the dtype they were stored in."""
+    """Check the file, and return the adapter; tensors keep the dtype they were stored in."""
     schema.boolean(config, "use_dora", "CONFIG_INVALID")
     lora_bias = schema.boolean(config, "lora_bias", "CONFIG_INVALID")
     invocation = _read_invocation(config, base, limits)
@@ -83,9 +83,9 @@ def read_products(
     method: str,
     others: tuple[str, ...],
 ) -> tuple[dict[str, Any], dict[str, lora.LoraParams], Mapping[str, Mapping[str, tuple[str, Tensor]]]]:
-    """Read what LoRA and DoRA have in common: the config's settings, the products by site, and all that each site has.
+    """Read what LoRA and DoRA share: the config's settings, the products by site, and all tensors of each site.
 
-    method: what errors call the adapter. others: endings of what a site has beside A and B.
+    method: the adapter's name in errors. others: endings of a site's tensors beside A and B.
     """
     settings = {
         "rank": read_rank(config.get("r"), "r", limits),
@@ -116,7 +116,7 @@ def read_products(
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors."""
+    """Return PEFT's config keys and tensors."""
     config: lora.LoraConfig = adapter.config
     keys = {
         "r": config.rank,
@@ -142,7 +142,7 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
 
 
 def require_complete(module: str, found: Mapping[str, tuple[str, Tensor]], endings: tuple[str, ...]) -> None:
-    """PAIR_INCOMPLETE unless a module has all its tensors, and the first two of one dtype."""
+    """Raise PAIR_INCOMPLETE unless a module has all its tensors, the first two of the same dtype."""
     if len(found) != len(endings):
         names = [ending.removesuffix(".weight") for ending in endings]
         raise InvalidAdapter.rule(
@@ -162,7 +162,7 @@ def require_complete(module: str, found: Mapping[str, tuple[str, Tensor]], endin
 
 
 def require_product(site: Site, a_key: str, a: Tensor, b_key: str, b: Tensor, rank: int) -> None:
-    """RANK_MISMATCH or DIM_MISMATCH unless A is [rank, I] and B [O, rank]."""
+    """Raise RANK_MISMATCH or DIM_MISMATCH unless A is [rank, I] and B [O, rank]."""
     if a.dim() == 2 and a.shape[1] == site.in_features and a.shape[0] != rank:
         raise InvalidAdapter.rule(
             "RANK_MISMATCH", a_key, "has another rank than the config", limit=rank, given=a.shape[0]
@@ -172,7 +172,7 @@ def require_product(site: Site, a_key: str, a: Tensor, b_key: str, b: Tensor, ra
 
 
 def require_scale(scaling: float, limits: AdapterLimits) -> None:
-    """SCALE_INVALID where B A would be multiplied with more than the limit."""
+    """Raise SCALE_INVALID if the factor of B A is above the limit."""
     if scaling > limits.scaling_max:
         raise InvalidAdapter.rule(
             "SCALE_INVALID",
@@ -184,7 +184,7 @@ def require_scale(scaling: float, limits: AdapterLimits) -> None:
 
 
 def is_empty(params: lora.LoraParams) -> bool:
-    """Whether the update is zero whatever its input."""
+    """Return whether the update is zero for every input."""
     if params.scaling == 0:
         return True
     has_product = not scan.is_zero(params.a) and not scan.is_zero(params.b)
@@ -192,14 +192,14 @@ def is_empty(params: lora.LoraParams) -> bool:
 
 
 def vector(found: tuple[str, Tensor], site: Site) -> Tensor:
-    """One number for each of the site's outputs, or DIM_MISMATCH."""
+    """Return one number for each of the site's outputs, or raise DIM_MISMATCH."""
     key, tensor = found
     scan.require_shape(key, tensor, (site.out_features,))
     return tensor
 
 
 def _require_own_head(tensors: Mapping[str, Tensor], base: BaseShape) -> None:
-    """Refuse a saved module that is not the base's own: it would have to replace it."""
+    """Refuse a saved module that differs from the base's own, which it would have to replace."""
     for key, tensor in tensors.items():
         split = scan.split_key(key, (_HEAD,))
         if split is None:
@@ -218,7 +218,7 @@ def _require_own_head(tensors: Mapping[str, Tensor], base: BaseShape) -> None:
 
 
 def _is_equal(held: BaseWeight, saved: Tensor) -> bool:
-    """Whether a saved weight is the base's, within what bfloat16 keeps: it may have been saved in another dtype."""
+    """Return whether a saved weight is the base's, within bfloat16's precision: its dtype may have been another."""
     begin = 0
     for weight in held.blocks(torch.float32):
         rows = saved[begin : begin + len(weight)].to(weight.device, torch.float32)
@@ -229,7 +229,7 @@ def _is_equal(held: BaseWeight, saved: Tensor) -> bool:
 
 
 def read_rank(value: Any, key: str, limits: AdapterLimits) -> int:
-    """A whole number from 1 to the limit, or RANK_INVALID or RANK_TOO_LARGE."""
+    """Return a whole number from 1 to the limit, or raise RANK_INVALID or RANK_TOO_LARGE."""
     if type(value) is not int or not 1 <= value < 2**31:
         raise InvalidAdapter.rule("RANK_INVALID", f"adapter_config.{key}", "must be a whole number from 1", given=value)
     if value > limits.rank_max:
@@ -244,8 +244,8 @@ def read_rank(value: Any, key: str, limits: AdapterLimits) -> int:
 
 
 def read_alpha(value: Any, key: str) -> float:
-    """A finite number of at least 0, or SCALE_INVALID."""
-    # 1e38 is finite: the scale's own limit refuses it once the rank is known.
+    """Return a finite number of at least 0, or raise SCALE_INVALID."""
+    # 1e38 is finite: the limit of the scale refuses it once the rank is known.
     if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
         raise InvalidAdapter.rule(
             "SCALE_INVALID", f"adapter_config.{key}", "must be a finite number of at least 0", given=value
@@ -254,7 +254,7 @@ def read_alpha(value: Any, key: str) -> float:
 
 
 def _read_invocation(config: Mapping[str, Any], base: BaseShape, limits: AdapterLimits) -> tuple[int, ...]:
-    """Token ids of the base's vocabulary, at least one; () where the key is absent or null."""
+    """Return token ids of the base's vocabulary, at least one; () if the key is absent or null."""
     given = config.get(_INVOCATION)
     if given is None:
         return ()
@@ -280,7 +280,7 @@ def _read_invocation(config: Mapping[str, Any], base: BaseShape, limits: Adapter
 
 
 def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A mapping of module-path suffixes. PEFT compiles its keys; here only literal paths are accepted."""
+    """Return a mapping of module-path suffixes. PEFT compiles its keys; here only literal paths are accepted."""
     pattern = config.get(key)
     if pattern is None:
         return {}

@@ -3,13 +3,13 @@
     y = W₀x + scaling · B A x,    scaling = alpha / rank
 
 Deviations: with `use_rslora` the divisor is sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); with `lora_bias` the
-update is scaling · (B A x + bias), as PEFT has it.
-Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) is this delta in a part of the tokens: the gates differ.
+update is scaling · (B A x + bias), as in PEFT.
+Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397) is this delta on a part of the tokens: only the gates differ.
 QLoRA (Dettmers et al. 2023, arXiv:2305.14314) is this method trained on the NF4 base: nothing changes here. Deviations
 from the owner's document (section 2.2): A and B are float32 in training, where float16 would lose small steps, and take
-the dtype of the slots when served; and the base is not round(W · s) / s, whose grid is uniform, but NF4 as the paper
-has it (section 3): blocks of 64 weights are divided by their largest magnitude, and each becomes the nearest of 16
-values that are spaced as a normal distribution is.
+the dtype of the slots when served; and the base is not round(W · s) / s, whose grid is uniform, but NF4 as in the paper
+(section 3): blocks of 64 weights are divided by their largest magnitude, and each becomes the nearest of 16 values that
+are spaced as a normal distribution is.
 """
 
 import math
@@ -30,7 +30,7 @@ SITES = (SiteKind.LINEAR, SiteKind.HEAD)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Ranks and alphas, and where they are."""
+    """Ranks, alphas and their modules."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -71,7 +71,7 @@ class LoraParams(NamedTuple):
 
 
 def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
-    """What B A is multiplied with."""
+    """Return the factor of B A."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
@@ -81,13 +81,13 @@ def rank_at(config: LoraConfig, module: str) -> int:
 
 
 def scaling_at(config: LoraConfig, module: str) -> float:
-    """Return what B A is multiplied with at a module path."""
+    """Return the factor of B A at a module path."""
     alpha = targets.value_at(config.alpha_pattern, module, config.alpha)
     return scaling(alpha, rank_at(config, module), use_rslora=config.use_rslora)
 
 
 def init(config: LoraConfig, site: Site, generator: torch.Generator | None = None) -> LoraParams:
-    """A uniform as torch.nn.Linear draws it, B and its bias zero: the delta starts at exactly zero."""
+    """Draw A uniformly as torch.nn.Linear does; B and its bias are zero, so the delta starts at exactly zero."""
     rank = rank_at(config, site.name)
     bound = 1 / math.sqrt(site.in_features)
     a = torch.empty(rank, site.in_features).uniform_(-bound, bound, generator=generator)
@@ -97,7 +97,7 @@ def init(config: LoraConfig, site: Site, generator: torch.Generator | None = Non
 
 
 def begin(config: LoraConfig, base: BaseShape, generator: torch.Generator, start: Callable[..., Any] = init) -> Fitted:
-    """What `start` makes at every site that the config means."""
+    """Return what `start` makes at every site that the config means."""
     config, sites = targets.place(config, base, SITES)
     targets.require_decisive("rank_pattern", config.rank_pattern, sites)
     targets.require_decisive("alpha_pattern", config.alpha_pattern, sites)
@@ -105,9 +105,9 @@ def begin(config: LoraConfig, base: BaseShape, generator: torch.Generator, start
 
 
 def delta(params: LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
-    """What LoRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+    """Compute the delta to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
 
-    drop: dropout of its input, in training.
+    drop: dropout of the input, in training.
     """
     hidden = drop(x.to(params.a.dtype)) @ params.a.mT  # [*T, R]
     added = hidden @ params.b.mT  # [*T, O]
@@ -117,7 +117,7 @@ def delta(params: LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor
 
 
 def pack(params: LoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
-    """A [R, I] and the scaled Bᵀ [R, O]: both are read along contiguous rows. The scaled bias stays float32."""
+    """Pack A [R, I] and the scaled Bᵀ [R, O]: both are read along contiguous rows. The scaled bias stays float32."""
     b = params.b.float().mT * params.scaling
     product = Packed(DeltaKind.LORA, params.rank, params.a.to(dtype).contiguous(), b.to(dtype).contiguous())
     if params.bias is None:
@@ -126,14 +126,14 @@ def pack(params: LoraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
 
 
 def unpack(packed: tuple[Packed, ...]) -> LoraParams:
-    """Views of a packed site; its scaling already lives in B and in the bias."""
+    """Return views of a packed site; its scaling is already part of B and the bias."""
     product, *bias = packed
     assert product.second is not None
     return LoraParams(product.first, product.second.mT, 1.0, bias[0].first if bias else None)
 
 
 def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """r(I + O) at every site, and O with a bias."""
+    """Count r(I + O) at every site, and O with a bias."""
     del base
     terms = [term(config, site) for site in sites]
     if not config.lora_bias:
@@ -143,13 +143,13 @@ def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
 
 
 def term(config: LoraConfig, site: Site) -> Term:
-    """r(I + O) at one site."""
+    """Return r(I + O) at one site."""
     rank, i, o = rank_at(config, site.name), site.in_features, site.out_features
     return Term(f"{rank}·({i} + {o})", rank * (i + o))
 
 
 def norms(params: LoraParams) -> dict[str, float]:
-    """‖ΔW‖² = tr(AᵀBᵀBA) = Σ (BᵀB) ⊙ (AAᵀ), so that no matrix of the base's size is made."""
+    """Compute ‖ΔW‖² = tr(AᵀBᵀBA) = Σ (BᵀB) ⊙ (AAᵀ), without a matrix of the base's size."""
     a, b = params.a.double(), params.b.double()
     squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
     return {"‖ΔW‖": params.scaling * squared.sqrt().item()}

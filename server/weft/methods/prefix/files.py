@@ -1,4 +1,4 @@
-"""Prefix tuning in PEFT's form: one tensor `prompt_embeddings` (P, 2·L·H·D), already projected; a row is K₀ V₀ K₁ …
+"""Prefix tuning in PEFT's format: one tensor `prompt_embeddings` (P, 2·L·H·D), already projected; a row is K₀ V₀ K₁ …
 
 PEFT's CARTRIDGE saves the same tensor (Eyuboglu et al. 2025, arXiv:2506.06266); it is read, and written, as
 prefix tuning.
@@ -20,14 +20,14 @@ SCHEMA = Schema(
     inert=virtual.INERT | words("encoder_hidden_size prefix_projection init_weights"),
     fixed=virtual.FIXED,
 )
-# Prefix tuning that was trained without an MLP; how many positions were frozen then means nothing now.
+# Prefix tuning trained without an MLP; the number of frozen positions means nothing after training.
 CARTRIDGE = Schema(
     used=words("num_virtual_tokens"), inert=virtual.INERT | words("num_frozen_tokens"), fixed=virtual.FIXED
 )
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything."""
+    """Check the file, and return the adapter."""
     width = 2 * base.num_layers * base.num_kv_heads * base.head_dim
     rows = virtual.read_rows(
         config, tensors, limits, method="prefix", width=width, width_is="2 · layers · kv heads · head dim"
@@ -37,7 +37,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors."""
+    """Return PEFT's config keys and tensors."""
     del base
     embeddings = adapter.prefix.embeddings
     length, num_layers, _, num_kv_heads, head_dim = embeddings.shape
@@ -47,7 +47,7 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
         "num_attention_heads": num_kv_heads,
         "num_layers": num_layers,
         "num_transformer_submodules": 1,
-        "prefix_projection": False,  # the tensor is what the MLP made; true would have PEFT look for the MLP
+        "prefix_projection": False,  # the tensor is the MLP's output; with true PEFT would look for the MLP
         "encoder_hidden_size": num_kv_heads * head_dim,
     }
     return keys, {virtual.EMBEDDINGS: embeddings.reshape(length, -1)}

@@ -2,9 +2,9 @@
 
     Attention(Q, [P_K; K], [P_V; V])   in every layer
 
-The keys are stored as attention reads them: they are not rotated, and real tokens take positions from P on (as PEFT).
-The paper's reparameterization P = MLP(R) (section 4.3) belongs to training: what is saved and served is P itself. It
-comes as PEFT has it, one MLP for keys and values, and as the owner's document does, P_K = MLP_K(R) and P_V = MLP_V(R).
+The keys are stored as attention reads them: they are not rotated, and real tokens take positions from P on (as in
+PEFT). The paper's reparameterization P = MLP(R) (section 4.3) belongs to training: only P itself is saved and served.
+It can be PEFT's, one MLP for keys and values, or the owner's document's, P_K = MLP_K(R) and P_V = MLP_V(R).
 """
 
 import math
@@ -22,7 +22,7 @@ from weft.methods.protocol import BaseShape, Site, VirtualKV
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig:
-    """How many keys and values there are, and how training reaches them."""
+    """The number of keys and values, and how training reaches them."""
 
     num_virtual_tokens: Annotated[int, Field(description="Virtual positions, P.")] = 16
     init_std: Annotated[float, Field(description="Spread of the initial keys and values.")] = 0.5
@@ -53,26 +53,26 @@ class PrefixParams(NamedTuple):
 
 
 def init(config: PrefixConfig, base: BaseShape, generator: torch.Generator | None = None) -> PrefixParams:
-    """Normal with `init_std`; prefix tuning has no zero-delta start."""
+    """Draw normal noise with `init_std`; prefix tuning has no zero-delta start."""
     shape = (config.num_virtual_tokens, base.num_layers, 2, base.num_kv_heads, base.head_dim)
     return PrefixParams(torch.randn(shape, generator=generator) * config.init_std)
 
 
 def virtual(params: PrefixParams) -> VirtualKV:
-    """Keys and values, each [L, P, H, D], as views; differentiable."""
+    """Return keys and values, each [L, P, H, D], as views; differentiable."""
     keys, values = params.embeddings.permute(2, 1, 0, 3, 4).unbind(0)
     return VirtualKV(keys, values)
 
 
 def count(config: PrefixConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """Keys and values in every layer. The owner's 2ldL has d for H·D: they differ where heads share keys and values."""
+    """Count keys and values in every layer. The owner's 2ldL has d for H·D, which differ if heads share them."""
     del sites
     shape = (2, config.num_virtual_tokens, base.num_layers, base.num_kv_heads, base.head_dim)
     return gather("2·P·L·H·D", [Term("·".join(map(str, shape)), math.prod(shape))])
 
 
 def norms(params: PrefixParams) -> dict[str, float]:
-    """Of every layer's keys and values; zero keys still take their share of attention, so zero is not "no effect"."""
+    """Return the norms of every layer's keys and values; zero keys still draw attention, so 0 is not "no effect"."""
     found = {}
     for layer, (keys, values) in enumerate(zip(*virtual(params), strict=True)):
         found[f"‖P_K‖, layer {layer}"] = keys.float().norm().item()

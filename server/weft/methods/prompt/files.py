@@ -1,4 +1,4 @@
-"""Prompt tuning in PEFT's form: `prompt_embeddings` (P, E)."""
+"""Prompt tuning in PEFT's format: `prompt_embeddings` (P, E)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,20 +26,20 @@ def read(
     config_of: Callable[..., Any] = PromptConfig,
     method: str = "prompt",
 ) -> Fitted:
-    """Check everything. config_of, method: the config's type, and what errors call the adapter."""
+    """Check the file, and return the adapter. config_of: the config's type. method: the adapter's name in errors."""
     width = base.embedding_size
     rows = virtual.read_rows(config, tensors, limits, method=method, width=width, width_is="embedding size")
     return Fitted(config_of(num_virtual_tokens=len(rows)), prefix=PromptParams(rows))
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors."""
+    """Return PEFT's config keys and tensors."""
     del base
     rows = adapter.prefix.embeddings
     return {**sizes(rows), "prompt_tuning_init": "RANDOM"}, {virtual.EMBEDDINGS: rows}
 
 
 def sizes(rows: Tensor) -> dict[str, Any]:
-    """PEFT's keys of rows. Heads and layers are left out: PEFT takes them from the base, and rows do not need them."""
+    """Return PEFT's keys of rows, without heads and layers: PEFT takes these from the base, and rows need neither."""
     length, embedding_size = rows.shape
     return {"num_virtual_tokens": length, "token_dim": embedding_size, "num_transformer_submodules": 1}

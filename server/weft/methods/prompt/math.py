@@ -3,7 +3,7 @@
     E_input = [E_prompt; E_tokens]
 
 Tokens count from position P on. No row of the prompt sees a token, so its keys and values are the same for every
-request: they are computed once and shared, as a prefix is.
+request: they are computed once and shared, as a prefix's are.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from weft.methods.protocol import BaseShape, Site, SoftRows
 
 
 class PromptInit(StrEnum):
-    """What the rows are before training: noise, embeddings of tokens drawn by the seed, or those of a given text."""
+    """The rows before training: noise, embeddings of tokens drawn by the seed, or those of a given text."""
 
     RANDOM = "random"
     VOCABULARY = "vocabulary"
@@ -29,7 +29,7 @@ class PromptInit(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
-    """How many rows there are, and what they begin as."""
+    """The number of rows, and their initial values."""
 
     num_virtual_tokens: Annotated[int, Field(description="Virtual positions, P.")] = 16
     prompt_init: PromptInit = PromptInit.VOCABULARY
@@ -47,29 +47,29 @@ class PromptConfig:
 
 
 class PromptParams(NamedTuple):
-    """The rows, as the first layer reads them."""
+    """The rows, in the form that the first layer reads."""
 
     embeddings: Tensor  # [P, E]
 
 
 def init(config: PromptConfig, base: BaseShape, generator: torch.Generator | None = None) -> PromptParams:
-    """Noise with `init_std`. Rows that begin as tokens are put in by the trainer, which has the base's embedding."""
+    """Draw noise with `init_std`. The trainer, which has the base's embedding, puts in rows that begin as tokens."""
     return PromptParams(
         torch.randn(config.num_virtual_tokens, base.embedding_size, generator=generator) * config.init_std
     )
 
 
 def virtual(params: PromptParams) -> SoftRows:
-    """The rows themselves; differentiable."""
+    """Return the rows themselves; differentiable."""
     return SoftRows(params.embeddings)
 
 
 def count(config: PromptConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """P rows of the embedding's width."""
+    """Count P rows of the embedding's width."""
     del sites
     return rows_of(config.num_virtual_tokens, base)
 
 
 def rows_of(num_rows: int, base: BaseShape) -> Count:
-    """Rows of the embedding's width E."""
+    """Count rows of the embedding's width E."""
     return gather("P·E", [Term(f"{num_rows}·{base.embedding_size}", num_rows * base.embedding_size)])

@@ -1,4 +1,4 @@
-"""P-tuning in PEFT's form: what its encoder made, as prompt tuning's rows; the encoder's settings mean nothing now."""
+"""P-tuning in PEFT's format: its encoder's output, as prompt tuning's rows; the encoder's settings mean nothing now."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ SCHEMA = Schema(
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors."""
+    """Return PEFT's config keys and tensors."""
     del base
     config: PtuningConfig = adapter.config
     rows = adapter.prefix.embeddings

@@ -2,7 +2,7 @@
 
     E_input = [encoder(R); E_tokens],    R trained rows, encoder an MLP or a bidirectional LSTM with an MLP
 
-The encoder belongs to training: what is saved and served are the rows that it made, which is prompt tuning's form.
+The encoder belongs to training: only the rows that it made are saved and served, in prompt tuning's format.
 Deviation: the paper may put rows between tokens; as in PEFT, all of them come first.
 """
 
@@ -28,7 +28,7 @@ class Encoder(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PtuningConfig:
-    """How many rows there are, and the encoder that makes them."""
+    """The number of rows, and the encoder that makes them."""
 
     num_virtual_tokens: Annotated[int, Field(description="Virtual positions, P.")] = 16
     encoder: Encoder = Encoder.MLP
@@ -39,11 +39,11 @@ class PtuningConfig:
 
 
 def init(config: PtuningConfig, base: BaseShape, generator: torch.Generator | None = None) -> prompt.PromptParams:
-    """Standard normal, as the rows that go into the encoder begin; in training the encoder's output takes its place."""
+    """Draw standard normal rows, as the encoder's input begins; in training the encoder's output replaces them."""
     return prompt.PromptParams(torch.randn(config.num_virtual_tokens, base.embedding_size, generator=generator))
 
 
 def count(config: PtuningConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """What is saved and served: the rows. The encoder's own parameters are gone by then."""
+    """Count the rows that are saved and served. The encoder's own parameters are gone by then."""
     del sites
     return prompt.rows_of(config.num_virtual_tokens, base)

@@ -1,4 +1,4 @@
-"""VeRA in PEFT's form: `P.vera_lambda_d` (r,), `P.vera_lambda_b` (out,), and once `base_model.vera_A` (r, in) and
+"""VeRA in PEFT's format: `P.vera_lambda_d` (r,), `P.vera_lambda_b` (out,), and once `base_model.vera_A` (r, in) and
 `base_model.vera_B` (out, r), whose in and out are those of the largest modules.
 
 A file without the two matrices is refused: they would have to be drawn, and no other version of a library promises the
@@ -22,7 +22,7 @@ from weft.methods.vera.math import Projection, VeraConfig, VeraParams
 _D, _B = "vera_lambda_d", "vera_lambda_b"
 _PROJECTION = ("base_model.vera_A", "base_model.vera_B")
 _SAVE = "train or save it again with save_projection=True"
-_LAID_OUT_BYTES = 4  # of a number, as LoRA's file has it
+_LAID_OUT_BYTES = 4  # per number, as in LoRA's file
 SCHEMA = Schema(
     used=words("r"),
     inert=words(
@@ -35,7 +35,7 @@ SCHEMA = Schema(
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
-    """Check everything; tensors keep the dtype they were stored in."""
+    """Check the file, and return the adapter; tensors keep the dtype they were stored in."""
     rank = read_rank(config.get("r", 256), "r", limits)
     by_module = scan.group({k: t for k, t in tensors.items() if k not in _PROJECTION}, (_D, _B), "VeRA")
     sites = scan.require_sites(by_module, base, method="VeRA")
@@ -62,7 +62,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config keys and tensors; the projection in the vectors' dtype, and no larger than the modules need."""
+    """Return PEFT's config keys and tensors; the projection has the vectors' dtype, and only the needed size."""
     config: VeraConfig = adapter.config
     keys = {
         "r": config.rank,
@@ -84,7 +84,7 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
 
 
 def _require_room(rank: int, sites: Mapping[str, Site], limits: AdapterLimits) -> None:
-    """RANK_TOO_LARGE if the matrices of all sites, which no file holds, take more bytes than a file may."""
+    """Raise RANK_TOO_LARGE if the matrices of all sites, which no file holds, take more bytes than a file may."""
     num_bytes = _LAID_OUT_BYTES * rank * sum(site.in_features + site.out_features for site in sites.values())
     if num_bytes > limits.file_bytes_max:
         raise InvalidAdapter.rule(
@@ -98,7 +98,7 @@ def _require_room(rank: int, sites: Mapping[str, Site], limits: AdapterLimits) -
 
 
 def _projection(rank: int, tensors: Mapping[str, Tensor], sites: Mapping[str, Site]) -> Projection:
-    """A and B, at least as large as the largest module."""
+    """Return A and B, at least as large as the largest module."""
     for key in _PROJECTION:
         if key not in tensors:
             raise InvalidAdapter.rule("PAIR_INCOMPLETE", key, f"is missing: {_SAVE}", given=None)

@@ -3,8 +3,8 @@ arXiv:2310.11454, section 3.1).
 
     y = W₀x + Λ_b B Λ_d A x        Λ_b, Λ_d: diagonal matrices of the vectors λ_b and λ_d
 
-A site of other sizes than the largest takes the first columns of A and the first rows of B, as in PEFT. Once it is
-trained, an adapter folds into a LoRA with Λ_d A and Λ_b B: it is stored as vectors, and served at LoRA's cost.
+A site smaller than the largest takes the first columns of A and the first rows of B, as in PEFT. A trained adapter
+folds into a LoRA with Λ_d A and Λ_b B: it is stored as vectors, and served at LoRA's cost.
 """
 
 import math
@@ -24,7 +24,7 @@ from weft.methods.protocol import BaseShape, Drop, Fitted, Packed, Site, SiteKin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VeraConfig:
-    """The rank, and where the vectors are."""
+    """The rank, and the modules that have vectors."""
 
     rank: int = 64
     target_modules: Annotated[tuple[str, ...], Field(description="Ends of paths; empty for every linear module.")] = ()
@@ -47,7 +47,7 @@ class Projection(NamedTuple):
 
 
 class VeraParams(NamedTuple):
-    """One site's vectors, and what they scale."""
+    """One site's vectors, and the matrices that they scale."""
 
     lambda_d: Tensor  # [R]
     lambda_b: Tensor  # [O]
@@ -56,7 +56,7 @@ class VeraParams(NamedTuple):
 
 
 def begin(config: VeraConfig, base: BaseShape, generator: torch.Generator) -> Fitted:
-    """A projection as PEFT draws it, and vectors at every site that the config means: the delta starts at zero."""
+    """Draw a projection as PEFT does, and make vectors at every site of the config: the delta starts at zero."""
     config, sites = targets.place(config, base, (SiteKind.LINEAR,))
 
     def draw(num_rows: int, num_columns: int) -> Tensor:
@@ -69,15 +69,15 @@ def begin(config: VeraConfig, base: BaseShape, generator: torch.Generator) -> Fi
 
 
 def init(config: VeraConfig, site: Site, projection: Projection) -> VeraParams:
-    """λ_d constant, λ_b zero."""
+    """Return constant λ_d and zero λ_b."""
     lambda_d = torch.full((config.rank,), config.d_initial)
     return VeraParams(lambda_d, torch.zeros(site.out_features), site.in_features, projection)
 
 
 def delta(params: VeraParams | lora.LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
-    """What VeRA adds to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in the vectors.
+    """Compute the delta to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in the vectors.
 
-    drop: dropout of its input, in training.
+    drop: dropout of the input, in training.
     """
     if isinstance(params, lora.LoraParams):
         return lora.delta(params, x, y, drop)
@@ -87,28 +87,28 @@ def delta(params: VeraParams | lora.LoraParams, x: Tensor, y: Tensor, drop: Drop
 
 
 def matrices(params: VeraParams) -> Projection:
-    """A [R, I] and B [O, R] of the site, as views."""
+    """Return A [R, I] and B [O, R] of the site, as views."""
     return Projection(params.projection.a[:, : params.in_features], params.projection.b[: len(params.lambda_b)])
 
 
 def fold(params: VeraParams) -> lora.LoraParams:
-    """The update as the LoRA that it is, in float32."""
+    """Return the LoRA that equals the update, in float32."""
     a, b = (matrix.float() for matrix in matrices(params))
     return lora.LoraParams(a * params.lambda_d.float()[:, None], b * params.lambda_b.float()[:, None], 1.0)
 
 
 def pack(params: VeraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
-    """LoRA's two matrices."""
+    """Pack LoRA's two matrices."""
     return lora.pack(fold(params), dtype)
 
 
 def count(config: VeraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """R and O at every site; the projection is not trained."""
+    """Count R and O at every site; the projection is not trained."""
     del base
     terms = (Term(f"({config.rank} + {site.out_features})", config.rank + site.out_features) for site in sites)
     return gather("Σ (R + O)", terms)
 
 
 def norms(params: VeraParams) -> dict[str, float]:
-    """LoRA's ‖ΔW‖."""
+    """Return LoRA's ‖ΔW‖."""
     return lora.norms(fold(params))
