@@ -185,7 +185,7 @@ class RequestLimits:
     request_id_bytes_max: Size = 128
     cache_salt_bytes_max: Size = 128
     deadline_default_s: Number | None = Field(
-        default=None, description="Deadline of requests that have none; None sets no limit."
+        default=None, description="Deadline of requests without one; None sets no limit."
     )
     deadline_max_s: Number | None = Field(default=None, description="Longest deadline; None leaves it to callers.")
     stream_events_max: Count = Field(

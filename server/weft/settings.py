@@ -9,8 +9,8 @@ for it. If several sources set a knob, the first in this table counts; if none d
     weft.config              flag                      environment                 file, TOML or YAML
     engine.max_num_seqs      --max-num-seqs            WEFT_MAX_NUM_SEQS           max_num_seqs
     residency.device_bytes   --adapter-device-bytes    WEFT_ADAPTER_DEVICE_BYTES   adapter_device_bytes
-    allowed_sources          --allowed-source, often   WEFT_ALLOWED_SOURCES        allowed_sources, a list
-                                                       (paths a:b, texts a,b)
+    allowed_sources          --allowed-source          WEFT_ALLOWED_SOURCES        allowed_sources, a list
+                             (may be repeated)         (paths a:b, texts a,b)
     model.path               MODEL                     WEFT_MODEL                  model
 
 pydantic_settings is imported only when values are read, because `weft serve --help` does not need it.
@@ -34,7 +34,7 @@ from weft.config import CHECKS, WeftConfig
 
 ENV_PREFIX = "WEFT_"
 
-_SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_"}  # the names of their fields are not enough
+_SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_"}  # the names of their fields are too vague alone
 _NAMES = {"model.path": "model"}
 _TYPE_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", NoneType: "null"}
 _WORDS = {  # from pydantic's to ours

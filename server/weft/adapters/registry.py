@@ -19,7 +19,7 @@ _FAULTS_UNTIL_QUARANTINE = 3
 
 
 class AdapterState(StrEnum):
-    """Whether requests can use a version."""
+    """State of a version; requests can use it only if it is ACTIVE."""
 
     LOADING = "loading"
     ACTIVE = "active"
@@ -45,7 +45,7 @@ class AdapterInfo:
     trained_rope_factors: the base's rotary factors in training (model/rope.py), if they differ from this server's,
         else "".
     invocation_tokens: the tokens from which on it acts (methods/activation.py); () if it acts everywhere.
-    experts: those of a mixture, in the order of their digests; an id is the expert's name at that time, or "".
+    experts: those of a mixture, in the order of their digests; an id is the one in the mixture's file, or "".
     is_sequence_level: whether a mixture's gates depend on the whole prompt.
     """
 

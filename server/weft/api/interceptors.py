@@ -1,9 +1,9 @@
 """The interceptor of every call: one terminal status, and one record of it.
 
-Handlers raise WeftError; no status occurs in them. Any other exception is our bug: it is logged with its traceback and
-answered with a fixed text, because exception texts hold paths, prompts and other tenants' names. By default gRPC would
-answer UNKNOWN with that text, also if it cannot parse a request or serialize a response. So requests are parsed and
-responses are serialized here.
+Handlers raise WeftError, and leave statuses to the interceptor. Any other exception is our bug: it is logged with its
+traceback and answered with a fixed text, because exception texts hold paths, prompts and other tenants' names. By
+default gRPC would answer UNKNOWN with the exception's text, also if it cannot parse a request or serialize a response.
+So requests are parsed and responses are serialized here.
 
 Handlers that are async generators are also iterated here, so that the end of a call closes the generator at once rather
 than when it is garbage-collected.

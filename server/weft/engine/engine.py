@@ -251,7 +251,7 @@ class Engine:
             self._end(request, FinishReason.ERROR, error)
 
     def _resolve_stall(self) -> None:
-        """Free everything for the first request that waits for room rather than for a load. Called if nothing runs."""
+        """Make room for the first request that waits for room rather than for a load. Called if nothing runs."""
         stuck = self._stuck()
         if stuck is None:
             return

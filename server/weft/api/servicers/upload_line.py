@@ -11,7 +11,7 @@ from weft.errors import Overloaded
 
 
 class UploadLine:
-    """Turns in order of arrival; used on one event loop."""
+    """Places for uploads, given in order of arrival; used on one event loop."""
 
     def __init__(self, *, uploads_max: int, waiting_max: int) -> None:
         self._uploads_max = uploads_max
