@@ -1,6 +1,6 @@
 """Every knob, frozen, with its unit in its name, its limits and its description. Names follow vLLM's.
 
-Values are checked where they enter: pydantic raises ValidationError, a ValueError, naming the field and its limit.
+Values are checked on construction: pydantic raises ValidationError, a ValueError, which names the field and its limit.
 """
 
 import os
@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 
 class Quantization(StrEnum):
-    """How the base's linear weights are held (bitsandbytes)."""
+    """Storage of the base's linear weights (bitsandbytes)."""
 
     NF4 = "nf4"
     INT8 = "int8"
@@ -26,7 +26,7 @@ class Quantization(StrEnum):
 
 
 class LogLevel(StrEnum):
-    """What the server logs at least; prompts are never logged."""
+    """Lowest level that the server logs; prompts are never logged."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -35,9 +35,9 @@ class LogLevel(StrEnum):
 
 
 def typed_path(text: str | Path) -> Path:
-    """Return the path that a user typed; one that is plainly meant as a path is made absolute.
+    """Return the path that a user typed, made absolute if it is written as a path.
 
-    A Path forgets a leading "./" and a trailing "/", and what is left of ./models/typo looks like a hub id.
+    Path drops a leading "./" and a trailing "/"; without them, ./models/typo would look like a hub id.
     """
     path = Path(text).expanduser()
     typed = str(text)
@@ -78,28 +78,28 @@ CHECKS = ConfigDict(allow_inf_nan=False, validate_default=False, defer_build=Tru
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class ModelConfig:
-    """Which base model, and how it is held."""
+    """The base model, and how it is held."""
 
     path: TypedPath = Field(
         description="A Hugging Face causal-LM directory, a .gguf file, or a hub id (org/name, org/name@revision)."
     )
     quantization: Quantization = Quantization.NF4
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description='"auto" takes CUDA when there is one.')
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description='"auto" takes CUDA if available.')
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description='"auto" is bfloat16, or float32 for a float32 checkpoint without quantization, and on a CPU that '
-        "does not multiply bfloat16 (model/packed.py).",
+        description='"auto" is bfloat16; float32 for an unquantized float32 checkpoint, and on a CPU that does not '
+        "multiply bfloat16 (model/packed.py).",
     )
     num_threads: Count = Field(default=0, description="CPU threads of a step; 0 leaves torch's default.")
     double_quant: bool = Field(
         default=False,
-        description="[nf4] hold the scales in 8 bits too, as QLoRA did: 7 % less memory, 15 to 20 % slower. On CUDA "
-        "they are held in 32 bits once they are loaded.",
+        description="[nf4] Hold the scales in 8 bits too, as QLoRA did: 7 % less memory, 15 to 20 % slower. On CUDA "
+        "they are held in 32 bits once loaded.",
     )
     shadow_bytes: Size = Field(
         default=0,
-        description="[nf4 on CUDA] memory to spend on 16-bit copies of weights, which make steps of more than 64 rows "
-        "faster; 0 has none.",
+        description="[nf4 on CUDA] Memory for 16-bit copies of weights, which make steps of more than 64 rows faster; "
+        "0 makes none.",
     )
 
 
@@ -128,8 +128,8 @@ class EngineConfig:
     max_queued_requests: Positive = 256
     stream_interval_s: Number = Field(
         default=0.04,
-        description="Tokens go to streams together, this long after the last ones, because each message costs time "
-        "that steps do not get; first tokens and ends go at once, and so does everything at 0.",
+        description="Time between deliveries of tokens to streams, since each message takes time from steps; first "
+        "tokens and ends are sent at once, and at 0 all tokens are.",
     )
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class AdapterLimits:
-    """What an adapter may be (reference: default limits of the error contract)."""
+    """Limits of an adapter (the default limits of the error contract)."""
 
     file_bytes_max: Size = 512 * MIB
     header_bytes_max: Size = 1 * MIB
@@ -163,7 +163,7 @@ class AdapterLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class ResidencyConfig:
-    """Memory for adapters, in bytes: what fits is decided by bytes, never by a count."""
+    """Memory for adapters, in bytes: bytes alone decide how many fit, never a count."""
 
     device_bytes: Size = 1 * GIB
     host_bytes: Size = 4 * GIB
@@ -185,9 +185,9 @@ class RequestLimits:
     request_id_bytes_max: Size = 128
     cache_salt_bytes_max: Size = 128
     deadline_default_s: Number | None = Field(
-        default=None, description="For callers without a deadline; None for no limit."
+        default=None, description="Deadline of requests without one; None sets no limit."
     )
-    deadline_max_s: Number | None = Field(default=None, description="For every request; None leaves it to callers.")
+    deadline_max_s: Number | None = Field(default=None, description="Longest deadline; None leaves it to callers.")
     stream_events_max: Count = Field(
         default=8192, description="Events that a caller may leave unread until its stream ends."
     )
@@ -201,26 +201,26 @@ class ServerConfig:
     port: Port = Field(default=endpoint.PORT, description="0 picks a free one.")
     metrics_host: str = "127.0.0.1"
     metrics_port: Port = Field(default=9464, description="0 picks a free one.")
-    drain_timeout_s: Number = Field(default=30.0, description="How long running requests may go on after SIGTERM.")
+    drain_timeout_s: Number = Field(default=30.0, description="Time that requests may take to end after SIGTERM.")
     reflection: bool = True
     receive_bytes_max: Size = 4 * MIB
     unregister_timeout_default_s: Number = 30.0
     unregister_timeout_max_s: Number = 600.0
     upload_idle_timeout_s: Number = 10.0
     uploads_max: Positive = Field(default=2, description="Uploads that are received at a time.")
-    uploads_waiting_max: Count = Field(default=64, description="Uploads that wait for their turn.")
-    log_level: LogLevel = Field(default=LogLevel.INFO, description="What is logged at least; prompts never are.")
+    uploads_waiting_max: Count = Field(default=64, description="Uploads that may wait; further ones are refused.")
+    log_level: LogLevel = Field(default=LogLevel.INFO, description="Lowest level logged; prompts never are.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class WeftConfig:
-    """Everything a server is built from. The descriptions of the sections are their titles in `weft serve --help`."""
+    """Configuration of a server. The descriptions of the sections are their titles in `weft serve --help`."""
 
-    model: ModelConfig = Field(description="which base model, and how it is held")
+    model: ModelConfig = Field(description="the base model, and how it is held")
     store: TypedPath = Field(default_factory=default_store)
     allowed_sources: tuple[TypedPath, ...] = ()
     engine: EngineConfig = Field(default_factory=EngineConfig, description="size of the batch and of the KV cache")
-    adapters: AdapterLimits = Field(default_factory=AdapterLimits, description="what an adapter may be")
+    adapters: AdapterLimits = Field(default_factory=AdapterLimits, description="limits of an adapter")
     residency: ResidencyConfig = Field(default_factory=ResidencyConfig, description="memory for adapters, in bytes")
     requests: RequestLimits = Field(default_factory=RequestLimits, description="bounds of one generate request")
     server: ServerConfig = Field(default_factory=ServerConfig, description="addresses and lifetimes of the server")

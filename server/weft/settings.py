@@ -1,19 +1,19 @@
-"""Configs out of texts: for the server, from flags, the environment and a file; for the trainer, from recipes.
+"""Build configs from text: the server's from flags, the environment and a file; the trainer's from recipes.
 
-`build` makes a config of what a source gives: pydantic converts and checks by the types, limits and defaults that the
-config's class declares, and whatever it refuses is said in one line, under the name that the source has for it.
+`build` makes a config from the values of a source: pydantic converts and checks them by the types, limits and defaults
+that the config's class declares. A refused value is reported in one line, under its name in that source.
 
-`load` is the server's. Every field of WeftConfig and of its sections is one knob, which each source spells its own way;
-of several sources that give a value, the first counts, and what none gives keeps its default:
+`load` is for the server. Every field of WeftConfig and of its sections is one knob, and each source has its own name
+for it. If several sources set a knob, the first in this table counts; if none does, it keeps its default:
 
     weft.config              flag                      environment                 file, TOML or YAML
     engine.max_num_seqs      --max-num-seqs            WEFT_MAX_NUM_SEQS           max_num_seqs
     residency.device_bytes   --adapter-device-bytes    WEFT_ADAPTER_DEVICE_BYTES   adapter_device_bytes
-    allowed_sources          --allowed-source, often   WEFT_ALLOWED_SOURCES        allowed_sources, a list
-                                                       (paths a:b, texts a,b)
+    allowed_sources          --allowed-source          WEFT_ALLOWED_SOURCES        allowed_sources, a list
+                             (may be repeated)         (paths a:b, texts a,b)
     model.path               MODEL                     WEFT_MODEL                  model
 
-pydantic_settings is imported only when values are read, so that `weft serve --help` need not wait for it.
+pydantic_settings is imported only when values are read, because `weft serve --help` does not need it.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from weft.config import CHECKS, WeftConfig
 
 ENV_PREFIX = "WEFT_"
 
-_SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_"}  # their fields say too little on their own
+_SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_"}  # the names of their fields are too vague alone
 _NAMES = {"model.path": "model"}
 _TYPE_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", NoneType: "null"}
-_WORDS = {  # pydantic's and ours
+_WORDS = {  # from pydantic's to ours
     "Input should be ": "must be ",
     "Input is not a valid path": "must be a path",
     "Field required": "must be given",
@@ -57,7 +57,7 @@ Config = TypeVar("Config")
 
 
 class InvalidSettings(ValueError):
-    """A value, a name or a file that cannot be used; the text is one line: field, limit, given value, remedy."""
+    """An unusable value, name or file; the text is one line: field, limit, given value, remedy."""
 
 
 class Knob(NamedTuple):
@@ -69,7 +69,7 @@ class Knob(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Unique over all sections."""
+        """Name of the knob, unique among all sections."""
         own = _SECTION_PREFIXES.get(self.section, "") + self.field
         return _NAMES.get(f"{self.section}.{self.field}", own)
 
@@ -89,13 +89,13 @@ class Knob(NamedTuple):
 
     @property
     def is_size(self) -> bool:
-        """Whether it counts bytes, as its name says."""
+        """Whether the knob counts bytes, by its name."""
         return "bytes" in self.field.split("_")
 
 
 @cache
 def knobs() -> tuple[Knob, ...]:
-    """Return all knobs, in the order of `weft.config`."""
+    """Return all knobs, those without a section first, in the order of `weft.config`."""
     fields = fields_of(WeftConfig)
     found = [Knob("", name, info) for name, info in fields.items() if name not in sections()]
     return (*found, *(Knob(name, *one) for name, kind in sections().items() for one in fields_of(kind).items()))
@@ -109,7 +109,7 @@ def sections() -> dict[str, type[Any]]:
 
 
 def load(flags: Mapping[str, object], *, file: Path | None = None) -> WeftConfig:
-    """Return the configuration that `flags` (by knob name), the environment, `file` and the defaults give together.
+    """Return the configuration from `flags` (by knob name), the environment, `file` and the defaults.
 
     Relative paths start at the working directory, also those in `file`; a leading ~ is the home directory.
     """
@@ -132,7 +132,7 @@ def load(flags: Mapping[str, object], *, file: Path | None = None) -> WeftConfig
             )
 
     def spelled(*path: object) -> str:
-        """Name a knob as the source does that its value comes from."""
+        """Return the name of a knob in the source of its value."""
         [knob] = [knob for knob in knobs() if (knob.section, knob.field) in (path[:2], ("", path[0]))]
         if knob.name in flags or knob.name not in given:
             return knob.flag
@@ -142,12 +142,12 @@ def load(flags: Mapping[str, object], *, file: Path | None = None) -> WeftConfig
 
 
 def build(kind: type[Config], values: Mapping[str, Any], spelled: Callable[..., str]) -> Config:
-    """Return `kind` with these values, converted; those of configs in it are mappings.
+    """Return `kind` with these values, converted; nested configs are given as mappings.
 
-    spelled: name of the field at a path, as its source spells it.
+    spelled: returns the name of the field at a path in its source.
     Raises InvalidSettings for the first value that the config refuses.
     """
-    of_one: Any = list[kind]  # a dataclass alone takes no config
+    of_one: Any = list[kind]  # TypeAdapter takes no config for a dataclass alone
     try:
         [made] = TypeAdapter(of_one, config=CHECKS).validate_python([values])
         return made
@@ -156,7 +156,7 @@ def build(kind: type[Config], values: Mapping[str, Any], spelled: Callable[..., 
     path, text = first["loc"][1:], first["msg"].removeprefix("Value error, ")
     for theirs, ours in _WORDS.items():
         text = text.replace(theirs, ours)
-    if isinstance(first["input"], dict) and first["type"] == "value_error":  # said by a config, of several fields
+    if isinstance(first["input"], dict) and first["type"] == "value_error":  # raised by a config, about several fields
         field, _, text = text.partition(" ")
         path = (*path, field.rstrip(":"))
     elif first["type"] != "missing":
@@ -166,7 +166,7 @@ def build(kind: type[Config], values: Mapping[str, Any], spelled: Callable[..., 
 
 
 def fields_of(kind: type) -> dict[str, FieldInfo]:
-    """Return type, default, limits and description of each field of a dataclass, pydantic's or the library's."""
+    """Return type, default, limits and description of each field of a dataclass, pydantic's or the standard one."""
     if hasattr(kind, "__pydantic_fields__"):
         return kind.__pydantic_fields__
     hints = get_type_hints(kind, include_extras=True)
@@ -175,7 +175,7 @@ def fields_of(kind: type) -> dict[str, FieldInfo]:
 
 
 def type_name(kind: Any) -> str:
-    """Return what a reader of settings calls a type."""
+    """Return the name of a type for users."""
     arms = get_args(kind)
     origin = get_origin(kind)
     if origin is Annotated:
@@ -192,7 +192,7 @@ def type_name(kind: Any) -> str:
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """Return `; did you mean …?` for what looks alike, or the known names when nothing does and they are few."""
+    """Return `; did you mean …?` with the most similar name, or else the known names if they are few."""
     names = sorted(known)
     alike = get_close_matches(given, names, n=1)
     if alike:
@@ -201,12 +201,12 @@ def nearest(given: str, known: Iterable[str]) -> str:
 
 
 def split(text: str, separator: str = ",") -> list[str]:
-    """Return the items of a list that is given as one text."""
+    """Return the items of a list given as one text."""
     return [item.strip() for item in text.split(separator) if item.strip()]
 
 
 def _plain(value: object, knob: Knob) -> object:
-    """Spell a list in a text as a list, and yes and no as texts, which no number is taken from."""
+    """Return a list given as text as a list, and a bool as text, so that it cannot pass as a number."""
     if knob.is_list and isinstance(value, str):
         return split(value, os.pathsep if "path" in type_name(knob.info.annotation) else ",")
     return str(value).lower() if isinstance(value, bool) else value
@@ -223,7 +223,7 @@ def _read(file: Path, settings: Any) -> dict[str, Any]:
     try:
         values = sources[file.suffix](settings, file)()
     except Exception as error:  # the parsers have no class of errors in common
-        if type(error) in (TypeError, ValueError):  # what was parsed is no mapping
+        if type(error) in (TypeError, ValueError):  # the parsed file is no mapping
             raise InvalidSettings(f"the file {file} must hold names and values, such as max_num_seqs") from None
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InvalidSettings(f"the file {file} cannot be read as {file.suffix[1:].upper()}: {reason}") from None

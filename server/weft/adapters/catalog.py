@@ -1,7 +1,7 @@
 """The catalog: one manifest per adapter id, the small file that binds the id to a digest.
 
-Manifests are the only thing in the store that changes. Each carries its own checksum and has exactly one spelling, so a
-flipped bit anywhere in it is noticed and not obeyed.
+Manifests are the only files in the store that change. Each contains its own checksum and has exactly one spelling, so a
+flipped bit anywhere in it is detected.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from weft.errors import (
 
 MANIFEST_FORMAT = 2
 MANIFEST_BYTES_MAX = 64 * 1024
-LOCK_FILE = ".lock"  # lies beside the manifests; whoever changes the store holds it
+LOCK_FILE = ".lock"  # lies beside the manifests, and is held during every change of the store
 
 _SUFFIX = ".json"
-_DIGEST_KEYS = {1: "generation", MANIFEST_FORMAT: "digest"}  # by format; 1 is read, not written
+_DIGEST_KEYS = {1: "generation", MANIFEST_FORMAT: "digest"}  # by format; 1 is read, but not written
 
 _FIELD_TYPES: dict[str, type] = {
     "adapter_id": str,
@@ -44,16 +44,16 @@ _FIELD_TYPES: dict[str, type] = {
 
 
 class ManifestFault(ValueError):
-    """Why the bytes are no manifest of this id."""
+    """Reason why some bytes are no manifest of this id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What the catalog says of one adapter id.
+    """The catalog's entry of one adapter id.
 
-    method: the caller's word for what the adapter is; the store does not read it.
-    create_time: RFC 3339, UTC: when the id was bound to this digest.
-    source: where a local copy was taken from, or "" for an upload.
+    method: the caller's name of the adapter's method; the store does not interpret it.
+    create_time: when the id was bound to this digest; RFC 3339, UTC.
+    source: the directory that was copied, or "" for an upload.
     """
 
     adapter_id: AdapterId
@@ -72,9 +72,9 @@ class Manifest:
 
 
 class Problem(NamedTuple):
-    """Something in the store that is not as it should be. It is reported and left alone.
+    """A fault in the store. It is reported and left as it is.
 
-    path: below the store's root. adapter_id: the id that cannot be served because of it, if it is one.
+    path: below the store's root. adapter_id: the id that cannot be served because of it, or None.
     reason: MANIFEST_CORRUPT, BLOB_CORRUPT, UNKNOWN_FILE, STORE_FULL or STORE_UNAVAILABLE.
     """
 
@@ -85,19 +85,19 @@ class Problem(NamedTuple):
 
 
 class Catalog(NamedTuple):
-    """Every readable manifest, by id, and what was not readable."""
+    """Every readable manifest, by id, and the problems of the others."""
 
     manifests: dict[AdapterId, Manifest]
     problems: tuple[Problem, ...]
 
 
 def manifest_path(catalog: Path, adapter_id: AdapterId) -> Path:
-    """The one way from an id to a path."""
+    """Return the path of an id's manifest; no other code makes one."""
     return catalog / f"{check_adapter_id(adapter_id)}{_SUFFIX}"
 
 
 def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
-    """The manifest of an id, None without one, DataLoss MANIFEST_CORRUPT if something else is in its place."""
+    """Return the manifest of an id, or None. Raises DataLoss MANIFEST_CORRUPT if something else is in its place."""
     path = manifest_path(catalog, adapter_id)
     try:
         with storage_errors():
@@ -141,7 +141,7 @@ def read_catalog(catalog: Path) -> Catalog:
 
 
 def decode(data: bytes, adapter_id: AdapterId) -> Manifest:
-    """The manifest in `data`, or ManifestFault if it is not, byte for byte, one that was written for `adapter_id`."""
+    """Return the manifest in `data`. Raises ManifestFault unless it is byte for byte one written for `adapter_id`."""
     if len(data) > MANIFEST_BYTES_MAX:
         raise ManifestFault("has too many bytes")
     try:

@@ -1,4 +1,4 @@
-"""Host memory between disk and device: a thread-safe LRU cache of adapters' packed adapters."""
+"""Host memory between disk and device: a thread-safe LRU cache of packed adapters."""
 
 import threading
 from collections import OrderedDict

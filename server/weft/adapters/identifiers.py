@@ -1,7 +1,7 @@
 """Adapter ids, digests and references, checked here and nowhere else.
 
     adapter id   [a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?   the public name; at most 63 characters, no dots, no slashes
-    digest   64 lower-case hex digits              the sha256 of the content (`weft.adapters.versions`)
+    digest       64 lower-case hex digits              the sha256 of the content (`weft.adapters.versions`)
     reference    adapter_id or adapter_id@digest
 
 The alphabet has no character with a meaning to a file system, a shell, a log line or a URL, and no two ids look alike:
@@ -25,7 +25,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class AdapterReference(NamedTuple):
-    """The adapter that a request names: an id, and exactly one of its digests if `digest` is given."""
+    """The adapter that a request names: an id, and the digest that it must have, if one is given."""
 
     adapter_id: AdapterId
     digest: AdapterDigest | None

@@ -1,6 +1,6 @@
-"""Read the two files of an adapter into a packed adapter: uploads, local directories and stored versions all come here.
+"""Read the two files of an adapter into a packed adapter: for uploads, local directories and stored versions alike.
 
-The files are data: our own strict parsers read them, no loader of PEFT or transformers ever sees them.
+The files are data. Our own strict parsers read them, never a loader of PEFT or transformers.
 """
 
 import mmap
@@ -34,10 +34,10 @@ class Ingested(NamedTuple):
 
 
 class Ingest(NamedTuple):
-    """What adapters are fitted to.
+    """Reads adapters for one base, within limits.
 
     dtype: of the matrices in slots and of virtual keys and values. pinned: whether packed adapters are in pinned
-    memory, which a CUDA device copies from while it computes.
+    memory, from which a CUDA device copies while it computes.
     """
 
     base: BaseShape
@@ -48,15 +48,16 @@ class Ingest(NamedTuple):
     def read(
         self, config_file: BinaryIO, weights_file: BinaryIO, *, size_bytes: int, files: FilePair = PEFT_FILES
     ) -> Ingested:
-        """Check everything and lay the adapter out. Raises InvalidAdapter or AdapterUnusable naming what is wrong.
+        """Check everything and pack the adapter.
 
-        files: what the two are called, and with that what kind of adapter they are.
+        files: names of the two files, which also decide whether they are an adapter or a mixture.
+        Raises InvalidAdapter or AdapterUnusable, naming the fault.
         """
         config = read_config(config_file.read(self.limits.config_bytes_max + 1), self.limits, field=files.config)
         if files == PEFT_FILES:
             directory.require_served(config)  # before its tensors, which may be of dtypes that no served type has
         header = read_header(weights_file, self.limits, field=files.weights)
-        # Not closed by hand: it closes with the last tensor that looks into it, also where a check raises.
+        # Not closed by hand: it closes with the last tensor that views it, also if a check raises.
         mapped = mmap.mmap(weights_file.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = _tensors(mapped, header.tensors)
         if files == MIXTURE_FILES:
@@ -86,7 +87,7 @@ class Ingest(NamedTuple):
         metadata: Mapping[str, str],
         size_bytes: int,
     ) -> Ingested:
-        """The router alone: whether its experts are here is the registry's to say."""
+        """Read the router alone; the registry checks that its experts are available."""
         mixture = mixture_files.read(config, tensors, self.base, self.limits)
         for index, expert in enumerate(mixture.experts):
             if expert.adapter_id:

@@ -1,4 +1,4 @@
-"""From disk to host memory: worker threads read adapters, and the host cache keeps what they read."""
+"""Load adapters from disk to host memory: worker threads read them, and the host cache keeps them."""
 
 import logging
 import threading
@@ -31,7 +31,7 @@ class AdapterLoader:
         self._host = host
         self._workers = workers
         self._metrics = metrics
-        self._tickets: dict[AdapterDigest, object] = {}  # of loads whose packed adapter may be kept
+        self._tickets: dict[AdapterDigest, object] = {}  # of loads whose result may be kept
         self._running: dict[Future[PackedAdapter], AdapterDigest] = {}
         self._lock = threading.Lock()
 
@@ -39,12 +39,12 @@ class AdapterLoader:
         return digest in self._host
 
     def request(self, digest: AdapterDigest) -> "Future[PackedAdapter]":
-        """Return the adapter's packed adapter as a future, which ends with the packed adapter or with WeftError."""
+        """Return a future that ends with the packed adapter, or with WeftError."""
         with self._lock:
             ticket = self._tickets.setdefault(digest, object())
             try:
                 load = self._workers.submit(self._load, digest, ticket)
-            except RuntimeError:  # what an executor that was shut down raises
+            except RuntimeError:  # raised by an executor that was shut down
                 load = Future()
                 load.set_exception(draining_error())
             self._running[load] = digest
@@ -52,7 +52,7 @@ class AdapterLoader:
         return load
 
     def running(self, digest: AdapterDigest) -> "list[Future[PackedAdapter]]":
-        """Return the loads that have not ended; the store cannot remove a version that is being read."""
+        """Return the loads of a digest that have not ended; the store cannot remove a version that is being read."""
         with self._lock:
             return [load for load, loaded in self._running.items() if loaded == digest]
 
@@ -77,7 +77,7 @@ class AdapterLoader:
         self._host.put(digest, packed)
 
     def drop(self, digest: AdapterDigest) -> int:
-        """Let the host's copy go, and keep nothing of loads that were requested before; returns the bytes."""
+        """Drop the host's copy and the results of loads requested before; return the freed bytes."""
         with self._lock:
             self._tickets.pop(digest, None)
             return self._host.drop(digest)

@@ -1,7 +1,7 @@
-"""One adapter, laid out for slots: a single flat buffer, so that loading it is a single copy.
+"""Pack an adapter for slots: into a single flat buffer, so that loading it takes a single copy.
 
-Host memory and device slots use the same layout. Vectors stay float32 and matrices take the slots' dtype (each method's
-`pack` decides), so the buffer is bytes and each part is a typed view of it.
+Host memory and device slots have the same layout. Vectors stay float32 and matrices take the slots' dtype (each
+method's `pack` decides), so the buffer is bytes and each part is a typed view of it.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from weft.methods import mixture
 from weft.methods.mixture import Mixture, MixtureConfig
 from weft.methods.protocol import Adapter, BaseShape, DeltaKind, Method, Packed, Virtual
 
-_ALIGNMENT = 64  # bytes: a cache line, and what vector loads prefer
+_ALIGNMENT = 64  # bytes: a cache line, and a good alignment for vector loads
 
 
 class PackedDelta(NamedTuple):
-    """One kind of delta that the adapter makes at one site; if it makes several there, each has its own table row."""
+    """One kind of delta at one site. If the adapter has several kinds there, each has its own table row."""
 
     site_index: int
     site_name: str
@@ -59,7 +59,7 @@ class PackedAdapter:
 
     @property
     def num_table_rows(self) -> int:
-        """Number of rows of the slot table that the adapter takes."""
+        """Rows of the slot table that the adapter takes."""
         return 1 + max((entry.table_row for entry in self.entries), default=0)
 
     @property
@@ -70,7 +70,7 @@ class PackedAdapter:
 
 
 def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool = False) -> PackedAdapter:
-    """Lay out `adapter` for slots of `dtype`. pinned: in memory that a CUDA device can copy from by itself."""
+    """Pack `adapter` for slots of `dtype`. pinned: into memory that a CUDA device can copy from by itself."""
     placed: list[tuple[Part, Tensor]] = []
     entries: list[PackedDelta] = []
     offset = 0
@@ -105,7 +105,7 @@ def build(adapter: Adapter, base: BaseShape, *, dtype: torch.dtype, pinned: bool
 
 
 def build_router(given: Mixture, *, pinned: bool = False) -> PackedAdapter:
-    """Lay out a mixture's router, which stays float32 whatever the slots' dtype. pinned: as in `build`."""
+    """Pack a mixture's router, which stays float32 whatever the slots' dtype. pinned: as in `build`."""
     weight = given.params.weight.float().contiguous()
     part = Part(0, tuple(weight.shape), weight.dtype)
     buffer = torch.zeros(-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)

@@ -1,8 +1,8 @@
-"""Which adapters there are: ids, digests, states and leases. Pure state, no disk, no device; one thread owns it.
+"""The registry of adapters: ids, digests, states and leases. Pure state, no disk, no device; one thread owns it.
 
-An id names its *current* version. A version is one digest under one id; replacing an id leaves the old version in
-service for the requests that hold it. A lease is a request's hold on a version, taken with the look-up in one step, so
-no version can go between being found and being held.
+A version is one digest under one id. An id names its *current* version; when the content of an id is replaced, the old
+version stays in service for the requests that hold it. A lease is a request's hold on a version. It is taken in one
+step with the look-up, so no version can go between being found and being held.
 
     LOADING → ACTIVE → DRAINING → gone          FAILED, QUARANTINED: cannot serve, with a reason
 """
@@ -19,7 +19,7 @@ _FAULTS_UNTIL_QUARANTINE = 3
 
 
 class AdapterState(StrEnum):
-    """Whether requests can use a version."""
+    """State of a version; requests can use it only if it is ACTIVE."""
 
     LOADING = "loading"
     ACTIVE = "active"
@@ -29,7 +29,7 @@ class AdapterState(StrEnum):
 
 
 class Change(StrEnum):
-    """What watchers see happen to an id."""
+    """Kind of change that watchers of the registry get."""
 
     ADDED = "added"
     UPDATED = "updated"
@@ -38,14 +38,14 @@ class Change(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """What is known of a version's content. `packed_bytes` is what it takes in memory.
+    """Description of a version's content. packed_bytes: its size in memory.
 
-    trained_held_as: how the base was held in training, if that differs from this server's; "" if it does not, or if
-        no base is named.
-    trained_rope_factors: the base's rotary factors in training (model/rope.py) if they differ from this server's,
+    trained_held_as: how the base was held in training, if that differs from this server; "" if it does not, or if the
+        file names no base.
+    trained_rope_factors: the base's rotary factors in training (model/rope.py), if they differ from this server's,
         else "".
-    invocation_tokens: those from which on it acts (methods/activation.py); () is everywhere.
-    experts: of a mixture, in the order of their digests; an id is what the expert was called, or "".
+    invocation_tokens: the tokens from which on it acts (methods/activation.py); () if it acts everywhere.
+    experts: those of a mixture, in the order of their digests; an id is the one in the mixture's file, or "".
     is_sequence_level: whether a mixture's gates depend on the whole prompt.
     """
 
@@ -66,7 +66,7 @@ class AdapterInfo:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Version:
-    """One digest under one id. `leases` holds the requests that use it.
+    """One digest under one id. leases: the requests that hold it.
 
     removal: the error of all its requests, once the version is removed without waiting for them.
     """
@@ -97,46 +97,49 @@ class Registry:
         self._wall_clock = wall_clock
         self._current: dict[AdapterId, Version] = {}
         self._replaced: dict[AdapterId, list[Version]] = {}  # newest first; each still leased
-        self._of: dict[AdapterDigest, list[Version]] = {}  # all of them, but those that are LOADING
+        self._of: dict[AdapterDigest, list[Version]] = {}  # all versions that are not LOADING
         self._drained_from: dict[AdapterId, AdapterState] = {}
 
     def __iter__(self) -> Iterator[Version]:
-        """Current versions by id."""
+        """Yield the current versions, sorted by id."""
         return iter([self._current[adapter_id] for adapter_id in sorted(self._current)])
 
     def __len__(self) -> int:
         return len(self._current)
 
     def current(self, adapter_id: AdapterId) -> Version | None:
-        """The id's current version."""
+        """Return the current version of an id."""
         return self._current.get(adapter_id)
 
     def replaced(self, adapter_id: AdapterId) -> list[Version]:
-        """Older versions that requests still hold, newest first."""
+        """Return the older versions of an id that requests still hold, newest first."""
         return list(self._replaced.get(adapter_id, ()))
 
     def versions(self, adapter_id: AdapterId) -> list[Version]:
-        """Current and replaced versions of an id."""
+        """Return the current and the replaced versions of an id."""
         current = self._current.get(adapter_id)
         return ([] if current is None else [current]) + self.replaced(adapter_id)
 
     def of(self, digest: AdapterDigest) -> list[Version]:
-        """Every version that is this content, under whatever id."""
+        """Return every version with this content, under any id."""
         return list(self._of.get(digest, ()))
 
     def digests(self) -> frozenset[AdapterDigest]:
-        """Every digest that some version needs."""
+        """Return the digests of all versions."""
         return frozenset(self._of)
 
     def require(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
-        """The current version that `reference` names; AdapterNotFound otherwise, which names `field`."""
+        """Return the current version that `reference` names. Raises AdapterNotFound, with `field`, if there is none."""
         version = self._current.get(reference.adapter_id)
         if version is None or reference.digest not in (None, version.digest):
             raise not_found(reference, field)
         return version
 
     def require_active(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
-        """The same if requests can use it now; else AdapterUnusable or DataLoss with the state's reason."""
+        """Return the current version that `reference` names, if requests can use it now.
+
+        Raises AdapterNotFound, or AdapterUnusable or DataLoss with the reason of the state.
+        """
         current = self._current.get(reference.adapter_id)
         if current is None or current.digest != reference.digest:  # an older content can be current again
             for version in self.replaced(reference.adapter_id):
@@ -148,9 +151,10 @@ class Registry:
         return version
 
     def require_expert(self, expert: AdapterReference, *, field: str = "adapter_id") -> Version:
-        """A version that is this content and can be used now, under whatever id; AdapterUnusable EXPERT_UNAVAILABLE.
+        """Return a version with this content that requests can use now, under any id.
 
-        Of several it is the one under the id that the mixture knows, else the first by id.
+        Of several, return the one under the id that the mixture names, else the first by id.
+        Raises AdapterUnusable EXPERT_UNAVAILABLE if there is none.
         """
 
         def preference(version: Version) -> tuple[bool, bool, str]:
@@ -170,12 +174,12 @@ class Registry:
         )
 
     def hold(self, version: Version, request_id: str) -> None:
-        """Lease a version that `require_active` has just given: nothing may come between the two."""
+        """Lease a version that `require_active` has just returned; nothing may be awaited in between."""
         version.leases.add(request_id)
         version.last_used_time_s = self._wall_clock()
 
     def release(self, version: Version, request_id: str) -> bool:
-        """End a lease; returns whether it was the last one of a version that is no longer current."""
+        """End a lease; return whether it was the last one of a version that is no longer current."""
         version.leases.remove(request_id)
         if version.leases or self._current.get(version.adapter_id) is version:
             return False
@@ -188,7 +192,7 @@ class Registry:
         return True
 
     def begin(self, adapter_id: AdapterId) -> None:
-        """A free id is being registered: it is LOADING until `publish` or `abandon`."""
+        """Mark a free id as LOADING, until `publish` or `abandon`."""
         if adapter_id not in self._current:
             self._current[adapter_id] = Version(
                 adapter_id=adapter_id,
@@ -199,7 +203,7 @@ class Registry:
             )
 
     def abandon(self, adapter_id: AdapterId) -> None:
-        """Registering failed: the id is free again, if it was."""
+        """Free an id that is still LOADING."""
         version = self._current.get(adapter_id)
         if version is not None and version.state is AdapterState.LOADING:
             del self._current[adapter_id]
@@ -207,10 +211,10 @@ class Registry:
     def check_publish(
         self, adapter_id: AdapterId, digest: AdapterDigest, *, replace: bool, expected_digest: str | None
     ) -> bool:
-        """Whether publishing changes anything (False: the content is current already).
+        """Return whether publishing would change anything; False if the content is current already.
 
-        Raises AdapterExists without `replace`, AdapterConflict if `expected_digest` is not current or the id is
-        being removed, AdapterUnusable for the very content that is quarantined.
+        Raises AdapterExists if the id has other content and `replace` is not set, AdapterConflict if
+        `expected_digest` is not current or the id is being removed, AdapterUnusable if this content is quarantined.
         """
         version = self._current.get(adapter_id)
         current = None if version is None or version.state is AdapterState.LOADING else version
@@ -225,7 +229,7 @@ class Registry:
                 return False
         given = "" if current is None else current.digest
         _require_expected(adapter_id, given, expected_digest)
-        # An id whose files were lost has no digest; whatever is registered now repairs it.
+        # An id whose files were lost has no digest; any registration repairs it.
         if current is not None and not replace and current.digest not in ("", digest):
             raise AdapterExists(
                 "ADAPTER_EXISTS",
@@ -236,7 +240,7 @@ class Registry:
         return True
 
     def publish(self, version: Version) -> Version | None:
-        """Make `version` current; returns the one it replaced, which stays if requests hold it."""
+        """Make `version` current; return the one that it replaced, which stays as long as requests hold it."""
         previous = self._current.get(version.adapter_id)
         if previous is not None and previous.state is AdapterState.LOADING:
             previous = None
@@ -252,7 +256,7 @@ class Registry:
         return previous
 
     def drain(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
-        """Refuse new requests for an id; returns its versions. Only one caller gets them."""
+        """Refuse new requests for an id, and return its versions. A second call raises AdapterNotFound."""
         version = self._current.get(adapter_id)
         reference = AdapterReference(adapter_id, None)
         if version is None or version.state in (AdapterState.DRAINING, AdapterState.LOADING):
@@ -264,13 +268,13 @@ class Registry:
         return self.versions(adapter_id)
 
     def revive(self, adapter_id: AdapterId) -> None:
-        """Unregistering failed before anything was removed: all is as it was."""
+        """Undo `drain`, because unregistering failed before anything was removed."""
         version = self._current[adapter_id]
         version.state = self._drained_from.pop(adapter_id)
         self._changed(Change.UPDATED, version)
 
     def remove(self, adapter_id: AdapterId) -> None:
-        """Forget a drained id."""
+        """Remove a drained id."""
         version = self._current.pop(adapter_id)
         self._drained_from.pop(adapter_id, None)
         assert not version.leases, version
@@ -278,20 +282,20 @@ class Registry:
         self._changed(Change.REMOVED, version)
 
     def pin(self, version: Version, pinned: bool) -> None:
-        """Note that a version keeps its place on the device."""
+        """Record whether a version is pinned to the device."""
         if version.pinned != pinned:
             version.pinned = pinned
             self._changed(Change.UPDATED, version)
 
     def fault(self, version: Version, reason: str) -> None:
-        """A request failed by this adapter's fault; the third one quarantines it."""
+        """Count a request that failed because of this adapter; the third one quarantines it."""
         version.faults += 1
         if version.faults >= _FAULTS_UNTIL_QUARANTINE and version.state is AdapterState.ACTIVE:
             version.state, version.state_reason = AdapterState.QUARANTINED, reason
             self._changed(Change.UPDATED, version)
 
     def fail(self, digest: AdapterDigest, reason: str) -> None:
-        """This content cannot be used: its stored files, or what the base makes of them, are no good."""
+        """Mark content as FAILED, because its stored files are unusable, or unusable on this base."""
         for version in self.of(digest):
             if version.state is AdapterState.ACTIVE:
                 version.state, version.state_reason = AdapterState.FAILED, reason
@@ -315,7 +319,7 @@ def _require_expected(adapter_id: AdapterId, current: str, expected: str | None)
 
 
 def not_found(reference: AdapterReference, field: str = "adapter_id") -> AdapterNotFound:
-    """Unknown, foreign and no longer current answer alike."""
+    """Return the error for an unknown id, and for a digest that is not the id's current one; both look the same."""
     return AdapterNotFound(
         "ADAPTER_NOT_FOUND",
         f"{field}: {reference} is not registered",

@@ -44,7 +44,7 @@ class SlotTable(SlotTables):
     """Slots of one base, and the tables that kernels read.
 
     num_entries: by site, how many table rows act there.
-    table rows: the table rows of every slot that has more than one, its own number first.
+    table_rows: the table rows of every slot that has more than one, its own number first.
     capacity_bytes: bounds the sum of the buffers. S grows as needed, at 32 bytes per site.
     """
 

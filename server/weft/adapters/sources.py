@@ -1,8 +1,8 @@
-"""Where a local adapter may be copied from: plain PEFT directories below the store, or below roots the operator allows.
+"""Open sources of local adapters: plain PEFT directories below the store, or below roots that the operator allows.
 
-A source is a name given by a caller. It is walked component by component from an open directory, never through a link,
-and each file is opened once: the bytes that are hashed, checked and kept are read from that one descriptor, so nothing
-can be exchanged between a check and its use.
+A source is a path given by a caller. It is walked component by component from an open directory, never through a link.
+Each file is opened once: the bytes that are hashed, checked and kept are read from that one descriptor, so nothing can
+be exchanged between a check and its use.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from weft.v1.adapter_files import FOREIGN_FILES, foreign_refused
 OWN_DIRECTORIES = frozenset({"catalog", "versions", "staging"})
 
 _FIELD = "source"
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://([^/?#]*))?")  # one letter is a drive, and refused as a path
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://([^/?#]*))?")  # a single letter is a drive, refused as a path
 _SCHEMES_NEVER = frozenset({"file", "http", "ftp", "data"})
 _PATH_CHARACTERS_MAX = 1024
 _COMPONENT_BYTES_MAX = 255
@@ -33,9 +33,9 @@ _UNREADABLE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM})
 
 @contextlib.contextmanager
 def source_directory(source: str, root: Path, allowed: Sequence[Path]) -> Iterator[int]:
-    """An open descriptor of the directory that `source` names.
+    """Yield an open descriptor of the directory that `source` names.
 
-    Relative names start at `root`; absolute ones must lie below one of `allowed`.
+    Relative paths start at `root`; absolute ones must lie below one of `allowed`.
     """
     start, components = _resolved(source, root, allowed)
     with contextlib.ExitStack() as opened:
@@ -48,7 +48,7 @@ def source_directory(source: str, root: Path, allowed: Sequence[Path]) -> Iterat
 
 
 def open_source_file(directory: int, name: str) -> BinaryIO:
-    """The regular, singly linked file `name` in `directory`."""
+    """Open `name` in `directory`, which must be a regular file with a single link."""
     try:
         fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
     except InvalidAdapter as error:
@@ -69,7 +69,7 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
 
 
 def _resolved(source: str, root: Path, allowed: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
-    """The trusted directory to start from, and the untrusted names to walk from there."""
+    """Return the trusted directory to start from, and the untrusted names to walk from there."""
     _refuse_url(source)
     if not source or len(source) > _PATH_CHARACTERS_MAX or not source.isprintable() or "\\" in source:
         raise InvalidRequest.rule(
@@ -100,7 +100,7 @@ def _resolved(source: str, root: Path, allowed: Sequence[Path]) -> tuple[Path, t
 
 
 def _refuse_url(source: str) -> None:
-    """Nothing is ever fetched. A URL may hold a credential, so no error repeats more of it than the scheme."""
+    """Refuse URLs; nothing is ever fetched. A URL may hold a credential, so errors repeat only its scheme."""
     match = _URL.match(source)
     if not match:
         return
@@ -118,7 +118,10 @@ def _refuse_url(source: str) -> None:
 
 
 def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wanted: str) -> int:
-    """Open `name` if its mode is of `kind`: looked at before, as opening a device may act, and again once open."""
+    """Open `name` if its mode is of `kind`.
+
+    The mode is checked before, because opening a device may have effects, and again once the file is open.
+    """
     irregular = InvalidAdapter.rule("SOURCE_NOT_REGULAR", _FIELD, f"must be {wanted} and no link", given=name)
     try:
         if not kind(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
@@ -140,7 +143,7 @@ def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wa
 
 
 def holds(directory: int, name: str) -> bool:
-    """Whether there is anything called `name` in an open directory."""
+    """Return whether an open directory holds anything called `name`."""
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
     except OSError:

@@ -1,7 +1,7 @@
 """The durable adapter store: a catalog of small manifests over immutable, content-addressed versions.
 
     catalog/<adapter_id>.json     the manifest: which digest the id is bound to
-    versions/<digest>/        the files of a digest, never changed
+    versions/<digest>/            the files of a digest, never changed
     staging/                      work in progress, worthless after a crash
 
 An acknowledged change survives kill -9 and power loss; any other leaves the old state. Reading takes no lock. Every

@@ -185,7 +185,7 @@ class Staging:
 
 
 class StoredVersion:
-    """An open digest: `files` by name, each at its first byte. No process collects it while it is open."""
+    """An open stored version: `files` by name, each at its first byte. No process collects it while it is open."""
 
     def __init__(self, digest: AdapterDigest, files: dict[str, BufferedReader]) -> None:
         self.digest = digest

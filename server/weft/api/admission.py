@@ -1,4 +1,4 @@
-"""From a checked request to the engine's: a queue place, leases on its adapters, and the limits on its tokens."""
+"""Admission of checked requests: a queue place, leases on the adapters, and the limits on tokens."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from weft.errors import InvalidRequest, Overloaded
 
 
 class Held(NamedTuple):
-    """What a request leases: the adapters that it names, and the experts if it names a mixture."""
+    """The versions that a request leases: those that it names, and the experts if it names a mixture."""
 
     versions: list[Version]
     experts: list[Version]
@@ -51,7 +51,7 @@ class Admission:
     def enter(self, checked: CheckedSpec, request_id: RequestId) -> Held:
         """Take a place and lease every adapter, or take nothing.
 
-        Nothing awaits in here, so no version goes between being found and being held.
+        Nothing is awaited in here, so no version can go between being found and being leased.
         """
         if self.num_requests >= self._max_requests:
             raise Overloaded(
@@ -76,7 +76,7 @@ class Admission:
         return Held(versions, experts)
 
     def leave(self, held: Held, request_id: RequestId) -> None:
-        """Give back what `enter` took."""
+        """Release the place and the leases that `enter` took."""
         for version in held.versions + held.experts:
             self._lifecycle.release(version, request_id)
         self.num_requests -= 1
@@ -93,7 +93,7 @@ class Admission:
         arrival_s: float,
         deadline_s: float,
     ) -> Admitted:
-        """Make the engine's request; InvalidRequest if its tokens do not fit the model."""
+        """Make the engine's request. Raises InvalidRequest if its tokens do not fit the model."""
         for version in held.versions + held.experts:
             if version.removal is not None:
                 raise version.removal

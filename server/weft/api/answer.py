@@ -1,4 +1,4 @@
-"""The parts of an answer, and what its last part reports."""
+"""The parts of an answer, and the report in its last part."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class EffectiveAdapter(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationEnd:
-    """The last part of an answer. experts, gates: of a mixture, if its gates were asked for."""
+    """The report in an answer's last part. experts, gates: of a mixture; gates only if they were requested."""
 
     reason: FinishReason
     stop_string: str | None
@@ -49,9 +49,9 @@ class GenerationPart:
 def end(
     admitted: Admitted, finish: Finish | None, stop: str | None, num_tokens: int, last: SampledToken | None
 ) -> GenerationEnd:
-    """Return what the last part reports of an answer of `num_tokens` tokens.
+    """Return the report of an answer of `num_tokens` tokens.
 
-    finish: None if the caller got a stop string before the engine ended the request.
+    finish: None if the answer reached a stop string before the engine ended the request.
     """
     checked, held, request = admitted
     reason = FinishReason.STOP if stop is not None or finish is None else finish.reason
@@ -74,14 +74,14 @@ def end(
 
 
 def takes_part(part: Part, version: Version, request: Request) -> bool:
-    """Return whether an adapter acts in the answer: not at weight 0, nor without the invocation that it acts from."""
+    """Return whether an adapter acts in the answer: its weight is not 0, and its invocation, if it has one, occurs."""
     if version.info.invocation_tokens:
         return any(use.digest == version.digest for use in request.adapters)
     return part.gate != 0
 
 
 def _effective(part: Part, version: Version, request: Request, num_tokens: int) -> EffectiveAdapter:
-    """Return what the answer reports of one adapter; the last of the tokens was never computed with."""
+    """Return the report of one adapter. The last token is not counted, because it was never an input."""
     use = next((use for use in request.adapters if use.digest == version.digest), None)
     weight = mean = part.weight
     if part.gate and not takes_part(part, version, request):

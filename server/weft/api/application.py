@@ -38,10 +38,10 @@ _LAG_PERIOD_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What the application reports of the base.
+    """The base as the application reports it.
 
     num_threads: threads that compute a step.
-    rope_factors: the factors that a model with factors by length was fixed to (model/rope.py); "" for other models.
+    rope_factors: the factors chosen for a model whose rotary factors depend on length (model/rope.py), else "".
     """
 
     facts: ModelFacts
@@ -69,7 +69,7 @@ class Application:
         self.work = Work()
         self._inbox = Inbox()
         store = AdapterStore(config.store, config.adapters, allowed_sources=config.allowed_sources)
-        # Some adapters are laid out by the base's weights, which the engine thread alone may touch.
+        # Packing some adapters reads the base's weights, which only the engine thread may touch.
         ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
         host = HostCache(config.residency.host_bytes)
         loader = AdapterLoader(store, ingest, host, workers=self.work.threads, metrics=metrics)
@@ -106,7 +106,7 @@ class Application:
         adapters: list[tuple[AdapterId, Path]],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Start the engine, restore the store's adapters and register those named at the start."""
+        """Start the engine, restore the adapters of the store, and register `adapters`."""
         model = self.model
         labels = __version__, model.facts.name, model.quantization, model.device, model.dtype, model.kernels
         self.metrics.build_info.labels(*labels).set(1)
@@ -117,7 +117,7 @@ class Application:
             await self.lifecycle.register_from(adapter_id, str(path), RegisterOptions(replace=True))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new calls and wait for the requests inside; False if some are left at the limit."""
+        """Refuse new calls and wait for the accepted requests; False if some have not ended after `timeout_s`."""
         self._refuse(draining_error())
         try:
             await asyncio.wait_for(self.requests.wait_empty(), timeout_s)
@@ -126,15 +126,15 @@ class Application:
         return True
 
     async def stop(self) -> None:
-        """End everything that is left; every request gets its terminal event."""
+        """Stop everything. Every request that has not ended gets its terminal event."""
         await asyncio.to_thread(self.engine.stop, 30.0)
-        await asyncio.sleep(0)  # the last events are on the loop's queue
+        await asyncio.sleep(0)  # the last events are in the loop's queue
         self._lag.cancel()
         self.lifecycle.watches.end()
         await self.work.close()
 
     def _receive(self, events: Sequence[EngineEvent]) -> None:
-        """Hand on what the engine publishes; called on the event loop."""
+        """Dispatch the engine's events; called on the event loop."""
         for event in events:
             match event:
                 case TokenEvent():

@@ -1,17 +1,18 @@
-"""Several adapters in one request: which may stand together, and what of them takes part.
+"""Compositions: several adapters in one request, which may be combined, and which tokens each acts on.
 
     out = y + Σ weight · delta(x, y)    at every module
 
-The sum is taken at each module: there, a delta sees the module's input x and the base's output y, and no other part's
-output delta. But x is what earlier modules of the same request have made, with all parts' deltas in it. So this is one
-network whose modules are adapted by all parts, and not the sum of whole functions, f_base + Σ weight · (f_i - f_base)
-of the owner's document (section 4.2.1): that would take a pass of its own for each part, and a key-value cache of its
-own, while here a part costs its delta. For LoRAs it is what PEFT's `cat` makes of them. The two are not close: logits
-of compositions on the demo base differ by a third to three quarters of the update's norm. training/README.md has what
-compositions in this form answer.
+The sum is taken at each module. There a delta depends on the module's input x and the base's output y, but not on the
+other parts' deltas. Through earlier modules, however, x contains the deltas of all parts. So a composition is one
+network, each of whose modules is adapted by all parts. For LoRAs it equals PEFT's `cat`.
 
-Virtual positions stand beside each other in the order of the request, with log(weight) on their attention scores.
-A delta may act on some tokens only: in the token ranges of its part, and from its invocation on if it has one.
+It is not the sum of whole functions, f_base + Σ weight · (f_i - f_base), of the owner's document (section 4.2.1). That
+sum would take a pass and a key-value cache for each part, whereas here a part costs only its delta. The two are not
+close: on the demo base, their logits differ by a third to three quarters of the update's norm. training/README.md shows
+answers of compositions in this form.
+
+Virtual positions are concatenated in the order of the request, with log(weight) added to their attention scores. A
+delta may act on some tokens only: those in the token ranges of its part, and those from its invocation on.
 """
 
 import math
@@ -33,7 +34,7 @@ _FIELD = "composition.adapters"
 
 
 class WeightedReference(NamedTuple):
-    """One part of a composition, as the caller wrote it. `ranges`: the tokens on which it acts; () is all."""
+    """One part of a composition, as the caller wrote it. ranges: the tokens on which it acts; () is all."""
 
     adapter_id: str
     weight: float
@@ -43,7 +44,7 @@ class WeightedReference(NamedTuple):
 class Part(NamedTuple):
     """One adapter of a request.
 
-    weight: as the caller wrote it. gate: the weight as kernels hold it, in float32; what is 0 there takes no part.
+    weight: as the caller wrote it. gate: the weight in float32, as kernels hold it; at 0 the adapter takes no part.
     field: the path of the adapter's id in the request.
     """
 
@@ -55,7 +56,10 @@ class Part(NamedTuple):
 
 
 def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_model: str) -> tuple[Part, ...]:
-    """COMPOSITION_INVALID with the index of the first part that breaks a rule; ID_INVALID for a malformed id."""
+    """Return the checked parts.
+
+    Raises COMPOSITION_INVALID with the index of the first part that breaks a rule, ID_INVALID for a malformed id.
+    """
     if not 1 <= len(given) <= limits.composition_parts_max:
         raise InvalidRequest.rule(
             "COMPOSITION_INVALID",
@@ -84,7 +88,7 @@ def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_mod
 
 
 def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
-    """COMPOSITION_INVALID with the index of the first part that cannot be one, or cannot have its weight."""
+    """Raise COMPOSITION_INVALID with the index of the first part that cannot be one, with its weight and ranges."""
     seen: dict[AdapterDigest, int] = {}
     for index, (part, version) in enumerate(zip(parts, versions, strict=True)):
         name = version.adapter_id
@@ -102,9 +106,9 @@ def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
 
 
 def uses(parts: Sequence[Part], versions: Sequence[Version], tokens: Sequence[int]) -> tuple[AdapterUse, ...]:
-    """What takes part in answering the prompt `tokens`, in the order that computes and is cached.
+    """Return the adapters that act in answering the prompt `tokens`, in canonical order.
 
-    An activated adapter acts from its invocation on; without one in the prompt it takes no part.
+    An activated adapter acts from its invocation on; if the prompt has none, it takes no part.
     """
     taken: list[AdapterUse] = []
     for part, version in zip(parts, versions, strict=True):

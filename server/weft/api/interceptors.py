@@ -1,12 +1,12 @@
-"""What every call goes through: one terminal status, and one record of it.
+"""The interceptor of every call: one terminal status, and one record of it.
 
-Handlers raise WeftError and know nothing of statuses. What else they raise is our bug: it is logged with its traceback
-and answered with a fixed text, because exception texts hold paths, prompts and other tenants' names. Left alone, gRPC
-would answer UNKNOWN with that text, also to a request that it cannot parse or a response that it cannot serialize; so
-parsing and serializing happen in here.
+Handlers raise WeftError, and leave statuses to the interceptor. Any other exception is our bug: it is logged with its
+traceback and answered with a fixed text, because exception texts hold paths, prompts and other tenants' names. By
+default gRPC would answer UNKNOWN with the exception's text, also if it cannot parse a request or serialize a response.
+So requests are parsed and responses are serialized here.
 
-Handlers that are async generators are driven from here too, so that the end of a call closes the generator at once and
-not when the garbage collector finds it.
+Handlers that are async generators are also iterated here, so that the end of a call closes the generator at once rather
+than when it is garbage-collected.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from weft.errors import WeftError
 
 logger = logging.getLogger(__name__)
 
-# Both have the code INTERNAL, which gRPC documents for bytes that are no message; the reasons keep our bugs apart.
+# Both have the code INTERNAL, which gRPC documents for bytes that are no message; the reason distinguishes our bugs.
 _INTERNAL = "INTERNAL"
 _MALFORMED = "MESSAGE_MALFORMED"
 
@@ -40,7 +40,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class FinishedCall:
     """A call that has its terminal status.
 
-    method: full name, such as "/weft.v1.GenerationService/Generate"; only names that the server has a handler for.
+    method: full name, such as "/weft.v1.GenerationService/Generate"; always one that the server handles.
     code: name of the gRPC code, such as "OK".
     reason: that of the WeftError, else "".
     duration_s: from the start of the handler to its end.
@@ -53,11 +53,11 @@ class FinishedCall:
 
 
 def _ignore(_: FinishedCall) -> None:
-    """Observes nothing."""
+    """Observe nothing."""
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what handlers raise into statuses, and tells `observe` of each finished call, on the event loop."""
+    """Turns the exceptions of handlers into statuses, and passes each finished call to `observe`, on the event loop."""
 
     def __init__(self, observe: Callable[[FinishedCall], None] = _ignore) -> None:
         self._observe = observe
@@ -112,14 +112,14 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             if task is None or task.cancelling():
                 code = _code_of_gone_caller(context)
                 raise
-            # The handler awaited what someone else cancelled; gRPC would take it for the caller's doing and not answer.
+            # Something that the handler awaited was cancelled; gRPC would blame the caller and send no answer.
             code, reason = grpc.StatusCode.INTERNAL, _INTERNAL
             await _abort_unexpected(context, method)
         except GeneratorExit:
             code = _code_of_gone_caller(context)
             raise
         except grpc.aio.InternalError as error:
-            # A message could not be sent or read: the call ended an instant ago, and nobody is left to answer.
+            # A message could not be sent or read: the call ended an instant ago, and no caller is left to answer.
             code = _code_of_gone_caller(context)
             raise asyncio.CancelledError from error
         except Exception:
@@ -154,7 +154,7 @@ def _code_of_gone_caller(context: Context) -> grpc.StatusCode:
 
 
 async def _write_all(answers: Any, context: Context) -> None:
-    """Sends what an async generator yields; a handler of the other form, a coroutine, sends for itself."""
+    """Send the messages of an async generator; a handler that is a coroutine writes its own."""
     if inspect.isawaitable(answers):
         await answers
         return

@@ -1,8 +1,8 @@
-"""Adapters coming and going: restore, register, upload, replace, unregister.
+"""Lifecycle of adapters: restore, register, upload, replace, unregister.
 
-Runs on the event loop; disk and parsing run in worker threads. Calls that change one id are serialized, different ids
-are not. Nothing is visible before it is durable, a failed call leaves nothing behind, and what has begun to change the
-store ends even if its caller goes away.
+This runs on the event loop; disk access and parsing run in worker threads. Calls that change the same id are
+serialized, those for different ids are not. A change is visible only once it is durable, and a failed call leaves
+nothing behind. A call that has begun to change the store runs to its end, even if its caller goes away.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Outcome(StrEnum):
-    """What registering changed."""
+    """Effect of a registration."""
 
     CREATED = "created"
     REPLACED = "replaced"
@@ -44,7 +44,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegisterOptions:
-    """How to register; see RegisterAdapterRequest."""
+    """Options of a registration; see RegisterAdapterRequest."""
 
     replace: bool = False
     expected_digest: str | None = None
@@ -54,14 +54,14 @@ class RegisterOptions:
 
 
 class Registered(NamedTuple):
-    """What a registration made. `version` is not in the registry when it was validated only."""
+    """Result of a registration. `version` is not in the registry if it was only validated."""
 
     version: Version
     outcome: Outcome
 
 
 class Removed(NamedTuple):
-    """What unregistering freed and ended."""
+    """Memory and requests that unregistering freed and ended."""
 
     freed: Freed
     cancelled_requests: int
@@ -97,7 +97,7 @@ class Lifecycle:
     # -- start ---------------------------------------------------------------------------------------------------
 
     async def restore(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Bring back what the store holds. A bad entry is FAILED with its reason; it never stops the start."""
+        """Register the adapters of the store. A bad entry is FAILED with its reason, and does not stop the start."""
         recovery = await self._work.run(self._store.recover)
         for problem in recovery.problems:
             _log.warning("store: %s: %s", problem.path, problem.message)
@@ -120,7 +120,7 @@ class Lifecycle:
                 self._loader.keep(manifest.digest, ingested.packed)
             self.registry.publish(version)
             if version.pinned and version.state is AdapterState.ACTIVE:
-                self._engine.preload(version.digest, pin=True)  # as soon as that can be
+                self._engine.preload(version.digest, pin=True)  # as soon as possible
             progress(done, total)
         for problem in recovery.problems:
             adapter_id, state = problem.adapter_id, AdapterState.FAILED
@@ -134,7 +134,7 @@ class Lifecycle:
     # -- register ------------------------------------------------------------------------------------------------
 
     async def register_from(self, adapter_id: AdapterId, source: str, options: RegisterOptions) -> Registered:
-        """Register a PEFT directory of the store or of an allowed place."""
+        """Register a PEFT directory below the store or an allowed root."""
         self._work.require_open()
 
         async def register() -> Registered:
@@ -144,12 +144,12 @@ class Lifecycle:
         return await self._work.to_the_end(register())
 
     def upload(self) -> contextlib.AbstractAsyncContextManager[Staging]:
-        """Return a place for an upload's files until the block ends; call `register_upload` inside the block."""
+        """Return a context that holds a directory for an upload's files; call `register_upload` inside it."""
         self._work.require_open()
         return self._staged(self._store.stage)
 
     async def register_upload(self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions) -> Registered:
-        """Register what an upload wrote."""
+        """Register the files that an upload wrote."""
 
         async def register() -> Registered:
             async with self._registering(adapter_id):
@@ -189,7 +189,7 @@ class Lifecycle:
             digest=staged.digest,
             info=ingested.info,
             create_time_s=time.time(),
-            pinned=options.pin or (previous is not None and previous.pinned),  # a pin is the id's, not the content's
+            pinned=options.pin or (previous is not None and previous.pinned),  # a pin belongs to the id
         )
         if not options.validate_only:
             await self._commit(version, staged, ingested, source, replace=previous is not None)
@@ -202,7 +202,7 @@ class Lifecycle:
         adapter_id, digest, info = version.adapter_id, version.digest, version.info
         commit = partial(self._store.commit, adapter_id=adapter_id, method=info.method, pinned=version.pinned)
         try:
-            if version.pinned:  # first of all: a call that fails for want of room leaves nothing behind
+            if version.pinned:  # first, so that a call that fails for want of room leaves nothing behind
                 await self.memory.bring(digest, pin=True, packed=ingested.packed)
             manifest = await self._work.run(partial(commit, staged, source=source, replace=replace))
         except BaseException:
@@ -238,18 +238,18 @@ class Lifecycle:
     async def unregister(
         self, adapter_id: AdapterId, *, cancel: bool, timeout_s: float, expected_digest: str | None
     ) -> Removed:
-        """Remove an adapter; returns when nothing of it is left."""
+        """Remove an adapter; return when nothing of it is left."""
         self._work.require_open()
 
         async def remove() -> Removed:
-            async with self._work.lock(adapter_id):  # a registration that came first is let through
+            async with self._work.lock(adapter_id):  # after a registration that came first
                 versions = await self._unbind(adapter_id, expected_digest)
             return await self._remove(adapter_id, versions, cancel=cancel, timeout_s=timeout_s)
 
         return await self._work.to_the_end(remove())
 
     async def _unbind(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
-        """Let the id go in the store; from here on it is DRAINING. Returns its versions."""
+        """Make the id DRAINING, and remove it from the store; return its versions."""
         versions = self.registry.drain(adapter_id, expected_digest)
         try:
             await self._work.run(self._store.remove, adapter_id)
@@ -270,7 +270,7 @@ class Lifecycle:
         )
         leftover = {request_id for version in versions for request_id in version.leases}
         for version in versions:
-            version.removal = error  # of requests that the engine does not have yet
+            version.removal = error  # for requests that the engine does not have yet
         for request_id in leftover:
             self._engine.end(RequestId(request_id), FinishReason.ERROR, error)
         await self._wait_released(versions)
@@ -282,7 +282,7 @@ class Lifecycle:
         return Removed(total, cancelled_requests=len(leftover))
 
     def release(self, version: Version, request_id: str) -> None:
-        """End a request's lease. The memory of a replaced version goes with the last one."""
+        """End a request's lease. The memory of a replaced version is freed with its last lease."""
         if self.registry.release(version, request_id):
             self._free_later(version.digest)
         self._lease_ended.set()
@@ -303,7 +303,7 @@ class Lifecycle:
     async def _collect(self) -> None:
         try:
             await self._work.run(self._store.collect, self.registry.digests())
-        except WeftError as error:  # files that cannot be removed now are removed by the next collection
+        except WeftError as error:  # the next collection removes the files that this one could not
             _log.warning("store: %s", error)
 
     # -- inside --------------------------------------------------------------------------------------------------

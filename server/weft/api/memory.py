@@ -1,6 +1,6 @@
-"""Adapters in memory: read from the store, kept on the host, brought to the device, pinned there, let go.
+"""Adapters in memory: read from the store, kept on the host, brought to the device, pinned there, freed.
 
-The engine decides what is on the device and publishes it after every change; here is what the event loop knows of it.
+The engine decides which adapters are on the device and publishes every change; this is the event loop's copy of it.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ class AdapterMemory:
         return version
 
     async def unload(self, adapter_id: AdapterId, *, keep_host: bool) -> Version:
-        """Free an adapter's memory and remove its pin; ADAPTER_IN_USE, and nothing changed, while requests hold it."""
+        """Free an adapter's memory and remove its pin. Raises ADAPTER_IN_USE, changing nothing, if requests hold it."""
         self._work.require_open()
         async with self._work.lock(adapter_id):
             version = self._registry.require(AdapterReference(adapter_id, None))
@@ -75,7 +75,7 @@ class AdapterMemory:
                 raise _in_use(adapter_id, num_requests)
             if not any(twin.pinned for twin in twins):
                 if await asyncio.wrap_future(self._engine.evict(version.digest)) is None:
-                    raise _in_use(adapter_id, 1)  # it came an instant ago
+                    raise _in_use(adapter_id, 1)  # by a request of an instant ago
                 if not keep_host:
                     self._loader.drop(version.digest)
             if version.pinned:
@@ -85,7 +85,7 @@ class AdapterMemory:
         return version
 
     async def pin(self, version: Version) -> None:
-        """Bring an adapter to the device to stay there, also after a restart."""
+        """Bring an adapter to the device and keep it there, also after a restart."""
         await self.bring(version.digest, pin=True)
         if version.pinned:
             return
@@ -99,15 +99,16 @@ class AdapterMemory:
     # -- copies --------------------------------------------------------------------------------------------------
 
     def place_of(self, digest: AdapterDigest) -> Residence:
-        """Where the fastest copy is."""
+        """Return the fastest place that holds a copy."""
         if digest in self._resident:
             return Residence.DEVICE
         return Residence.HOST if digest in self._loader else Residence.DISK
 
     async def bring(self, digest: AdapterDigest, *, pin: bool = False, packed: PackedAdapter | None = None) -> None:
-        """Return when the adapter is on the device, with `pin` to stay. `packed adapter` spares the way to the disk.
+        """Bring an adapter to the device, with `pin` to stay; return when it is there.
 
-        Raises what its load failed with, or Overloaded POOL_EXHAUSTED.
+        packed: the adapter, if it is loaded already.
+        Raises the error of the load, or Overloaded POOL_EXHAUSTED.
         """
         try:
             await asyncio.wrap_future(self._engine.preload(digest, packed=packed, pin=pin))
@@ -117,10 +118,10 @@ class AdapterMemory:
             raise
 
     async def free(self, digest: AdapterDigest) -> Freed:
-        """Let every copy go, unless an adapter is this content. Returns when no load reads its files any more."""
+        """Free every copy, unless an adapter has this content; return when no load reads its files any more."""
         if self._is_wanted(digest):
             return Freed()
-        # It is held only if it was registered again a moment ago.
+        # A request can hold it only if it was registered again a moment ago.
         evicted = await asyncio.wrap_future(self._engine.evict(digest))
         if self._is_wanted(digest):
             return evicted or Freed()
@@ -130,7 +131,7 @@ class AdapterMemory:
         return freed
 
     def residents_are(self, resident: frozenset[AdapterDigest]) -> None:
-        """Take in what is on the device now."""
+        """Take over the set of adapters that are now on the device."""
         moved, self._resident = self._resident ^ resident, resident
         for digest in moved:
             for version in self._registry.of(digest):
@@ -138,8 +139,8 @@ class AdapterMemory:
                     self._watches.put(Change.UPDATED, version)
 
     def failed(self, digest: AdapterDigest, error: WeftError) -> None:
-        """Take an adapter out of service whose files, or what the base makes of them, are of no use."""
-        if not isinstance(error, Unavailable | Overloaded | AdapterNotFound):  # these pass, or it was removed
+        """Take an adapter out of service whose files are unusable, or unusable on this base."""
+        if not isinstance(error, Unavailable | Overloaded | AdapterNotFound):  # temporary, or the adapter was removed
             self._registry.fail(digest, error.reason)
 
     async def _read(self, digest: AdapterDigest) -> None:

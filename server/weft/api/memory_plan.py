@@ -1,8 +1,8 @@
-"""How a server shares memory out: weights, adapters and the paged KV cache, and the longest request that fits then.
+"""Memory plan of a server: weights, adapters, the paged KV cache, and the longest request that then fits.
 
-A pure function of numbers, taken once the weights are in memory. The model's own limit is often far more than a machine
-can cache (131,072 tokens of Llama 3.1 8B are 16 GiB): without a knob the limit is then fitted to what there is, which
-the plan says, and with a knob that does not fit the server refuses to start.
+A pure function of numbers, called once the weights are in memory. The model's own limit is often far more than a
+machine can cache (131,072 tokens of Llama 3.1 8B are 16 GiB). If max_model_len is not set, it is then cut to what fits,
+and the plan says so. If it is set and does not fit, the server refuses to start.
 """
 
 import resource
@@ -13,21 +13,21 @@ import torch
 
 from weft.config import GIB, EngineConfig
 
-_CPU_KV_BYTES_MAX = 1 * GIB  # a pool is filled with zeros when it is made, and that takes a second for each GiB
+_CPU_KV_BYTES_MAX = 1 * GIB  # a new pool is filled with zeros, which takes a second for each GiB
 _CPU_FREE_SHARE = 0.5
 _CUDA_FREE_SHARE = 0.8
-_TOKENS_MIN = 256  # a server that cannot hold as many for one request is of no use
+_TOKENS_MIN = 256  # a server that cannot cache this many tokens for one request is useless
 _UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What there is, in bytes, once the weights are loaded.
+    """Memory of a device in bytes, once the weights are loaded.
 
     kind: "cpu" or "cuda".
-    weights: what the weights take.
-    free: what is left beside them.
-    adapters: what adapters may take (residency.device_bytes).
+    weights: taken by the weights.
+    free: left beside them.
+    adapters: allowed for adapters (residency.device_bytes).
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What each purpose gets, in bytes; `left` is for activations, the host tier of adapters, and everybody else.
+    """Bytes for each purpose; `left` is for activations, adapters on the host, and other processes.
 
     fitted: why `max_model_len` is below the model's own limit, or "".
     """
@@ -55,7 +55,7 @@ class MemoryPlan:
 def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: int) -> MemoryPlan:
     """Plan a server. `token_bytes` are the keys and values of one token, `model_len` the model's own limit in tokens.
 
-    Raises ValueError, naming knob, limit and remedy, where what is asked for does not fit.
+    Raises ValueError with knob, limit and remedy if a configured size does not fit.
     """
     asked = engine.max_model_len
     if asked is not None and asked > model_len:
@@ -93,12 +93,15 @@ def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: i
 
 
 def _adapter_bytes(memory: Memory) -> int:
-    """On a CPU adapters take memory when they come, so that a small machine need not keep all of it free for them."""
+    """Return the bytes to reserve for adapters.
+
+    On a CPU these are at most a quarter of the free memory, since adapters take memory only when they are loaded.
+    """
     return memory.adapters if memory.kind == "cuda" else min(memory.adapters, memory.free // 4)
 
 
 def _room(engine: EngineConfig, memory: Memory, adapters: int, block_bytes: int) -> tuple[int, str]:
-    """How many blocks there may be, and what bounds them, in words."""
+    """Return the largest number of blocks, and what bounds it, in words."""
     if engine.num_kv_blocks is not None:
         return engine.num_kv_blocks, "num_kv_blocks"
     if engine.kv_cache_bytes is not None:
@@ -115,9 +118,9 @@ def _gib(count: int) -> str:
 
 
 def free_bytes(device: torch.device, memory_bytes: int | None = None) -> int:
-    """Measure the free memory of a device; `memory_bytes` bounds what this process may take there in all."""
+    """Measure the free memory of a device; `memory_bytes` bounds the total that this process may take there."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what freed tensors of loading held
+        torch.cuda.empty_cache()  # of tensors that loading freed
         free, _ = torch.cuda.mem_get_info(device)
         taken = torch.cuda.memory_allocated(device)
     else:
@@ -126,7 +129,7 @@ def free_bytes(device: torch.device, memory_bytes: int | None = None) -> int:
 
 
 def _free_on_the_host() -> int:
-    """The least of what the machine, the control group and the process's own limits leave."""
+    """Return the least that the machine, the control group and the process's own limits leave."""
     found = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if limit != resource.RLIM_INFINITY:
@@ -145,7 +148,7 @@ def _available(meminfo: Path) -> int:
 
 
 def _left_in_group(group: Path) -> int:
-    """What a container may still take: cgroup v2, then v1."""
+    """Return the bytes that a container may still take, by cgroup v2, else v1."""
     for limit_name, usage_name in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

@@ -1,8 +1,8 @@
-"""Mixtures of adapters: which experts a mixture may have, and what a request wants of their gates.
+"""Mixtures of adapters: the experts that a mixture may have, and the bounds that a request may set on their gates.
 
-A mixture names its experts by digest. They are looked up when it is registered and again for each request, which
-holds all of them or none: where one cannot answer, the request fails as a whole and says which. Nothing keeps an expert
-registered for a mixture's sake.
+A mixture names its experts by digest. They are looked up when it is registered and again for each request, which holds
+all of them or none: if one cannot be used, the request fails as a whole and its error names the expert. A mixture does
+not keep its experts registered.
 """
 
 import math
@@ -18,7 +18,7 @@ _FIELD = "steering"
 
 
 class GateBound(NamedTuple):
-    """What a request wants of one expert's gate; None for no wish."""
+    """A request's bounds on the gate of one expert; None is unbounded."""
 
     expert: str
     floor: float | None
@@ -26,7 +26,7 @@ class GateBound(NamedTuple):
 
 
 class Steering(NamedTuple):
-    """What a request wants of a mixture's gates, as the caller wrote it."""
+    """A request's bounds on a mixture's gates, as the caller wrote them."""
 
     restrict: Sequence[str]
     mask: Sequence[str]
@@ -34,15 +34,15 @@ class Steering(NamedTuple):
 
 
 def is_mixture(version: Version) -> bool:
-    """Whether the version's content is a mixture."""
+    """Return whether the version's content is a mixture."""
     return bool(version.info.experts)
 
 
 def require_experts(registry: Registry, info: AdapterInfo, *, field: str) -> list[Version]:
-    """The experts' versions, in the mixture's order; none where `info` is no mixture's. `field` is for errors.
+    """Return the experts' versions, in the mixture's order; [] if `info` is not a mixture's. field: named in errors.
 
-    AdapterUnusable EXPERT_UNAVAILABLE for the first that cannot be used now, FEATURE_UNSUPPORTED for one that cannot be
-    an expert.
+    Raises AdapterUnusable EXPERT_UNAVAILABLE for the first that cannot be used now, FEATURE_UNSUPPORTED for one that
+    cannot be an expert.
     """
     versions = [registry.require_expert(expert, field=field) for expert in info.experts]
     for version in versions:
@@ -54,7 +54,7 @@ def require_experts(registry: Registry, info: AdapterInfo, *, field: str) -> lis
 
 
 def check_steering(given: Steering, *, base_model: str) -> None:
-    """STEERING_INVALID for the first bound that cannot be, ID_INVALID for a malformed name."""
+    """Raise STEERING_INVALID for the first bound that breaks a rule, ID_INVALID for a malformed name."""
     for name, experts in (("restrict", given.restrict), ("mask", given.mask)):
         for index, expert in enumerate(experts):
             _check_name(expert, f"{_FIELD}.{name}[{index}]", base_model)
@@ -69,14 +69,14 @@ def check_steering(given: Steering, *, base_model: str) -> None:
 
 
 def expert_uses(experts: Sequence[Version]) -> tuple[AdapterUse, ...]:
-    """The experts as the engine computes them; their gates are the router's."""
+    """Return the experts as the engine computes them; the router sets their gates."""
     return canonical(AdapterUse(expert.digest, 1.0, expert.info.num_virtual_tokens) for expert in experts)
 
 
 def use_of(
     mixture: Version, experts: Sequence[Version], registry: Registry, steering: Steering | None, gate_detail: GateDetail
 ) -> MixtureUse:
-    """The engine's view of a mixture and of what the request wants of it; STEERING_INVALID where that cannot be had."""
+    """Return the engine's form of a mixture and its bounds. Raises STEERING_INVALID if they cannot be met."""
     bounds: tuple[ExpertBound, ...] = ()
     if steering is not None:
         bounds = _bounds(steering, mixture, experts, registry)
@@ -87,7 +87,7 @@ def _bounds(
     steering: Steering, mixture: Version, experts: Sequence[Version], registry: Registry
 ) -> tuple[ExpertBound, ...]:
     def index_of(name: str, field: str) -> int:
-        """By digest; by the id that is registered with it now; by the id that the mixture's file names."""
+        """Return an expert's index by digest, else by its registered id, else by its id in the mixture's file."""
         adapter_id, _, wanted = name.partition("@")
         current = registry.current(parse_reference(adapter_id).adapter_id) if not is_digest(name) else None
         digests = [expert.digest for expert in experts]

@@ -1,4 +1,4 @@
-"""From an input to token ids: text, or a conversation rendered by the base's chat template."""
+"""Tokenize inputs: text, or a conversation rendered by the base's chat template."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from weft.api.validation import ChatMessage, check_prompt_bytes
 from weft.config import RequestLimits
 from weft.errors import InvalidRequest
 
-_INLINE_PROMPT_BYTES = 4096  # shorter prompts are tokenized on the event loop: a thread costs more than they do
+_INLINE_PROMPT_BYTES = 4096  # shorter prompts are tokenized on the event loop, because a thread would cost more
 
 
 class PromptEncoder:
@@ -19,7 +19,7 @@ class PromptEncoder:
         self._limits = limits
 
     async def encode(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
-        """Return the tokens of the one input that is given; long ones are tokenized in a thread."""
+        """Return the tokens of the one given input; long texts and conversations are tokenized in a thread."""
         if text is None:
             return await asyncio.to_thread(self._encode_messages, messages or ())
         if len(text) <= _INLINE_PROMPT_BYTES:
@@ -34,7 +34,7 @@ class PromptEncoder:
         tokenizer, as_mappings = self._tokenizer, [message._asdict() for message in messages]
         try:
             rendered = tokenizer.apply_chat_template(as_mappings, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template may raise anything; it is the base's, so its text may be shown
+        except Exception as error:  # a template may raise anything; as it is the base's, its text may be shown
             raise InvalidRequest.rule(
                 "PROMPT_INVALID", "messages", "do not fit the chat template", given=error
             ) from error
@@ -50,9 +50,9 @@ class PromptEncoder:
 
 
 def _pieces(rendered: str, contents: list[str]) -> Iterator[tuple[str, bool]]:
-    """Cut a rendered conversation into what the template wrote (True) and what the messages say (False), in order.
+    """Cut a rendered conversation into pieces of the template (True) and of the messages (False), in order.
 
-    A template may trim a message. If a message cannot be found again as it was given, all that is left counts as given.
+    A template may trim a message. If a message cannot be found again, the whole rest counts as message.
     """
     position = 0
     for content in contents:

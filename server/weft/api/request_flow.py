@@ -1,7 +1,7 @@
-"""The life of a generate request outside the engine: admit, tokenize, submit, turn events into text, settle the end.
+"""A generate request outside the engine: admit, tokenize, submit, turn events into text, settle the end.
 
-Everything here runs on the event loop. An accepted request holds a queue place and leases; they end with the engine's
-terminal event, also when the caller has gone: the caller's going only asks the engine to end the request.
+Everything here runs on the event loop. An accepted request holds a queue place and leases until the engine's terminal
+event, even if the caller goes away: that only makes the engine end the request.
 """
 
 import itertools
@@ -54,15 +54,15 @@ class RequestFlow:
         return self._admission.num_requests
 
     def refuse(self, error: Unavailable) -> None:
-        """Take no new requests; those inside go on."""
+        """Refuse new requests with `error`; accepted ones continue."""
         self._refusal = error
 
     async def wait_empty(self) -> None:
-        """Return when no request is left inside."""
+        """Return when every accepted request has ended."""
         await self._admission.wait_empty()
 
     def deliver(self, event: TokenEvent) -> None:
-        """Hand an event to its stream."""
+        """Pass an event to its stream."""
         stream = self._streams[event.request_id]
         stream.put(event)
         if event.finish is not None:
@@ -74,9 +74,10 @@ class RequestFlow:
             self._engine.end(event.request_id, FinishReason.ERROR, error)
 
     async def generate(self, spec: GenerationSpec, *, timeout_s: float | None) -> AsyncGenerator[GenerationPart, None]:
-        """Answer `spec` in parts; the last has `end`. Raises WeftError, also after parts were given.
+        """Yield the answer to `spec` in parts; only the last has `end`. Closing the iterator ends the request.
 
-        timeout_s: the caller's, None without one; cut to the server's maximum. Closing the iterator ends the request.
+        timeout_s: the caller's, or None; cut to the server's maximum.
+        Raises WeftError, possibly after some parts.
         """
         try:
             stream = await self._accept(spec, timeout_s)
@@ -108,7 +109,7 @@ class RequestFlow:
                     ended = True
                     while (
                         event.finish is None and spec.gate_detail is not GateDetail.NONE
-                    ):  # the gates come with the end
+                    ):  # the gates arrive with the end
                         event = await stream.next()
                 last = tokens[-1] if tokens else None
                 end = answer.end(stream.admitted, event.finish, stop, num_tokens, last)
@@ -120,7 +121,7 @@ class RequestFlow:
                 self._engine.end(request.request_id, FinishReason.CANCELLED, error)
 
     async def tokenize(self, text: str | None, messages: list[ChatMessage] | None) -> list[int]:
-        """Return the tokens that `generate` would make of an input."""
+        """Return an input's tokens, as `generate` would use them."""
         check(GenerationSpec(text=text, messages=messages), self._limits, self._model)
         return await self._prompts.encode(text, messages)
 
@@ -149,7 +150,7 @@ class RequestFlow:
             raise self._refusal
 
     def _allowed_s(self, timeout_s: float | None) -> float:
-        """Return the seconds that a request may take; raises DeadlineExceeded if there are none."""
+        """Return the seconds that a request may take. Raises DeadlineExceeded if none are left."""
         limits_s = (self._limits.deadline_default_s if timeout_s is None else timeout_s, self._limits.deadline_max_s)
         allowed_s = min((limit for limit in limits_s if limit is not None), default=math.inf)
         if allowed_s <= 0:
@@ -168,7 +169,7 @@ class RequestFlow:
         return Detokenizer(
             self._model.tokenizer.backend_tokenizer,
             spec.stop,
-            # The answer to a conversation begins a text; the continuation of a prompt goes on with one.
+            # The answer to a conversation begins a text; that to a prompt continues one.
             continued=() if spec.messages is not None else prompt,
             include_stop=spec.include_stop,
             min_new_tokens=spec.min_new_tokens or 0,

@@ -1,9 +1,9 @@
-"""The composition root: builds everything from a WeftConfig, serves until a signal, drains, ends.
+"""The composition root: builds everything from a WeftConfig, serves until a signal, drains, exits.
 
 start:   load the base → start the engine → restore the store → listen → SERVING
 SIGTERM: NOT_SERVING, new calls refused → running requests finish, up to drain_timeout_s → the rest end → exit 0
-second signal: no more waiting
-engine down: NOT_SERVING, everything inside has ended with UNAVAILABLE → exit 1
+second signal: stop waiting
+engine down: NOT_SERVING, every request has ended with UNAVAILABLE → exit 1
 """
 
 import asyncio
@@ -52,7 +52,7 @@ _SERVICES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """A server that listens. `port` and `metrics_port` are the real ones if 0 was asked for."""
+    """A listening server. `port` and `metrics_port` are the real ones, also if 0 was configured."""
 
     application: Application
     port: int
@@ -60,11 +60,11 @@ class Serving:
 
 
 def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
-    """Serve until a signal; the exit code of the process. `adapters` are registered at the start, replacing."""
+    """Serve until a signal; return the exit code. `adapters` are registered at the start, replacing older content."""
     logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
-    # As PID 1 of a container a process without a handler ignores SIGTERM; loading can take minutes, and nothing is open
-    # yet. An exception would be lost if it landed in a destructor.
+    # Loading can take minutes, and PID 1 of a container ignores SIGTERM if it has no handler. Nothing is open yet, so
+    # exit at once: an exception would be lost if it were raised in a destructor.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
@@ -102,7 +102,7 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
         num_captured_rows=config.engine.max_num_seqs,
     )
     runner.warm_up()
-    # Beside its virtual positions an adapter needs one token to read and one to write.
+    # Beside its virtual positions, an adapter needs room for one prompt token and one generated token.
     num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, plan.max_model_len - 2)
     limits = replace(config.adapters, num_virtual_tokens_max=num_virtual_tokens_max)
     model = ServedModel(
@@ -155,8 +155,8 @@ async def serving(
     adapters: list[tuple[AdapterId, Path]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AsyncIterator[Serving]:
-    """A server that listens inside the block and has drained after it."""
-    disable_created_metrics()  # a second, useless series beside each counter
+    """Yield a server that listens inside the block, and drain it at the end."""
+    disable_created_metrics()  # they would add a useless second series to each counter
     metrics = Metrics()
     application = Application(config, model, runner, metrics)
     health = HealthServicer(_SERVICES)
@@ -203,7 +203,7 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_concurrent_streams", 1024),
-            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent sharing
+            ("grpc.so_reuseport", 0),  # a second server on the port must fail instead of sharing it silently
         ],
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(application), server)
@@ -298,7 +298,7 @@ def _announce(console: Console, config: WeftConfig, model: ServedModel, served: 
 
 
 def _about_memory(model: ServedModel, config: WeftConfig) -> Iterator[str]:
-    """Yield how memory is shared out, and what an operator would not expect of it."""
+    """Yield lines about the use of memory, and its effects that an operator might not expect."""
     plan, (quantized, unquantized, experts) = model.plan, model.weights
     text = f"{plan.weights / GIB:.2f} GiB"
     if quantized:

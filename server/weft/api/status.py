@@ -1,7 +1,7 @@
-"""A WeftError as a gRPC status, with the details that `weft.v1.status_details` lists.
+"""Turn a WeftError into a gRPC status, with the details that `weft.v1.status_details` lists.
 
-Every variable part is cut to a length, so that both trailers together stay below the 8 KiB that peers accept, on the
-wire: there the text is percent-encoded and the details are base64.
+Every variable part is cut, so that both trailers together stay below the 8 KiB that peers accept. This counts bytes on
+the wire, where the text is percent-encoded and the details are base64.
 """
 
 from itertools import islice
@@ -19,12 +19,12 @@ ADAPTER_RESOURCE = "weft.v1.Adapter"
 _MESSAGE_BYTES_MAX = 512
 _FIELD_BYTES_MAX = 256
 _METADATA_ENTRIES_MAX = 16
-_METADATA_BYTES_MAX = 72  # of a key, and of a value: 64 characters, the last of them an ellipsis
+_METADATA_BYTES_MAX = 72  # of a key, and of a value
 _RETRY_S_MAX = 86_400.0
 
 
 def status_of(error: WeftError) -> Status:
-    """`error` as google.rpc.Status."""
+    """Return `error` as google.rpc.Status."""
     message = _clipped(error.message, _MESSAGE_BYTES_MAX)
     metadata = {
         _clipped(key, _METADATA_BYTES_MAX): _clipped(value, _METADATA_BYTES_MAX)
@@ -56,12 +56,12 @@ def status_of(error: WeftError) -> Status:
 
 
 def trailing_metadata(status: Status) -> tuple[tuple[str, bytes]]:
-    """The trailer that carries `status` beside the code and the text, which gRPC sends itself."""
+    """Return the trailer that carries `status`, beside the code and the text, which gRPC sends by itself."""
     return ((DETAILS_KEY, status.SerializeToString(deterministic=True)),)
 
 
 def _clipped(text: str, bytes_max: int) -> str:
-    """`text` as valid UTF-8 of at most `bytes_max` bytes, with an ellipsis where something is missing."""
+    """Return `text` as valid UTF-8 of at most `bytes_max` bytes, with an ellipsis if it was cut."""
     encoded = text[: bytes_max + 1].encode("utf-8", "backslashreplace")
     if len(encoded) <= bytes_max:
         return encoded.decode()

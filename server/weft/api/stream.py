@@ -1,4 +1,4 @@
-"""An accepted request's events on their way to its caller; used on the event loop."""
+"""Queue of an accepted request's events, from the engine to its caller; used on the event loop."""
 
 import asyncio
 from collections import deque
@@ -8,7 +8,7 @@ from weft.engine.request import TokenEvent
 
 
 class Stream:
-    """The events that the caller has not read. is_stalled: whether there were too many of them."""
+    """Events that the caller has not read. is_stalled: whether there were too many of them."""
 
     __slots__ = ("_reader", "admitted", "events", "is_stalled")
 
@@ -25,7 +25,7 @@ class Stream:
             self._reader.set_result(None)
 
     async def next(self) -> TokenEvent:
-        """Return everything that has come, as one event."""
+        """Wait for an event; return all that have arrived, merged into one."""
         while not self.events:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader

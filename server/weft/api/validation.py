@@ -1,6 +1,7 @@
-"""What a generate request asks for, checked once and before anything is allocated for it.
+"""Check a generate request once, before anything is allocated for it.
 
-Order: fields (here, no tokenizer and no allocation that grows with a value), then the adapter, then the tokens.
+Fields are checked first: here, without the tokenizer and without allocations that grow with a value. Then follow the
+adapters, and then the tokens (api/admission.py).
 """
 
 import math
@@ -23,7 +24,7 @@ _PENALTY_MAX = 100.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What of the base the request path needs to know. tokenizer: a fast transformers tokenizer."""
+    """Facts about the base that the request path uses. tokenizer: a fast transformers tokenizer."""
 
     name: str
     digest: str
@@ -47,7 +48,7 @@ class ChatMessage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """A generate request in transport-neutral form, unchecked. None and empty mean: not given."""
+    """A generate request in transport-neutral form, unchecked. None and empty values were not given."""
 
     request_id: str = ""
     text: str | None = None
@@ -76,8 +77,8 @@ class GenerationSpec:
 class CheckedSpec(NamedTuple):
     """A request whose fields obey their rules.
 
-    parts: the adapters that answer, in the order of the request; none is the base.
-    params: max_new_tokens is the caller's, or the server's default until the room for new tokens is known.
+    parts: the adapters that answer, in the order of the request; () is the base alone.
+    params: max_new_tokens is the caller's or the server's default, until it is cut to the room for new tokens.
     """
 
     spec: GenerationSpec
@@ -87,7 +88,7 @@ class CheckedSpec(NamedTuple):
 
 
 def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> CheckedSpec:
-    """Raise InvalidRequest for the first field that breaks its rule."""
+    """Return the checked request. Raises InvalidRequest for the first field that breaks its rule."""
     _check_request_id(spec.request_id, limits)
     _check_input(spec, limits, model)
     salt_bytes, most = len(spec.cache_salt.encode()), limits.cache_salt_bytes_max
@@ -160,7 +161,7 @@ def _check_input(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts)
 
 
 def check_prompt_bytes(field: str, num_bytes: int, limits: RequestLimits) -> None:
-    """PROMPT_TOO_LONG before any tokenizer sees the text."""
+    """Raise PROMPT_TOO_LONG before the text gets to a tokenizer."""
     if num_bytes > limits.prompt_bytes_max:
         raise InvalidRequest.rule(
             "PROMPT_TOO_LONG", field, "has too many bytes", limit=limits.prompt_bytes_max, given=num_bytes
@@ -168,7 +169,7 @@ def check_prompt_bytes(field: str, num_bytes: int, limits: RequestLimits) -> Non
 
 
 def check_token(field: str, token_id: int, vocab_size: int) -> None:
-    """TOKEN_OUT_OF_RANGE unless the token is in the vocabulary."""
+    """Raise TOKEN_OUT_OF_RANGE unless the token is in the vocabulary."""
     if not 0 <= token_id < vocab_size:
         raise InvalidRequest.rule("TOKEN_OUT_OF_RANGE", field, "is not a token", limit=vocab_size - 1, given=token_id)
 

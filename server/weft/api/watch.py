@@ -1,4 +1,4 @@
-"""Watches of the adapters: each change is seen once, and at most one waits per adapter."""
+"""Watches of adapters: each watch delivers a change once, and queues at most one per adapter."""
 
 import asyncio
 import contextlib
@@ -10,17 +10,17 @@ from weft.adapters.registry import Change, Version
 
 
 class AdapterChange(NamedTuple):
-    """What happened to an adapter; `version` has its state when this is read."""
+    """A change of an adapter. `version` is live: it has the state at the time when it is read."""
 
     change: Change
     version: Version
 
 
 class Watch:
-    """The changes that one caller has not taken yet.
+    """Changes that one caller has not read yet.
 
-    A later change of an adapter takes the place of an earlier one, so a caller that reads slowly costs no memory: it
-    misses states in between, never the latest.
+    A later change of an adapter replaces an earlier one. So a slow caller costs no memory: it misses states in between,
+    but never the latest.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Watch:
         self._ready.set()
 
     def end(self) -> None:
-        """Nothing follows what is waiting now."""
+        """End the watch after the changes that are queued now."""
         self._is_over = True
         self._ready.set()
 
     async def next(self) -> AdapterChange | None:
-        """The next change, or None after the last."""
+        """Return the next change, or None after the last."""
         while not self._changes and not self._is_over:
             self._ready.clear()
             await self._ready.wait()
@@ -58,7 +58,7 @@ class Watches:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Watch]:
-        """Every change from now on."""
+        """Yield a watch of every change from now on."""
         watch = Watch()
         if self._is_over:
             watch.end()
@@ -69,12 +69,12 @@ class Watches:
             self._open.discard(watch)
 
     def put(self, change: Change, version: Version) -> None:
-        """Add a change to all of them."""
+        """Add a change to every open watch."""
         for watch in self._open:
             watch.put(change, version)
 
     def end(self) -> None:
-        """End them, and those that come."""
+        """End the open watches, and later ones as they open."""
         self._is_over = True
         for watch in self._open:
             watch.end()

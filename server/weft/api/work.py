@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Work:
-    """What of a server goes on outside the call that began it.
+    """Threads, tasks and locks of one server, beside its event loop.
 
     threads: the workers, for the disk and for parsing.
     """
@@ -29,16 +29,16 @@ class Work:
         self.is_closed = False
 
     def refuse(self, error: Unavailable) -> None:
-        """Begin nothing any more; what has begun goes on."""
+        """Refuse new work with `error`; work that has begun continues."""
         self._refusal = error
 
     def require_open(self) -> None:
-        """Raise what `refuse` was given."""
+        """Raise the error given to `refuse`, if any."""
         if self._refusal is not None:
             raise self._refusal
 
     async def close(self) -> None:
-        """End everything; callers that wait for it get DRAINING."""
+        """Cancel all work; callers that await it get DRAINING."""
         self.refuse(self._refusal or draining_error())
         self.is_closed = True
         for task in self._tasks:
@@ -47,7 +47,7 @@ class Work:
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     def lock(self, adapter_id: AdapterId) -> asyncio.Lock:
-        """Return the lock of an id; it lives as long as it is held."""
+        """Return the lock of an id, the same one as long as any caller has it."""
         lock = self._locks.get(adapter_id)
         if lock is None:
             lock = self._locks[adapter_id] = asyncio.Lock()
@@ -57,14 +57,14 @@ class Work:
         """Run `function` in a worker thread; from any thread."""
         try:
             return self.threads.submit(function, *arguments)
-        except RuntimeError:  # what an executor that was shut down raises
+        except RuntimeError:  # raised by an executor that was shut down
             raise draining_error() from None
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run `function` in a worker thread.
 
-        A caller that is cancelled leaves when the thread has, not before: what it gives back then, files and
-        directories, must not be in the thread's hands.
+        A cancelled caller returns only when the function has, because the thread must not use files and directories
+        that the caller then releases.
         """
         future = asyncio.wrap_future(self.submit(function, *arguments))
         try:
@@ -75,7 +75,7 @@ class Work:
             raise
 
     async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work` and, where the caller goes away meanwhile, stay until it has ended by itself."""
+        """Await `work`; if the caller is cancelled meanwhile, return only when `work` has ended by itself."""
         task = self.keep(work)
         try:
             return await asyncio.shield(task)
@@ -95,4 +95,4 @@ class Work:
     def _ended(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # a caller that waits has it too; without one it is no news
+            task.exception()  # mark it as retrieved: a waiting caller has it too, and without one it does not matter

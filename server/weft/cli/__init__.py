@@ -1,4 +1,4 @@
-"""The command `weft`. What is slow to import, such as torch and gRPC, commands import when they run."""
+"""The command `weft`. Modules that import slowly, such as torch and gRPC, are imported when a command runs."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ app = typer.Typer(
     help="One quantized base model, many adapters of any PEFT method, one continuous batch.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # plain help: rich's table cuts off the names of options where a line has 80 columns
+    rich_markup_mode=None,  # plain help: in 80 columns, rich's table cuts off the names of options
     pretty_exceptions_show_locals=False,
 )
 app.command(name="serve", cls=serve.ServeCommand)(serve.command)
@@ -39,9 +39,9 @@ def _weft(
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and exit.")
     ] = False,
 ) -> None:
-    """What is common to all commands: nothing but the version."""
+    """Take the options that all commands share: only --version."""
 
 
 def main() -> None:
-    """Run the command that `sys.argv` holds, and exit."""
+    """Run the command in `sys.argv`, and exit."""
     app()

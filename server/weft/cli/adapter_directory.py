@@ -1,4 +1,4 @@
-"""A local adapter directory, as commands that ask no server read it."""
+"""Read local adapter directories, for commands that work without a server."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,9 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 class AdapterDirectory(NamedTuple):
-    """What one holds. base_digest: of the base that it names, None where it names none.
+    """Contents of an adapter directory. base_digest: digest of the base that it names, or None.
 
-    rope_factors: the rotary factors of the base in training; "" where they do not depend on the length.
+    rope_factors: the base's rotary factors in training; "" if they do not depend on the length.
     """
 
     adapter: "Adapter"
@@ -24,7 +24,10 @@ class AdapterDirectory(NamedTuple):
 
 
 def read(path: Path, shape: "BaseShape") -> AdapterDirectory:
-    """The adapter fitted to `shape`, whichever base its file names. Raises OSError or what servers refuse it with."""
+    """Return the adapter fitted to `shape`, whichever base its file names.
+
+    Raises OSError, or the error with which a server would refuse the adapter.
+    """
     from safetensors import safe_open
 
     from weft.adapters.config_file import read_config

@@ -1,4 +1,4 @@
-"""`weft adapters …`: what is registered on a server, and what of it is in memory."""
+"""`weft adapters …`: the adapters registered on a server, and their place in memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,14 +36,14 @@ _DIGEST_CHARACTERS = 12
 
 
 class Memory(StrEnum):
-    """Where `load` brings an adapter."""
+    """Place to which `load` brings an adapter."""
 
     DEVICE = "device"
     HOST = "host"
 
 
 class Rest(StrEnum):
-    """What `unload` leaves of an adapter."""
+    """Place where `unload` leaves a copy of an adapter."""
 
     HOST = "host"
     DISK = "disk"
@@ -104,7 +104,7 @@ def list_adapters(
 
 @app.command()
 def show(adapter_id: AdapterId, server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
-    """Tell everything about one adapter."""
+    """Show one adapter in full."""
     with connected(server) as client:
         adapter = client.adapter(adapter_id)
     if json:
@@ -125,7 +125,7 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Remove an adapter, and return when nothing of it is left in memory."""
+    """Remove an adapter; return when nothing of it is left in memory."""
     if not yes:
         typer.confirm(f"Remove {adapter_id} from {server}?", abort=True)
     with connected(server) as client:
@@ -150,7 +150,7 @@ def load(
     pin: Annotated[bool | None, typer.Option("--pin/--no-pin", help="Set or remove its pin on the device.")] = None,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Bring an adapter into memory, so that its first request need not wait."""
+    """Load an adapter into memory, so that its first request need not wait."""
     with connected(server) as client:
         print_line(f"loaded: {_line(client.load(adapter_id, to, pin=pin))}")
 
@@ -168,7 +168,7 @@ def unload(
 
 @app.command()
 def watch(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
-    """Tell what happens to the adapters, until it is interrupted."""
+    """Print every change of the adapters, until interrupted."""
     with connected(server) as client, client.watch() as changes:
         from weft.v1.adapter_service_pb2 import AdapterChange
 
@@ -183,7 +183,7 @@ def watch(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> No
 
 @contextmanager
 def _progress(adapter_id: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, where that is a terminal."""
+    """Show a progress bar on standard error if that is a terminal; yield its update function."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     errors = console(stderr=True)
@@ -194,7 +194,7 @@ def _progress(adapter_id: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _row(adapter: "Adapter") -> tuple[str, ...]:
-    """The cells of `_COLUMNS`."""
+    """Return the cells of `_COLUMNS`."""
     return (
         adapter.adapter_id,
         adapter.method,

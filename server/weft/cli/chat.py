@@ -25,7 +25,7 @@ def command(
     seed: Seed = None,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Talk to the model, through any adapter in each message."""
+    """Chat with the model, with any adapter for each message."""
     asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -62,7 +62,7 @@ def command(
 
 
 def _asked() -> str | None:
-    """The next line, or None at the end of the input or after an interrupt."""
+    """Return the next line, or None at the end of the input or after an interrupt."""
     try:
         return input("> ")
     except (EOFError, KeyboardInterrupt):
@@ -81,7 +81,10 @@ def _target_or_told(adapters: list[str], before: Any) -> Any:
 def _answered(
     client: "Client", server: str, messages: list[dict[str, str]], target: Any, asked: dict[str, Any]
 ) -> str | None:
-    """The answer, written as it comes; None if it failed or was interrupted, which does not end the conversation."""
+    """Write the answer as it arrives, and return it; None if it failed or was interrupted.
+
+    Neither ends the conversation.
+    """
     from weft.client import RpcFailure
 
     parts: list[str] = []

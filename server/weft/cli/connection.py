@@ -1,4 +1,4 @@
-"""The server that a command talks to, and what a call that fails tells the operator."""
+"""The connection of a command to a server, and hints for calls that fail."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +30,8 @@ _HINTS = {
 
 @contextmanager
 def connected(server: str) -> Iterator["Client"]:
-    """A client of `server`; what fails there ends the command with one line, a wrong argument with exit code 2."""
-    from weft.client import Client, RpcFailure  # gRPC is imported here and not by `weft --help`
+    """Yield a client of `server`. A failed call ends the command with one line, a wrong argument with exit code 2."""
+    from weft.client import Client, RpcFailure  # imports gRPC, which `weft --help` does not need
 
     with Client(server) as client:
         try:
@@ -39,7 +39,7 @@ def connected(server: str) -> Iterator["Client"]:
         except RpcFailure as failure:
             raise fail(str(failure), hint=hint_for(failure.failure, server)) from None
         except OSError as error:
-            if error.filename is None:  # not a file: the reader of a pipe went away, which typer takes care of
+            if error.filename is None:  # no file: the reader of a pipe went away, which typer handles
                 raise
             raise fail(f"{error.filename}: {error.strerror}") from None
         except ValueError as error:
@@ -47,7 +47,7 @@ def connected(server: str) -> Iterator["Client"]:
 
 
 def hint_for(failure: "Failure", server: str) -> str:
-    """What to do next, or ""."""
+    """Return a remedy for a failed call, or ""."""
     if failure.retry_after_s is not None:
         return f"try again in {failure.retry_after_s:g} s"
     if failure.code.name == "UNAVAILABLE" and not failure.reason:

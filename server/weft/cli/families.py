@@ -1,4 +1,4 @@
-"""`weft families`: the table of model families, as it was measured for this version."""
+"""`weft families`: the table of model families, as measured for this version."""
 
 import json
 from dataclasses import asdict
@@ -15,7 +15,7 @@ def command(
     name: Annotated[str, typer.Argument(help="Only families whose name contains this.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """List model families: served exactly as transformers and PEFT compute them, or refused and why."""
+    """List model families: those served exactly as transformers and PEFT compute them, and why others are refused."""
     rows = [row for row in table() if name in f"{row.family} {row.variant}"]
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))

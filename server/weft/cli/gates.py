@@ -1,4 +1,4 @@
-"""A mixture's gates in the terminal: a row for each expert, a shaded cell for each layer, a bar for the mean."""
+"""Draw a mixture's gates: a row for each expert, a shaded cell for each layer, and a bar for the mean."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ _BAR_CELLS = 20
 
 
 def heat(gates: Iterable["AdapterGate"]) -> Table:
-    """The gates that an answer tells; the first layer is on the left. An adapter without layers has its bar."""
+    """Return a table of an answer's gates, the first layer on the left. An adapter without layers has only its bar."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("expert", "layers", "mean", ""):
         table.add_column(column, no_wrap=True)
@@ -29,6 +29,6 @@ def heat(gates: Iterable["AdapterGate"]) -> Table:
 
 
 def _shade(gate: float) -> str:
-    """Five steps from 0 to 1; what is not 0 is seen."""
+    """Return one of five shades for 0 to 1; a gate above 0 is never blank."""
     step = round(gate * (len(_SHADES) - 1))
     return _SHADES[min(max(step, 1 if gate > 0 else 0), len(_SHADES) - 1)]

@@ -67,8 +67,8 @@ def command(
 ) -> None:
     """Generate text from a prompt.
 
-    One adapter answers, several weighted ones, or the base alone. The answer goes to standard output; how it ended, to
-    standard error.
+    One adapter answers, or several with weights, or the base alone. The answer is written to standard output, and how
+    it ended to standard error.
 
     Example: weft generate "…" --adapter polite=0.7 --adapter brief=0.3
     """
@@ -116,7 +116,7 @@ def command(
 
 
 def target_of(adapters: list[str] | None) -> str | Mapping[str, float] | None:
-    """What `--adapter` names: nothing is the base, one without a weight itself, others a composition."""
+    """Return what `--adapter` selects: None is the base, an id one adapter, a mapping a composition with weights."""
     if not adapters:
         return None
     if len(adapters) == 1 and "=" not in adapters[0]:
@@ -134,7 +134,7 @@ def target_of(adapters: list[str] | None) -> str | Mapping[str, float] | None:
 
 
 def told(finish: "Finish") -> str:
-    """How an answer ended, in one line."""
+    """Describe in one line how an answer ended."""
     from weft.v1.generation_pb2 import FinishReason
 
     parts = [

@@ -1,4 +1,4 @@
-"""Commands of `weft_training`, which gets all their arguments and is imported only then: training, demo, tools."""
+"""Commands of `weft_training`: training, demo, tools. They import it when they run, and pass it all their arguments."""
 
 import importlib
 from collections.abc import Callable
@@ -13,29 +13,29 @@ SETTINGS: dict[str, Any] = {
         "ignore_unknown_options": True,
         "allow_extra_args": True,
         "allow_interspersed_args": False,
-        "help_option_names": [],  # --help is for the other side too
+        "help_option_names": [],  # --help is passed on too
     },
     "add_help_option": False,
 }
 
 
 def train(context: typer.Context) -> None:
-    """Train an adapter; `weft train --help` tells how."""
+    """Train an adapter; see `weft train --help`."""
     imported("weft_training.command").app(args=context.args, prog_name="weft train")
 
 
 def train_many(context: typer.Context) -> None:
-    """Train many adapters in one pass; `weft train-many --help` tells how."""
+    """Train many adapters in one pass; see `weft train-many --help`."""
     imported("weft_training.joint_command").app(args=context.args, prog_name="weft train-many")
 
 
 def demo(context: typer.Context) -> None:
-    """Show what Weft does, on the demo base."""
+    """Demonstrate Weft on the demo base."""
     raise typer.Exit(imported("weft_training.demo.tour").main(context.args) or 0)
 
 
 def tool(name: str) -> Callable[[typer.Context], None]:
-    """Return the command `weft adapters NAME`, which needs no server and nothing of the train extra."""
+    """Return the command `weft adapters NAME`, which needs neither a server nor the train extra."""
 
     def hand_over(context: typer.Context) -> None:
         imported("weft_training.tools.commands").app(args=[name, *context.args], prog_name="weft adapters")
@@ -44,7 +44,7 @@ def tool(name: str) -> Callable[[typer.Context], None]:
 
 
 def imported(module: str) -> Any:
-    """By name: `weft` does not depend on `weft_training`, which may be absent or lack its own dependencies."""
+    """Import a module by name, since `weft_training` is optional: it, or its dependencies, may not be installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

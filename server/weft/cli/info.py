@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def command(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
-    """Describe a server: its base model, what adapters and requests may be."""
+    """Describe a server: its base model, and its limits of adapters and requests."""
     with connected(server) as client:
         model = client.model_info()
     if json:

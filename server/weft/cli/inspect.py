@@ -1,4 +1,4 @@
-"""`weft inspect`: what methods cost on a base, or what is in an adapter. No server is asked."""
+"""`weft inspect`: the cost of each method on a base, or the contents of an adapter. It needs no server."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
 ) -> None:
-    """Compare the methods on a base model, or look into an adapter."""
+    """Compare the methods on a base model, or inspect an adapter."""
     from weft.errors import WeftError
 
     try:

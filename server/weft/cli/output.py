@@ -1,4 +1,4 @@
-"""How the commands write: consoles, texts that cannot steer the terminal, sizes, enum labels, JSON, errors."""
+"""Output of the commands: consoles, texts that cannot control the terminal, sizes, enum labels, JSON, errors."""
 
 import json
 import sys
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from google.protobuf.timestamp_pb2 import Timestamp
 
-_WIDTH_WITHOUT_TERMINAL = 200  # a pipe has no width, and what is cut off there is lost
+_WIDTH_WITHOUT_TERMINAL = 200  # a pipe has no width, and cells that are cut off there are lost
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Standard output or error as it is now, with markup of our own only."""
+    """Return a console on the present standard output or error; texts are not parsed for markup."""
     made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = _WIDTH_WITHOUT_TERMINAL
@@ -27,13 +27,13 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def fail(text: str, *, hint: str = "", code: int = 1) -> typer.Exit:
-    """What to raise after an error: it is told in one red line, with what to do next below it."""
+    """Print an error in one red line, with a remedy below it, and return the exit to raise."""
     tell_error(text, hint=hint)
     return typer.Exit(code)
 
 
 def tell_error(text: str, *, hint: str = "") -> None:
-    """Tell of an error and go on."""
+    """Print an error, and continue."""
     errors = console(stderr=True)
     errors.print(Text(printable(" ".join(text.splitlines())), style="red"), soft_wrap=True)
     if hint:
@@ -41,23 +41,23 @@ def tell_error(text: str, *, hint: str = "") -> None:
 
 
 def note(text: str) -> None:
-    """A remark beside the output, on standard error."""
+    """Print a remark to standard error, apart from the output."""
     console(stderr=True).print(Text(printable(text), style="dim"), soft_wrap=True)
 
 
 def write(text: str) -> None:
-    """Generated text, at once; as it is where it goes to a file or a pipe."""
+    """Write generated text at once, and unchanged if it goes to a file or a pipe."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def print_line(text: str) -> None:
-    """One line of output, however long."""
+    """Print one line, however long."""
     console().print(Text(printable(text)), soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """`text` with control characters spelled out, line breaks and tabs aside: no escape sequence reaches a terminal."""
+    """Return `text` with control characters escaped, except line breaks and tabs: it cannot control a terminal."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text
@@ -65,7 +65,7 @@ def printable(text: str) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1536 is "1.5 KiB"."""
+    """Format a number of bytes: 1536 is "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.1f}".removesuffix(".0") + f" {unit}"
@@ -74,18 +74,18 @@ def size(count: float) -> str:
 
 
 def label(enum: Any, value: int) -> str:
-    """The name of a proto enum's value without the name of the enum: ADAPTER_STATE_ACTIVE is "active"."""
+    """Return the name of a proto enum's value without the enum's own: ADAPTER_STATE_ACTIVE is "active"."""
     prefix = enum.Name(0).removesuffix("UNSPECIFIED")
     return enum.Name(value).removeprefix(prefix).lower() if value in enum.values() else str(value)
 
 
 def moment(timestamp: "Timestamp") -> str:
-    """A time in the zone of this machine, to the second."""
+    """Format a time in the machine's time zone, to the second."""
     return timestamp.ToDatetime(tzinfo=UTC).astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """One line for each row; on a terminal, cells that do not fit are cut."""
+    """Print one line for each row; on a terminal, cells that do not fit are cut."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, no_wrap=True)
@@ -95,7 +95,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Names and values, those without a value left out."""
+    """Print names and values, omitting empty values."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -106,13 +106,13 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 
 def print_json(messages: "Message | list[Any]", *, indent: int | None = 2) -> None:
-    """Messages as proto JSON with the protos' own field names; 64-bit integers are strings there."""
+    """Print messages as proto JSON with the protos' own field names; 64-bit integers are strings there."""
     shown = [as_json(message) for message in messages] if isinstance(messages, list) else as_json(messages)
     typer.echo(json.dumps(shown, indent=indent, ensure_ascii=False))
 
 
 def as_json(message: "Message") -> dict[str, Any]:
-    """One message as `print_json` writes it."""
+    """Return one message as `print_json` prints it."""
     from google.protobuf.json_format import MessageToDict
 
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

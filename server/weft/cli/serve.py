@@ -1,4 +1,4 @@
-"""`weft serve`: its options are the knobs of `weft.config`, one for each, read off it."""
+"""`weft serve`: one option for each knob of `weft.config`, generated from it."""
 
 import inspect
 import logging
@@ -20,7 +20,7 @@ _METAVARS = {"integer": "N", "number": "X", "path": "PATH", "text": "TEXT"}
 
 
 class ServeCommand(TyperCommand):
-    """Its help groups the options by the section of `weft.config` that they belong to."""
+    """A command whose help groups the options by their section of `weft.config`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -35,8 +35,8 @@ class ServeCommand(TyperCommand):
 def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any]) -> None:
     """Serve a base model and its adapters over gRPC.
 
-    Each option that has a default is also an environment variable (WEFT_MAX_NUM_SEQS for --max-num-seqs) and a name in
-    the file that --config names (max_num_seqs), in this order of precedence.
+    Each option with a default can also be set by an environment variable (WEFT_MAX_NUM_SEQS for --max-num-seqs) or in
+    the file given by --config (max_num_seqs). An option overrides the environment, which overrides the file.
     """
     try:
         registered = [_adapter_directory(text) for text in adapters or ()]
@@ -44,20 +44,20 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     except InvalidSettings as error:
         raise fail(str(error), code=2) from None
 
-    directories = tuple(path for _, path in registered)  # named here, they are allowed as sources
+    directories = tuple(path for _, path in registered)  # given by the operator, so allowed as sources
     configuration = replace(configuration, allowed_sources=(*configuration.allowed_sources, *directories))
 
-    from weft.api.serve import run  # brings torch, transformers and gRPC
+    from weft.api.serve import run  # imports torch, transformers and gRPC
     from weft.errors import WeftError
 
     try:
         code = run(configuration, registered)
     except WeftError as error:
         raise fail(f"{error.reason}: {error.message}") from None
-    except (ValueError, OSError) as error:  # what the checkpoint, the machine or the network do not allow
+    except (ValueError, OSError) as error:  # of the checkpoint, the machine or the network
         _log.debug("the server ended", exc_info=True)
         raise fail(str(error)) from None
-    except Exception as error:  # a defect of ours or of a library: still one line, and the rest where it is asked for
+    except Exception as error:  # a bug of ours or of a library: still one line; the traceback is logged at debug level
         _log.debug("the server ended", exc_info=True)
         raise fail(
             f"the server ended with {type(error).__name__}: {error}", hint="--log-level debug shows where"
@@ -77,7 +77,7 @@ def _adapter_directory(text: str) -> tuple[str, Path]:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """Return what the command takes: the file, the adapters, and one parameter for each knob."""
+    """Return the parameters of the command: the file, the adapters, and one for each knob."""
     file = typer.Option("--config", envvar="WEFT_CONFIG", metavar="FILE", help="TOML or YAML file of knobs.")
     adapters = typer.Option(
         "--adapter", metavar="ID=PATH", help="Register this PEFT directory before serving. May be repeated."
@@ -91,7 +91,7 @@ def _parameters() -> list[inspect.Parameter]:
 
 
 def _annotation(knob: Knob) -> Any:
-    """Return how typer reads a knob: texts, which `weft.settings` converts for every source; yes and no are flags."""
+    """Return a knob's annotation for typer: text, which `weft.settings` converts, or a flag if the knob is a bool."""
     if knob.info.is_required():
         argument = typer.Argument(metavar=knob.flag, help=knob.info.description, rich_help_panel="Arguments")
         return Annotated[str | None, argument]
@@ -130,4 +130,4 @@ def _command(**given: Any) -> None:
 
 command: Any = _command
 command.__doc__ = _serve.__doc__
-command.__signature__ = inspect.Signature(_parameters())  # typer reads the options off it
+command.__signature__ = inspect.Signature(_parameters())  # typer makes the options from it

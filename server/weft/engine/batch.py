@@ -29,7 +29,7 @@ def build(
 ) -> Step:
     """Return the step of the scheduled requests.
 
-    table rows: of every slot that has more than one (adapters/slots.py).
+    table_rows: those of every slot that has more than one (adapters/slots.py).
     mixtures: state of the requests with a mixture; the slot of a mixture's router is the last of its request's.
     """
     input_ids: list[int] = []

@@ -1,8 +1,8 @@
 """The engine: one thread, one `step()`.
 
-Other threads put messages into its inbox; they take effect between two steps, so nothing here needs a lock. Only this
-thread touches device memory. Every accepted request ends in exactly one event with `finish`. An engine that does not
-run any more refuses every message that wants an answer, and forgets the others.
+Other threads put messages into its inbox. Messages take effect between two steps, so nothing here needs a lock. Only
+this thread touches device memory. Every accepted request ends in exactly one event with `finish`. Once the engine has
+stopped, it refuses every message that expects an answer, and drops the others.
 """
 
 import logging
@@ -34,14 +34,14 @@ from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-_GATHER_S = 0.001  # after so long without a message, no other is coming
+_GATHER_S = 0.001  # after this long without a message, no other is expected
 _GATHER_S_MAX = 0.005
 
 ENGINE_DOWN = "ENGINE_DOWN"
 
 
 class Freed(NamedTuple):
-    """What letting an adapter go gave back. host_bytes: of the copy in host memory, which is not the engine's."""
+    """Memory that removing an adapter freed. host_bytes: of the copy in host memory, which the engine does not own."""
 
     device_bytes: int = 0
     host_bytes: int = 0
@@ -51,7 +51,7 @@ class Freed(NamedTuple):
 class Engine:
     """Continuous batching over a runner.
 
-    inbox: everything that other threads want of the engine. publish: takes the engine's events, on the engine thread.
+    inbox: messages from other threads. publish: takes the engine's events, on the engine thread.
     """
 
     def __init__(
@@ -94,34 +94,35 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """End the thread; requests still inside end with UNAVAILABLE. Waits up to `timeout_s`."""
+        """Stop the thread, waiting up to `timeout_s`. Requests that have not ended end with UNAVAILABLE."""
         self._inbox.post(self._stop)
         if self._thread.ident is None:
-            self._run()  # never started: the caller answers the messages
+            self._run()  # never started: the caller's thread answers the messages
         else:
             self._thread.join(timeout_s)
 
     def submit(self, request: Request) -> None:
-        """Take a request in."""
+        """Accept a request."""
         self._inbox.post(partial(self._add, request), partial(self._refuse, request))
 
     def end(self, request_id: RequestId, reason: FinishReason, error: WeftError | None = None) -> None:
-        """End a request before its own end; nothing happens when it has ended already."""
+        """End a request early; do nothing if it has ended already."""
         self._inbox.post(partial(self._end_by_id, request_id, reason, error))
 
     def evict(self, digest: AdapterDigest) -> "Future[Freed | None]":
-        """Take an adapter, its pin and its cached KV off the device; None if a request holds it."""
+        """Remove an adapter, its pin and its cached KV from the device; None if a request holds it."""
         return self._inbox.call(partial(self._evict, digest))
 
     def preload(
         self, digest: AdapterDigest, *, packed: PackedAdapter | None = None, pin: bool = False
     ) -> "Future[None]":
-        """Bring an adapter in ahead of its requests; ends with what its load failed with, or POOL_EXHAUSTED.
+        """Bring an adapter to the device ahead of its requests.
 
-        packed adapter: spares the load. pin: keep it on the device.
+        packed: the adapter, if it is loaded already. pin: keep it on the device.
+        The future fails with the error of the load, or with POOL_EXHAUSTED.
         """
         future: Future[None] = Future()
-        future.set_running_or_notify_cancel()  # one caller may give up while others wait for the same adapter
+        future.set_running_or_notify_cancel()  # one caller may give up while others await the same adapter
         self._inbox.post(partial(self.residency.preload, digest, future, packed=packed, pin=pin), future.set_exception)
         return future
 
@@ -132,7 +133,7 @@ class Engine:
     # -- the engine thread --------------------------------------------------------------------------------------
 
     def run_once(self, *, wait: bool = False) -> None:
-        """Take messages in, step, deliver events: the engine thread does nothing else. A test may be that thread."""
+        """Receive messages, step, deliver events: all that the engine thread does. Tests may call it instead."""
         try:
             self._receive(wait=wait)
             self.step()
@@ -152,7 +153,7 @@ class Engine:
             self._outbox.deliver(self._clock())
 
     def step(self) -> None:
-        """Schedule, compute, sample, hand out. A fault of the model call ends the requests of this step only."""
+        """Schedule, compute, sample, publish. A fault in the model call ends only the requests of this step."""
         now = self._clock()
         self._expire(now)
         step = self.scheduler.schedule()
@@ -223,7 +224,7 @@ class Engine:
         error: WeftError | None = None,
         tokens: tuple[SampledToken, ...] = (),
     ) -> None:
-        """Let a request leave: the one way while the engine runs."""
+        """End a request. While the engine runs, every request leaves through here."""
         self._put_finish(request, reason, error, tokens)
         self.scheduler.remove(request)
         self.residency.release(request)
@@ -250,7 +251,7 @@ class Engine:
             self._end(request, FinishReason.ERROR, error)
 
     def _resolve_stall(self) -> None:
-        """Give the first request that waits for room, not for a load, all there is. Called if nothing runs."""
+        """Make room for the first request that waits for room rather than for a load. Called if nothing runs."""
         stuck = self._stuck()
         if stuck is None:
             return
@@ -279,7 +280,7 @@ class Engine:
             self._loader.request(digest).add_done_callback(partial(self._load_ended, digest))
 
     def _load_ended(self, digest: AdapterDigest, packed: "Future[PackedAdapter]") -> None:
-        """Wake the engine thread; called on the loader's."""
+        """Wake the engine thread; called on a thread of the loader."""
         self._inbox.post(partial(self._take_load, digest, packed))
 
     def _take_load(self, digest: AdapterDigest, packed: "Future[PackedAdapter]") -> None:
@@ -292,7 +293,7 @@ class Engine:
             self.residency.failed(digest, error)
 
     def _fail_adapter(self, digest: AdapterDigest, error: WeftError) -> None:
-        """Publish that an adapter cannot come, and end the requests that wait for it."""
+        """Publish that an adapter cannot be loaded or placed, and end the requests that wait for it."""
         self._outbox.publish(AdapterFailed(digest, error))
         self._observer.load_failed()
         for request in list(self.scheduler.waiting):
@@ -302,20 +303,20 @@ class Engine:
     # -- messages -----------------------------------------------------------------------------------------------
 
     def _receive(self, *, wait: bool) -> None:
-        """Take every message in; if nothing can run, sleep until the next one or the nearest deadline.
+        """Handle every message; if nothing can run, sleep until the next message or the nearest deadline.
 
-        A request that wakes the engine waits a moment for others: what comes together is computed together.
+        A request that wakes the engine waits a moment for others, so that requests that arrive together share a step.
         """
         take, gather_until = self._inbox.take, 0.0
         if wait and not self.scheduler.running and self._stuck() is None and self._inbox.refusal is None:
-            self._outbox.deliver(self._clock())  # of requests that lost their place
+            self._outbox.deliver(self._clock())  # events of requests that were preempted
             take(self._sleep_s())
             gather_until = self._clock() + _GATHER_S_MAX
         while take(_GATHER_S if self._clock() < gather_until and self._can_start() else 0.0):
             pass
 
     def _can_start(self) -> bool:
-        """Return whether a request waits, and none of them for a load."""
+        """Return whether requests wait, and none of them for a load."""
         waiting = self.scheduler.waiting
         return bool(waiting) and not any(map(self.residency.is_loading, waiting))
 
@@ -352,7 +353,7 @@ class Engine:
         self._outbox.publish(EngineDown(down))
 
     def _fail_all(self, error: WeftError) -> None:
-        """End every request, and touch no accounting: it may be what broke, and nothing runs after this."""
+        """End every request without touching the accounting: it may be what broke, and nothing runs after this."""
         self.residency.fail_all(error)
         for request in list(self._requests.values()):
             self._put_finish(request, FinishReason.ERROR, error)

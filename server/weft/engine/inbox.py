@@ -1,4 +1,4 @@
-"""Messages to the engine thread, which take effect there between two steps. Any thread may send them."""
+"""Messages to the engine thread, applied there between two steps. Any thread may send them."""
 
 import logging
 import queue
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 class _Message(NamedTuple):
-    """What to do on the engine thread, and what to do with the error if the engine takes no messages any more."""
+    """A call to make on the engine thread, and the one to make with the error if the engine has stopped."""
 
     apply: Callable[[], object]
     refuse: Callable[[WeftError], object]
 
 
 class Inbox:
-    """The one way onto the engine thread.
+    """The only way onto the engine thread.
 
-    refusal: the answer to every message from now on; None while messages are applied.
+    refusal: the error that answers every message from now on; None while messages are applied.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Inbox:
         self._after_close = threading.Lock()
 
     def post(self, apply: Callable[[], object], refuse: Callable[[WeftError], object] = lambda error: None) -> None:
-        """Put a message in. Once the inbox is closed, the sender answers it, so that no message waits for ever."""
+        """Send a message. If the inbox is closed, the sender's thread refuses it, so that no message waits forever."""
         self._messages.put(_Message(apply, refuse))
         if self._is_closed:
             self._refuse_all()
@@ -44,7 +44,7 @@ class Inbox:
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
-                return  # the caller has gone
+                return  # the caller cancelled
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -62,7 +62,7 @@ class Inbox:
         return self.call(function).result()
 
     def take(self, timeout_s: float | None) -> bool:
-        """Handle one message if one comes within `timeout_s`; None waits for ever. Called on the engine thread."""
+        """Handle a message if one arrives within `timeout_s`; None waits forever. Called on the engine thread."""
         try:
             message = self._messages.get(timeout_s != 0.0, timeout=timeout_s)
         except queue.Empty:
@@ -73,11 +73,11 @@ class Inbox:
         try:
             message.refuse(self.refusal)
         except Exception:
-            _log.exception("engine: an answer was lost")  # the messages behind it are answered all the same
+            _log.exception("engine: an answer was lost")  # later messages are still answered
         return True
 
     def close(self, refusal: Unavailable) -> None:
-        """End the engine thread's part: messages are refused with `refusal`, unless they were refused before."""
+        """Refuse messages on the sender's thread from now on: with `refusal`, unless one is set already."""
         self.refusal = self.refusal or refusal
         self._is_closed = True
         self._refuse_all()

@@ -1,4 +1,4 @@
-"""What the engine reports to the metrics. Only the engine thread calls this."""
+"""The engine's metrics. Called only on the engine thread."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ class Observer:
         self._metrics = metrics
 
     def step(self, step: Sequence[Scheduled], scheduler: Scheduler, *, seconds: float, now: float) -> None:
-        """A step was computed; it ended `now` and took `seconds`."""
+        """Count a step that took `seconds` and ended `now`."""
         metrics = self._metrics
         adapters = set()
         for request, _ in step:
@@ -30,7 +30,7 @@ class Observer:
         self.queue(scheduler)
 
     def queue(self, scheduler: Scheduler) -> None:
-        """The gauges, also where nothing was computed."""
+        """Set the gauges, also if nothing was computed."""
         metrics, blocks = self._metrics, scheduler.blocks
         metrics.running.set(len(scheduler.running))
         metrics.waiting.set(len(scheduler.waiting))
@@ -43,7 +43,7 @@ class Observer:
             scheduler.num_preemptions = 0
 
     def token(self, request: Request, now: float) -> None:
-        """A request got a token; its `last_token_s` is still that of the one before."""
+        """Count a token of a request, whose `last_token_s` is still that of the one before."""
         if request.last_token_s is None:
             self._metrics.time_to_first_token.observe(now - request.arrival_s)
         else:
@@ -51,11 +51,11 @@ class Observer:
         self._metrics.generation_tokens.inc()
 
     def row_not_finite(self) -> None:
-        """A request's logits were not finite."""
+        """Count a request whose logits were not finite."""
         self._metrics.nonfinite_rows.inc()
 
     def request_ended(self, request: Request, finish: Finish, now: float) -> None:
-        """A request left, in whatever way."""
+        """Count a request that ended, for whatever reason."""
         metrics = self._metrics
         metrics.requests.labels(finish.reason.value).inc()
         metrics.request_seconds.observe(now - request.arrival_s)
@@ -63,14 +63,14 @@ class Observer:
         metrics.cached_tokens.inc(finish.num_cached_tokens)
 
     def adapter_placed(self, packed: PackedAdapter) -> None:
-        """An adapter is on the device."""
+        """Count an adapter that was placed on the device."""
         method = packed.method.name
         self._metrics.adapter_loads.labels(method, "ok").inc()
         self._metrics.adapters_resident.labels(method).inc()
         self._metrics.adapter_resident_bytes.labels(method).inc(packed.size_bytes)
 
     def adapter_left(self, packed: PackedAdapter, *, for_room: bool) -> None:
-        """An adapter is no longer on the device."""
+        """Count an adapter that left the device; for_room: it was evicted."""
         method = packed.method.name
         if for_room:
             self._metrics.adapter_evictions.labels(method).inc()
@@ -78,5 +78,5 @@ class Observer:
         self._metrics.adapter_resident_bytes.labels(method).dec(packed.size_bytes)
 
     def load_failed(self) -> None:
-        """An adapter could not be read; its method is not known here."""
+        """Count an adapter that could not be loaded; its method is unknown here."""
         self._metrics.adapter_loads.labels("", "failed").inc()

@@ -1,4 +1,4 @@
-"""A request as the engine sees it, and what it sends back. No torch here."""
+"""Requests of the engine, and the events that answer them. No torch here."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ RequestId = NewType("RequestId", str)
 
 
 class FinishReason(StrEnum):
-    """Why a request ended."""
+    """Reason why a request ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -23,7 +23,7 @@ class FinishReason(StrEnum):
 
 
 class RequestStatus(Enum):
-    """Where a request is. There is no prefill and no decode state: only num_computed_tokens catching up."""
+    """State of a request. Prefill and decode are not states: num_computed_tokens catches up in both."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -33,11 +33,11 @@ class RequestStatus(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn and when to stop. Checked when the request enters (api/validation.py).
+    """Parameters of sampling and stopping, checked when the request enters (api/validation.py).
 
-    temperature 0 is greedy. stop_token_ids holds the end-of-sequence tokens too, unless the request ignores them.
+    temperature 0 is greedy. stop_token_ids includes the end-of-sequence tokens, unless the request ignores them.
     top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
-    logprobs: None for none, else how many alternatives come with the chosen token's.
+    logprobs: number of alternatives reported beside the chosen token; None reports no log-probabilities at all.
     """
 
     temperature: float = 1.0
@@ -53,9 +53,9 @@ class SamplingParams:
 
 
 class AdapterUse(NamedTuple):
-    """One adapter of a request: which content, how much of it, and how many virtual positions it brings.
+    """One adapter of a request: its content, its gate, and the number of its virtual positions.
 
-    ranges: the real tokens in which it acts; () is all of them, as for every adapter with virtual positions.
+    ranges: the real tokens on which it acts; () is all of them, as for every adapter with virtual positions.
     """
 
     digest: AdapterDigest
@@ -65,7 +65,7 @@ class AdapterUse(NamedTuple):
 
 
 class ExpertBound(NamedTuple):
-    """What a request wants of one expert's gate."""
+    """A request's bounds on the gate of one expert."""
 
     allowed: bool = True
     floor: float = 0.0
@@ -73,7 +73,7 @@ class ExpertBound(NamedTuple):
 
 
 class GateDetail(IntEnum):
-    """Which gates an answer reports: none, their means, or those of every token too."""
+    """The gates that an answer reports: none, their means, or also those of every token."""
 
     NONE = 0
     MEAN = 1
@@ -81,10 +81,10 @@ class GateDetail(IntEnum):
 
 
 class MixtureUse(NamedTuple):
-    """The mixture that makes the gates of a request's adapters, which are its experts by digest.
+    """The mixture that computes the gates of a request's adapters, its experts in the order of their digests.
 
-    reads_prompt: the gates depend on the prompt as a whole, the same for every token.
-    bounds: one for each expert, in the order of their digests; empty for no wish.
+    reads_prompt: whether the gates depend on the prompt as a whole, and are the same for every token.
+    bounds: one for each expert, in the order of their digests; () for none.
     """
 
     digest: AdapterDigest
@@ -94,10 +94,10 @@ class MixtureUse(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """The gates that a mixture made for a request: the experts in the order of their digests.
+    """The gates that a mixture computed for a request, with the experts in the order of their digests.
 
-    mean: of each layer and expert, over the tokens that the request computed. tokens: of each of those tokens, layer
-    and expert, in order; empty unless asked for.
+    mean: for each layer and expert, over the tokens that the request computed. tokens: for each of those tokens, layer
+    and expert, in order; empty unless requested.
     """
 
     mean: list[list[float]]  # [L][N]
@@ -105,10 +105,10 @@ class Gates(NamedTuple):
 
 
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
-    """Deltas by their content, then virtual positions as listed.
+    """Sort deltas by their content, and put virtual positions after them as listed.
 
-    Sums of floats depend on their order, and keys of the cache on the order of what is hashed: so the same deltas,
-    however listed, have the same bits and share blocks. The order of virtual positions means something.
+    Float sums and cache keys depend on the order of their terms. Sorted, the same deltas have the same bits and share
+    blocks, however they were listed. The order of virtual positions carries meaning, so it is kept.
     """
     listed = tuple(uses)
     deltas = sorted(use for use in listed if not use.num_virtual_tokens)
@@ -123,7 +123,7 @@ class TokenLogprob(NamedTuple):
 
 
 class SampledToken(NamedTuple):
-    """One generated token; `top` holds the alternatives that were asked for, best first."""
+    """One generated token; `top` holds the requested alternatives, best first."""
 
     token_id: int
     logprob: float | None = None
@@ -132,9 +132,9 @@ class SampledToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """The terminal part of a request's last event. `error` is set exactly when `reason` is ERROR or CANCELLED.
+    """The terminal part of a request's last event. `error` is set if and only if `reason` is ERROR or CANCELLED.
 
-    gates: what a mixture made, if the request asked for it and was computed at all.
+    gates: those of a mixture, if they were requested and any token was computed.
     """
 
     reason: FinishReason
@@ -147,14 +147,14 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What one or more steps made for one request. Exactly one event of a request has `finish`, and it is the last."""
+    """The result of one or more steps for one request. Only the last event of a request has `finish`."""
 
     request_id: RequestId
     tokens: tuple[SampledToken, ...] = ()
     finish: Finish | None = None
 
     def after(self, before: "TokenEvent") -> "TokenEvent":
-        """Both in one."""
+        """Return the event that merges `before` and this one."""
         return TokenEvent(self.request_id, before.tokens + self.tokens, self.finish)
 
 
@@ -162,12 +162,12 @@ class TokenEvent:
 class Request:
     """A request inside the engine; only the engine thread changes it.
 
-    deadline_s, arrival_s: on the monotonic clock. cache_root: what the prefix-cache key starts from (block_manager.py).
+    deadline_s, arrival_s: on the monotonic clock. cache_root: first link of the prefix-cache keys (block_manager.py).
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
-    num_cached_tokens: prompt tokens that others had computed when the request first started.
+    num_cached_tokens: prompt tokens that were in the cache when the request first started.
     num_overtaken: later requests that started while this one waited for adapter room.
-    digests: what must be on the device: the adapters in order, then the mixture's router.
-    spans: the uses that bring virtual positions; `virtual_blocks` has the blocks of each, one after the other.
+    digests: contents that must be on the device: the adapters in order, then the mixture's router.
+    spans: the uses with virtual positions; `virtual_blocks` has the blocks of each, one after the other.
     """
 
     request_id: RequestId
@@ -210,7 +210,7 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output)
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Prompt and output tokens start : stop."""
+        """Return the prompt and output tokens start : stop."""
         num_prompt = len(self.prompt_token_ids)
         if start >= num_prompt:
             return self.output[start - num_prompt : stop - num_prompt]
@@ -218,7 +218,7 @@ class Request:
         return head if stop <= num_prompt else head + self.output[: stop - num_prompt]
 
     def finish(self, reason: FinishReason, error: WeftError | None = None) -> Finish:
-        """The terminal record; marks the request as finished."""
+        """Mark the request as finished, and return its terminal record."""
         assert self.status is not RequestStatus.FINISHED, self.request_id
         self.status = RequestStatus.FINISHED
         return Finish(

@@ -1,12 +1,14 @@
-"""Which adapters are on the device, and what keeps them there. Only the engine thread calls this.
+"""Residency of adapters on the device, and what keeps them there. Called only on the engine thread.
 
 An adapter is resident when its slot is filled and its virtual positions are in the KV pool. A request holds its
-adapters from the step that starts it to its end; held and pinned adapters stay, the others leave, longest unused first,
-when room is needed. What is missing is wanted once (`take_wanted`) and arrives as a packed adapter between two steps.
-Soft rows go through the base when their adapter is placed; if that fails, the requests that wait for it end.
+adapters from the step that starts it to its end. Held and pinned adapters stay; the others are evicted when room is
+needed, the longest unused first. A missing adapter is wanted once (`take_wanted`) and arrives as a packed adapter
+between two steps. Soft rows are run through the base when their adapter is placed; if that fails, the requests that
+wait for it end.
 
-An adapter leaves only for one that is used at once: all adapters of a request are placed together when all are here and
-fit, or none is. So every eviction lets a request start, and no two requests drive each other's adapters out for ever.
+An adapter is evicted only for one that is used at once: the adapters of a request are placed together when all have
+arrived and fit, or not at all. So every eviction lets a request start, and no two requests evict each other's adapters
+forever.
 """
 
 import logging
@@ -40,7 +42,7 @@ class _Resident:
 
 
 class Residency:
-    """Device memory of adapters, as the scheduler sees it.
+    """Device memory of adapters; decides for the scheduler whether a request can start.
 
     wanted, failures: adapters to load, and those that could not be placed; the engine takes them after each schedule.
     """
@@ -51,13 +53,13 @@ class Residency:
         self._observer = observer
         self._outbox = outbox
         self._resident: OrderedDict[AdapterDigest, _Resident] = OrderedDict()  # least recently used first
-        self.wanted: list[AdapterDigest] = []  # to be loaded
-        self._pending: set[AdapterDigest] = set()  # wanted, and not here yet
-        self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # came, and found no room yet
-        self.failures: dict[AdapterDigest, WeftError] = {}  # came, and could not be computed
+        self.wanted: list[AdapterDigest] = []  # to load
+        self._pending: set[AdapterDigest] = set()  # wanted, not arrived yet
+        self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # arrived, not placed yet
+        self.failures: dict[AdapterDigest, WeftError] = {}  # arrived, but could not be placed
         self._seekers: dict[
             Request, frozenset[AdapterDigest]
-        ] = {}  # requests that were not admitted, and what they need
+        ] = {}  # requests that were not admitted, and their digests
         self._preloading: set[AdapterDigest] = set()
         self._awaited: dict[AdapterDigest, list[Future[None]]] = {}
         self._pinned: set[AdapterDigest] = set()
@@ -68,20 +70,20 @@ class Residency:
         return frozenset(self._resident)
 
     def is_loading(self, request: Request) -> bool:
-        """Return whether a load that the request needs is on its way."""
+        """Return whether an adapter of the request is still being loaded."""
         return any(digest in self._pending for digest in request.digests)
 
     def prefetch(self, request: Request) -> None:
-        """Have what a queued request needs brought to the host while it waits for its turn.
+        """Load the adapters of a queued request to the host while it waits.
 
-        Nothing is kept here for it; the host's memory decides what stays.
+        Nothing is kept here for the request; the host cache decides what stays.
         """
         for digest in request.digests:
             if digest not in self._resident and digest not in self._arrived:
                 self._want(digest)
 
     def admit(self, request: Request) -> bool:
-        """Hold every adapter of a request; False if one is not resident: it is on its way, or there is no room."""
+        """Hold every adapter of a request; False if one is still being loaded, or has no room."""
         if request in self.slots_of:
             return True
         digests = request.digests
@@ -99,7 +101,7 @@ class Residency:
         return True
 
     def release(self, request: Request) -> None:
-        """End a request's holds, and what it seeks: it ended, or waits and lets others go first."""
+        """Drop a request's holds and wants: it ended, or lets others go first."""
         if request.virtual_blocks:
             self._blocks.unshare_virtual(request)
         if self.slots_of.pop(request, None) is not None:
@@ -110,16 +112,16 @@ class Residency:
             self._forget_unwanted(digest)
 
     def release_all(self, requests: Collection[Request]) -> bool:
-        """Release those of the requests that hold adapters; False if none does."""
+        """Release the requests that hold adapters; False if none does."""
         holding = [request for request in requests if self.slots_of.get(request)]
         for request in holding:
             self.release(request)
         return bool(holding)
 
     def can_fit(self, request: Request) -> bool:
-        """Return whether the adapters of a request have room beside the pinned ones, once all others are gone.
+        """Return whether the adapters of a request fit beside the pinned ones, once all others are evicted.
 
-        What has not been loaded yet counts as nothing.
+        An adapter that is not loaded yet counts as 0 bytes.
         """
         own = set(request.digests)
         packed_adapters = [resident.packed for g, resident in self._resident.items() if g in own or g in self._pinned]
@@ -129,9 +131,9 @@ class Residency:
         return num_bytes <= self._runner.slots.capacity_bytes and num_blocks <= self._blocks.num_blocks
 
     def arrived(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
-        """Take a packed adapter in: it waits for the step that starts its request, or goes to the device by itself."""
+        """Take a loaded adapter: place it if it was preloaded or pinned, else keep it until its request starts."""
         if digest not in self._pending:
-            return  # evicted while it was on its way
+            return  # evicted while it was being loaded
         self._pending.discard(digest)
         self._arrived[digest] = packed
         if digest in self._preloading or digest in self._pinned:
@@ -140,28 +142,31 @@ class Residency:
         self._forget_unwanted(digest)
 
     def failed(self, digest: AdapterDigest, error: WeftError) -> None:
-        """End the wait for a load that failed; the next request for the adapter asks again."""
+        """End the wait for a load that failed; the next request for the adapter loads it again."""
         self._pending.discard(digest)
         self._preloading.discard(digest)
         for future in self._awaited.pop(digest, ()):
             future.set_exception(error)
 
     def take_wanted(self) -> list[AdapterDigest]:
-        """Return the adapters to load that the last call did not have."""
+        """Return the adapters to load that became wanted since the last call."""
         wanted, self.wanted = dict.fromkeys(self.wanted), []
         return [digest for digest in wanted if digest in self._pending]
 
     def take_failures(self) -> dict[AdapterDigest, WeftError]:
-        """Return the adapters that could not be placed since the last call, and why; a new request loads them again."""
+        """Return the adapters that could not be placed since the last call, with their errors.
+
+        A new request loads them again.
+        """
         failures, self.failures = self.failures, {}
         return failures
 
     def preload(
         self, digest: AdapterDigest, future: "Future[None]", *, packed: PackedAdapter | None = None, pin: bool = False
     ) -> None:
-        """Bring an adapter in without a request; `future` ends with it, or with why it cannot come now.
+        """Bring an adapter to the device without a request; `future` ends when it is there, or with the error.
 
-        packed adapter: spares the load. pin: keep the adapter on the device.
+        packed: the adapter, if it is loaded already. pin: keep it on the device.
         """
         if pin:
             self._pinned.add(digest)
@@ -174,17 +179,17 @@ class Residency:
         self._answer(digest)
 
     def fail_all(self, error: WeftError) -> None:
-        """End every wait with `error`: nothing comes any more."""
+        """End every wait with `error`."""
         for digest in list(self._awaited):
             self.failed(digest, error)
 
     def unpin(self, digest: AdapterDigest) -> None:
-        """Let the adapter leave when room is needed."""
+        """Let the adapter be evicted when room is needed."""
         self._pinned.discard(digest)
         self._forget_unwanted(digest)
 
     def evict_virtual(self) -> bool:
-        """Make the longest unused adapter with virtual positions leave, as KV runs short. False if there is none."""
+        """Evict the longest unused adapter with virtual positions, to free KV blocks; False if there is none."""
         for digest, resident in self._resident.items():
             if resident.blocks and self._can_leave(digest):
                 self._take_off(digest, for_room=True)
@@ -192,9 +197,9 @@ class Residency:
         return False
 
     def evict(self, digest: AdapterDigest) -> int | None:
-        """Take an adapter and its pin off the device; returns the freed bytes, or None if a request holds it.
+        """Remove an adapter and its pin from the device; return the freed bytes, or None if a request holds it.
 
-        One that is on its way is no longer awaited.
+        An adapter that is being loaded is no longer awaited.
         """
         resident = self._resident.get(digest)
         if resident is not None and resident.holders:
@@ -206,7 +211,7 @@ class Residency:
         return 0 if resident is None else self._take_off(digest, for_room=False)
 
     def _bring(self, digests: Sequence[AdapterDigest]) -> bool:
-        """Make all of these resident, or change nothing on the device; what is not here is asked for."""
+        """Make all of these resident, or change nothing on the device and want those that have not arrived."""
         if any(digest in self.failures for digest in digests):
             return False
         missing = {g: self._arrived.get(g) for g in digests if g not in self._resident}
@@ -226,7 +231,7 @@ class Residency:
             self.wanted.append(digest)
 
     def _answer(self, digest: AdapterDigest) -> None:
-        """End the futures that await an adapter, once no load of it is on its way."""
+        """End the futures that await an adapter, unless it is still being loaded."""
         if digest in self._pending:
             return
         for future in self._awaited.pop(digest, ()):
@@ -244,7 +249,7 @@ class Residency:
         self._forget_unwanted(digest)
 
     def _forget_unwanted(self, digest: AdapterDigest) -> None:
-        """Let an arrived packed adapter go if no request and no call wants it any more."""
+        """Drop an arrived adapter that no request and no call wants any more."""
         wanted = digest in self._preloading or digest in self._pinned
         if not wanted and not any(digest in sought for sought in self._seekers.values()):
             self._arrived.pop(digest, None)
@@ -268,7 +273,7 @@ class Residency:
         return True
 
     def _write_virtual(self, blocks: list[int], virtual: Virtual) -> WeftError | None:
-        """Return why it could not be done, or None if it was. A fault that spoils the device is not contained here."""
+        """Write virtual positions to the KV pool; return the error, or None. A fault fatal to the device is raised."""
         try:
             self._runner.write_virtual(blocks, virtual)
         except WeftError as error:
@@ -281,7 +286,7 @@ class Residency:
         return None
 
     def _make_room(self, packed_adapters: Collection[PackedAdapter], keep: Collection[AdapterDigest]) -> bool:
-        """Evict adapters until all of these fit; return False, with none evicted, if even that is not enough."""
+        """Evict adapters until all of these fit; return False and evict none if that cannot suffice."""
         missing_bytes = sum(packed.buffer.nbytes for packed in packed_adapters) - self._runner.slots.free_bytes
         wanted_blocks = sum(self._blocks.count(packed.num_virtual_tokens) for packed in packed_adapters)
         missing_blocks = wanted_blocks - self._blocks.num_free_blocks

@@ -1,13 +1,13 @@
-"""Which requests compute how many tokens in the next step. No torch here.
+"""The scheduler: chooses the requests of the next step and how many tokens each computes. No torch here.
 
-There is no prefill phase and no decode phase: a request has tokens, some of them computed, and a step lets it catch up
-under one token budget. (The idea is vLLM V1's.) Running requests come first, in order of arrival; then waiting ones,
-skipping those whose adapters are still being loaded. A request starts when the pool has room for all its tokens, so a
-long prompt never begins what it cannot finish. Where the pool runs short later, the youngest running request gives its
-blocks back and recomputes.
+There is no prefill phase and no decode phase: a request has tokens, some of them computed, and each step lets it catch
+up under one token budget. (The idea is vLLM V1's.) Running requests come first, in order of arrival, then waiting
+ones, except those whose adapters are still being loaded. A request starts only if the pool has room for all its
+tokens, so a long prompt never begins what it cannot finish. If the pool runs short later, the youngest running request
+is preempted: it gives its blocks back, and recomputes them later.
 
-A request that waits for adapter room is passed by others, but not for ever: after OVERTAKEN_MAX of them none starts
-before it, so running requests end and make its room.
+Other requests may overtake one that waits for adapter room, but not forever. After OVERTAKEN_MAX of them none starts
+before it, so that running requests end and make room.
 """
 
 from collections import deque
@@ -20,14 +20,14 @@ OVERTAKEN_MAX = 64
 
 
 class Scheduled(NamedTuple):
-    """`num_tokens` of `request`, from its first uncomputed one."""
+    """The next `num_tokens` of `request`, from its first uncomputed one."""
 
     request: Request
     num_tokens: int
 
     @property
     def samples(self) -> bool:
-        """Whether this step reaches the request's last token, whose row gives the next one."""
+        """Whether this step reaches the request's last token, from whose row the next one is sampled."""
         return self.request.num_computed_tokens + self.num_tokens == self.request.num_tokens
 
 
@@ -35,18 +35,18 @@ class AdapterHolds(Protocol):
     """Decides whether the adapters of a request let it start (`Residency`)."""
 
     def admit(self, request: Request) -> bool:
-        """Hold every adapter of the request; False to try again in a later step."""
+        """Hold every adapter of the request; False if a later step must try again."""
         ...
 
     def is_loading(self, request: Request) -> bool:
-        """Return whether the request waits for a load, not for room."""
+        """Return whether the request waits for a load rather than for room."""
         ...
 
 
 class Scheduler:
-    """The waiting and the running; the engine thread is its only caller.
+    """The waiting and the running requests; called only on the engine thread.
 
-    blocked: the waiting request that no other may pass any more, after a step that met one.
+    blocked: the waiting request that no other may overtake any more, if the last `schedule` met one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """Take a finished request out, and its blocks back."""
+        """Remove a finished request and release its blocks."""
         if request in self.running:
             self.running.remove(request)
         else:
@@ -74,7 +74,7 @@ class Scheduler:
         self.blocks.release(request)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step, in the order of its rows. Empty when nothing can run now."""
+        """Return the next step, in the order of its rows; empty if nothing can run now."""
         self.blocked = None
         budget = self._max_num_batched_tokens
         step: list[Scheduled] = []
@@ -83,7 +83,7 @@ class Scheduler:
             request = self.running[index]
             num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
             if not self._make_room(request, num_tokens):
-                break  # the request itself was the youngest: it waits again
+                break  # the request itself was the youngest, and was preempted
             step.append(Scheduled(request, num_tokens))
             budget -= num_tokens
             index += 1
@@ -92,7 +92,7 @@ class Scheduler:
         return step
 
     def advance(self, step: list[Scheduled]) -> None:
-        """The step was computed: move the counters and let others share full blocks."""
+        """Count the tokens of a computed step, and share the blocks that are now full."""
         for request, num_tokens in step:
             request.num_computed_tokens += num_tokens
             self.blocks.commit(request)
@@ -106,7 +106,10 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue, without blocks but with its adapters; what it generated is recomputed."""
+        """Put a request back at the head of the queue, without its blocks but with its adapters.
+
+        Its prompt and output are recomputed.
+        """
         self.running.remove(request)
         self.blocks.release(request)
         request.status = RequestStatus.PREEMPTED
@@ -134,7 +137,7 @@ class Scheduler:
                 break
             num_tokens = min(num_tokens - num_cached, budget)
             request.num_computed_tokens = num_cached
-            if request.status is RequestStatus.WAITING:  # what a preempted request finds again is its own work
+            if request.status is RequestStatus.WAITING:  # a preempted request finds its own blocks in the cache
                 request.num_cached_tokens = num_cached
             request.status = RequestStatus.RUNNING
             self.running.append(request)

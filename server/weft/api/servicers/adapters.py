@@ -1,4 +1,4 @@
-"""AdapterService: proto ⇄ the application's own types."""
+"""AdapterService: translates between proto and the application's own types."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -25,7 +25,7 @@ _CHANGES = {change: adapter_service_pb2.AdapterChange.Value(f"ADAPTER_CHANGE_{ch
 
 
 class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
-    """The adapter side of the contract."""
+    """The part of the contract about adapters."""
 
     def __init__(self, application: Application) -> None:
         self._application = application

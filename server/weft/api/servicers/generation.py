@@ -1,4 +1,4 @@
-"""GenerationService: proto ⇄ the application's own types, nothing else."""
+"""GenerationService: translates between proto and the application's own types, and does nothing else."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -28,7 +28,7 @@ _FINISH_REASONS = {
 
 
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
-    """The text side of the contract."""
+    """The part of the contract about text."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
@@ -50,7 +50,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def StreamGenerate(  # pyright: ignore[reportIncompatibleMethodOverride]  # gRPC takes this form too
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        """Sends for itself: a generator more in each message's way is felt."""
+        """Write to the stream directly; one more generator per message is measurably slower."""
         request_id = ""
         async with aclosing(self._parts(request, context)) as parts:
             async for part in parts:

@@ -1,7 +1,7 @@
-"""grpc.health.v1: whether the services answer.
+"""grpc.health.v1: whether the services are serving.
 
-grpcio-health-checking brings the contract; its servicer forgets every watcher of a service when one of them leaves, and
-leaves the rest to be cancelled when the server stops, which grpc logs as errors. So the servicer is ours.
+The contract is that of grpcio-health-checking; the servicer is ours. Theirs forgets every watcher of a service when one
+of them leaves, and lets the rest be cancelled when the server stops, which grpc logs as errors.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """The health of `services` and, under the name "", of the server: SERVING from `serve` to `retire`."""
+    """Health of `services` and, under the name "", of the server: SERVING from `serve` to `retire`."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(("", *services))
@@ -26,22 +26,22 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     def serve(self) -> None:
-        """From now on everything is SERVING, unless it has retired meanwhile."""
+        """Make everything SERVING, unless it has retired meanwhile."""
         if not self._has_retired:
             self._change(health_pb2.HealthCheckResponse.SERVING)
 
     def retire(self) -> None:
-        """From now on, and for good, everything is NOT_SERVING."""
+        """Make everything NOT_SERVING, for good."""
         self._has_retired = True
         self._change(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def end(self) -> None:
-        """The server stops: watches end."""
+        """End all watches, because the server stops."""
         self._has_ended = True
         self._change(self._status)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
-        """The status now; NOT_FOUND for a service that there is not."""
+        """Return the status now. Aborts with NOT_FOUND for an unknown service."""
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, "service: is none of this server's")
         return health_pb2.HealthCheckResponse(status=self._status)
@@ -49,7 +49,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now and at every change, until the server stops."""
+        """Yield the status now and at every change, until the server stops."""
         del context
         told = None
         while not self._has_ended:

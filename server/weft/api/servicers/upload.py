@@ -17,14 +17,14 @@ from weft.v1.adapter_files import FOREIGN_FILES, PAIRS, foreign_refused, pair_of
 SHA256 = re.compile("[0-9a-f]{64}")
 
 _CHUNK_BYTES_MAX = 1 * MIB
-_PAUSE_S = 0.25  # a client that is silent for so long waits for the answer
-_BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle holds its place as surely as silence
+_PAUSE_S = 0.25  # a client that is silent for this long is waiting for the answer
+_BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle blocks its place as silence does
 
 Messages: TypeAlias = AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
 
 
 class Upload:
-    """One upload on its way in."""
+    """One upload that is being received."""
 
     def __init__(self, messages: Messages, work: Work, *, limits: AdapterLimits, idle_timeout_s: float) -> None:
         self._messages = messages
@@ -35,14 +35,14 @@ class Upload:
         self._num_bytes = 0
 
     async def header(self) -> adapter_service_pb2.UploadHeader:
-        """The first message."""
+        """Receive the header, which must be the first message."""
         first = await self._next()
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidRequest("UPLOAD_PROTOCOL", "header: must be the first message", field="header")
         return first.header
 
     async def receive(self, header: adapter_service_pb2.UploadHeader, staging: Staging) -> None:
-        """Write the files that a checked `header` declares; returns when the stream has ended as it should."""
+        """Write the files that a checked `header` declares; return when the stream has ended as it should."""
         for index, declared in enumerate(header.files):
             file = staging.open_file(declared.name, declared.size_bytes)
             await self._receive_file(index, declared, file)
@@ -79,10 +79,10 @@ class Upload:
 
 
 async def discard(messages: Messages, *, bytes_max: int, timeout_s: float) -> None:
-    """Read what the client of a refused upload still sends, and keep nothing of it.
+    """Read and drop the rest of a refused upload.
 
-    A client that is writing when its call ends may see the failure of that write (grpc.aio: "Internal error from Core")
-    instead of the status. So the call ends when the client has sent all, pauses, or has sent or taken too much.
+    A client that is writing when its call ends may see the write fail (grpc.aio: "Internal error from Core") instead of
+    the status. So the call ends only when the client has sent all, pauses, has sent too much or has taken too long.
     """
     ends_at = time.monotonic() + timeout_s
     num_bytes = 0
@@ -95,7 +95,7 @@ async def discard(messages: Messages, *, bytes_max: int, timeout_s: float) -> No
 
 
 def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits) -> None:
-    """Refuse what cannot become an adapter before any byte of it is kept."""
+    """Refuse files that cannot become an adapter, before any byte of them is kept."""
     sizes = {pair.config: limits.config_bytes_max for pair in PAIRS}
     sizes |= {pair.weights: limits.file_bytes_max for pair in PAIRS}
     for index, file in enumerate(header.files):
@@ -121,7 +121,7 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
 
 
 def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, received: int, missing: int) -> bytes:
-    """The bytes of the chunk that must come next."""
+    """Return the bytes of a message, which must be the next chunk."""
     chunk = message.chunk
     if message.WhichOneof("part") != "chunk" or (chunk.file_index, chunk.offset) != (index, received):
         raise InvalidRequest(

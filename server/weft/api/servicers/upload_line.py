@@ -1,6 +1,6 @@
-"""Whose turn it is to upload: a few write at a time, a bounded line waits, and what comes after is refused.
+"""Queue of uploads: a few are received at a time, a bounded number waits, and further ones are refused.
 
-A waiting upload is not read from, so gRPC's flow control holds its bytes back at the client.
+Nothing is read from a waiting upload, so gRPC's flow control holds its bytes back at the client.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from weft.errors import Overloaded
 
 
 class UploadLine:
-    """Turns in order of arrival; used on one event loop."""
+    """Places for uploads, given in order of arrival; used on one event loop."""
 
     def __init__(self, *, uploads_max: int, waiting_max: int) -> None:
         self._uploads_max = uploads_max
@@ -21,7 +21,7 @@ class UploadLine:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Hold a place inside the block, after waiting for it. Raises Overloaded where the line is full."""
+        """Wait for a place and hold it inside the block. Raises Overloaded if the queue is full."""
         if self._places.locked() and self._num_waiting >= self._waiting_max:
             raise Overloaded(
                 "UPLOADS_FULL",
