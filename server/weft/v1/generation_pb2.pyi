@@ -72,7 +72,8 @@ class GenerateRequest(_message.Message):
     adapter_id: _builtins.str
     """One adapter at weight 1: its id, or "id@digest", which is answered with exactly that content or not at all. The
     version is fixed when the request is admitted; replacing the adapter later does not change this answer.
-    ID_INVALID if malformed, ADAPTER_NOT_FOUND if unknown, ADAPTER_DRAINING for a replaced version that requests still hold.
+    ID_INVALID if malformed, ADAPTER_NOT_FOUND if unknown, ADAPTER_DRAINING for a replaced version that requests still
+    hold.
     """
     cache_salt: _builtins.str
     """Salt of the prefix cache: requests share cached prompt blocks only with requests of the same salt, so that a tenant
