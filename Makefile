@@ -1,4 +1,4 @@
-# Every target does its own set-up; .venv/.installed says that the environment is current.
+# Every target does its own set-up; .venv/.installed marks the environment as current.
 PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(wildcard server/weft/kernels/cpu/*.cpp server/weft/kernels/cpu/*.h)

@@ -124,8 +124,8 @@ class Adapter(_message.Message):
     digit.
     """
     digest: _builtins.str
-    """The digest that this message describes: sha256 of the adapter's canonical content, 64 hexadecimal digits.
-    Other content under the same id is another digest.
+    """sha256 of the adapter's canonical content, 64 hexadecimal digits. It names the version that this message describes:
+    other content under the same id is another version.
     """
     method: _builtins.str
     """Kind of adapter: "lora" (rsLoRA, activated LoRA and AdaLoRA too), "dora", "vera", "bitfit", "ia3", "bottleneck",
@@ -139,7 +139,7 @@ class Adapter(_message.Message):
     residency: Global___AdapterResidency.ValueType
     """The fastest place that holds a copy of it."""
     pinned: _builtins.bool
-    """Whether it keeps its place on the device when others need room."""
+    """Whether it stays on the device when others need room."""
     size_bytes: _builtins.int
     """Bytes of its files."""
     resident_bytes: _builtins.int
@@ -151,7 +151,7 @@ class Adapter(_message.Message):
     num_parameters: _builtins.int
     """Number of its parameters."""
     in_flight_requests: _builtins.int
-    """Requests that hold this digest now, including waiting ones."""
+    """Requests that hold this version now, including waiting ones."""
     base_model_name: _builtins.str
     """Base model that the adapter's own file names; empty if it names none. For information only: the shapes must fit
     and, if the file has the digest of its base, the weights must be the same.
@@ -167,7 +167,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When this digest was registered."""
+        """When the id was bound to this digest."""
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
@@ -175,7 +175,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def draining_versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainingVersion]:
-        """Replaced digests of this id that still have requests, newest first."""
+        """Replaced versions of this id that requests still hold, newest first."""
 
     @_builtins.property
     def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -231,7 +231,7 @@ class Expert(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     AVAILABLE_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
-    """The expert's content, as `Adapter.digest`: it decides which adapter the expert is."""
+    """The expert's content, as `Adapter.digest`: it identifies the expert."""
     adapter_id: _builtins.str
     """An id that is registered with this content now, else the id in the mixture's file, which may be empty."""
     available: _builtins.bool
@@ -253,16 +253,16 @@ Global___Expert: _TypeAlias = Expert  # noqa: Y015
 
 @_typing.final
 class DrainingVersion(_message.Message):
-    """A replaced digest that still answers the requests that were admitted with it."""
+    """A replaced version, which serves the requests that were admitted with it until they end."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_REQUESTS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
-    """The digest, as `Adapter.digest`."""
+    """Its content, as `Adapter.digest`."""
     in_flight_requests: _builtins.int
-    """Requests that hold it now; it is freed when there are none."""
+    """Requests that hold it now; it is freed when none is left."""
     def __init__(
         self,
         *,

@@ -88,7 +88,7 @@ class _AdapterChangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     ADAPTER_CHANGE_ADDED: _AdapterChange.ValueType  # 3
     """A new id was registered."""
     ADAPTER_CHANGE_UPDATED: _AdapterChange.ValueType  # 4
-    """AdapterDigest, state, residency or pin changed. Counters and times alone do not count as a change."""
+    """Digest, state, residency or pin changed. Counters and times alone do not count as a change."""
     ADAPTER_CHANGE_REMOVED: _AdapterChange.ValueType  # 5
     """An id was unregistered and nothing of it is left."""
 
@@ -104,7 +104,7 @@ ADAPTER_CHANGE_SYNCED: AdapterChange.ValueType  # 2
 ADAPTER_CHANGE_ADDED: AdapterChange.ValueType  # 3
 """A new id was registered."""
 ADAPTER_CHANGE_UPDATED: AdapterChange.ValueType  # 4
-"""AdapterDigest, state, residency or pin changed. Counters and times alone do not count as a change."""
+"""Digest, state, residency or pin changed. Counters and times alone do not count as a change."""
 ADAPTER_CHANGE_REMOVED: AdapterChange.ValueType  # 5
 """An id was unregistered and nothing of it is left."""
 Global___AdapterChange: _TypeAlias = AdapterChange  # noqa: Y015
@@ -132,13 +132,13 @@ class RegisterAdapterRequest(_message.Message):
     that is never read, SOURCE_DISABLED for one that is not enabled here.
     """
     replace: _builtins.bool
-    """Allow other content under an id that is taken. Default: false, ADAPTER_EXISTS. Running requests keep the digest
+    """Allow other content under an id that is taken. Default: false, ADAPTER_EXISTS. Running requests keep the version
     that they were admitted with.
     """
     expected_digest: _builtins.str
-    """Register only if this is the id's current digest, else VERSION_CONFLICT; empty: only if the id is not
-    registered. It is no substitute for `replace`. Content that is already current answers UNCHANGED whatever is
-    expected. Unset: no condition.
+    """Register only if this is the id's current digest, else VERSION_CONFLICT; empty: only if the id is not registered.
+    It is no substitute for `replace`. Content that is already current answers UNCHANGED whatever is expected. Unset:
+    no condition.
     """
     pin: _builtins.bool
     """Load the adapter onto the device and pin it there before answering. Default: false. An UNCHANGED adapter is pinned
@@ -147,7 +147,7 @@ class RegisterAdapterRequest(_message.Message):
     validate_only: _builtins.bool
     """Check everything and keep nothing: the response is that of the same call without this. Default: false."""
     content_digest: _builtins.str
-    """AdapterDigest that the content must have, 64 lower-case hexadecimal digits (CHECKSUM_INVALID), else
+    """Digest that the content must have, 64 lower-case hexadecimal digits (CHECKSUM_INVALID), else
     CHECKSUM_MISMATCH. Unset: any.
     """
     def __init__(
@@ -422,7 +422,7 @@ Global___UnregisterAdapterRequest: _TypeAlias = UnregisterAdapterRequest  # noqa
 
 @_typing.final
 class UnregisterAdapterResponse(_message.Message):
-    """Resources freed by a removal, over all digests of the adapter."""
+    """Resources freed by a removal, over all versions of the adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -462,7 +462,7 @@ class GetAdapterRequest(_message.Message):
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """The adapter, or "id@digest" for one that must be current, else ADAPTER_NOT_FOUND. Required."""
+    """The adapter, or "id@digest" if that digest must be current, else ADAPTER_NOT_FOUND. Required."""
     def __init__(
         self,
         *,

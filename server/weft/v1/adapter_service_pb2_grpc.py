@@ -113,8 +113,8 @@ class AdapterServiceServicer:
 
         Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
         bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
-        for their turn; a waiting call is not read from).
+        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls are
+        waiting; a waiting call is not read from).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

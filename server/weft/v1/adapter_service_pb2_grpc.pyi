@@ -56,8 +56,8 @@ class AdapterServiceStub:
 
     Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
     bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
-    for their turn; a waiting call is not read from).
+    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls are
+    waiting; a waiting call is not read from).
     """
     UnregisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
@@ -126,8 +126,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
     bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
-    for their turn; a waiting call is not read from).
+    DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls are
+    waiting; a waiting call is not read from).
     """
     UnregisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UnregisterAdapterRequest, _adapter_service_pb2.UnregisterAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter and returns when nothing of it is left in memory: no copy on the device or host, no KV blocks,
@@ -205,8 +205,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: as RegisterAdapter, and INVALID_ARGUMENT (UPLOAD_PROTOCOL: a message out of order; UPLOAD_TRUNCATED: fewer
         bytes than declared; CHECKSUM_INVALID, CHECKSUM_MISMATCH; ADAPTER_TOO_LARGE before any byte is kept),
-        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls wait
-        for their turn; a waiting call is not read from).
+        DEADLINE_EXCEEDED (UPLOAD_STALLED: no chunk for too long), RESOURCE_EXHAUSTED (UPLOADS_FULL: too many calls are
+        waiting; a waiting call is not read from).
         """
 
     @_abc_1.abstractmethod

@@ -70,10 +70,10 @@ class GenerateRequest(_message.Message):
     beginning-of-sequence token, is added.
     """
     adapter_id: _builtins.str
-    """One adapter at weight 1: its id, or "id@digest" to be answered by exactly that digest or not at all.
-    The digest is fixed when the request is admitted; replacing the adapter later does not change this answer.
-    ID_INVALID if malformed, ADAPTER_NOT_FOUND if unknown, ADAPTER_DRAINING for a replaced digest that still
-    has requests.
+    """One adapter at weight 1: its id, or "id@digest", which is answered with exactly that content or not at all. The
+    version is fixed when the request is admitted; replacing the adapter later does not change this answer.
+    ID_INVALID if malformed, ADAPTER_NOT_FOUND if unknown, ADAPTER_DRAINING for a replaced version that requests still
+    hold.
     """
     cache_salt: _builtins.str
     """Salt of the prefix cache: requests share cached prompt blocks only with requests of the same salt, so that a tenant
@@ -140,8 +140,8 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Steering(_message.Message):
-    """Constraints on the gates of a mixture's experts. An expert is named by its adapter id, its digest or
-    "id@digest", as in `Adapter.experts`. A broken rule answers STEERING_INVALID with the field.
+    """Constraints on the gates of a mixture's experts. An expert is named by its adapter id, its digest or "id@digest", as
+    in `Adapter.experts`. A broken rule answers STEERING_INVALID with the field.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -781,8 +781,8 @@ class Finish(_message.Message):
 
     @_builtins.property
     def effective_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___EffectiveAdapter]:
-        """The adapters of the request, with the digests that were fixed at admission, in the order of the request; empty
-        for the base. Parts of weight 0 are named too, with weight 0, and took no part.
+        """The adapters of the request, with the versions that were fixed at admission, in the order of the request; empty for
+        the base. Parts of weight 0 are listed with weight 0, and took no part.
         """
 
     @_builtins.property
@@ -855,7 +855,7 @@ class EffectiveAdapter(_message.Message):
     adapter_id: _builtins.str
     """Id of the adapter, without "@digest"."""
     digest: _builtins.str
-    """AdapterDigest that answered: sha256 of its canonical content, 64 hexadecimal digits."""
+    """Digest of the content that was used: sha256 of its canonical form, 64 hexadecimal digits."""
     method: _builtins.str
     """Kind of adapter, as `Adapter.method`."""
     weight: _builtins.float
@@ -880,7 +880,7 @@ Global___EffectiveAdapter: _TypeAlias = EffectiveAdapter  # noqa: Y015
 
 @_typing.final
 class AdapterGate(_message.Message):
-    """How much an answer used one adapter's delta. A learned mixture has one entry for each expert."""
+    """How much an answer used one adapter's delta. A mixture has one entry for each expert."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -892,7 +892,7 @@ class AdapterGate(_message.Message):
     adapter_id: _builtins.str
     """Id of the adapter, without "@digest"."""
     digest: _builtins.str
-    """AdapterDigest of the adapter, as in `EffectiveAdapter`."""
+    """Digest of the adapter, as in `EffectiveAdapter`."""
     mean: _builtins.float
     """Mean gate over the tokens that this request computed and the modules that the adapter touches. If the weight is
     constant, it is the weight.

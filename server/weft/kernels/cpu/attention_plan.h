@@ -1,4 +1,4 @@
-// The plan of one call for attention: what a caller gives, its check, and the work items in the order of their start.
+// The plan of one attention call: its arguments, their check, and the work items in the order of their start.
 #pragma once
 
 #include "lanes.h"
@@ -36,12 +36,12 @@ struct AttendCall {
     Paging paging;
 };
 
-// Whether every block is in the cache that some query of this step still reads, of one request.
+// Returns whether the cache holds every block of one request that some query of this step still reads.
 static Status check_blocks(const AttendCall &call, int64_t request) {
     const Cache &c = call.cache;
     const Paging &p = call.paging;
     const int32_t *table = p.blocks(request);
-    // Of `length` keys those that are not out of the window; the first query is at `position`.
+    // Returns those of `length` keys that are within the window; the first query is at `position`.
     auto is_bad = [&](int64_t length, int64_t position) {
         const int64_t skipped = call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
         const int64_t end = blocks_of(length, c.block_size);
@@ -82,8 +82,8 @@ struct Item {
     int64_t request, first, count, head_begin, head_end, cost;
 };
 
-// What there is to do, the long items first. A prefill item has one KV head and as many queries as pay for packing its
-// keys. A decode item takes its KV heads together, since these lie together in memory, as long as shares stay even.
+// The work items, long ones first. A prefill item has one KV head, and enough queries to pay for packing its keys. A
+// decode item takes its KV heads together, since they lie together in memory, as long as shares stay even.
 struct Plan {
     std::vector<Item> items;
     int64_t rows_max = 0;  // of an item, over all its heads

@@ -1,4 +1,4 @@
-// A tile of attention, 64 keys: how it is packed, what its scores are, and how its values are weighed.
+// A tile of attention, 64 keys: its packing, its scores, and the weighted sum of its values.
 #pragma once
 
 #include "prefetch.h"
@@ -14,7 +14,7 @@ constexpr int GROUPS = TILE / 16;
 constexpr int TILE_ROWS = 4;  // query rows whose sums stay in registers
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// Calls body with `number`, of 1 .. N, as a constant.
+// Calls body with `number`, one of 1 .. N, as a constant.
 template <int N, class Body>
 static inline void as_constant(int number, Body body) {
     if constexpr (N > 1)
@@ -48,7 +48,7 @@ static inline void transpose(const void *const rows[16], int64_t offset, uint32_
         b[2 * i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], LOW1);
         b[2 * i + 1] = __builtin_shuffle(a[2 * i], a[2 * i + 1], HIGH1);
     });
-    each<4>([&](int i) {  // quads of rows: a[4 i + j] has, in its quarter q, word 4 q + j of rows 4 i .. 4 i + 3
+    each<4>([&](int i) {  // quads of rows: quarter q of a[4 i + j] has word 4 q + j of rows 4 i .. 4 i + 3
         a[4 * i] = __builtin_shuffle(b[4 * i], b[4 * i + 2], LOW2);
         a[4 * i + 1] = __builtin_shuffle(b[4 * i], b[4 * i + 2], HIGH2);
         a[4 * i + 2] = __builtin_shuffle(b[4 * i + 1], b[4 * i + 3], LOW2);

@@ -1,4 +1,4 @@
-// Computes items of attention, one thread with scratch of its own.
+// Computes items of attention in one thread, with scratch of its own.
 #pragma once
 
 #include "attention_plan.h"
@@ -15,7 +15,7 @@ struct Tile {
     int64_t start, from, to, keys_end;
 };
 
-// Up to TILE_ROWS rows that are computed together, and the keys begins[i] .. ends[i] - 1 of a tile that each sees.
+// Up to TILE_ROWS rows that are computed together, and the keys of a tile that each sees: begins[i] .. ends[i] - 1.
 struct RowGroup {
     int64_t first;
     int count;
@@ -42,7 +42,7 @@ class Worker {
           padded_rows((TILE + 1) * padded),
           prefetch(2 * (TILE + call.cache.kv_heads) * (head * sizeof(T) / LINE + 1)) {}
 
-    // `following` is what this thread most likely computes next, or null.
+    // `following` is the item that this thread most likely computes next, or null.
     void run(const Item &item, const Item *following) {
         next = following;
         const Paging &p = call.paging;
@@ -81,10 +81,10 @@ class Worker {
     static float as_float(float v) { return v; }
     static float as_float(bf16 v) { return bits_as<float>(uint32_t(v.bits) << 16); }
 
-    // How many rows an item has in all its heads.
+    // Returns how many rows an item has in all its heads.
     int64_t rows_of(const Item &item) const { return (item.head_end - item.head_begin) * item.count * group; }
 
-    // Where the query or the result of a row of the item lies; `start` is the token of its first query.
+    // Returns the offset of the query or result of a row of the item; `start` is the token of its first query.
     int64_t offset_of(const Item &item, int64_t start, int64_t row, int64_t token_stride, int64_t head_stride) const {
         const int64_t rows = item.count * group, token = start + row % rows / group;
         return token * token_stride + ((item.head_begin + row / rows) * group + row % group) * head_stride;
@@ -114,9 +114,9 @@ class Worker {
         }
     }
 
-    // The keys 0 .. keys_end - 1 of one span, or the real ones. Counted like them, the item's first query is at
-    // `position`; a query sees the keys less than a window before it and, if `is_causal`, none after it. `gates` has
-    // the log-gate of the item's first query, and a row of spans further the next one's; null means 0 for all.
+    // Takes the keys 0 .. keys_end - 1 of one span, or the real ones. On the same count, the item's first query is at
+    // `position`; a query sees the keys less than a window before it and, if `is_causal`, none after it. `gates` points
+    // at the log-gate of the item's first query; the next query's is one row of spans further. Null means 0 for all.
     void walk(const Item &item, const int32_t *blocks, int64_t keys_end, int64_t position, bool is_causal,
               const float *gates) {
         const int64_t window = call.window ? call.window : std::numeric_limits<int64_t>::max() / 2;
@@ -147,8 +147,8 @@ class Worker {
         }
     }
 
-    // Lists the next tile's lines for prefetching: with each head an equal share of its tokens, each with all the
-    // item's heads, since these lie side by side. After an item's last tile comes the first one of the next item.
+    // Lists the next tile's lines for prefetching: with each head an equal share of the tile's tokens, each token with
+    // all the item's heads, since these lie side by side. After an item's last tile comes the first tile of the next.
     void list_next(const Tile &tile, const Item &item, int64_t h, bool is_last_walk) {
         const int64_t heads = item.head_end - item.head_begin, share = (TILE + heads - 1) / heads;
         const int64_t begin = (h - item.head_begin) * share;
@@ -172,8 +172,8 @@ class Worker {
         prefetch.close();
     }
 
-    // Points `values` at the tile's rows and packs its keys. Rows outside from .. to - 1 are never read: zeros stand
-    // for them.
+    // Points `values` at the tile's rows and packs its keys. Rows outside from .. to - 1 are never read; zeros take
+    // their place.
     void gather(const Tile &tile, int64_t h, int64_t rows) {
         auto point = [&](const void *side, const T **at) {
             std::fill_n(at, TILE, padded_row(TILE));
@@ -195,13 +195,13 @@ class Worker {
                 transpose((const void *const *)&keys[g * 16], w * 4, &packed_keys[w * TILE + g * 16], TILE);
             }
         point(call.cache.values, values);
-        if (head != padded || rows > 2 * TILE_ROWS) copy(values);  // many rows read them many times: keep them in L1
+        if (head != padded || rows > 2 * TILE_ROWS) copy(values);  // many rows read them often: keep them in L1
     }
 
-    // One tile for some rows.
+    // Computes one tile for some rows.
     void step(const RowGroup &rows) {
         float scores[TILE_ROWS * TILE];
-        int common_begin = 0, common_end = TILE, last = 0;  // the keys that all rows see; where the last one ends
+        int common_begin = 0, common_end = TILE, last = 0;  // the keys that all rows see; the end of the last one
         bool is_together = true;
         for (int i = 0; i < rows.count; i++) {
             is_together &= rows.sees_any(i);
@@ -231,8 +231,7 @@ class Worker {
         for (int i = 0; i < rows.count; i++) weigh_own(i, common_end, rows.ends[i]);
     }
 
-    // The scores of row i become weights relative to its running peak; what it has summed so far is brought to that
-    // peak.
+    // Turns the scores of row i into weights relative to its running peak, and rescales its sums so far to that peak.
     void to_weights(const RowGroup &rows, int i, float *scores, int groups) {
         constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const int64_t row = rows.first + i;

@@ -1,4 +1,4 @@
-// Bottleneck adapters: what f reads, its activation, its norms, and the kind whose norm needs a whole row.
+// Bottleneck adapters: the input of f, its activation, its norms, and the kind whose norm needs a whole row.
 #pragma once
 
 #include "low_rank.h"
@@ -10,7 +10,7 @@ namespace {
 
 enum Activation { RELU = 0, GELU = 1, SILU = 2 };
 
-// What a bottleneck's second address holds; see deltas.py.
+// The contents of a bottleneck's second address; see deltas.py.
 struct Vectors {
     Activation activation;
     bool has_norm;
@@ -38,7 +38,7 @@ static inline float activate(Activation activation, float v) {
     return v;
 }
 
-// Layer norm of one row, in place: the mean, then the mean of the squares about it, then each element.
+// Layer norm of one row, in place: the mean, then the variance, then each element.
 static void normalize(float *z, int64_t size, const Vectors &v) {
     f32x16 acc = {};
     int64_t i = 0;
@@ -59,7 +59,7 @@ static void normalize(float *z, int64_t size, const Vectors &v) {
     for (; i < size; i++) z[i] = (z[i] - mean) * scale * v.gain[i] + v.shift[i];
 }
 
-// z = what f reads of one row, normed.
+// z = the normed input of f for one row.
 template <class X>
 void fill(const SlotCell &cell, const X *y, const X *residual, int64_t out, float *z) {
     each_unit<NATURAL>(out, [&](int64_t i, auto take, auto put) {
@@ -97,7 +97,7 @@ void finish_tile(const SlotCell &cell, const Vectors &v, Rows<const float> hidde
     });
 }
 
-// z = LN(y + f(y)) - y for R rows, of which z holds y and `hidden` what f has made of it.
+// z = LN(y + f(y)) - y for R rows. On entry z holds y, and `hidden` the hidden vectors of f(y).
 template <int R, int U, class X, class W>
 void finish(const SlotCell &cell, Rows<const float> hidden, Rows<float> z, Rows<const X> y, int64_t out,
             WeightPrefetcher &prefetch) {

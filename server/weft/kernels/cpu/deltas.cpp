@@ -3,14 +3,14 @@
 // Two phases. Shrink: hidden = A x, by (block, entry, eight ranks). Expand: y += gate * hidden B and the elementwise
 // kinds, by (block, 256 outputs). A block is up to four consecutive rows with the same list of slots, and reads each
 // weight once for them. If whole blocks give every thread the same share, threads take whole blocks and never wait for
-// each other. If not, they share out the parts of each phase and wait between phases. Neither changes a row's order of
+// each other. If not, they divide the parts of each phase and wait between phases. Neither changes a row's order of
 // operations:
 //   hidden[r] = sum over the lanes of the chain over i
 //   delta[o]  = the chain over r
 //   out[o]    = y[o], then the chain over the row's entries in their order
-// Bottleneck adapters have whole rows of their own, z, in float32, and up to two phases more, by (block, entry). Fill,
-// before shrink: z = what f reads, normed; their hidden = act(A z + b). Finish, after it and for the normed kind alone:
-// z = LN(y + f(y)) - y, because a norm needs all of a row before expand may take it in parts.
+// Bottleneck adapters have whole rows of their own, z, in float32, and up to two more phases, by (block, entry). Fill,
+// before shrink: z = the normed input of f; their hidden = act(A z + b). Finish, after shrink and for the normed kind
+// only: z = LN(y + f(y)) - y, because a norm needs the whole row before expand may take it in parts.
 #include "expand.h"
 #include "input_scale.h"
 
@@ -22,9 +22,9 @@
 namespace weft {
 namespace {
 
-constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds under which waking a second thread costs more than it saves
+constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds below which waking a second thread costs more than it saves
 
-// What is done to a block, in this order; several threads may do parts of one phase.
+// The phases of a block, in order; several threads may compute parts of one phase.
 template <class X, class W>
 struct Phases {
     const Entries &entries;
@@ -97,7 +97,7 @@ struct Phases {
     }
 };
 
-// A thread's share of the blocks. Blocks with the slots of the one before find their weights in the cache.
+// A thread's share of the blocks. A block with the same slots as the one before finds its weights in the cache.
 template <class X, class W>
 void run_blocks(const Plan &plan, const Phases<X, W> &phases, int thread, int team) {
     const size_t begin = plan.whole.begin_of(thread, team), end = plan.whole.begin_of(thread + 1, team);
@@ -138,7 +138,7 @@ void post(const Entries &entries, Rows<const X> x, Rows<X> y, Rows<const X> resi
     if (plan.blocks.empty()) return;
     std::unique_ptr<float[]> scratch(new float[plan.scratch_size]);
     const Phases<X, W> phases = {entries, x, y, residual, scratch.get()};
-    // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
+    // One thread or all of them: any other team size would make the OpenMP runtime end and restart its threads.
     if (threads == 1 || plan.work < SERIAL_BELOW) return run_blocks(plan, phases, 0, 1);
     if (plan.whole.is_even(threads)) {
 #pragma omp parallel num_threads(threads)
@@ -166,7 +166,7 @@ void pre(const Entries &entries, Rows<const X> x, Rows<X> out, int threads) {
 
 extern "C" {
 
-// What the functions below are given: one packed record of 64-bit numbers each, in this order (see deltas.py).
+// Arguments of the functions below: one packed record of 64-bit numbers each, in this order (see deltas.py).
 struct WeftRows {
     const int32_t *offsets, *slots;
     const float *gates;

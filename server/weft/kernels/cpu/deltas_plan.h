@@ -1,4 +1,4 @@
-// The plan of one call for deltas: blocks of rows, what each costs, where its scratch lies, which weights it reads.
+// The plan of one delta call: blocks of rows, each with its cost, the place of its scratch and the weights it reads.
 #pragma once
 
 #include "entries.h"
@@ -32,8 +32,8 @@ struct Block {
     int64_t row;
     int32_t rows, entries;
     int64_t scratch_begin;     // its entries' scratch, one after another
-    int32_t weights;           // how many ranges the plan lists before its own
-    bool is_first;             // its slots are not those of the block before
+    int32_t weights;           // how many ranges the plan lists before its own ones
+    bool is_first;             // its slots differ from those of the block before
     bool is_live[BLOCK_ROWS];  // the row has an entry that adds something
 
     const SlotCell &cell(const Entries &all, int32_t entry) const { return all.cell(row, entry); }
@@ -93,7 +93,7 @@ struct Plan {
         blocks.push_back(block);
     }
 
-    // Lists the weights of a cell in the order of their use; `begin` is where the list of its block begins.
+    // Lists the weights of a cell in the order of their use; `begin` is the start of its block's list.
     void list(const SlotCell &cell, int64_t in, int64_t out, int64_t weight_size, int32_t begin) {
         if (cell.kind == LORA) {
             list(cell.first, cell.rank * in * weight_size, begin);
@@ -113,8 +113,8 @@ struct Plan {
     }
 };
 
-// A plan's work in parts, for blocks too few to give each thread the same of them. Every phase needs all of the one
-// before.
+// A plan's work in parts, if there are too few blocks to give each thread the same share. Every phase needs the whole
+// of the one before.
 struct Parts {
     Tasks fill, shrink, finish, expand;
 

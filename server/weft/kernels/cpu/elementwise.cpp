@@ -1,4 +1,4 @@
-// What a decoder layer computes between its products, each in one pass over a row: RMS norms, and the gate of an MLP.
+// Operations of a decoder layer between its products, each in one pass over a row: RMS norms and the gate of an MLP.
 //
 // In float32, rounded once; a row's bits depend on its own numbers alone.
 #include "lanes.h"
@@ -11,7 +11,7 @@ namespace {
 
 enum Activation : int64_t { SILU = 0, GELU_TANH = 1 };
 
-// Elements under which waking a second thread costs more than it saves; an exponential costs as much as eight products.
+// Elements below which waking a second thread costs more than it saves; an exponential costs as much as eight products.
 constexpr int64_t NORM_SERIAL_BELOW = 48 << 10, GATE_SERIAL_BELOW = 6 << 10;
 
 // out = x * gain / sqrt(mean(x * x) + eps)
@@ -32,7 +32,7 @@ void rms_norm(const X *x, const float *gain, float eps, int64_t size, X *out) {
 
 static inline f32x16 silu(f32x16 v) {
     f32x16 size = (f32x16)((u32x16)v & 0x7fffffffu);
-    f32x16 e = exp_of(-size);  // of nothing positive: it cannot overflow
+    f32x16 e = exp_of(-size);  // the argument is never positive, so it cannot overflow
     return v * (v < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 

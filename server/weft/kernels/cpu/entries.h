@@ -1,4 +1,4 @@
-// The entries of a batch's rows at one module: which slots each row has, and with what gates.
+// The entries of a batch's rows at one module: the slots of each row, and their gates.
 #pragma once
 
 #include "slot_cell.h"

@@ -59,7 +59,7 @@ struct OutputTile {
         each<R, U>([&](int r, int u) { add(entry, r, u, delta[r][u]); });
     }
 
-    // delta_of(r, u, v) from the units v of the cell's vector.
+    // Adds delta_of(r, u, v), in which v is unit u of the cell's vector.
     template <class DeltaOf>
     void add_vector(int32_t entry, const SlotCell &cell, DeltaOf delta_of) {
         const float *from = cell.vector() + o;
@@ -85,7 +85,7 @@ struct OutputTile {
     }
 };
 
-// R rows of the block from its row `first` on, and U units; `scratch` is where that of the block begins.
+// R rows of the block from its row `first` on, and U units; `scratch` points at the start of the block's.
 template <int R, int U, class W, class X>
 [[gnu::flatten]] void expand_tile(const Entries &entries, const Block &block, int32_t first, float *scratch, Rows<X> y,
                                   int64_t o, int64_t part, WeightPrefetcher &prefetch) {

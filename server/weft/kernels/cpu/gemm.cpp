@@ -1,15 +1,15 @@
 // y = x W^T + b for bfloat16 rows and weights, in float32, rounded once: the product of a base's linear modules.
 //
-// For the few rows of a decode step the time is that of bringing the weights from memory, for many rows that of the
-// multiplications. Both want the weights read in one direction, whole cache lines at a time, so they are laid out once
-// (gemm.py) in the order of use:
+// With the few rows of a decode step, reading the weights from memory takes the time; with many rows, the
+// multiplications do. Both are fastest if the weights are read in one direction, whole cache lines at a time, so they
+// are laid out once (gemm.py) in the order of use:
 //
 //     [group of 64 outputs][chunk of up to CHUNK pairs of inputs][block of 16 outputs][pair][16 outputs][2 inputs]
 //
-// A vector is 16 outputs of one pair, what one dot-product instruction takes. Rows are laid out likewise, per call, 16
-// of them beside each other: [tile of 16 rows][pair][16 rows][2]; a chunk of them stays in the first-level cache.
+// A vector is 16 outputs of one pair, the operand of one dot-product instruction. Each call lays its rows out the same
+// way, 16 of them side by side: [tile of 16 rows][pair][16 rows][2]; a chunk of them stays in the first-level cache.
 // Every output is one chain of additions in the order of its inputs, whatever tile computes it, so a row's bits depend
-// on its own numbers and on I alone. The instruction reads and makes no subnormal numbers: they are zeros.
+// only on its own numbers and on I. The instruction treats subnormal inputs and results as zeros.
 #include "lanes.h"
 
 #include <omp.h>
@@ -27,8 +27,8 @@ constexpr int LANES = 16;                         // outputs of a block, rows of
 constexpr int BLOCKS = 4;                         // of a group
 constexpr int64_t SUMS = LANES * LANES * BLOCKS;  // of a tile and a group
 constexpr int64_t CHUNK = 512;                    // pairs: a tile's chunk of rows fills the first-level cache
-constexpr int64_t SUPER = 16;                     // tiles that pass while a group's chunk stays in the second-level one
-constexpr int64_t ROWS_EACH = 32;                 // for each thread, from which on they share out the rows
+constexpr int64_t SUPER = 16;                     // tiles computed while a group's chunk stays in the second-level one
+constexpr int64_t ROWS_EACH = 32;                 // for each thread, from which on threads divide the rows
 constexpr int64_t SERIAL_BELOW = 256 << 10;       // products below which a second thread costs more than it saves
 
 struct Problem {
@@ -48,7 +48,8 @@ static inline f32x16 dot(f32x16 acc, u32x16 w, u32x16 x) {
 }
 
 // R rows times U blocks of 16 outputs over one chunk; `acc` [R][U][16] holds the sums between chunks. Meanwhile the
-// blocks that follow come into the second-level cache, evenly: the processor's own guesses stop at each page and block.
+// following blocks are prefetched evenly into the second-level cache: the hardware prefetcher stops at each page and
+// block.
 template <int R, int U>
 static void tile(const uint32_t *w, int64_t w_stride, const uint32_t *x, int64_t pairs, bool is_first, float *acc) {
     f32x16 sums[R][U];
@@ -69,8 +70,8 @@ static void tile(const uint32_t *w, int64_t w_stride, const uint32_t *x, int64_t
     each<R, U>([&](int r, int u) { write(acc + (r * U + u) * LANES, sums[r][u]); });
 }
 
-// How many blocks a tile of so many rows takes at once: as many sums as registers hold, of few rows' enough to hide the
-// latency of an addition.
+// How many blocks a tile of so many rows takes at once: as many sums as registers hold and, with few rows, enough to
+// hide the latency of an addition.
 constexpr int blocks_of(int rows) { return rows > 14 ? 1 : rows > 7 ? 2 : 4; }
 
 template <int R>
@@ -105,8 +106,8 @@ static void put(const Problem &p, const float *sums, int64_t row, int64_t rows, 
     }
 }
 
-// Lays out up to 16 rows: [pair][16 rows][2], with zeros for the rows that are not there. Four times merging the first
-// eight vectors with the last eight, element by element, transposes sixteen of them.
+// Lays out up to 16 rows: [pair][16 rows][2], with zeros for missing rows. Merging the first eight of sixteen vectors
+// with the last eight, element by element, four times over, transposes them.
 static void arrange(const Problem &p, int64_t row, int64_t rows, uint32_t *to) {
     const bf16 *from = p.x + row * p.x_stride;
     for (int64_t i = 0; i < p.in; i += 2 * LANES, from += 2 * LANES) {
@@ -136,7 +137,7 @@ struct Range {
     static Range share(int64_t of, int thread, int team) { return {of * thread / team, of * (thread + 1) / team}; }
 };
 
-// Scratch of a thread that takes so many rows at a time: the rows laid out, and the sums of a group.
+// Scratch of a thread that takes so many rows at a time: the laid-out rows and the sums of a group.
 struct Scratch {
     int64_t tiles, x_size, size;
 
@@ -167,8 +168,8 @@ static void part(const Problem &p, Range rows, Range groups, const Scratch &scra
     }
 }
 
-// Threads share nothing that one of them writes. With few rows each lays out all of them and takes some of the outputs;
-// with many it takes some of the rows, and the weights pass through the cache that all have.
+// Threads share nothing that one of them writes. With few rows, each thread lays out all of them and takes some of the
+// outputs; with many, it takes some of the rows, and the weights pass through the shared cache.
 static void linear(const Problem &p, int threads) {
     if (p.rows * p.in * p.out < SERIAL_BELOW) threads = 1;
     const bool by_rows = p.rows >= ROWS_EACH * threads;
@@ -180,7 +181,7 @@ static void linear(const Problem &p, int threads) {
         const Range groups = by_rows ? Range{0, p.groups()} : Range::share(p.groups(), thread, team);
         part(p, rows, groups, scratch, aligned + thread * scratch.size);
     };
-    // One thread or all of them: another team size would make the OpenMP runtime end and restart its threads.
+    // One thread or all of them: any other team size would make the OpenMP runtime end and restart its threads.
     if (threads == 1) return run(0, 1);
 #pragma omp parallel num_threads(threads)
     run(omp_get_thread_num(), omp_get_num_threads());
@@ -203,7 +204,7 @@ struct WeftLinear {
     int64_t rows, in, out, threads;
 };
 
-// Without a record: only whether this processor has the instruction.
+// Called without a record, reports only whether this processor has the instruction.
 int weft_linear(const WeftLinear *given) {
     using namespace weft;
 #ifdef __AVX512BF16__

@@ -42,14 +42,15 @@ struct InputScale {
     bool is_used(int32_t n) const { return entries.gates[n] != 0.0f && cell(n).kind == SCALE_INPUT; }
     const float *scale_of(int32_t n) const { return cell(n).vector(); }
 
-    // The first entry of row t that scales, or the row's end.
+    // Returns the first entry of row t that scales, or the row's end.
     int32_t first_used(int64_t t) const {
         int32_t n = entries.offsets[t];
         while (n < entries.offsets[t + 1] && !is_used(n)) n++;
         return n;
     }
 
-    // What the row after t needs first, to be asked for while row t is computed; `otherwise` if it scales nothing.
+    // Returns the first address that the row after t reads, to prefetch while row t is computed; `otherwise` if that
+    // row scales nothing.
     const float *first_scale_after(int64_t t, const float *otherwise) const {
         if (t + 1 >= entries.num_rows) return otherwise;
         const int32_t n = first_used(t + 1);

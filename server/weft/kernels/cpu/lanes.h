@@ -1,9 +1,9 @@
 // Sixteen float32 lanes, bfloat16, and the one way in which the CPU kernels multiply, round and sum.
 //
-// Bits are part of the contract: a row's result may depend on its own numbers only. So every sum here has one written
-// order, `fma` is the only product that is accumulated, and the compiler is told not to contract anything by itself
+// Bits are part of the contract: a row's result may depend only on its own numbers. So every sum here has one written
+// order, `fma` is the only product that is accumulated, and the compiler must not contract anything by itself
 // (-ffp-contract=off): a block of four rows and a lone row then run the same operations whatever the optimizer does.
-// The types are GCC's portable vectors; a machine without 512-bit registers gets the same lanes in pieces.
+// The types are GCC's portable vectors; on a machine without 512-bit registers the same lanes are split into pieces.
 #pragma once
 
 #include <cstdint>
@@ -114,15 +114,15 @@ static inline f32x16 tanh_of(f32x16 x) {
     return (f32x16)((u32x16)y | ((u32x16)x & 0x80000000u));
 }
 
-// Round to nearest even, as torch does; a NaN stays a NaN. The bfloat16 is the upper half of each lane, the rest noise.
+// Rounds to nearest even, as torch does; a NaN stays a NaN. The bfloat16 is a lane's upper half, and the rest is noise.
 static inline u32x16 rounded(f32x16 v) {
     u32x16 bits = (u32x16)v;
     u32x16 up = bits + 0x7fffu + ((bits >> 16) & 1u);
     return v == v ? up : (bits | 0x00400000u);
 }
 
-// Thirty-two consecutive elements, in one of two orders. Two bfloat16 side by side are one 32-bit word, so taking the
-// words apart into even and odd elements costs one operation each, where widening in natural order needs a shuffle too.
+// Thirty-two consecutive elements, in one of two orders. Two bfloat16 side by side are one 32-bit word, so splitting
+// the words into even and odd elements takes one operation each; widening in natural order also takes a shuffle.
 struct Unit {
     f32x16 lo, hi;
 };
@@ -169,7 +169,7 @@ static inline void store(bf16 *to, Unit v) {
     }
 }
 
-// The first `count` < 32 elements; the others are zero on the way in and untouched on the way out.
+// The first `count` < 32 elements; the others are loaded as zeros and left untouched in memory.
 template <Order ORDER, class T>
 static inline Unit load_part(const T *from, int64_t count) {
     T all[UNIT] = {};
@@ -189,7 +189,7 @@ constexpr Order order_of() {
     return sizeof(T) == 2 ? SPLIT : NATURAL;
 }
 
-// Calls step(i, take, put) for every unit of `size` elements; the last may be a part of one.
+// Calls step(i, take, put) for every unit of `size` elements; the last one may be partial.
 template <Order ORDER, class Step>
 static inline void each_unit(int64_t size, Step step) {
     int64_t i = 0;
@@ -201,14 +201,14 @@ static inline void each_unit(int64_t size, Step step) {
             [&](auto *to, Unit v) { store_part<ORDER>(to, size - i, v); });
 }
 
-// Calls body with an element of the type that a record's flag names.
+// Calls body with an element of the type that the flag of a record names.
 template <class Body>
 static inline void with_type(bool is_bf16, const Body &body) {
     if (is_bf16) body(bf16{});
     else body(float{});
 }
 
-// What a C function here answers: 0, or the reason why it wrote nothing.
+// The result of a C function here: 0, or the reason why it wrote nothing.
 enum Status : int {
     OK = 0,
     NO_MEMORY = 1,

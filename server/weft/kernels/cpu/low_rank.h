@@ -26,7 +26,7 @@ void shrink_tile(Rows<const X> x, const W *a, int64_t in, Rows<float> hidden, We
     each<R, K>([&](int r, int k) { hidden.row(r)[k] = sum(acc[r][k]); });
 }
 
-// The same for any number of ranks, as many of KS at once as are left, the first of KS first.
+// The same for any number of ranks: repeatedly as many at once as the first of KS that is not more than are left.
 template <int R, int K, int... KS, class X, class W>
 void shrink_ranks(Rows<const X> x, const W *a, int64_t in, Rows<float> hidden, int64_t ranks,
                   WeightPrefetcher &prefetch) {

@@ -1,5 +1,5 @@
-// The one symbol that std::vector takes from a libstdc++ newer than manylinux_2_28 allows (GLIBCXX_3.4.29). Defined
-// here, the library needs no more of libstdc++ than the one that torch loads has anyway.
+// The one symbol that std::vector takes from a libstdc++ newer than manylinux_2_28 allows (GLIBCXX_3.4.29). With the
+// symbol defined here, the libstdc++ that torch loads anyway is enough for the library.
 
 #include <new>
 

@@ -1,4 +1,4 @@
-// The paged keys and values of one layer, and how they are written.
+// The paged keys and values of one layer, and the code that writes them.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ struct Cache {
     const void *keys, *values;
     int64_t num_blocks, block_size, kv_heads, head;
 
-    // Calls take(index, row) for the keys or values index .. end - 1 of a KV head, which lie in the given blocks.
+    // Calls take(index, row) for the keys or values index .. end - 1 of a KV head in the given blocks.
     template <class T, class Take>
     void locate(const void *side, const int32_t *blocks, int64_t h, int64_t index, int64_t end, Take take) const {
         while (index < end) {
@@ -34,7 +34,7 @@ struct StoreCall {
     Cache cache;
 };
 
-constexpr int64_t STORE_SERIAL_BELOW = 128 << 10;  // bytes under which a second thread saves nothing
+constexpr int64_t STORE_SERIAL_BELOW = 128 << 10;  // bytes below which a second thread saves nothing
 
 void store_tokens(const StoreCall &call) {
     const Cache &c = call.cache;

@@ -1,6 +1,6 @@
-// What model code computes between kernels, element by element: sums, products, negations, copies of strided tensors.
+// Elementwise operations of model code between kernels: sums, products, negations, copies of strided tensors.
 //
-// Each as torch has it: in float32, rounded once. One thread: a decode step's tensors are small.
+// Each computes as torch does: in float32, rounded once. One thread: a decode step's tensors are small.
 #include "lanes.h"
 
 namespace weft {
@@ -21,7 +21,7 @@ struct Operand {
 struct Pointwise {
     int64_t operation;
     int64_t sizes[DIMS];
-    Operand out, a, b;  // b: as a where the operation has one operand
+    Operand out, a, b;  // b is as a if the operation has one operand
 };
 
 static inline float element(const float *from) { return *from; }

@@ -1,5 +1,5 @@
-// Two ways to ask memory for what is used soon. The processor guesses little here: an adapter's weights are short, a
-// cache's blocks lie anywhere, and several rows are read side by side.
+// Two ways to prefetch data that is used soon. The hardware prefetcher helps little here: an adapter's weights are
+// short, a cache's blocks lie anywhere, and several rows are read side by side.
 #pragma once
 
 #include "lanes.h"
@@ -9,20 +9,20 @@
 namespace weft {
 namespace {
 
-constexpr int64_t LINE = 64;  // bytes that memory gives at a time
+constexpr int64_t LINE = 64;  // bytes that memory delivers at a time
 
 struct ByteRange {
     const char *begin, *end;
 };
 
-// Asks for ranges of weights in the order of their use, DISTANCE bytes before it: one line for each that is used.
+// Prefetches ranges of weights in the order of their use, DISTANCE bytes ahead: one line for each line used.
 class WeightPrefetcher {
   public:
-    WeightPrefetcher() = default;  // asks for nothing
+    WeightPrefetcher() = default;  // prefetches nothing
     WeightPrefetcher(const ByteRange *next, const ByteRange *last) : next(next), last(last), behind(DISTANCE) {}
 
-    // N units of 32 weights are about to be used. The first request is for these very weights. It asks for twice as
-    // much as is used until it is DISTANCE ahead: at once, that much would delay the first uses.
+    // Called before N units of 32 weights are used. The first call prefetches these very weights; each call prefetches
+    // twice as much as is used, until it is DISTANCE ahead. All at once, that much would delay the first uses.
     template <int N, class W>
     void units(const W *) {
         constexpr int BYTES = N * UNIT * int(sizeof(W));
@@ -51,8 +51,8 @@ class WeightPrefetcher {
     }
 };
 
-// Asks for a list of single lines, a few at a time between computations: all at once they would wait for memory as long
-// as a tile of attention takes to compute.
+// Prefetches a list of single lines, a few at a time between computations: all at once, they would stall on memory for
+// as long as a tile of attention takes to compute.
 class LinePrefetcher {
   public:
     explicit LinePrefetcher(int64_t lines_max) : lines(lines_max + STEP), next(lines.data()), end(next), last(next) {}
@@ -60,7 +60,7 @@ class LinePrefetcher {
     void clear() { next = end = last = lines.data(); }
     void add(const void *line) { *last++ = (const char *)line; }
 
-    // Makes what was added available, filled up to whole steps.
+    // Makes the added lines available, padded to whole steps.
     void close() {
         for (; (last - next) % STEP; last++) *last = last[-1];
         end = last;

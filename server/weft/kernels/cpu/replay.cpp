@@ -1,4 +1,4 @@
-// A decode step told anew: its kernels one after another, without an interpreter between them.
+// The replay of a captured decode step: its kernels one after another, without an interpreter between them.
 #include "lanes.h"
 
 extern "C" {
@@ -8,7 +8,7 @@ struct WeftCall {
     const void *record;
 };
 
-// Records of 64-bit numbers (see capture.py). Ends at the first kernel that answers with another status than OK.
+// Records of 64-bit numbers (see capture.py). Ends at the first kernel that returns a status other than OK.
 struct WeftReplay {
     const WeftCall *calls;
     int64_t count;

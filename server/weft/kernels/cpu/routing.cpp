@@ -1,9 +1,9 @@
-// A mixture's gates as a layer begins: the mathematics of weft/methods/mixture.py, row by row, in float32.
+// A mixture's gates at the beginning of a layer: the mathematics of weft/methods/mixture.py, row by row, in float32.
 //
 //   chances = softmax(W h / tau),  kept = the top_k largest, the first of equals,  gate = kept (/ their sum), bounded
 //
-// A row's gates are one chain of operations over its own numbers: no other row, no thread and no place in the batch has
-// a part in them. They are written wherever the row's entries name an expert: as they are, or as their logarithms.
+// A row's gates are one chain of operations over its own numbers: they depend on no other row, no thread and no place
+// in the batch. They are written to the row's entries that name an expert: as they are, or as their logarithms.
 #include "lanes.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float NORM_EPS = 1e-6f;
-constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds under which waking a second thread costs more than it saves
+constexpr int64_t SERIAL_BELOW = 96 << 10;  // multiply-adds below which waking a second thread costs more than it saves
 
 enum Flag : int64_t { NORMALIZE = 1, ABSOLUTE = 2, RMS_NORM = 4 };
 
@@ -33,18 +33,18 @@ struct Router {  // one row of SlotTable.routers
 struct Run {  // one row of Routing.table
     int64_t first, last, slot;
     const float *steering;  // allowed, floor, ceiling; or none
-    const float *pooled;    // what is read instead of the rows; or none
+    const float *pooled;    // read instead of the rows; or none
     int64_t traced_at;
 };
 
-// Where gates go: row t writes `values` of its entries offsets[t]:offsets[t + 1] that name an expert.
+// The destination of gates: row t writes `values` of its entries offsets[t]:offsets[t + 1] that name an expert.
 struct Target {
     const int32_t *offsets, *experts;
     float *values;
     int64_t count;
 };
 
-// The sum over the lanes of the chain over i; the last, short unit is filled with zeros.
+// The sum over the lanes of the chain over i; the last, short unit is padded with zeros.
 template <class A, class B>
 float dot(const A *a, const B *b, int64_t size) {
     f32x16 lo = splat(0.0f), hi = lo;
@@ -58,7 +58,7 @@ float dot(const A *a, const B *b, int64_t size) {
     return sum(lo + hi);
 }
 
-// Gates within their bounds; the others share what is left of the sum. The rounds are those of `steered` there.
+// Clamps gates to their bounds; the others share the rest of the sum. The rounds are those of `steered` in mixture.py.
 void steer(float *gates, const float *steering, int64_t experts, float *fixed, char *is_free) {
     const float *allowed = steering, *floor = allowed + experts, *ceiling = floor + experts;
     auto low = [&](int64_t e) { return allowed[e] != 0.0f ? floor[e] : 0.0f; };
@@ -68,7 +68,7 @@ void steer(float *gates, const float *steering, int64_t experts, float *fixed, c
         is_free[e] = gates[e] > 0.0f;
         fixed[e] = is_free[e] ? 0.0f : std::min(low(e), ceiling[e]);
     }
-    float weight, left;  // of the free ones: what they were given, and what they share
+    float weight, left;  // of the free ones: the sum of their gates, and the part of the total that they share
     auto sum_up = [&] {
         float taken = weight = 0.0f;
         for (int64_t e = 0; e < experts; e++) is_free[e] ? weight += gates[e] : taken += fixed[e];
@@ -121,7 +121,7 @@ void gate(const Router &router, const float *weight, const X *h, const float *st
         at.chances[c] = logit;
         largest = std::max(largest, logit);
     }
-    if (!is_number) {  // the row is lost, and is to be seen as lost
+    if (!is_number) {  // the row is lost, and must be seen to be lost
         std::fill(at.gates.begin(), at.gates.end(), std::numeric_limits<float>::quiet_NaN());
         return;
     }
@@ -134,7 +134,7 @@ void gate(const Router &router, const float *weight, const X *h, const float *st
         int64_t best = 0;
         for (int64_t c = 1; c < choices; c++)
             if (at.chances[c] > at.chances[best]) best = c;
-        if (at.chances[best] <= 0.0f) break;  // what is left are masked ones, or ones that float32 cannot tell from 0
+        if (at.chances[best] <= 0.0f) break;  // the rest are masked, or 0 in float32
         kept += at.gates[best] = at.chances[best];
         at.chances[best] = -1.0f;
     }

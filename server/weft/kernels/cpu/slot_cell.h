@@ -1,4 +1,4 @@
-// What one adapter slot does at one module: a cell of the slot table, which deltas.py describes.
+// The work of one adapter slot at one module: a cell of the slot table, which deltas.py describes.
 #pragma once
 
 #include "lanes.h"
@@ -6,7 +6,7 @@
 namespace weft {
 namespace {
 
-// The words and numbers of DeltaKind in weft/methods/protocol.py.
+// The names and numbers of DeltaKind in weft/methods/protocol.py.
 enum DeltaKind : int64_t {
     NONE = 0,
     LORA = 1,
@@ -28,7 +28,7 @@ struct SlotCell {
     bool has_hidden() const { return kind == LORA || is_bottleneck(); }
     bool adds_to_output() const { return has_hidden() || kind == SCALE_OUTPUT || kind == BIAS; }
 
-    // A [rank, in], whose product with a row is its hidden vector; `in` is `out` for a bottleneck adapter.
+    // A [rank, in], whose product with a row is the hidden vector; `in` is `out` for a bottleneck adapter.
     template <class W>
     const W *a() const {
         return (const W *)first;
@@ -41,7 +41,7 @@ struct SlotCell {
     // The scale or the bias, one number for each element.
     const float *vector() const { return (const float *)first; }
 
-    // Multiply-adds for one row beside those that any output costs.
+    // Multiply-adds for one row, beyond those that any output costs.
     int64_t products(int64_t in, int64_t out) const {
         if (kind == LORA) return rank * (in + out);
         return is_bottleneck() ? (2 * rank + 8) * out : 0;

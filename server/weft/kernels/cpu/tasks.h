@@ -21,13 +21,13 @@ struct Tasks {
         list.push_back({block, entry, part, cost});
         cost += task_cost;
     }
-    // The first task of a thread's share: it takes the tasks whose cost begins in its part of the whole.
+    // Returns the first task of a thread's share: a thread takes the tasks whose cost begins in its part of the whole.
     size_t begin_of(int thread, int threads) const {
         int64_t share = cost * thread / threads;
         auto before = [](const Task &task, int64_t value) { return task.cost_before < value; };
         return std::lower_bound(list.begin(), list.end(), share, before) - list.begin();
     }
-    // Whether no thread's share is much above the mean.
+    // Returns whether no thread's share is much above the mean.
     bool is_even(int threads) const {
         auto cost_before = [this](size_t n) { return n < list.size() ? list[n].cost_before : cost; };
         for (int thread = 0; thread < threads; thread++) {
