@@ -61,19 +61,13 @@ def build(
         log_gates, span_experts = _span_gates(scheduled, request_of_row, taken.routed)
     block_tables = _table([request.virtual_blocks + request.blocks for request, _ in scheduled], torch.int32)
     block_of_row = places // block_size
-    paging = Paging(
-        places + (block_tables[request_of_row, block_of_row] - block_of_row) * block_size,
-        query_start,
-        torch.tensor([request.num_computed_tokens + count for request, count in scheduled], dtype=torch.int32),
-        virtual_lens,
-        block_tables,
-        log_gates,
-    )
+    kv_slots = places + (block_tables[request_of_row, block_of_row] - block_of_row) * block_size
+    context_lens = [request.num_computed_tokens + count for request, count in scheduled]
     return Step(
         torch.tensor(input_ids, dtype=torch.int64),
         positions,
         torch.tensor(sample_rows, dtype=torch.int64),
-        paging,
+        Paging(kv_slots, query_start, _vector(context_lens), virtual_lens, block_tables, log_gates),
         taken.entries(rows),
         taken.routed.routing(span_experts, taken.num_entries),
     )

@@ -110,9 +110,8 @@ class ReferenceAttend(NamedTuple):
         wide, groups = torch.promote_types(query.dtype, torch.float32), query.shape[1] // keys.shape[1]
         starts = paging.query_start.tolist()
         for b, rows, seen in _sights(paging):
-            lengths = torch.cat(
-                [paging.virtual_lens[b], paging.context_lens[b, None]]
-            ).long()  # the real tokens come last
+            # The real tokens come last.
+            lengths = torch.cat([paging.virtual_lens[b], paging.context_lens[b, None]]).long()
             holes = -lengths % block_size
             span = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # of each key
             key_position = seen[span].nonzero()[:, 0]  # [K]
