@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,7 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.parent) as scratch:
         rehearse(model.made, Path(scratch, "try"), model.base.shape)
-        recorder = Recorder(progress)
-        callbacks: list[TrainerCallback] = [recorder]
+        callbacks: list[TrainerCallback] = [Recorder(progress)]
         if config.tensorboard is not None and _is_first():
             callbacks.append(Curves(config.tensorboard))
         loop = make_loop(
@@ -181,20 +180,9 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
         started = time.perf_counter()
         with recomputing(model) if config.gradient_checkpointing else contextlib.nullcontext():
             loop.resume(last)
-        seconds = time.perf_counter() - started
-        history = loop.state.log_history
-        evaluations = checkpoint.evaluation_losses(history)
+        result = _result_of(config, model, loop.state.log_history, time.perf_counter() - started)
         assert loop.best is not None
         loop.best.apply()
-        result = TrainResult(
-            output=config.output,
-            losses=tuple(entry["loss"] for entry in history if "loss" in entry),
-            seconds=seconds,
-            num_parameters=model.num_trained,
-            evaluations=evaluations,
-            best_step=min(evaluations, key=lambda step: evaluations[step]) if evaluations else 0,
-            optimizer=optimizer_on(model.device.type, config),
-        )
         if _is_first():
             made = Path(scratch, "result")
             write(rounded(model.made, config.save_dtype), made, model.base.shape)
@@ -202,6 +190,21 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
             replace_output(config.output, made)
             checkpoint.discard(checkpoints)
     return result
+
+
+def _result_of(
+    config: TrainConfig, model: TrainedModel, history: Sequence[Mapping[str, float]], seconds: float
+) -> TrainResult:
+    evaluations = checkpoint.evaluation_losses(history)
+    return TrainResult(
+        output=config.output,
+        losses=tuple(entry["loss"] for entry in history if "loss" in entry),
+        seconds=seconds,
+        num_parameters=model.num_trained,
+        evaluations=evaluations,
+        best_step=min(evaluations, key=lambda step: evaluations[step]) if evaluations else 0,
+        optimizer=optimizer_on(model.device.type, config),
+    )
 
 
 def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> card.Facts:

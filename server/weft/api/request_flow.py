@@ -107,9 +107,7 @@ class RequestFlow:
                 if not ended:
                     self._engine.end(request.request_id, FinishReason.STOP)
                     ended = True
-                    while (
-                        event.finish is None and spec.gate_detail is not GateDetail.NONE
-                    ):  # the gates arrive with the end
+                    while event.finish is None and spec.gate_detail is not GateDetail.NONE:  # gates arrive with the end
                         event = await stream.next()
                 last = tokens[-1] if tokens else None
                 end = answer.end(stream.admitted, event.finish, stop, num_tokens, last)

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from weft.cli.handover import imported
 from weft.cli.output import fail, print_facts, print_line, print_table, size
 from weft.config import ModelConfig, Quantization, typed_path
 from weft.settings import build
+
+if TYPE_CHECKING:
+    from weft.methods.protocol import Adapter
 
 
 def command(
@@ -42,11 +45,11 @@ def command(
         if (path / CONFIG_FILE).is_file():
             if base is None:
                 raise fail(f"--base: must name the model directory that {path} is for", code=2)
-            _tell_adapter(path, config, as_json)
+            _report_adapter(path, config, as_json)
         else:
             if base is not None:
                 raise fail(f"--base: is for adapters, and {path} holds no {CONFIG_FILE}", code=2)
-            _tell_base(config, method or [], repeats, as_json)
+            _report_base(config, method or [], repeats, as_json)
     except (ValueError, OSError, WeftError) as error:
         raise fail(str(error)) from None
 
@@ -54,75 +57,74 @@ def command(
 # -- a base ------------------------------------------------------------------------------------------------------------
 
 
-def _tell_base(config: ModelConfig, methods: list[str], repeats: int, as_json: bool) -> None:
+def _report_base(config: ModelConfig, methods: list[str], repeats: int, as_json: bool) -> None:
     comparison = imported("weft_training.comparison")
     from weft.model import loader
 
     base = loader.load(config, attention="sdpa")
     found = comparison.compare(base, methods, repeats=repeats)
+    facts = {
+        "base": base.shape.name,
+        "digest": base.shape.digest,
+        "quantization": base.quantization.value,
+        "dtype": str(base.dtype).removeprefix("torch."),
+    }
     if as_json:
-        told = {
-            "base": base.shape.name,
-            "digest": base.shape.digest,
-            "quantization": base.quantization.value,
-            "dtype": str(base.dtype).removeprefix("torch."),
+        measured = {
             "num_parameters": found.num_parameters,
             "forward_s_measured": found.forward_s,
             "num_tokens_of_forward": found.num_tokens,
-            "methods": [
-                {
-                    "method": one.method,
-                    "config": one.config,
-                    "formula": one.count and one.count.symbols,
-                    "numbers": one.count and one.count.numbers,
-                    "num_parameters_by_formula": one.count and one.count.total,
-                    "num_parameters": one.num_parameters,
-                    "ratio": one.ratio,
-                    "slot_bytes": one.slot_bytes,
-                    "overhead_measured": one.overhead,
-                }
-                for one in found.methods
-            ],
+            "methods": [_as_json(one) for one in found.methods],
         }
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(facts | measured, indent=2, ensure_ascii=False))
         return
+    forward = (
+        "" if found.forward_s is None else f"{found.forward_s * 1e3:.1f} ms for {found.num_tokens} tokens, measured"
+    )
     print_facts(
         {
-            "base": base.shape.name,
-            "digest": base.shape.digest,
-            "held as": f"{base.quantization.value}, {str(base.dtype).removeprefix('torch.')}, on {base.device}",
+            "base": facts["base"],
+            "digest": facts["digest"],
+            "held as": f"{facts['quantization']}, {facts['dtype']}, on {base.device}",
             "parameters": f"{found.num_parameters:,} (full fine-tuning, ratio 1)",
-            "forward": ""
-            if found.forward_s is None
-            else f"{found.forward_s * 1e3:.1f} ms for {found.num_tokens} tokens, measured",
+            "forward": forward,
         }
     )
     print_line("")
     columns = ["method", "parameters", "ratio", "slot", "formula", "with this base's numbers"]
     if repeats:
         columns.insert(4, "overhead, measured")
-    table = []
-    for one in found.methods:
-        cells = [
-            one.method,
-            f"{one.num_parameters:,}",
-            f"{one.ratio:,.0f}x",
-            size(one.slot_bytes),
-            one.count.symbols if one.count else "",
-            one.count.numbers if one.count else "",
-        ]
-        if one.overhead is not None:
-            cells.insert(4, f"{one.overhead:+.0%}")
-        table.append(cells)
-    print_table(columns, table)
+    print_table(columns, map(_cells, found.methods))
     print_line("")
     print_facts({one.method: one.config for one in found.methods})
+
+
+def _as_json(one: Any) -> dict[str, Any]:
+    """Return one method's numbers (weft_training.comparison) under the keys of the JSON form."""
+    return {
+        "method": one.method,
+        "config": one.config,
+        "formula": one.count and one.count.symbols,
+        "numbers": one.count and one.count.numbers,
+        "num_parameters_by_formula": one.count and one.count.total,
+        "num_parameters": one.num_parameters,
+        "ratio": one.ratio,
+        "slot_bytes": one.slot_bytes,
+        "overhead_measured": one.overhead,
+    }
+
+
+def _cells(one: Any) -> list[str]:
+    """Return one method's row of the table."""
+    overhead = [] if one.overhead is None else [f"{one.overhead:+.0%}"]
+    formula = [one.count.symbols, one.count.numbers] if one.count else ["", ""]
+    return [one.method, f"{one.num_parameters:,}", f"{one.ratio:,.0f}x", size(one.slot_bytes), *overhead, *formula]
 
 
 # -- an adapter --------------------------------------------------------------------------------------------------------
 
 
-def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
+def _report_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
     from weft.adapters import packed_adapter
     from weft.methods import targets
     from weft.model import loader
@@ -130,31 +132,26 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
     base = loader.load(config, attention="sdpa")
     adapter, digest, _ = adapter_directory.read(path, base.shape)
     held_as = base.shape.same_weights.get(digest or "", "")
-    matches = None if digest is None else bool(held_as) or digest == base.shape.digest
-    places = {**adapter.sites, **({} if adapter.prefix is None else {"": adapter.prefix})}
-    norms = [
-        (name, measure, norm)
-        for name, params in places.items()
-        for measure, norm in adapter.method.norms(params).items()
-    ]
+    norms = _norms(adapter)
     slot_bytes = packed_adapter.build(adapter, base.shape, dtype=base.dtype).size_bytes
     modules = targets.describe(adapter.sites, base.shape)
+    file_bytes = (path / WEIGHTS_FILE).stat().st_size
     if as_json:
-        told: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "method": adapter.method.name,
             "rank": adapter.rank,
             "num_virtual_tokens": adapter.num_virtual_tokens,
             "modules": modules,
             "num_parameters": adapter.num_parameters,
-            "file_bytes": (path / WEIGHTS_FILE).stat().st_size,
+            "file_bytes": file_bytes,
             "slot_bytes": slot_bytes,
             "base_digest": base.shape.digest,
             "trained_for_digest": digest,
-            "base_matches": matches,
+            "base_matches": None if digest is None else bool(held_as) or digest == base.shape.digest,
             "trained_quantization": held_as or None,
             "norms": [{"site": name or None, "measure": measure, "norm": norm} for name, measure, norm in norms],
         }
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     print_facts(
         {
@@ -163,17 +160,33 @@ def _tell_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
             "virtual tokens": str(adapter.num_virtual_tokens or ""),
             "modules": ", ".join(modules),
             "parameters": f"{adapter.num_parameters:,}",
-            "file": size((path / WEIGHTS_FILE).stat().st_size),
+            "file": size(file_bytes),
             "slot": size(slot_bytes),
-            "base": {
-                None: f"{base.shape.name}: the shapes fit; the file names no base",
-                True: f"{base.shape.name}: the one that it was trained for"
-                + (f", whose weights were held as {held_as} then" if held_as else ""),
-                False: f"{base.shape.name}: NOT the one that it was trained for; a server refuses it "
-                f"(trained for {(digest or '')[:12]}…, this is {base.shape.digest[:12]}…)",
-            }[matches],
+            "base": f"{base.shape.name}: {_match(digest, held_as, base.shape.digest)}",
             "norm of all": f"{math.hypot(*(norm for _, _, norm in norms)):.4g}",
         }
     )
     print_line("")
     print_table(("site", "measure", "norm"), ((name, measure, f"{norm:.4g}") for name, measure, norm in norms))
+
+
+def _norms(adapter: "Adapter") -> list[tuple[str, str, float]]:
+    """Return (site, measure, norm) of every parameter; the site of virtual positions is ""."""
+    places = {**adapter.sites, **({} if adapter.prefix is None else {"": adapter.prefix})}
+    return [
+        (name, measure, norm)
+        for name, params in places.items()
+        for measure, norm in adapter.method.norms(params).items()
+    ]
+
+
+def _match(trained_for: str | None, held_as: str, digest: str) -> str:
+    """Compare an adapter's base with this one; held_as: how the same weights were held in training, or empty."""
+    if trained_for is None:
+        return "the shapes fit; the file names no base"
+    if held_as or trained_for == digest:
+        return "the one that it was trained for" + (f", whose weights were held as {held_as} then" if held_as else "")
+    return (
+        "NOT the one that it was trained for; a server refuses it "
+        f"(trained for {trained_for[:12]}…, this is {digest[:12]}…)"
+    )

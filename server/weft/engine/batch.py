@@ -34,7 +34,6 @@ def build(
     """
     input_ids: list[int] = []
     starts, sample_rows, spans = [0], [], []
-    # Added to a row's number, these give its position, and its place in the request's blocks, holes included.
     to_position, to_place = [], []
     taken = _TakenRows(table_rows, mixtures)
     for request, num_tokens in scheduled:
@@ -50,27 +49,51 @@ def build(
             sample_rows.append(starts[-1] - 1)
         taken.add(request, slots_of.get(request, ()), begin, begin + num_tokens, first_row)
 
-    query_start = torch.tensor(starts, dtype=torch.int32)
-    rows = torch.arange(starts[-1])
-    # searchsorted, because repeat_interleave wakes every thread, however little work there is.
-    request_of_row = torch.searchsorted(query_start[1:], rows.int(), right=True)
-    positions, places = torch.tensor([to_position, to_place])[:, request_of_row] + rows
-    virtual_lens = _table(spans, torch.int32)
-    log_gates = span_experts = None
-    if virtual_lens.shape[1]:
-        log_gates, span_experts = _span_gates(scheduled, request_of_row, taken.routed)
-    block_tables = _table([request.virtual_blocks + request.blocks for request, _ in scheduled], torch.int32)
-    block_of_row = places // block_size
-    kv_slots = places + (block_tables[request_of_row, block_of_row] - block_of_row) * block_size
-    context_lens = [request.num_computed_tokens + count for request, count in scheduled]
+    offsets = to_position, to_place
+    positions, paging, span_experts = _paged(scheduled, starts, offsets, spans, block_size, taken.routed)
     return Step(
         torch.tensor(input_ids, dtype=torch.int64),
         positions,
         torch.tensor(sample_rows, dtype=torch.int64),
-        Paging(kv_slots, query_start, _vector(context_lens), virtual_lens, block_tables, log_gates),
-        taken.entries(rows),
+        paging,
+        taken.entries(torch.arange(starts[-1])),
         taken.routed.routing(span_experts, taken.num_entries),
     )
+
+
+def _paged(
+    scheduled: Sequence[Scheduled],
+    starts: Sequence[int],
+    offsets: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[int]],
+    block_size: int,
+    routed: RoutedRows,
+) -> tuple[Tensor, Paging, Tensor | None]:
+    """Return the positions of the rows, their paging, and the experts that bring their spans.
+
+    starts: first row of each request, and T. offsets: two for each request: added to a row's number, the first gives
+    its position, the second its place in the request's blocks, holes included. spans: lengths, of each request.
+    """
+    query_start = torch.tensor(starts, dtype=torch.int32)
+    rows = torch.arange(starts[-1])
+    # searchsorted, because repeat_interleave wakes every thread, however little work there is.
+    request_of_row = torch.searchsorted(query_start[1:], rows.int(), right=True)
+    positions, places = torch.tensor(offsets)[:, request_of_row] + rows
+    virtual_lens = _table(spans, torch.int32)
+    log_gates = span_experts = None
+    if virtual_lens.shape[1]:
+        log_gates, span_experts = _span_gates(scheduled, request_of_row, routed)
+    block_tables = _table([request.virtual_blocks + request.blocks for request, _ in scheduled], torch.int32)
+    block_of_row = places // block_size
+    paging = Paging(
+        places + (block_tables[request_of_row, block_of_row] - block_of_row) * block_size,
+        query_start,
+        torch.tensor([request.num_computed_tokens + count for request, count in scheduled], dtype=torch.int32),
+        virtual_lens,
+        block_tables,
+        log_gates,
+    )
+    return positions, paging, span_experts
 
 
 class _TakenRows:
