@@ -275,7 +275,7 @@ STEPS = [
 SERVED = [
     Line(
         "streams",
-        "streams told every 40 ms",
+        "streams sent every 40 ms",
         f"{NUM_ROWS} streams of {_NUM_STREAMED} tokens over gRPC",
         1,
         _streams,

@@ -360,8 +360,9 @@ LIMITS: Mapping[tuple[str, str], str] = MappingProxyType(
             "ms are in the prompts' 5.2 s. Together 9.7 %, and 8 % at 33 GB/s."
         ),
         ("lora-8", "itl_p99_ms"): (
-            "llama.cpp answers one adapter after another: between its tokens nobody else is served, and who waits does "
-            "so before the first one, at the median over 2 s where Weft takes 0.25. Weft's gap is its pacing, 40 ms."
+            "llama.cpp answers one adapter after another: between its tokens no other request is served, and "
+            "requests wait before their first token, at the median over 2 s where Weft takes 0.25. Weft's gap is its "
+            "pacing, 40 ms."
         ),
     }
 )

@@ -23,6 +23,7 @@ GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 
 def run_protoc(files: Sequence[Path], *outputs: str) -> None:
+    """Run protoc on the files. Raises SystemExit if it fails."""
     includes = (PROTOS, Path(grpc_tools.__file__).parent / "_proto")
     arguments = [*(f"-I{path}" for path in includes), *outputs, *(file.as_posix() for file in files)]
     if protoc.main(["protoc", *arguments]) != 0:
@@ -30,7 +31,7 @@ def run_protoc(files: Sequence[Path], *outputs: str) -> None:
 
 
 def generate(root: Path) -> None:
-    """Messages for every file, stubs and servicers for the files that have a service, under `root`/weft/v1."""
+    """Write messages for every file, and stubs and servicers for files with a service, to `root`/weft/v1."""
     # protoc finds protoc-gen-mypy and protoc-gen-mypy_grpc by name; they lie beside this interpreter.
     os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
     files = sorted(path.relative_to(PROTOS) for path in (PROTOS / PACKAGE).glob("*.proto"))
@@ -43,17 +44,19 @@ def generate(root: Path) -> None:
 
 
 def generated(root: Path) -> set[str]:
+    """Return the names of the generated files under `root`."""
     return {path.name for pattern in GENERATED for path in (root / PACKAGE).glob(pattern)}
 
 
 def differences(committed: Path, fresh: Path) -> list[str]:
-    """Names of generated files that are missing, stale or different under `committed`."""
+    """Return the names of generated files that are missing, stale or different under `committed`."""
     names = sorted(generated(committed) | generated(fresh))
     _, different, unreadable = filecmp.cmpfiles(committed / PACKAGE, fresh / PACKAGE, names, shallow=False)
     return sorted({*different, *unreadable})
 
 
 def main() -> int:
+    """Write the generated code, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the code is out of date")
     parser.add_argument("--root", type=Path, default=SOURCE_ROOT, help="directory that holds weft/v1")

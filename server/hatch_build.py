@@ -24,11 +24,15 @@ _TAG = "py3-none-manylinux_2_28_x86_64"  # tests/deploy/test_wheel.py holds the 
 
 
 class ClientOfThisVersion(MetadataHookInterface):
+    """Requires the client of this version."""
+
     def update(self, metadata: dict[str, Any]) -> None:
         metadata["dependencies"] = [f"{_CLIENT}=={metadata['version']}", *self.config["dependencies"]]
 
 
 class FilesAndKernels(BuildHookInterface):
+    """Puts the shipped files and the compiled kernels into the wheel."""
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return

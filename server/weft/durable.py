@@ -70,6 +70,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`, in as many calls as it takes."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -77,6 +78,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def sync(fd: int) -> None:
+    """Wait until the file's bytes are on the disk."""
     failpoints.hit("before_fsync")
     os.fsync(fd)
     failpoints.hit("after_fsync")

@@ -181,7 +181,7 @@ class Client:
 
     def __init__(self, port: int) -> None:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-        self.digest = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
+        self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
         self.adapters = adapter_service_pb2_grpc.AdapterServiceStub(self.channel)
 
     def request(
@@ -200,7 +200,7 @@ class Client:
     def generate(
         self, adapter_id: str | None = None, num_tokens: int = 8, *, timeout: float | None = WAIT_S, **fields: Any
     ) -> Answer:
-        response = self.digest.Generate(self.request(adapter_id, num_tokens, **fields), timeout=timeout)
+        response = self.generation.Generate(self.request(adapter_id, num_tokens, **fields), timeout=timeout)
         return Answer(list(response.token_ids), response.text, response.finish)
 
     def tokens(self, adapter_id: str | None = None, num_tokens: int = 8, **fields: Any) -> list[int]:
@@ -208,7 +208,7 @@ class Client:
 
     def stream(self, adapter_id: str | None = None, num_tokens: int = 8, **fields: Any) -> Running:
         request = self.request(adapter_id, num_tokens, **fields)
-        return Running(self.digest.StreamGenerate(request, timeout=WAIT_S))
+        return Running(self.generation.StreamGenerate(request, timeout=WAIT_S))
 
     def register(
         self, adapter_id: str, source: str | Path, **fields: Any
@@ -239,7 +239,7 @@ class Client:
         return self.adapters.UnloadAdapter(request, timeout=WAIT_S).adapter
 
     def tokenize(self, **fields: Any) -> Sequence[int]:
-        return self.digest.Tokenize(generation_service_pb2.TokenizeRequest(**fields), timeout=WAIT_S).token_ids
+        return self.generation.Tokenize(generation_service_pb2.TokenizeRequest(**fields), timeout=WAIT_S).token_ids
 
 
 class LiveServer:

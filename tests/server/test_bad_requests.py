@@ -204,7 +204,7 @@ def test_row(case: Case, server: LiveServer) -> None:
 
 def test_row_73_no_input_at_all(server: LiveServer) -> None:
     request = generation_pb2.GenerateRequest(adapter_id="lora-1")
-    refused(lambda: server.client.digest.Generate(request), "INVALID_ARGUMENT", "PROMPT_INVALID", "input")
+    refused(lambda: server.client.generation.Generate(request), "INVALID_ARGUMENT", "PROMPT_INVALID", "input")
     refused(lambda: server.client.tokenize(), "INVALID_ARGUMENT", "PROMPT_INVALID", "input")
 
 
@@ -494,7 +494,7 @@ def test_row_99_two_messages_on_a_unary_call(server: LiveServer) -> None:
 def test_row_97_too_much_metadata_or_message(server: LiveServer) -> None:
     request = server.client.request(num_tokens=2)
     with pytest.raises(grpc.RpcError) as error:
-        server.client.digest.Generate(request, metadata=(("x-big", "y" * 20_000),), timeout=WAIT_S)
+        server.client.generation.Generate(request, metadata=(("x-big", "y" * 20_000),), timeout=WAIT_S)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.RpcError) as error:
         server.client.generate(text="x" * (5 * MIB))
@@ -504,10 +504,10 @@ def test_row_97_too_much_metadata_or_message(server: LiveServer) -> None:
 def test_row_29_a_message_that_inflates_past_the_limit(server: LiveServer) -> None:
     request = server.client.request(text="x" * (5 * MIB))
     with pytest.raises(grpc.RpcError) as error:
-        server.client.digest.Generate(request, compression=grpc.Compression.Gzip, timeout=WAIT_S)
+        server.client.generation.Generate(request, compression=grpc.Compression.Gzip, timeout=WAIT_S)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     small = server.client.request(num_tokens=2, text="x" * 100)
-    assert len(server.client.digest.Generate(small, compression=grpc.Compression.Gzip).token_ids) == 2
+    assert len(server.client.generation.Generate(small, compression=grpc.Compression.Gzip).token_ids) == 2
 
 
 def test_row_91_draining_and_a_dead_engine(

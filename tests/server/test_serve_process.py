@@ -268,7 +268,7 @@ def test_prompts_never_reach_the_log(process: ServerProcess, sources: Sources) -
     with pytest.raises(grpc.RpcError) as error:
         client.channel.unary_unary("/weft.v1.GenerationService/Generate")(malformed, timeout=WAIT_S)
     assert CANARY not in (error.value.details() or "")
-    cancelled = client.digest.StreamGenerate(client.request(None, 200, text=CANARY))
+    cancelled = client.generation.StreamGenerate(client.request(None, 200, text=CANARY))
     next(cancelled)
     cancelled.cancel()
     parts = sources.parts("lora-2")

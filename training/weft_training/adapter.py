@@ -140,7 +140,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def num_trained(self) -> int:
-        """Number of trained parameters. (transformers has a `num_parameters` on its own models.)"""
+        """Number of trained parameters; transformers has a `num_parameters` on its own models."""
         return self.adapter.num_parameters
 
     @property

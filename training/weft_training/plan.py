@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
     @property
     def efficiency_ratio(self) -> float:
-        """d / k, as everywhere."""
+        """Ratio d / k, as everywhere."""
         return efficiency_ratio(self.num_base, self.num_adapter)
 
     @property

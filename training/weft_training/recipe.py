@@ -111,9 +111,7 @@ def keys(method: str) -> dict[str, dict[str, FieldInfo]]:
 
 
 def options(arguments: Iterable[str]) -> tuple[Path | None, list[Given]]:
-    """Return the recipe's path, which comes first, and the options of a command line; bare options have content
-    None.
-    """
+    """Return the recipe's path, which comes first, and the options of a command line; a bare one has content None."""
     path: Path | None = None
     found: list[Given] = []
     for argument in arguments:

@@ -118,6 +118,7 @@ def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
 
 
 def read_catalog(catalog: Path) -> Catalog:
+    """Read every manifest; a damaged one, and any other file, becomes a problem."""
     manifests: dict[AdapterId, Manifest] = {}
     problems: list[Problem] = []
     with storage_errors():
@@ -171,6 +172,7 @@ def _spelled(fields: dict[str, object]) -> bytes:
 
 
 def require_expected(adapter_id: AdapterId, expected: AdapterDigest, current: Manifest | None) -> None:
+    """Raise AdapterConflict unless the id is bound to the expected digest."""
     if current is not None and current.digest == expected:
         return
     found = "none" if current is None else current.digest
@@ -183,6 +185,7 @@ def require_expected(adapter_id: AdapterId, expected: AdapterDigest, current: Ma
 
 
 def taken(current: Manifest) -> AdapterExists:
+    """Return the error for an id that is bound already."""
     return AdapterExists(
         "ADAPTER_EXISTS",
         f"adapter_id {current.adapter_id}: holds digest {current.digest}; set replace to change it",
@@ -192,4 +195,5 @@ def taken(current: Manifest) -> AdapterExists:
 
 
 def no_adapter(adapter_id: AdapterId) -> AdapterNotFound:
+    """Return the error for an unknown id."""
     return AdapterNotFound("ADAPTER_NOT_FOUND", f"adapter_id: no adapter {adapter_id}", field="adapter_id")

@@ -239,6 +239,7 @@ def open_stored(directory: Path, digest: AdapterDigest) -> StoredVersion:
 
 
 def corrupt(digest: AdapterDigest, what: str) -> DataLoss:
+    """Return the error for files that do not match their digest."""
     return DataLoss("BLOB_CORRUPT", f"digest {abbreviated(digest)}: {what}", metadata={"digest": digest})
 
 

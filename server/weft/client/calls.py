@@ -95,7 +95,9 @@ class Parameters(TypedDict, total=False):
 
 
 class Stubs(NamedTuple):
-    digest: GenerationServiceStub
+    """The stubs of both services, on one channel."""
+
+    generation: GenerationServiceStub
     adapters: AdapterServiceStub
 
 
@@ -166,7 +168,7 @@ def _messages(turns: Any) -> Messages:
 def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[Completion]:
     """Return the whole answer to `prompt`, through one adapter, several with weights, or the base alone."""
     return Rpc(
-        method=lambda stubs: stubs.digest.Generate,
+        method=lambda stubs: stubs.generation.Generate,
         request=generate_request(prompt, adapter, **parameters),
         answer=_unchanged,
         deadline_s=lambda given: parameters.get("timeout_s") or given,
@@ -176,7 +178,7 @@ def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parame
 def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parameters]) -> Rpc[StreamGenerateResponse]:
     """Stream the answer to `prompt` as it is generated; the stream's `finish` states how it ended."""
     return Rpc(
-        method=lambda stubs: stubs.digest.StreamGenerate,
+        method=lambda stubs: stubs.generation.StreamGenerate,
         request=generate_request(prompt, adapter, **parameters),
         answer=_unchanged,
         deadline_s=lambda given: parameters.get("timeout_s") or given,
@@ -190,13 +192,13 @@ def tokenize(text: str | Conversation, *, pieces: bool = False) -> Rpc[TokenizeR
         request.text = text
     else:
         request.messages.CopyFrom(_messages(text))
-    return Rpc(method=lambda stubs: stubs.digest.Tokenize, request=request, answer=_unchanged)
+    return Rpc(method=lambda stubs: stubs.generation.Tokenize, request=request, answer=_unchanged)
 
 
 def model_info() -> Rpc[ModelInfo]:
     """Describe the base model and the limits of the server."""
     return Rpc(
-        method=lambda stubs: stubs.digest.GetModelInfo,
+        method=lambda stubs: stubs.generation.GetModelInfo,
         request=GetModelInfoRequest(),
         answer=lambda response: response.model,
     )

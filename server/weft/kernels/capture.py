@@ -30,8 +30,7 @@ class Capture(Protocol):
 
     @property
     def needs_proof(self) -> bool:
-        """Whether a failed capture does harm, so that the function must first be proved to read nothing on the host
-        (host_reads.py)."""
+        """Whether a failed capture does harm, so that host_reads.py must first prove the function."""
         ...
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:

@@ -22,9 +22,7 @@ Exclude = Annotated[tuple[str, ...], Field(description="Ends of the paths of mod
 
 
 def names(target: str, module: str) -> bool:
-    """Return whether `target` is the module's path or a suffix of it that begins at a whole name (PEFT's
-    target_modules).
-    """
+    """Return whether `target` is the module's path, or a suffix that begins at a whole name (PEFT's target_modules)."""
     return module == target or module.endswith("." + target)
 
 

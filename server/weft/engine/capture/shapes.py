@@ -94,7 +94,7 @@ def probe(token_id: int, position: int, block: int, block_size: int) -> Step:
 
 
 def step_size(num_rows: int) -> int:
-    """Return how many rows a decode step of `num_rows` is padded to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, …"""
+    """Return how many rows a decode step is padded to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 and so on."""
     size = _power_of_two(num_rows)
     between = size * 3 // 4
     return between if between >= num_rows and between > _SPACED else size

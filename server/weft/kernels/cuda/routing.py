@@ -172,9 +172,7 @@ def _gates(router, layer, state, size, of_run, CHOICES: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _bounded(gates, low, high, num_experts):
-    """Return the gates within their bounds; the others share the rest of the sum, in the rounds of
-    `mixture.steered`.
-    """
+    """Return the gates within their bounds; the others share the rest of the sum, as `mixture.steered` does it."""
     total = tl.sum(gates, 0)
     is_free = tl.where(gates > 0.0, 1, 0)
     fixed = tl.where(is_free == 1, 0.0, tl.minimum(low, high))

@@ -39,8 +39,10 @@ def line_of(table, slot):
 
 @triton.jit
 def output_block(block, size_0, size_1, size_2, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Locate a block of a group's outputs: its site, where that site's outputs begin and how many it has, and how
-    many of them come before the block. No block has outputs of two sites."""
+    """Locate a block of a group's outputs. No block has outputs of two sites.
+
+    Returns its site, where that site's outputs begin, how many it has, and how many of them come before the block.
+    """
     site, begin, size, before = 0, 0, size_0, block * BLOCK
     if GROUP > 1:
         is_later = block >= tl.cdiv(size_0, BLOCK)

@@ -1,5 +1,6 @@
-"""DoRA: a low-rank update of a weight's direction, with a trained length for each of its rows (Liu et al. 2024,
-arXiv:2402.09353, section 4.1, equation 5).
+"""DoRA: a low-rank update of a weight's direction, with a trained length for each of its rows.
+
+Liu et al. 2024, arXiv:2402.09353, section 4.1, equation 5.
 
     y = m ⊙ (W₀ + s·B A) x / ‖W₀ + s·B A‖ + bias        ‖·‖: the length of each row of the weight, [O]
 

@@ -1,4 +1,6 @@
-"""Prefix tuning in PEFT's format: one tensor `prompt_embeddings` (P, 2·L·H·D), already projected; a row is K₀ V₀ K₁ …
+"""Prefix tuning in PEFT's format: one tensor `prompt_embeddings` (P, 2·L·H·D), already projected.
+
+A row is K₀ V₀ K₁ V₁ …
 
 PEFT's CARTRIDGE saves the same tensor (Eyuboglu et al. 2025, arXiv:2506.06266); it is read, and written, as
 prefix tuning.

@@ -1,5 +1,7 @@
-"""VeRA in PEFT's format: `P.vera_lambda_d` (r,), `P.vera_lambda_b` (out,), and once `base_model.vera_A` (r, in) and
-`base_model.vera_B` (out, r), whose in and out are those of the largest modules.
+"""VeRA in PEFT's format: two vectors a module, and one pair of matrices.
+
+`P.vera_lambda_d` (r,), `P.vera_lambda_b` (out,), and once `base_model.vera_A` (r, in) and `base_model.vera_B` (out, r),
+whose in and out are those of the largest modules.
 
 A file without the two matrices is refused: they would have to be drawn, and no other version of a library promises the
 same random numbers.

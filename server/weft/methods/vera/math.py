@@ -1,5 +1,6 @@
-"""VeRA: two frozen random matrices for all sites, and two trained vectors for each (Kopiczko et al. 2024,
-arXiv:2310.11454, section 3.1).
+"""VeRA: two frozen random matrices for all sites, and two trained vectors for each.
+
+Kopiczko et al. 2024, arXiv:2310.11454, section 3.1.
 
     y = W₀x + Λ_b B Λ_d A x        Λ_b, Λ_d: diagonal matrices of the vectors λ_b and λ_d
 
