@@ -186,7 +186,7 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
 
 @pytest.fixture
 def registered(server: LiveServer) -> Iterator[Callable[[str, Path], AdapterDigest]]:
-    """Yield a function that registers a source until the test ends, a mixture after its experts; it gives the digest."""
+    """Yield a function that registers a source until the test ends, mixtures after experts, and returns the digest."""
     ids: list[str] = []
 
     def register(adapter_id: str, source: Path) -> AdapterDigest:
