@@ -1,4 +1,4 @@
-"""Counting what a function asks of the interpreter, with its own profiler: every Python call and every call into C."""
+"""Counts the calls of a function with the interpreter's own profiler: every Python call and every call into C."""
 
 import gc
 import sys
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def counted(function: Callable[[], T]) -> tuple[T, Counter[str]]:
-    """What a function gives, and its calls: "file.py:qualified name", or "C:qualified name"."""
+    """Return a function's result and its calls: "file.py:qualified name", or "C:qualified name"."""
     calls: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, argument: Any) -> None:

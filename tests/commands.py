@@ -1,4 +1,4 @@
-"""`weft` as people run it: a server as a process of its own, and commands that talk to it."""
+"""`weft` as users run it: a server as a process of its own, and commands that call it."""
 
 import os
 import re
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class Served(NamedTuple):
-    """A server that is ready. said: what it wrote. cwd: where it and the commands run; None for here."""
+    """A server that is ready. said: its output. cwd: its directory and that of commands; None for the current one."""
 
     address: str
     said: str
     cwd: Path | None = None
 
     def run(self, *arguments: str, timeout_s: float = 120) -> str:
-        """What a command says that finds this server as a user's would, by WEFT_SERVER."""
+        """Return the output of a command that finds this server by WEFT_SERVER, as a user's would."""
         environment = {**os.environ, "WEFT_SERVER": self.address}
         done = subprocess.run(
             arguments, cwd=self.cwd, env=environment, capture_output=True, text=True, timeout=timeout_s

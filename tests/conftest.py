@@ -24,11 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    """Two, or one in each of several processes: more than cores would wait for each other most of the time."""
+    """Use two threads, or one in each of several processes: more threads than cores mostly wait for each other."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory of a tiny random Llama."""
+    """Return a checkpoint directory of a tiny random Llama."""
     return tiny.save_base(tmp_path_factory.mktemp("bases") / "tiny-llama")

@@ -1,4 +1,4 @@
-"""A model hub on the loopback interface: the few answers of the Hugging Face hub that a download asks for."""
+"""A model hub on the loopback interface: the few answers of the Hugging Face hub that a download needs."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Hub:
-    """What it holds, and what it was asked.
+    """The content of the hub, and the requests to it.
 
     repositories: for each id, for each revision a directory of files.
-    gated: ids that exist and are not shown. down: begin of the paths that are answered with 503.
+    gated: ids that exist and are not shown. down: beginning of the paths that are answered with 503.
     """
 
     repositories: Mapping[str, Mapping[str, Path]]
@@ -26,17 +26,17 @@ class Hub:
     endpoint: str = ""
 
     def commit(self, name: str, revision: str) -> str | None:
-        """The commit of a revision, or of itself."""
+        """Return the commit of a revision, or of itself."""
         commits = {commit_of(name, known): commit_of(name, known) for known in self.repositories[name]}
         return {known: commit_of(name, known) for known in self.repositories[name]}.get(revision, commits.get(revision))
 
     def directory(self, name: str, commit: str) -> Path:
-        """The files of a commit."""
+        """Return the files of a commit."""
         return next(path for known, path in self.repositories[name].items() if commit_of(name, known) == commit)
 
 
 def commit_of(name: str, revision: str) -> str:
-    """A commit's name, as long as Git's."""
+    """Return a commit's name, as long as Git's."""
     return hashlib.sha256(f"{name}@{revision}".encode()).hexdigest()[:40]
 
 
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: `asked` keeps what is asked."""
+        """Log nothing: `asked` keeps the requests."""
 
 
 def _etag(content: bytes) -> str:

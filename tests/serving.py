@@ -1,4 +1,4 @@
-"""Running adapters through the serving path (paged attention, slots, kernels) without a server around it."""
+"""Runs adapters through the serving path (paged attention, slots, kernels) without a server."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -53,9 +53,9 @@ class Row(NamedTuple):
 
 
 class Step:
-    """Computes whole prompts in one step, as the engine would, and gives the logits of every position.
+    """Computes whole prompts in one step, as the engine would, and returns the logits of every position.
 
-    gates: what the mixtures of the last step made, by row.
+    gates: those that mixtures made in the last step, by row.
     """
 
     def __init__(self, base: Base, kernels: Kernels, *, num_kv_blocks: int = 256) -> None:
@@ -72,7 +72,7 @@ class Step:
         *,
         last_only: bool = False,
     ) -> list[Tensor]:
-        """Logits [tokens, V] of each row, or of its last token; `around` is entered for the model call alone."""
+        """Return logits [tokens, V] of each row, or of its last token; `around` is entered for the model call alone."""
         slots, scheduled, slots_of = [], [], {}
         stepper = Stepper(self.runner, BLOCK_SIZE)
         self.gates: dict[int, Gates | None] = {}

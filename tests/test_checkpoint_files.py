@@ -1,4 +1,4 @@
-"""A damaged model directory ends in one sentence that names the file, says what it is, and what to do."""
+"""A damaged model directory gives one sentence that names the file, the fault and the remedy."""
 
 import json
 import subprocess
@@ -109,11 +109,11 @@ def test_a_damaged_directory_ends_in_a_sentence(damage: Callable[[Path], object]
     require_sentence(text)
     assert text.startswith("model: ")
     assert said in text
-    assert "; " in text  # what to do
+    assert "; " in text  # the remedy
 
 
 def test_what_is_whole_is_read(tmp_path: Path) -> None:
-    """The negative control, in one file and in shards; a second copy of the weights is neither read nor counted."""
+    """Negative control, in one file and in shards; a second copy of the weights is neither read nor counted."""
     base = tiny.save_base(tmp_path / "base")
     digest = _read(base).digest
     (base / "consolidated.safetensors").write_bytes(b"in another layout")

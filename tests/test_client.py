@@ -1,4 +1,4 @@
-"""Both clients against a real gRPC server: what they send, what they answer, how they fail, when they repeat a call."""
+"""Both clients against a real gRPC server: their requests, results, errors and retries."""
 
 import asyncio
 import inspect
@@ -62,7 +62,7 @@ def peft_directory(tmp_path: Path) -> Path:
 
 
 def in_loop(address: str, use: Callable[[AsyncClient], Any]) -> Any:
-    """What `use` makes of an AsyncClient."""
+    """Return the result of `use` on an AsyncClient."""
 
     async def run() -> Any:
         async with AsyncClient(address, timeout_s=10) as client:
@@ -414,7 +414,7 @@ def test_both_clients_have_the_same_methods() -> None:
 
 
 def test_an_answer_has_a_deadline_only_where_one_is_given() -> None:
-    """An answer that is still coming is not cut; what answers at once has a minute."""
+    """An answer in progress is not cut off; calls that answer at once have a minute."""
     for described in (calls.generate, calls.stream):
         assert described("x").deadline_s(None) is None
         assert described("x").deadline_s(7.0) == 7.0

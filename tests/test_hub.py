@@ -1,4 +1,4 @@
-"""A base by its hub id, from a hub on the loopback interface; each in a process, which reads HF_ENDPOINT once."""
+"""A base by its hub id, from a hub on the loopback interface; each in its own process, as HF_ENDPOINT is read once."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ except ValueError as error:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base in two revisions, each with the files beside it that are none of ours."""
+    """Make a base in two revisions, each with additional files that Weft does not need."""
     found = {}
     for seed, revision in enumerate(("main", "v2")):
         base = tiny.save_base(tmp_path_factory.mktemp("hub") / revision, seed=seed)
@@ -99,17 +99,17 @@ def test_a_hub_that_is_down_is_told_at_once(served: hub.Hub, tmp_path: Path) -> 
     text = _refusal(_NAME, served, tmp_path)
     assert "is not in the hub's cache, and the hub answers 503; give a model directory, or connect" in text
     asked = [path for path in served.asked if "/models/" in path]
-    assert len(asked) == 1  # no minutes of retries
+    assert len(asked) == 1  # to avoid minutes of retries
 
 
 def test_a_hub_that_is_not_there(served: hub.Hub, tmp_path: Path) -> None:
-    gone = hub.Hub({}, endpoint="http://127.0.0.1:9")  # discard: nobody listens
+    gone = hub.Hub({}, endpoint="http://127.0.0.1:9")  # discard: nothing listens there
     assert "and the hub is not reached (" in _refusal(_NAME, gone, tmp_path)
 
 
 def test_a_download_without_room_is_told(served: hub.Hub, tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        (tmp_path / "home").write_text("no directory")  # root may write everywhere else
+        (tmp_path / "home").write_text("no directory")  # root may write to all other places
     else:
         (tmp_path / "home").mkdir(mode=0o500)
     text = _refusal(_NAME, served, tmp_path / "home")

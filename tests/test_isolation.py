@@ -99,7 +99,7 @@ async def _ask(stub: generation_service_pb2_grpc.GenerationServiceStub, ask: _As
 
 
 def _differs(alone: _Answer, together: _Answer) -> bool:
-    """Whether two answers part at a token that was not a tie; after a tie they may go their own ways."""
+    """Return whether two answers diverge at a token that was not a tie; after a tie they may differ."""
     for one, other, margin in zip(alone.tokens, together.tokens, alone.margins, strict=True):
         if one != other:
             return margin > _TIE_LOGPROB
@@ -132,7 +132,7 @@ async def test_concurrent_requests_answer_as_alone(quantization: Quantization, t
         asks = _asks(list(adapters))
         alone = {ask: await _ask(stub, ask, "alone") for ask in asks}
         assert len({answer.tokens[:8] for answer in alone.values()}) > _NUM_REQUESTS // 2
-        # Negative control: the comparison sees an answer of the wrong adapter.
+        # Negative control: the comparison detects an answer of the wrong adapter.
         swapped = asks[1]._replace(adapter_id=asks[2].adapter_id)
         assert _differs(alone[asks[1]], await _ask(stub, swapped, "control"))
         for shuffle, salt in enumerate(("first", "second", "alone")):  # the last one may use the prefix cache
@@ -172,12 +172,12 @@ def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, n
         for trial in range(8):
             neighbours = [dice.choice(adapters) for _ in prompts[1:]]
             if trial == 1:
-                neighbours = [mine] * len(neighbours)  # everybody like me: grouping by adapter changes most
+                neighbours = [mine] * len(neighbours)  # all rows like mine: this changes the grouping by adapter most
             rows = [Row(prompts[0], mine), *map(Row, prompts[1:], neighbours)]
             got = step.logits(rows)[0]
             wanted = got if wanted is None else wanted
             assert torch.equal(got, wanted), f"trial {trial}: max {(got - wanted).abs().max()}"
-        # Negative control: the same comparison sees my own adapter change.
+        # Negative control: the same comparison detects a change of the row's own adapter.
         other = step.logits([Row(prompts[0], adapters[1]), *map(Row, prompts[1:])])[0]
         assert not torch.equal(other, wanted)
 

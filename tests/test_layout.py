@@ -18,7 +18,7 @@ PACKAGES = ("server/weft", "training/weft_training", "benchmarks")
 
 
 def sources(root: Path) -> Iterator[str]:
-    """Yield the paths of what people write, below `root`; generated code and hidden directories are left out."""
+    """Yield the paths of hand-written files below `root`; generated code and hidden directories are left out."""
     for tree in TREES:
         for path in sorted((root / tree).rglob("*")):
             relative = path.relative_to(root)
@@ -28,7 +28,7 @@ def sources(root: Path) -> Iterator[str]:
 
 
 def faults_of_size(root: Path, longer: Mapping[str, int]) -> list[str]:
-    """Return what is wrong with the lengths of files, and with the list of those that may be `longer`."""
+    """Return the faults in the lengths of files, and in the list of those that may be `longer`."""
     faults = []
     found = {path: len((root / path).read_bytes().splitlines()) for path in sources(root)}
     for path, lines in found.items():
@@ -43,7 +43,7 @@ def faults_of_size(root: Path, longer: Mapping[str, int]) -> list[str]:
 
 
 def packages(root: Path) -> set[str]:
-    """Return the package directories as the code map names them: below server/weft by what follows, others whole."""
+    """Return the package directories as the code map names them: relative to server/weft, or else to the root."""
     found = {
         path.parent.relative_to(root).as_posix() for top in PACKAGES for path in root.glob(f"{top}/**/__init__.py")
     }
@@ -51,7 +51,7 @@ def packages(root: Path) -> set[str]:
 
 
 def named(architecture: str) -> set[str]:
-    """Return what the second column of the code map names in code."""
+    """Return the names in code of the code map's second column."""
     _, _, text = architecture.partition("\n## Code map\n")
     rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|", text.partition("\n## ")[0], re.MULTILINE)
     return {name for cell in rows for name in re.findall(r"`([^`]+)`", cell)}

@@ -1,4 +1,4 @@
-"""What is made once in the user's cache is whole or not there, whatever became of its maker."""
+"""An entry of the user's cache is whole or absent, whatever happened to the process that made it."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_what_a_killed_maker_left_is_swept(tmp_path: Path) -> None:
 
 
 def test_what_a_living_maker_makes_is_left_alone(tmp_path: Path) -> None:
-    """The negative control; the first of two makers of the same wins, and the other takes what it made."""
+    """Negative control; of two makers of one entry the first wins, and the second uses its result."""
     maker = _maker(tmp_path, "lives")
     found = cache.directory(tmp_path, "name", _make)
     assert len(_in_the_making(tmp_path)) == 2

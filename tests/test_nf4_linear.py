@@ -1,4 +1,4 @@
-"""NF4 modules with another product: which ones, when it is asked, and that nothing is held twice but shadows."""
+"""NF4 modules with another product: which modules, when it is called, and that only shadows are held twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ BFLOAT16 = torch.bfloat16
 
 
 class Reference:
-    """The product by its formula, and how often it was asked."""
+    """The product by its formula, and the number of its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -30,7 +30,7 @@ class Reference:
 
 
 def quantized(size_in: int = 128, size_out: int = 96, *, bias: bool = True, **options: Any) -> Any:
-    """A module as transformers loads it, but that it is not repacked: that is for CPUs."""
+    """Return a module as transformers loads it, but not repacked: that is for CPUs."""
     torch.manual_seed(size_in)
     plain = nn.Linear(size_in, size_out, bias=bias, dtype=options.pop("dtype", BFLOAT16))
     options = {"quant_type": "nf4", "compress_statistics": False} | options
@@ -87,7 +87,7 @@ def test_shadows_stay_within_their_budget_and_keep_the_bits() -> None:
     x = torch.randn(70, 128, dtype=BFLOAT16)
     model[2].support_avx512bf16_for_cpu = False
     assert torch.equal(model[0](x), model[2](x))
-    model[0].shadow.zero_()  # and it is the shadow that is read, though not for few rows
+    model[0].shadow.zero_()  # the shadow is read, but not for few rows
     assert torch.equal(model[0](x), modules[0].bias.expand(70, -1))
     assert torch.equal(model[0](x[:5]), model[2](x[:5]))
 

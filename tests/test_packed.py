@@ -1,4 +1,4 @@
-"""Packed linear modules: as near to the formula as torch's, in any number of rows, and nothing else changes."""
+"""Packed linear modules: as close to the formula as torch's, for any number of rows, and nothing else changes."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_only_plain_linear_modules_are_replaced(kind: type[PackedLinear], monkey
     monkeypatch.setattr(gemm, "available", lambda: kind is PackedLinear)
 
     class Own(nn.Linear):
-        """Such as a quantized one, which knows its weight better."""
+        """Such as a quantized one, which has a better product of its own."""
 
     embedding = nn.Embedding(32, 16, dtype=torch.bfloat16)
     inner = nn.Sequential(Own(16, 16), nn.LayerNorm(16))

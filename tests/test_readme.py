@@ -1,4 +1,4 @@
-"""What the README tells people to type does what it says, and what the pages name is there."""
+"""The commands of the README work as described, and the paths that pages name exist."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 DECISIONS = ROOT / "docs" / "adr"
 HEADINGS = ["Context", "Decision", "Alternatives", "Consequences"]
 PACKAGES_BELOW = ("", "server", "server/weft", "training")
-PLACES = {  # what stands in the README for the reader's own
+PLACES = {  # placeholders of the README for the reader's own paths
     "path/to/hf-model": "models/weft-demo",
     "path/to/peft-dir": "adapters_store/demo/reverse-lora",
     "path/to/other-peft-dir": "adapters_store/demo/upper-ia3",
@@ -45,7 +45,7 @@ def typed(line: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The server that the README starts."""
+    """Start the server of the README."""
     serve = block("Serve your own", holds="weft serve").splitlines()[0]
     store = str(tmp_path_factory.mktemp("store"))
     command = typed(serve, "--port", "0", "--metrics-port", "0", "--store", store, "--device", "cpu")
@@ -87,7 +87,7 @@ def test_the_call_from_anything_that_speaks_grpc(served: Served) -> None:
 def test_training_with_defaults_then_serving_with_defaults(
     served: Served, tmp_path: Path, by_recipe: bool, trained_on: str
 ) -> None:
-    """The recipe holds the base unquantized and the server in NF4: it serves, and says so."""
+    """The recipe holds the base unquantized, the server in NF4: the adapter is served, and the difference reported."""
     name = f"trained-{'by-recipe' if by_recipe else 'by-flags'}"
     (tmp_path / "rows.jsonl").write_text('{"prompt": "abc = ", "completion": "cba"}\n{"text": "a fox."}\n')
     output = str(tmp_path / "my-adapter")
@@ -115,9 +115,9 @@ def test_training(tmp_path: Path) -> None:
 
 
 def named_and_absent(page: Path) -> list[str]:
-    """Return the paths that a page names in code or links to, and that are not there.
+    """Return the paths that a page names in code or links to, and that do not exist.
 
-    Code may leave out what stands before the package: `engine/engine.py` is below server/weft.
+    Code may leave out the directories before the package: `engine/engine.py` is below server/weft.
     """
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`((?:\w[\w.-]*/)+[\w.*-]*)`", text))

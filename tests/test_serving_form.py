@@ -1,4 +1,4 @@
-"""A base in its serving form gives the logits that it gave as it was loaded, whatever adapters its rows have."""
+"""A base in its serving form gives the same logits as when it was loaded, whatever adapters its rows have."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_logits_are_those_of_the_base_as_loaded(architecture: str, kernels: str,
     taken = REFERENCE if kernels == "reference" else select(held.device, held.dtype)
     serving_form.take(held, taken)
     rows = _rows(loaded.shape, scaled=scaled)
-    if architecture == "gemma2":  # its sublayers end in a norm: no place for a bottleneck
+    if architecture == "gemma2":  # its sublayers end in a norm, so a bottleneck has no place
         rows = [row for row in rows if row.adapter is None or row.adapter.method.name != "bottleneck"]
     wanted = Step(loaded, REFERENCE).logits(rows)
     for given, logits in zip(Step(held, taken).logits(rows), wanted, strict=True):
@@ -113,7 +113,7 @@ def test_weights_are_read_as_before_and_held_once(quantization: Quantization, tm
     assert len(grouped) == 5 * held.shape.num_layers
     whole = PackedLinear if quantization is Quantization.NONE else Linear4bit
     assert all(isinstance(module.group.whole, whole) for module in grouped)
-    Step(held, REFERENCE).logits([Row([5])])  # bitsandbytes lays a weight out anew at its first use
+    Step(held, REFERENCE).logits([Row([5])])  # bitsandbytes lays a weight out again at its first use
     for name, site in held.shape.sites.items():
         if site.kind is not SiteKind.LINEAR:
             continue

@@ -1,4 +1,4 @@
-"""Where a base may come from, and one sentence for everything that is none."""
+"""Sources of a base, and one sentence for every other argument."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "x.gguf").write_bytes(b"no model")
     with pytest.raises(ValueError, match=r"x.gguf cannot be read by transformers .*; serve the model's safetensors"):
         source.resolve(tmp_path / "x.gguf")
-    assert [path.name for path in (tmp_path / "cache/weft/gguf").iterdir()] == [".lock"]  # nothing half made is left
+    assert [path.name for path in (tmp_path / "cache/weft/gguf").iterdir()] == [".lock"]  # nothing half-made is left
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_a_hub_id_is_found_in_the_cache_and_nothing_is_asked_of_the_network(base
     "module", ["weft.methods.bnb", "weft.api.serve", *(f"weft_training.{name}" for name in _IMPORT_TRAINERS)]
 )
 def test_bitsandbytes_fetches_no_code(module: str, tmp_path: Path) -> None:
-    """With a package `kernels` installed that would be asked for code: it is not, and is there again afterwards."""
+    """An installed package `kernels` would be asked for code: it is not called, and it is restored afterwards."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    print('fetched', flush=True)\n")
     code = f"import {module}, kernels; print(kernels.__file__)"
     said = _import(code, tmp_path)
@@ -120,7 +120,7 @@ def test_bitsandbytes_fetches_no_code(module: str, tmp_path: Path) -> None:
 
 
 def test_bitsandbytes_alone_would_fetch(tmp_path: Path) -> None:
-    """The negative control."""
+    """Negative control."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    print('fetched', flush=True)\n")
     said = _import("import bitsandbytes.backends.cpu.ops as ops; print(ops.has_avx512bf16())", tmp_path)
     if said.split()[-1] in ("False", "0"):
@@ -143,7 +143,7 @@ def _import(code: str, packages: Path) -> str:
 
 @pytest.mark.parametrize("typed", ["./models/typo", "models/typo/", "../models/typo", "~/typo", "/models/typo"])
 def test_what_is_typed_as_a_path_is_no_hub_id(typed: str) -> None:
-    """Or a typo would be asked of the network, and downloaded if somebody had such a model."""
+    """Otherwise a typo would be looked up in the network, and downloaded if such a model existed."""
     path = typed_path(typed)
     assert path.is_absolute()
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -1,4 +1,4 @@
-"""What a step costs in calls, not in seconds: nothing in it grows with the number of adapters, rows or tokens.
+"""The cost of a step in calls, not in seconds: it does not grow with the number of adapters, rows or tokens.
 
 Counted around one model call (tests/calls.py).
 """
@@ -68,7 +68,7 @@ def _calls(step: Step, adapters: list[Adapter | None], *, num_tokens: int = 1) -
     return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
 
 
-# What a step of the tiny Llama asks of kernels and products, whatever its rows have. A change here is one of speed.
+# Calls of kernels and products in a step of the tiny Llama, whatever its rows have. A change here changes the speed.
 PER_LAYER = {
     "deltas.py:post": 7,
     "deltas.py:pre": 0,
@@ -120,7 +120,7 @@ def test_calls_do_not_grow_with_adapters(base: loader.Base) -> None:
 
 
 def test_what_a_step_copies_and_allocates_does_not_grow(base: loader.Base) -> None:
-    """64 rows over 1, 16 and 64 adapters: as many operations, copies and bytes; a copy of weights would show."""
+    """64 rows over 1, 16 and 64 adapters: equally many operations, copies and bytes; a copy of weights would show."""
     step = Step(base, select(base.device, base.dtype))
     loras = [tiny.random_lora(base.shape, rank=8, seed=seed) for seed in range(64)]
 
@@ -144,7 +144,7 @@ def test_what_a_step_copies_and_allocates_does_not_grow(base: loader.Base) -> No
 
 def test_calls_of_mixed_methods_do_not_grow(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
-    _calls(step, _mixed(base, 10))  # the hooks of those who read the residual stream are put in once
+    _calls(step, _mixed(base, 10))  # hooks for the residual stream are installed once
     assert _calls(step, _mixed(base, 60)) == _calls(step, _mixed(base, 10))
 
 
@@ -153,7 +153,7 @@ def test_calls_do_not_grow_with_parts(base: loader.Base) -> None:
     step = _step(base, select(base.device, base.dtype))
     mixed = [adapter for adapter in _mixed(base, 60) if adapter is not None and not adapter.num_virtual_tokens]
     plain = [Row([5]), *(Row([5], one) for one in mixed[:8])]
-    step.logits(plain)  # the hooks of those who read the residual stream are put in once
+    step.logits(plain)  # hooks for the residual stream are installed once
 
     def composed(num_parts: int) -> _Calls:
         rows = [Row([5], adapters=[(one, 0.5) for one in mixed[i : i + num_parts]]) for i in range(4)]
@@ -192,7 +192,7 @@ def test_calls_do_not_grow_with_token_ranges(base: loader.Base) -> None:
 
 
 def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
-    """Neither with rows, experts, top_k nor the number of mixtures; one call per layer makes the gates."""
+    """Nor with rows, experts, top_k or the number of mixtures; one call per layer makes the gates."""
     step = _step(base, select(base.device, base.dtype))
 
     def mixed(num_mixtures: int, num_experts: int, num_tokens: int = 1, methods: Sequence[str] = DELTAS) -> _Calls:
@@ -204,7 +204,7 @@ def test_calls_do_not_grow_with_mixtures(base: loader.Base) -> None:
         step.logits([*plain, *(one._replace(tokens=[5] * num_tokens).row for one in listed)])
         return step.runner.calls  # pyright: ignore[reportAttributeAccessIssue]  # set by _step
 
-    mixed(2, 2)  # hooks are put in once
+    mixed(2, 2)  # hooks are installed once
     few = mixed(1, 2)
     assert mixed(8, 2) == few
     assert mixed(2, 12) == few
@@ -252,7 +252,7 @@ def test_a_step_allocates_no_copy_of_adapter_weights(base: loader.Base) -> None:
 
 
 def test_rows_pay_for_what_they_have_not_for_what_is_resident(base: loader.Base) -> None:
-    """Adapters that nobody asks for stand at every site; a step of an IA³ asks kernels where that acts alone."""
+    """Unused adapters act at every site; a step with an IA³ calls kernels only at the sites of the IA³."""
     step = _step(base, select(base.device, base.dtype))
     for seed in range(3):
         resident = packed_adapter.build(tiny.random_lora(base.shape, rank=2, seed=seed), base.shape, dtype=base.dtype)

@@ -47,7 +47,7 @@ while num_threads() > within - 3 and time.monotonic() < deadline:
 print(within, num_threads())
 """
         within, after = _run(how)
-        assert within - after == 3  # the thread itself, and two beside it; another pool of torch's stays, asleep
+        assert within - after == 3  # the thread itself and two more; another pool of torch remains asleep
 
     def test_a_thread_that_stays_would_keep_its_team(self) -> None:
         within, after = _run("compute_with(3)\nwithin = work()\ntime.sleep(0.5)\nprint(within, num_threads())")

@@ -56,13 +56,13 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def save_base(directory: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
-    """A checkpoint directory with a tokenizer of one token per ASCII character."""
+    """Make a checkpoint directory with a tokenizer of one token per ASCII character."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]()).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                parameter.normal_(0, 0.2)  # zero biases would hide what a method does to them
+                parameter.normal_(0, 0.2)  # zero biases would hide a method's effect on them
     model.save_pretrained(directory)
     save_tokenizer(directory, VOCAB_SIZE)
     return directory
@@ -80,7 +80,7 @@ def save_tokenizer(directory: Path, vocab_size: int) -> None:
 def random_lora(
     base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] | None = None, lora_bias: bool = False
 ) -> Adapter:
-    """A LoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
+    """Return a LoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
     generator = torch.Generator().manual_seed(seed)
     suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
     config = lora.math.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes, lora_bias=lora_bias)
@@ -97,7 +97,7 @@ def random_lora(
 
 
 def random_dora(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] | None = None) -> Adapter:
-    """A DoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
+    """Return a DoRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
     generator = torch.Generator().manual_seed(seed)
     suffixes = tuple(sorted({site.suffix for site in base.of_kind(SiteKind.LINEAR)}))
     config = dora.math.DoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets or suffixes)
@@ -113,7 +113,7 @@ def random_dora(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ..
 
 
 def random_vera(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ...] = ()) -> Adapter:
-    """A VeRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
+    """Return a VeRA with a visible effect at every linear site, or at the sites whose suffix is in `targets`."""
     generator = torch.Generator().manual_seed(seed)
     config = vera.math.VeraConfig(rank=rank, target_modules=targets)
     begun = vera.math.begin(config, base, generator)
@@ -130,7 +130,7 @@ def random_vera(base: BaseShape, *, rank: int, seed: int, targets: tuple[str, ..
 def random_bitfit(
     base: BaseShape, *, seed: int, kinds: tuple[SiteKind, ...] = (SiteKind.LINEAR, SiteKind.NORM)
 ) -> Adapter:
-    """Biases with a visible effect at every site of some kinds."""
+    """Return biases with a visible effect at every site of some kinds."""
     generator = torch.Generator().manual_seed(seed)
     chosen = base.of_kind(*kinds)
     config = bitfit.math.BitfitConfig(target_modules=tuple(sorted({site.suffix for site in chosen})))
@@ -151,7 +151,7 @@ _IA3_TARGETS = {
 
 
 def random_ia3(base: BaseShape, *, seed: int) -> Adapter:
-    """An IA³ on keys, values and the feed-forward input."""
+    """Return an IA³ on keys, values and the feed-forward input."""
     generator = torch.Generator().manual_seed(seed)
     suffixes = {site.suffix for site in base.of_kind(SiteKind.LINEAR)}
     targets = next(targets for key, targets in _IA3_TARGETS.items() if key in suffixes)
@@ -167,28 +167,28 @@ def random_ia3(base: BaseShape, *, seed: int) -> Adapter:
 
 
 def random_prefix(base: BaseShape, *, length: int, seed: int) -> Adapter:
-    """A prefix of `length` virtual positions."""
+    """Return a prefix of `length` virtual positions."""
     config = prefix.math.PrefixConfig(num_virtual_tokens=length, init_std=1.0)
     params = prefix.math.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=prefix.METHOD, config=config, sites={}, prefix=params)
 
 
 def random_prompt(base: BaseShape, *, length: int, seed: int) -> Adapter:
-    """A prompt of `length` rows."""
+    """Return a prompt of `length` rows."""
     config = prompt.math.PromptConfig(num_virtual_tokens=length)
     params = prompt.math.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=prompt.METHOD, config=config, sites={}, prefix=params)
 
 
 def random_ptuning(base: BaseShape, *, length: int, seed: int) -> Adapter:
-    """What an encoder of P-tuning could have made, `length` rows of it."""
+    """Return `length` rows as an encoder of P-tuning could have made them."""
     config = ptuning.math.PtuningConfig(num_virtual_tokens=length)
     params = ptuning.math.init(config, base, torch.Generator().manual_seed(seed))
     return Adapter(method=ptuning.METHOD, config=config, sites={}, prefix=params)
 
 
 def random_bottleneck(base: BaseShape, config: bottleneck.math.BottleneckConfig, *, seed: int) -> Adapter:
-    """A bottleneck adapter with a visible effect wherever its config places one."""
+    """Return a bottleneck adapter with a visible effect wherever its config places one."""
     generator = torch.Generator().manual_seed(seed)
     sites = {}
     for site in bottleneck.math.places(config, base.sites.values()):

@@ -1,4 +1,4 @@
-"""Bodies of tests that a CPU and a GPU run alike: what is served, in the form in which it is, equals what it has to.
+"""Bodies of tests that run on CPUs and GPUs alike: steps in the serving form equal the reference.
 
 tests/kernels/test_cpu_capture.py runs them with the kernels for CPUs, tests/gpu with those for CUDA and graphs.
 """
@@ -24,7 +24,7 @@ from weft.model import loader, paged_attention, serving_form
 
 
 class Held(NamedTuple):
-    """How a base is held, and how far logits may be off for its rounding: ‖got - wanted‖ over ‖wanted‖.
+    """The form of a base, and the error of logits that its rounding allows: ‖got - wanted‖ over ‖wanted‖.
 
     apart: the same between kernels and the reference, which round in other places.
     """
@@ -44,7 +44,7 @@ NAMES = ("float32", "bfloat16", "nf4", "int8")
 
 
 def served(directory: Path, held: Held, device: str, architecture: str = "llama") -> loader.Base:
-    """A tiny base as a server has it."""
+    """Return a tiny base as a server holds it."""
     paged_attention.register()
     path = tiny.save_base(directory / "base", architecture)
     config = ModelConfig(path=path, quantization=held.quantization, dtype=held.dtype, device=device)
@@ -54,22 +54,22 @@ def served(directory: Path, held: Held, device: str, architecture: str = "llama"
 
 
 def blends(base: BaseShape, *, all_kept: bool) -> list[Blend]:
-    """Mixtures of both levels, with bounds and without.
+    """Return mixtures of both levels, with bounds and without.
 
-    all_kept: none leaves an expert out, since rounding might decide which.
+    all_kept: no mixture leaves an expert out, since rounding might decide which.
     """
     listed = mixtures(base, seed=2, all_kept=all_kept)[1:5]
     return [Blend(one.experts, one.mixture, one.bounds) for one in listed]
 
 
 def check_groups(base: loader.Base) -> None:
-    """Queries, keys and values are one product, gates and what they gate another; int8 modules stay alone."""
+    """Check that queries, keys and values are one product, gate and up projections another; int8 stays apart."""
     found = [module for module in base.model.modules() if isinstance(module, LinearGroup)]
     assert len(found) == (0 if base.quantization is Quantization.INT8 else 2 * base.shape.num_layers)
 
 
 def check_captured(base: loader.Base, kernels: Kernels, held: Held, requests: Sequence[Taken], *, steps: int) -> None:
-    """Captured steps give the logits, and mixtures the gates, of plain ones, and there is one capture."""
+    """Check that one capture is made, and that its steps give the logits and mixtures' gates of plain ones."""
     plain, captured = Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=128)
     for decoding in (plain, captured):
         decoding.start(requests)
@@ -85,18 +85,18 @@ def check_captured(base: loader.Base, kernels: Kernels, held: Held, requests: Se
 
 
 def check_captured_mix(base: loader.Base, kernels: Kernels, held: Held, *, steps: int = 20) -> None:
-    """Of adapters of every method and of mixtures, over the edge of a block."""
+    """Check adapters of every method and mixtures, across the edge of a block."""
     taken = [*mixed(base.shape, 13, seed=1), *blends(base.shape, all_kept=held is not FLOAT32)]
     check_captured(base, kernels, held, taken, steps=steps)
 
 
 def check_captured_many(base: loader.Base, kernels: Kernels, held: Held) -> None:
-    """Of more rows than the products for few rows take."""
+    """Check more rows than the products for few rows take."""
     check_captured(base, kernels, held, [*mixed(base.shape, 9, seed=3), *([] for _ in range(62))], steps=3)
 
 
 def check_kernels(base: loader.Base, kernels: Kernels, held: Held) -> None:
-    """Whole prompts of compositions and mixtures give the reference's logits; without adapters they would be others."""
+    """Check that whole prompts of compositions and mixtures give the reference's logits, not those without adapters."""
     listed = rows(mixes(base.shape, seed=3, count=6))
     listed += [one.row for one in mixtures(base.shape, seed=2, all_kept=held is not FLOAT32)[1:4]]
     got, wanted = (Step(base, chosen).logits(listed) for chosen in (kernels, REFERENCE))

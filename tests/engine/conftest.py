@@ -1,4 +1,4 @@
-"""Nothing here computes enough to share: a second thread only waits for the first."""
+"""One thread: nothing here computes enough to divide, so a second thread would only wait for the first."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Requests that decode step by step through a runner, without an engine: every token that is fed is the test's."""
+"""Requests that decode step by step through a runner, without an engine: the test chooses every token that is fed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,14 +33,14 @@ BLOCK_SIZE = 16
 
 
 class Part(NamedTuple):
-    """An adapter of a request, and how much of it."""
+    """An adapter of a request, and its weight."""
 
     adapter: Adapter
     gate: float
 
 
 class Blend(NamedTuple):
-    """What a request of a mixture takes: the experts in its order, the router, and what the request wants of gates."""
+    """The mixture of a request: the experts in its order, the router, and the request's steering."""
 
     experts: Sequence[Adapter]
     mixture: Mixture
@@ -69,7 +69,7 @@ class Decoding:
         self._slots: dict[Request, tuple[AdapterSlot, ...]] = {}
 
     def start(self, requests: Sequence[Taken]) -> None:
-        """Place everybody's adapters and compute everybody's prompt, in one step; prompts have different lengths."""
+        """Place all adapters and compute all prompts, in one step; prompts have different lengths."""
         for index, taken in enumerate(requests):
             parts = [Part(expert, 1.0) for expert in taken.experts] if isinstance(taken, Blend) else taken
             made, virtual_blocks = {}, []
@@ -106,14 +106,14 @@ class Decoding:
         self._compute(self.requests)
 
     def step(self, chosen: Sequence[int] | None = None) -> Tensor:
-        """Feed the next token to all requests, or to those `chosen`; their logits [B, V], which stay."""
+        """Feed the next token to all requests, or to those `chosen`; return their logits [B, V], which stay valid."""
         requests = self.requests if chosen is None else [self.requests[index] for index in chosen]
         for request in requests:
             request.output.append(2 + (11 * request.num_tokens + int(request.request_id)) % 90)
         return self._compute(requests)
 
     def end(self) -> list[Gates | None]:
-        """All requests leave, with their adapters; what mixtures made of their tokens."""
+        """Remove all requests with their adapters; return the gates of mixtures on their tokens."""
         gates = [self._stepper.mixtures.end(request) for request in self.requests]
         for request in self.requests:
             self.blocks.release(request)
@@ -124,11 +124,11 @@ class Decoding:
         return gates
 
     def pool_keys(self) -> Sequence[Tensor]:
-        """The keys of the pool, layer by layer."""
+        """Return the keys of the pool, layer by layer."""
         return self.runner._cache.keys
 
     def built(self, requests: Sequence[Request]) -> Step:
-        """The step that computes everything of the requests that is not computed yet."""
+        """Return the step that computes all tokens of the requests that are not computed yet."""
         return self._stepper.build(self._scheduled(requests), self._slots)
 
     def _scheduled(self, requests: Sequence[Request]) -> list[Scheduled]:

@@ -1,10 +1,10 @@
-"""An engine without a model: a fake at the narrow waist that notices every wrong token, adapter and KV slot.
+"""An engine without a model: a fake in place of `Runner.forward` that detects every wrong token, adapter and KV slot.
 
 Each adapter is a *watermark*: a number that fills its weights or its virtual keys. The fake reads it back from the slot
-memory and from its KV cells, so that what counts is what was really placed, never a name. The next token is drawn from
-a digest of (virtual positions, every token so far with the watermarks and gates that acted on it); the digest of the
-tokens already computed is read from the KV cells. A wrong adapter, a stale block or a lost row therefore gives other
-tokens than `expected_tokens`, and is noticed in `forward` at once where a cell does not continue the one before it.
+memory and from its KV cells, so the result depends on the memory that was really written, never on a name. The next
+token is drawn from a hash of (virtual positions, every token so far with the watermarks and gates that acted on it).
+The hash of the tokens already computed is read from the KV cells. A wrong adapter, a stale block or a lost row
+therefore gives other tokens than `expected_tokens`; `forward` detects a cell that does not continue the one before it.
 """
 
 import math
@@ -69,7 +69,7 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4)
 
 
 class FakeAdapter(NamedTuple):
-    """Content of an adapter: `units` · 64 bytes of weights, or `num_virtual` positions: soft rows or a prefix."""
+    """The content of an adapter: `units` · 64 bytes of weights, or `num_virtual` positions: soft rows or a prefix."""
 
     watermark: int
     units: int = 1
@@ -97,7 +97,7 @@ class FakeAdapter(NamedTuple):
 
 
 class FakeMixture(NamedTuple):
-    """Content of a mixture: a router over some adapters, `units` · 64 bytes of it."""
+    """The content of a mixture: a router over some adapters, of `units` · 64 bytes."""
 
     watermark: int
     experts: tuple[FakeAdapter, ...]
@@ -117,16 +117,16 @@ class FakeMixture(NamedTuple):
 
 
 Spans = tuple[tuple[int, float], ...]  # (watermark, log-gate) of each span of a request
-Deltas = tuple[tuple[int, float], ...]  # (watermark, gate) of what acts on a token
+Deltas = tuple[tuple[int, float], ...]  # (watermark, gate) of every adapter that acts on a token
 
 
 def spans_of(uses: Iterable[AdapterUse]) -> Spans:
-    """A request's virtual positions."""
+    """Return a request's virtual positions."""
     return tuple((int(use.digest, 16), float32(math.log(use.gate))) for use in uses if use.num_virtual_tokens)
 
 
 def deltas_at(uses: Iterable[AdapterUse], index: int) -> Deltas:
-    """What acts on the real token `index`."""
+    """Return the adapters that act on the real token `index`."""
     return tuple(
         (int(use.digest, 16), use.gate)
         for use in uses
@@ -135,31 +135,31 @@ def deltas_at(uses: Iterable[AdapterUse], index: int) -> Deltas:
 
 
 def float32(number: float) -> float:
-    """As the batch holds it."""
+    """Return the number as the batch holds it."""
     return struct.unpack("f", struct.pack("f", number))[0]
 
 
 @cache
 def start(spans: Spans) -> bytes:
-    """The digest before the first token."""
+    """Return the hash before the first token."""
     return blake2b(repr(spans).encode(), digest_size=8).digest()
 
 
 @cache
 def advance(digest: bytes, token: int, deltas: Deltas) -> bytes:
-    """The digest after one more token."""
+    """Return the hash after one more token."""
     return blake2b(digest + token.to_bytes(8, "little") + repr(deltas).encode(), digest_size=8).digest()
 
 
 @cache
 def logits_after(digest: bytes) -> Tensor:
-    """Logits [V] of the token that follows."""
+    """Return the logits [V] of the token that follows."""
     noise = blake2b(digest, digest_size=2 * VOCAB_SIZE).digest()
     return torch.frombuffer(bytearray(noise), dtype=torch.uint16).to(torch.float32) / 8192
 
 
 def expected_tokens(request: Request) -> list[int]:
-    """What `request` must answer, computed alone and without an engine."""
+    """Return the tokens that `request` must get, computed alone and without an engine."""
     shadow = Request(request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, params=request.params)
     params, digest = request.params, start(spans_of(request.adapters))
     for index, token in enumerate(request.prompt_token_ids):
@@ -179,7 +179,7 @@ def expected_tokens(request: Request) -> list[int]:
 
 
 class TokenCell(NamedTuple):
-    """A real token in a KV slot: which one, what acted on it, and the digest of everything up to it."""
+    """A real token in a KV slot: the token, the adapters that acted on it, and the hash of everything up to it."""
 
     token: int
     deltas: Deltas
@@ -194,11 +194,11 @@ class VirtualCell(NamedTuple):
 
 
 class FakeRunner:
-    """A runner whose logits tell what they were computed from.
+    """A runner whose logits reveal their inputs.
 
-    fail: called with every batch; what it raises is the fault of that step. fail_virtual: the same for the soft rows of
-    an adapter, after some of their cells were written. poison: tokens after which logits are not
-    finite, and with them the KV that the step wrote for that request. violations: what no test may ever find.
+    fail: called with every batch; an error that it raises is the fault of that step. fail_virtual: the same for the
+    soft rows of an adapter, after some of their cells were written. poison: tokens after which logits are not finite,
+    nor is the KV that the step wrote for that request. violations: faults that no test may ever find.
     """
 
     def __init__(self, *, block_size: int, capacity_bytes: int = 1 << 20) -> None:
@@ -244,7 +244,7 @@ class FakeRunner:
         return logits
 
     def _gates(self, step: Step) -> None:
-        """Every gate tells whose it is: 1000 · layer + 10 · position + expert."""
+        """Write gates that reveal their place: 1000 · layer + 10 · position + expert."""
         routing = step.routing
         if routing is None or routing.trace is None:
             return
@@ -256,7 +256,7 @@ class FakeRunner:
                     trace[run.traced_at : run.traced_at + gates.numel()] = (1000 * layer + gates).flatten()
 
     def _digests(self, step: Step) -> list[bytes]:
-        """The digest at every row, with the row's KV cell written."""
+        """Return the hash at every row, after writing the row's KV cell."""
         digests: list[bytes] = []
         starts, read_by, written_by = step.paging.query_start.tolist(), {}, {}
         for b, num_real in enumerate(step.paging.context_lens.tolist()):
@@ -326,7 +326,7 @@ class FakeRunner:
 
 
 class FakeLoader:
-    """A loader that the test answers. asked: what was not answered yet, oldest first. came: counts the requests."""
+    """A loader whose loads the test completes. asked: the open requests, oldest first. came: counts the requests."""
 
     def __init__(self) -> None:
         self.came = Semaphore(0)
@@ -339,13 +339,13 @@ class FakeLoader:
         return packed
 
     def take(self, digest: AdapterDigest) -> Future[PackedAdapter]:
-        """The oldest request for an adapter, which is now answered."""
+        """Return the oldest open request for an adapter, and close it."""
         index = [asked for asked, _ in self.asked].index(digest)
         return self.asked.pop(index)[1]
 
 
 class Harness:
-    """An engine whose thread is the test: the clock moves by hand, and the test answers the loads."""
+    """An engine that runs on the test's thread: the test moves the clock and completes the loads."""
 
     def __init__(
         self,
@@ -391,7 +391,7 @@ class Harness:
 
     @property
     def loads(self) -> list[AdapterDigest]:
-        """What the engine asked for and has no answer to, oldest first."""
+        """Loads that the engine requested and that are open, oldest first."""
         return [digest for digest, _ in self.loader.asked]
 
     def _take(self, events: Sequence[EngineEvent]) -> None:
@@ -423,7 +423,7 @@ class Harness:
         reads_prompt: bool = False,
         gate_detail: GateDetail = GateDetail.NONE,
     ) -> Request:
-        """Send a request in; it takes effect in the next turn. ranges: where its deltas act.
+        """Submit a request; it takes effect in the next `run_once`. ranges: tokens on which its deltas act.
 
         A mixture brings its experts.
         """
@@ -451,7 +451,7 @@ class Harness:
         return request
 
     def answer_load(self, digest: AdapterDigest, error: WeftError | None = None) -> None:
-        """Let the oldest load of `digest` come back."""
+        """Complete the oldest load of `digest`."""
         packed = self.loader.take(digest)
         if error is None:
             packed.set_result(self._contents[digest].packed())
@@ -459,17 +459,17 @@ class Harness:
             packed.set_exception(error)
 
     def know(self, adapter: FakeAdapter) -> None:
-        """Make loads of an adapter possible that no request has named."""
+        """Allow loads of an adapter that no request has named."""
         self._contents[adapter.digest] = adapter
 
     def turn(self, count: int = 1) -> None:
-        """Let the engine go on, checking its books after each turn."""
+        """Run the engine, checking its books after each `run_once`."""
         for _ in range(count):
             self.engine.run_once()
             self.check()
 
     def run(self, *, answer_loads: bool = True, max_turns: int = 2000) -> None:
-        """Let the engine go on until nothing is left to do."""
+        """Run the engine until nothing is left to do."""
         for _ in range(max_turns):
             while answer_loads and self.loads:
                 self.answer_load(self.loads[0])
@@ -483,23 +483,23 @@ class Harness:
         return [request_id for request_id in self.requests if self.finish(request_id) is None]
 
     def finish(self, request: Request | RequestId) -> Finish | None:
-        """The request's end, once it has come."""
+        """Return the request's terminal event, once it has come."""
         request_id = request.request_id if isinstance(request, Request) else request
         told = self.events.get(request_id)
         return told[-1].finish if told else None
 
     def tokens(self, request: Request) -> list[int]:
-        """What the request has answered so far."""
+        """Return the request's tokens so far."""
         return [token.token_id for event in self.events.get(request.request_id, ()) for token in event.tokens]
 
     def reason(self, request: Request) -> str | None:
-        """Why the request ended: the error's reason where there is one."""
+        """Return why the request ended: the error's reason if there is one."""
         finish = self.finish(request)
         assert finish is not None, f"request {request.request_id} has not ended"
         return finish.reason.value if finish.error is None else finish.error.reason
 
     def assert_answers(self, *requests: Request) -> None:
-        """Complete requests answer exactly what they must; the others, a beginning of it."""
+        """Check that complete requests got exactly the expected tokens, and the others a beginning of them."""
         for request in requests or self.requests.values():
             wanted, got = expected_tokens(request), self.tokens(request)
             finish = self.finish(request)
@@ -510,7 +510,7 @@ class Harness:
                 assert got == wanted[: len(got)], (request.request_id, got, wanted)
 
     def check(self) -> None:
-        """The engine's books: every reference has its holder, every holder its reference."""
+        """Check the engine's books: every reference has its holder, every holder its reference."""
         assert not self.runner.violations, self.runner.violations
         engine, residency = self.engine, self.engine.residency
         blocks, scheduler = engine.blocks, engine.scheduler
@@ -540,7 +540,7 @@ class Harness:
 
 
 class Threaded(Harness):
-    """The same engine with its own thread; loads are answered by the test."""
+    """The same engine with its own thread; the test completes the loads."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
@@ -554,7 +554,7 @@ class Threaded(Harness):
             self.told.notify_all()
 
     def wait(self, *requests: Request, timeout_s: float = 20.0) -> None:
-        """Until these requests have ended; a hang is a failure."""
+        """Wait until these requests have ended; a hang is a failure."""
         with self.told:
             done = self.told.wait_for(lambda: all(map(self.finish, requests)), timeout_s)
         assert done, [request.request_id for request in requests if not self.finish(request)]

@@ -30,7 +30,7 @@ def request(
     block_size: int,
     first_block: int,
 ) -> Request:
-    """A request with its own blocks, in falling order so that no order is right by accident."""
+    """Return a request with its own blocks, in falling order so that no order is right by accident."""
     made = Request(
         request_id=RequestId(str(name)),
         prompt_token_ids=tuple(100 * name + index for index in range(num_prompt)),
@@ -48,7 +48,7 @@ def request(
 
 @st.composite
 def ranges(draw: Any) -> Ranges:
-    """None, which is everywhere, or some that may begin, end and lie where no token is."""
+    """Draw None, which is everywhere, or ranges that may begin, end and lie beyond the tokens."""
     edges = sorted(draw(st.sets(st.integers(0, 20), min_size=0, max_size=6)))
     edges += [OPEN] * (len(edges) % 2)
     return token_ranges.normal(map(TokenRange, edges[::2], edges[1::2]))
@@ -145,7 +145,7 @@ def test_every_row_is_what_a_loop_over_tokens_says(
 def test_some_rows_alone_keep_their_entries(
     drawn: tuple[list[Scheduled], dict[Request, tuple[AdapterSlot, ...]], int], data: st.DataObject
 ) -> None:
-    """What the output head is told of the sample rows; here of any rows."""
+    """The output head gets the entries of its sample rows; any rows are drawn here."""
     batch = batches.build(*drawn)
     if batch.entries is None:
         return
@@ -214,7 +214,7 @@ def test_each_adapters_virtual_positions_begin_a_block() -> None:
 
 @pytest.mark.parametrize("gate", [0.0, -0.5, float("nan")])
 def test_a_gate_without_a_logarithm_is_refused(gate: float) -> None:
-    """A part of weight 0 is no part of a request."""
+    """A part of weight 0 takes no part in a request."""
     with pytest.raises(AssertionError):
         Request(
             request_id=RequestId("r"),

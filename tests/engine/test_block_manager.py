@@ -1,4 +1,4 @@
-"""Blocks: keys that never collide, references that add up, a cache that forgets the oldest first."""
+"""Blocks: keys that never collide, references that add up, a cache that evicts the oldest first."""
 
 import itertools
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def request(prompt: Sequence[int], *, root: bytes = b"root", digests: Sequence[s
 
 
 def compute(blocks: BlockManager, request: Request) -> int:
-    """Match, grow and commit a whole prompt, as its steps would; gives the number of cached tokens."""
+    """Match, grow and commit a whole prompt, as its steps would; return the number of cached tokens."""
     cached = blocks.match(request)
     assert blocks.grow(request, request.num_tokens)
     request.num_computed_tokens = request.num_tokens
@@ -77,7 +77,7 @@ def test_parts_are_framed(one: tuple, other: tuple) -> None:
 
 
 def test_virtual_positions_need_no_place_in_the_key() -> None:
-    """They are part of the digest's content; the count beside it says nothing new."""
+    """They are part of the digest's content; the count beside it adds nothing."""
     one, other = AdapterUse(AdapterDigest("g"), 1.0, 0), AdapterUse(AdapterDigest("g"), 1.0, 7)
     assert cache_root("", "", [one]) == cache_root("", "", [other])
 
@@ -92,7 +92,7 @@ def test_different_blocks_have_different_keys(one: tuple, other: tuple) -> None:
 
 
 def test_a_key_tells_what_acts_on_its_tokens() -> None:
-    """Who, how much and where within the block: each of them alone makes another key."""
+    """Adapter, gate and place within the block: a change of any one of them makes another key."""
     parent, tokens, a = b"p" * 32, [1, 2, 3, 4], AdapterUse(AdapterDigest("a"), 1.0, 0, (TokenRange(1, 3),))
     acting = [
         (),
@@ -112,7 +112,7 @@ def test_a_key_tells_what_acts_on_its_tokens() -> None:
 
 
 def _ranged(prompt: Sequence[int], *uses: tuple[str, Sequence[tuple[int, int]]]) -> Request:
-    """The adapters by digest, each with where it acts."""
+    """Return a request of the adapters by digest, each with its ranges."""
     adapters = tuple(
         AdapterUse(AdapterDigest(digest), 1.0, 0, tuple(TokenRange(*one) for one in ranges)) for digest, ranges in uses
     )
@@ -128,7 +128,7 @@ def _ranged(prompt: Sequence[int], *uses: tuple[str, Sequence[tuple[int, int]]])
 @pytest.mark.parametrize(
     ("first", "second", "num_shared"),
     [
-        ([], [("a", [(9, OPEN)])], 8),  # the base's blocks before the first token that is another
+        ([], [("a", [(9, OPEN)])], 8),  # the base's blocks before the first token that differs
         ([], [("a", [(8, OPEN)])], 8),
         ([], [("a", [(7, OPEN)])], 4),
         ([("a", [(9, OPEN)])], [], 8),  # and the other way round
@@ -138,7 +138,7 @@ def _ranged(prompt: Sequence[int], *uses: tuple[str, Sequence[tuple[int, int]]])
         ([("a", [(0, OPEN)])], [("b", [(0, OPEN)])], 0),
         ([("a", [(2, 6)])], [("a", [(2, 6), (17, 18)])], 16),
         ([("a", [(2, 6)])], [], 0),
-        ([("a", [(5, 6)])], [], 4),  # what follows a range depends on it, though nothing acts there
+        ([("a", [(5, 6)])], [], 4),  # tokens after a range depend on it, though nothing acts on them
         ([("a", ()), ("b", [(9, OPEN)])], [("a", ())], 8),  # without b it is a's own request
         ([("a", ()), ("b", [(9, OPEN)])], [], 0),
         ([("a", [(9, OPEN)])], [("a", ())], 0),

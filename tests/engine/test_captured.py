@@ -1,4 +1,4 @@
-"""Decode steps that are padded, put into buffers that stay and computed from there give what plain steps give."""
+"""Decode steps that are padded, copied into permanent buffers and computed from there equal plain steps."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ from weft.model import loader, paged_attention
 
 
 class Capturer:
-    """Stands in for CUDA graphs where there are none: a replay calls the function again, into the same result.
+    """A substitute for CUDA graphs on machines without them: a replay calls the function again, into the same result.
 
-    The kernels for CPUs and Triton's interpreter read tensors on the host, as nothing does on a device.
+    The kernels for CPUs and Triton's interpreter read tensors on the host, which never happens on a device.
     """
 
     needs_proof = False
@@ -44,7 +44,7 @@ class Capturer:
 
 
 class Forgetful(Capturer):
-    """A replay that gives what was captured, whatever the inputs are by now."""
+    """A replay that returns the captured result, whatever the inputs are by now."""
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         result = function()
@@ -75,7 +75,7 @@ def _adapters(base: BaseShape) -> list[Adapter]:
 
 
 def mixed(base: BaseShape, count: int, seed: int) -> list[list[Part]]:
-    """The parts of `count` requests: none, one, or several of any method, and prefixes with a gate."""
+    """Draw the parts of `count` requests: none, one, or several of any method, and prefixes with a gate."""
     dice, adapters = random.Random(seed), _adapters(base)
     requests = [[], *([Part(adapter, 1.0)] for adapter in adapters), [Part(adapters[4], 0.5), Part(adapters[5], 1.0)]]
     while len(requests) < count:
@@ -127,7 +127,7 @@ def test_requests_that_come_and_go_share_the_captures_of_their_sizes(base: loade
 
 
 def test_adapters_that_change_what_is_launched_make_a_new_recording(base: loader.Base) -> None:
-    """And one that changes only what the slots hold does not."""
+    """A change of only the contents of slots does not."""
     capture = Capturer()
     plain, captured = _decodings(base, capture)
     for made, adapter in enumerate(
@@ -218,7 +218,7 @@ def test_the_sizes_of_steps() -> None:
 
 
 def test_padding_touches_no_block_of_a_request(base: loader.Base) -> None:
-    """Three padding rows write three scratch places; everything else is as a plain step leaves it."""
+    """Three padding rows write three scratch places; everything else is the same as after a plain step."""
     plain, captured = _decodings(base, Capturer())
     num_blocks = len(plain.pool_keys()[0])
     for mine in captured.pool_keys():
@@ -236,7 +236,7 @@ def test_padding_touches_no_block_of_a_request(base: loader.Base) -> None:
 
 
 def _decisions(slots: SlotTable) -> tuple[Sequence[object], ...]:
-    """What drivers branch on."""
+    """Return the facts that drivers branch on."""
     does_anything = [n > 0 for n in slots.num_entries]
     adds, scales = (reduce(or_, of.values(), 0) for of in (slots.outputs_at, slots.inputs_at))
     return does_anything, [adds, scales], [slots.num_residual_readers > 0]

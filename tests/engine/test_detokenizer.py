@@ -12,7 +12,7 @@ from weft.engine.detokenizer import Detokenizer, Piece
 
 
 def byte_level() -> Tokenizer:
-    """One token per byte, as GPT-2, Llama 3 and Qwen write bytes."""
+    """Return a tokenizer of one token per byte, as GPT-2, Llama 3 and Qwen write bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -22,7 +22,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """Words with ▁ for a space, and bytes for the rest, as Llama 2, Mistral and Gemma."""
+    """Return a tokenizer with ▁ for a space and bytes for unknown text, as in Llama 2, Mistral and Gemma."""
     words = ["▁", "a", "b", "▁a", "▁b", "ab", "é", "▁▁"]
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {word: 256 + index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
@@ -45,7 +45,7 @@ def fallback_ids(words: Sequence[str]) -> list[int]:
 
 
 def pieces(detokenizer: Detokenizer, tokens: Sequence[int]) -> list[Piece]:
-    """Pieces up to the one with a stop, or with what is flushed at the end."""
+    """Return the pieces up to the one with a stop, or with the flushed rest at the end."""
     given = []
     for token in tokens:
         given.append(detokenizer.add([token]))
@@ -108,7 +108,7 @@ def test_so_are_those_of_a_byte_fallback_tokenizer_for_real_text(written: str) -
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, FALLBACK.get_vocab_size() - 1), max_size=16))
 def test_bytes_that_are_no_text_fail_nowhere(tokens: list[int]) -> None:
-    """A byte-fallback decoder reads a run of bytes anew with every byte; tokenizers' DecodeStream raises on this."""
+    """A byte-fallback decoder reads a run of bytes again with every byte; tokenizers' DecodeStream raises on this."""
     given = pieces(Detokenizer(FALLBACK, ()), tokens)
     assert len(text(given)) <= 4 * len(tokens)
 
@@ -118,7 +118,7 @@ def test_a_continuation_keeps_the_space_before_its_first_word() -> None:
     whole = FALLBACK.decode([*prompt, *answer])
     assert whole == "a b ab"
     assert text(pieces(Detokenizer(FALLBACK, (), continued=prompt), answer)) == " ab"
-    assert text(pieces(Detokenizer(FALLBACK, ()), answer)) == "ab"  # a turn of a conversation begins a text
+    assert text(pieces(Detokenizer(FALLBACK, ()), answer)) == "ab"  # a message of a conversation begins a text
 
 
 @settings(max_examples=200, deadline=None)
@@ -254,7 +254,7 @@ _cuts = st.lists(st.integers(1, 5), max_size=20)
 def test_tokens_that_come_together_make_the_text_of_tokens_that_come_alone(
     stops: list[str], answer: str, cuts: list[int], min_new_tokens: int
 ) -> None:
-    """The same text by the end of every part, the same stop, and the same number of tokens till then."""
+    """The text after every part, the stop, and the number of tokens up to it are the same."""
     tokens = ids(answer)
     alone = Detokenizer(BYTES, stops, min_new_tokens=min_new_tokens)
     together = Detokenizer(BYTES, stops, min_new_tokens=min_new_tokens)

@@ -1,4 +1,4 @@
-"""The engine over a fake runner: every request ends once, faults stay where they belong, and room comes back."""
+"""The engine over a fake runner: every request ends once, faults stay contained, and room is freed."""
 
 import logging
 import queue
@@ -40,7 +40,7 @@ def cancel(h: Harness, request: Request) -> None:
 
 
 def failing(error: Exception, *, at: int) -> Callable[[Step], None]:
-    """Raise at the so-many-th forward from now."""
+    """Return a function that raises at the nth forward from now."""
     left = iter(range(at, -1, -1))
 
     def fail(step: Step) -> None:
@@ -167,7 +167,7 @@ def test_kv_of_the_same_tokens_is_not_shared_across_digests_gates_or_salts() -> 
 
 
 def test_kv_same_id_new_digest_equals_cold() -> None:
-    """What one id's old content left behind answers nothing for its new content: tokens and log-probabilities."""
+    """Nothing that an id's old content left behind affects its new content: tokens and log-probabilities."""
     warm, cold = harness(), harness()
     params = long(6, logprobs=2)
     warm.submit(range(16), ONE, params=params)
@@ -224,7 +224,7 @@ def test_a_tiny_pool_gives_the_tokens_of_a_large_one(caching: bool) -> None:
 
 
 def test_cancel_at_every_step_index() -> None:
-    """Waiting, in its prompt, generating, in its last step: its blocks are free after the next turn."""
+    """Waiting, in its prompt, generating, in its last step: its blocks are free after the next `run_once`."""
     for index in range(12):
         h = harness(max_num_batched_tokens=4, max_num_seqs=2)
         request = h.submit(range(13), ONE, PREFIX, params=long(6))
@@ -327,7 +327,7 @@ def quiet() -> Iterator[None]:
 
 
 def until_down(h: Harness) -> tuple[Request, Future[int]]:
-    """Let the engine go on until it goes down, as its thread would; then a request and a call come late."""
+    """Run the engine until it goes down, as its thread would; then a request and a call come late."""
     for _ in range(20):
         h.engine.run_once()
         if h.num_down:
@@ -456,7 +456,7 @@ def test_a_load_that_fails_ends_those_who_wait_for_it() -> None:
 
 
 def test_adapters_that_never_fit_together_end_their_request_only() -> None:
-    """And before that they do not drive each other, or those of others, out for ever."""
+    """Before that, they do not evict each other, or other requests' adapters, for ever."""
     h = harness(capacity_bytes=2 * UNIT_BYTES)
     impossible = h.submit([1], ONE, BIG, params=long(3))
     others = [h.submit([2], TWO), h.submit([3], BIG), h.submit([4], ONE, TWO), h.submit([5])]
@@ -756,7 +756,7 @@ def test_the_fake_sees_what_it_should_see() -> None:
     with pytest.raises(AssertionError):
         h.runner.forward(batch._replace(positions=batch.positions + 1))
     assert len(h.runner.violations) == 3
-    # What acts on a row, and what acted on a cell, are seen in the answer: the batch does not say what should have.
+    # The answer depends on the adapters that acted on a row or cell, not on those that the batch names.
     assert not right.equal(h.runner.forward(batch._replace(entries=None)))
     last = request.blocks[1] * 4 + 1
     h.runner.cells[last] = h.runner.cells[last]._replace(  # type: ignore[union-attr]
@@ -771,7 +771,7 @@ def test_the_fake_sees_what_it_should_see() -> None:
 
 
 def events_of(h: Harness, request: Request) -> list[int]:
-    """How many tokens each event of a request brought."""
+    """Return how many tokens each event of a request had."""
     return [len(event.tokens) for event in h.events.get(request.request_id, ())]
 
 
@@ -813,7 +813,7 @@ def test_what_waits_to_go_out_comes_with_the_end_of_a_request_that_fails() -> No
 
 
 def test_nothing_waits_while_the_engine_sleeps() -> None:
-    """A request that lost its place to others would not be told of its last tokens until it runs again."""
+    """Otherwise a preempted request would not receive its last tokens until it runs again."""
     h = harness(stream_interval_s=1e6)
     request = h.submit([1, 2], params=long(50))
     h.turn(3)
@@ -828,7 +828,7 @@ def test_nothing_waits_while_the_engine_sleeps() -> None:
 
 
 class Arriving(queue.SimpleQueue[Any]):
-    """An inbox to which something comes whenever the engine waits at it for a while."""
+    """An inbox that gets a message whenever the engine waits at it for a while."""
 
     def __init__(self, come: Callable[[], object]) -> None:
         super().__init__()
@@ -868,7 +868,7 @@ def test_who_comes_later_does_not_keep_the_first_waiting() -> None:
 
 
 def test_nobody_is_waited_for_while_a_load_is() -> None:
-    """It might come before its request has asked, and would be asked for again."""
+    """It might come before its request has started, and would be requested again."""
     h = harness()
     inbox = h.inbox._messages = Arriving(lambda: h.submit([9], params=long(1)))
     request = h.submit([1], ONE, params=long(2))

@@ -28,7 +28,7 @@ def _kernels(name: str, base: loader.Base) -> Kernels:
 
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_rows_that_sample_get_their_own_adapter(kernels: str, base: loader.Base) -> None:
-    """Rows of unequal length, some without an adapter, some whose adapter leaves the head alone."""
+    """Requests of unequal length, some without an adapter, some with an adapter that leaves the head alone."""
     step = Step(base, _kernels(kernels, base))
     adapters = [
         tiny.random_lora(base.shape, rank=3, seed=1, targets=("lm_head",)),
@@ -43,7 +43,7 @@ def test_rows_that_sample_get_their_own_adapter(kernels: str, base: loader.Base)
     for row, got in zip(rows, last, strict=True):
         (alone,) = step.logits([row])
         torch.testing.assert_close(got[0], alone[-1], atol=1e-4, rtol=0)
-    # Negative control: entries counted as if every row sampled would give another row's adapter.
+    # Negative control: entries counted as if every row were a sample row would give another row's adapter.
     (other,) = step.logits([rows[0]._replace(adapter=adapters[2])])
     assert (last[0][0] - other[-1]).abs().max() > 1e-2
 
@@ -51,7 +51,7 @@ def test_rows_that_sample_get_their_own_adapter(kernels: str, base: loader.Base)
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 @pytest.mark.parametrize("num_new", [0, 1])
 def test_a_step_in_which_no_adapter_row_samples(kernels: str, num_new: int, base: loader.Base) -> None:
-    """A chunk of a prompt with a head adapter, alone or beside a request of the base that does sample."""
+    """A chunk of a prompt with a head adapter, alone or beside a request of the base that samples."""
     step = Step(base, _kernels(kernels, base))
     slot = step.runner.slots.put(
         packed_adapter.build(

@@ -1,4 +1,4 @@
-"""Requests of mixtures in the engine: held together, seen once per token, and gone with nothing left of them."""
+"""Requests of mixtures in the engine: leased as a whole, counted once per token, and removed without a trace."""
 
 import math
 
@@ -22,7 +22,7 @@ def gates_of(h: Harness, request: Request) -> Gates:
 
 
 def expected(first: int, last: int) -> list[list[list[float]]]:
-    """What the fake's router makes of tokens first : last."""
+    """Return the gates of the fake's router for the tokens first : last."""
     return [[[1000.0 * layer + 10 * t + e for e in range(3)] for layer in range(2)] for t in range(first, last)]
 
 
@@ -37,7 +37,7 @@ def test_a_request_of_a_mixture_answers_and_leaves_nothing() -> None:
     assert len(h.engine._stepper.mixtures) == 0
     (batch, *_) = h.runner.steps
     assert batch.routing is not None
-    # Experts stand in the order of their digests, three for each of three rows.
+    # Experts are in the order of their digests, three for each of three rows.
     assert batch.routing.experts.tolist() == [0, 1, 2] * 3
     assert batch.routing.trace is None
 
@@ -125,7 +125,7 @@ def test_what_the_router_reads_and_the_wishes_are_made_once() -> None:
 
 
 def test_all_of_a_mixture_comes_or_nothing_of_it() -> None:
-    """Room for four units: the mixture and its experts are exactly that, and wait until all of it is free."""
+    """There is room for four units: the mixture and its experts need exactly that, and wait until all of it is free."""
     h = Harness(capacity_bytes=4 * UNIT_BYTES)
     holder = h.submit([1], FakeAdapter(40), params=LONG)
     h.turn()

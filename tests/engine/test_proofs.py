@@ -1,7 +1,7 @@
-"""A capture that needs proof is asked only after steps were seen to read nothing on the host; and room is made for it.
+"""A capture that needs proof begins only after steps that read nothing on the host, and room is made for it.
 
-Real models compute on a CPU, whose kernels read entries of adapters on the host: here steps are the base's alone.
-tests/kernels/test_cuda_driver.py has those with adapters, with the kernels for CUDA.
+The real models here compute on a CPU, whose kernels read entries of adapters on the host, so steps are of the base
+alone. tests/kernels/test_cuda_driver.py covers steps with adapters, with the kernels for CUDA.
 """
 
 import logging
@@ -30,7 +30,7 @@ from weft.model import loader, paged_attention, serving_form
 
 
 class Proven(Capturer):
-    """A capture that a read on the host would harm, as it does CUDA graphs."""
+    """A capture that a read on the host would break, as in CUDA graphs."""
 
     needs_proof = True
 
@@ -149,7 +149,7 @@ def test_quantized_bases_are_captured(
 def test_int8_that_looks_for_outliers_is_not(
     tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """bitsandbytes asks on the host, inside an operation of its own, whether there are any: the loader forbids it."""
+    """bitsandbytes checks for outliers on the host, inside an operation of its own; the loader switches that off."""
     base = _load(tmp_path_factory, Quantization.INT8, "llama")
     products: list[Any] = [module for module in base.model.modules() if isinstance(module, Linear8bitLt)]
     products[-1].state.threshold = 6.0
@@ -183,7 +183,7 @@ def test_one_proof_serves_all_widths_of_block_tables(base: loader.Base, monkeypa
 
 
 class Room(Capturer):
-    """A device with room for so many captures, which raises `error` where another is one too many."""
+    """A device with room for a number of captures, which raises `error` at one too many."""
 
     def __init__(self, size: int, error: Exception) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_what_is_captured_is_replayed_while_others_wait_for_room(base: loader.Ba
 
 
 def test_memory_that_the_first_call_lacks_is_made_too(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dry run is the first that takes memory."""
+    """The dry run is the first to take memory."""
     capture = Proven()
     plain, captured = _decodings(base, capture)
     for decoding in (plain, captured):

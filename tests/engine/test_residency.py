@@ -1,4 +1,4 @@
-"""Who is on the device and who has to go: bytes, holds, pins, and loads that come late."""
+"""Which adapters are on the device and which are evicted: bytes, holds, pins, and late loads."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -34,25 +34,25 @@ def fault() -> None:
 
 
 class Device:
-    """A residency with room for so many units and blocks, and what it asks for."""
+    """A residency with room for a number of units and blocks, and its requests for loads."""
 
     def __init__(self, *, units: int = 2, num_blocks: int = 8) -> None:
         self.runner = FakeRunner(block_size=4, capacity_bytes=units * UNIT_BYTES)
         self.blocks = BlockManager(num_blocks, 4)
-        self.told: frozenset[AdapterDigest] = frozenset()  # residents, by what was published
+        self.told: frozenset[AdapterDigest] = frozenset()  # resident adapters, as published
         self.metrics = Metrics()
         self.residency = Residency(self.runner, self.blocks, Observer(self.metrics), Outbox(self._published, 0.0))
         self._asked: list[AdapterDigest] = []
 
     @property
     def asked(self) -> list[AdapterDigest]:
-        """What is to be loaded and was not answered yet."""
+        """Open loads."""
         self._asked += self.residency.take_wanted()
         return self._asked
 
     @property
     def evictions(self) -> float:
-        """Adapters that made room for others."""
+        """Adapters evicted for others."""
         (family,) = self.metrics.adapter_evictions.collect()
         return sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
 
@@ -76,7 +76,7 @@ class Device:
             self.residency.arrived(digest, ALL[digest].packed())
 
     def bring(self, *adapters: FakeAdapter) -> Request:
-        """A request that is admitted, with whatever loads that takes."""
+        """Return an admitted request, after completing the loads that it needs."""
         request = self.request(*adapters)
         if not self.residency.admit(request):
             self.answer()
@@ -381,7 +381,7 @@ def test_kv_pressure_takes_idle_virtual_positions_only() -> None:
 
 
 def test_an_adapter_evicted_while_it_was_on_its_way_does_not_come_back() -> None:
-    """Unregistered in the meantime: nothing would ever take it off the device again."""
+    """If it was unregistered in the meantime, nothing would ever remove it from the device."""
     device = Device()
     request = device.request(A)
     device.residency.admit(request)

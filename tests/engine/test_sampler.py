@@ -34,7 +34,7 @@ def sampled(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
 
 
 def reference(logits: Sequence[float], params: SamplingParams) -> np.ndarray:
-    """The distribution that a row is drawn from: temperature, top-k, top-p of what is left, min-p. [V], float64."""
+    """Return the distribution that a row is drawn from: temperature, top-k, top-p of the rest, min-p. [V], float64."""
     scaled = np.asarray(logits, dtype=np.float64) / params.temperature
     full = np.exp(scaled - scaled.max())
     full /= full.sum()
@@ -71,7 +71,7 @@ def test_greedy_and_drawing_rows_share_a_batch() -> None:
 
 
 class _Scripted:
-    """Stands in for a request's random numbers."""
+    """A substitute for a request's random numbers."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -81,7 +81,7 @@ class _Scripted:
 
 
 def on_an_edge(logits: Sequence[float], params: SamplingParams) -> bool:
-    """Whether a filter cuts so close to a token that float32 may stand on either side."""
+    """Return whether a filter cuts so close to a token that float32 may fall on either side."""
     kept = [
         reference(logits, replace(params, top_p=params.top_p * factor, min_p=params.min_p * factor)) > 0
         for factor in (1 - 1e-5, 1, 1 + 1e-5)
@@ -153,7 +153,7 @@ def test_the_ends_of_the_unit_interval_give_kept_tokens(uniform: float) -> None:
 
 
 def test_top_p_one_keeps_the_whole_tail_of_a_large_vocabulary() -> None:
-    """In float32 the sum reaches 1 before the end, and what comes after would be cut."""
+    """In float32 the sum reaches 1 before the end, and the tokens after it would be cut."""
     logits = torch.full((1, 100_000), -25.0)
     logits[0, 0] = 0.0
     one = request(top_p=1.0)

@@ -1,4 +1,4 @@
-"""Which requests run, as tables of events: no model, no sampler, no torch."""
+"""The choice of requests that run, as tables of events: no model, no sampler, no torch."""
 
 import subprocess
 import sys
@@ -39,14 +39,14 @@ class Table:
         return request.request_id in self.absent
 
     def add(self, name: str, prompt: int | Sequence[int]) -> Request:
-        """A prompt of so many tokens that no other prompt begins with, or of these."""
+        """Add a request with this prompt, or one of so many tokens that no other prompt begins with."""
         tokens = [crc32(name.encode()), *range(prompt - 1)] if isinstance(prompt, int) else prompt
         request = Request(request_id=RequestId(name), prompt_token_ids=tuple(tokens), params=SamplingParams())
         self.scheduler.add(request)
         return request
 
     def step(self) -> dict[str, int]:
-        """One step: {request: number of tokens}, in the order of its rows."""
+        """Run one step; return {request: number of tokens}, in the order of its rows."""
         step = self.scheduler.schedule()
         sampling = [request for request, _ in (s for s in step if s.samples)]
         self.scheduler.advance(step)
@@ -70,7 +70,7 @@ class Table:
 
 
 def test_the_scheduler_side_knows_no_torch() -> None:
-    """Held up by name: whoever imports these alone gets no tensor library."""
+    """Importing these modules alone imports no tensor library."""
     source = "import sys, weft.engine.{0}; assert 'torch' not in sys.modules"
     for name in ("request", "block_manager", "scheduler"):
         subprocess.run([sys.executable, "-c", source.format(name)], check=True)
@@ -168,7 +168,7 @@ def test_a_loading_request_at_the_head_starves_nobody_and_is_asked_in_every_step
 
 
 def test_a_request_that_finds_no_room_holds_back_those_behind_it() -> None:
-    """Else a stream of small requests would keep a large one out for ever."""
+    """Otherwise a stream of small requests would keep a large one out for ever."""
     table = Table(num_blocks=4, budget=100)
     small = table.add("small", 4)
     table.step()
@@ -225,7 +225,7 @@ def test_the_preempted_are_first_in_line_in_their_old_order() -> None:
 
 
 def test_a_request_alone_that_outgrows_the_pool_waits() -> None:
-    """It is the engine that ends it: see test_engine.py."""
+    """The engine ends it: see test_engine.py."""
     table = Table(num_blocks=2, budget=100, caching=False)
     table.add("a", 8)
     table.step()

@@ -1,8 +1,8 @@
-"""Requests and adapters in any order: nothing leaks, nobody is lost, every token comes from the pinned weights.
+"""Requests and adapters in any order: nothing leaks, no request is lost, every token comes from the leased weights.
 
-The machine is the engine's thread, the event loop and the adapter lifecycle at once: it drives the real Engine and the
-real Registry, message by message, over the fake runner of `fakes.py`. The model beside them is a dict: what each id
-holds now, and which adapters each request was given.
+The machine takes the parts of the engine's thread, the event loop and the adapter lifecycle at once: it drives the real
+Engine and the real Registry, message by message, over the fake runner of `fakes.py`. The model beside them is a dict:
+the current content of each id, and the adapters of each request.
 """
 
 import logging
@@ -90,7 +90,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine = self.harness.engine
         self.registry = Registry(wall_clock=lambda: 0.0)
         self.harness.on_finish = self.settle
-        self.adapters: list[FakeAdapter] = []  # every content there ever was
+        self.adapters: list[FakeAdapter] = []  # all contents so far
         self.current: dict[AdapterId, FakeAdapter] = {}
         self.leases: dict[RequestId, list[Version]] = {}
         self.removing: dict[AdapterId, list[Version]] = {}
@@ -102,13 +102,13 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(adapter_id=ids, content=contents)
     def register(self, adapter_id: AdapterId, content: tuple[int, int, bool]) -> None:
-        """New content under a free or a taken id."""
+        """Register new content under a free or a taken id."""
         self.publish(adapter_id, FakeAdapter(len(self.adapters) + 1, *content))
 
     @precondition(lambda self: self.adapters)
     @rule(adapter_id=ids, data=st.data())
     def register_again(self, adapter_id: AdapterId, data: st.DataObject) -> None:
-        """Content that was there before, under this id or another."""
+        """Register content that was there before, under this id or another."""
         self.publish(adapter_id, data.draw(st.sampled_from(self.adapters)))
 
     def publish(self, adapter_id: AdapterId, adapter: FakeAdapter) -> None:
@@ -145,7 +145,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.finish_removals()
 
     def finish_removals(self) -> None:
-        """What `UnregisterAdapter` waits for: when it returns, nothing of the adapter is left."""
+        """Finish removals as `UnregisterAdapter` does: when it returns, nothing of the adapter is left."""
         for adapter_id, versions in list(self.removing.items()):
             if any(version.leases for version in versions):
                 continue
@@ -216,7 +216,7 @@ class EngineMachine(RuleBasedStateMachine):
     def generate_alike(
         self, adapter_id: AdapterId, prompt: list[int], uses: list[tuple[float, Ranges]], turns: int
     ) -> None:
-        """The same prompt, with more or less of the same adapter, in more or fewer of the tokens."""
+        """Submit the same prompt, with other weights of the same adapter, on other tokens."""
         for gate, ranges in uses:
             self.generate_one([adapter_id], None, prompt, GREEDY, gate, float("inf"), "", ranges)
             self.step(turns, loads=True)
@@ -276,7 +276,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        """The caller goes: its blocks are free after the next turn."""
+        """Cancel a request: its blocks are free after the next `run_once`."""
         request_id = data.draw(st.sampled_from(sorted(self.leases)))
         self.engine.end(request_id, FinishReason.CANCELLED, Cancelled("CANCELLED", ""))
         self.turn()
@@ -312,7 +312,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(poison=st.booleans(), name=ids, prompt=prompts)
     def disturb(self, poison: bool, name: AdapterId, prompt: list[int]) -> None:
-        """A step that fails, or one whose logits are not finite; then one of those hit by it tries again."""
+        """Make a step fail, or give logits that are not finite; then one of the failed requests is repeated."""
         self.generate_one([name], None, prompt, GREEDY, 1.0, float("inf"), "")
         runner, before = self.harness.runner, list(self.leases)
         if poison:
@@ -336,7 +336,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(name=ids, prompt=prompts, fails=st.sampled_from([True, True, False]))
     def disturb_placement(self, name: AdapterId, prompt: list[int], fails: bool) -> None:
-        """Soft rows that the base cannot compute when their adapter is placed: those who wait for it end, told why."""
+        """Let the base fail on an adapter's soft rows: the requests that wait for the adapter end with the reason."""
         before, unfit = set(self.leases), len(self.harness.failed)
         self.generate_one([name], None, prompt, GREEDY, 1.0, float("inf"), "")
         if fails:
@@ -373,7 +373,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert version.state is (AdapterState.DRAINING if adapter_id in self.removing else AdapterState.ACTIVE)
 
     def teardown(self) -> None:
-        """Everything ends; then the books are empty and every answer was right."""
+        """Let everything end; then the books must be empty and every answer right."""
         if not hasattr(self, "harness"):
             return
         harness = self.harness
@@ -462,7 +462,7 @@ def _key_without_ranges(patch: pytest.MonkeyPatch) -> None:
 
 
 def _purge_keeps_blocks_behind_a_range(patch: pytest.MonkeyPatch) -> None:
-    """As if a block were made by those alone that act in it."""
+    """Charge a block only to the adapters that act in it, as if no other had shaped it."""
     real = BlockManager.commit
 
     def commit(self: BlockManager, request: Request) -> None:
@@ -481,7 +481,7 @@ def _purge_keeps_blocks_behind_a_range(patch: pytest.MonkeyPatch) -> None:
 
 
 def _ranges_are_not_cut(patch: pytest.MonkeyPatch) -> None:
-    """A run is the whole of a request's rows: what acts on its first row acts on all of them."""
+    """Make one run of all rows of a request: an adapter that acts on the first row acts on all of them."""
     real = token_ranges.runs
 
     def runs(of: Sequence[Ranges], begin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:

@@ -1,8 +1,8 @@
-"""Compiles Triton kernels for an H100 or H200 on a machine that has none; what would be launched is compiled instead.
+"""Compiles Triton kernels for an H100 or H200 on a machine without one; kernels are compiled instead of launched.
 
-`python -m tests.kernels.compile_cuda` prints a line of JSON for each kernel: its name, the shared memory it takes, and
-how many of its loads are of two bytes. Run it with TRITON_INTERPRET=0. The interpreter runs Python; whether a kernel is
-also Triton is seen only here.
+`python -m tests.kernels.compile_cuda` prints a line of JSON for each kernel: its name, its shared memory, and the
+number of its loads of two bytes. Run it with TRITON_INTERPRET=0. The interpreter runs any Python; only this shows
+whether a kernel is also valid Triton.
 """
 
 import json
@@ -24,7 +24,7 @@ from weft.methods.protocol import DeltaKind
 
 
 class Absent:
-    """All that Triton's compiler asks of a driver."""
+    """The part of a driver that Triton's compiler calls."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -37,7 +37,7 @@ class Absent:
 
 
 def compiled(call: Callable[[], object]) -> list[Any]:
-    """The kernels that `call` launches, none of which run."""
+    """Return the kernels that `call` launches, without running them."""
     kernels = []
     run = JITFunction.run
 
@@ -53,7 +53,7 @@ def compiled(call: Callable[[], object]) -> list[Any]:
 
 
 def attention(dtype: torch.dtype, *, lone: int, rows: int, head_size: int, spans: int, softcap: float) -> list[Any]:
-    """Of a step with `lone` requests of one row, and one of `rows` where there are any."""
+    """Return the kernels of a step with `lone` requests of one row, and one of `rows` rows if there are any."""
     counts = [1] * lone + [rows] * bool(rows)
     pool = torch.zeros(64, 16, 2, head_size, dtype=dtype)
     num_rows = sum(counts)
@@ -70,7 +70,7 @@ def attention(dtype: torch.dtype, *, lone: int, rows: int, head_size: int, spans
 
 
 def site_deltas(dtype: torch.dtype, *, num_rows: int, size: int) -> list[Any]:
-    """Of every kind at once, and of a group of three sites."""
+    """Return the kernels of every kind at once, and of a group of three sites."""
     site = deltas.Site(
         table=torch.zeros(1, 4, 4, dtype=torch.int64),
         size_in=size,
@@ -125,7 +125,7 @@ def main() -> None:
         *routers(torch.bfloat16, size=4096, whole=True, num_choices=128),
         *routers(torch.float32, size=4096, whole=False, num_choices=512),
     ]
-    odd = site_deltas(torch.bfloat16, num_rows=7, size=4095)  # whose rows begin anywhere
+    odd = site_deltas(torch.bfloat16, num_rows=7, size=4095)  # with rows that begin anywhere
     for prefix, listed in (("", kernels), ("odd", odd)):
         for kernel in listed:
             name, narrow = prefix + kernel.metadata.name, kernel.asm["ptx"].count("ld.global.b16")

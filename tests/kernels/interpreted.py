@@ -1,10 +1,10 @@
 """Triton kernels on a machine without a GPU: import this before a kernel for CUDA, and make tensors on DEVICE.
 
-tests/conftest.py switches Triton's interpreter on before anything imports Triton. Three things in the interpreter of
-Triton 3.6 are mended here: numbers that bound loops, since numpy 2.4 no longer makes an int of an array of one
-element; bfloat16 made of float32, which it would cut off where a GPU rounds; and products of bfloat16, whose bits it
-would multiply as whole numbers. The products of two bfloat16 are exact
-in float32, so what the kernel computes is what tensor cores add up, but for the order.
+tests/conftest.py switches Triton's interpreter on before anything imports Triton. Three faults in the interpreter of
+Triton 3.6 are repaired here: bounds of loops, since numpy 2.4 no longer converts an array of one element to an int;
+conversions of float32 to bfloat16, which it would truncate although a GPU rounds; and products of bfloat16, whose bits
+it would multiply as integers. The products of two bfloat16 are exact in float32, so a kernel computes the same sums as
+tensor cores, except for their order.
 """
 
 from typing import Any

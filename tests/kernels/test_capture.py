@@ -1,6 +1,6 @@
-"""What CudaGraphs makes of room and of failures, on stand-ins for a device that raise what torch raises.
+"""How CudaGraphs handles lack of room and failures, on fake devices that raise the errors of torch.
 
-Of a capture that fails, `end` is what torch raises when it ends it, after and instead of what went wrong in it.
+`end` is the error that torch raises at the end of a failed capture, after and instead of the error within it.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _INVALIDATED = "CUDA error: operation failed due to a previous error during capt
 
 @dataclass
 class Device:
-    """What happens on it."""
+    """A fake device that raises the given errors. asked: the log of its calls."""
 
     taken_bytes: int = 1 << 20
     free_bytes: int = 1 << 40
@@ -69,7 +69,7 @@ def test_what_fits_is_captured_after_a_first_call(torch_version: str) -> None:
 
 @pytest.mark.parametrize("torch_version", [OLD, NEW])
 def test_no_capture_begins_without_room(torch_version: str) -> None:
-    """And with as much more as steps with prompts need, it does."""
+    """With the additional room that steps with prompts need, it does."""
     tight, wide = (Device(taken_bytes=1 << 30, free_bytes=free) for free in (1 << 30, 2 << 30))
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         _record(tight, torch_version)

@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Of a layer and its calls."""
+    """Sizes and options of a layer and its calls."""
 
     dtype: torch.dtype = FLOAT32
     query_heads: int = 6
@@ -132,7 +132,7 @@ def run(
 
 
 def reference(shape: Shape, requests: Sequence[Request]) -> Tensor:
-    """The textbook in float64."""
+    """Return the textbook's result in float64."""
     outs = []
     for r in requests:
         group = shape.query_heads // shape.kv_heads
@@ -153,7 +153,7 @@ def reference(shape: Shape, requests: Sequence[Request]) -> Tensor:
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
-    """Within float32's rounding of sums like these, and one rounding to the output's dtype."""
+    """Check that results are within float32's rounding of such sums, and one rounding to the output's dtype."""
     rounding = {FLOAT32: 1e-6, BFLOAT16: 2**-8}[got.dtype]
     torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=3e-6)
 
@@ -165,7 +165,7 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 
 @pytest.fixture(autouse=True)
 def num_threads() -> Iterator[Callable[[int], None]]:
-    """One thread, unless a test asks for more: two that share a busy machine wait for each other most of the time."""
+    """Use one thread, unless a test sets more: on a busy machine two threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(7)
@@ -253,7 +253,7 @@ def test_a_gate_of_one_has_the_bits_of_no_gate() -> None:
     for shape in (Shape(), Shape(dtype=BFLOAT16, window=37, softcap=5.0)):
         requests = [*mixed(shape), shape.request(40, 40, 9, 70)]
         assert equal_bits(run(shape, requests), run(shape, requests, says_gates=True))
-        # Nor does a neighbour's gate, which makes the step say them all.
+        # Nor does a neighbour's gate, because of which the step has them all.
         beside = run(shape, [*requests, shape.request(1, 1, 5, gated=True)])
         assert equal_bits(run(shape, requests), beside[:-1])
 
@@ -274,7 +274,7 @@ def test_the_less_a_span_weighs_the_less_it_is_there() -> None:
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("closed", [torch.arange(90), torch.arange(0, 90, 2), torch.tensor([7])])
 def test_a_row_does_not_see_a_span_at_minus_infinity_even_if_it_holds_nan(dtype: torch.dtype, closed: Tensor) -> None:
-    """Rows beside it in the same registers do, and have their own bits."""
+    """Neighbouring rows in the same registers do see it, and keep their own bits."""
     shape = Shape(dtype=dtype)
     request = shape.request(90, 90, 70, 5)
     request.log_gates[:] = torch.tensor([0.5, -0.5])
@@ -294,7 +294,7 @@ def test_a_row_does_not_see_a_span_at_minus_infinity_even_if_it_holds_nan(dtype:
     request.virtual_keys[0][:], request.virtual_values[0][:] = NAN, NAN
     after = run(shape, [request])
     assert equal_bits(after[closed], before[closed])
-    assert after[others].isnan().all()  # and what a row does see is not hidden
+    assert after[others].isnan().all()  # and keys that a row does see are not hidden
 
 
 def test_gates_are_read_by_each_call() -> None:
@@ -375,7 +375,7 @@ def test_chunks_of_a_prompt_have_the_bits_of_the_whole(dtype: torch.dtype, chunk
 
 
 def test_the_bit_detector_detects() -> None:
-    """One unit in the last place of one visible key is seen, by the rows that see the key and no others."""
+    """A change in the last place of one visible key changes the rows that see the key, and no others."""
     shape = Shape()
     request = shape.request(40, 40)
     before = run(shape, [request])
@@ -394,7 +394,7 @@ def test_keys_that_a_row_does_not_see_may_hold_anything() -> None:
         tensor[60:] = NAN
     after = run(shape, [request])
     assert equal_bits(before[:60], after[:60])
-    assert after[60:].isnan().all()  # and what a row does see is not hidden
+    assert after[60:].isnan().all()  # and keys that a row does see are not hidden
     for tensor in (*request.virtual_keys, *request.virtual_values, request.keys, request.values):
         tensor[:] = NAN
     request.keys[81:], request.values[81:] = torch.randn(2, 19, 2, 32)
@@ -405,7 +405,7 @@ def test_keys_that_a_row_does_not_see_may_hold_anything() -> None:
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_heads_may_be_strided(dtype: torch.dtype) -> None:
-    """As the models hand them over: [Hq, T, D] seen as [T, Hq, D]."""
+    """As models pass them: [Hq, T, D] viewed as [T, Hq, D]."""
     key, value = torch.randn(2, 2, 20, 64).to(dtype)[..., 16:48].transpose(1, 2)
     query = torch.randn(6, 20, 64).to(dtype)[..., :32].transpose(0, 1)
     cache = empty_cache(2, 16, 2, 32, dtype=dtype)
@@ -423,7 +423,7 @@ def empty_cache(*shape: int, dtype: torch.dtype = FLOAT32) -> attention.Cache:
 
 
 def packed(**fields: Tensor | None) -> attention.Packed:
-    """Packed paging of these fields, whose rows are stored somewhere else."""
+    """Return packed paging of these fields, for rows that are stored elsewhere."""
     return attention.pack(Paging(torch.empty(0), **fields))  # type: ignore[arg-type]
 
 
@@ -501,7 +501,7 @@ def test_misuse_is_named() -> None:
             call()
     assert not out.any()
     assert not cache.keys.any()
-    unread = -(10**6)  # lies before the window: a number that would not survive being read
+    unread = -(10**6)  # before the window: a number that would cause a crash if it were read
     attend(query[-1:], changed(query_start=[0, 1], block_tables=[[unread, 1]]), out[:1], window=4)
     # Spans of 3 and 16 at 0 .. 2 and 3 .. 18, then 20 tokens, the last at 38: with a window of 23 the second is seen.
     spans = changed(query_start=[0, 1], virtual_lens=[[3, 16]], block_tables=[[unread, 0, 0, 1]])

@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: whole or absent, nobody else's, and of the content that was written."""
+"""The cache of compiled kernels: whole or absent, the user's own, and unchanged since it was written."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 from weft.kernels.cpu import build, library
 
-# A compiler that takes its time, and leaves a half-written file for most of it.
+# A slow compiler, with a half-written file for most of its time.
 _SLOW_COMPILER = """#!/bin/sh
 while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done
 [ -z "$out" ] && echo "#define processor" && exit
@@ -21,7 +21,7 @@ _BUILD = "import sys, pathlib; from weft.kernels.cpu import build; print(build.n
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a compiler whose libraries say `whole`."""
+    """Return an empty cache, with a compiler whose libraries contain `whole`."""
     compiler = tmp_path / "compiler"
     compiler.write_text(_SLOW_COMPILER)
     compiler.chmod(0o755)

@@ -1,4 +1,4 @@
-"""A captured step on the CPU gives, told again, what the model gives: for any base, adapters, and numbers."""
+"""A replay of a captured step on the CPU gives the model's results: for any base, adapters, and numbers."""
 
 import logging
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_captured_steps_give_the_logits_of_plain_ones(tmp_path: Path, architectu
 
 @pytest.mark.parametrize("held", ALL, ids=NAMES)
 def test_what_is_served_is_what_it_should_be(tmp_path: Path, held: Held) -> None:
-    """The bodies of what a GPU is tested for."""
+    """The same test bodies as for a GPU."""
     base = served(tmp_path, held, "cpu")
     kernels = select(base.device, base.dtype)
     check_groups(base)
@@ -76,7 +76,7 @@ def test_steps_are_tried_before_they_are_captured_for_requests(tmp_path: Path, a
 
 
 def test_a_captured_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
-    """Where every product is the kernels': their rows do not depend on the padding."""
+    """If every product is computed by the kernels, rows do not depend on the padding."""
     base = served(tmp_path, BFLOAT16, "cpu")
     if not any(type(module).__name__ == "PackedLinear" for module in base.model.modules()):
         pytest.skip("this processor has no product of bfloat16 pairs")
@@ -88,7 +88,7 @@ def test_a_captured_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
 
 
 def test_steps_are_captured_where_onednn_holds_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor without a product of bfloat16 pairs: tensors in its own layout have no storage to look at."""
+    """As on a processor without a product of bfloat16 pairs: tensors in oneDNN's layout have no accessible storage."""
     monkeypatch.setattr("weft.kernels.cpu.gemm.available", lambda: False)
     base = served(tmp_path, BFLOAT16, "cpu")
     if not any(type(module).__name__ == "OneDnnLinear" for module in base.model.modules()):
@@ -104,7 +104,7 @@ def test_steps_are_captured_where_onednn_holds_the_weights(tmp_path: Path, monke
 
 
 def test_captures_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path) -> None:
-    """They take turns, with other adapters each time, and an uncaptured step between them."""
+    """The captures alternate, with other adapters each time, and an uncaptured step between them."""
     base = served(tmp_path, FLOAT32, "cpu")
     plain, captured = _decodings(base, num_captured_rows=8)
     for decoding in (plain, captured):
@@ -121,7 +121,7 @@ def test_captures_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path)
 def test_a_step_that_does_not_follow_its_inputs_is_found_before_any_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Negative control of the try-out: a replay that gives what was captured."""
+    """Negative control of the trial: a replay that returns the captured result."""
     base = served(tmp_path, FLOAT32, "cpu")
     kernels = replace(select(base.device, base.dtype), capture=Forgetful)
     plain, forgetful = Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=8)
@@ -174,7 +174,7 @@ def test_a_captured_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: P
 
 
 def _again(function: Function, inputs: list[Tensor]) -> None:
-    """Captured once, it follows its inputs."""
+    """Check that a capture follows its inputs."""
     with torch.inference_mode():
         replay = CpuCapture()(function)
         for _ in range(3):
@@ -254,7 +254,7 @@ def test_a_kernel_that_refuses_ends_the_replay_with_its_reason() -> None:
 
 
 def test_constants_stay_while_a_recording_does() -> None:
-    """What a function makes anew and only a kernel's record points at."""
+    """A tensor that a function makes on each call and only a kernel's record points at."""
     with torch.inference_mode():
         x = torch.ones(64)
 
@@ -361,7 +361,7 @@ def test_operations_that_no_kernel_knows_are_left_to_torch(operation: str, args:
 
 
 def test_no_recording_is_made_where_none_is_asked_for() -> None:
-    """Kernels that run outside a capture are not logged, also after one."""
+    """Kernels that run outside a capture are not logged, even after one."""
     noted: list[str] = []
     x, gain = torch.ones(1, 8), torch.ones(8)
     with library.logging_to(lambda kernel, *_: noted.append(kernel)):

@@ -34,7 +34,7 @@ Entries = list[tuple[int, float]]  # (slot, gate) of one row
 
 
 class Adapter(NamedTuple):
-    """One slot at the test's site; `a`, `b` as the table's kind has them."""
+    """One slot at the test's site; `a` and `b` depend on the kind, as in the table."""
 
     kind: DeltaKind
     a: Tensor | None = None
@@ -46,7 +46,7 @@ class Slots(NamedTuple):
     site: deltas.Site
 
     def shuffled(self) -> tuple["Slots", list[int]]:
-        """The same adapters under other numbers, and where each went."""
+        """Return the same adapters under other numbers, and the new number of each."""
         order = torch.randperm(len(self.adapters)).tolist()
         moved = [self.adapters[old] for old in order]
         return slots_of(moved, self.site.weight_dtype), [order.index(old) for old in range(len(order))]
@@ -106,7 +106,7 @@ def mixed_adapters(weight_dtype: torch.dtype) -> list[Adapter]:
 
 
 def residual_of(y: Tensor) -> Tensor:
-    """A residual stream that goes with its row, wherever a test puts that."""
+    """Return a residual stream that moves with its row, wherever a test puts the row."""
     return y.flip(-1)
 
 
@@ -123,7 +123,7 @@ def rows_of(entries: Sequence[Entries]) -> deltas.Packed:
 
 
 def batch_of(popularity: str, size: int, num_slots: int) -> list[Entries]:
-    """Who takes which adapter: punica's axes, and compositions of up to eight."""
+    """Return the entries of each row, along one of punica's axes or as compositions of up to eight."""
     if popularity == "identical":
         return [[(3, 1.0)]] * size
     if popularity == "networks":  # runs of every bottleneck
@@ -144,7 +144,7 @@ def batch_of(popularity: str, size: int, num_slots: int) -> list[Entries]:
 
 
 def reference(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) -> Tensor:
-    """The formula in float64."""
+    """Return the formula's result in float64."""
     out = y.double().clone()
     for t, row in enumerate(entries):
         for slot, gate in row:
@@ -161,7 +161,7 @@ def reference(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) ->
 
 
 def bottleneck_delta(kind: DeltaKind, a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """One row's, in float64."""
+    """Return one row's result in float64."""
     rank, size = len(a) // 2, a.shape[1]
     activation, has_norm, eps = b[:3].tolist()
     down_bias, up_bias, *norm = b.double()[3:].split([rank, size, *([size, size] if has_norm else [])])
@@ -178,7 +178,7 @@ def bottleneck_delta(kind: DeltaKind, a: Tensor, b: Tensor, y: Tensor, r: Tensor
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
-    """Within float32's rounding of sums like these, and one rounding to the output's dtype."""
+    """Check that results are within float32's rounding of such sums, and one rounding to the output's dtype."""
     rounding = {FLOAT32: 1e-6, BFLOAT16: 2**-8}[got.dtype]
     torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=1e-5)
 
@@ -195,7 +195,7 @@ def bits(given: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def num_threads() -> Iterator[Callable[[int], None]]:
-    """One thread, unless a test asks for more: two that share a busy machine wait for each other most of the time."""
+    """Use one thread, unless a test sets more: on a busy machine two threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(7)
@@ -243,7 +243,7 @@ def test_pre_is_the_formula_and_writes_every_row(dtype: torch.dtype) -> None:
 def rows_with_others_in_their_bits(
     post: Callable[[Tensor, Tensor, Sequence[Entries]], Tensor], x: Tensor, y: Tensor, entries: Sequence[Entries]
 ) -> list[int]:
-    """Rows whose bits are not the ones they get alone, in company, in another order, or beside other neighbours."""
+    """Return rows whose bits change in company, in another order, or beside other neighbours."""
     together = post(x, y, entries)
     order = torch.randperm(len(x))
     permuted = torch.empty_like(together)
@@ -291,18 +291,18 @@ def test_threads_share_out_the_parts_of_a_single_block(
     adapters = mixed_adapters(dtype)
     slots = slots_of(adapters, dtype)
     ranks = slots.site.table[:, 1]
-    assert int(ranks.sum()) * SIZE_OUT > 96 << 10  # SERIAL_BELOW: one row of it is work for two
+    assert int(ranks.sum()) * SIZE_OUT > 96 << 10  # SERIAL_BELOW: one such row is work for two threads
     entries = [[(slot, 0.5) for slot in range(len(adapters))]] * size
     x, y = torch.randn(size, SIZE_IN).to(dtype), torch.randn(size, SIZE_OUT).to(dtype)
     one = run(x, y, entries, slots)
-    run(torch.randn_like(x), torch.randn_like(y), entries, slots)  # what is right is not in the scratch from before
+    run(torch.randn_like(x), torch.randn_like(y), entries, slots)  # no right result is left in the scratch
     num_threads(2)
     assert torch.equal(bits(run(x, y, entries, slots)), bits(one))
     assert_near(one, reference(x, y, entries, slots))
 
 
 def test_the_bit_detector_detects() -> None:
-    """A kernel that sums in another order when it has company: numerically right, and found out."""
+    """A kernel that sums in another order beside other rows is numerically right, and is detected."""
     a, b = torch.randn(8, SIZE_IN), torch.randn(8, SIZE_OUT)
     half = SIZE_IN // 2
 
@@ -445,9 +445,9 @@ def openmp_runtimes() -> set[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_the_kernels_share_torchs_threads() -> None:
-    """One OpenMP runtime in the process, and no thread beyond the ones torch has already started for this one.
+    """The process has one OpenMP runtime, and no thread beyond those that torch has already started.
 
-    In a process of its own: others' threads come and go here.
+    In a process of its own, since threads of other tests come and go here.
     """
     script = f"import {__name__} as test; test.use_all_threads()"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Norms and gates in one pass equal the formula in float64, for any shape and stride; rows do not depend on others."""
+"""Norms and gates in one pass equal the formula in float64, for any shape and stride; rows are independent."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ FORMULAS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")
 
 
 def _near(given: Tensor, wanted: Tensor, scale: Tensor) -> None:
-    """`scale`: what rounding errors are relative to."""
+    """Check results against float64; rounding errors are relative to `scale`."""
     assert ((given.double() - wanted).abs() <= TOLERANCES[given.dtype] * scale.abs() + 1e-30).all()
 
 
@@ -41,13 +41,13 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, scale: float, thre
 def test_gate(size: int, activation: str, dtype: torch.dtype, threads: int) -> None:
     torch.manual_seed(0)
     both = (4 * torch.randn(1, 9, 2 * size)).to(dtype)
-    both[0, 0, :size] = torch.linspace(-90, 90, size)  # where exponentials end
+    both[0, 0, :size] = torch.linspace(-90, 90, size)  # the limits of exponentials
     given, up = both.split(size, -1)  # strided, as a group gives them
     before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
     out = elementwise.gate(given, up, activation)
     torch.set_num_threads(before)
     wanted = FORMULAS[activation](given.double()) * up.double()
-    # Of GELU at large negative inputs the formula itself cancels: what is lost is relative to the input.
+    # At large negative inputs GELU's formula itself cancels, so its error is relative to the input.
     _near(out, wanted, wanted if activation == "silu" else given.double() * up.double())
     assert out.is_contiguous()
 

@@ -1,4 +1,4 @@
-"""Our own product of linear modules equals the formula in float64; a row's bits do not depend on what is around it."""
+"""Weft's product of linear modules equals the formula in float64; a row's bits do not depend on its neighbours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _wanted(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The formula in float64, and what each output may be off by: bfloat16's rounding, and float32's of every sum."""
+    """Return the result in float64 and each output's tolerance: bfloat16's rounding, and float32's of every sum."""
     products = x.double().abs() @ weight.double().abs().T
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     return exact, 2**-8 * exact.abs() + 2**-22 * products
@@ -55,7 +55,7 @@ def test_the_formula(size_in: int, size_out: int, has_bias: bool, threads: int) 
 
 
 def test_an_error_of_one_input_is_seen() -> None:
-    """Negative control of the bounds: the last input of the last output left out."""
+    """Negative control of the tolerance: the last input of the last output is left out."""
     torch.manual_seed(0)
     weight, x = torch.randn(65, 769).to(BFLOAT16), torch.randn(5, 769).to(BFLOAT16)
     broken = weight.clone()

@@ -1,4 +1,4 @@
-"""The routing kernel against the mathematics (weft/methods/mixture.py), and what its rows may not depend on."""
+"""The routing kernel against the mathematics (weft/methods/mixture.py), and the independence of its rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def given(
     pooled: Tensor | None = None,
     seed: int = 0,
 ) -> Given:
-    """Before each run stand `plain` rows, which have one entry with a gate of their own."""
+    """Make a batch with `plain` rows before each run, each with one entry and a gate of its own."""
     slots = SlotTable(num_sites=1, capacity_bytes=1 << 24, device=torch.device("cpu"))
     table, experts, counts, kept, traced, row = [], [], [], [], 0, 0
     for index, one in enumerate(mixtures):
@@ -144,7 +144,7 @@ def test_the_comparison_sees_a_router_that_is_off() -> None:
 
 
 def test_what_hardly_anybody_was_given_is_no_infinite_share() -> None:
-    """Where exponents that small are 0 on a device, nobody shares."""
+    """On a device on which such small exponentials are 0, they take no share."""
     weight = torch.tensor([0.0, -92.0, -92.0])[None, :, None].expand(1, 3, HIDDEN) / HIDDEN
     config = MixtureConfig(num_experts=3, top_k=3, shared=True)
     one = Mixture(config, MixtureParams(weight.contiguous()), tuple(Expert(f"{i:064x}") for i in range(3)))

@@ -18,7 +18,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Of a layer and its calls."""
+    """Sizes and options of a layer and its calls."""
 
     dtype: torch.dtype = FLOAT32
     query_heads: int = 3
@@ -32,7 +32,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A request that has `num_queries` of its `num_real` tokens in this step; all of its numbers come of `seed`.
+    """A request with `num_queries` of its `num_real` tokens in this step; all its numbers are drawn from `seed`.
 
     log_gates: by span, one for all rows or one for each; None leaves every fifth row's at -inf.
     """
@@ -62,7 +62,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a layer's attention is called with. `pools` holds what was there before the step."""
+    """Arguments of a layer's attention. `pools` holds the contents from before the step."""
 
     shape: Shape
     paging: Paging
@@ -75,7 +75,7 @@ class Step:
 def step(
     shape: Shape, requests: Sequence[Request], *, gated: bool = True, spare_columns: int = 0, spare_spans: int = 0
 ) -> Step:
-    """A step over a pool with NaN wherever nobody may read: holes, past each request's end, blocks that nobody has."""
+    """Return a step over a pool with NaN in all unreadable places: holes, past each request's end, free blocks."""
     size, num_spans = shape.block_size, max(len(r.spans) for r in requests) + spare_spans
     counts = [sum(-(-length // size) for length in r.lengths) for r in requests]
     place = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(len(requests)))
@@ -124,7 +124,7 @@ def run(given: Step) -> Tensor:
 
 
 def reference(given: Step) -> Tensor:
-    """float32 over the same numbers, whose holes and unseen blocks nothing reads."""
+    """Return the result in float32 from the same numbers, without reading holes and unseen blocks."""
     shape, cache = given.shape, given.pools
     attend = ReferenceAttend([cache.keys[0].float()], [cache.values[0].float()])
     paging = given.paging._replace(block_tables=given.paging.block_tables.clamp(min=0))
@@ -134,7 +134,7 @@ def reference(given: Step) -> Tensor:
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
-    """Within the rounding of float32 sums; below it, of weights and of the output to the dtype."""
+    """Check results within the rounding of float32 sums or, in 16 bits, of weights and the output to the dtype."""
     rtol, atol = {FLOAT32: (1e-5, 1e-5), BFLOAT16: (2**-7, 2**-7), FLOAT16: (2**-10, 2**-10)}[got.dtype]
     torch.testing.assert_close(got.float(), expected, rtol=rtol, atol=atol)
 
@@ -199,7 +199,7 @@ def test_a_gate_of_one_has_the_bits_of_no_gate() -> None:
 @pytest.mark.parametrize("num_queries", [1, 50])
 @pytest.mark.parametrize("poison", [NAN, torch.inf])
 def test_a_row_does_not_see_a_span_at_minus_infinity_whatever_it_holds(num_queries: int, poison: float) -> None:
-    """Rows beside it in the same tile do see it, and are not spared."""
+    """Neighbouring rows in the same tile do see it."""
     closed = torch.arange(num_queries) % 3 != 1
     gates = torch.zeros(num_queries, 2).masked_fill_(closed[:, None] & torch.tensor([True, False]), -torch.inf)
     request = Request(num_real=90, num_queries=num_queries, spans=(70, 5), log_gates=gates)
@@ -214,7 +214,7 @@ def test_a_row_does_not_see_a_span_at_minus_infinity_whatever_it_holds(num_queri
 
 
 def test_splits_are_joined_in_order_and_change_little() -> None:
-    """Whatever a split holds: nothing, all, or what a window or the gates leave of it."""
+    """For any content of a split: nothing, all, or the part that a window or the gates leave."""
     for shape in (Shape(), Shape(window=150)):
         given = step(shape, decoding(3, 140)[1:])
         run(given)  # stores
@@ -241,7 +241,7 @@ def planned(given: Step) -> attention_plan.Plan:
 
 
 def test_splits_follow_from_shapes() -> None:
-    """A lone request gets small ones, a large batch large ones, and programs stay bounded."""
+    """A lone request gets small ones, a large batch large ones, and the number of programs is bounded."""
     assert attention_plan.split_of(8, 16) == 128
     assert attention_plan.split_of(8, 8192) == 128
     assert attention_plan.split_of(256, 8192) == 256
@@ -251,7 +251,7 @@ def test_splits_follow_from_shapes() -> None:
 
 @pytest.mark.parametrize("num_rows", [0, 3, 40, 400])
 def test_every_row_of_a_request_is_in_one_tile(num_rows: int) -> None:
-    """Also where nobody has rows past a point, as in a graph whose batch is not full."""
+    """Even if no request has rows past a point, as in a graph whose batch is not full."""
     starts = {0: [0, 0, 0], 3: [0, 1, 1, 3], 40: [0, 1, 38, 38, 39, 40], 400: [0, 1, 2, 150, 152, 400]}[num_rows]
     query_start = torch.tensor(starts, dtype=torch.int32)
     num_requests = len(starts) - 1
@@ -286,7 +286,7 @@ def test_rows_of_nobody_are_left_alone() -> None:
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("requests", [mixed(3, 20), decoding(3, 20)])
 def test_a_rows_bits_do_not_depend_on_its_neighbours(dtype: torch.dtype, requests: list[Request]) -> None:
-    """All others have other tokens, lengths, spans and gates; the step's shape stays."""
+    """All other requests get other tokens, lengths, spans and gates; the step's shape stays."""
     shape = Shape(dtype=dtype, window=90)
     before = run(step(shape, requests)).split([r.num_queries for r in requests])
     for kept in (1, 2, len(requests) - 1):
@@ -302,7 +302,7 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(dtype: torch.dtype, request
 
 
 def test_the_bit_detector_detects() -> None:
-    """A hair on one visible key is seen, by the rows that see the key and no others."""
+    """A tiny change of one visible key changes the rows that see the key, and no others."""
     request = Request(num_real=40, num_queries=40)
     before, given = run(step(Shape(), [request])), step(Shape(), [request])
     given.key[30] *= 1.0001
@@ -312,7 +312,7 @@ def test_the_bit_detector_detects() -> None:
 
 
 def test_each_pass_through_the_layers_reads_the_batch_anew() -> None:
-    """A graph's paging is one object, whose tensors change between steps; gates change even between layers."""
+    """A graph's paging is one object: its tensors change between steps, and gates even between layers."""
     shape = Shape()
     one, two = step(shape, decoding(3, 20)), step(shape, [replace(r, seed=r.seed + 7) for r in decoding(3, 20)])
     cache = KVCache(keys=one.pools.keys * 2, values=one.pools.values * 2)  # two layers hold the same
@@ -335,7 +335,7 @@ def test_each_pass_through_the_layers_reads_the_batch_anew() -> None:
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_heads_may_be_strided(dtype: torch.dtype) -> None:
-    """As the models hand them over: [Hq, T, D] seen as [T, Hq, D]."""
+    """As models pass them: [Hq, T, D] viewed as [T, Hq, D]."""
     given = step(Shape(dtype=dtype), mixed())
     expected = run(given)
 

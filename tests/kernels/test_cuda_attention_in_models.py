@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
 
 
 def test_spans_whose_gates_change_from_layer_to_layer(base: loader.Base) -> None:
-    """Of mixtures; the last request is one token, which many programs share."""
+    """With mixtures; the last request is one token, on which many programs work."""
     listed = [mixed.row._replace(tokens=mixed.tokens[:9]) for mixed in mixtures(base.shape, seed=2)[:4]]
     listed.append(Row([7]))
     got, wanted = (Step(base, kernels).logits(listed) for kernels in (CUDA, REFERENCE))

@@ -1,4 +1,4 @@
-"""Kernels for CUDA compile for the GPUs they are meant for, and fit into what these have."""
+"""Kernels for CUDA compile for their target GPUs, and fit their shared memory."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     routers = {"_route"}
     assert {kernel["name"] for kernel in kernels} == attention | deltas | odd | nf4 | routers
     assert [kernel for kernel in kernels if kernel["shared"] > _SHARED_BYTES_MAX] == []
-    # Addresses of weights come from memory: a kernel that does not say how they are aligned reads one number at a time.
+    # Addresses of weights come from memory: a kernel that does not state their alignment reads one number at a time.
     assert [kernel for kernel in kernels if kernel["name"] in deltas and kernel["narrow"]] == []
     odd = [kernel["narrow"] for kernel in kernels if kernel["name"] in ("odd_shrink", "odd_expand")]
     assert min(odd) > 0, "rows that begin anywhere can only be read so"

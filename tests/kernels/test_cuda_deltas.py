@@ -22,7 +22,7 @@ NAN = float("nan")
 
 
 class Slots(NamedTuple):
-    """adapters: on the host, where the formula reads them. held: their copies, which the site's addresses lead to."""
+    """adapters: on the host, for the formula. held: their copies, to which the site's addresses point."""
 
     adapters: list[Adapter]
     held: list[Adapter]
@@ -83,7 +83,7 @@ def _seed() -> None:
 
 @pytest.fixture(params=["per row", "tiles"])
 def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two programs runs, whatever the number of rows."""
+    """Choose one of the two programs, whatever the number of rows."""
     monkeypatch.setattr(deltas, "PER_ROW_MAX", {"per row": 1 << 30, "tiles": 0}[request.param])
     return request.param
 
@@ -129,7 +129,7 @@ def test_pre_is_the_formula_and_writes_every_row(dtype: torch.dtype) -> None:
 
 
 def rows_that_neighbours_change(x: Tensor, y: Tensor, entries: Sequence[Entries], slots: Slots) -> list[int]:
-    """Rows that have other bits where every second row holds other numbers and takes another adapter."""
+    """Return rows whose bits change when every second row gets other numbers and another adapter."""
     others = torch.arange(len(x)) % 2 == 1
     noisy_x, noisy_y = x.clone(), y.clone()
     noisy_x[others], noisy_y[others] = NAN, torch.randn_like(y[others])
@@ -151,7 +151,7 @@ def test_neighbours_do_not_change_a_rows_bits(dtype: torch.dtype, weight_dtype: 
 
 
 def test_the_detector_of_neighbours_detects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that takes a little of the row before."""
+    """Negative control: a kernel that adds a little of the row before."""
     post = deltas.post
 
     def leaky(x: Tensor, y: Tensor, *rest: object) -> None:
@@ -164,7 +164,7 @@ def test_the_detector_of_neighbours_detects(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lone_rows_have_their_bits_in_every_batch() -> None:
-    """Also beside slots of larger ranks, and under another number."""
+    """Even beside slots of larger ranks, and under another number."""
     slots = slots_of(mixed_adapters(BFLOAT16), BFLOAT16)
     entries = textbook.batch_of("composed", 7, len(slots.adapters))
     x, y = torch.randn(7, SIZE_IN).bfloat16(), torch.randn(7, SIZE_OUT).bfloat16()
@@ -194,7 +194,7 @@ def test_a_zero_gate_contributes_nothing(dtype: torch.dtype, weight_dtype: torch
     poisoned = range(len(mixed), len(mixed) + len(poison))
     x, y = torch.randn(20, SIZE_IN).to(dtype), torch.randn(20, SIZE_OUT).to(dtype)
     bits(y)[[1, 18]] = 0x7F800001 if dtype is FLOAT32 else 0x7F81  # a signalling NaN, which any arithmetic would quiet
-    # Of one list of slots, which a tile takes together: in it, gates differ by row.
+    # Rows with one list of slots share a tile; in it, gates differ by row.
     entries: list[Entries] = [[(slot, 1.0), (2, 1.0)] for slot in poisoned]
     open_rows = list(range(len(entries)))
     entries[1] = [(slot, 0.0) for slot in (*poisoned, 2)]
@@ -228,7 +228,7 @@ def test_rows_may_be_strided_and_entries_may_belong_to_nobody() -> None:
 @pytest.mark.parametrize("sizes_out", [(300, 140), (130, 257, 5)])
 @pytest.mark.usefixtures("program")
 def test_a_group_has_the_bits_of_its_sites(sizes_out: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In as many launches as one of them takes; some adapters are at some of the sites only."""
+    """In as many launches as for one of them; some adapters act only at some of the sites."""
     adapters = [
         [Adapter(DeltaKind.LORA, torch.randn(rank, SIZE_IN) / 14, torch.randn(rank, size) / 4) for size in sizes_out]
         for rank in (3, 16, 33)
@@ -274,7 +274,7 @@ def test_empty_batches_are_nothing() -> None:
 
 
 def test_long_inputs_are_summed_in_parts() -> None:
-    """Of a rank that is no whole block, into few outputs."""
+    """With a rank that is not a whole block, and few outputs."""
     a, b = torch.randn(5, 2100) / 50, torch.randn(5, 7)
     a_there, b_there = a.to(DEVICE), b.to(DEVICE)
     table = torch.tensor([[[DeltaKind.LORA, 5, a_there.data_ptr(), b_there.data_ptr()]]], device=DEVICE)
@@ -289,7 +289,7 @@ def test_long_inputs_are_summed_in_parts() -> None:
 
 
 def launches_of(call: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that a call launches, by name."""
+    """Return the names of the kernels that a call launches."""
     launched: list[str] = []
     kind = type(per_row._expand)
     take = kind.__getitem__

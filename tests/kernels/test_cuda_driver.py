@@ -1,6 +1,6 @@
-"""The CUDA driver in whole steps of a tiny model: logits equal the reference driver's, and what a step launches.
+"""The CUDA driver in whole steps of a tiny model: its logits equal the reference driver's; and its launches.
 
-Models run where the kernels do (tests/kernels/interpreted.py), in float32.
+Models run on the kernels' device (tests/kernels/interpreted.py), in float32.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
 
 
 def assert_same(base: loader.Base, listed: list[Row], *, last_only: bool = False) -> None:
-    """The logits with the reference driver and with the kernels; without adapters they would be others."""
+    """Check that the kernels give the reference driver's logits, and that adapters change them."""
     got = Step(base, CUDA).logits(listed, last_only=last_only)
     wanted = Step(base, REFERENCE).logits(listed, last_only=last_only)
     plain = Step(base, REFERENCE).logits([Row(row.tokens) for row in listed], last_only=last_only)
@@ -65,7 +65,7 @@ def test_the_head_takes_its_sample_rows(base: loader.Base) -> None:
 
 
 def test_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
-    """Their traces too; of both levels, with bounds, with experts of virtual positions."""
+    """Traces too; mixtures of both levels, with bounds, with experts of virtual positions."""
     listed = [mixed.row._replace(tokens=mixed.tokens[:3]) for mixed in mixtures(base.shape, seed=2)[2:4]]
     step, reference = Step(base, CUDA), Step(base, REFERENCE)
     for mine, theirs in zip(step.logits(listed), reference.logits(listed), strict=True):
@@ -80,7 +80,7 @@ def test_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
 
 
 def test_captured_steps_are_those_of_the_reference(base: loader.Base) -> None:
-    """Padded with rows and entries that are nobody's."""
+    """Padded with rows and entries of no request."""
     capture = Capturer()
     plain = Decoding(base, REFERENCE)
     captured = Decoding(base, replace(CUDA, capture=lambda: capture), num_captured_rows=8)
@@ -93,7 +93,7 @@ def test_captured_steps_are_those_of_the_reference(base: loader.Base) -> None:
 
 
 class Proven(Capturer):
-    """As CUDA graphs are."""
+    """As for CUDA graphs."""
 
     needs_proof = True
 
@@ -111,7 +111,7 @@ def _launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_launches_nothing")
 def test_steps_with_adapters_are_proven_to_read_nothing_on_the_host(base: loader.Base) -> None:
-    """Of every method, mixtures among them, whose router is asked in each layer; in products of a few sites at once."""
+    """With every method, and mixtures, whose router runs in each layer; products cover a few sites at once."""
     capture = Proven()
     kernels = replace(CUDA, attend=attention.Attend, capture=lambda: capture)
     captured = Decoding(base, kernels, num_captured_rows=32)
@@ -144,7 +144,7 @@ def test_a_driver_that_reads_its_entries_is_found(base: loader.Base) -> None:
 
 
 def test_captured_steps_of_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
-    """With runs that are nobody's, and a trace that is wider than what is traced."""
+    """With runs of no request, and a trace that is wider than needed."""
     capture = Capturer()
     plain = Decoding(base, REFERENCE)
     kernels = replace(CUDA, capture=lambda: capture)
@@ -162,9 +162,9 @@ def test_captured_steps_of_mixtures_are_those_of_the_reference(base: loader.Base
 
 
 def launches_of_a_step(table: SlotTable, base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a step with a row for each of the table's adapters would launch, once for every site.
+    """Return the launches of a step with a row for each of the table's adapters, once for every site.
 
-    Fails where a number of a tensor is read while the driver is made and its kernels are launched.
+    Fails if an element of a tensor is read while the driver is made and its kernels are launched.
     """
 
     def refuse(*_: object) -> None:
@@ -199,7 +199,7 @@ def table_of(base: loader.Base, adapters: Sequence[Adapter]) -> SlotTable:
 
 
 def test_a_step_launches_as_much_for_64_adapters_as_for_one(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its launches wait for nothing on the device."""
+    """Its launches wait for nothing on the device."""
     loras = [tiny.random_lora(base.shape, rank=1 + seed % 33, seed=seed) for seed in range(64)]
     num_linear = len(base.shape.of_kind(SiteKind.LINEAR))
     for count in (1, 16, 64):
@@ -211,7 +211,7 @@ def test_a_step_launches_as_much_for_64_adapters_as_for_one(base: loader.Base, m
 
 
 def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless slots have a kind there that needs a site of its own: then they go one by one."""
+    """Unless slots have a kind there that needs a separate call: then sites are computed one by one."""
     table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 24, device=DEVICE)
     sites = [site for site in base.shape.sites.values() if site.suffix in ("q_proj", "k_proj", "v_proj")][:3]
     offsets = torch.arange(3, dtype=torch.int32, device=DEVICE)
@@ -248,7 +248,7 @@ def test_a_group_is_launched_as_one_site(base: loader.Base, monkeypatch: pytest.
 
 
 def test_the_devices_table_is_the_hosts(base: loader.Base) -> None:
-    """After every put and drop, at one address until it grows; and the capture key says what is there."""
+    """After every put and drop, at one address until it grows; the capture key describes its contents."""
     table = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=1 << 28, device=DEVICE)
     ranks, held = set(), []
     for seed in range(10):

@@ -14,7 +14,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 
 class Stored(NamedTuple):
-    """A weight as bitsandbytes stores it; `weight` [O, I] is what it means, in `dtype`."""
+    """A weight as bitsandbytes stores it; `weight` [O, I] is its value, in `dtype`."""
 
     packed: Tensor
     scales: Tensor
@@ -35,12 +35,12 @@ def multiply(x: Tensor, held: Stored, bias: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
 def test_the_weight_is_bitsandbytes_to_the_bit(dtype: torch.dtype) -> None:
-    """Rows of a unit matrix take its columns out."""
+    """Rows of a unit matrix extract its columns."""
     held = stored(96, 192, dtype)
     for first in range(0, 192, 64):
         unit = torch.eye(192, dtype=dtype, device=DEVICE)[first : first + 64]
         assert torch.equal(multiply(unit, held), held.weight[:, first : first + 64].T)
-    # Negative control: halves of a byte the other way round are another weight.
+    # Negative control: with the halves of a byte swapped it is another weight.
     swapped = held._replace(packed=(held.packed >> 4) | (held.packed << 4))
     assert not torch.equal(multiply(unit, swapped), held.weight[:, 128:].T)
 

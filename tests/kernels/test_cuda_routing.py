@@ -1,4 +1,4 @@
-"""The routing kernel for CUDA against the mathematics (weft/methods/mixture.py), and what a row does not depend on."""
+"""The routing kernel for CUDA against the mathematics (weft/methods/mixture.py), and the independence of its rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from weft.kernels.step import Entries, Routing
 from weft.methods import mixture
 from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams
 
-HIDDEN = 1100  # more than a turn, and no multiple of one
+HIDDEN = 1100  # more than one iteration, and no multiple of it
 LAYERS = 2
 TOLERANCE = 3e-6  # float32, of gates: absolute
 CHOICES = 16
@@ -64,7 +64,7 @@ def given(
     pooled: Tensor | None = None,
     seed: int = 0,
 ) -> Given:
-    """Before each run stand `plain` rows, which have one entry with a gate of their own."""
+    """Make a batch with `plain` rows before each run, each with one entry and a gate of its own."""
     slots = SlotTable(num_sites=1, capacity_bytes=1 << 24, device=DEVICE)
     table, experts, spans, counts, kept, traced, row, slot = [], [], [], [], [], 0, 0, 0
     for one in mixtures:
@@ -131,7 +131,7 @@ def test_the_comparison_sees_a_router_that_is_off() -> None:
 
 
 def test_what_hardly_anybody_was_given_is_no_infinite_share() -> None:
-    """Where exponents that small are 0 on a device, nobody shares."""
+    """On a device on which such small exponentials are 0, they take no share."""
     weight = torch.tensor([0.0, -92.0, -92.0])[None, :, None].expand(1, 3, HIDDEN) / HIDDEN
     config = MixtureConfig(num_experts=3, top_k=3, shared=True)
     one = Mixture(config, MixtureParams(weight.contiguous()), tuple(Expert(f"{i:064x}") for i in range(3)))
@@ -207,7 +207,7 @@ def test_what_is_not_asked_for_is_not_written() -> None:
 
 @pytest.mark.parametrize("count", [1, 16, 64])
 def test_a_layer_is_one_launch_and_reads_nothing(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many mixtures have rows; a CUDA graph captures it."""
+    """For any number of mixtures; a CUDA graph captures it."""
 
     class Counted:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:

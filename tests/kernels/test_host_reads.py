@@ -1,7 +1,7 @@
-"""What reads a device's tensors on the host, or sends the host's there, is refused; what stays on the device passes.
+"""Operations that read a device's tensors on the host, or copy tensors there, are refused; others pass.
 
-A CPU is a device whose memory the host can read: everything counts. Tensors on "meta" lie where the host is not, as
-those of a GPU do, so what moves between the two shows there.
+On a CPU, whose memory the host can read, every read counts. Tensors on "meta" are out of the host's reach, as on a GPU,
+so copies between the two show there.
 """
 
 from collections.abc import Callable
@@ -166,7 +166,7 @@ OF_THE_HOST: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
 def test_what_moves_between_host_and_device_is_refused(moves: Callable[[Tensor], object]) -> None:
-    """Among it an index that lies on the host."""
+    """Among them an index that lies on the host."""
     with torch.inference_mode(), pytest.raises(NotCapturable):
         host_reads.prove(lambda: moves(torch.empty(4, 3, device=META)), META)
 
@@ -179,7 +179,7 @@ def test_what_the_host_does_with_its_own_passes(stays: Callable[[Tensor], object
 
 @pytest.mark.parametrize(("threshold", "reads"), [(6.0, True), (0.0, False)])
 def test_kernels_that_are_written_in_python_are_looked_into(threshold: float, reads: bool) -> None:
-    """bitsandbytes asks on the host whether a step has outliers, inside an operation of its own, unless told not to."""
+    """bitsandbytes checks on the host for outliers, inside an operation of its own, unless that is switched off."""
     linear = Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=threshold).to("cpu").eval()
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     with torch.inference_mode():

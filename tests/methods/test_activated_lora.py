@@ -1,4 +1,4 @@
-"""Activated LoRAs that PEFT made are read, and served as PEFT computes them, wherever their invocation stands."""
+"""Activated LoRAs of PEFT are read, and served as PEFT computes them, wherever their invocation is."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from weft.model import loader, paged_attention
 _TOLERANCE = 1e-4
 _INVOCATION = [7, 9, 7]
 _CONTEXT = list(range(20, 53))
-# By where the last invocation begins.
+# By the begin of the last invocation.
 _PROMPTS: dict[int | None, list[int]] = {
     None: [*_CONTEXT, 7, 9, 9, 7],
     0: [*_INVOCATION, *_CONTEXT],
@@ -52,7 +52,7 @@ def base(path: Path) -> loader.Base:
 
 @pytest.fixture(scope="module")
 def peft_made(path: Path, base: loader.Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that PEFT wrote."""
+    """Return a directory that PEFT wrote."""
     made = tmp_path_factory.mktemp("made")
     config = peft.LoraConfig(
         r=4,
@@ -105,7 +105,7 @@ def test_the_search_finds_what_a_loop_over_places_finds(invocation: list[int], t
 
 
 def test_the_search_is_linear() -> None:
-    """An invocation that nearly matches everywhere: each token is looked at a few times, not once for each of its."""
+    """If an invocation nearly matches everywhere, each token is compared a few times, not once per token of the invocation."""
     looked = 0
 
     class Token(int):
@@ -132,12 +132,12 @@ def test_served_logits_equal_peft(kernels: str, path: Path, base: loader.Base, p
     everywhere = step.logits([Row(prompt, adapter) for prompt in prompts])
     for begin, mine, peft_s, other in zip(_PROMPTS, got, wanted, everywhere, strict=True):
         torch.testing.assert_close(mine, peft_s, atol=_TOLERANCE, rtol=0)
-        if begin != 0:  # negative control: a LoRA that acts everywhere is another one
+        if begin != 0:  # negative control: a LoRA that acts everywhere differs
             assert (other - peft_s).abs().max() > 100 * _TOLERANCE
 
 
 def test_what_is_written_is_what_peft_computes(path: Path, base: loader.Base, tmp_path: Path) -> None:
-    """Read, written and read again; PEFT takes what we wrote, and the tokens that invoke it."""
+    """Read, written and read again; PEFT loads the written file, with the tokens that invoke it."""
     plain = tiny.random_lora(base.shape, rank=3, seed=4)
     config = LoraConfig(
         **{
@@ -156,6 +156,6 @@ def test_what_is_written_is_what_peft_computes(path: Path, base: loader.Base, tm
 
 
 def test_a_lora_without_an_invocation_is_written_as_ever(base: loader.Base, tmp_path: Path) -> None:
-    """Equal content is equal bytes: nothing new stands in its config."""
+    """Equal content gives equal bytes: its config has no new key."""
     directory.write(tiny.random_lora(base.shape, rank=3, seed=4), tmp_path, base.shape)
     assert "alora_invocation_tokens" not in json.loads((tmp_path / directory.CONFIG_FILE).read_text())

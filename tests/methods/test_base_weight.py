@@ -1,4 +1,4 @@
-"""Reading a base's weight by blocks gives what the base computes with, however it holds it and whenever it is asked."""
+"""Reading a base's weight by blocks gives the weight that the base computes with, in every form and at any time."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_nf4_in_blocks_is_what_bitsandbytes_dequantizes(
 def test_a_base_reads_the_same_before_and_after_its_first_step(
     quantization: Quantization, double_quant: bool, tmp_path: Path
 ) -> None:
-    """bitsandbytes repacks weights at their first use; an adapter that needs them must not depend on when it came."""
+    """bitsandbytes repacks weights at their first use; an adapter that needs them must not depend on when it loads."""
     base = _load(tiny.save_base(tmp_path), quantization, double_quant=double_quant)
     names = [site.name for site in base.shape.of_kind(SiteKind.LINEAR)]
     before = [_whole(base, name) for name in names]
@@ -84,7 +84,7 @@ def test_a_base_reads_the_same_before_and_after_its_first_step(
         base.model(input_ids=torch.tensor([[5, 6, 7]]))
     for name, wanted in zip(names, before, strict=True):
         assert torch.equal(_whole(base, name), wanted), name
-    # The control: where the processor makes bitsandbytes repack, the step did.
+    # The control: on a processor for which bitsandbytes repacks, the step did.
     packed = [
         getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in base.model.modules() if _is_4bit(m)
     ]

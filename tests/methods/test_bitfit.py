@@ -1,4 +1,4 @@
-"""BitFit against the base with other biases: what it adds is what a changed bias would."""
+"""BitFit against the base with other biases: both have the same effect."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_the_norms_of_a_base_are_sites_only_where_they_have_a_bias(base: loader.
     config = ModelConfig(path=tiny.save_base(tmp_path), quantization=Quantization.NONE, device="cpu")
     llama = loader.load(config, attention="eager").shape
     assert not llama.of_kind(SiteKind.NORM)
-    # Nothing but BitFit takes them for granted.
+    # Only BitFit accepts them.
     for usual in adapters.USUAL.values():
         if adapters.method_of(usual).pack is None or usual is adapters.USUAL["ia3"]:
             continue
@@ -128,7 +128,7 @@ def test_wrong_files_are_refused(changes: dict[str, torch.Tensor], flag: bool, r
     with pytest.raises(InvalidAdapter) as refused:
         bitfit.files.read(config, {**tensors, **changes}, base.shape, AdapterLimits())
     assert refused.value.reason == reason
-    config["weft_norm_biases"] = True  # the control: what was not changed is right
+    config["weft_norm_biases"] = True  # the control: the unchanged file is right
     _, tensors = bitfit.files.write(tiny.random_bitfit(base.shape, seed=4), base.shape)
     assert bitfit.files.read(config, tensors, base.shape, AdapterLimits())
 

@@ -101,7 +101,7 @@ def test_served_logits_are_the_formulas(kind: str, kernels: str, base: loader.Ba
     plain = step.logits([Row(prompt) for prompt in PROMPTS])
     for mine, theirs, without in zip(got, wanted, plain, strict=True):
         torch.testing.assert_close(mine, theirs, atol=TOLERANCE, rtol=0)
-        assert (without - theirs).abs().max() > 100 * TOLERANCE  # the control: a missing adapter would be seen
+        assert (without - theirs).abs().max() > 100 * TOLERANCE  # the control: a missing adapter would be detected
 
 
 @pytest.mark.parametrize("one", list(Form))

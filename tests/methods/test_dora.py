@@ -1,4 +1,4 @@
-"""DoRA against its formula, in float64, and what of it is a constant to the gradient."""
+"""DoRA against its formula, in float64, and the part of it that is constant to the gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -100,7 +100,7 @@ def test_the_lengths_are_a_constant_to_the_gradient() -> None:
     wanted = torch.autograd.grad((with_constant(*inputs) * weights).sum(), inputs)
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
-    # The control: with a divisor that moves, the gradient is another.
+    # The control: with a variable divisor, the gradient differs.
     full = torch.autograd.grad((textbook(DoraParams(*inputs, *held[3:]), base, x) * weights).sum(), inputs)
     assert (full[0] - got[0]).abs().max() > 1e-3
 
@@ -137,7 +137,7 @@ def test_lengths_do_not_depend_on_the_blocks_they_are_taken_in(monkeypatch: pyte
 
 
 def test_the_base_is_read_where_the_shape_says() -> None:
-    """BaseShape.read_through: every function of the base's weight runs inside what was given."""
+    """BaseShape.read_through: every function of the base's weight runs inside the given one."""
     site = Site(0, "s", I, O, read_base=ReadModule(module()))
     shape = BaseShape(
         sites={"s": site, "t": Site(1, "t", I, O)},

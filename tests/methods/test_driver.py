@@ -20,7 +20,7 @@ OTHER = Site(1, "layers.0.other", I, O)
 
 
 class Base(NamedTuple):
-    """A linear layer with a bias, as the frozen base is to the driver."""
+    """A linear layer with a bias, in place of the frozen base."""
 
     weight: Tensor
     bias: Tensor
@@ -170,7 +170,7 @@ def _spy(seen: list[tuple[Tensor, Tensor | None]]) -> Method:
 
 
 def test_every_delta_sees_the_input_and_the_base_output_never_another_delta() -> None:
-    """Also a delta that comes last, on rows that several share."""
+    """Also a last delta, on rows that several adapters share."""
     x = random(4, I, seed=9)
     seen: list[tuple[Tensor, Tensor | None]] = []
     method = _spy(seen)

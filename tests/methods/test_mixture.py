@@ -1,4 +1,4 @@
-"""The gates of a mixture equal the textbook's, number by number, and have the properties that are promised."""
+"""The gates of a mixture equal the textbook's, number by number, and have the promised properties."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def test_gates_equal_the_textbook(bounds: tuple[textbook.Bound, ...]) -> None:
         weight, hidden = random(seed, config.num_choices)
         got = mixture.gates(config, weight, hidden, steering_of(bounds))
         torch.testing.assert_close(got, textbook.gates(config, weight, hidden, bounds), rtol=1e-6, atol=1e-6)
-        # Negative control: each flag, the temperature and the bounds are seen.
+        # Negative control: each flag, the temperature and the bounds have an effect.
         changed = MixtureConfig(num_experts=3, top_k=top_k, temperature=4.0, normalize=True, null_expert=null)
         if top_k > 1 and not bounds:
             assert not torch.allclose(got, textbook.gates(changed, weight, hidden), atol=1e-4)
@@ -77,7 +77,7 @@ def test_bounds_hold_and_the_sum_stays_where_it_can(bounds: tuple[textbook.Bound
 
 
 def test_what_hardly_anybody_was_given_is_shared_all_the_same() -> None:
-    """The one that has all is held down; the others' float32 parts are so small that one over them is infinite."""
+    """The expert with the whole sum is bounded; the other float32 shares are so small that their inverse is infinite."""
     bounds = ((True, 0.0, 0.375), (True, 0.0, float("inf")), (True, 0.0, float("inf")))
     weight = torch.tensor([[0.0], [-92.0], [-92.0]])
     got = mixture.gates(MixtureConfig(num_experts=3, top_k=3), weight, torch.ones(1, 1), steering_of(bounds))
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_the_formula(top_k: int, normalize: bool) -> None
         return mixture.gates(config, w, h)
 
     assert torch.autograd.gradcheck(made, (weight, hidden))
-    # What is kept alone and normalized is 1 whatever the router says: nothing is learnt from it.
+    # A single kept gate is normalized to 1 whatever the router says, so the router learns nothing.
     largest = torch.autograd.grad(made(weight, hidden).square().sum(), weight)[0].abs().max().item()
     assert (largest < 1e-12) is (top_k == 1 and normalize)
 

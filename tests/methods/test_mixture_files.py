@@ -1,4 +1,4 @@
-"""A mixture's two files: what is written is what is read, and the same mixture is the same bytes."""
+"""A mixture's two files: reading returns what was written, and the same mixture gives the same bytes."""
 
 import itertools
 import json
@@ -97,7 +97,7 @@ def test_half_precision_is_read_as_what_it_says(base: BaseShape, tmp_path: Path)
 
 
 def test_a_router_is_as_wide_as_what_it_reads(base: BaseShape, tmp_path: Path) -> None:
-    """Of a base whose embeddings are narrower than its hidden states only the latter can be read."""
+    """If a base's embeddings are narrower than its hidden states, a router can read only the latter."""
     narrow = replace(base, embedding_size=32)
     for level in Level:
         files.write(made(base, MixtureConfig(num_experts=3, top_k=2, level=level)), tmp_path, base)

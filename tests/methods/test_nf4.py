@@ -69,13 +69,13 @@ def test_methods_on_nf4_equal_methods_on_dequantized_weights(
     assert difference.mean() < NF4_MEAN_TOLERANCE
     nested = {m.weight.quant_state.nested for m in nf4.model.modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert len(nested) == 1
-    if adapter is not None:  # negative control: without its adapter the same comparison is far out
+    if adapter is not None:  # negative control: without its adapter the same comparison is far off
         without = torch.cat(Step(nf4, chosen).logits([Row(p) for p in _PROMPTS])).float()
         assert ((without - wanted).abs() / wanted.std()).max() > 5 * NF4_TOLERANCE
 
 
 def test_double_quantization_is_another_base(tmp_path: Path) -> None:
-    """An adapter trained on one is not served on the other; what is not NF4 has no scales to quantize."""
+    """An adapter trained on one is not served on the other; only NF4 has scales to quantize."""
     path = tiny.save_base(tmp_path)
     assert _nf4(path, True).shape.digest != _nf4(path, False).shape.digest
     for quantization in (Quantization.INT8, Quantization.NONE):

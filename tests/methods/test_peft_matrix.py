@@ -1,6 +1,6 @@
-"""Adapters as PEFT saves them: each kind of a served type loads, each other one is refused in one sentence.
+"""Adapters as PEFT saves them: each kind of a served type loads, every other one is refused in one sentence.
 
-Every directory is made by PEFT on a tiny Llama, its trainable tensors moved, and read through the server's own ingest.
+PEFT makes every directory on a tiny Llama, with its trainable tensors changed; the server's own ingest reads it.
 """
 
 import json
@@ -32,13 +32,13 @@ def _lora(**options: Any) -> peft.PeftConfig:
 
 
 class _Refused(NamedTuple):
-    """What the refusal says: the key, and the remedy."""
+    """The content of the refusal: the key, and the remedy."""
 
     make: Callable[[], peft.PeftConfig]
     says: tuple[str, ...]
 
 
-# By name, the configuration and the method that it is served as.
+# By name: the configuration, and the method as which it is served.
 _SERVED: Mapping[str, tuple[Callable[[], peft.PeftConfig], str]] = {
     "trl-quick-start": (lambda: peft.LoraConfig(), "lora"),
     "lora-without-task-type": (lambda: _lora(task_type=None), "lora"),
@@ -89,7 +89,7 @@ _SERVED: Mapping[str, tuple[Callable[[], peft.PeftConfig], str]] = {
         "ptuning",
     ),
 }
-# Of served types, with what a server does not do yet.
+# Served types, with options that a server does not support yet.
 _LATER: Mapping[str, _Refused] = {
     "modules-to-save": _Refused(lambda: _lora(modules_to_save=["lm_head"]), ("modules_to_save", "target_modules")),
     "trainable-tokens": _Refused(
@@ -118,7 +118,7 @@ _LATER: Mapping[str, _Refused] = {
     "rank-512": _Refused(lambda: _lora(r=512), ("adapter_config.r", "limit 256", "--adapter-rank-max")),
     "large-scale": _Refused(lambda: _lora(r=1, lora_alpha=65), ("lora_alpha", "limit 64", "--adapter-scaling-max")),
 }
-# Other types; what PEFT itself converts to a LoRA is refused with the way to do it.
+# Other types; if PEFT can convert one to a LoRA, the refusal names the conversion.
 _OTHER_TYPES: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "LOHA": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=_QV, r=4),
     "LOKR": lambda: peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=_QV, r=4),
@@ -159,7 +159,7 @@ def base(path: Path) -> loader.Base:
 
 
 def _saved(config: peft.PeftConfig, path: Path, output: Path) -> Any:
-    """The model, after `output` has what PEFT saves of it: every trainable tensor moved."""
+    """Return the model, after PEFT has saved it to `output` with every trainable tensor changed."""
     torch.manual_seed(0)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_what_is_not_served_yet_is_refused_with_key_and_remedy(
 
 @pytest.mark.parametrize("peft_type", _OTHER_TYPES)
 def test_another_type_is_refused_by_name(peft_type: str, path: Path, base: loader.Base, tmp_path: Path) -> None:
-    """With PEFT's way to a LoRA exactly where PEFT says that it has one."""
+    """With PEFT's conversion to a LoRA, exactly if PEFT states that it has one."""
     model = _saved(_OTHER_TYPES[peft_type](), path, tmp_path)
     message = _refusal(tmp_path, base)
     assert peft_type in message
@@ -235,7 +235,7 @@ def test_an_unknown_key_may_be_allowed_by_name(path: Path, base: loader.Base, tm
 
 
 def test_a_converted_adapter_is_served(path: Path, base: loader.Base, tmp_path: Path) -> None:
-    """The way that the refusal names leads to an adapter that loads."""
+    """The remedy that the refusal names gives an adapter that loads."""
     model = _saved(_OTHER_TYPES["LOHA"](), path, tmp_path / "loha")
     peft.save_as_lora(tmp_path / "lora", model, rank=8)
     assert _read(tmp_path / "lora", base).method == "lora"

@@ -30,7 +30,7 @@ def _with_head(base: BaseShape) -> tuple[str, ...]:
 
 
 def _unequal(base: BaseShape) -> tuple[str, ...]:
-    """Modules that differ in both of their sizes."""
+    """Return modules that differ in both of their sizes."""
     suffixes = {site.suffix for site in base.of_kind(SiteKind.LINEAR)}
     return tuple(sorted(suffixes & {"v_proj", "qkv_proj", "c_attn", "down_proj", "c_proj"}))
 
@@ -90,7 +90,7 @@ def test_served_logits_equal_peft(
     plain = Step(base, chosen).logits([Row(prompt) for prompt in _PROMPTS])
     for mine, peft_s, without in zip(got, wanted, plain, strict=True):
         torch.testing.assert_close(mine, peft_s, atol=_TOLERANCE, rtol=0)
-        # Negative control: the comparison would see an adapter that does nothing.
+        # Negative control: the comparison would detect an adapter without effect.
         assert (without - peft_s).abs().max() > 100 * _TOLERANCE
 
 
@@ -127,7 +127,7 @@ def test_peft_made_lora_with_patterns_is_read_exactly(
 def test_peft_made_dora_with_patterns_is_read_exactly(
     base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_rslora: bool
 ) -> None:
-    """A file that PEFT wrote: DoRA with unequal ranks and alphas, all of it moved from its start."""
+    """A file that PEFT wrote: DoRA with unequal ranks and alphas, and all values changed from the initial ones."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     config = peft.LoraConfig(
         r=4,
@@ -152,7 +152,7 @@ def test_peft_made_dora_with_patterns_is_read_exactly(
 def test_peft_made_lora_with_trained_base_biases_is_read_exactly(
     base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, bias: str, lora_bias: bool
 ) -> None:
-    """The base keeps its biases; what PEFT made of them is added. GPT-2 has some at norms, too."""
+    """The base keeps its biases; the difference of PEFT's is added. GPT-2 also has biases at norms."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     config = peft.LoraConfig(r=3, bias=bias, lora_bias=lora_bias, target_modules=suffixes, task_type="CAUSAL_LM")
     torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_base_biases_that_do_not_fit_are_refused(base: loader.Base) -> None:
 def test_peft_made_lora_on_the_head_is_read_beside_the_head_it_saved(
     base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_dora: bool
 ) -> None:
-    """PEFT saves the frozen head too, whose only right value is the base's own; GPT-2's is tied to its embedding."""
+    """PEFT also saves the frozen head, whose only valid value is the base's own; GPT-2's is tied to its embedding."""
     first = base.shape.of_kind(SiteKind.LINEAR)[0].suffix
     config = peft.LoraConfig(r=3, use_dora=use_dora, target_modules=[first, "lm_head"], task_type="CAUSAL_LM")
     torch.manual_seed(0)
@@ -214,7 +214,7 @@ def test_peft_made_lora_on_the_head_is_read_beside_the_head_it_saved(
     saved = [name for name in weights if name.endswith("lm_head.base_layer.weight")]
     assert saved == ["base_model.model.lm_head.base_layer.weight"]
     config_read = json.loads((tmp_path / directory.CONFIG_FILE).read_text())
-    # Another head is refused, also where one number differs; the same one in bfloat16 is not.
+    # Another head is refused, even if one number differs; the same one in bfloat16 is not.
     other = weights[saved[0]].clone()
     other[-1, -1] += 0.25
     with pytest.raises(InvalidAdapter, match="adapters do not replace the head") as refused:
@@ -228,7 +228,7 @@ def test_peft_made_lora_on_the_head_is_read_beside_the_head_it_saved(
 def test_peft_made_adalora_is_read_as_the_lora_it_is(
     base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, is_pruned: bool
 ) -> None:
-    """Also after rows were taken away: the divisor stays the rank that it began with."""
+    """Also after rows were removed: the divisor is still the initial rank."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     config = peft.AdaLoraConfig(
         init_r=6,
@@ -287,7 +287,7 @@ def test_peft_made_beft_is_read_exactly(base: loader.Base, architecture: tuple[s
 
 
 def test_peft_made_cartridge_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:
-    """It is prefix tuning under another name, also with positions that stayed frozen."""
+    """It is prefix tuning under another name, even with positions that stayed frozen."""
     config = peft.CartridgeConfig(num_virtual_tokens=5, num_frozen_tokens=2, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
@@ -300,7 +300,7 @@ def test_peft_made_cartridge_is_read_exactly(base: loader.Base, architecture: tu
 
 
 def _move(model: peft.PeftModel) -> None:
-    """Take every parameter of an adapter away from its start, in place."""
+    """Move every parameter of an adapter away from its initial value, in place."""
     with torch.no_grad():
         for parameter in (p for name, p in model.named_parameters() if ".default" in name):
             parameter.add_(0.2 * torch.randn_like(parameter))

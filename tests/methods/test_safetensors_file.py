@@ -1,4 +1,4 @@
-"""Written files are safetensors', and the same content is the same bytes."""
+"""Written files are valid safetensors, and the same content gives the same bytes."""
 
 from pathlib import Path
 

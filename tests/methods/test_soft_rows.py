@@ -1,4 +1,4 @@
-"""Soft rows where bases differ: an embedding that scales, and a base that makes no numbers of them."""
+"""Soft rows on unusual bases: an embedding that scales, and a base whose results on them are not finite."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -43,7 +43,7 @@ def shape(path: Path) -> BaseShape:
 
 
 def made(config: MethodConfig, shape: BaseShape) -> Adapter:
-    """An adapter as a recipe begins it, moved off its start so that a file of it is not refused as doing nothing."""
+    """Return an adapter as a recipe begins it, with changed values, since a file without effect is refused."""
     generator = torch.Generator().manual_seed(1)
     adapter = initial(config, shape, generator)
 
@@ -56,7 +56,7 @@ def made(config: MethodConfig, shape: BaseShape) -> Adapter:
 
 
 def loaded_in_peft(path: Path, adapter: Path) -> dict[str, BaseTunerLayer]:
-    """PEFT's layers by module path; fails where PEFT misses a tensor or has one too many."""
+    """Return PEFT's layers by module path; fail if PEFT misses a tensor or has one too many."""
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), str(adapter))
     saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     written = load_file(adapter / directory.WEIGHTS_FILE)
@@ -97,13 +97,13 @@ def test_every_site_has_one_rank_and_one_scale_trained_saved_served_and_in_peft(
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         assert len(params.a) == len(served.sites[name].a) == theirs[name].r["default"] == rank
         assert params.scaling == served.sites[name].scaling == theirs[name].scaling["default"] == scaling
-    assert len({params.scaling for params in trained.sites.values()}) > 1  # control: the patterns say something
+    assert len({params.scaling for params in trained.sites.values()}) > 1  # control: the patterns have an effect
     count = trained.method.count
     assert count is not None
     for adapter in (trained, served):
         sites = [shape.sites[name] for name in adapter.sites]
         assert count(adapter.config, sites, shape).total == adapter.num_parameters
-    # The slots hold the same update: a packed adapter of what was trained is one of what was read.
+    # The slots hold the same update: the trained adapter and the one read back pack alike.
     packed_adapters = [packed_adapter.build(one, shape, dtype=torch.float32) for one in (trained, served)]
     assert torch.equal(packed_adapters[0].buffer, packed_adapters[1].buffer)
 
@@ -146,7 +146,7 @@ def test_what_means_nothing_on_the_base_is_refused_by_name(config: MethodConfig,
 def test_an_adalora_of_unequal_ranks_is_written_as_the_lora_that_peft_computes(
     path: Path, shape: BaseShape, tmp_path: Path
 ) -> None:
-    """Its ranks become patterns by full path, the scale stays one: alpha by the rank that it began with."""
+    """Its ranks become patterns by full path, with one scale: alpha over the initial rank."""
     config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=["q_proj"], total_step=10)
     config.task_type = "CAUSAL_LM"
     torch.manual_seed(0)

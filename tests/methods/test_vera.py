@@ -1,4 +1,4 @@
-"""VeRA beside what other methods do not have: a projection that all sites share, and that nothing trains."""
+"""Properties that only VeRA has: a projection that all sites share, and that is not trained."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Bottleneck adapters written out as plain modules on a stock transformers model: the oracle of their tests.
 
-No library that has them can be installed beside our transformers, so these are the formulas once more, in another way:
-torch's own modules, hooked on whole sublayers, and the residual taken from the decoder layer and its second norm.
+No library that has them can be installed beside this version of transformers, so the formulas are written again in
+another way: torch's own modules, hooked on whole sublayers, with the residual of the decoder layer and its second norm.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Attention, MLP and the norm that opens the MLP, as the architectures call them.
+# Names of attention, MLP and the norm that opens the MLP, by architecture.
 _CHILDREN = {"gpt2": ("attn", "mlp", "ln_2"), "gpt_neox": ("attention", "mlp", "post_attention_layernorm")}
 _USUAL_CHILDREN = ("self_attn", "mlp", "post_attention_layernorm")
 
@@ -31,12 +31,12 @@ class Network(nn.Module):
 
 
 def serial(network: Network, h: Tensor, r: Tensor) -> Tensor:
-    """What a sublayer gives in place of its output h; the residual r is added by the layer itself."""
+    """Return the value in place of a sublayer's output h; the layer itself adds the residual r."""
     return h + network(h)
 
 
 def parallel(network: Network, h: Tensor, r: Tensor) -> Tensor:
-    """LN(h + f(h)), where f has no LN."""
+    """Return LN(h + f(h)), in which f has no LN."""
     return network.norm(h + network.up(network.activation(network.down(h))) * network.scaling)
 
 
@@ -89,6 +89,6 @@ def _change(
 
 
 def logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
-    """Of every position of each prompt."""
+    """Return the logits of every position of each prompt."""
     with torch.no_grad():
         return [model(input_ids=torch.tensor([prompt])).logits[0] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""What the tests of mixing have in common: two architectures as served, and the same in transformers, in float64."""
+"""Common fixtures of the tests of mixing: two architectures as served, and the same in transformers, in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from weft.model import loader, paged_attention
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of the architecture, on disk."""
+    """Return a base of the architecture, on disk."""
     paged_attention.register()
     return tiny.save_base(tmp_path_factory.mktemp("mixing") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")
 def stock(path: Path) -> Any:
-    """transformers' own model in float64."""
+    """Return transformers' own model in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     return model.double().eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def base(path: Path) -> loader.Base:
-    """The base as it is served, in float32."""
+    """Return the base as it is served, in float32."""
     config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
     return loader.load(config, attention=paged_attention.ATTENTION)

@@ -64,14 +64,14 @@ def _some_suffixes(base: BaseShape, dice: random.Random) -> tuple[str, ...]:
 
 
 class Mix(NamedTuple):
-    """A prompt and the composition that answers it."""
+    """A prompt and its composition."""
 
     tokens: list[int]
     parts: Composition
 
 
 def weight_of(dice: random.Random) -> float:
-    """Exact in float32, so that the oracle's float64 has the very same."""
+    """Draw a weight that is exact in float32, so that the oracle's float64 has the same."""
     return torch.tensor(dice.uniform(-1.5, 1.5), dtype=torch.float32).item()
 
 
@@ -102,9 +102,9 @@ def mixes(base: BaseShape, *, seed: int, count: int = _NUM_MIXES) -> list[Mix]:
 
 
 class ExactSlots(SlotTable):
-    """Gives the reference driver what was laid out, in float64: slots keep float32, and its rounding would be seen.
+    """Gives the reference driver the packed adapters in float64: slots keep float32, whose rounding would be visible.
 
-    coming: the adapters that are put in next, in order.
+    coming: the adapters that are placed next, in order.
     """
 
     coming: list[Adapter]
@@ -129,7 +129,7 @@ def _doubled(value: Any) -> Any:
 
 
 def exact_logits(path: Path, listed: list[Row]) -> list[Tensor]:
-    """The serving path in float64, with the reference driver and reference attention."""
+    """Return the serving path's logits in float64, with the reference driver and reference attention."""
     config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
     held = loader.load(config, attention=paged_attention.ATTENTION)
     step = Step(replace(held, model=held.model.double(), dtype=torch.float64), REFERENCE)
@@ -173,7 +173,7 @@ def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stoc
     for mix, mine in zip(made, got, strict=True):
         assert mine.dtype == torch.float64
         assert error(mine, textbook.logits(stock, mix.tokens, mix.parts)) < FLOAT64_TOLERANCE
-        # Negative control: the formula with one weight moved by a thousandth is another.
+        # Negative control: the formula with one weight changed by a thousandth differs.
         adapter, weight = mix.parts[0]
         if adapter.prefix is None:
             moved = [(adapter, weight + 1e-3), *mix.parts[1:]]
@@ -189,7 +189,7 @@ def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, st
 
 
 def nf4_and_stock(path: Path) -> tuple[loader.Base, Any]:
-    """A base in NF4, and transformers' own model in float64 of the weights that the quantized ones stand for."""
+    """Return a base in NF4, and transformers' own model in float64 with its weights dequantized."""
     paged_attention.register()
     nf4 = loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").double()
@@ -217,7 +217,7 @@ def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
 def test_lora_compositions_equal_peft_s_concatenation(
     weights: tuple[float, ...], path: Path, base: loader.Base, tmp_path: Path
 ) -> None:
-    """Unequal ranks and modules; PEFT makes one adapter of them, here nothing is made."""
+    """Unequal ranks and modules; PEFT merges them into one adapter, here nothing is merged."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     adapters = [
         tiny.random_lora(base.shape, rank=4, seed=31),

@@ -1,4 +1,4 @@
-"""Composed rows beside plain ones: each is as if it were alone, and bit for bit so at a fixed batch shape."""
+"""Composed rows beside plain ones: each gives the logits that it gives alone, bit for bit at a fixed batch shape."""
 
 import random
 
@@ -44,7 +44,7 @@ def test_a_batch_of_32_answers_as_each_alone(step_and_tolerance: tuple[Step, flo
     for index, (row, mine) in enumerate(zip(rows(made), together, strict=True)):
         (alone,) = step.logits([row])
         assert error(mine, alone.double()) < tolerance, index
-        # Negative control: the neighbour's composition on the same tokens is another answer.
+        # Negative control: the neighbour's composition on the same tokens gives another answer.
         (other,) = step.logits([Row(row.tokens, adapters=made[index - 1].parts)])
         assert error(mine, other.double()) > 3 * tolerance, index
 
@@ -63,7 +63,7 @@ def test_neighbours_compositions_leave_a_row_bit_equal(step_and_tolerance: tuple
             got = step.logits([Row(prompt, adapters=p) for prompt, p in zip(prompts, [mine, *neighbours], strict=True)])
             wanted = got[0] if wanted is None else wanted
             assert got[0].equal(wanted), f"trial {trial}: max {(got[0] - wanted).abs().max()}"
-        # Negative control: the same comparison sees one of my own weights move.
+        # Negative control: the same comparison detects a change of one of the row's own weights.
         moved = [(adapter, gate + 0.125) for adapter, gate in mine if adapter.prefix is None] or parts[2]
         other = step.logits([Row(prompts[0], adapters=moved), *(Row(prompt) for prompt in prompts[1:])])[0]
         assert not other.equal(wanted)

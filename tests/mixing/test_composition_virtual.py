@@ -1,4 +1,4 @@
-"""Compositions with virtual positions: each part's stand in a span of their own, with log(weight) on their scores.
+"""Compositions with virtual positions: each part's form a span of their own, with log(weight) on their scores.
 
 The oracle is that of tests/mixing/test_composition.py: the spans' keys and values as a cache, the logarithms in a mask.
 """
@@ -122,7 +122,7 @@ def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
 
 
 def test_a_vanishing_weight_leaves_the_positions_alone(base: loader.Base) -> None:
-    """The tokens stand further on, and nothing else: rotated positions, which are relative, do not notice."""
+    """The tokens have later positions, and nothing else changes: rotated positions are relative."""
     tokens = list(range(40, 60))
     prompt = tiny.random_prompt(base.shape, length=5, seed=1)
     deltas = [(tiny.random_lora(base.shape, rank=4, seed=2), 0.5)]
@@ -147,7 +147,7 @@ def test_a_batch_of_32_answers_as_each_alone(quantized: tuple[Step, float]) -> N
 
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_neighbours_compositions_leave_a_row_bit_equal(quantized: tuple[Step, float], num_tokens: int) -> None:
-    """Also a row whose weights are all 1, whether or not some neighbour brings log-gates into the step."""
+    """Also a row whose weights are all 1, whether or not a neighbour adds log-gates to the step."""
     step, _ = quantized
     dice = random.Random(num_tokens)
     parts = [mix.parts for mix in _mixes(step.base.shape, seed=12, count=24)]
@@ -164,6 +164,6 @@ def test_neighbours_compositions_leave_a_row_bit_equal(quantized: tuple[Step, fl
         ]
         for trial, answer in enumerate(answers[1:], 1):
             assert answer.equal(answers[0]), f"trial {trial}: max {(answer - answers[0]).abs().max()}"
-        # Negative control: the same comparison sees one of my own weights move.
+        # Negative control: the same comparison detects a change of one of the row's own weights.
         mixed = [Row(prompts[0], adapters=_moved(mine)), *(Row(prompt) for prompt in prompts[1:])]
         assert not step.logits(mixed)[0].equal(answers[0])

@@ -1,8 +1,8 @@
 """Mixture logits equal the formula: a router's gates per token and layer, over experts of many methods, in one batch.
 
 The oracle is textbook_mixture.py. Errors are relative: ‖got - wanted‖ over ‖wanted‖, over all logits of a prompt.
-Where activations are rounded (NF4, bfloat16) every expert keeps a gate: a choice between two that are nearly equal
-would be made anew by each rounding.
+If activations are rounded (NF4, bfloat16), every expert keeps a gate: rounding could decide a choice between two that
+are nearly equal.
 """
 
 import random
@@ -39,7 +39,7 @@ from weft.model import loader, paged_attention
 
 
 class Mixed(NamedTuple):
-    """A prompt, the mixture that answers it, and its experts."""
+    """A prompt, its mixture, and the experts."""
 
     tokens: list[int]
     mixture: Mixture
@@ -108,7 +108,7 @@ def mixtures(base: BaseShape, *, seed: int, all_kept: bool = False) -> list[Mixe
 
 
 class ExactRouters(ExactSlots):
-    """Routers too are given in float64. routers: those that are put in next, in order."""
+    """Gives routers in float64 too. routers: those that are placed next, in order."""
 
     coming_routers: list[Mixture]
     exact_routers: dict[AdapterSlot, Mixture]
@@ -129,7 +129,7 @@ class ExactRouters(ExactSlots):
 
 
 def exact_step(path: Path, listed: list[Mixed]) -> Step:
-    """The serving path in float64, with the reference driver and reference attention."""
+    """Return the serving path's results in float64, with the reference driver and reference attention."""
     config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
     held = loader.load(config, attention=paged_attention.ATTENTION)
     step = Step(replace(held, model=held.model.double(), dtype=torch.float64), REFERENCE)
@@ -159,7 +159,7 @@ def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stoc
     for index, (mixed, mine) in enumerate(zip(listed, got, strict=True)):
         wanted, gates = mixed.wanted(stock)
         assert mine.dtype == torch.float64
-        # Sight, pooled embeddings, bounds and log-gates are kept in float32, so those rows carry its rounding.
+        # Pooled embeddings, bounds and log-gates are kept in float32, so those rows carry its rounding.
         has_virtual = any(expert.num_virtual_tokens for expert in mixed.experts)
         is_rounded = mixed.bounds or has_virtual or mixed.mixture.config.level is Level.SEQUENCE
         assert error(mine, wanted) < (1e-5 if is_rounded else FLOAT64_TOLERANCE), index
@@ -167,7 +167,7 @@ def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stoc
         assert told is not None
         torch.testing.assert_close(torch.tensor(told.tokens).double().transpose(0, 1), gates, rtol=0, atol=1e-6)
         torch.testing.assert_close(torch.tensor(told.mean).double(), gates.mean(1), rtol=0, atol=1e-6)
-        # Negative control: the formula with a router that is off by a hundredth is another.
+        # Negative control: the formula with a router that is off by a hundredth differs.
         params = MixtureParams(mixed.mixture.params.weight * 1.01 + 0.01)
         if mixed.mixture.config.top_k > 1 and not mixed.bounds:
             other, _ = mixed._replace(mixture=mixed.mixture._replace(params=params)).wanted(stock)
@@ -188,7 +188,7 @@ def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, st
 
 
 def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
-    """The oracle has the weights that the quantized ones stand for."""
+    """The oracle has the dequantized weights."""
     nf4, stock = nf4_and_stock(tiny.save_base(tmp_path))
     listed = mixtures(nf4.shape, seed=51, all_kept=True)
     got = Step(nf4, selected(nf4)).logits([mixed.row for mixed in listed])

@@ -1,4 +1,4 @@
-"""Mixtures beside other rows: each is as if it were alone, and bit for bit so at a fixed batch shape."""
+"""Mixtures beside other rows: each gives the logits that it gives alone, bit for bit at a fixed batch shape."""
 
 import random
 
@@ -74,7 +74,7 @@ def test_neighbours_mixtures_leave_a_row_bit_equal(step_and_tolerance: tuple[Ste
             got = step.logits([row(tokens, one) for tokens, one in zip(prompts, [mine, *others], strict=True)])
             wanted = got[0] if wanted is None else wanted
             assert got[0].equal(wanted), f"trial {trial}: max {(got[0] - wanted).abs().max()}"
-        # Negative control: the same comparison sees my own router change.
+        # Negative control: the same comparison detects a change of the row's own router.
         moved = mixtures[8] if mine is None else mine._replace(mixture=_turned(mine))
         other = step.logits([row(prompts[0], moved), *(Row(tokens) for tokens in prompts[1:])])[0]
         assert not other.equal(wanted)

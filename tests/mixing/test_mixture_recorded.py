@@ -1,6 +1,6 @@
-"""A captured step of mixtures gives, told again, what the model gives: logits, and the gates that requests look at.
+"""A replay of a captured step of mixtures gives the model's results: logits, and the gates that requests ask for.
 
-A step meets rows of other mixtures than it was captured with, or none of them, and padding beside them.
+Its rows have other mixtures than those of the capture, or none, with padding beside them.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def test_captured_steps_of_mixtures_give_the_logits_and_gates_of_plain_ones(base
 
 
 def test_other_mixtures_find_the_recording_of_the_first(base: loader.Base) -> None:
-    """As many experts and rows: routers, wishes and what they read are told by address."""
+    """With as many experts and rows: routers, steering and their inputs are passed by address."""
     plain, captured = _decodings(base)
     sizes = []
     for seed in range(3):

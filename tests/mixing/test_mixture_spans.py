@@ -1,4 +1,4 @@
-"""A mixture whose experts are prefixes and prompts alone: no delta anywhere, and gates that only attention reads."""
+"""A mixture with only prefixes and prompts as experts: no deltas, and gates that only attention reads."""
 
 from pathlib import Path
 

@@ -56,7 +56,7 @@ class Layer:
             tensor.normal_()
             written = torch.zeros(tensor.flatten(0, 1).shape[:1], dtype=torch.bool)
             written[torch.cat([slots for own in self.slots for slots in own])] = True
-            tensor.flatten(0, 1)[~written] = torch.nan  # holes, and blocks of nobody
+            tensor.flatten(0, 1)[~written] = torch.nan  # holes, and free blocks
         tables = [list(chain.from_iterable(own)) for own in blocks]
         width, most = max(map(len, tables)), max(len(spans) for spans, _, _ in requests)
         self.paging = Paging(
@@ -130,7 +130,7 @@ def test_the_reference_and_the_kernel_are_the_formula(window: int, softcap: floa
         wanted = layer.by_hand(gates, **options)
         for out in got:
             torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
-        # Negative control: without the gates it is something else.
+        # Negative control: without the gates the result differs.
         assert (wanted - layer.by_hand(torch.zeros_like(gates), **options)).abs().max() > 0.05
 
 
@@ -220,7 +220,7 @@ def test_two_prefixes_and_a_prompt_are_the_formula(
 
 
 def test_a_weight_of_one_has_the_bits_of_the_adapter_alone(base: loader.Base) -> None:
-    """Also beside a neighbour whose weights make the step say all of them."""
+    """Also beside a neighbour whose weights require log-gates for the whole step."""
     step, (short, long, prompt) = Step(base, _kernels(base)), _virtuals(base)
     plain = step.logits([Row(_TOKENS, long), Row(_TOKENS, prompt), Row(_TOKENS)])
     beside = step.logits(
@@ -250,7 +250,7 @@ def test_neighbours_spans_and_weights_leave_a_row_bit_equal(base: loader.Base) -
 
 
 def test_the_smaller_its_weight_the_nearer_to_no_adapter(tmp_path: Path) -> None:
-    """Where positions are relative: a prefix that weighs nothing still stands before the tokens."""
+    """With relative positions: a prefix of weight 0 still takes positions before the tokens."""
     paged_attention.register()
     base = _base(tiny.save_base(tmp_path / "llama"))
     step, long = Step(base, _kernels(base)), _virtuals(base)[1]

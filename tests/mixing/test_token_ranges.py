@@ -1,4 +1,4 @@
-"""Adapters that act on some tokens only: the formula with a gate for each token, and rows that do not see each other.
+"""Adapters that act on some tokens only: the formula with a gate for each token, and rows that are independent.
 
     out[t] = y[t] + Σ w · 1[t in ranges] · delta(x[t], y[t])
 
@@ -34,7 +34,7 @@ from weft.model import loader, paged_attention
 
 
 class Ranged(NamedTuple):
-    """A prompt, a composition, and where each of its parts acts."""
+    """A prompt, a composition, and the ranges of each part."""
 
     mix: Mix
     ranges: list[Ranges]
@@ -45,7 +45,7 @@ class Ranged(NamedTuple):
 
     @property
     def by_token(self) -> Weighted:
-        """The composition with a weight for each token, as the oracle takes it."""
+        """The composition with a weight for each token, for the oracle."""
         places = torch.arange(len(self.mix.tokens))
         return [
             (adapter, weight if not ranges else weight * _within(places, ranges))
@@ -58,7 +58,7 @@ def _within(places: Tensor, ranges: Ranges) -> Tensor:
 
 
 def _some_ranges(dice: random.Random, num_tokens: int) -> Ranges:
-    """From one token to several ranges with gaps, and half of the time to the end."""
+    """Draw from one token to several ranges with gaps, half of the time up to the end."""
     edges = sorted(dice.sample(range(num_tokens + 1), min(num_tokens + 1, dice.choice([2, 2, 4, 6])) // 2 * 2))
     ranges = [TokenRange(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
     if dice.random() < 0.5:
@@ -89,7 +89,7 @@ def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stoc
     made, num_controls = _ranged(base, seed=5), 0
     for one, mine in zip(made, exact_logits(path, [one.row for one in made]), strict=True):
         assert error(mine, textbook.logits(stock, one.mix.tokens, one.by_token)) < FLOAT64_TOLERANCE
-        # Negative control: it is another where one part acts everywhere.
+        # Negative control: the result differs if one part acts everywhere.
         partial = [k for k, (_, w) in enumerate(one.by_token) if isinstance(w, Tensor) and (w == 0).any()]
         for k in partial[:1]:
             everywhere = one._replace(ranges=[() if i == k else ranges for i, ranges in enumerate(one.ranges)])
@@ -133,7 +133,7 @@ def test_ranged_rows_beside_plain_and_base_rows_answer_as_alone(step_and_toleran
 
 
 def test_the_tokens_before_a_range_are_the_base_s(step_and_tolerance: tuple[Step, float]) -> None:
-    """Bit for bit in a batch of one shape: that is why their keys and values can be shared."""
+    """Bit for bit in a batch of one shape, so their keys and values can be shared."""
     step, _ = step_and_tolerance
     tokens = list(range(10, 50))
     parts = [(tiny.random_lora(step.base.shape, rank=8, seed=1), 1.0)]

@@ -38,7 +38,7 @@ class Sources(NamedTuple):
     base: BaseShape
 
     def parts(self, name: str) -> Parts:
-        """`name` is lora, ia3, prefix, prompt or ptuning, and a number: another number is other content."""
+        """Return the parts of `name`: lora, ia3, prefix, prompt or ptuning, and a number, which varies the content."""
         method, _, number = name.partition("-")
         seed = int(number)
         match method:
@@ -82,7 +82,7 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture(scope="session")
 def config(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> WeftConfig:
-    """The defaults, but for ports, a source directory that the operator allows, and streams told of every step."""
+    """Return the defaults, except for ports, an allowed source directory, and streams with a message for every step."""
     return WeftConfig(
         model=ModelConfig(path=base_path, device="cpu", dtype="bfloat16"),
         engine=EngineConfig(stream_interval_s=0.0),
@@ -122,7 +122,7 @@ def good(sources: Sources) -> Good:
 
 @pytest.fixture(scope="session")
 def tight_config(config: WeftConfig, tmp_path_factory: pytest.TempPathFactory) -> WeftConfig:
-    """Limits that a test can reach: two requests run, two wait, two LoRAs fit; weights may be anything."""
+    """Return limits that a test can reach: two requests run, two wait, two LoRAs fit; weights may have any value."""
     return replace(
         config,
         store=tmp_path_factory.mktemp("tight"),
@@ -159,9 +159,9 @@ def tight(_tight: LiveServer) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def poison(tight: LiveServer, sources: Sources) -> Iterator[str]:
-    """An adapter on `tight` whose finite weights make numbers that are not, in a directory of its name.
+    """Yield an adapter on `tight` whose finite weights give values that are not finite, in a directory of its name.
 
-    New content each time, since it is content that a server puts into quarantine.
+    It has new content each time, since a server quarantines content.
     """
     parts = sources.parts(f"lora-{next(_POISONED)}")
     tensors = {name: t * 1e30 if "lora_B" in name else t for name, t in parts.tensors.items()}
@@ -172,21 +172,21 @@ def poison(tight: LiveServer, sources: Sources) -> Iterator[str]:
 
 def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
     found = {adapter.adapter_id for adapter in live.client.list().adapters}
-    for left in found - adapters:  # so that one test's failure is not the next one's
+    for left in found - adapters:  # so that one test's failure does not fail the next one
         live.client.unregister(left, mode="UNREGISTER_MODE_CANCEL", allow_missing=True)
     assert found == adapters
     wait_until(lambda: live.staging() == [])
     wait_until(lambda: live.application.requests.num_requests == 0)
     store = AdapterStore(live.config.store, live.config.adapters)
     digests = {manifest.digest for manifest in store.read_catalog().manifests.values()}
-    # A removal whose caller has gone sweeps a moment after the catalog has forgotten it.
+    # A removal whose caller has gone cleans up a moment after the adapter has left the catalog.
     wait_until(lambda: {path.name for path in (live.config.store / "versions").iterdir()} == digests)
     live.check_well()
 
 
 @pytest.fixture
 def registered(server: LiveServer) -> Iterator[Callable[[str, Path], AdapterDigest]]:
-    """Registers a source until the test ends, a mixture after its experts; gives its digest."""
+    """Yield a function that registers a source until the test ends, mixtures after experts, and returns the digest."""
     ids: list[str] = []
 
     def register(adapter_id: str, source: Path) -> AdapterDigest:

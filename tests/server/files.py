@@ -35,7 +35,7 @@ class Files(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The same, taken apart: to change one thing and put it together again."""
+    """The same in parts, to change one of them and assemble it again."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -52,7 +52,7 @@ class Parts(NamedTuple):
             return cls(json.loads(Path(path, CONFIG_FILE).read_text()), tensors, metadata)
 
     def configured(self, **changes: Any) -> Files:
-        """With these keys of the config changed."""
+        """Return the adapter with these keys of the config changed."""
         return self._replace(config={**self.config, **changes}).files()
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Files:
@@ -65,7 +65,7 @@ class Parts(NamedTuple):
 
 
 class Good(NamedTuple):
-    """One good adapter of each method, to be spoiled."""
+    """A good adapter of each method, as raw material for bad ones."""
 
     lora: Parts
     ia3: Parts
@@ -74,7 +74,7 @@ class Good(NamedTuple):
     ptuning: Parts
 
     def header(self, change: Callable[[dict[str, Any]], object]) -> Files:
-        """The LoRA with a changed safetensors header."""
+        """Return the LoRA with a changed safetensors header."""
         files = self.lora.files()
         header, data = split_header(files.weights)
         change(header)
@@ -91,13 +91,13 @@ class Good(NamedTuple):
 
 
 def with_header(header: Mapping[str, Any] | bytes, data: bytes, *, length: int | None = None) -> bytes:
-    """A safetensors file with exactly this header, right or wrong."""
+    """Return a safetensors file with exactly this header, valid or not."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
 
 def split_header(weights: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, data) of a good file."""
+    """Return (header, data) of a good file."""
     length = int.from_bytes(weights[:8], "little")
     return json.loads(weights[8 : 8 + length]), weights[8 + length :]
 
@@ -119,7 +119,7 @@ def chunk(file_index: int, offset: int, data: bytes) -> adapter_service_pb2.Uplo
 def upload_messages(
     adapter_id: str, files: Files, *, chunk_bytes: int = MIB, **fields: Any
 ) -> Iterator[adapter_service_pb2.UploadAdapterRequest]:
-    """A good upload."""
+    """Yield the messages of a good upload."""
     yield adapter_service_pb2.UploadAdapterRequest(header=upload_header(adapter_id, files, **fields))
     for index, data in enumerate(files):
         for offset in range(0, len(data), chunk_bytes):

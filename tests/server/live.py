@@ -1,4 +1,4 @@
-"""Real servers in this process, and a client that sees them as callers do: over a channel, statuses and all."""
+"""Real servers in this process, and a client that calls them as others do: over a channel, with statuses."""
 
 import asyncio
 import itertools
@@ -35,12 +35,12 @@ from weft.v1 import (
 from weft.v1.status_details import DETAILS_KEY, DOMAIN
 
 PROMPT = "The quick brown fox jumps over"
-WAIT_S = 60.0  # until a test calls it a hang
+WAIT_S = 60.0  # after which a test reports a hang
 T = TypeVar("T")
 
 
 class Loop:
-    """An event loop in a thread of its own; every server of a session lives on it."""
+    """An event loop in a thread of its own, for all servers of a session."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -59,7 +59,7 @@ class Loop:
 
 
 class Computed(NamedTuple):
-    """What a model call computed."""
+    """The content of one model call."""
 
     num_rows: int
     num_requests: int
@@ -67,7 +67,7 @@ class Computed(NamedTuple):
 
 
 class Gate:
-    """Between the engine and the model: counts the steps, and can make each of them wait for its permission."""
+    """A gate between the engine and the model: it counts the steps, and can make each of them wait for permission."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._forward = runner.forward
@@ -97,7 +97,7 @@ class Gate:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No step ends inside the block but those that `let` allows."""
+        """Within the block, hold back all steps except those that `let` allows."""
         with self._condition:
             self._allowed = 0
         try:
@@ -106,7 +106,7 @@ class Gate:
             self.open()
 
     def open(self) -> None:
-        """Let the engine go on, as if nobody had held it."""
+        """Let the engine run freely again."""
         with self._condition:
             self._allowed = None
             self._condition.notify_all()
@@ -120,7 +120,7 @@ class Gate:
 
 
 class Answer(NamedTuple):
-    """A finished digest."""
+    """A finished answer."""
 
     tokens: list[int]
     text: str
@@ -128,12 +128,12 @@ class Answer(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of the one adapter that took part, or ""."""
+        """The digest of the one adapter that took part, or ""."""
         return self.finish.effective_adapters[0].digest if self.finish.effective_adapters else ""
 
 
 class Running:
-    """A stream that is being read in a thread."""
+    """A stream that a thread is reading."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -168,7 +168,7 @@ class Running:
         return self._thread.is_alive()
 
     def result(self) -> Answer:
-        """The answer, or the error that ended it."""
+        """Return the answer, or raise the error that ended it."""
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive(), "the stream hangs"
         if self._error is not None:
@@ -177,7 +177,7 @@ class Running:
 
 
 class Client:
-    """The calls, with what tests want as defaults: greedy, token ids in the answer, a deadline."""
+    """The calls, with defaults for tests: greedy, token ids in the answer, a deadline."""
 
     def __init__(self, port: int) -> None:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
@@ -243,7 +243,7 @@ class Client:
 
 
 class LiveServer:
-    """A server that listens, until `stop`."""
+    """A server that listens until `stop`."""
 
     def __init__(self, loop: Loop, config: WeftConfig, adapters: Sequence[tuple[str, Path]] = ()) -> None:
         self.loop = loop
@@ -266,7 +266,7 @@ class LiveServer:
             await self._end.wait()
 
     def begin_stop(self) -> "Future[None]":
-        """Let it drain; the future ends when it is gone."""
+        """Drain and stop the server; the future ends when it is gone."""
 
         async def end() -> None:
             self._end.set()
@@ -279,29 +279,29 @@ class LiveServer:
         self.client.channel.close()
 
     def watch_well(self, adapters: Iterable[str | None]) -> None:
-        """Remember what these answer now, for `check_well`."""
+        """Remember the current answers of these, for `check_well`."""
         self._answers = {adapter_id: self.client.tokens(adapter_id, 4) for adapter_id in adapters}
         distinct = {tuple(tokens) for tokens in self._answers.values()}
         assert len(distinct) == len(self._answers), "a wrong adapter could not be told from the right one"
 
     def check_well(self) -> None:
-        """A good request still answers exactly what it answered before; each call asks another adapter."""
+        """Check that a good request still gets exactly its earlier answer; each call uses another adapter."""
         adapter_id = list(self._answers)[next(self._turns) % len(self._answers)]
         assert self.client.tokens(adapter_id, 4) == self._answers[adapter_id], adapter_id
 
     def staging(self) -> list[str]:
-        """What is left of uploads and registrations."""
+        """Return the remains of uploads and registrations."""
         return sorted(path.name for path in (self.config.store / "staging").iterdir())
 
     def scrape(self) -> dict[str, Metric]:
-        """The metrics by name, as Prometheus sees them."""
+        """Return the metrics by name, as Prometheus gets them."""
         url = f"http://127.0.0.1:{self.serving.metrics_port}/metrics"
         with urllib.request.urlopen(url, timeout=WAIT_S) as response:
             text = response.read().decode()
         return {family.name: family for family in text_string_to_metric_families(text)}
 
     def wait_idle(self) -> None:
-        """Until no request is inside, and the engine has taken the last step for one."""
+        """Wait until no request is inside, and the engine has finished the last step for one."""
         engine = self.application.engine
         wait_until(lambda: self.application.requests.num_requests == 0 and not engine.scheduler.running)
 
@@ -315,7 +315,7 @@ def _details_of(error: Any) -> object:
 
 
 def refused(call: Callable[[], object], code: str, reason: str, *says: str, retry: bool | None = None) -> Failure:
-    """`call` is answered with this status, in the form that every error of ours has; what the client sees of it."""
+    """Check that `call` ends with this status, in the form of every error of Weft; return the client's error."""
     try:
         result = call()
         if isinstance(result, Running):
@@ -347,7 +347,7 @@ def refused(call: Callable[[], object], code: str, reason: str, *says: str, retr
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """For what comes about by itself."""
+    """Wait for a condition that becomes true by itself."""
     give_up_at = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < give_up_at, "it does not come about"

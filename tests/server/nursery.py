@@ -1,7 +1,7 @@
 """Starts server processes quickly: run as a script, it imports everything once and then forks one per line of input.
 
-A forked child is `weft serve` with arguments of its own, from `main()` on; only the imports are shared. The child has
-run nothing before the fork that starts a thread: no model, no channel.
+A forked child is `weft serve` with arguments of its own, from `main()` on; only the imports are shared. Nothing that
+starts a thread runs before the fork: no model, no channel.
 
     in    {"start": ["serve", …], "log": path}    out    pid
     in    {"wait": pid}                           out    exit code

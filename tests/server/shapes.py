@@ -1,4 +1,4 @@
-"""Bases whose KV cache has the shape of models that people try first; everything else of them is tiny."""
+"""Bases whose KV cache has the shape of popular models; everything else is tiny."""
 
 from pathlib import Path
 from typing import Any

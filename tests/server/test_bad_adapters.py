@@ -37,7 +37,7 @@ SOFT: Mapping[str, Callable[[Good], Parts]] = {"prompt": lambda good: good.promp
 
 
 class Case(NamedTuple):
-    """Spoiled files and what they are answered; "OK" where they are not spoiled after all."""
+    """Bad files and the expected reasons; "OK" if a file is good after all."""
 
     row: str
     code: str
@@ -67,7 +67,7 @@ def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Good], File
 
 
 def _tensor_header(**changes: Any) -> Callable[[Good], Files]:
-    """The description of one tensor, changed."""
+    """Change the description of one tensor."""
     return _header(lambda header: header[LORA_A].update(changes))
 
 
@@ -104,7 +104,7 @@ def _torch_saved() -> bytes:
 
 
 def _one(dtype: str = "F32", shape: Any = (4,), offsets: Any = (0, 16), data: bytes = b"\0" * 16) -> bytes:
-    """A file of one tensor that need not belong to any module: its header is wrong before that matters."""
+    """Return a file of one tensor, which need not belong to any module: its header is refused before that matters."""
     return with_header({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}, data)
 
 
@@ -483,7 +483,7 @@ def _all_spoiled(parts: Parts, value: float) -> Mapping[str, Tensor]:
 
 
 def _attempt(server: LiveServer, case: Case, path: Path) -> None:
-    """Register what lies at `path` and compare the answer."""
+    """Register the files at `path` and compare the answer."""
     if case.code == "OK":
         server.client.register("spoiled", path)
         server.client.unregister("spoiled")
@@ -498,7 +498,7 @@ def test_row(case: Case, server: LiveServer, good: Good, sources: Sources) -> No
         _attempt(server, case, path)
 
 
-# What must never happen because of what a file says; `exec` and `import` would be code of the file's choosing.
+# Events that no file may ever cause; `exec` and `import` would run code of the file's choice.
 _FORBIDDEN_EVENTS = frozenset(
     {
         "pickle.find_class",
@@ -522,7 +522,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def _trap() -> Iterator[list[str]]:
-    """Every forbidden event of any thread of this process: the server is in it."""
+    """Record every forbidden event of any thread of this process, which includes the server."""
     global _trapped, _is_hooked
     if not _is_hooked:
         sys.addaudithook(_audit)  # for good: an audit hook cannot be removed
@@ -622,7 +622,7 @@ def _sparse(path: Path, other: Path) -> None:
 def test_row_32_no_plain_file(
     spoil: Callable[[Path, Path], None], reason: str, server: LiveServer, good: Good, tmp_path: Path
 ) -> None:
-    """In the store's own directory, where a relative source starts."""
+    """In the store's own directory, from which relative sources start."""
     name = f"incoming{spoil.__name__}"
     path = good.lora.files().write(server.config.store / name)
     spoil(path, good.lora.files().write(tmp_path / "other"))
@@ -687,7 +687,7 @@ def test_row_65_can_never_fit_the_pool(tight: LiveServer, sources: Sources) -> N
 
 
 def test_row_65_virtual_positions_that_leave_no_room_in_the_context(tight: LiveServer, sources: Sources) -> None:
-    """max_model_len is 240 here: one token to read and one to write must fit beside them."""
+    """max_model_len is 240 here: one prompt token and one new token must also fit."""
     for make in (tiny.random_prefix, tiny.random_prompt, tiny.random_ptuning):
         path = (
             Parts.of(make(sources.base, length=239, seed=1), sources.base)
@@ -721,7 +721,7 @@ def test_rows_68_69_urls(
 
 
 def test_uploads_are_checked_alike(server: LiveServer, good: Good) -> None:
-    """One case of each kind over the other way in."""
+    """One case of each kind, by upload."""
     chosen = [cases[len(cases) // 2] for cases in (FORMATS, HEADERS, CONFIGS, TENSORS)]
     for case in chosen:
         messages = upload_messages("spoiled", case.make(good))
@@ -755,5 +755,5 @@ def test_bad_adapter_under_traffic_25x25(server: LiveServer, good: Good, sources
     assert failures == []
     for target, answer in zip(targets, answers, strict=True):
         assert answer.tokens == alone[target], target
-    # Negative control: another adapter would have been noticed.
+    # Negative control: another adapter would have been detected.
     assert len({tuple(tokens) for tokens in alone.values()}) == len(alone)

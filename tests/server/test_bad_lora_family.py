@@ -35,7 +35,7 @@ class _Good(NamedTuple):
 
 class _Case(NamedTuple):
     row: str
-    reason: str  # "" where the file is good after all
+    reason: str  # "" if the file is good after all
     make: Callable[[_Good], Files]
     says: tuple[str, ...] = ()
 
@@ -61,7 +61,7 @@ def good(sources: Sources) -> _Good:
 
 
 def _with(method: str, **tensors: Tensor) -> Callable[[_Good], Files]:
-    """Tensors of layer 0's q_proj replaced or added, by the end of their name."""
+    """Replace or add tensors of layer 0's q_proj, given by the end of their name."""
 
     def make(good: _Good) -> Files:
         parts: Parts = getattr(good, method)
@@ -92,14 +92,14 @@ def _every(method: str, change: Callable[[str, Tensor], Tensor]) -> Callable[[_G
 
 
 def _added(**tensors: Tensor) -> Callable[[_Good], Files]:
-    """The LoRA with other tensors beside it; `__` stands for a dot."""
+    """Add tensors to the LoRA; `__` stands for a dot."""
     return lambda good: good.lora.with_tensors(
         {**good.lora.tensors, **{"base_model.model." + name.replace("__", "."): t for name, t in tensors.items()}}
     )
 
 
 def _frozen(**changes: Tensor | None) -> Callable[[_Good], Files]:
-    """VeRA with another projection, or without a part of it."""
+    """Change VeRA's projection, or leave out a part of it."""
 
     def make(good: _Good) -> Files:
         changed = {**good.vera.tensors, **{f"base_model.{name}": tensor for name, tensor in changes.items()}}
@@ -111,7 +111,7 @@ def _frozen(**changes: Tensor | None) -> Callable[[_Good], Files]:
 _NAN = torch.full((64,), float("nan"))
 CASES = [
     *(_Case(f"good-{name}", "", lambda g, name=name: getattr(g, name).files()) for name in _Good._fields),
-    # An option and the tensors that it asks for come together, or not at all.
+    # An option requires its tensors, and the tensors require the option.
     _Case("53-dora-without-its-option", "TENSOR_UNKNOWN", _config("dora", use_dora=False), ("magnitude",)),
     _Case("53-option-without-dora", "PAIR_INCOMPLETE", _config("lora", use_dora=True), ("lora_magnitude_vector",)),
     _Case("53-bias-without-its-option", "TENSOR_UNKNOWN", _config("biased", lora_bias=False), ("lora_B.bias",)),
@@ -120,7 +120,7 @@ CASES = [
     _Case("53-use-dora-1", "CONFIG_INVALID", _config("dora", use_dora=1), ("use_dora",)),
     _Case("53-bias-form", "FEATURE_UNSUPPORTED", _config("lora", bias="some"), ("adapter_config.bias", "lora_only")),
     _Case("53-bias-of-dora", "FEATURE_UNSUPPORTED", _config("dora", bias="lora_only"), ("adapter_config.bias",)),
-    _Case("53-bias-of-a-base-without", "", _config("lora", bias="all")),  # Llama has none, so PEFT saves none
+    _Case("53-bias-of-a-base-without", "", _config("lora", bias="all")),  # Llama has no biases, so PEFT saves none
     _Case(
         "53-modules-to-save", "FEATURE_UNSUPPORTED", _config("lora", modules_to_save=["lm_head"]), ("target_modules",)
     ),
@@ -214,7 +214,7 @@ def test_row(case: _Case, server: LiveServer, good: _Good, sources: Sources) -> 
 
 
 def test_an_untrained_dora_has_no_effect(server: LiveServer, sources: Sources) -> None:
-    """B is zero and every length is the base's own, which only the base's weight can tell."""
+    """B is zero and every length is the base's own, which shows only in the base's weight."""
     made = tiny.random_dora(sources.base, rank=4, seed=74)
     untrained = {name: dora.math.init(made.config, sources.base.sites[name]) for name in made.sites}
     parts = Parts.of(replace(made, sites=untrained), sources.base)
@@ -229,7 +229,7 @@ def test_an_untrained_dora_has_no_effect(server: LiveServer, sources: Sources) -
 def test_dora_is_folded_on_the_engine_thread(
     server: LiveServer, good: _Good, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker parses the file; the base's weight is read by the only thread that may touch it."""
+    """A worker parses the file; the engine thread alone reads the base's weight."""
     readers: set[str] = set()
     blocks = ModuleWeight.blocks
 
@@ -247,7 +247,7 @@ def test_dora_is_folded_on_the_engine_thread(
 def test_a_stored_dora_comes_back_after_a_restart(
     loop: Loop, config: WeftConfig, good: _Good, sources: Sources, tmp_path: Path
 ) -> None:
-    """Restoring waits for the engine thread, which therefore runs by then."""
+    """Restoring waits for the engine thread, which must therefore run by then."""
     config = replace(config, store=tmp_path)
     path = good.dora.files().write(sources.root / "spoiled-family" / "stored")
     answers = []

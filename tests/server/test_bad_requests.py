@@ -30,7 +30,7 @@ from weft.v1 import adapter_service_pb2, generation_pb2
 
 MIB = 1 << 20
 
-# Rows 1-8: what is not an id, wherever one is asked for.
+# Rows 1-8: invalid ids, in every field for an id.
 IDS = [
     ("1-empty", "", "ID_INVALID", "adapter_id: must not be empty"),
     ("1-spaces", "  \t\n\v", "ID_INVALID", "adapter_id: must not be empty"),
@@ -81,7 +81,7 @@ def test_what_is_not_an_id(adapter_id: str, reason: str, says: str, server: Live
 
 
 class Case(NamedTuple):
-    """A generate request and what it is answered."""
+    """A generate request and its answer."""
 
     row: str
     reason: str
@@ -341,7 +341,7 @@ def test_rows_17_18_unregistering_what_is_not_there_and_what_many_want_gone(
 
 
 def test_row_19_register_and_unregister_race_on_one_id(server: LiveServer, sources: Sources) -> None:
-    """Whatever wins, the answers are those of some order of the calls, and what remains is what the last one said."""
+    """Whichever call wins, the answers match some order of the calls, and the final state is that of the last one."""
     paths = [sources("lora-2"), sources("lora-3")]
     allowed = {"OK", "ADAPTER_NOT_FOUND", "ADAPTER_UNREGISTERED", "ADAPTER_NOT_READY", "ADAPTER_DRAINING"}
 
@@ -396,7 +396,7 @@ def test_row_88_deadlines(server: LiveServer) -> None:
 
 
 def test_row_89_a_client_that_does_not_read(tight: LiveServer) -> None:
-    """Its request ends at the cap, its lease with it; others are served meanwhile."""
+    """Its request ends at the cap, and so does its lease; others are served meanwhile."""
     options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
     wanted = tight.client.request("lora-1", 200, options={"token_ids": True, "logprobs": 5})
     with grpc.insecure_channel(f"127.0.0.1:{tight.serving.port}", options=options) as channel:
@@ -477,7 +477,7 @@ def test_rows_98_99_bytes_and_methods_that_mean_nothing(
 
 
 def test_row_98_nested_too_deep(server: LiveServer) -> None:
-    """A field that the message does not have, nested as groups: what a parser would recurse into."""
+    """Return a field that the message does not have, nested as groups, into which a parser would recurse."""
     nested = b"\xa3\x06" * 200 + b"\xa4\x06" * 200
     with pytest.raises(grpc.RpcError) as error:
         server.client.channel.unary_unary("/weft.v1.GenerationService/Generate")(nested, timeout=WAIT_S)
@@ -574,7 +574,7 @@ def test_a_client_that_goes_away_costs_its_own_call_only(server: LiveServer) -> 
 
 
 class Probe:
-    """How late the servers' event loop wakes up."""
+    """Measure how late the servers' event loop wakes up."""
 
     def __init__(self, server: LiveServer) -> None:
         self._server = server
@@ -603,7 +603,7 @@ class Probe:
 
 
 def test_row_77_a_prompt_that_is_hostile_to_the_tokenizer(server: LiveServer) -> None:
-    """Promised is one second; the vocabulary of one token per character is the worst there is."""
+    """The promise is one second; a vocabulary of one token per character is the worst case."""
     probe = Probe(server)
     with probe.running():
         for text in ("a" * MIB, "e" + "\u0301" * (MIB // 8)):
@@ -619,7 +619,7 @@ def test_row_77_a_prompt_that_is_hostile_to_the_tokenizer(server: LiveServer) ->
 def test_the_event_loop_stays_free_under_every_bad_input(
     server: LiveServer, sources: Sources, good: Good, record_property: Callable[[str, object], None]
 ) -> None:
-    """Promised is p99 ≤ 50 ms; here the client shares the process, and others the machine."""
+    """The promise is p99 ≤ 50 ms; here the client shares the process, and other programs the machine."""
     paths = [
         (case, case.make(good).write(sources.root / "spoiled" / f"lag-{index}"))
         for index, case in enumerate(bad_adapters.CASES)
@@ -638,7 +638,7 @@ def test_the_event_loop_stays_free_under_every_bad_input(
     assert len(probe.lags_s) > 200
     assert probe.percentile(99) < 0.25, probe
 
-    # Negative control: a loop that is blocked is seen.
+    # Negative control: a blocked loop is detected.
     async def block() -> None:
         time.sleep(0.3)  # noqa: ASYNC251  that is what is to be caught
 

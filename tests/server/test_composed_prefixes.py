@@ -1,4 +1,4 @@
-"""Several adapters with virtual positions in one request, through the API: weights, what is shared, what is freed."""
+"""Several adapters with virtual positions in one request, through the API: weights, sharing, freeing."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

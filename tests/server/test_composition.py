@@ -1,4 +1,4 @@
-"""Compositions through the API: what answers, what is shared, what fails as a whole, what is counted."""
+"""Compositions through the API: answers, sharing, failure as a whole, counting."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ DRAINING, QUARANTINED = adapter_pb2.ADAPTER_STATE_DRAINING, adapter_pb2.ADAPTER_
 
 
 def of(**weights: float | None) -> dict[str, Any]:
-    """The field of a request; `_` stands for `-` in ids, None for a weight that is not given."""
+    """Return the field of a request; `_` stands for `-` in ids, None for a weight that is not given."""
     parts = [
         generation_pb2.WeightedAdapter(adapter_id=name.replace("_", "-"), weight=weight)
         for name, weight in weights.items()
@@ -36,14 +36,14 @@ def of(**weights: float | None) -> dict[str, Any]:
 
 
 def _scaled(sources: Sources, name: str, factor: float) -> Path:
-    """A LoRA whose product is `factor` times that of another."""
+    """Return a LoRA whose product is `factor` times that of another."""
     parts = sources.parts(name)
     tensors = {key: tensor * factor if "lora_B" in key else tensor for key, tensor in parts.tensors.items()}
     return parts.with_tensors(tensors).write(sources.root / f"{name}-times-{factor}")
 
 
 def _merged(server: LiveServer, *parts: str) -> Path:
-    """What `weft adapters merge` makes of DIR=WEIGHT parts: one LoRA of the sum of their ranks."""
+    """Return the result of `weft adapters merge` for DIR=WEIGHT parts: one LoRA of the sum of their ranks."""
     output = server.config.allowed_sources[0] / "merged"
     result = CliRunner().invoke(
         app, ["adapters", "merge", *parts, str(output), "--base", str(server.config.model.path)]
@@ -82,7 +82,7 @@ def test_one_part_of_weight_1_is_the_adapter(server: LiveServer) -> None:
 
 
 def test_an_answer_names_every_part(server: LiveServer) -> None:
-    """Also those of weight 0, which took no part; weights are told as they were written."""
+    """Also those of weight 0, which took no part; weights are returned as they were written."""
     options = generation_pb2.ResponseOptions(token_ids=True, gates=True)
     digests = {name: server.client.get(name).digest for name in ("lora-1", "ia3-1", "prefix-1")}
     answer = server.client.generate(None, options=options, **of(prefix_1=0.0, lora_1=0.3, ia3_1=1e-60))
@@ -124,14 +124,14 @@ def test_the_same_composition_in_any_order_shares_its_prefix(server: LiveServer)
     assert cached(ask(lora_1=0.7, ia3_1=-0.5)) == 0
     assert cached(ask(ia3_1=-0.5, lora_1=0.7)) == blocks * 16
     assert cached(ask(ia3_1=-0.5, lora_1=0.7, prefix_1=0.0)) == blocks * 16, "weight 0 is no part of the key"
-    # Negative controls: weights, parts and salt are part of it.
+    # Negative controls: weights, parts and salt are part of the key.
     for other in (of(lora_1=0.7, ia3_1=0.5), of(lora_1=-0.5, ia3_1=0.7), of(lora_1=0.7), of(ia3_1=-0.5)):
         finish = client.generate(None, 4, text=TEXT, cache_salt="order", **other).finish
         assert cached(finish) == 0, other
     assert cached(client.generate("lora-1", 4, text=TEXT, cache_salt="order").finish) == 0
     assert cached(client.generate(None, 4, text=TEXT, cache_salt="order").finish) == 0
     assert cached(ask("another", lora_1=0.7, ia3_1=-0.5)) == 0
-    # One part of weight 1 is the adapter, and shares with it.
+    # One part of weight 1 is the adapter itself, and shares its blocks.
     assert cached(ask(lora_1=1.0)) == blocks * 16
 
 
@@ -222,7 +222,7 @@ def test_a_cancelled_part_ends_the_whole_request(tight: LiveServer, sources: Sou
     client = tight.client
     client.register("leaving", sources("ia3-2"))
     with tight.gate.held():
-        running = client.stream(None, LONG, **of(lora_1=0.5, leaving=0.0))  # held, although it takes no part
+        running = client.stream(None, LONG, **of(lora_1=0.5, leaving=0.0))  # leased, although it takes no part
         tight.gate.let(3)
         with ThreadPoolExecutor() as threads:
             removing = threads.submit(client.unregister, "leaving", mode="UNREGISTER_MODE_CANCEL")
@@ -286,7 +286,7 @@ def test_row_85_faults_are_charged_to_every_part_that_took_part(
 def test_a_part_of_weight_0_that_holds_nan_has_no_effect(
     server: LiveServer, sources: Sources, registered: Callable[[str, Path], str]
 ) -> None:
-    """The ingest would refuse it: NaN is written over its bytes on the device."""
+    """The ingest would refuse it, so NaN is written over its bytes on the device."""
     client = server.client
     wanted = client.tokens(None, LONG, text=TEXT, cache_salt="nan", **of(lora_1=0.5, ia3_1=1.0))
     digest = AdapterDigest(registered("nan", sources("lora-8")))
@@ -296,7 +296,7 @@ def test_a_part_of_weight_0_that_holds_nan_has_no_effect(
     for entry in server.runner.slots._held[slot].packed.entries:
         packed = entry.packed(server.runner.slots._held[slot].buffer)
         packed.first.fill_(float("nan"))
-    with server.gate.held():  # beside a request for which it is NaN
+    with server.gate.held():  # beside a request that gets NaN from it
         victim = client.stream("nan", LONG, text=TEXT)
         mine = client.stream(None, LONG, text=TEXT, cache_salt="cold", **of(nan=0.0, ia3_1=1.0, lora_1=0.5))
         wait_until(lambda: server.application.requests.num_requests == 2)
@@ -335,7 +335,7 @@ def test_composed_requests_are_counted_as_any(server: LiveServer) -> None:
 
 
 def test_weights_are_what_the_limits_say(server: LiveServer) -> None:
-    """The bounds themselves are allowed, and the model info tells them."""
+    """The bounds themselves are allowed, and the model info states them."""
     limits = server.config.requests
     assert (limits.composition_parts_max, limits.composition_weight_abs_max) == (8, 4.0)
     assert server.client.tokens(None, 2, **of(lora_1=-4.0, ia3_1=4.0))

@@ -1,4 +1,4 @@
-"""Compositions with virtual tokens through the API: their order and weights count, their pages are shared."""
+"""Compositions with virtual tokens through the API: their order and weights matter, their pages are shared."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ def _cached(server: LiveServer, *parts: tuple[str, float], salt: str) -> int:
 
 
 def test_virtual_parts_answer_together(server: LiveServer, soft: AdapterDigest) -> None:
-    """Weight 0 is absent, weight 1 the adapter itself; every other weight, and another part, is another answer."""
+    """At weight 0 a part is absent, at 1 it is the adapter itself; any other weight or part gives another answer."""
 
     def tokens(*parts: tuple[str, float]) -> tuple[int, ...]:
         return tuple(server.client.tokens(None, LONG, text=TEXT, **of(*parts)))

@@ -1,4 +1,4 @@
-"""Directories of other libraries are refused in one sentence that says what to do instead."""
+"""Directories of other libraries are refused in one sentence that names the remedy."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def test_x_lora() -> None:
 def test_the_config_of_an_adapterhub_directory() -> None:
     config, _, _ = adapterhub_files.made("double_seq_bn", "model.layers")
     assert CONVERT in refusal(config)
-    assert CONVERT not in refusal({"model_type": "llama"})  # the control: nothing says whose it is
+    assert CONVERT not in refusal({"model_type": "llama"})  # the control: nothing identifies the library
 
 
 def _of_a_store(path: Path, root: Path) -> None:
@@ -70,6 +70,6 @@ def test_the_files_of_an_adapterhub_directory(read: Callable[[Path, Path], None]
     with pytest.raises((InvalidAdapter, FileNotFoundError), match=CONVERT):
         read(path, tmp_path)
     (path / name).unlink()
-    with pytest.raises((InvalidAdapter, FileNotFoundError)) as raised:  # the control: nothing says whose it is
+    with pytest.raises((InvalidAdapter, FileNotFoundError)) as raised:  # the control: nothing identifies the library
         read(path, tmp_path)
     assert CONVERT not in str(raised.value)

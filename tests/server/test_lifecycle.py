@@ -1,6 +1,6 @@
 """Adapters that come, change and go while requests run, over a real channel and with a real model.
 
-Every answer is compared token for token with what the same content answers alone, on an idle server and a cold cache.
+Every answer is compared token for token with that of the same content alone, on an idle server and a cold cache.
 """
 
 import asyncio
@@ -46,12 +46,12 @@ DEVICE, HOST, DISK = (
     adapter_pb2.ADAPTER_RESIDENCY_HOST,
     adapter_pb2.ADAPTER_RESIDENCY_DISK,
 )
-LONG = 24  # tokens of a request that is caught while it runs
+LONG = 24  # tokens of a request that a test interrupts
 
 
 @pytest.fixture(scope="module")
 def alone(_server: LiveServer, sources: Sources) -> Callable[[str], list[int]]:
-    """What a source answers under an id of its own, by itself."""
+    """Return a function for the answer of a source alone, under an id of its own."""
     answers: dict[str, list[int]] = {}
 
     def ask(name: str) -> list[int]:
@@ -100,7 +100,7 @@ def test_register_replace_and_compare_and_swap(server: LiveServer, sources: Sour
 def test_a_running_stream_keeps_its_digest(
     server: LiveServer, sources: Sources, alone: Callable[[str], list[int]]
 ) -> None:
-    """Replaced twice under it, it ends with the tokens of the content it began with; the next request gets the new."""
+    """Although its adapter is replaced twice, a request ends with the content it began with; the next gets the new."""
     client = server.client
     wanted = {name: alone(name) for name in ("lora-2", "ia3-2", "prefix-2")}
     assert len({tuple(tokens) for tokens in wanted.values()}) == 3, "a swapped adapter could not be told"
@@ -120,7 +120,7 @@ def test_a_running_stream_keeps_its_digest(
     assert [answer.tokens for answer in answers] == [wanted["lora-2"], wanted["ia3-2"], wanted["prefix-2"]]
     assert answers[0].digest == old
     assert answers[1].digest == middle
-    # Once nobody holds it, an old digest is gone: from memory, from disk, and for requests.
+    # Once no request holds it, an old version is gone: from memory, from disk, and for requests.
     wait_until(lambda: not client.get("swapped").draining_versions)
     refused(lambda: client.generate(f"swapped@{old}"), "NOT_FOUND", "ADAPTER_NOT_FOUND", old)
     wait_until(lambda: not (server.config.store / "versions" / old).exists())
@@ -145,7 +145,7 @@ def test_the_comparison_sees_a_swapped_adapter(
     with monkeypatch.context() as patch:
         patch.setattr(Admission, "admit", wrong)
         assert client.tokens("swapped", LONG, cache_salt="wrong") != wanted
-        # The key of its KV says what it should have been: whoever shares it gets the wrong tokens too.
+        # The key of its KV names the expected content, so requests that share it get the wrong tokens too.
         client.tokens("swapped", LONG, cache_salt="shared")
     assert client.tokens("swapped", LONG, cache_salt="shared") != wanted
     assert client.tokens("swapped", LONG) == wanted
@@ -198,7 +198,7 @@ def test_kv_same_id_new_digest_equals_cold(
 def test_unregister_after_each_lifecycle_shape(
     state: str, mode: str, tight: LiveServer, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the request is doing: it finishes or is told, the call returns, and nothing of the adapter is left."""
+    """In every state of the request: it finishes or fails, the call returns, and nothing of the adapter is left."""
     client, blocks = tight.client, tight.application.engine.blocks
     client.register("leaving", sources("lora-2"))
     prompt = "A prompt of more tokens than one step computes, so that it is caught in the middle."
@@ -283,7 +283,7 @@ def test_a_removal_goes_on_without_its_caller(tight: LiveServer, sources: Source
 def test_an_adapter_that_is_removed_while_it_is_loaded_leaves_nothing(
     server: LiveServer, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is slow, the request is cancelled, the adapter goes: what the disk gives then is not kept."""
+    """The disk is slow, the request is cancelled, the adapter is removed: data that comes later is not kept."""
     client, memory = server.client, server.application.lifecycle.memory
     digest = Digest(client.register("late", sources("lora-2")).adapter.digest)
     client.unload("late")
@@ -414,7 +414,7 @@ def test_a_store_that_cannot_be_read_for_a_moment_fails_no_adapter(
 
 
 class Watcher:
-    """A watch that is being read."""
+    """A watch that a thread is reading."""
 
     def __init__(self, server: LiveServer) -> None:
         self._call = server.client.adapters.WatchAdapters(adapter_service_pb2.WatchAdaptersRequest(), timeout=WAIT_S)
@@ -503,7 +503,7 @@ def test_list_in_pages_and_by_kind(server: LiveServer) -> None:
 
 
 def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, sources: Sources, tmp_path: Path) -> None:
-    """Every adapter with its digest and pin; what was damaged meanwhile is FAILED, and the server starts."""
+    """Every adapter keeps its digest and pin; those damaged meanwhile are FAILED, and the server starts."""
     config = replace(tight_config, store=tmp_path / "store")
     live = LiveServer(loop, config)
     names = ("fine", "pinned", "rotten", "gone", "torn")
@@ -545,7 +545,7 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
         assert reasons == {"rotten": "BLOB_CORRUPT", "gone": "BLOB_CORRUPT", "torn": "MANIFEST_CORRUPT"}
         refused(lambda: live.client.generate("rotten"), "DATA_LOSS", "BLOB_CORRUPT", "rotten")
         refused(lambda: live.client.generate("torn"), "FAILED_PRECONDITION", "ADAPTER_NOT_READY", "failed", retry=False)
-        # Registering them again repairs them, and so does removing them.
+        # Registering them again repairs them; they can also be removed.
         assert live.client.register("rotten", sources("lora-3")).adapter.state == ACTIVE
         assert live.client.register("gone", sources("lora-4")).adapter.state == ACTIVE
         live.client.unregister("torn")
@@ -565,7 +565,7 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
 
 
 def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poison: str) -> None:
-    """It fails its own requests, changes no token beside it or after it, and is quarantined at the third."""
+    """It fails its own requests, changes no token beside or after them, and is quarantined at the third."""
     client = tight.client
     prompt = "Words enough to fill more than two blocks of keys and values with them."
     targets = (None, "lora-1")
@@ -583,14 +583,14 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
         refused(lambda call=call: call(poison), "FAILED_PRECONDITION", "ADAPTER_QUARANTINED", "NON_FINITE", retry=False)
     adapter = client.get(poison)
     assert (adapter.state, adapter.state_reason) == (QUARANTINED, "ADAPTER_NON_FINITE")
-    # The blocks that held NaN are used again, and nothing of it was kept for others.
+    # The blocks that held NaN are reused, and none of it reaches other requests.
     blocks = tight.application.engine.blocks
     assert adapter.digest not in blocks._blocks_of_digest
     for _ in range(3):
         with ThreadPoolExecutor() as threads:
             tokens = threads.map(lambda target: client.tokens(target, LONG, text=prompt), targets)
             assert dict(zip(targets, tokens, strict=True)) == alone
-    # The same content stays out, other content under the id comes back.
+    # The same content is still refused, other content under the id is accepted.
     source = sources.root / "poison"
     refused(lambda: client.register(poison, source), "FAILED_PRECONDITION", "ADAPTER_QUARANTINED")
     client.register(poison, sources("lora-2"), replace=True)
@@ -599,7 +599,7 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
 
 
 def _digest(path: Path, live: LiveServer) -> Digest:
-    """Of a source, without registering it."""
+    """Return the digest of a source, without registering it."""
     checked = live.client.register("checked", path, validate_only=True)
     return Digest(checked.adapter.digest)
 

@@ -1,4 +1,4 @@
-"""What a scrape says, compared with what the test did: every metric, exact counters, bounded labels, conservation."""
+"""A scrape, compared with the test's own calls: every metric, exact counters, bounded labels, conservation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ Scrape = dict[str, Metric]
 
 
 def value(scrape: Scrape, sample: str, **labels: str) -> float:
-    """One sample; 0 where it is not there yet."""
+    """Return one sample; 0 if it does not exist yet."""
     for metric in scrape.values():
         for found in metric.samples:
             if found.name == sample and found.labels == labels:
@@ -24,7 +24,7 @@ def value(scrape: Scrape, sample: str, **labels: str) -> float:
 
 
 class Change:
-    """How samples differ between two scrapes."""
+    """The difference of samples between two scrapes."""
 
     before: Scrape
     after: Scrape
@@ -34,7 +34,7 @@ class Change:
         return value(self.after, sample, **labels) - value(self.before, sample, **labels)
 
     def by(self, sample: str, label: str) -> dict[str, float]:
-        """The change by a label's value, where there is one."""
+        """Return the changes by a label's value, without zeros."""
         values = {s.labels[label] for m in self.after.values() for s in m.samples if s.name == sample}
         changes = {one: self(sample, **{label: one}) for one in values}
         return {one: change for one, change in changes.items() if change}
@@ -42,7 +42,7 @@ class Change:
 
 @contextmanager
 def change_of(live: LiveServer) -> Iterator[Change]:
-    """Between the begin and the end of the block; the server is idle at both."""
+    """Yield the change between the begin and the end of the block; the server is idle at both."""
     change = Change()
     wait_until(lambda: live.application.requests.num_requests == 0)
     change.before, start = live.scrape(), len(live.gate.steps)
@@ -82,7 +82,7 @@ def test_counters_equal_what_was_done(server: LiveServer) -> None:
             leaving.wait_tokens(4)
             leaving.cancel()
             wait_until(lambda: not leaving.is_running)
-            # The engine is in its fifth step by now, and is told after it.
+            # The engine is in its fifth step by now, and gets the message after it.
             server.loop.run(_turn())
         for bad in ("nobody", "nobody", "UPPER"):
             with pytest.raises(Exception, match="adapter_id"):
@@ -205,7 +205,7 @@ def test_rows_that_are_not_finite_are_counted(tight: LiveServer, poison: str) ->
 
 
 def test_what_was_accepted_has_ended_once(tight: LiveServer) -> None:
-    """Conservation, in a crowd of requests that finish, are cancelled, are refused, and run out of time."""
+    """Conservation, among many requests that finish, are cancelled, are refused, or run out of time."""
     with change_of(tight) as change:
         accepted = refusals = 0
         for turn in range(3):
@@ -251,4 +251,4 @@ def test_no_adapter_is_named_in_a_label(server: LiveServer, sources: Sources) ->
 
 
 async def _turn() -> None:
-    """One turn of the event loop."""
+    """Run one iteration of the event loop."""

@@ -1,4 +1,4 @@
-"""Mixtures through the API: what a request holds, what answers, what makes it fail as a whole, and what is told."""
+"""Mixtures through the API: leases, answers, failure as a whole, and reports."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ Register = Callable[[str, Path], str]
 def write_mixture(
     path: Path, sources: Sources, experts: dict[str, str], *, seed: int = 1, scale: float = 0.5, **config: Any
 ) -> Path:
-    """A random router over experts: ids by digest."""
+    """Write a random router over experts: ids by digest."""
     made = MixtureConfig(num_experts=len(experts), **{"top_k": 2, **config})
     shape = (1 if made.shared else sources.base.num_layers, made.num_choices, sources.base.embedding_size)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
@@ -44,14 +44,14 @@ def write_mixture(
 
 @pytest.fixture
 def experts(registered: Register, sources: Sources) -> dict[str, str]:
-    """Ids by digest, in the order of the digests: two LoRAs and an IA³ that are nobody else's."""
+    """Return ids by digest, sorted by digest: two LoRAs and an IA³ that no other test uses."""
     names = {"first": "lora-21", "second": "lora-22", "third": "ia3-23"}
     return dict(sorted((registered(name, sources(source)), name) for name, source in names.items()))
 
 
 @pytest.fixture
 def mixed(registered: Register, sources: Sources, experts: dict[str, str], tmp_path: Path) -> str:
-    """A mixture of them is registered; its id."""
+    """Register a mixture of them; return its id."""
     registered("mixed", write_mixture(sources.root / tmp_path.name, sources, experts))
     return "mixed"
 
@@ -75,7 +75,7 @@ def test_a_mixture_is_registered_answers_and_is_described(
 
 
 def test_one_expert_alone_is_that_adapter(server: LiveServer, mixed: str, experts: dict[str, str]) -> None:
-    """Steered to one expert all gates are exactly 1, and the answer is the adapter's; by id and by digest."""
+    """With steering to one expert, by id or digest, all gates are exactly 1, and the answer is the adapter's."""
     for digest, name in experts.items():
         wanted = server.client.tokens(name, LONG, text=TEXT)
         for spelled in (name, digest, f"{name}@{digest}"):
@@ -102,7 +102,7 @@ def test_a_request_holds_the_mixture_and_its_experts_and_lets_all_go(
 def test_an_expert_that_is_gone_fails_the_mixture_s_requests_by_name(
     server: LiveServer, mixed: str, experts: dict[str, str], sources: Sources, registered: Register
 ) -> None:
-    """The mixture stays; the same content under another id brings it back."""
+    """The mixture stays registered; the same content under another id makes it available again."""
     wanted = server.client.tokens(mixed, LONG, text=TEXT)
     digest = next(digest for digest, name in experts.items() if name == "second")
     server.client.unregister("second")
@@ -114,7 +114,7 @@ def test_an_expert_that_is_gone_fails_the_mixture_s_requests_by_name(
     assert registered("another-name", sources("lora-22")) == digest
     assert server.client.tokens(mixed, LONG, text=TEXT) == wanted
     assert "another-name" in [expert.adapter_id for expert in server.client.get(mixed).experts]
-    # Replaced by other content it is gone as well, and never stands in for what the mixture names.
+    # An expert replaced by other content is gone as well, and the new content never takes its place.
     server.client.register("another-name", sources("lora-24"), replace=True)
     refused(lambda: server.client.generate(mixed), "FAILED_PRECONDITION", "EXPERT_UNAVAILABLE", "not registered")
 
@@ -208,7 +208,7 @@ def test_registering_needs_every_expert(
 def test_experts_bring_virtual_tokens(
     server: LiveServer, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
 ) -> None:
-    """Steered to the prefix alone, the mixture is the prefix; steered away from it, it has no part in the answer."""
+    """Steered to the prefix alone, the mixture is the prefix; steered away from it, the prefix takes no part."""
     prefix = server.client.get("prefix-1").digest
     path = write_mixture(sources.root / tmp_path.name, sources, {**experts, prefix: "prefix-1"}, scale=0.05, top_k=4)
     registered("with-prefix", path)
@@ -338,7 +338,7 @@ def test_steering_that_cannot_be_is_refused(server: LiveServer, mixed: str, expe
 def test_bounds_are_seen_in_the_gates(
     server: LiveServer, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
 ) -> None:
-    """A router without strong opinions: a gate that float32 cannot tell from 0 would take no share."""
+    """A router with moderate logits: a gate that is 0 in float32 would take no share."""
     registered("mild", write_mixture(sources.root / tmp_path.name, sources, experts, scale=0.05))
     steering = generation_pb2.Steering(
         mask=["third"], bounds=[generation_pb2.GateBound(expert="first", floor=0.25, ceiling=0.25)]
@@ -354,7 +354,7 @@ def test_bounds_are_seen_in_the_gates(
 def test_what_prompts_share_is_told_apart_by_everything_that_makes_gates(
     server: LiveServer, mixed: str, experts: dict[str, str], sources: Sources, registered: Register, tmp_path: Path
 ) -> None:
-    """The mixture, the wishes, and for a sequence-level router the whole prompt."""
+    """The key has the mixture, the steering, and for a sequence-level router the whole prompt."""
 
     def cached(adapter: str, text: str = TEXT, **fields: Any) -> int:
         return server.client.generate(adapter, 1, text=text, **fields).finish.usage.cached_prompt_tokens
@@ -404,10 +404,10 @@ def test_gates_are_told_to_their_caller_alone(
 def test_a_mixture_survives_a_restart(
     loop: Loop, server: LiveServer, experts: dict[str, str], mixed: str, tmp_path: Path
 ) -> None:
-    """Also where its name comes before its experts'."""
+    """Even if its name sorts before its experts'."""
     wanted = server.client.tokens(mixed, LONG, text=TEXT)
     store = tmp_path / "store"
-    for part in ("catalog", "versions"):  # beside them lie sources of other tests, a file without an end among them
+    for part in ("catalog", "versions"):  # beside sources of other tests, among them an endless file
         shutil.copytree(server.config.store / part, store / part)
     (store / "catalog" / "ia3-1.json").unlink()
     again = LiveServer(loop, replace(server.config, store=store))
@@ -435,7 +435,7 @@ def test_a_router_that_makes_no_numbers_takes_its_mixture_out_of_service_and_no_
 
 
 def test_a_mixture_that_can_never_fit_is_told_so(tight: LiveServer, sources: Sources, tmp_path: Path) -> None:
-    """Two LoRAs fit here; a mixture of two does, and one of three answers at once instead of waiting for ever."""
+    """Two LoRAs fit here, and so does a mixture of two; one of three is refused at once instead of waiting for ever."""
     client = tight.client
     named = {f"many-{i}": client.register(f"many-{i}", sources(f"lora-4{i}")).adapter.digest for i in range(3)}
     for count in (2, 3):
@@ -450,7 +450,7 @@ def test_a_mixture_that_can_never_fit_is_told_so(tight: LiveServer, sources: Sou
 def test_under_changes_every_answer_is_of_what_it_names_or_fails_by_name(
     server: LiveServer, mixed: str, experts: dict[str, str], sources: Sources, tmp_path: Path
 ) -> None:
-    """Callers ask without end while routers are exchanged and an expert comes and goes; nothing is left behind."""
+    """Callers keep sending requests while routers are replaced and an expert comes and goes; nothing is left behind."""
     client = server.client
     routers = [sources.root / tmp_path.name]
     routers.append(write_mixture(sources.root / f"{tmp_path.name}-other", sources, experts, seed=7, scale=4.0))

@@ -25,7 +25,7 @@ def test_tokens_come_together_or_step_by_step(paced: tuple[LiveServer, bool]) ->
     with live.gate.held():
         stream = live.client.stream(None, 6)
         live.gate.let(1)
-        stream.wait_tokens(1)  # the first waits for nobody
+        stream.wait_tokens(1)  # the first does not wait
         for count in (2, 3, 4):
             live.gate.let(1)
             if not is_paced:

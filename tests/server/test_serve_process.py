@@ -28,7 +28,7 @@ from weft.v1 import adapter_service_pb2, generation_pb2
 
 SERVICES = {"weft.v1.GenerationService", "weft.v1.AdapterService"}
 _GENERATION = health_pb2.HealthCheckRequest(service="weft.v1.GenerationService")
-CANARY = "canary-7f3a9c"  # what must not be found again
+CANARY = "canary-7f3a9c"  # texts that must not be found again
 
 
 class Nursery:
@@ -84,7 +84,7 @@ class ServerProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Neither gone nor only waited for."""
+        """Whether the process is neither gone nor a zombie."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except FileNotFoundError:
@@ -107,7 +107,7 @@ class ServerProcess:
 
 
 class Started:
-    """Starts servers, and ends what is left of them."""
+    """A starter of servers, which ends those that are left."""
 
     def __init__(self, nursery: Nursery, base_path: Path, directory: Path) -> None:
         self._nursery = nursery
@@ -137,7 +137,7 @@ def start(nursery_process: Nursery, base_path: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def process(start: Started, sources: Sources) -> ServerProcess:
-    """A server that runs, logs everything, and is asked only what leaves it running."""
+    """Start a server that logs everything, for tests that leave it running."""
     process = start("--log-level", "debug", "--adapter", f"lora={sources('lora-1')}")
     process.wait_ready()
     return process
@@ -145,7 +145,7 @@ def process(start: Started, sources: Sources) -> ServerProcess:
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_a_base_starts_in_4_gib_without_a_flag(name: str, nursery_process: Nursery, tmp_path: Path) -> None:
-    """The context is fitted to memory and the banner says so; a real limit of the process stands for the machine."""
+    """The context is fitted to memory and the banner says so; a real limit of the process takes the machine's place."""
     started = Started(nursery_process, shapes.save(tmp_path / name, name), tmp_path)
     process = started()
     try:
@@ -202,7 +202,7 @@ def test_health_and_reflection(process: ServerProcess) -> None:
 
 
 def _listening(pid: int) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket on which a process listens, as the kernel spells addresses."""
+    """Return (address, port) of every TCP socket on which a process listens, in the kernel's spelling."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -225,7 +225,7 @@ def test_only_loopback_is_listened_on(process: ServerProcess) -> None:
     listening = _listening(process.pid)
     assert {port for _, port in listening} == {process.port, process.metrics_port}
     assert {address for address, _ in listening} <= loopback
-    # Negative control: a socket that everybody can reach is seen as one.
+    # Negative control: a socket that is open to all is detected.
     with socket.socket() as open_to_all:
         open_to_all.bind(("", 0))
         open_to_all.listen()
@@ -280,12 +280,12 @@ def test_prompts_never_reach_the_log(process: ServerProcess, sources: Sources) -
     assert CANARY not in connection.getresponse().read().decode()
     assert CANARY not in process.log
     assert not any(answer.text and answer.text in process.log for answer in answers), "answers are private too"
-    # Negative control: the log is on, at the level that tells most.
+    # Negative control: the log is on, at the most verbose level.
     assert " DEBUG " in process.log
 
 
 def test_a_port_that_is_taken(start: Started, process: ServerProcess, sources: Sources) -> None:
-    """And other reasons not to start: one line that says why, and an exit code that a supervisor sees."""
+    """The same for other reasons not to start: one line with the reason, and an exit code for a supervisor."""
     failing = {
         f"port: cannot listen on 127.0.0.1:{process.port}": start("--port", str(process.port)),
         f"metrics_port: cannot listen on 127.0.0.1:{process.metrics_port}": start(
@@ -329,7 +329,7 @@ def test_sigterm_drains(start: Started, sources: Sources) -> None:
     refused(lambda: list(watched), "UNAVAILABLE", "DRAINING")
     assert process.exit_code() == 0
     assert "Traceback" not in process.log
-    # It left nothing unfinished behind: the same store starts again.
+    # It left nothing unfinished: a server starts again with the same store.
     assert not list((start._directory / f"store-{len(start._all) - 1}" / "staging").iterdir())
 
 
@@ -365,7 +365,7 @@ def test_sigterm_while_the_base_loads(start: Started) -> None:
 
 
 def _watched_health(process: ServerProcess) -> tuple[list[int], threading.Event]:
-    """The statuses that a watch tells, as they come, and whether it has ended."""
+    """Return the statuses that a watch reports, as they come, and whether it has ended."""
     statuses: list[int] = []
     ended = threading.Event()
     watch = _health(process).Watch(_GENERATION, timeout=WAIT_S)

@@ -1,4 +1,4 @@
-"""Activated adapters and token ranges through the API: what answers, what the cache shares, what is refused.
+"""Activated adapters and token ranges through the API: answers, shared blocks, refusals.
 
 In float32, so that answers can be compared token for token whatever was cached, and in chunks of a few tokens.
 """
@@ -27,7 +27,7 @@ def ids(text: str) -> list[int]:
 
 
 def part(adapter_id: str, *ranges: tuple[int, int] | tuple[int], weight: float = 1.0) -> generation_pb2.WeightedAdapter:
-    """A part that acts in these ranges; one number is a beginning without an end."""
+    """Return a part that acts in these ranges; one number is a beginning without an end."""
     return generation_pb2.WeightedAdapter(
         adapter_id=adapter_id,
         weight=weight,
@@ -61,7 +61,7 @@ def server(loop: Loop, config: WeftConfig, tmp_path_factory: pytest.TempPathFact
 
 
 def _sources(live: LiveServer) -> Sources:
-    """Made for its base, which is not the one of the other tests."""
+    """Return sources for this base, which differs from that of the other tests."""
     return Sources(live.config.allowed_sources[0] / "exact", live.model.shape)
 
 
@@ -70,7 +70,7 @@ Register = Callable[[str, str, Sequence[int] | None], None]
 
 @pytest.fixture
 def register(server: LiveServer) -> Iterator[Register]:
-    """Registers the weights of a source as an adapter with these invocation tokens, until the test ends."""
+    """Yield a function that registers a source with these invocation tokens, until the test ends."""
     registered: list[str] = []
 
     def register(adapter_id: str, name: str, invocation: Sequence[int] | None) -> None:
@@ -91,7 +91,7 @@ def _cached(answer: Any) -> int:
 
 
 def test_blocks_before_the_invocation_are_the_base_s(server: LiveServer, register: Register) -> None:
-    """Filled by the base, taken by one activated adapter after another; and each answers as without any cache."""
+    """The base fills them, one activated adapter after another uses them, and each answers as without a cache."""
     client = server.client
     register("go", "lora-1", ids(GO))
     register("stop", "lora-5", ids(STOP))
@@ -110,7 +110,7 @@ def test_blocks_before_the_invocation_are_the_base_s(server: LiveServer, registe
     again = client.generate("go", LONG, text=text, cache_salt="warm")
     assert _cached(again) == len(text) // BLOCK * BLOCK, "its own blocks behind the invocation"
     assert again.tokens == go.tokens
-    # Negative controls: the adapter does something, and what it made is not taken for the base's.
+    # Negative controls: the adapter has an effect, and its blocks are not taken for the base's.
     base = client.generate(None, LONG, text=text, cache_salt="warm")
     assert base.tokens != go.tokens
     assert _cached(base) == shared
@@ -162,7 +162,7 @@ def test_without_an_invocation_the_base_answers_and_says_so(server: LiveServer, 
     assert answer.tokens == client.tokens(None, LONG, text=CONTEXT + "<g o>")
     assert [(a.adapter_id, a.weight) for a in answer.finish.effective_adapters] == [("go", 0.0)]
     assert [(gate.adapter_id, gate.mean) for gate in answer.finish.gates] == [("go", 0.0)]
-    # Beside another part, that one alone acts.
+    # Beside another part, the other part alone acts.
     text = CONTEXT + "?"
     both = client.generate(None, LONG, text=text, **of(part("go"), part("ia3-1", weight=0.5)))
     assert both.tokens == client.tokens(None, LONG, text=text, **of(part("ia3-1", weight=0.5)))
@@ -246,7 +246,7 @@ def test_the_mean_gate_counts_the_tokens_that_were_computed(server: LiveServer) 
 
     wanted = pytest.approx([0.5 * 4 / 24, 2.0 * 14 / 24])
     assert means("a" * 20, part("lora-1", (3, 7), weight=0.5), part("ia3-1", (10,), weight=2.0)) == wanted
-    # The first block is not computed again: 8 tokens are, and all of them are behind the first range.
+    # The first block is not computed again: 8 tokens are, all of them after the first range.
     again = pytest.approx([0.0, 2.0])
     assert means("a" * 20, part("lora-1", (3, 7), weight=0.5), part("ia3-1", (10,), weight=2.0)) == again
 

@@ -1,4 +1,4 @@
-"""From a recipe to an answer: what the trainer's model answers with a mixture is what a server answers with it."""
+"""From a recipe to an answer: the trainer's model and a server give the same answers with a mixture."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_a_trained_mixture_answers_in_a_server_as_in_training(
     prompt = base.tokenizer(TEXT)["input_ids"]
 
     def behind(tokens: Sequence[int]) -> float:
-        """How far the logits of these tokens, one after the other, are behind the largest in training."""
+        """Return how far the logits of these tokens, one after the other, are below the largest in training."""
         whole = torch.tensor([[*prompt, *tokens]])
         labels = whole.clone()
         labels[:, : len(prompt)] = IGNORED

@@ -1,4 +1,4 @@
-"""Uploads: the protocol, what breaks it, and that nothing of a broken one is left: rows 20-28 of the bad inputs."""
+"""Uploads: the protocol, its violations, and that nothing of a broken one is left: rows 20-28 of the bad inputs."""
 
 import asyncio
 import hashlib
@@ -43,7 +43,7 @@ def _file(name: str, size_bytes: int, sha256: str = "0" * 64) -> adapter_service
 
 
 def test_an_upload_is_registered_whole(server: LiveServer, files: Files) -> None:
-    """In small chunks and with the files in either order; it is the adapter that registering the directory gives."""
+    """In small chunks and with the files in either order; the result equals that of registering the directory."""
     created = server.client.upload(upload_messages("uploaded", files, chunk_bytes=1000))
     assert created.outcome == adapter_service_pb2.REGISTER_OUTCOME_CREATED
     answer = server.client.generate("uploaded")
@@ -187,7 +187,7 @@ def test_row_26_tells_both_digests(server: LiveServer, files: Files) -> None:
 
 
 def test_row_27_an_upload_that_stalls(tight: LiveServer, files: Files) -> None:
-    """Silence, and a trickle: the place of an upload is not held by one byte now and then."""
+    """Silence, and a trickle: one byte now and then does not keep the place of an upload."""
     idle_s = tight.config.server.upload_idle_timeout_s
 
     def silent() -> Messages:
@@ -229,7 +229,7 @@ def test_row_28_a_client_that_leaves(server: LiveServer, files: Files) -> None:
 
 
 def test_uploads_have_places(server: LiveServer, files: Files) -> None:
-    """As many as are allowed are received at a time, a bounded line waits, and a free place is taken again."""
+    """A limited number is received at a time, a bounded line waits, and a free place is taken again."""
     go_on = threading.Event()
 
     def slow(name: str) -> Messages:
@@ -242,7 +242,7 @@ def test_uploads_have_places(server: LiveServer, files: Files) -> None:
     most, waiting = server.config.server.uploads_max, server.config.server.uploads_waiting_max
     calls = [server.client.adapters.UploadAdapter.future(slow(f"slow-{i}")) for i in range(most)]
     wait_until(lambda: len(server.staging()) == 2 * most)  # a directory and its lock each
-    # One more than may wait: whichever comes last is refused, while the others are held back.
+    # One more than may wait: the last to come is refused, while the others are held back.
     line = [
         server.client.adapters.UploadAdapter.future(upload_messages(f"waits-{i}", files)) for i in range(waiting + 1)
     ]
@@ -251,7 +251,7 @@ def test_uploads_have_places(server: LiveServer, files: Files) -> None:
     failure = refused(line[late].result, "RESOURCE_EXHAUSTED", "UPLOADS_FULL", retry=True)
     assert failure.metadata["limit"] == str(most + waiting)
     assert len(server.staging()) == 2 * most
-    # An upload on its way is not to be seen, and holds no id.
+    # An unfinished upload is invisible, and occupies no id.
     refused(lambda: server.client.get("slow-0"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
     refused(lambda: server.client.generate("slow-0"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
     refused(lambda: server.client.unregister("slow-0"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
@@ -280,7 +280,7 @@ def test_sixteen_uploads_at_once_from_a_stock_client(server: LiveServer, files: 
 
 
 def _refused_early(server: LiveServer, num_uploads: int) -> tuple[list[str], list[int]]:
-    """What a stock client sees of uploads that are refused by their header, and how many messages it could write."""
+    """Return a stock client's errors for uploads refused by their header, and its counts of written messages."""
     written = []
     file = _file(WEIGHTS_FILE, 8 * MIB)
 
@@ -314,7 +314,7 @@ def test_a_stock_client_sees_the_status_of_an_early_refusal(
     async def nothing(*_: object, **__: object) -> None:
         pass
 
-    # Negative control: otherwise the call ends while the client writes, which now and then is all that it hears of.
+    # Negative control: otherwise the call ends while the client writes, and at times the client gets no other reason.
     monkeypatch.setattr("weft.api.servicers.adapters.discard", nothing)
     _, written = _refused_early(server, 3)
     assert max(written) < 9
@@ -343,7 +343,7 @@ def test_a_slow_upload_does_not_hold_its_id(server: LiveServer, files: Files, so
 def test_a_client_that_leaves_while_it_is_registered(
     server: LiveServer, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What has begun to change the store ends: disk and memory agree, whoever is there to hear of it."""
+    """A change of the store that has begun is completed: disk and memory agree, even if the caller has gone."""
     from weft.adapters.store import AdapterStore
 
     committing, go_on = threading.Event(), threading.Event()
