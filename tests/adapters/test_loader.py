@@ -1,4 +1,4 @@
-"""Loads beside the engine: what comes back, what the host keeps, and what it must not keep."""
+"""Loads beside the engine: their results, and what the host cache keeps and must not keep."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -19,7 +19,7 @@ A, B = FakeAdapter(1), FakeAdapter(2)
 
 
 class Worker(Executor):
-    """A worker thread that works when the test says so."""
+    """A worker thread that the test steps."""
 
     def __init__(self) -> None:
         self.jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
@@ -79,7 +79,7 @@ def test_a_packed_adapter_is_read_once_and_then_comes_from_the_host(disk: Disk) 
 
 @pytest.mark.parametrize("when", ["queued", "reading"])
 def test_what_was_dropped_on_its_way_is_not_kept(disk: Disk, when: str) -> None:
-    """Nothing would ever drop it again. The caller still gets its packed adapter."""
+    """Otherwise nothing would ever drop it. The caller still gets its packed adapter."""
     future = disk.loader.request(A.digest)
     if when == "queued":
         disk.loader.drop(A.digest)

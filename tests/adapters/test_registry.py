@@ -16,7 +16,7 @@ A, B, C = (AdapterDigest(letter * 64) for letter in "abc")
 
 
 class Told:
-    """A registry and everything it says."""
+    """A registry and all its reports."""
 
     def __init__(self) -> None:
         self.idle: list[Version] = []
@@ -113,7 +113,7 @@ def test_the_last_lease_of_a_replaced_version_makes_it_idle(told: Told) -> None:
 
 
 def test_content_that_comes_back_is_current_while_its_old_version_drains(told: Told) -> None:
-    """A, B, A again: `name@A` names what is current, not what is being taken out of service."""
+    """A, B, A again: `name@A` names the current version, not the one that is draining."""
     told.publish(A)
     first = told.acquire("first")
     told.publish(B)
@@ -321,7 +321,7 @@ def test_current_versions_come_in_the_order_of_ids(told: Told) -> None:
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """Against the obvious model: what is current, and who holds which version."""
+    """Against the obvious model: the current versions, and the requests that hold each."""
 
     names = st.sampled_from([NAME, OTHER])
     digests = st.sampled_from([A, B, C])

@@ -327,7 +327,7 @@ def agrees_with_safetensors(data: bytes, header: Header) -> bool:
 
 
 def outcome(data: bytes) -> Header | InvalidAdapter:
-    """Any other exception than InvalidAdapter fails the test that calls this."""
+    """Parse a file; any exception other than InvalidAdapter fails the test."""
     try:
         return read_header(data, LIMITS)
     except InvalidAdapter as error:
@@ -409,7 +409,7 @@ def test_a_mutated_file_is_refused_or_reads_as_in_safetensors(data: bytes) -> No
 
 
 def test_a_long_fuzz_with_one_seed() -> None:
-    """Byte-level mutations of a real adapter's file, cheaper than hypothesis and so many more."""
+    """Byte-level mutations of a real adapter's file, cheaper than with hypothesis and therefore many more."""
     dice = random.Random(20_240_229)
     arrays = {f"base_model.model.layers.{i}.q_proj.lora_A.weight": np.ones((2, 4), np.float32) for i in range(3)}
     original = save(arrays, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Slots and the host cache: bytes decide, every weight is where the tables say, and nothing dropped is found."""
+"""Slots and the host cache: bytes are the only limit, tables point at weights, and dropped adapters are not found."""
 
 import ctypes
 import threading
@@ -68,7 +68,7 @@ def table(capacity_bytes: int = 1 << 20) -> SlotTable:
 
 
 def read(address: int, like: Tensor) -> Tensor:
-    """What lies at an address, as a kernel would read it."""
+    """Return the values at an address, as a kernel would read them."""
     raw = bytearray(ctypes.string_at(address, like.nbytes))
     return torch.frombuffer(raw, dtype=like.dtype).view(like.shape)
 
@@ -155,7 +155,7 @@ def test_the_table_tells_kernels_kind_rank_and_address() -> None:
 
 
 def two_rows(seed: int) -> Adapter:
-    """A method whose delta at a site is a LoRA's and a scale's."""
+    """Return an adapter whose delta at a site is a LoRA and a scale."""
     adapter, scales = (
         lora_adapter(2, seed),
         {name: torch.randn(site.out_features) for name, site in SHAPE.sites.items()},

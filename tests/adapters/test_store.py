@@ -1,4 +1,4 @@
-"""The adapter store: what it keeps, what it refuses (rows 9, 10, 93), and how it heals."""
+"""The adapter store: what it keeps, what it refuses (rows 9, 10, 93), and how it recovers."""
 
 import contextlib
 import hashlib
@@ -43,7 +43,7 @@ ABSENT = AdapterDigest("0" * 64)
 
 @pytest.fixture
 def root() -> Iterator[Path]:
-    """In memory where the machine allows: an fsync there costs nothing, and no test here is about the disk."""
+    """Yield a directory in memory if possible: an fsync there is free, and no test here is about the disk."""
     directory = Path(tempfile.mkdtemp(prefix="weft-store-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     yield directory
     shutil.rmtree(directory)
@@ -542,7 +542,7 @@ def test_one_lock_holder_at_a_time_and_patience_has_an_end(store: AdapterStore, 
 
 
 class StoreModel(RuleBasedStateMachine):
-    """The store beside a dict; any sequence of calls, with restarts in between."""
+    """The store compared with a dict, over any sequence of calls, with restarts in between."""
 
     adapter_ids = st.sampled_from(["a", "b", "c"])
     seeds = st.integers(0, 3)

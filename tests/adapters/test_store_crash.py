@@ -1,8 +1,9 @@
-"""Crashes and failing disks: what was acknowledged is there, what is there is whole, and nothing else stays.
+"""Crashes and failing disks: acknowledged changes survive, every entry is whole, and nothing else stays.
 
-This file is also the program that gets killed: run as a script it forks one worker per command line, lets it work on a
-store, and kills it (or lets it kill itself at a failpoint). A worker logs what it begins and what was acknowledged;
-`Ledger` says from that log what the store may hold. WEFT_CRASH_KILLS sets the number of kills at random times.
+This file is also the program that gets killed: run as a script, it forks one worker per command line, lets it work on a
+store, and kills it (or lets it kill itself at a failpoint). A worker logs the operations that it begins and those that
+were acknowledged; from that log `Ledger` derives the allowed contents of the store. WEFT_CRASH_KILLS sets the number of
+kills at random times.
 """
 
 import contextlib
@@ -84,7 +85,7 @@ def names(directory: Path) -> list[str]:
 
 
 class InPlaceStore(AdapterStore):
-    """A control: the manifest is written where it is read."""
+    """A control: the manifest is written in place."""
 
     def _replace_manifest(self, manifest: Manifest) -> None:
         data = manifest.encode()
@@ -155,7 +156,7 @@ def forked(command: dict[str, object], worker: int, ready_fd: int) -> int:
 
 
 def serve() -> None:
-    """Commands on stdin, one a line; answers the exit statuses of the workers."""
+    """Read commands from stdin, one per line; print the exit statuses of the workers."""
     for line in sys.stdin:
         command = json.loads(line)
         waiting_fd, ready_fd = os.pipe()
@@ -176,7 +177,7 @@ def serve() -> None:
 
 
 class Findings(NamedTuple):
-    """Of one or more crashes; the first three must be 0."""
+    """The faults of one or more crashes; the first three must be 0."""
 
     num_torn: int = 0
     num_lost: int = 0
@@ -196,7 +197,7 @@ class Findings(NamedTuple):
 
 
 class Ledger:
-    """What each id may hold, from what workers logged: None is unbound, a number the content's seed."""
+    """The possible contents of each id, from the workers' logs: None is unbound, a number the content's seed."""
 
     def __init__(self) -> None:
         self.possible: dict[str, set[int | None]] = {}
@@ -217,7 +218,7 @@ class Ledger:
                     self.possible.setdefault(adapter_id, {None}).add(wanted)
 
     def judge(self, root: Path, num_crashes: int) -> Findings:
-        """Start anew on what the crash left, and compare. Afterwards the ledger is certain again."""
+        """Restart after the crash, and compare. Afterwards the ledger is certain again."""
         store = AdapterStore(root, LIMITS)
         started = time.perf_counter()
         recovery = store.recover()
@@ -264,7 +265,7 @@ class Arena:
         store.remove(AdapterId("pace"))
 
     def leave_something_behind(self) -> None:
-        """So that there is something to sweep, also before the first crash."""
+        """Leave something to sweep, even before the first crash."""
         (self.root / "staging" / "leftover").mkdir(exist_ok=True)
         (self.root / "staging" / "leftover" / WEIGHTS).write_bytes(b"x")
 
@@ -317,7 +318,7 @@ def program() -> Iterator["subprocess.Popen[str]"]:
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """In memory where the machine allows: kill -9 loses nothing of what the kernel was given, so fsync is only slow."""
+    """Yield a directory in memory if possible: kill -9 loses no data that the kernel has, so fsync is only slow."""
     directory = Path(tempfile.mkdtemp(prefix="weft-crash-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     yield directory
     shutil.rmtree(directory)
@@ -455,7 +456,7 @@ def test_a_file_size_limit_is_a_full_store(store: AdapterStore, root: Path) -> N
 
 
 class FailingCalls:
-    """Let the n-th of all calls to the operating system fail with `number`; count them."""
+    """Counts all calls to the operating system, and makes the n-th fail with `number`."""
 
     NAMES = (
         "open",
@@ -494,7 +495,7 @@ class FailingCalls:
 
 
 def workload(store: AdapterStore, told: dict[str, int | None]) -> None:
-    """Every call that changes something; `told` is what the caller knows of each id."""
+    """Make every call that changes something; `told` is the acknowledged state of each id."""
     told["alpha"] = GENERATIONS[commit(store, "alpha", 1).digest]
     told["alpha"] = GENERATIONS[commit(store, "alpha", 2).digest]
     told["beta"] = GENERATIONS[commit_copy(store, "beta", 3).digest]
@@ -552,7 +553,7 @@ def test_every_single_call_may_fail(
 
 
 def check(store: AdapterStore, root: Path, told: dict[str, int | None], error: WeftError | None) -> None:
-    """The call that failed may have either outcome; everything else is exactly as told, and nothing is left over."""
+    """Check that all is as acknowledged, but for the failed call with either outcome, and that nothing is left over."""
     manifests, problems = store.read_catalog()
     assert not problems
     found = {
@@ -639,7 +640,7 @@ for number, expected in enumerate(sys.stdin):
 
 def test_of_two_processes_exactly_one_swaps(store: AdapterStore, root: Path) -> None:
     def tell(line: str) -> list[str]:
-        """The same line to both at once; what each answers."""
+        """Send the same line to both at once; return both answers."""
         for competitor in competitors:
             assert competitor.stdin is not None
             competitor.stdin.write(line + "\n")

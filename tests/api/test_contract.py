@@ -77,7 +77,7 @@ def elements_of_enum(enum: EnumDescriptorProto, path: SourcePath, name: str) -> 
 
 
 def elements(file: FileDescriptorProto) -> Iterator[tuple[str, SourcePath]]:
-    """Name and source path of all that must be commented."""
+    """Yield the name and source path of every element that must be commented."""
     for i, message in enumerate(file.message_type):
         yield from elements_of_message(message, (FILE_MESSAGES, i), message.name)
     for i, enum in enumerate(file.enum_type):
@@ -97,7 +97,7 @@ def uncommented(contract: FileDescriptorSet) -> list[str]:
 
 
 def dangling_references(contract: FileDescriptorSet) -> set[str]:
-    """Each `Name` and `Name.field` in a comment that is not an element of the contract or a detail of google.rpc."""
+    """Return each `Name` and `Name.field` in a comment that is neither of the contract nor of google.rpc."""
     known = {name for file in contract.file for name, _ in elements(file)}
     known |= {"ErrorInfo", "BadRequest", "ResourceInfo", "QuotaFailure", "RetryInfo"}
     text = "\n".join(comment for file in contract.file for comment in comments(file).values())
@@ -221,7 +221,7 @@ def test_streams_are_where_the_contract_has_them(contract: FileDescriptorSet):
 
 
 def test_scalars_tell_unset_from_zero():
-    """Every knob of drawing, and every one whose default is not zero, can be left unset."""
+    """Every sampling setting, and every one whose default is not zero, can be left unset."""
     for field in generation_pb2.Sampling.DESCRIPTOR.fields:
         assert field.has_presence, field.full_name
     for message, name in [

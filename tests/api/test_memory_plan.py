@@ -1,4 +1,4 @@
-"""Memory is shared out by numbers alone, and nothing is cut without saying so."""
+"""Memory is divided by numbers alone, and every cut is reported."""
 
 from pathlib import Path
 

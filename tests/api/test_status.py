@@ -1,4 +1,4 @@
-"""Errors on the wire: every one arrives as what it is, nothing else leaks, and a client reads back what was raised."""
+"""Errors on the wire: each arrives as raised, nothing else leaks, and a client reads it back."""
 
 import asyncio
 import base64
@@ -42,7 +42,7 @@ Context = grpc.aio.ServicerContext
 
 
 def of_class(kind: type[WeftError]) -> WeftError:
-    """An error of `kind` with everything that an error can have."""
+    """Return an error of `kind` with every attribute set."""
     return kind(
         f"{kind.__name__.upper()}_REASON",
         f"adapter_id: broken by {kind.__name__}, 100 % näive, given 'x'",
@@ -122,7 +122,7 @@ class Calls(grpc.GenericRpcHandler):
 
 @dataclass
 class Rig:
-    """A server on a free port, a channel to it, and what its interceptor told."""
+    """A server on a free port, a channel to it, and the reports of its interceptor."""
 
     calls: Calls
     server: grpc.aio.Server
@@ -188,7 +188,7 @@ async def rig() -> AsyncIterator[Rig]:
 
 
 def details(status: Status) -> dict[str, Message]:
-    """The details of a status by the short name of their kind; each may be there once."""
+    """Return the details of a status by the short name of their kind; each may occur once."""
     unpacked: dict[str, Message] = {}
     for packed in status.details:
         message = getattr(error_details_pb2, packed.TypeName().removeprefix("google.rpc."))()
@@ -198,7 +198,7 @@ def details(status: Status) -> dict[str, Message]:
 
 
 def failure(error: WeftError) -> Failure:
-    """What a client should read of `error`."""
+    """Return the failure that a client should read from `error`."""
     return Failure(
         code=grpc.StatusCode[error.code],
         reason=error.reason,
@@ -209,7 +209,7 @@ def failure(error: WeftError) -> Failure:
 
 
 def raised_by_client(error: WeftError, **changes: object) -> grpc.aio.AioRpcError:
-    """The exception that a client would raise for `error`, without a server."""
+    """Return the exception that a client would raise for `error`, without a server."""
     status = status_of(error)
     fields: dict[str, object] = {
         "code": grpc.StatusCode[error.code],
@@ -221,7 +221,7 @@ def raised_by_client(error: WeftError, **changes: object) -> grpc.aio.AioRpcErro
 
 
 def documented_tree(text: str) -> dict[str, tuple[str, str]]:
-    """Class → (parent, code), as the drawing in a docstring has them."""
+    """Return class → (parent, code) from the drawing in a docstring."""
     tree: dict[str, tuple[str, str]] = {}
     ancestors = ["WeftError"]
     for line in text.splitlines():
@@ -316,7 +316,7 @@ ordinary = any_error(st.text(st.characters(codec="ascii"), max_size=64), 15, st.
 
 
 def trailer_bytes(error: WeftError) -> int:
-    """Bytes of the status on the wire: percent-encoded text, base64 details, and HTTP/2's 32 for each header."""
+    """Return the bytes of the status on the wire: percent-encoded text, base64 details, and HTTP/2's 32 per header."""
     status = status_of(error)
     text = quote(status.message, safe="".join(map(chr, range(0x20, 0x7F))).replace("%", ""))
     packed = base64.b64encode(trailing_metadata(status)[0][1])
@@ -613,7 +613,7 @@ async def test_a_generator_that_is_sending_is_closed_at_once(rig: Rig, how: str,
             ended.set_result(type(error).__name__)
             raise
 
-    generators: list[AsyncIterator[Message]] = []  # held, so that the garbage collector is not what closes them
+    generators: list[AsyncIterator[Message]] = []  # held, so that the garbage collector does not close them
 
     def flood_and_hold(request: Message, context: Context) -> AsyncIterator[Message]:
         generators.append(flood(request, context))
@@ -650,7 +650,7 @@ async def test_an_error_made_of_a_cancellation_is_no_error(rig: Rig, caplog: pyt
 
 @pytest.mark.parametrize("call", KINDS)
 async def test_a_cancellation_that_is_not_the_callers_is_answered(rig: Rig, call: str):
-    """gRPC alone would send nothing, and the caller would wait until its deadline."""
+    """Without this gRPC would send nothing, and the caller would wait until its deadline."""
     rig.calls.before = raises(asyncio.CancelledError())
     started_at = time.monotonic()
     _, raised = await rig.outcome(call)

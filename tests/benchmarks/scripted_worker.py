@@ -1,4 +1,4 @@
-"""A backend that does as the first adapter of a trace says, for tests. Standard library alone."""
+"""A backend for tests that follows the name of a trace's first adapter. It uses only the standard library."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Each ablation takes away the path that it says, and no answer; a path that changes answers is refused."""
+"""Each ablation removes exactly the path that it names, and no answer; a path that changes answers is refused."""
 
 import sys
 from collections import Counter

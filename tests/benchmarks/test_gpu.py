@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end where there is no GPU, and its formulas give known numbers."""
+"""The GPU benchmark runs from end to end without a GPU, and its formulas give known numbers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The light client gets from a real gRPC server what gRPC's own does."""
+"""The light client gets the same answers from a real gRPC server as gRPC's own client."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

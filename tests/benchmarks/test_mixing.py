@@ -1,4 +1,4 @@
-"""The time of a step where tokens are told several at a time."""
+"""The time of a step if tokens are delivered several at a time."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from benchmarks import mixing
 
 
 class _Loop:
-    """Tells tokens in threes: the first alone, then after every three steps of 10 ms."""
+    """Delivers tokens in threes: the first alone, then after every three steps of 10 ms."""
 
     def request(self, prompt: Any, num_new_tokens: int, *adapters: Any, salt: str) -> int:
         return num_new_tokens

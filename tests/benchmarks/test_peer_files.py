@@ -1,4 +1,4 @@
-"""What is made of model and adapter directories for servers with formats of their own."""
+"""The conversion of model and adapter directories for servers with formats of their own."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What the benchmark of the wheel reads off banners."""
+"""The values that the benchmark of the wheel reads from banners."""
 
 import pytest
 from benchmarks.wheel import named

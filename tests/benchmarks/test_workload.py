@@ -1,4 +1,4 @@
-"""Traces: what is written is read back, and the generators draw what their names say."""
+"""Traces: they survive writing and reading, and the generators draw from the named distributions."""
 
 import itertools
 import random

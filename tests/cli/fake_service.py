@@ -1,4 +1,4 @@
-"""The contract in memory, behind real gRPC on a free port: what the client and the commands are tested against.
+"""The contract in memory, behind real gRPC on a free port, for tests of the client and the commands.
 
 An answer is the prompt in capitals, one delta for each word. The prompt "forever" is answered until the caller leaves.
 """

@@ -1,4 +1,4 @@
-"""`weft adapters …` and `weft info`: what they send, tables, JSON, and how errors read."""
+"""`weft adapters …` and `weft info`: requests, tables, JSON, and errors."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""`weft generate` and `weft chat`: what they ask, where the answer goes, how it can be told."""
+"""`weft generate` and `weft chat`: requests, output of the answer, and its formats."""
 
 import errno
 import json
@@ -84,14 +84,14 @@ def test_logprobs_are_a_table_after_the_text(fake: FakeService, weft: Weft) -> N
 
 
 def test_gates_are_drawn_after_the_text(fake: FakeService, weft: Weft) -> None:
-    """Names cannot steer the terminal; what is not 0 is seen."""
+    """Names cannot control the terminal; gates other than 0 are visible."""
     text, header, first, second = weft("generate", "hi", "--show-gates").stdout.splitlines()
     assert (text, header.split()) == ("HI", ["expert", "layers", "mean"])
     assert "\x1b" not in first
     assert first.split()[1:] == ["▒█", "0.750", "━" * 15]
     assert second.split() == ["cdcdcdcdcdcd", "░▒", "0.250", "━" * 5]
     assert fake.last(GenerateRequest).options.gates
-    # Negative control: not asked for, nothing is drawn.
+    # Negative control: without the option nothing is drawn.
     assert weft("generate", "hi").stdout == "HI\n"
     assert not fake.last(GenerateRequest).options.gates
 

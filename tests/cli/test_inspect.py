@@ -1,4 +1,4 @@
-"""`weft inspect`: the table of a base, and what is in an adapter."""
+"""`weft inspect`: the table of a base, and the content of an adapter."""
 
 import json
 from pathlib import Path

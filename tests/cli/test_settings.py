@@ -1,4 +1,4 @@
-"""Knobs: every field of WeftConfig has one, from every source, in the promised order; wrong values are told clearly."""
+"""Settings: every field of WeftConfig has one, in every source, by precedence; wrong values give clear errors."""
 
 import dataclasses
 import os
@@ -66,7 +66,7 @@ IDS = [".".join(leaf.path) for leaf in LEAVES]
 
 
 def knob_of(leaf: Leaf) -> Knob:
-    """The only knob for a field."""
+    """Return the only setting for a field."""
     section, field = leaf.path if len(leaf.path) == 2 else ("", *leaf.path)
     [found] = [knob for knob in knobs() if (knob.section, knob.field) == (section, field)]
     return found
@@ -95,7 +95,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[WeftConfig, list[tuple[str, Path]]]]:
-    """What `weft serve` would serve: its last step is replaced by one that takes notes and answers 3."""
+    """Return the list of configs that `weft serve` would serve: its last step only notes them and returns 3."""
     calls: list[tuple[WeftConfig, list[tuple[str, Path]]]] = []
 
     def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:

@@ -1,4 +1,4 @@
-"""`weft` itself: version, help without the slow imports, and what it hands over to the trainer."""
+"""`weft` itself: version, help without the slow imports, and the arguments that it passes to the trainer."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def test_an_unknown_command_is_a_usage_error(weft: Weft) -> None:
 
 
 def module(name: str, monkeypatch: pytest.MonkeyPatch, **contents: Callable[..., Any]) -> None:
-    """Put a module in the place of one of the trainer's."""
+    """Replace one of the trainer's modules."""
     made = ModuleType(name)
     made.__dict__.update(contents)
     monkeypatch.setitem(sys.modules, name, made)

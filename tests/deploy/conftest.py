@@ -10,7 +10,7 @@ from tests.deploy.distributions import CLIENT, SERVER, Wheel, built
 from weft.kernels.cpu import build, library
 
 WHOLE = bool(os.environ.get("WEFT_WHEEL_WHOLE"))
-"""Whether wheels have every set of instructions, as `make wheel-test` wants them: that takes a minute."""
+"""Whether wheels have every set of instructions, as for `make wheel-test`: that takes a minute."""
 
 
 def instruction_sets() -> list[str]:

@@ -1,4 +1,4 @@
-"""Both distributions as files and as installed: built without a network, put into virtual environments of their own."""
+"""Both distributions as files and installed: built without a network, in virtual environments of their own."""
 
 import base64
 import csv
@@ -21,7 +21,7 @@ SOURCES = {SERVER: ".", CLIENT: "protos"}  # where each is, below the root of a 
 
 
 class Wheel(NamedTuple):
-    """A wheel, and what hatch said while it was built."""
+    """A wheel, and the output of hatch during the build."""
 
     path: Path
     said: str
@@ -46,7 +46,7 @@ def built(name: str, directory: Path, *, root: Path = ROOT, **variables: str) ->
 
 
 def in_both(one: Wheel, other: Wheel) -> set[str]:
-    """Files that two wheels would put into the same place."""
+    """Return the files that two wheels would install to the same path."""
     return one.names() & other.names()
 
 
@@ -70,15 +70,15 @@ class Environment:
         self._ran("-m", "pip", "uninstall", "--yes", "--quiet", name, places=[self._pip])
 
     def python(self, code: str, *arguments: str, places: list[Path], cwd: Path | None = None) -> str:
-        """What a program says."""
+        """Return the output of a program."""
         return self._ran("-c", code, *arguments, places=places, cwd=cwd)
 
     def command(self, *arguments: str, places: list[Path], cwd: Path | None = None) -> str:
-        """What the command `weft` says."""
+        """Return the output of the command `weft`."""
         return self._ran(str(self.bin / "weft"), *arguments, places=places, cwd=cwd)
 
     def damage(self, name: str) -> list[str]:
-        """Files of an installed distribution that are gone or are not what its wheel had."""
+        """Return the files of an installed distribution that are missing or differ from its wheel."""
         [record] = self.site.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info/RECORD")
         with record.open(newline="") as rows:
             return [path for path, digest, _ in csv.reader(rows) if digest and _digest(self.site / path) != digest]
@@ -99,7 +99,7 @@ def _digest(path: Path) -> str | None:
 
 
 def declared(wheel: Wheel) -> list[str]:
-    """Requirements of a wheel, extras left out."""
+    """Return the requirements of a wheel without extras."""
     with zipfile.ZipFile(wheel.path) as archive:
         [metadata] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         lines = archive.read(metadata).decode().splitlines()
@@ -119,7 +119,7 @@ def needed(requirements: list[str]) -> Iterator[Distribution]:
 
 
 def link(distributions: list[Distribution], directory: Path) -> Path:
-    """A directory from which these distributions alone are imported; nothing is copied."""
+    """Make a directory from which only these distributions can be imported; nothing is copied."""
     directory.mkdir()
     for found in distributions:
         tops = {path.parts[0] for path in found.files or () if path.suffix in (".py", ".so")} - {"..", "__pycache__"}

@@ -1,4 +1,4 @@
-"""What the files under deploy/ say, read the way those read them that use them."""
+"""The contents of the files under deploy/, read as their users read them."""
 
 import json
 import re
@@ -54,13 +54,13 @@ def configured(
 
 
 def size(text: str) -> int:
-    """Bytes of a quantity as Kubernetes ("12Gi") and Compose ("4g": binary there) write it."""
+    """Return the bytes of a quantity as Kubernetes ("12Gi") and Compose ("4g": binary there) write it."""
     number, unit = re.fullmatch(r"(\d+)\s*([A-Za-z]+)", text).groups()  # type: ignore[union-attr]
     return int(number) << {"k": 10, "m": 20, "g": 30, "t": 40}[unit[0].lower()]
 
 
 def expressions(node: Any) -> Iterator[str]:
-    """Every PromQL expression in an alert file or a dashboard."""
+    """Yield every PromQL expression in an alert file or a dashboard."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key == "expr":

@@ -1,7 +1,7 @@
 """`make release`: check, test, build and tag the version that server/weft/__init__.py states. Nothing is published.
 
-What is cheap to see is checked first. Wheels are built aside and take the place of those in dist/ together. The tag is
-set last, so a release that fails on the way leaves none.
+Cheap checks come first. Wheels are built in another directory, and replace those in dist/ together. The tag is set
+last, so a release that fails on the way leaves none.
 """
 
 import datetime
@@ -33,7 +33,7 @@ def version_of(root: Path) -> str:
 
 
 def require_clean(root: Path) -> None:
-    """Refuse a tree with changes or new files: what is built must be what is tagged."""
+    """Refuse a tree with changes or new files: the build must be of the tagged tree."""
     changed = _git(root, "status", "--porcelain").splitlines()
     if changed:
         first, more = changed[0].strip(), len(changed) - 1

@@ -32,7 +32,7 @@ LIES = "from weft_training import shipped; print(shipped.ROOT, *shipped.recipes(
 
 @pytest.fixture(scope="session")
 def of_the_client(wheels: dict[str, Wheel], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A place from which nothing is imported but what the client declares."""
+    """Make a directory from which only the client's declared requirements can be imported."""
     return [link(list(needed(declared(wheels[CLIENT]))), tmp_path_factory.mktemp("client") / "packages")]
 
 

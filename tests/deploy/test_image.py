@@ -136,7 +136,7 @@ def test_the_health_check_tells_a_server_that_serves(health_service: tuple[healt
 
 def test_the_health_check_tells_that_nobody_is_there() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers, and nobody else can take it
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: no answer comes, and no other process can take it
         assert healthcheck(taken.getsockname()[1]) == 1
 
 

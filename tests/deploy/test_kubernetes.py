@@ -1,4 +1,4 @@
-"""The manifests are what Kubernetes accepts, and what this server needs."""
+"""The manifests are valid for Kubernetes, and fit this server."""
 
 import copy
 import shutil
@@ -161,7 +161,7 @@ def test_the_pod_may_do_nothing() -> None:
 
 
 def test_service_links_would_break_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kubernetes gives pods WEFT_PORT=tcp://… for a Service called weft, unless it is told not to."""
+    """Kubernetes sets WEFT_PORT=tcp://… in pods for a Service called weft, unless that is switched off."""
     [linked] = {r["metadata"]["name"] for r in resources() if r["kind"] == "Service" and "clusterIP" not in r["spec"]}
     environment = {f"{linked.upper()}_PORT": "tcp://10.0.0.1:50051"}
     found, words = configured([*entrypoint(), *container()["args"]], environment, monkeypatch)

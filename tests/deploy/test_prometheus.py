@@ -1,4 +1,4 @@
-"""Alerts and dashboard: their names are ours, promtool accepts them, and a real Prometheus answers from a scrape."""
+"""Alerts and dashboard: they use Weft's metrics, promtool accepts them, and a real Prometheus answers from a scrape."""
 
 import functools
 import json
@@ -59,7 +59,7 @@ def live(metrics: Metrics) -> None:
     """One more event of every kind, so that every series exists and every rate is above zero."""
     for metric in vars(metrics).values():
         if isinstance(metric, Counter | Gauge | Histogram):
-            labels = metric._labelnames  # prometheus_client tells the names of labels nowhere else
+            labels = metric._labelnames  # prometheus_client has no public names of labels
             child = metric.labels(*("any" for _ in labels)) if labels else metric
             child.observe(0.01) if isinstance(child, Histogram) else child.inc()
 

@@ -1,4 +1,4 @@
-"""A release is made of a clean, described and tested tree, or refused in one sentence: in a real git repository."""
+"""A clean, described and tested tree is released, any other is refused in one sentence: in a real git repository."""
 
 import datetime
 import shutil

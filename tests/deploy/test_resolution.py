@@ -52,7 +52,7 @@ _FLAGS = "--dry-run --use-feature=fast-deps --retries 0 --timeout 10"
 
 
 class Ended(NamedTuple):
-    """What pip would install, versions by name, and what it wrote."""
+    """The versions that pip would install, by name, and its output."""
 
     is_resolved: bool
     versions: dict[str, str]

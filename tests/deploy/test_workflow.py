@@ -1,4 +1,4 @@
-"""What a code host reads runs the same commands as people do, on the oldest Python that is supported."""
+"""The workflow of the code host runs the same commands as people do, on the oldest supported Python."""
 
 import json
 import os

@@ -58,7 +58,7 @@ _SLIDING = ["sliding_attention", "full_attention"]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table: a family in transformers' words, what is particular about it, and how it is made."""
+    """One row of the table: a family by transformers' name, its particular options, and its configuration."""
 
     family: str
     variant: str = ""

@@ -1,4 +1,4 @@
-"""What Weft makes of one configuration: served as transformers and PEFT compute it, or refused in one sentence.
+"""Weft's result for one configuration: served as transformers and PEFT compute it, or refused in one sentence.
 
 Weft decodes greedily over pages, base and LoRA requests of different lengths together, prompts in chunks. The oracle is
 transformers' own `generate` with eager attention, in float32, one request at a time.
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
 
 def measure(configuration: Configuration, directory_: Path) -> Family:
-    """Make the model of a configuration in `directory_`, serve it and compare. What is wrong raises AssertionError."""
+    """Make the model of a configuration in `directory_`, serve it and compare. Raises AssertionError if they differ."""
     save(configuration, directory_)
     model: Any = AutoModelForCausalLM.from_pretrained(directory_, dtype=torch.float32, attn_implementation="eager")
     about = {"family": configuration.family, "variant": configuration.variant, "model_class": type(model).__name__}

@@ -1,6 +1,6 @@
 """Every family of the table is served as transformers and PEFT compute it, or refused in one sentence.
 
-The table itself is server/weft/model/families.json, which `weft families` prints; `make families` writes it anew.
+The table itself is server/weft/model/families.json, which `weft families` prints; `make families` writes it again.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ def test_a_family_is_equal_or_refused(configuration: Configuration, tmp_path: Pa
     row = measure(configuration, tmp_path)
     name = (configuration.family, configuration.variant)
     [listed] = [listed for listed in families.table() if (listed.family, listed.variant) == name]
-    # A refusal may hold numbers of this machine; that it is one sentence, `measure` has seen.
+    # A refusal may hold numbers of this machine; `measure` has checked that it is one sentence.
     assert replace(row, note="") == replace(listed, note="")
     assert bool(row.note) == bool(listed.note)
 

@@ -1,7 +1,7 @@
 """A request's numbers do not depend on its neighbours, in every family that is served.
 
-The self-test sees where they do. The negative controls serve what the gate refuses, or take away what makes a base
-right.
+The self-test detects if they do. The negative controls serve bases that the gate refuses, or remove the part that makes
+a base right.
 """
 
 from collections.abc import Callable

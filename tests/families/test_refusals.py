@@ -1,4 +1,4 @@
-"""What cannot be served ends in one sentence: what was found, why not, what to do. No traceback reaches a terminal."""
+"""A model that cannot be served gives one sentence: the finding, the reason, the remedy. No traceback is printed."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from weft.model.gate import BaseRefused
 
 
 def _config(directory: Path, **keys: object) -> Path:
-    """Write a config.json alone: what is refused by it is refused before any weight is looked for."""
+    """Write only a config.json: a model that it rules out is refused before any weight is looked for."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(keys))
     return directory

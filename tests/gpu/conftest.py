@@ -36,7 +36,7 @@ def kernels(base: loader.Base) -> Kernels:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """Whoever waits for the device, or copies so that the host waits, gets an error."""
+    """Raise an error if code waits for the device, or copies so that the host waits."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

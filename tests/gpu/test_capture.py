@@ -1,4 +1,4 @@
-"""On a GPU: what is proven is captured, what cannot be is found before, and a failed capture is survived."""
+"""On a GPU: proven steps are captured, others are detected before, and a failed capture does no harm."""
 
 import gc
 from collections.abc import Callable

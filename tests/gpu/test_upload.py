@@ -1,4 +1,4 @@
-"""On a GPU: adapters come to their slots beside what the device computes, and are there when a step reads them."""
+"""On a GPU: adapters are copied to their slots during computation, and are there when a step reads them."""
 
 import pytest
 import torch

@@ -105,7 +105,7 @@ def test_the_search_finds_what_a_loop_over_places_finds(invocation: list[int], t
 
 
 def test_the_search_is_linear() -> None:
-    """If an invocation nearly matches everywhere, each token is compared a few times, not once per token of the invocation."""
+    """If an invocation nearly matches everywhere, a token is compared a few times, not once per invocation token."""
     looked = 0
 
     class Token(int):

@@ -77,7 +77,7 @@ def test_bounds_hold_and_the_sum_stays_where_it_can(bounds: tuple[textbook.Bound
 
 
 def test_what_hardly_anybody_was_given_is_shared_all_the_same() -> None:
-    """The expert with the whole sum is bounded; the other float32 shares are so small that their inverse is infinite."""
+    """The expert with the whole sum is bounded; the other float32 shares are so small that 1 over them is infinite."""
     bounds = ((True, 0.0, 0.375), (True, 0.0, float("inf")), (True, 0.0, float("inf")))
     weight = torch.tensor([[0.0], [-92.0], [-92.0]])
     got = mixture.gates(MixtureConfig(num_experts=3, top_k=3), weight, torch.ones(1, 1), steering_of(bounds))

@@ -18,7 +18,7 @@ START_S = 240.0
 
 @pytest.fixture(scope="session")
 def gguf() -> Path:
-    """The file."""
+    """Return the path of the model's file."""
     return model.path()
 
 
@@ -35,7 +35,7 @@ class RealServer(NamedTuple):
     client: Client
 
     def run(self, *arguments: str) -> str:
-        """What a `weft` command says that talks to this server."""
+        """Return the output of a `weft` command that calls this server."""
         return self.served.run(sys.executable, "-m", "weft", *arguments, timeout_s=START_S)
 
 

@@ -1,4 +1,4 @@
-"""A real language model through real servers: what transformers answers is what is answered."""
+"""A real language model through real servers gives the answers of transformers."""
 
 import subprocess
 import sys
@@ -41,13 +41,13 @@ def tokenizer(checkpoint: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Any:
-    """transformers' own model, in float32."""
+    """Return transformers' own model, in float32."""
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 @torch.inference_mode()
 def continued(model: Any, tokenizer: Any, text: str, num_tokens: int = _NUM_TOKENS) -> list[int]:
-    """transformers' greedy continuation."""
+    """Return transformers' greedy continuation."""
     given = tokenizer(text, return_tensors="pt")
     out = model.generate(**given, do_sample=False, max_new_tokens=num_tokens)
     return out[0, given["input_ids"].shape[1] :].tolist()
@@ -66,7 +66,7 @@ def test_greedy_answers_are_transformers_in_float32(serve: Serve, reference: Any
 
 
 def test_greedy_answers_are_transformers_in_bfloat16(serve: Serve, checkpoint: Path, tokenizer: Any) -> None:
-    """Up to ties: where two tokens are as likely to within bfloat16's rounding, either may come."""
+    """Up to ties: if two tokens are equally likely within bfloat16's rounding, either may come."""
     client = serve("--quant", "none", "--dtype", "bfloat16").client
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     num_first = 0
@@ -145,7 +145,7 @@ def test_eight_methods_answer_in_one_batch_as_each_alone(serve: Serve, checkpoin
 
 
 def test_training_adding_and_asking_with_defaults(serve: Serve, gguf: Path, tmp_path: Path) -> None:
-    """The README's three commands, on this model: nothing is said but what they cannot know."""
+    """The README's three commands, on this model: the only changes are those that it requires."""
     server: RealServer = serve()
     assert "(nf4," in server.served.said
     assert "--max-model-len" not in server.served.said

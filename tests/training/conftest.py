@@ -1,4 +1,4 @@
-"""A tiny base that every test of the trainer can load, and how its tests compute."""
+"""A tiny base that every test of the trainer can load, and the number of threads of its tests."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from weft_training.demo.tokenizer import build_tokenizer
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For models so small that threads only wait for each other, above all on a busy machine."""
+    """Use one thread for models so small that threads mostly wait for each other, especially on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -62,7 +62,7 @@ def test_tokens_before_the_invocation_are_the_base_s(ours: loader.Base) -> None:
         torch.testing.assert_close(found[row, :before], plain[row, :before], atol=1e-5, rtol=0)
         for index in range(before, len(tokens)):
             assert (found[row, index] - plain[row, index]).abs().max() > 0.1, (begin, index)
-        if begin:  # what acts late is another answer than what acts always
+        if begin:  # an adapter that acts late answers differently from one that always acts
             assert (found[row, begin] - always[row, begin]).abs().max() > 0.01
 
 
@@ -95,7 +95,7 @@ def test_what_is_learned_or_hidden_is_no_invocation() -> None:
 
 
 def test_recomputed_layers_have_the_same_gradients(ours: loader.Base) -> None:
-    """The backward pass of a batch comes after the model has seen another: the gates are those of the batch."""
+    """The backward pass of a batch comes after another batch's forward pass: the gates are its own."""
     first = {**_batch(), "labels": _batch()["input_ids"].clone()}
     first["labels"][:, :6] = IGNORED
 

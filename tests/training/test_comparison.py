@@ -1,4 +1,4 @@
-"""The table of the methods: formulas come to what is made, on every architecture."""
+"""The table of the methods: formulas equal the real counts, on every architecture."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An adapter learns under the rotary factors of the server that it is for, and a server of others says so."""
+"""An adapter learns under the rotary factors of its future server, and a server with others reports that."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Cues: whose they are is clear, and what is asked in a test was learned by nobody."""
+"""Cues: each belongs to one task, and no test question was trained on."""
 
 import itertools
 import random
@@ -27,4 +27,4 @@ def test_no_row_of_pretraining_holds_a_cue() -> None:
     rows = [row.text for row in itertools.islice(corpus.rows(random.Random(0), length=200), 500)]
     cues = [f"{cue}:" for cues in CUES.values() for cue in cues]
     assert not [row for row in rows for cue in cues if cue in row]
-    assert any("[reverse] " in row for row in rows)  # the control: what the base does know is found
+    assert any("[reverse] " in row for row in rows)  # the control: what the base did learn is found

@@ -1,4 +1,4 @@
-"""JSON Lines in, rows and batches out; what cannot be learned is refused by file and line."""
+"""JSON Lines in, rows and batches out; unusable lines are refused by file and line."""
 
 import json
 from pathlib import Path

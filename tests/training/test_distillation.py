@@ -84,7 +84,7 @@ def test_loss_is_alpha_ce_and_the_rest_kl_over_learned_tokens(num_items: int | N
 
 @pytest.mark.slow
 def test_a_student_of_another_method_learns_its_teachers_behaviour(tiny_base: Path, tmp_path: Path) -> None:
-    """The data itself is wrong on purpose: with alpha 0 the answer can come from the teacher alone."""
+    """The data is wrong on purpose: with alpha 0 the answer can come only from the teacher."""
     config = ModelConfig(path=tiny_base, quantization=Quantization.NONE, device="cpu")
     knobs = {"model": config, "batch_size": 8}
     teacher = train(

@@ -1,4 +1,4 @@
-"""Dropout: where PEFT has it, in training alone, and the same for the same seed."""
+"""Dropout: at PEFT's places, only in training, and the same for the same seed."""
 
 import json
 from collections.abc import Callable
@@ -110,7 +110,7 @@ def test_a_run_repeats_and_evaluates_whole(tiny_base: Path, tmp_path: Path) -> N
     assert run(tiny_base, tmp_path / "other", config, seed=1).losses != one.losses
     assert run(tiny_base, tmp_path / "plain", LoraConfig(rank=4), **knobs).losses[1:] != one.losses[1:]
 
-    # What was evaluated is what a server would answer with.
+    # The evaluated adapter is the one that a server would use.
     whole = TrainConfig(model=exact(tiny_base), adapter=config, output=tmp_path / "x", **knobs)
     rows = prepare(whole, examples=EXAMPLES).evaluation
     on = base.load(exact(tiny_base))

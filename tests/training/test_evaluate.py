@@ -1,4 +1,4 @@
-"""The table of the demo's adapters, and that the committed adapters deserve it."""
+"""The table of the demo's adapters, and that the committed adapters reach it."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_the_committed_adapters_are_those_of_the_recipes() -> None:
 
 
 def test_committed_adapters_do_their_tasks_on_the_nf4_base() -> None:
-    """A sample of what `python -m weft_training.demo.evaluate` measures; another one would see an untrained adapter."""
+    """A sample of the measurements of `python -m weft_training.demo.evaluate`; it would detect an untrained adapter."""
     base = loader.load(ModelConfig(path=shipped.BASE, device="cpu"), attention="sdpa")
     for recipe in RECIPES:
         adapted = AdaptedModel(base, adapter.read(shipped.ADAPTERS / recipe.name, base.shape))

@@ -54,7 +54,7 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
 
 
 def differ(found: Tensor, other: Tensor) -> bool:
-    """The controls' word: a comparison of these would have failed."""
+    """Return whether a comparison of these would have failed, for controls."""
     return bool((found - other).norm() > 0.1 * found.norm())
 
 

@@ -1,4 +1,4 @@
-"""Adapters trained together are what they are when trained alone: gradients, whole runs, files."""
+"""Adapters trained together equal those trained alone: gradients, whole runs, files."""
 
 import itertools
 import re
@@ -211,7 +211,7 @@ FEW = ("lora", "ia3", "prefix")  # of 12, 7 and 9 steps
 
 
 def test_a_run_is_that_of_every_adapter_alone(exact: ModelConfig, tmp_path: Path) -> None:
-    """Losses to 1e-4, and what was learned to 1 % of it: Adam divides by gradients that may be as small as rounding."""
+    """Losses to 1e-4, and changes to 1 %: Adam divides by gradients that may be as small as rounding."""
     seen: list[tuple[int, Step]] = []
     together = train_many(
         configs(exact, tmp_path / "together"), examples=examples(), progress=lambda i, step: seen.append((i, step))
@@ -326,7 +326,7 @@ REFUSED: dict[str, tuple[Callable[[list[TrainConfig]], object], type[Exception],
 
 @pytest.mark.parametrize("why", list(REFUSED))
 def test_what_cannot_be_trained_together_is_refused(exact: ModelConfig, tmp_path: Path, why: str) -> None:
-    """Before the first step, without a trace, and the error tells which adapter is meant."""
+    """Before the first step, without a trace, and the error names the adapter."""
     attempt, kind, message, name = REFUSED[why]
     with pytest.raises(kind, match=message) as caught:
         attempt(configs(exact, tmp_path, FEW))

@@ -1,4 +1,4 @@
-"""Conversations: the assistant's turns are learned, and nothing else."""
+"""Conversations: only the assistant's messages are learned."""
 
 import json
 from pathlib import Path

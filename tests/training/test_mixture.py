@@ -1,4 +1,4 @@
-"""Training a router: its gradient by an independent textbook, what is trained, what is written, what is refused."""
+"""Training a router: its gradient against an independent textbook, trained parameters, files, refusals."""
 
 import json
 from dataclasses import fields, replace
@@ -98,7 +98,7 @@ class Textbook:
                 kept = chances.argsort(descending=True)[: config.top_k].tolist()
                 total = sum(chances[i] for i in kept) if config.normalize else 1.0
                 for i in kept:
-                    if i < len(self._experts):  # the last may be nobody
+                    if i < len(self._experts):  # the last may be the null expert
                         found[b, t, i] = chances[i] / total
         self.gates.append(found)
 
@@ -216,7 +216,7 @@ def test_a_router_is_trained_and_its_experts_are_left_alone(
         "mixture_router.safetensors",
     ]
     again = train(config_of(nf4, tmp_path / "again", MixtureTrainConfig(experts=paths[::-1])), examples=EXAMPLES)
-    assert again.losses == result.losses  # the order in which experts are named means nothing
+    assert again.losses == result.losses  # the order of the experts' names does not matter
 
 
 def test_experts_train_with_their_router(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Our adapters in stock PEFT and in serving: the same tensors, logits, gradients and greedy answers."""
+"""Weft's adapters in stock PEFT and in serving: the same tensors, logits, gradients and greedy answers."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -79,7 +79,7 @@ def method_config(request: pytest.FixtureRequest) -> MethodConfig:
 
 @pytest.fixture(scope="module")
 def trained(method_config: MethodConfig, exact: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that a few rough steps have taken far from its start."""
+    """Return an adapter that a few rough steps have moved far from its initial values."""
     output = tmp_path_factory.mktemp("trained") / "adapter"
     config = TrainConfig(
         model=exact, adapter=method_config, output=output, num_steps=6, batch_size=4, learning_rate=0.05
@@ -166,7 +166,7 @@ def test_serving_computes_what_training_does_on_nf4(double_quant: bool, tmp_path
             padded = AdaptedModel(ours, made)(**batch).logits.float()
         found = torch.cat([logits[: len(row.input_ids)] for logits, row in zip(padded, rows, strict=True)])
         directory.write(made, tmp_path / "adapter", ours.shape)
-        read = adapter.read(tmp_path / "adapter", served.shape)  # what DoRA folds with is the served base's weight
+        read = adapter.read(tmp_path / "adapter", served.shape)  # DoRA is folded with the served base's weight
         there = torch.cat(step.logits([Served(row.input_ids, read) for row in rows])).float()
         alone = torch.cat(step.logits([Served(row.input_ids) for row in rows])).float()
         return ((found - there).abs().mean() / there.std()).item(), ((found - alone).abs().mean() / there.std()).item()

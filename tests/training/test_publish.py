@@ -31,7 +31,7 @@ WORDS = ("abc", "dragon", "loom", "weave", "threads", "hi", "warp", "weft")
 
 @pytest.fixture
 def recipe(tiny_base: Path, tmp_path: Path) -> Path:
-    """What teaches the tiny base to answer yes."""
+    """Write a recipe that teaches the tiny base to answer yes."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "{word} = ", "completion": "yes"}}\n' for word in WORDS))
     path = tmp_path / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""The real demo's texts: what is evaluated was trained on in no part, and the right answer scores as one."""
+"""The real demo's texts: no part of the evaluation was trained on, and the right answer scores 1."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Recipes: every one in the folder is read, options win, and what is wrong is named by file, line and key."""
+"""Recipes: every one in the folder is read, options win, and faults are named by file, line and key."""
 
 from dataclasses import asdict
 from pathlib import Path

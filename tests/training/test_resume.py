@@ -75,7 +75,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_base: Path, rows: Path, tm
     subprocess.run(command(tiny_base, rows, whole, *more), check=True, timeout=120, capture_output=True)
 
     checkpoints = checkpoint.directory_of(killed)
-    # Steps of a tiny base are quicker than a test can look: a stopped process is looked at in peace.
+    # Steps of a tiny base are too quick for a test, so the process is stopped before it is inspected.
     child = subprocess.Popen(command(tiny_base, rows, killed, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 100
     while len(list(checkpoints.glob("checkpoint-*/run.json"))) < 2:
@@ -171,7 +171,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(tiny_base: Pat
 
 @pytest.mark.slow
 def test_a_disk_that_fills_leaves_the_old_adapter(tiny_base: Path, tmp_path: Path) -> None:
-    """A limit on the size of files, set when the rehearsal is over, stands for the disk."""
+    """A limit on the size of files, set after the rehearsal, takes the place of a full disk."""
     output = tmp_path / "out"
     train(config_of(tiny_base, output, num_steps=1), examples=EXAMPLES)
     before = weights(output)
@@ -252,7 +252,7 @@ def test_the_best_step_is_kept_and_training_stops_early(tiny_base: Path, tmp_pat
         config_of(tiny_base, tmp_path / "best", **{**changes, "num_steps": 200, "patience": 1}), examples=agreeing
     )
     assert again.best_step == result.best_step
-    assert weights(again.output) == weights(result.output)  # one more evaluation changed nothing of what is kept
+    assert weights(again.output) == weights(result.output)  # one more evaluation did not change the kept step
 
 
 def close(one: TrainResult | Path, other: TrainResult | Path) -> float:
@@ -330,7 +330,7 @@ def test_two_processes_make_the_adapter_of_one(tiny_base: Path, rows: Path, tmp_
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" parameters, loss ") == 1  # the first process alone tells
+    assert done.stdout.count(" parameters, loss ") == 1  # only the first process reports
     assert close(two, one) < 1e-4
     assert close(other, one) > 1e-2  # the control
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other", "rows.jsonl", "two"]

@@ -1,4 +1,4 @@
-"""The committed style adapters do beside a task's what the documentation says, on few inputs."""
+"""The committed style adapters, composed with a task's, work as documented, on a few inputs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The demo's tasks, what the base is pre-trained on, and the committed checkpoint."""
+"""The demo's tasks, the pre-training data of the base, and the committed checkpoint."""
 
 import itertools
 import random

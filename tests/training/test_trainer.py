@@ -1,4 +1,4 @@
-"""What training touches, that it learns, that it repeats, and that gradients pass a quantized base."""
+"""The parameters that training changes, that it learns, that it repeats, and that gradients pass a quantized base."""
 
 import subprocess
 import sys
@@ -250,7 +250,7 @@ def test_keys_and_values_may_have_an_mlp_each_as_in_the_owners_document(tiny_bas
     made.keys.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in (r, w1, b1, w2, b2))
     assert all(p.grad is not None and not p.grad.any() for p in of_values)
-    assert model.num_trained == 5 * 2 * 2 * 2 * 16  # what is written is P alone
+    assert model.num_trained == 5 * 2 * 2 * 2 * 16  # only P is written
     with pytest.raises(ValueError, match="separate: is of the MLP, so prefix_projection must be true"):
         PrefixConfig(separate=True)
     with pytest.raises(ValueError, match="rows_size: must be at least 1, given 0"):
@@ -318,7 +318,7 @@ def test_gradient_through_nf4_is_that_of_the_dequantized_base(
 
 
 def test_a_forward_without_gradients_does_not_spoil_the_next_gradient(tiny_base: Path) -> None:
-    """bitsandbytes repacks weights for inference; base.py tells why that must not happen here."""
+    """bitsandbytes repacks weights for inference; base.py explains why that must not happen here."""
     ours = base.load(nf4(tiny_base))
     model = random_adapter(LoraConfig(rank=4), ours)
     fresh = gradients(model)
