@@ -55,7 +55,7 @@ def digest(seed: int) -> AdapterDigest:
     )
 
 
-GENERATIONS = {digest(seed): seed for seed in range(NUM_SEEDS)}
+DIGESTS = {digest(seed): seed for seed in range(NUM_SEEDS)}
 
 
 def commit(store: AdapterStore, adapter_id: str, seed: int) -> Manifest:
@@ -226,12 +226,12 @@ class Ledger:
         num_torn, num_lost = len(recovery.problems), 0
         for adapter_id, possible in self.possible.items():
             manifest = recovery.manifests.get(AdapterId(adapter_id))
-            found = None if manifest is None else GENERATIONS[manifest.digest]
+            found = None if manifest is None else DIGESTS[manifest.digest]
             num_lost += found not in possible
             self.possible[adapter_id] = {found}
         for manifest in recovery.manifests.values():
             try:
-                num_torn += read(store.open_version(manifest.digest)) != content(GENERATIONS[manifest.digest])
+                num_torn += read(store.open_version(manifest.digest)) != content(DIGESTS[manifest.digest])
             except DataLoss:
                 num_torn += 1
         named = {manifest.digest for manifest in recovery.manifests.values()}
@@ -496,10 +496,10 @@ class FailingCalls:
 
 def workload(store: AdapterStore, told: dict[str, int | None]) -> None:
     """Make every call that changes something; `told` is the acknowledged state of each id."""
-    told["alpha"] = GENERATIONS[commit(store, "alpha", 1).digest]
-    told["alpha"] = GENERATIONS[commit(store, "alpha", 2).digest]
-    told["beta"] = GENERATIONS[commit_copy(store, "beta", 3).digest]
-    told["gamma"] = GENERATIONS[commit(store, "gamma", 2).digest]
+    told["alpha"] = DIGESTS[commit(store, "alpha", 1).digest]
+    told["alpha"] = DIGESTS[commit(store, "alpha", 2).digest]
+    told["beta"] = DIGESTS[commit_copy(store, "beta", 3).digest]
+    told["gamma"] = DIGESTS[commit(store, "gamma", 2).digest]
     store.set_pinned(AdapterId("alpha"), True)
     store.remove(AdapterId("beta"))
     told["beta"] = None
@@ -557,13 +557,13 @@ def check(store: AdapterStore, root: Path, told: dict[str, int | None], error: W
     manifests, problems = store.read_catalog()
     assert not problems
     found = {
-        adapter_id: GENERATIONS[manifests[AdapterId(adapter_id)].digest] if adapter_id in manifests else None
+        adapter_id: DIGESTS[manifests[AdapterId(adapter_id)].digest] if adapter_id in manifests else None
         for adapter_id in told
     }
     differing = {adapter_id for adapter_id in told if found[adapter_id] != told[adapter_id]}
     assert len(differing) <= (error is not None)
     for manifest in manifests.values():
-        assert read(store.open_version(manifest.digest)) == content(GENERATIONS[manifest.digest])
+        assert read(store.open_version(manifest.digest)) == content(DIGESTS[manifest.digest])
     recovery = store.recover()
     assert recovery.manifests == manifests
     assert recovery.problems == ()
