@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.digest import BaseStreamer
+from transformers.generation import BaseStreamer
 
 from benchmarks import workload
 from benchmarks.backends.worker import Cannot, LoadSpec, Outcome, Record

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.digest.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from benchmarks import workload
 from benchmarks.backends import static_batch, worker

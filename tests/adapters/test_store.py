@@ -137,7 +137,7 @@ def test_what_was_committed_is_read_back(store: AdapterStore, root: Path) -> Non
     assert stored(store, manifest.digest) == content(1)
     assert AdapterStore(root, LIMITS).recover() == ({ID: manifest}, (), 0)
     assert names(root / "staging") == []
-    assert json.loads((root / "catalog" / "alpha.json").read_text())["format"] == 1
+    assert json.loads((root / "catalog" / "alpha.json").read_text())["format"] == 2
 
 
 def test_files_are_private_and_positioned_at_their_start(store: AdapterStore, root: Path) -> None:

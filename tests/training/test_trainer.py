@@ -317,6 +317,7 @@ def test_gradient_through_nf4_is_that_of_the_dequantized_base(
     assert distance(gradients(random_adapter(USUAL[method], ours)), expected) < tolerance
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit:UserWarning")  # as the unmended base calls it
 def test_a_forward_without_gradients_does_not_spoil_the_next_gradient(tiny_base: Path) -> None:
     """bitsandbytes repacks weights for inference; base.py explains why that must not happen here."""
     ours = base.load(nf4(tiny_base))
