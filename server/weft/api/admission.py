@@ -32,7 +32,7 @@ class Admitted(NamedTuple):
 class Admission:
     """The queue places and leases of one server; used on the event loop.
 
-    num_requests: requests that hold a place.
+    num_requests: requests that hold a place. empty: set while there are none.
     """
 
     def __init__(self, lifecycle: Lifecycle, model: ModelFacts, max_requests: int) -> None:
@@ -41,12 +41,8 @@ class Admission:
         self._registry = lifecycle.registry
         self._model = model
         self._max_requests = max_requests
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    async def wait_empty(self) -> None:
-        """Return when no request holds a place."""
-        await self._empty.wait()
+        self.empty = asyncio.Event()
+        self.empty.set()
 
     def enter(self, checked: CheckedSpec, request_id: RequestId) -> Held:
         """Take a place and lease every adapter, or take nothing.
@@ -72,7 +68,7 @@ class Admission:
         for version in versions + experts:
             self._registry.hold(version, request_id)
         self.num_requests += 1
-        self._empty.clear()
+        self.empty.clear()
         return Held(versions, experts)
 
     def leave(self, held: Held, request_id: RequestId) -> None:
@@ -81,7 +77,7 @@ class Admission:
             self._lifecycle.release(version, request_id)
         self.num_requests -= 1
         if self.num_requests == 0:
-            self._empty.set()
+            self.empty.set()
 
     def admit(
         self,

@@ -119,11 +119,11 @@ class AdapterMemory:
 
     async def free(self, digest: AdapterDigest) -> Freed:
         """Free every copy, unless an adapter has this content; return when no load reads its files any more."""
-        if self._is_wanted(digest):
+        if self._registry.of(digest):
             return Freed()
         # A request can hold it only if it was registered again a moment ago.
         evicted = await asyncio.wrap_future(self._engine.evict(digest))
-        if self._is_wanted(digest):
+        if self._registry.of(digest):
             return evicted or Freed()
         freed = (evicted or Freed())._replace(host_bytes=self._loader.drop(digest))
         loads = map(asyncio.wrap_future, self._loader.running(digest))
@@ -157,9 +157,6 @@ class AdapterMemory:
 
     def _is_pinned(self, digest: AdapterDigest) -> bool:
         return any(version.pinned for version in self._registry.of(digest))
-
-    def _is_wanted(self, digest: AdapterDigest) -> bool:
-        return bool(self._registry.of(digest))
 
 
 def _in_use(adapter_id: AdapterId, num_requests: int) -> AdapterUnusable:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from weft import __version__
 from weft.adapters.registry import Version
@@ -66,7 +67,6 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(
         self, request: generation_service_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_service_pb2.TokenizeResponse:
-        del context
         kind = request.WhichOneof("input")
         tokens = await self._application.requests.tokenize(
             request.text if kind == "text" else None, _messages(request.messages) if kind == "messages" else None
@@ -80,7 +80,6 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def GetModelInfo(
         self, request: generation_service_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> generation_service_pb2.GetModelInfoResponse:
-        del request, context
         model = self._application.model
         facts, config = model.facts, self._application.config
         by_shape: dict[tuple[str, int, int], int] = {}
@@ -138,11 +137,6 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
 def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
     kind, target = request.WhichOneof("input"), request.WhichOneof("target")
-    sampling, stopping = request.sampling, request.stopping
-
-    def given(message: Any, name: str) -> Any:
-        return getattr(message, name) if message.HasField(name) else None
-
     return GenerationSpec(
         request_id=request.request_id,
         text=request.text if kind == "text" else None,
@@ -159,23 +153,18 @@ def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
         ]
         if target == "composition"
         else None,
-        temperature=given(sampling, "temperature"),
-        top_p=given(sampling, "top_p"),
-        top_k=given(sampling, "top_k"),
-        min_p=given(sampling, "min_p"),
-        repetition_penalty=given(sampling, "repetition_penalty"),
-        seed=given(sampling, "seed"),
-        max_new_tokens=given(stopping, "max_new_tokens"),
-        min_new_tokens=given(stopping, "min_new_tokens"),
-        stop=list(stopping.stop),
-        stop_token_ids=list(stopping.stop_token_ids),
-        include_stop=stopping.include_stop,
-        ignore_eos=stopping.ignore_eos,
-        logprobs=given(request.options, "logprobs"),
+        logprobs=request.options.logprobs if request.options.HasField("logprobs") else None,
         gate_detail=_gate_detail(request.options),
         steering=_steering(request.steering) if request.HasField("steering") else None,
         cache_salt=request.cache_salt,
+        **_given(request.sampling),
+        **_given(request.stopping),
     )
+
+
+def _given(message: Message) -> dict[str, Any]:
+    """Return the fields that are set; a GenerationSpec has them under the same names."""
+    return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
 
 
 def _gate_detail(options: generation_pb2.ResponseOptions) -> GateDetail:
