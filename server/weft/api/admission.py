@@ -60,7 +60,7 @@ class Admission:
         if checked.spec.composition is not None:
             composition.check_versions(checked.parts, versions)
         experts: list[Version] = []
-        if len(versions) == 1 and versions[0].info.experts:
+        if len(versions) == 1:
             experts = mixtures.require_experts(self._registry, versions[0].info, field=checked.parts[0].field)
         if checked.spec.steering is not None and not experts:
             given = versions[0].info.method if versions else "the base"
@@ -113,9 +113,8 @@ class Admission:
         if not num_tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
         if num_tokens >= longest:
-            raise InvalidRequest.rule(
-                "PROMPT_TOO_LONG", "input", "has too many tokens", limit=longest - 1, given=num_tokens
-            )
+            rule, most = "has too many tokens", longest - 1
+            raise InvalidRequest.rule("PROMPT_TOO_LONG", "input", rule, limit=most, given=num_tokens)
 
     def _max_new_tokens(self, checked: CheckedSpec, num_tokens: int, num_virtual: int) -> int:
         longest, asked = self._model.max_model_len, checked.spec.max_new_tokens

@@ -308,13 +308,11 @@ class Lifecycle:
 
     def _changed(self, change: Change, version: Version) -> None:
         before = self._methods.pop(version.adapter_id, None)
-        now = None if change is Change.REMOVED else version.info.method
-        if now is not None:
-            self._methods[version.adapter_id] = now
-        if before != now:
-            for method, step in ((before, -1), (now, 1)):
-                if method is not None:
-                    self._metrics.adapters.labels(method).inc(step)
+        if before is not None:
+            self._metrics.adapters.labels(before).dec()
+        if change is not Change.REMOVED:
+            self._methods[version.adapter_id] = version.info.method
+            self._metrics.adapters.labels(version.info.method).inc()
         self.watches.put(change, version)
 
     @contextlib.asynccontextmanager

@@ -15,7 +15,14 @@ from weft.v1.adapter_files import FOREIGN_FILES, MIXTURE_FILES, PEFT_FILES, fore
 from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
 from weft.v1.adapter_service_pb2 import UnregisterMode, UploadAdapterRequest, UploadChunk, UploadFile, UploadHeader
 from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
-from weft.v1.generation_pb2 import ChatMessage, GenerateRequest, Messages, Steering, StreamGenerateResponse, WeightedAdapter
+from weft.v1.generation_pb2 import (
+    ChatMessage,
+    GenerateRequest,
+    Messages,
+    Steering,
+    StreamGenerateResponse,
+    WeightedAdapter,
+)
 from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
 from weft.v1.model_pb2 import ModelInfo
 

@@ -26,11 +26,11 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     """The part of the contract about adapters."""
 
     def __init__(self, application: Application) -> None:
-        self._application = application
+        self._work = application.work
         self._lifecycle = application.lifecycle
         self._base_model = application.model.facts.name
-        server = application.config.server
-        self._line = UploadLine(uploads_max=server.uploads_max, waiting_max=server.uploads_waiting_max)
+        self._limits, self._server = application.config.adapters, application.config.server
+        self._line = UploadLine(uploads_max=self._server.uploads_max, waiting_max=self._server.uploads_waiting_max)
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Any) -> pb.RegisterAdapterResponse:
         adapter_id = self._adapter_id(request.adapter_id)
@@ -38,37 +38,28 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         if request.HasField("content_digest"):
             check_sha256(request.content_digest, field="content_digest")
             options = replace(options, content_digest=request.content_digest)
-        registered = await self._lifecycle.register_from(adapter_id, request.source, options)
-        return pb.RegisterAdapterResponse(
-            adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
-        )
+        version, outcome = await self._lifecycle.register_from(adapter_id, request.source, options)
+        return pb.RegisterAdapterResponse(adapter=self._adapter(version), outcome=_OUTCOMES[outcome])
 
     async def UploadAdapter(self, request_iterator: Messages, context: Any) -> pb.UploadAdapterResponse:
-        config = self._application.config
         try:
             async with self._line.turn():
-                registered = await self._upload(request_iterator)
+                version, outcome = await self._upload(request_iterator)
         except WeftError:
-            await discard(
-                request_iterator,
-                bytes_max=config.adapters.file_bytes_max,
-                timeout_s=config.server.upload_idle_timeout_s,
-            )
+            most, idle_s = self._limits.file_bytes_max, self._server.upload_idle_timeout_s
+            await discard(request_iterator, bytes_max=most, timeout_s=idle_s)
             raise
-        return pb.UploadAdapterResponse(
-            adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
-        )
+        return pb.UploadAdapterResponse(adapter=self._adapter(version), outcome=_OUTCOMES[outcome])
 
     async def UnregisterAdapter(
         self, request: pb.UnregisterAdapterRequest, context: Any
     ) -> pb.UnregisterAdapterResponse:
         adapter_id = self._adapter_id(request.adapter_id)
         _check_enum("mode", request.mode, pb.UnregisterMode)
-        server = self._application.config.server
-        timeout_s = server.unregister_timeout_default_s
+        timeout_s = self._server.unregister_timeout_default_s
         if request.HasField("timeout"):
             timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
-            rule, most = "must be 0 or more seconds", server.unregister_timeout_max_s
+            rule, most = "must be 0 or more seconds", self._server.unregister_timeout_max_s
             if not 0 <= timeout_s <= most:
                 raise InvalidRequest.rule("TIMEOUT_INVALID", "timeout", rule, limit=most, given=timeout_s)
         try:
@@ -153,11 +144,10 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         raise draining_error()
 
     async def _upload(self, messages: Messages) -> Registered:
-        config = self._application.config
-        upload = Upload(messages, self._application.work, idle_timeout_s=config.server.upload_idle_timeout_s)
+        upload = Upload(messages, self._work, idle_timeout_s=self._server.upload_idle_timeout_s)
         header = await upload.header()
         adapter_id, options = self._adapter_id(header.adapter_id), _options(header)
-        check_files(header, config.adapters)
+        check_files(header, self._limits)
         async with self._lifecycle.upload() as staging:
             await upload.receive(header, staging)
             return await self._lifecycle.register_upload(adapter_id, staging, options)

@@ -1,6 +1,7 @@
 """GenerationService: translates between proto and the application's own types, and does nothing else."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -82,10 +83,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     ) -> generation_service_pb2.GetModelInfoResponse:
         model = self._application.model
         facts, config = model.facts, self._application.config
-        by_shape: dict[tuple[str, int, int], int] = {}
-        for site in model.shape.sites.values():
-            key = site.suffix, site.in_features, site.out_features
-            by_shape[key] = by_shape.get(key, 0) + 1
+        sites = model.shape.sites.values()
+        by_shape = Counter((site.suffix, site.in_features, site.out_features) for site in sites)
         info = model_pb2.ModelInfo(
             model_name=facts.name,
             base_digest=facts.digest,
@@ -163,7 +162,7 @@ def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
 
 
 def _given(message: Message) -> dict[str, Any]:
-    """Return the fields that are set; a GenerationSpec has them under the same names."""
+    """Return the fields that are set, under whose names a GenerationSpec and a GateBound take them."""
     return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
 
 
@@ -174,14 +173,7 @@ def _gate_detail(options: generation_pb2.ResponseOptions) -> GateDetail:
 
 
 def _steering(steering: generation_pb2.Steering) -> Steering:
-    bounds = [
-        GateBound(
-            bound.expert,
-            bound.floor if bound.HasField("floor") else None,
-            bound.ceiling if bound.HasField("ceiling") else None,
-        )
-        for bound in steering.bounds
-    ]
+    bounds = [GateBound(**_given(bound)) for bound in steering.bounds]
     return Steering(list(steering.restrict), list(steering.mask), bounds)
 
 
