@@ -400,7 +400,7 @@ def test_row_89_a_client_that_does_not_read(tight: LiveServer) -> None:
     options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
     wanted = tight.client.request("lora-1", 200, options={"token_ids": True, "logprobs": 5})
     with grpc.insecure_channel(f"127.0.0.1:{tight.serving.port}", options=options) as channel:
-        stream = type(tight.client.digest)(channel).StreamGenerate(wanted, timeout=WAIT_S)
+        stream = type(tight.client.generation)(channel).StreamGenerate(wanted, timeout=WAIT_S)
         wait_until(lambda: tight.application.requests.num_requests == 1)
         wait_until(lambda: tight.application.requests.num_requests == 0)
         assert tight.client.get("lora-1").in_flight_requests == 0
