@@ -519,7 +519,7 @@ def test_row_91_draining_and_a_dead_engine(
         running = live.client.stream("lora-1", 4)
         wait_until(lambda: live.application.requests.num_requests == 1)
         gone = live.begin_stop()
-        wait_until(lambda: live.application.requests._refusal is not None)
+        wait_until(lambda: live.application.work._refusal is not None)
         for call in (
             lambda: live.client.generate(),
             lambda: live.client.stream("lora-1"),

@@ -32,7 +32,7 @@ class Admitted(NamedTuple):
 class Admission:
     """The queue places and leases of one server; used on the event loop.
 
-    num_requests: requests that hold a place.
+    num_requests: requests that hold a place. empty: set while there are none.
     """
 
     def __init__(self, lifecycle: Lifecycle, model: ModelFacts, max_requests: int) -> None:
@@ -41,12 +41,8 @@ class Admission:
         self._registry = lifecycle.registry
         self._model = model
         self._max_requests = max_requests
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    async def wait_empty(self) -> None:
-        """Return when no request holds a place."""
-        await self._empty.wait()
+        self.empty = asyncio.Event()
+        self.empty.set()
 
     def enter(self, checked: CheckedSpec, request_id: RequestId) -> Held:
         """Take a place and lease every adapter, or take nothing.
@@ -64,7 +60,7 @@ class Admission:
         if checked.spec.composition is not None:
             composition.check_versions(checked.parts, versions)
         experts: list[Version] = []
-        if len(versions) == 1 and versions[0].info.experts:
+        if len(versions) == 1:
             experts = mixtures.require_experts(self._registry, versions[0].info, field=checked.parts[0].field)
         if checked.spec.steering is not None and not experts:
             given = versions[0].info.method if versions else "the base"
@@ -72,7 +68,7 @@ class Admission:
         for version in versions + experts:
             self._registry.hold(version, request_id)
         self.num_requests += 1
-        self._empty.clear()
+        self.empty.clear()
         return Held(versions, experts)
 
     def leave(self, held: Held, request_id: RequestId) -> None:
@@ -81,7 +77,7 @@ class Admission:
             self._lifecycle.release(version, request_id)
         self.num_requests -= 1
         if self.num_requests == 0:
-            self._empty.set()
+            self.empty.set()
 
     def admit(
         self,
@@ -117,9 +113,8 @@ class Admission:
         if not num_tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
         if num_tokens >= longest:
-            raise InvalidRequest.rule(
-                "PROMPT_TOO_LONG", "input", "has too many tokens", limit=longest - 1, given=num_tokens
-            )
+            rule, most = "has too many tokens", longest - 1
+            raise InvalidRequest.rule("PROMPT_TOO_LONG", "input", rule, limit=most, given=num_tokens)
 
     def _max_new_tokens(self, checked: CheckedSpec, num_tokens: int, num_virtual: int) -> int:
         longest, asked = self._model.max_model_len, checked.spec.max_new_tokens

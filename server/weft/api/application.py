@@ -27,7 +27,7 @@ from weft.engine.inbox import Inbox
 from weft.engine.outbox import AdapterFailed, AdaptersResident, EngineDown, EngineEvent
 from weft.engine.request import TokenEvent
 from weft.engine.runner import Runner
-from weft.errors import Unavailable, draining_error
+from weft.errors import draining_error
 from weft.methods.protocol import BaseShape
 from weft.metrics import Metrics
 from weft.model import threads
@@ -94,6 +94,7 @@ class Application:
         self.requests = RequestFlow(
             engine=self.engine,
             lifecycle=self.lifecycle,
+            work=self.work,
             model=model.facts,
             limits=config.requests,
             max_requests=config.engine.max_num_seqs + config.engine.max_queued_requests,
@@ -101,11 +102,7 @@ class Application:
         )
         self._lag = loop.create_task(self._measure_lag())
 
-    async def start(
-        self,
-        adapters: list[tuple[AdapterId, Path]],
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
+    async def start(self, adapters: list[tuple[AdapterId, Path]], progress: Callable[[int, int], None]) -> None:
         """Start the engine, restore the adapters of the store, and register `adapters`."""
         model = self.model
         labels = __version__, model.facts.name, model.quantization, model.device, model.dtype, model.kernels
@@ -118,9 +115,9 @@ class Application:
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new calls and wait for the accepted requests; False if some have not ended after `timeout_s`."""
-        self._refuse(draining_error())
+        self.work.refuse(draining_error())
         try:
-            await asyncio.wait_for(self.requests.wait_empty(), timeout_s)
+            await asyncio.wait_for(self.requests.admission.empty.wait(), timeout_s)
         except TimeoutError:
             return False
         return True
@@ -144,12 +141,8 @@ class Application:
                 case AdapterFailed(digest, error):
                     self.lifecycle.memory.failed(digest, error)
                 case EngineDown(error):
-                    self._refuse(error)
+                    self.work.refuse(error)
                     self.down.set()
-
-    def _refuse(self, error: Unavailable) -> None:
-        self.requests.refuse(error)
-        self.work.refuse(error)
 
     async def _measure_lag(self) -> None:
         while True:

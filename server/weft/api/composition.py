@@ -60,14 +60,10 @@ def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_mod
 
     Raises COMPOSITION_INVALID with the index of the first part that breaks a rule, ID_INVALID for a malformed id.
     """
-    if not 1 <= len(given) <= limits.composition_parts_max:
-        raise InvalidRequest.rule(
-            "COMPOSITION_INVALID",
-            _FIELD,
-            "must have at least 1 part and at most the limit",
-            limit=limits.composition_parts_max,
-            given=len(given),
-        )
+    most = limits.composition_parts_max
+    if not 1 <= len(given) <= most:
+        rule = "must have at least 1 part and at most the limit"
+        raise InvalidRequest.rule("COMPOSITION_INVALID", _FIELD, rule, limit=most, given=len(given))
     parts: list[Part] = []
     seen: dict[AdapterId, int] = {}
     most = limits.composition_weight_abs_max
@@ -97,12 +93,11 @@ def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
         first = seen.setdefault(version.digest, index)
         if first != index:
             raise _refused(index, "adapter_id", f"has the content of part {first}, {versions[first].adapter_id}", name)
+        whose = f"for {name}, whose method {version.info.method} adds virtual tokens"
         if version.info.num_virtual_tokens and part.weight < 0:
-            rule = f"must not be negative for {name}, whose method {version.info.method} adds virtual tokens"
-            raise _refused(index, "weight", rule, part.weight)
+            raise _refused(index, "weight", f"must not be negative {whose}", part.weight)
         if version.info.num_virtual_tokens and part.ranges:
-            rule = f"must be empty for {name}, whose method {version.info.method} adds virtual tokens"
-            raise _refused(index, "token_ranges", rule, f"{len(part.ranges)} ranges")
+            raise _refused(index, "token_ranges", f"must be empty {whose}", f"{len(part.ranges)} ranges")
 
 
 def uses(parts: Sequence[Part], versions: Sequence[Version], tokens: Sequence[int]) -> tuple[AdapterUse, ...]:

@@ -52,14 +52,10 @@ class FinishedCall:
     duration_s: float
 
 
-def _ignore(_: FinishedCall) -> None:
-    """Observe nothing."""
-
-
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Turns the exceptions of handlers into statuses, and passes each finished call to `observe`, on the event loop."""
 
-    def __init__(self, observe: Callable[[FinishedCall], None] = _ignore) -> None:
+    def __init__(self, observe: Callable[[FinishedCall], None]) -> None:
         self._observe = observe
 
     async def intercept_service(

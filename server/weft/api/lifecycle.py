@@ -96,7 +96,7 @@ class Lifecycle:
 
     # -- start ---------------------------------------------------------------------------------------------------
 
-    async def restore(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    async def restore(self, progress: Callable[[int, int], None]) -> None:
         """Register the adapters of the store. A bad entry is FAILED with its reason, and does not stop the start."""
         recovery = await self._work.run(self._store.recover)
         for problem in recovery.problems:
@@ -123,12 +123,10 @@ class Lifecycle:
                 self._engine.preload(version.digest, pin=True)  # as soon as possible
             progress(done, total)
         for problem in recovery.problems:
-            adapter_id, state = problem.adapter_id, AdapterState.FAILED
+            adapter_id = problem.adapter_id
             if adapter_id is not None and self.registry.current(adapter_id) is None:
-                lost = Version(
-                    adapter_id=adapter_id, digest=AdapterDigest(""), info=AdapterInfo(), create_time_s=0.0, state=state
-                )
-                lost.state_reason = problem.reason
+                lost = Version(adapter_id=adapter_id, digest=AdapterDigest(""), info=AdapterInfo(), create_time_s=0.0)
+                lost.state, lost.state_reason = AdapterState.FAILED, problem.reason
                 self.registry.publish(lost)
 
     # -- register ------------------------------------------------------------------------------------------------
@@ -310,13 +308,11 @@ class Lifecycle:
 
     def _changed(self, change: Change, version: Version) -> None:
         before = self._methods.pop(version.adapter_id, None)
-        now = None if change is Change.REMOVED else version.info.method
-        if now is not None:
-            self._methods[version.adapter_id] = now
-        if before != now:
-            for method, step in ((before, -1), (now, 1)):
-                if method is not None:
-                    self._metrics.adapters.labels(method).inc(step)
+        if before is not None:
+            self._metrics.adapters.labels(before).dec()
+        if change is not Change.REMOVED:
+            self._methods[version.adapter_id] = version.info.method
+            self._metrics.adapters.labels(version.info.method).inc()
         self.watches.put(change, version)
 
     @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ The engine decides which adapters are on the device and publishes every change; 
 """
 
 import asyncio
+from dataclasses import dataclass
 from enum import StrEnum
 
 from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
@@ -25,34 +26,25 @@ class Residence(StrEnum):
     DISK = "disk"
 
 
+@dataclass(kw_only=True, eq=False)
 class AdapterMemory:
     """Device and host copies of the adapters of one server."""
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        loader: AdapterLoader,
-        store: AdapterStore,
-        registry: Registry,
-        watches: Watches,
-        work: Work,
-    ) -> None:
-        self._engine = engine
-        self._loader = loader
-        self._store = store
-        self._registry = registry
-        self._watches = watches
-        self._work = work
-        self._resident: frozenset[AdapterDigest] = frozenset()
+    engine: Engine
+    loader: AdapterLoader
+    store: AdapterStore
+    registry: Registry
+    watches: Watches
+    work: Work
+    _resident: frozenset[AdapterDigest] = frozenset()
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
     async def load(self, adapter_id: AdapterId, *, to_device: bool, pin: bool | None) -> Version:
         """Bring an adapter into memory and return when it is there."""
-        self._work.require_open()
-        async with self._work.lock(adapter_id):
-            version = self._registry.require_active(AdapterReference(adapter_id, None))
+        self.work.require_open()
+        async with self.work.lock(adapter_id):
+            version = self.registry.require_active(AdapterReference(adapter_id, None))
             if pin:
                 await self.pin(version)
             elif to_device:
@@ -60,28 +52,28 @@ class AdapterMemory:
             elif self.place_of(version.digest) is Residence.DISK:
                 await self._read(version.digest)
             if pin is False and version.pinned:
-                await self._work.run(self._store.set_pinned, adapter_id, False)
+                await self.work.run(self.store.set_pinned, adapter_id, False)
                 self._unpin(version)
         return version
 
     async def unload(self, adapter_id: AdapterId, *, keep_host: bool) -> Version:
         """Free an adapter's memory and remove its pin. Raises ADAPTER_IN_USE, changing nothing, if requests hold it."""
-        self._work.require_open()
-        async with self._work.lock(adapter_id):
-            version = self._registry.require(AdapterReference(adapter_id, None))
-            twins = [twin for twin in self._registry.of(version.digest) if twin is not version]
+        self.work.require_open()
+        async with self.work.lock(adapter_id):
+            version = self.registry.require(AdapterReference(adapter_id, None))
+            twins = [twin for twin in self.registry.of(version.digest) if twin is not version]
             num_requests = sum(len(twin.leases) for twin in (version, *twins))
             if num_requests:
                 raise _in_use(adapter_id, num_requests)
             if not any(twin.pinned for twin in twins):
-                if await asyncio.wrap_future(self._engine.evict(version.digest)) is None:
+                if await asyncio.wrap_future(self.engine.evict(version.digest)) is None:
                     raise _in_use(adapter_id, 1)  # by a request of an instant ago
                 if not keep_host:
-                    self._loader.drop(version.digest)
+                    self.loader.drop(version.digest)
             if version.pinned:
-                await self._work.run(self._store.set_pinned, adapter_id, False)
+                await self.work.run(self.store.set_pinned, adapter_id, False)
                 self._unpin(version)
-            self._watches.put(Change.UPDATED, version)
+            self.watches.put(Change.UPDATED, version)
         return version
 
     async def pin(self, version: Version) -> None:
@@ -90,11 +82,11 @@ class AdapterMemory:
         if version.pinned:
             return
         try:
-            await self._work.run(self._store.set_pinned, version.adapter_id, True)
+            await self.work.run(self.store.set_pinned, version.adapter_id, True)
         except BaseException:
             self._unpin(version)
             raise
-        self._registry.pin(version, True)
+        self.registry.pin(version, True)
 
     # -- copies --------------------------------------------------------------------------------------------------
 
@@ -102,7 +94,7 @@ class AdapterMemory:
         """Return the fastest place that holds a copy."""
         if digest in self._resident:
             return Residence.DEVICE
-        return Residence.HOST if digest in self._loader else Residence.DISK
+        return Residence.HOST if digest in self.loader else Residence.DISK
 
     async def bring(self, digest: AdapterDigest, *, pin: bool = False, packed: PackedAdapter | None = None) -> None:
         """Bring an adapter to the device, with `pin` to stay; return when it is there.
@@ -111,22 +103,22 @@ class AdapterMemory:
         Raises the error of the load, or Overloaded POOL_EXHAUSTED.
         """
         try:
-            await asyncio.wrap_future(self._engine.preload(digest, packed=packed, pin=pin))
+            await asyncio.wrap_future(self.engine.preload(digest, packed=packed, pin=pin))
         except BaseException:
             if not self._is_pinned(digest):
-                self._engine.unpin(digest)
+                self.engine.unpin(digest)
             raise
 
     async def free(self, digest: AdapterDigest) -> Freed:
         """Free every copy, unless an adapter has this content; return when no load reads its files any more."""
-        if self._is_wanted(digest):
+        if self.registry.of(digest):
             return Freed()
         # A request can hold it only if it was registered again a moment ago.
-        evicted = await asyncio.wrap_future(self._engine.evict(digest))
-        if self._is_wanted(digest):
+        evicted = await asyncio.wrap_future(self.engine.evict(digest))
+        if self.registry.of(digest):
             return evicted or Freed()
-        freed = (evicted or Freed())._replace(host_bytes=self._loader.drop(digest))
-        loads = map(asyncio.wrap_future, self._loader.running(digest))
+        freed = (evicted or Freed())._replace(host_bytes=self.loader.drop(digest))
+        loads = map(asyncio.wrap_future, self.loader.running(digest))
         await asyncio.gather(*loads, return_exceptions=True)
         return freed
 
@@ -134,32 +126,29 @@ class AdapterMemory:
         """Take over the set of adapters that are now on the device."""
         moved, self._resident = self._resident ^ resident, resident
         for digest in moved:
-            for version in self._registry.of(digest):
-                if version is self._registry.current(version.adapter_id):
-                    self._watches.put(Change.UPDATED, version)
+            for version in self.registry.of(digest):
+                if version is self.registry.current(version.adapter_id):
+                    self.watches.put(Change.UPDATED, version)
 
     def failed(self, digest: AdapterDigest, error: WeftError) -> None:
         """Take an adapter out of service whose files are unusable, or unusable on this base."""
         if not isinstance(error, Unavailable | Overloaded | AdapterNotFound):  # temporary, or the adapter was removed
-            self._registry.fail(digest, error.reason)
+            self.registry.fail(digest, error.reason)
 
     async def _read(self, digest: AdapterDigest) -> None:
         try:
-            await asyncio.wrap_future(self._loader.request(digest))
+            await asyncio.wrap_future(self.loader.request(digest))
         except WeftError as error:
             self.failed(digest, error)
             raise
 
     def _unpin(self, version: Version) -> None:
-        self._registry.pin(version, False)
+        self.registry.pin(version, False)
         if not self._is_pinned(version.digest):
-            self._engine.unpin(version.digest)
+            self.engine.unpin(version.digest)
 
     def _is_pinned(self, digest: AdapterDigest) -> bool:
-        return any(version.pinned for version in self._registry.of(digest))
-
-    def _is_wanted(self, digest: AdapterDigest) -> bool:
-        return bool(self._registry.of(digest))
+        return any(version.pinned for version in self.registry.of(digest))
 
 
 def _in_use(adapter_id: AdapterId, num_requests: int) -> AdapterUnusable:

@@ -62,7 +62,8 @@ def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: i
         raise ValueError(f"max_model_len must be at most {model_len}, the model's own limit, given {asked}")
     wanted = model_len if asked is None else asked
     block_bytes = token_bytes * engine.block_size
-    adapters = _adapter_bytes(memory)
+    # On a CPU, adapters take memory only when they are loaded: at most a quarter of it is reserved for them.
+    adapters = memory.adapters if memory.kind == "cuda" else min(memory.adapters, memory.free // 4)
     room_blocks, named = _room(engine, memory, adapters, block_bytes)
     per_request = -(-wanted // engine.block_size)
     max_model_len, fitted = wanted, ""
@@ -90,14 +91,6 @@ def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: i
         max_model_len=max_model_len,
         fitted=fitted,
     )
-
-
-def _adapter_bytes(memory: Memory) -> int:
-    """Return the bytes to reserve for adapters.
-
-    On a CPU these are at most a quarter of the free memory, since adapters take memory only when they are loaded.
-    """
-    return memory.adapters if memory.kind == "cuda" else min(memory.adapters, memory.free // 4)
 
 
 def _room(engine: EngineConfig, memory: Memory, adapters: int, block_bytes: int) -> tuple[int, str]:

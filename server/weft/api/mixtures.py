@@ -20,9 +20,9 @@ _FIELD = "steering"
 class GateBound(NamedTuple):
     """A request's bounds on the gate of one expert; None is unbounded."""
 
-    expert: str
-    floor: float | None
-    ceiling: float | None
+    expert: str = ""
+    floor: float | None = None
+    ceiling: float | None = None
 
 
 class Steering(NamedTuple):
@@ -77,9 +77,7 @@ def use_of(
     mixture: Version, experts: Sequence[Version], registry: Registry, steering: Steering | None, gate_detail: GateDetail
 ) -> MixtureUse:
     """Return the engine's form of a mixture and its bounds. Raises STEERING_INVALID if they cannot be met."""
-    bounds: tuple[ExpertBound, ...] = ()
-    if steering is not None:
-        bounds = _bounds(steering, mixture, experts, registry)
+    bounds = () if steering is None else _bounds(steering, mixture, experts, registry)
     return MixtureUse(mixture.digest, mixture.info.is_sequence_level, bounds, gate_detail)
 
 
@@ -104,17 +102,14 @@ def _bounds(
     allowed = [(not only or index in only) and index not in masked for index in range(len(experts))]
     if not any(allowed):
         raise _refused(f"{_FIELD}.mask", "must leave an expert", f"{len(masked)} of {len(only) or len(experts)}")
-    found: dict[int, GateBound] = {}
+    found: dict[int, tuple[float, float]] = {}
     for i, bound in enumerate(steering.bounds):
         index = index_of(bound.expert, f"{_FIELD}.bounds[{i}].expert")
         if index in found:
             raise _refused(f"{_FIELD}.bounds[{i}].expert", "must not be bounded twice", bound.expert)
-        found[index] = bound
-    made = []
-    for index, is_allowed in enumerate(allowed):
-        floor, ceiling = (found[index].floor, found[index].ceiling) if index in found else (None, None)
-        made.append(ExpertBound(is_allowed, floor or 0.0, math.inf if ceiling is None else ceiling))
-    return () if all(bound == ExpertBound() for bound in made) else tuple(made)
+        found[index] = bound.floor or 0.0, math.inf if bound.ceiling is None else bound.ceiling
+    made = tuple(ExpertBound(is_allowed, *found.get(index, ())) for index, is_allowed in enumerate(allowed))
+    return () if all(bound == ExpertBound() for bound in made) else made
 
 
 def _check_name(name: str, field: str, base_model: str) -> None:

@@ -35,9 +35,8 @@ class PromptEncoder:
         try:
             rendered = tokenizer.apply_chat_template(as_mappings, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may raise anything; as it is the base's, its text may be shown
-            raise InvalidRequest.rule(
-                "PROMPT_INVALID", "messages", "do not fit the chat template", given=error
-            ) from error
+            rule = "do not fit the chat template"
+            raise InvalidRequest.rule("PROMPT_INVALID", "messages", rule, given=error) from error
         check_prompt_bytes("messages", len(rendered.encode()), self._limits)
         specials = [special for special in tokenizer.all_special_tokens if special]
         if not any(special in message.content for message in messages for special in specials):
@@ -45,6 +44,7 @@ class PromptEncoder:
         return [
             token
             for text, is_template in _pieces(rendered, [message.content for message in messages])
+            if text
             for token in tokenizer(text, add_special_tokens=False, split_special_tokens=not is_template)["input_ids"]
         ]
 
@@ -52,22 +52,16 @@ class PromptEncoder:
 def _pieces(rendered: str, contents: list[str]) -> Iterator[tuple[str, bool]]:
     """Cut a rendered conversation into pieces of the template (True) and of the messages (False), in order.
 
-    A template may trim a message. If a message cannot be found again, the whole rest counts as message.
+    Pieces may be empty. A template may trim a message. If a message cannot be found again, the whole rest counts as
+    message.
     """
     position = 0
-    for content in contents:
-        said = content.strip()
-        if not said:
-            continue
+    for said in filter(None, map(str.strip, contents)):
         start = rendered.find(said, position)
         if start < 0:
-            break
-        if start > position:
-            yield rendered[position:start], True
+            yield rendered[position:], False
+            return
+        yield rendered[position:start], True
         yield said, False
         position = start + len(said)
-    else:
-        if position < len(rendered):
-            yield rendered[position:], True
-        return
-    yield rendered[position:], False
+    yield rendered[position:], True

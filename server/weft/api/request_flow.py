@@ -4,34 +4,53 @@ Everything here runs on the event loop. An accepted request holds a queue place 
 event, even if the caller goes away: that only makes the engine end the request.
 """
 
+import asyncio
 import itertools
 import math
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 
 from weft.api import answer
 from weft.api.admission import Admission, Admitted
 from weft.api.answer import GenerationPart
 from weft.api.lifecycle import Lifecycle
 from weft.api.prompt import PromptEncoder
-from weft.api.stream import Stream
 from weft.api.validation import ChatMessage, GenerationSpec, ModelFacts, check
+from weft.api.work import Work
 from weft.config import RequestLimits
 from weft.engine.detokenizer import Detokenizer
 from weft.engine.engine import Engine
 from weft.engine.request import Finish, FinishReason, GateDetail, RequestId, TokenEvent
-from weft.errors import Cancelled, DeadlineExceeded, Unavailable, WeftError
+from weft.errors import Cancelled, DeadlineExceeded, WeftError
 from weft.metrics import Metrics
 
 
+@dataclass(slots=True)
+class Stream:
+    """Events of an accepted request that its caller has not read. is_stalled: whether there were too many of them."""
+
+    admitted: Admitted
+    events: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
+    is_stalled: bool = False
+
+    async def next(self) -> TokenEvent:
+        """Wait for an event; return all that have arrived, merged into one."""
+        event = await self.events.get()
+        while not self.events.empty():
+            event = self.events.get_nowait().after(event)
+        return event
+
+
 class RequestFlow:
-    """The generate requests of one server."""
+    """The generate requests of one server. work: refuses new requests, as it refuses other calls."""
 
     def __init__(
         self,
         *,
         engine: Engine,
         lifecycle: Lifecycle,
+        work: Work,
         model: ModelFacts,
         limits: RequestLimits,
         max_requests: int,
@@ -39,36 +58,28 @@ class RequestFlow:
     ) -> None:
         self._engine = engine
         self._registry = lifecycle.registry
+        self._work = work
         self._model = model
         self._limits = limits
         self._metrics = metrics
         self._prompts = PromptEncoder(model.tokenizer, limits)
-        self._admission = Admission(lifecycle, model, max_requests)
+        self.admission = Admission(lifecycle, model, max_requests)
         self._streams: dict[RequestId, Stream] = {}
         self._ids = itertools.count()
-        self._refusal: Unavailable | None = None
 
     @property
     def num_requests(self) -> int:
         """Accepted requests that have not ended."""
-        return self._admission.num_requests
-
-    def refuse(self, error: Unavailable) -> None:
-        """Refuse new requests with `error`; accepted ones continue."""
-        self._refusal = error
-
-    async def wait_empty(self) -> None:
-        """Return when every accepted request has ended."""
-        await self._admission.wait_empty()
+        return self.admission.num_requests
 
     def deliver(self, event: TokenEvent) -> None:
         """Pass an event to its stream."""
         stream = self._streams[event.request_id]
-        stream.put(event)
+        stream.events.put_nowait(event)
         if event.finish is not None:
             del self._streams[event.request_id]
             self._settle(stream.admitted, event.finish)
-        elif len(stream.events) > self._limits.stream_events_max and not stream.is_stalled:
+        elif stream.events.qsize() > self._limits.stream_events_max and not stream.is_stalled:
             stream.is_stalled = True
             error = DeadlineExceeded("STREAM_STALLED", "the caller does not read its stream")
             self._engine.end(event.request_id, FinishReason.ERROR, error)
@@ -125,27 +136,23 @@ class RequestFlow:
 
     async def _accept(self, spec: GenerationSpec, timeout_s: float | None) -> Stream:
         arrival_s = time.monotonic()
-        self._require_open()
+        self._work.require_open()
         checked = check(spec, self._limits, self._model)
         deadline_s = arrival_s + self._allowed_s(timeout_s)
         request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
-        held = self._admission.enter(checked, request_id)
+        held = self.admission.enter(checked, request_id)
         try:
             tokens = await self._prompts.encode(spec.text, spec.messages) if spec.token_ids is None else spec.token_ids
-            admitted = self._admission.admit(
+            admitted = self.admission.admit(
                 checked, held, request_id, tokens, arrival_s=arrival_s, deadline_s=deadline_s
             )
-            self._require_open()
+            self._work.require_open()
         except BaseException:
-            self._admission.leave(held, request_id)
+            self.admission.leave(held, request_id)
             raise
         stream = self._streams[request_id] = Stream(admitted)
         self._engine.submit(admitted.request)
         return stream
-
-    def _require_open(self) -> None:
-        if self._refusal is not None:
-            raise self._refusal
 
     def _allowed_s(self, timeout_s: float | None) -> float:
         """Return the seconds that a request may take. Raises DeadlineExceeded if none are left."""
@@ -161,7 +168,7 @@ class RequestFlow:
             for part, version in zip(checked.parts, held.versions, strict=True):
                 if answer.takes_part(part, version, request):
                     self._registry.fault(version, finish.error.reason)
-        self._admission.leave(held, request.request_id)
+        self.admission.leave(held, request.request_id)
 
     def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:
         return Detokenizer(

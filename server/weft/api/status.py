@@ -46,9 +46,8 @@ def status_of(error: WeftError) -> Status:
         )
         details.append(error_details_pb2.QuotaFailure(violations=[full]))
     if error.code is Code.NOT_FOUND and "adapter_id" in metadata:
-        details.append(
-            error_details_pb2.ResourceInfo(resource_type=ADAPTER_RESOURCE, resource_name=metadata["adapter_id"])
-        )
+        name = metadata["adapter_id"]
+        details.append(error_details_pb2.ResourceInfo(resource_type=ADAPTER_RESOURCE, resource_name=name))
     status = Status(code=code_pb2.Code.Value(error.code), message=message)
     for detail in details:
         status.details.add().Pack(detail)

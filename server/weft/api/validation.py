@@ -17,8 +17,7 @@ from weft.config import RequestLimits
 from weft.engine.request import GateDetail, SamplingParams
 from weft.errors import InvalidRequest
 
-_TEMPERATURE_MIN = 0.01
-_TEMPERATURE_MAX = 100.0
+_TEMPERATURE_MIN, _TEMPERATURE_MAX = 0.01, 100.0
 _PENALTY_MAX = 100.0
 
 
@@ -92,10 +91,7 @@ def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> Che
     _check_request_id(spec.request_id, limits)
     _check_input(spec, limits, model)
     salt_bytes, most = len(spec.cache_salt.encode()), limits.cache_salt_bytes_max
-    if salt_bytes > most:
-        raise InvalidRequest.rule(
-            "CACHE_SALT_INVALID", "cache_salt", "is too long in bytes", limit=most, given=salt_bytes
-        )
+    _require(salt_bytes <= most, "CACHE_SALT_INVALID", "cache_salt", "is too long in bytes", salt_bytes, most)
     parts: tuple[Part, ...] = ()
     if spec.composition is not None:
         parts = composition.check(spec.composition, limits, base_model=model.name)
@@ -105,10 +101,8 @@ def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> Che
         mixtures.check_steering(spec.steering, base_model=model.name)
     _check_sampling(spec, model.vocab_size)
     _check_stopping(spec, limits, model.vocab_size)
-    if spec.logprobs is not None and not 0 <= spec.logprobs <= limits.logprobs_max:
-        raise InvalidRequest.rule(
-            "LOGPROBS_LIMIT", "options.logprobs", "is out of range", limit=limits.logprobs_max, given=spec.logprobs
-        )
+    given, most = spec.logprobs, limits.logprobs_max
+    _require(0 <= (given or 0) <= most, "LOGPROBS_LIMIT", "options.logprobs", "is out of range", given, most)
     params = SamplingParams(
         temperature=1.0 if spec.temperature is None else spec.temperature,
         top_p=1.0 if spec.top_p is None else spec.top_p,
@@ -124,60 +118,56 @@ def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> Che
     return CheckedSpec(spec, spec.request_id or secrets.token_hex(8), parts, params)
 
 
-def _check_request_id(request_id: str, limits: RequestLimits) -> None:
-    if len(request_id) > limits.request_id_bytes_max or not all("!" <= c <= "~" for c in request_id):
-        rule, most = "must be visible ASCII characters", limits.request_id_bytes_max
-        raise InvalidRequest.rule("REQUEST_ID_INVALID", "request_id", rule, limit=most, given=request_id)
+def _require(is_valid: bool, reason: str, field: str, rule: str, given: object, limit: object = None) -> None:
+    if not is_valid:
+        raise InvalidRequest.rule(reason, field, rule, limit=limit, given=given)
+
+
+def _check_request_id(given: str, limits: RequestLimits) -> None:
+    most = limits.request_id_bytes_max
+    is_valid = len(given) <= most and all("!" <= c <= "~" for c in given)
+    _require(is_valid, "REQUEST_ID_INVALID", "request_id", "must be visible ASCII characters", given, most)
 
 
 def _check_input(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> None:
+    def check(is_valid: bool, field: str, rule: str, given: str) -> None:
+        _require(is_valid, "PROMPT_INVALID", field, rule, given)
+
     inputs = {"text": spec.text, "token_ids": spec.token_ids, "messages": spec.messages}
     given = [name for name, value in inputs.items() if value is not None]
-    if len(given) != 1:
-        rule = "must be exactly one of text, token_ids, messages"
-        raise InvalidRequest.rule("PROMPT_INVALID", "input", rule, given=", ".join(given) or "none")
+    check(len(given) == 1, "input", "must be exactly one of text, token_ids, messages", ", ".join(given) or "none")
     if spec.text is not None:
-        if not spec.text:
-            raise InvalidRequest.rule("PROMPT_INVALID", "text", "must not be empty", given="")
+        check(spec.text != "", "text", "must not be empty", "")
         check_prompt_bytes("text", len(spec.text.encode()), limits)
     elif spec.token_ids is not None:
-        if not spec.token_ids:
-            raise InvalidRequest.rule("PROMPT_INVALID", "token_ids.ids", "must not be empty", given="[]")
+        check(len(spec.token_ids) > 0, "token_ids.ids", "must not be empty", "[]")
         check_prompt_bytes("token_ids.ids", 4 * len(spec.token_ids), limits)
         for index, token_id in enumerate(spec.token_ids):
-            check_token(f"token_ids.ids[{index}]", token_id, model.vocab_size)
+            _check_token(f"token_ids.ids[{index}]", token_id, model.vocab_size)
     elif spec.messages is not None:
-        if not spec.messages:
-            raise InvalidRequest.rule("PROMPT_INVALID", "messages.messages", "must not be empty", given="[]")
-        check_prompt_bytes(
-            "messages", sum(len(t.role.encode()) + len(t.content.encode()) for t in spec.messages), limits
-        )
-        if not model.has_chat_template:
-            raise InvalidRequest.rule("PROMPT_INVALID", "messages", "needs a base with a chat template", given="none")
+        check(len(spec.messages) > 0, "messages.messages", "must not be empty", "[]")
+        num_bytes = sum(len(text.encode()) for message in spec.messages for text in message)
+        check_prompt_bytes("messages", num_bytes, limits)
+        check(model.has_chat_template, "messages", "needs a base with a chat template", "none")
         for index, message in enumerate(spec.messages):
-            if not message.role:
-                field = f"messages.messages[{index}].role"
-                raise InvalidRequest.rule("PROMPT_INVALID", field, "must not be empty", given="")
+            check(message.role != "", f"messages.messages[{index}].role", "must not be empty", "")
 
 
 def check_prompt_bytes(field: str, num_bytes: int, limits: RequestLimits) -> None:
     """Raise PROMPT_TOO_LONG before the text gets to a tokenizer."""
-    if num_bytes > limits.prompt_bytes_max:
-        raise InvalidRequest.rule(
-            "PROMPT_TOO_LONG", field, "has too many bytes", limit=limits.prompt_bytes_max, given=num_bytes
-        )
+    most = limits.prompt_bytes_max
+    _require(num_bytes <= most, "PROMPT_TOO_LONG", field, "has too many bytes", num_bytes, most)
 
 
-def check_token(field: str, token_id: int, vocab_size: int) -> None:
-    """Raise TOKEN_OUT_OF_RANGE unless the token is in the vocabulary."""
-    if not 0 <= token_id < vocab_size:
-        raise InvalidRequest.rule("TOKEN_OUT_OF_RANGE", field, "is not a token", limit=vocab_size - 1, given=token_id)
+def _check_token(field: str, token_id: int, vocab_size: int) -> None:
+    is_valid = 0 <= token_id < vocab_size
+    _require(is_valid, "TOKEN_OUT_OF_RANGE", field, "is not a token", token_id, vocab_size - 1)
 
 
 def _check_sampling(spec: GenerationSpec, vocab_size: int) -> None:
     def check(name: str, value: float | None, rule: str, is_valid: bool) -> None:
-        if value is not None and not (math.isfinite(value) and is_valid):
-            raise InvalidRequest.rule("SAMPLING_INVALID", f"sampling.{name}", f"must be {rule}", given=value)
+        is_valid = value is None or (math.isfinite(value) and is_valid)
+        _require(is_valid, "SAMPLING_INVALID", f"sampling.{name}", f"must be {rule}", value)
 
     top_p, min_p, penalty = spec.top_p or 0, spec.min_p or 0, spec.repetition_penalty or 0
     temperature, low, high = spec.temperature or 0, _TEMPERATURE_MIN, _TEMPERATURE_MAX
@@ -191,24 +181,19 @@ def _check_sampling(spec: GenerationSpec, vocab_size: int) -> None:
 
 
 def _check_stopping(spec: GenerationSpec, limits: RequestLimits, vocab_size: int) -> None:
-    most = limits.max_new_tokens_max
-    if spec.max_new_tokens is not None and not 1 <= spec.max_new_tokens <= most:
-        raise InvalidRequest.rule(
-            "MAX_NEW_TOKENS", "stopping.max_new_tokens", "must be at least 1", limit=most, given=spec.max_new_tokens
-        )
-    most = limits.max_new_tokens_default if spec.max_new_tokens is None else spec.max_new_tokens
-    least, field = spec.min_new_tokens, "stopping.min_new_tokens"
-    if least is not None and not 0 <= least <= most:
-        raise InvalidRequest.rule("MIN_NEW_TOKENS", field, "must not pass max_new_tokens", limit=most, given=least)
-    most = limits.stop_count_max
+    def check(is_valid: bool, reason: str, name: str, rule: str, given: object, limit: int) -> None:
+        _require(is_valid, reason, f"stopping.{name}", rule, given, limit)
+
+    given, most = spec.max_new_tokens, limits.max_new_tokens_max
+    check(given is None or 1 <= given <= most, "MAX_NEW_TOKENS", "max_new_tokens", "must be at least 1", given, most)
+    most, given = limits.max_new_tokens_default if given is None else given, spec.min_new_tokens
+    rule = "must not pass max_new_tokens"
+    check(0 <= (given or 0) <= most, "MIN_NEW_TOKENS", "min_new_tokens", rule, given, most)
     for name, values in (("stop", spec.stop), ("stop_token_ids", spec.stop_token_ids)):
-        field, count = f"stopping.{name}", len(values)
-        if count > most:
-            raise InvalidRequest.rule("STOP_INVALID", field, "has too many entries", limit=most, given=count)
-    most = limits.stop_bytes_max
+        count, most = len(values), limits.stop_count_max
+        check(count <= most, "STOP_INVALID", name, "has too many entries", count, most)
     for index, stop in enumerate(spec.stop):
-        field, num_bytes = f"stopping.stop[{index}]", len(stop.encode())
-        if not 1 <= num_bytes <= most:
-            raise InvalidRequest.rule("STOP_INVALID", field, "must have at least 1 byte", limit=most, given=num_bytes)
+        size, most = len(stop.encode()), limits.stop_bytes_max
+        check(1 <= size <= most, "STOP_INVALID", f"stop[{index}]", "must have at least 1 byte", size, most)
     for index, token_id in enumerate(spec.stop_token_ids):
-        check_token(f"stopping.stop_token_ids[{index}]", token_id, vocab_size)
+        _check_token(f"stopping.stop_token_ids[{index}]", token_id, vocab_size)

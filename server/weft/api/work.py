@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -53,20 +53,16 @@ class Work:
             lock = self._locks[adapter_id] = asyncio.Lock()
         return lock
 
-    def submit(self, function: Callable[..., T], *arguments: object) -> "Future[T]":
-        """Run `function` in a worker thread; from any thread."""
-        try:
-            return self.threads.submit(function, *arguments)
-        except RuntimeError:  # raised by an executor that was shut down
-            raise draining_error() from None
-
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run `function` in a worker thread.
 
         A cancelled caller returns only when the function has, because the thread must not use files and directories
         that the caller then releases.
         """
-        future = asyncio.wrap_future(self.submit(function, *arguments))
+        try:
+            future = asyncio.wrap_future(self.threads.submit(function, *arguments))
+        except RuntimeError:  # raised by an executor that was shut down
+            raise draining_error() from None
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

@@ -49,7 +49,10 @@ def command(
                 case ["/clear"]:
                     messages = list(opening)
                 case ["/adapter", *adapters]:
-                    target = _target_or_told(adapters, target)
+                    try:
+                        target = target_of(adapters)
+                    except typer.BadParameter as error:
+                        tell_error(str(error))
                 case [command, *_] if command.startswith("/"):
                     note(_HELP)
                 case _:
@@ -68,14 +71,6 @@ def _asked() -> str | None:
     except (EOFError, KeyboardInterrupt):
         write("\n")
         return None
-
-
-def _target_or_told(adapters: list[str], before: Any) -> Any:
-    try:
-        return target_of(adapters)
-    except typer.BadParameter as error:
-        tell_error(str(error))
-        return before
 
 
 def _answered(

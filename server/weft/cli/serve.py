@@ -96,14 +96,11 @@ def _annotation(knob: Knob) -> Any:
         argument = typer.Argument(metavar=knob.flag, help=knob.info.description, rich_help_panel="Arguments")
         return Annotated[str | None, argument]
     title = f"{knob.section.capitalize()} ({fields_of(WeftConfig)[knob.section].description})" if knob.section else None
-    names = (knob.flag, *_ALIASES.get(knob.name, ()))
+    kind, names, metavar = str, (knob.flag, *_ALIASES.get(knob.name, ())), _metavar(knob)
     if knob.info.annotation is bool:
-        names = (f"{knob.flag}/--no-{knob.flag.removeprefix('--')}",)
-    metavar = None if knob.info.annotation is bool else _metavar(knob)
+        kind, names, metavar = bool, (f"{knob.flag}/--no-{knob.flag.removeprefix('--')}",), None
     option = typer.Option(*names, metavar=metavar, help=_help(knob), show_default=False, rich_help_panel=title)
-    if knob.info.annotation is bool:
-        return Annotated[bool | None, option]
-    return Annotated[list[str] | None if knob.is_list else str | None, option]
+    return Annotated[list[str] | None if knob.is_list else kind | None, option]
 
 
 def _help(knob: Knob) -> str:

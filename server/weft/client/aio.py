@@ -12,13 +12,11 @@ from weft.client import calls
 from weft.client.calls import Rpc, Stubs
 from weft.client.failure import failure_of
 from weft.client.threads import Client
-from weft.client.wire import Answering, RpcFailure, channel_options, document
+from weft.client.wire import Answering, RpcFailure, channel_options, documented
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
-from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from weft.v1.endpoint import DEFAULT_SERVER
 from weft.v1.generation_pb2 import Delta
-from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
@@ -72,8 +70,7 @@ def _answering(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[Asy
     def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Answer]:
         return client.make(described(*args, **kwargs))
 
-    document(method, described)
-    return method
+    return documented(method, described)
 
 
 def _answering_in_thread(
@@ -85,14 +82,10 @@ def _answering_in_thread(
     """
 
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        def make() -> Answer:
-            return in_thread.make(described(*args, **kwargs))
-
         with Client(client.server, timeout_s=client.timeout_s) as in_thread:  # leaving it ends the call
-            return await asyncio.to_thread(make)
+            return await asyncio.to_thread(lambda: in_thread.make(described(*args, **kwargs)))
 
-    document(method, described)
-    return method
+    return documented(method, described)
 
 
 def _streaming(
@@ -101,8 +94,7 @@ def _streaming(
     def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Stream:
         return kind(client.begin(described(*args, **kwargs)))
 
-    document(method, described)
-    return method
+    return documented(method, described)
 
 
 class AsyncClient:
@@ -112,7 +104,7 @@ class AsyncClient:
         self.server = server
         self.timeout_s = timeout_s
         self._channel = grpc.aio.insecure_channel(server, options=channel_options())
-        self._stubs: Any = Stubs(GenerationServiceStub(self._channel), AdapterServiceStub(self._channel))
+        self._stubs: Any = Stubs.on(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -150,11 +142,9 @@ class AsyncClient:
 
     async def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:
         """Return the registered adapters by id, or those of one method ("lora") and one state ("active")."""
-        found: list[Adapter] = []
-        request = calls.first_page(method, state)
-        while True:
-            page = await self.make(calls.page(request))
+        page = await self.make(calls.page(method, state, ""))
+        found = list(page.adapters)
+        while page.next_page_token:
+            page = await self.make(calls.page(method, state, page.next_page_token))
             found += page.adapters
-            if not page.next_page_token:
-                return found
-            request.page_token = page.next_page_token
+        return found

@@ -5,55 +5,31 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from weft.v1 import adapter_service_pb2, generation_pb2, generation_service_pb2
 from weft.v1.adapter_files import FOREIGN_FILES, MIXTURE_FILES, PEFT_FILES, foreign_refused
 from weft.v1.adapter_pb2 import Adapter, AdapterResidency, AdapterState
-from weft.v1.adapter_service_pb2 import (
-    GetAdapterRequest,
-    ListAdaptersRequest,
-    ListAdaptersResponse,
-    LoadAdapterRequest,
-    RegisterAdapterRequest,
-    RegisterAdapterResponse,
-    UnloadAdapterRequest,
-    UnregisterAdapterRequest,
-    UnregisterAdapterResponse,
-    UnregisterMode,
-    UploadAdapterRequest,
-    UploadAdapterResponse,
-    UploadChunk,
-    UploadFile,
-    UploadHeader,
-    WatchAdaptersRequest,
-    WatchAdaptersResponse,
-)
+from weft.v1.adapter_service_pb2 import UnregisterMode, UploadAdapterRequest, UploadChunk, UploadFile, UploadHeader
 from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from weft.v1.generation_pb2 import (
     ChatMessage,
-    Composition,
     GenerateRequest,
-    GenerateResponse,
     Messages,
-    ResponseOptions,
-    Sampling,
     Steering,
-    Stopping,
     StreamGenerateResponse,
-    TokenIds,
     WeightedAdapter,
 )
-from weft.v1.generation_service_pb2 import GetModelInfoRequest, TokenizeRequest, TokenizeResponse
 from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
 from weft.v1.model_pb2 import ModelInfo
 
 Answer = TypeVar("Answer")
 Filled = TypeVar("Filled", bound=Message)
 
-Completion: TypeAlias = GenerateResponse
+Completion: TypeAlias = generation_pb2.GenerateResponse
 Conversation: TypeAlias = Sequence[Mapping[str, str]] | Sequence[ChatMessage]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | Sequence[int] | Conversation
 # An adapter, several with weights (or as parts, which also state where they act), or the base.
@@ -100,6 +76,11 @@ class Stubs(NamedTuple):
     generation: GenerationServiceStub
     adapters: AdapterServiceStub
 
+    @classmethod
+    def on(cls, channel: Any) -> Self:
+        """Return the stubs on a channel of grpc or grpc.aio."""
+        return cls(GenerationServiceStub(channel), AdapterServiceStub(channel))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rpc(Generic[Answer]):
@@ -113,7 +94,7 @@ class Rpc(Generic[Answer]):
 
     method: Callable[[Stubs], Callable[..., Any]]
     request: Message | Iterator[Message]
-    answer: Callable[[Any], Answer]
+    answer: Callable[[Any], Answer] = lambda response: response
     deadline_s: Callable[[float | None], float | None] = lambda given: given or TIMEOUT_S
 
 
@@ -124,7 +105,9 @@ def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpac
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]  # otherwise its characters would be the sequence
     request = GenerateRequest(
-        sampling=_filled(Sampling, given), stopping=_filled(Stopping, given), options=_filled(ResponseOptions, given)
+        sampling=_filled(generation_pb2.Sampling, given),
+        stopping=_filled(generation_pb2.Stopping, given),
+        options=_filled(generation_pb2.ResponseOptions, given),
     )
     request.MergeFrom(_filled(GenerateRequest, given))
     if given:
@@ -133,7 +116,7 @@ def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpac
         case str():
             request.text = prompt
         case [int(), *_] | []:
-            request.token_ids.CopyFrom(TokenIds(ids=cast(Sequence[int], prompt)))
+            request.token_ids.CopyFrom(generation_pb2.TokenIds(ids=cast(Sequence[int], prompt)))
         case _:
             request.messages.CopyFrom(_messages(prompt))
     match adapter:
@@ -143,9 +126,9 @@ def generate_request(prompt: Prompt, adapter: Target = None, **parameters: Unpac
             request.adapter_id = adapter
         case Mapping():
             parts = [WeightedAdapter(adapter_id=name, weight=weight) for name, weight in adapter.items()]
-            request.composition.CopyFrom(Composition(adapters=parts))
+            request.composition.CopyFrom(generation_pb2.Composition(adapters=parts))
         case _:
-            request.composition.CopyFrom(Composition(adapters=adapter))
+            request.composition.CopyFrom(generation_pb2.Composition(adapters=adapter))
     return request
 
 
@@ -170,7 +153,6 @@ def generate(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Parame
     return Rpc(
         method=lambda stubs: stubs.generation.Generate,
         request=generate_request(prompt, adapter, **parameters),
-        answer=_unchanged,
         deadline_s=lambda given: parameters.get("timeout_s") or given,
     )
 
@@ -180,26 +162,25 @@ def stream(prompt: Prompt, adapter: Target = None, **parameters: Unpack[Paramete
     return Rpc(
         method=lambda stubs: stubs.generation.StreamGenerate,
         request=generate_request(prompt, adapter, **parameters),
-        answer=_unchanged,
         deadline_s=lambda given: parameters.get("timeout_s") or given,
     )
 
 
-def tokenize(text: str | Conversation, *, pieces: bool = False) -> Rpc[TokenizeResponse]:
+def tokenize(text: str | Conversation, *, pieces: bool = False) -> Rpc[generation_service_pb2.TokenizeResponse]:
     """Return the tokens of a text or a conversation; `pieces` adds their spellings."""
-    request = TokenizeRequest(pieces=pieces)
+    request = generation_service_pb2.TokenizeRequest(pieces=pieces)
     if isinstance(text, str):
         request.text = text
     else:
         request.messages.CopyFrom(_messages(text))
-    return Rpc(method=lambda stubs: stubs.generation.Tokenize, request=request, answer=_unchanged)
+    return Rpc(method=lambda stubs: stubs.generation.Tokenize, request=request)
 
 
 def model_info() -> Rpc[ModelInfo]:
     """Describe the base model and the limits of the server."""
     return Rpc(
         method=lambda stubs: stubs.generation.GetModelInfo,
-        request=GetModelInfoRequest(),
+        request=generation_service_pb2.GetModelInfoRequest(),
         answer=lambda response: response.model,
     )
 
@@ -213,9 +194,9 @@ def register(
     pin: bool = False,
     validate_only: bool = False,
     content_digest: str | None = None,
-) -> Rpc[RegisterAdapterResponse]:
+) -> Rpc[adapter_service_pb2.RegisterAdapterResponse]:
     """Register an adapter from a directory that the server can read; `upload` sends a local one."""
-    request = RegisterAdapterRequest(
+    request = adapter_service_pb2.RegisterAdapterRequest(
         adapter_id=adapter_id,
         source=source,
         replace=replace,
@@ -224,7 +205,7 @@ def register(
         validate_only=validate_only,
         content_digest=content_digest,
     )
-    return Rpc(method=lambda stubs: stubs.adapters.RegisterAdapter, request=request, answer=_unchanged)
+    return Rpc(method=lambda stubs: stubs.adapters.RegisterAdapter, request=request)
 
 
 def upload(
@@ -236,7 +217,7 @@ def upload(
     pin: bool = False,
     validate_only: bool = False,
     progress: Callable[[int, int], None] = lambda sent_bytes, size_bytes: None,
-) -> Rpc[UploadAdapterResponse]:
+) -> Rpc[adapter_service_pb2.UploadAdapterResponse]:
     """Register an adapter by sending the two files of a local directory, PEFT's or a mixture's.
 
     progress: called with the bytes sent and the bytes of both files, possibly in another thread. Raises OSError for a
@@ -260,7 +241,6 @@ def upload(
     return Rpc(
         method=lambda stubs: stubs.adapters.UploadAdapter,
         request=_upload_messages(header, Path(directory), lambda sent_bytes: progress(sent_bytes, size_bytes)),
-        answer=_unchanged,
         deadline_s=lambda given: (given or TIMEOUT_S) + size_bytes / _UPLOAD_BYTES_PER_S_MIN,
     )
 
@@ -294,14 +274,14 @@ def unregister(
     drain_timeout_s: float | None = None,
     allow_missing: bool = False,
     expected_digest: str | None = None,
-) -> Rpc[UnregisterAdapterResponse]:
+) -> Rpc[adapter_service_pb2.UnregisterAdapterResponse]:
     """Remove an adapter; its requests finish within `drain_timeout_s`, or end at once with `cancel`."""
     timeout = None
     if drain_timeout_s is not None:
         timeout = Duration()
         timeout.FromNanoseconds(round(drain_timeout_s * 1e9))
     drain_s = _DRAIN_TIMEOUT_S if drain_timeout_s is None else drain_timeout_s
-    request = UnregisterAdapterRequest(
+    request = adapter_service_pb2.UnregisterAdapterRequest(
         adapter_id=adapter_id,
         mode=UnregisterMode.UNREGISTER_MODE_CANCEL if cancel else UnregisterMode.UNREGISTER_MODE_DRAIN,
         timeout=timeout,
@@ -311,7 +291,6 @@ def unregister(
     return Rpc(
         method=lambda stubs: stubs.adapters.UnregisterAdapter,
         request=request,
-        answer=_unchanged,
         deadline_s=lambda given: (given or TIMEOUT_S) + drain_s,
     )
 
@@ -320,27 +299,24 @@ def adapter(adapter_id: str) -> Rpc[Adapter]:
     """Return one registered adapter, by its id or by "id@digest"."""
     return Rpc(
         method=lambda stubs: stubs.adapters.GetAdapter,
-        request=GetAdapterRequest(adapter_id=adapter_id),
+        request=adapter_service_pb2.GetAdapterRequest(adapter_id=adapter_id),
         answer=lambda response: response.adapter,
     )
 
 
-def page(request: ListAdaptersRequest) -> Rpc[ListAdaptersResponse]:
-    """Return one page of the registered adapters."""
-    return Rpc(method=lambda stubs: stubs.adapters.ListAdapters, request=request, answer=_unchanged)
-
-
-def first_page(method: str, state: str) -> ListAdaptersRequest:
-    """Request the first page of all adapters, or of those with one method ("lora") and one state ("active")."""
-    wanted = _enum(AdapterState, "state", state) if state else AdapterState.ADAPTER_STATE_UNSPECIFIED
-    return ListAdaptersRequest(page_size=_PAGE_SIZE, method=method, state=wanted)
+def page(method: str, state: str, page_token: str) -> Rpc[adapter_service_pb2.ListAdaptersResponse]:
+    """Return a page of all adapters, or of those with one method ("lora") and one state ("active"); "" is the first."""
+    request = adapter_service_pb2.ListAdaptersRequest(page_size=_PAGE_SIZE, method=method, page_token=page_token)
+    if state:
+        request.state = _enum(AdapterState, "state", state)
+    return Rpc(method=lambda stubs: stubs.adapters.ListAdapters, request=request)
 
 
 def load(adapter_id: str, residency: str = "device", *, pin: bool | None = None) -> Rpc[Adapter]:
     """Bring an adapter to the "device" or into "host" memory; `pin` sets or removes its pin."""
     return Rpc(
         method=lambda stubs: stubs.adapters.LoadAdapter,
-        request=LoadAdapterRequest(
+        request=adapter_service_pb2.LoadAdapterRequest(
             adapter_id=adapter_id, residency=_enum(AdapterResidency, "residency", residency), pin=pin
         ),
         answer=lambda response: response.adapter,
@@ -351,7 +327,9 @@ def unload(adapter_id: str, residency: str = "disk") -> Rpc[Adapter]:
     """Take an adapter and its pin out of memory; "host" keeps the copy there."""
     return Rpc(
         method=lambda stubs: stubs.adapters.UnloadAdapter,
-        request=UnloadAdapterRequest(adapter_id=adapter_id, residency=_enum(AdapterResidency, "residency", residency)),
+        request=adapter_service_pb2.UnloadAdapterRequest(
+            adapter_id=adapter_id, residency=_enum(AdapterResidency, "residency", residency)
+        ),
         answer=lambda response: response.adapter,
     )
 
@@ -366,15 +344,10 @@ def _enum(enum: Any, field: str, label: str) -> Any:
     return values[label]
 
 
-def watch() -> Rpc[WatchAdaptersResponse]:
+def watch() -> Rpc[adapter_service_pb2.WatchAdaptersResponse]:
     """Watch the registered adapters, then their changes, until one side ends it; there is no deadline."""
     return Rpc(
         method=lambda stubs: stubs.adapters.WatchAdapters,
-        request=WatchAdaptersRequest(),
-        answer=_unchanged,
+        request=adapter_service_pb2.WatchAdaptersRequest(),
         deadline_s=lambda given: None,
     )
-
-
-def _unchanged(response: Any) -> Any:
-    return response

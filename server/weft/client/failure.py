@@ -1,7 +1,7 @@
 """A failed call as a typed record."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -26,16 +26,16 @@ class Failure:
     """
 
     code: grpc.StatusCode
-    reason: str
+    reason: str = ""
     message: str
-    metadata: Mapping[str, str]
-    retry_after_s: float | None
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    retry_after_s: float | None = None
 
 
 def failure_of(error: grpc.RpcError) -> Failure:
     """Parse `error`, raised by a call of grpc or grpc.aio, without raising on a malformed status."""
     if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
-        return _plain_failure(grpc.StatusCode.UNKNOWN, str(error))
+        return Failure(code=grpc.StatusCode.UNKNOWN, message=str(error))
     code, message = error.code(), error.details() or ""
     trailers = dict(error.trailing_metadata() or ())
     packed = trailers.get(DETAILS_KEY)
@@ -44,9 +44,9 @@ def failure_of(error: grpc.RpcError) -> Failure:
         infos = [info for info in _unpacked(status, error_details_pb2.ErrorInfo) if info.domain == DOMAIN]
         retries = _unpacked(status, error_details_pb2.RetryInfo)
     except DecodeError:
-        return _plain_failure(code, message)
+        return Failure(code=code, message=message)
     if not infos or status.code != code.value[0]:
-        return _plain_failure(code, message)
+        return Failure(code=code, message=message)
     return Failure(
         code=code,
         reason=infos[0].reason,
@@ -54,10 +54,6 @@ def failure_of(error: grpc.RpcError) -> Failure:
         metadata=MappingProxyType(dict(infos[0].metadata)),
         retry_after_s=retries[0].retry_delay.ToNanoseconds() / 1e9 if retries else None,
     )
-
-
-def _plain_failure(code: grpc.StatusCode, message: str) -> Failure:
-    return Failure(code=code, reason="", message=message, metadata=MappingProxyType({}), retry_after_s=None)
 
 
 def _unpacked(status: Status, kind: type[Detail]) -> list[Detail]:

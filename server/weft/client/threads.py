@@ -8,13 +8,11 @@ import grpc
 from weft.client import calls
 from weft.client.calls import Rpc, Stubs
 from weft.client.failure import failure_of
-from weft.client.wire import Answering, RpcFailure, channel_options, document
+from weft.client.wire import Answering, RpcFailure, channel_options, documented
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
-from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from weft.v1.endpoint import DEFAULT_SERVER
 from weft.v1.generation_pb2 import Delta
-from weft.v1.generation_service_pb2_grpc import GenerationServiceStub
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
@@ -65,8 +63,7 @@ def _answering(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[Cli
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
         return client.make(described(*args, **kwargs))
 
-    document(method, described)
-    return method
+    return documented(method, described)
 
 
 def _streaming(
@@ -75,8 +72,7 @@ def _streaming(
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Stream:
         return kind(client.begin(described(*args, **kwargs)))
 
-    document(method, described)
-    return method
+    return documented(method, described)
 
 
 class Client:
@@ -90,7 +86,7 @@ class Client:
     def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(server, options=channel_options())
-        self._stubs = Stubs(GenerationServiceStub(self._channel), AdapterServiceStub(self._channel))
+        self._stubs = Stubs.on(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -128,11 +124,9 @@ class Client:
 
     def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:
         """Return the registered adapters by id, or those of one method ("lora") and one state ("active")."""
-        found: list[Adapter] = []
-        request = calls.first_page(method, state)
-        while True:
-            page = self.make(calls.page(request))
+        page = self.make(calls.page(method, state, ""))
+        found = list(page.adapters)
+        while page.next_page_token:
+            page = self.make(calls.page(method, state, page.next_page_token))
             found += page.adapters
-            if not page.next_page_token:
-                return found
-            request.page_token = page.next_page_token
+        return found

@@ -3,11 +3,13 @@
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from weft.client.failure import Failure
 from weft.v1 import adapter_service_pb2, generation_service_pb2
 from weft.v1.generation_pb2 import Delta, Finish, StreamGenerateResponse
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _RECEIVE_BYTES_MAX = 64 << 20  # Tokenize with pieces exceeds gRPC's own 4 MiB
 _NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # a repeated call would fail, because the adapter is gone
@@ -64,11 +66,11 @@ def channel_options() -> list[tuple[str, Any]]:
     return [("grpc.service_config", json.dumps(config)), ("grpc.max_receive_message_length", _RECEIVE_BYTES_MAX)]
 
 
-def document(method: Callable[..., Any], described: Callable[..., Any]) -> None:
+def documented(method: Method, described: Callable[..., Any]) -> Method:
     """Give a client's method the name, docstring and, after `self`, parameters of the function that describes it."""
     signature = inspect.signature(described)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    method.__name__ = described.__name__
-    method.__doc__ = described.__doc__
     documented: Any = method
+    documented.__name__, documented.__doc__ = described.__name__, described.__doc__
     documented.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
+    return method

@@ -4,116 +4,88 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-import grpc.aio
-
 from weft.adapters.identifiers import AdapterId, AdapterReference, check_adapter_id, check_digest, parse_reference
 from weft.adapters.registry import AdapterState, Change, Version
 from weft.api.application import Application
 from weft.api.lifecycle import Outcome, Registered, RegisterOptions
 from weft.api.memory import Residence
-from weft.api.servicers.upload import SHA256, Messages, Upload, check_files, discard
-from weft.api.servicers.upload_line import UploadLine
+from weft.api.servicers.upload import Messages, Upload, UploadLine, check_files, check_sha256, discard
 from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError, draining_error
 from weft.methods.catalog import KINDS
-from weft.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_grpc
+from weft.v1 import adapter_pb2, adapter_service_pb2_grpc
+from weft.v1 import adapter_service_pb2 as pb
 
 _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX = 100, 1000
 _STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
 _RESIDENCES = {place: adapter_pb2.AdapterResidency.Value(f"ADAPTER_RESIDENCY_{place.name}") for place in Residence}
-_OUTCOMES = {one: adapter_service_pb2.RegisterOutcome.Value(f"REGISTER_OUTCOME_{one.name}") for one in Outcome}
-_CHANGES = {change: adapter_service_pb2.AdapterChange.Value(f"ADAPTER_CHANGE_{change.name}") for change in Change}
+_OUTCOMES = {one: pb.RegisterOutcome.Value(f"REGISTER_OUTCOME_{one.name}") for one in Outcome}
+_CHANGES = {change: pb.AdapterChange.Value(f"ADAPTER_CHANGE_{change.name}") for change in Change}
 
 
 class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     """The part of the contract about adapters."""
 
     def __init__(self, application: Application) -> None:
-        self._application = application
+        self._work = application.work
         self._lifecycle = application.lifecycle
         self._base_model = application.model.facts.name
-        server = application.config.server
-        self._line = UploadLine(uploads_max=server.uploads_max, waiting_max=server.uploads_waiting_max)
+        self._limits, self._server = application.config.adapters, application.config.server
+        self._line = UploadLine(uploads_max=self._server.uploads_max, waiting_max=self._server.uploads_waiting_max)
 
-    async def RegisterAdapter(
-        self, request: adapter_service_pb2.RegisterAdapterRequest, context: grpc.aio.ServicerContext
-    ) -> adapter_service_pb2.RegisterAdapterResponse:
-        del context
+    async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Any) -> pb.RegisterAdapterResponse:
         adapter_id = self._adapter_id(request.adapter_id)
         options = _options(request)
         if request.HasField("content_digest"):
-            given, rule = request.content_digest, "must be 64 lower-case hex digits"
-            if not SHA256.fullmatch(given):
-                raise InvalidRequest.rule("CHECKSUM_INVALID", "content_digest", rule, given=given)
-            options = replace(options, content_digest=given)
-        registered = await self._lifecycle.register_from(adapter_id, request.source, options)
-        return adapter_service_pb2.RegisterAdapterResponse(
-            adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
-        )
+            check_sha256(request.content_digest, field="content_digest")
+            options = replace(options, content_digest=request.content_digest)
+        version, outcome = await self._lifecycle.register_from(adapter_id, request.source, options)
+        return pb.RegisterAdapterResponse(adapter=self._adapter(version), outcome=_OUTCOMES[outcome])
 
-    async def UploadAdapter(
-        self,
-        request_iterator: Messages,
-        context: grpc.aio.ServicerContext,
-    ) -> adapter_service_pb2.UploadAdapterResponse:
-        del context
-        config = self._application.config
+    async def UploadAdapter(self, request_iterator: Messages, context: Any) -> pb.UploadAdapterResponse:
         try:
             async with self._line.turn():
-                registered = await self._upload(request_iterator)
+                version, outcome = await self._upload(request_iterator)
         except WeftError:
-            await discard(
-                request_iterator,
-                bytes_max=config.adapters.file_bytes_max,
-                timeout_s=config.server.upload_idle_timeout_s,
-            )
+            most, idle_s = self._limits.file_bytes_max, self._server.upload_idle_timeout_s
+            await discard(request_iterator, bytes_max=most, timeout_s=idle_s)
             raise
-        return adapter_service_pb2.UploadAdapterResponse(
-            adapter=self._adapter(registered.version), outcome=_OUTCOMES[registered.outcome]
-        )
+        return pb.UploadAdapterResponse(adapter=self._adapter(version), outcome=_OUTCOMES[outcome])
 
     async def UnregisterAdapter(
-        self, request: adapter_service_pb2.UnregisterAdapterRequest, context: grpc.aio.ServicerContext
-    ) -> adapter_service_pb2.UnregisterAdapterResponse:
-        del context
+        self, request: pb.UnregisterAdapterRequest, context: Any
+    ) -> pb.UnregisterAdapterResponse:
         adapter_id = self._adapter_id(request.adapter_id)
-        _check_enum("mode", request.mode, adapter_service_pb2.UnregisterMode)
-        server = self._application.config.server
-        timeout_s = server.unregister_timeout_default_s
+        _check_enum("mode", request.mode, pb.UnregisterMode)
+        timeout_s = self._server.unregister_timeout_default_s
         if request.HasField("timeout"):
             timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
-            rule, most = "must be 0 or more seconds", server.unregister_timeout_max_s
+            rule, most = "must be 0 or more seconds", self._server.unregister_timeout_max_s
             if not 0 <= timeout_s <= most:
                 raise InvalidRequest.rule("TIMEOUT_INVALID", "timeout", rule, limit=most, given=timeout_s)
         try:
             removed = await self._lifecycle.unregister(
                 adapter_id,
-                cancel=request.mode == adapter_service_pb2.UNREGISTER_MODE_CANCEL,
+                cancel=request.mode == pb.UNREGISTER_MODE_CANCEL,
                 timeout_s=timeout_s,
                 expected_digest=request.expected_digest if request.HasField("expected_digest") else None,
             )
         except AdapterNotFound:
             if not request.allow_missing:
                 raise
-            return adapter_service_pb2.UnregisterAdapterResponse()
-        return adapter_service_pb2.UnregisterAdapterResponse(
+            return pb.UnregisterAdapterResponse()
+        return pb.UnregisterAdapterResponse(
             freed_device_bytes=removed.freed.device_bytes,
             freed_host_bytes=removed.freed.host_bytes,
             freed_kv_blocks=removed.freed.kv_blocks,
             cancelled_requests=removed.cancelled_requests,
         )
 
-    async def GetAdapter(
-        self, request: adapter_service_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext
-    ) -> adapter_service_pb2.GetAdapterResponse:
-        del context
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Any) -> pb.GetAdapterResponse:
         reference = parse_reference(request.adapter_id, base_model=self._base_model)
         version = self._lifecycle.registry.require(reference)
-        return adapter_service_pb2.GetAdapterResponse(adapter=self._adapter(version))
+        return pb.GetAdapterResponse(adapter=self._adapter(version))
 
-    async def ListAdapters(
-        self, request: adapter_service_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
-    ) -> adapter_service_pb2.ListAdaptersResponse:
-        del context
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
         _check_enum("state", request.state, adapter_pb2.AdapterState)
         if request.method and request.method not in KINDS:
             known = ", ".join(sorted(KINDS))
@@ -134,15 +106,12 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             and request.state in (0, _STATES[version.state])
         ]
         page = matching[:size]
-        return adapter_service_pb2.ListAdaptersResponse(
+        return pb.ListAdaptersResponse(
             adapters=[self._adapter(version) for version in page],
             next_page_token=page[-1].adapter_id if len(matching) > size else "",
         )
 
-    async def LoadAdapter(
-        self, request: adapter_service_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
-    ) -> adapter_service_pb2.LoadAdapterResponse:
-        del context
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
         _check_enum("residency", request.residency, adapter_pb2.AdapterResidency)
         pin = request.pin if request.HasField("pin") else None
         to_host = request.residency == adapter_pb2.ADAPTER_RESIDENCY_HOST
@@ -151,44 +120,34 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequest.rule("RESIDENCY_INVALID", "residency", rule, given=given)
         adapter_id = self._adapter_id(request.adapter_id)
         version = await self._lifecycle.memory.load(adapter_id, to_device=not to_host, pin=pin)
-        return adapter_service_pb2.LoadAdapterResponse(adapter=self._adapter(version))
+        return pb.LoadAdapterResponse(adapter=self._adapter(version))
 
-    async def UnloadAdapter(
-        self, request: adapter_service_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext
-    ) -> adapter_service_pb2.UnloadAdapterResponse:
-        del context
+    async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.UnloadAdapterResponse:
         _check_enum("residency", request.residency, adapter_pb2.AdapterResidency)
         if request.residency == adapter_pb2.ADAPTER_RESIDENCY_DEVICE:
             raise InvalidRequest.rule("RESIDENCY_INVALID", "residency", "must be HOST or DISK", given="DEVICE")
         keep_host = request.residency == adapter_pb2.ADAPTER_RESIDENCY_HOST
         version = await self._lifecycle.memory.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
-        return adapter_service_pb2.UnloadAdapterResponse(adapter=self._adapter(version))
+        return pb.UnloadAdapterResponse(adapter=self._adapter(version))
 
     async def WatchAdapters(
-        self, request: adapter_service_pb2.WatchAdaptersRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[adapter_service_pb2.WatchAdaptersResponse]:
-        del request, context
-        response = adapter_service_pb2.WatchAdaptersResponse
+        self, request: pb.WatchAdaptersRequest, context: Any
+    ) -> AsyncIterator[pb.WatchAdaptersResponse]:
+        response = pb.WatchAdaptersResponse
         with self._lifecycle.watches.watching() as watch:
             for adapter in [self._adapter(version) for version in self._lifecycle.registry]:
-                yield response(change=adapter_service_pb2.ADAPTER_CHANGE_EXISTING, adapter=adapter)
-            yield response(change=adapter_service_pb2.ADAPTER_CHANGE_SYNCED)
+                yield response(change=pb.ADAPTER_CHANGE_EXISTING, adapter=adapter)
+            yield response(change=pb.ADAPTER_CHANGE_SYNCED)
             while (event := await watch.next()) is not None:
                 change, version = event
                 yield response(change=_CHANGES[change], adapter=self._adapter(version))
         raise draining_error()
 
     async def _upload(self, messages: Messages) -> Registered:
-        config = self._application.config
-        upload = Upload(
-            messages,
-            self._application.work,
-            limits=config.adapters,
-            idle_timeout_s=config.server.upload_idle_timeout_s,
-        )
+        upload = Upload(messages, self._work, idle_timeout_s=self._server.upload_idle_timeout_s)
         header = await upload.header()
         adapter_id, options = self._adapter_id(header.adapter_id), _options(header)
-        check_files(header, config.adapters)
+        check_files(header, self._limits)
         async with self._lifecycle.upload() as staging:
             await upload.receive(header, staging)
             return await self._lifecycle.register_upload(adapter_id, staging, options)
@@ -235,9 +194,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         return adapter_pb2.Expert(digest=expert.digest or "", adapter_id=adapter_id, available=available)
 
 
-def _options(
-    request: adapter_service_pb2.RegisterAdapterRequest | adapter_service_pb2.UploadHeader,
-) -> RegisterOptions:
+def _options(request: pb.RegisterAdapterRequest | pb.UploadHeader) -> RegisterOptions:
     expected = request.expected_digest if request.HasField("expected_digest") else None
     if expected:
         check_digest(expected, field="expected_digest")

@@ -1,12 +1,14 @@
 """GenerationService: translates between proto and the application's own types, and does nothing else."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from weft import __version__
 from weft.adapters.registry import Version
@@ -66,7 +68,6 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(
         self, request: generation_service_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_service_pb2.TokenizeResponse:
-        del context
         kind = request.WhichOneof("input")
         tokens = await self._application.requests.tokenize(
             request.text if kind == "text" else None, _messages(request.messages) if kind == "messages" else None
@@ -80,13 +81,10 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     async def GetModelInfo(
         self, request: generation_service_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> generation_service_pb2.GetModelInfoResponse:
-        del request, context
         model = self._application.model
         facts, config = model.facts, self._application.config
-        by_shape: dict[tuple[str, int, int], int] = {}
-        for site in model.shape.sites.values():
-            key = site.suffix, site.in_features, site.out_features
-            by_shape[key] = by_shape.get(key, 0) + 1
+        sites = model.shape.sites.values()
+        by_shape = Counter((site.suffix, site.in_features, site.out_features) for site in sites)
         info = model_pb2.ModelInfo(
             model_name=facts.name,
             base_digest=facts.digest,
@@ -138,11 +136,6 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
 def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
     kind, target = request.WhichOneof("input"), request.WhichOneof("target")
-    sampling, stopping = request.sampling, request.stopping
-
-    def given(message: Any, name: str) -> Any:
-        return getattr(message, name) if message.HasField(name) else None
-
     return GenerationSpec(
         request_id=request.request_id,
         text=request.text if kind == "text" else None,
@@ -159,23 +152,18 @@ def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
         ]
         if target == "composition"
         else None,
-        temperature=given(sampling, "temperature"),
-        top_p=given(sampling, "top_p"),
-        top_k=given(sampling, "top_k"),
-        min_p=given(sampling, "min_p"),
-        repetition_penalty=given(sampling, "repetition_penalty"),
-        seed=given(sampling, "seed"),
-        max_new_tokens=given(stopping, "max_new_tokens"),
-        min_new_tokens=given(stopping, "min_new_tokens"),
-        stop=list(stopping.stop),
-        stop_token_ids=list(stopping.stop_token_ids),
-        include_stop=stopping.include_stop,
-        ignore_eos=stopping.ignore_eos,
-        logprobs=given(request.options, "logprobs"),
+        logprobs=request.options.logprobs if request.options.HasField("logprobs") else None,
         gate_detail=_gate_detail(request.options),
         steering=_steering(request.steering) if request.HasField("steering") else None,
         cache_salt=request.cache_salt,
+        **_given(request.sampling),
+        **_given(request.stopping),
     )
+
+
+def _given(message: Message) -> dict[str, Any]:
+    """Return the fields that are set, under whose names a GenerationSpec and a GateBound take them."""
+    return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
 
 
 def _gate_detail(options: generation_pb2.ResponseOptions) -> GateDetail:
@@ -185,14 +173,7 @@ def _gate_detail(options: generation_pb2.ResponseOptions) -> GateDetail:
 
 
 def _steering(steering: generation_pb2.Steering) -> Steering:
-    bounds = [
-        GateBound(
-            bound.expert,
-            bound.floor if bound.HasField("floor") else None,
-            bound.ceiling if bound.HasField("ceiling") else None,
-        )
-        for bound in steering.bounds
-    ]
+    bounds = [GateBound(**_given(bound)) for bound in steering.bounds]
     return Steering(list(steering.restrict), list(steering.mask), bounds)
 
 

@@ -50,7 +50,6 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Yield the status now and at every change, until the server stops."""
-        del context
         told = None
         while not self._has_ended:
             changed = self._changed

@@ -1,20 +1,19 @@
-"""The protocol of an upload: one header, then the chunks of each file in the header's order."""
+"""Uploads: a few at a time, each one header, then the chunks of each file in the header's order."""
 
+import asyncio
 import contextlib
-import re
 import time
 from asyncio import wait_for
 from collections.abc import AsyncIterator
 from typing import TypeAlias
 
+from weft.adapters.identifiers import is_digest
 from weft.adapters.versions import StagedFile, Staging
 from weft.api.work import Work
 from weft.config import MIB, AdapterLimits
-from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, WeftError
+from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, Overloaded, WeftError
 from weft.v1 import adapter_service_pb2
 from weft.v1.adapter_files import FOREIGN_FILES, PAIRS, foreign_refused, pair_of
-
-SHA256 = re.compile("[0-9a-f]{64}")
 
 _CHUNK_BYTES_MAX = 1 * MIB
 _PAUSE_S = 0.25  # a client that is silent for this long is waiting for the answer
@@ -23,13 +22,42 @@ _BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle b
 Messages: TypeAlias = AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
 
 
+class UploadLine:
+    """Places for uploads, given in order of arrival; used on one event loop. A bounded number waits for a place.
+
+    Nothing is read from a waiting upload, so gRPC's flow control holds its bytes back at the client.
+    """
+
+    def __init__(self, *, uploads_max: int, waiting_max: int) -> None:
+        self._most = uploads_max + waiting_max
+        self._limits = f"{uploads_max} and {waiting_max}"
+        self._places = asyncio.Semaphore(uploads_max)
+        self._num_uploads = 0
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a place and hold it inside the block. Raises Overloaded if the queue is full."""
+        if self._num_uploads >= self._most:
+            raise Overloaded(
+                "UPLOADS_FULL",
+                f"uploads: too many at a time and in line for it (limit {self._limits})",
+                metadata={"quota": "uploads", "limit": self._most},
+                retry_after_s=1.0,
+            )
+        self._num_uploads += 1
+        try:
+            async with self._places:
+                yield
+        finally:
+            self._num_uploads -= 1
+
+
 class Upload:
     """One upload that is being received."""
 
-    def __init__(self, messages: Messages, work: Work, *, limits: AdapterLimits, idle_timeout_s: float) -> None:
+    def __init__(self, messages: Messages, work: Work, *, idle_timeout_s: float) -> None:
         self._messages = messages
         self._work = work
-        self._limits = limits
         self._idle_timeout_s = idle_timeout_s
         self._started_s = time.monotonic()
         self._num_bytes = 0
@@ -110,14 +138,17 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
             raise InvalidAdapter.rule("ADAPTER_TOO_LARGE", size_field, "is too large", limit=most, given=size)
         if size == 0:
             raise InvalidAdapter.rule("UPLOAD_TRUNCATED", size_field, "must be at least 1", given=0)
-        if not SHA256.fullmatch(file.sha256):
-            raise InvalidAdapter.rule(
-                "CHECKSUM_INVALID", f"{field}.sha256", "must be 64 lower-case hex digits", given=file.sha256
-            )
+        check_sha256(file.sha256, field=f"{field}.sha256")
     names = [file.name for file in header.files]
     if pair_of(names) is None:
         rule = f"must be {' or '.join(' and '.join(pair) for pair in PAIRS)}, each once"
         raise InvalidRequest.rule("UPLOAD_PROTOCOL", "header.files", rule, given=", ".join(names) or "none")
+
+
+def check_sha256(given: str, *, field: str) -> None:
+    """Raise CHECKSUM_INVALID unless `given` is written as a sha256."""
+    if not is_digest(given):
+        raise InvalidRequest.rule("CHECKSUM_INVALID", field, "must be 64 lower-case hex digits", given=given)
 
 
 def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, received: int, missing: int) -> bytes:
