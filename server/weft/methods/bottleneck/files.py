@@ -71,7 +71,6 @@ def fitted(
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return our config keys and tensors."""
-    del base
     config: BottleneckConfig = adapter.config
     keys = {
         "bottleneck_format": FORMAT,

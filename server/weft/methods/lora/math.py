@@ -134,7 +134,6 @@ def unpack(packed: tuple[Packed, ...]) -> LoraParams:
 
 def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count r(I + O) at every site, and O with a bias."""
-    del base
     terms = [term(config, site) for site in sites]
     if not config.lora_bias:
         return gather("Σ R(I + O)", terms)

@@ -66,7 +66,6 @@ def virtual(params: PromptParams) -> SoftRows:
 
 def count(config: PromptConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count P rows of the embedding's width."""
-    del sites
     return rows_of(config.num_virtual_tokens, base)
 
 

@@ -45,5 +45,4 @@ def init(config: PtuningConfig, base: BaseShape, generator: torch.Generator | No
 
 def count(config: PtuningConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count the rows that are saved and served. The encoder's own parameters are gone by then."""
-    del sites
     return prompt.rows_of(config.num_virtual_tokens, base)
