@@ -13,11 +13,8 @@ if TYPE_CHECKING:
     from weft_training.plan import Plan
     from weft_training.recipe import Given, Recipe
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,  # plain help, as in `weft`
-    pretty_exceptions_show_locals=False,
-)
+# Plain help, as in `weft`.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 _HELP = """Train an adapter on a frozen, quantized base and write it as a PEFT directory.
 
 \b

@@ -5,11 +5,8 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,  # plain help, as in `weft`
-    pretty_exceptions_show_locals=False,
-)
+# Plain help, as in `weft`.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 
 
 @app.command()
