@@ -92,7 +92,7 @@ def _rows(module: nn.Module | LinearPart) -> tuple[int, int, Callable[[int, int]
     if isinstance(module, Linear8bitLt):
         return module.out_features, module.in_features, _rows_of_int8(module)
     weight = module.weight.mT if isinstance(module, Conv1D) else cast(Tensor, module.weight)  # [O, I]
-    return *weight.shape, lambda begin, end: weight[begin:end]
+    return weight.shape[0], weight.shape[1], lambda begin, end: weight[begin:end]
 
 
 def _rows_of_4bit(module: Linear4bit) -> Callable[[int, int], Tensor]:
