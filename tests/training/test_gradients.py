@@ -75,7 +75,7 @@ def test_lora(use_rslora: bool) -> None:
     [r, d] exists only where k = r; the transpose of B stands on the left.
     """
     x, weight = draw(T, I), draw(O, I)
-    s = lora.math.scaling(6.0, R, use_rslora=use_rslora)
+    s = lora.math.scaling_at(lora.math.LoraConfig(rank=R, alpha=6.0, use_rslora=use_rslora), "")
     params = lora.math.LoraParams(draw(R, I), draw(O, R), s)
     loss = loss_of(adapted(lora.METHOD, params, weight, x))
     of_a, of_b, of_weight = gradients(loss, params.a, params.b, weight)

@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from weft.methods import activation, inject
+from weft.methods import activation
 from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.inject import Driver
 from weft.methods.protocol import Site
 from weft_training.data import IGNORED, InvalidData, Row
 
 _NO_TOKEN = -1
 
 
-class ActivatedDriver:
+class ActivatedDriver(Driver):
     """Reference driver for one adapter that acts on the ends of the rows of a batch [B, T]."""
 
     def __init__(self, segment: Segment, counts: Tensor) -> None:
@@ -32,14 +33,6 @@ class ActivatedDriver:
         """Whether the adapter reads the residual stream anywhere."""
         return ReferenceDriver((self._segment,)).needs_residual
 
-    @property
-    def routes(self) -> bool:
-        """False: the gates do not depend on the hidden states."""
-        return False
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Do nothing: no mixture is routed."""
-
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the site's output for `x` [B, T, I]."""
         width = x.numel() // x.shape[-1] // len(self._counts)
@@ -48,10 +41,6 @@ class ActivatedDriver:
             rows = acts.flatten().nonzero()[:, 0]
             self._drivers[width] = ReferenceDriver((self._segment._replace(rows=rows),))
         return self._drivers[width].apply(site, base, x, residual)
-
-    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """Return the sites' outputs, computed one after another."""
-        return inject.apply_each(self, sites, base, x)
 
 
 def counts(

@@ -10,7 +10,6 @@ the other one intact.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+
+from weft import durable
 
 _WHOLE = "run.json"
 _BEST = "best.safetensors"
@@ -136,18 +137,8 @@ class CheckpointingTrainer(Trainer):
         if self.best is not None:
             self.best.save(directory)
         for path in directory.iterdir():
-            sync(path)
+            durable.sync_file(path)
         temporary = directory / f".{_WHOLE}"
         temporary.write_text(json.dumps({"run": self.run}))
-        sync(temporary)
-        temporary.rename(directory / _WHOLE)
-        sync(directory)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        durable.sync_file(temporary)
+        durable.publish(temporary, directory / _WHOLE)

@@ -13,11 +13,8 @@ if TYPE_CHECKING:
     from weft_training.plan import Plan
     from weft_training.recipe import Given, Recipe
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,  # plain help, as in `weft`
-    pretty_exceptions_show_locals=False,
-)
+# Plain help, as in `weft`.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 _HELP = """Train an adapter on a frozen, quantized base and write it as a PEFT directory.
 
 \b
@@ -57,6 +54,7 @@ def train(
     """Train an adapter; users read `_HELP` instead."""
     from rich.console import Console
 
+    from weft.cli.output import fail
     from weft.client import RpcFailure
     from weft.errors import WeftError
     from weft_training import recipe
@@ -73,11 +71,11 @@ def train(
         else:
             _train(console, loaded)
     except (ValueError, OSError, WeftError, RpcFailure) as error:
-        Console(stderr=True).print(f"weft train: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise fail(f"weft train: {error}") from None
 
 
 def _train(console: "Console", loaded: "Recipe") -> None:
+    from weft.cli.output import print_line
     from weft_training import publish
     from weft_training.progress import ProgressBar
     from weft_training.trained import name_of
@@ -95,20 +93,14 @@ def _train(console: "Console", loaded: "Recipe") -> None:
     evaluated = ""
     if result.evaluations:
         evaluated = f", evaluation loss {result.evaluations[result.best_step]:.3f} at step {result.best_step}"
-    console.print(
+    print_line(
         f"{result.output}: {method}, {result.num_parameters:,} parameters, loss {result.losses[0]:.3f} to "
-        f"{result.losses[-1]:.3f} in {len(result.losses)} steps{evaluated}, {result.seconds:.1f} s",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{result.losses[-1]:.3f} in {len(result.losses)} steps{evaluated}, {result.seconds:.1f} s"
     )
     if loaded.publish is not None:
         published = publish.publish(loaded.publish, config.output, config.model)
-        console.print(
-            f"published {published.adapter_id} {published.digest[:12]} at {loaded.publish.publish}: {published.call}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+        print_line(
+            f"published {published.adapter_id} {published.digest[:12]} at {loaded.publish.publish}: {published.call}"
         )
 
 

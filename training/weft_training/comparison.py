@@ -1,7 +1,8 @@
 """Comparison of all methods on one base: parameters, storage and overhead (the owner's table, section 3.2).
 
-Counts are by formula and by counting what `adapter.initial` makes; the ratio is d / k (weft/methods/count.py). The cost
-of the forward pass is measured, because the table's O(ND + …) leaves out the launch overhead of small operations.
+Counts are by formula and by counting what `adapter.initial` makes; the ratio is d / k, the base's parameters over the
+adapter's (owner's section 1.1). The cost of the forward pass is measured, because the table's O(ND + …) leaves out the
+launch overhead of small operations.
 """
 
 import operator
@@ -19,7 +20,7 @@ from weft.adapters.slots import SlotTable
 from weft.kernels.selection import select
 from weft.kernels.step import Entries, Step, lone_request
 from weft.methods.catalog import METHODS
-from weft.methods.count import Count, efficiency_ratio
+from weft.methods.count import Count
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.prefix.math import PrefixParams
 from weft.methods.protocol import Adapter
@@ -81,7 +82,7 @@ def compare(base: Base, methods: Sequence[str] = (), *, num_tokens: int = 32, re
                 config=_told(adapter.config),
                 count=count,
                 num_parameters=adapter.num_parameters,
-                ratio=efficiency_ratio(total, adapter.num_parameters),
+                ratio=total / adapter.num_parameters,
                 slot_bytes=packed_adapter.build(adapter, base.shape, dtype=base.dtype).size_bytes,
                 overhead=overheads.get(name),
             )

@@ -9,7 +9,7 @@ Every completion ends with the end-of-text token.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,16 +111,11 @@ def encode(
     examples: Sequence[Example | Conversation], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[Row]:
     """Tokenize every example. Raises InvalidData for one that is longer than `max_length` or teaches nothing."""
-    return list(_rows(examples, tokenizer, max_length))
-
-
-def _rows(
-    examples: Sequence[Example | Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Iterator[Row]:
     if not isinstance(tokenizer.eos_token_id, int):
         raise ValueError("base: its tokenizer has no end-of-text token, so a completion could not be ended")
     if not examples:
         raise InvalidData("examples: there are none")
+    rows: list[Row] = []
     for index, example in enumerate(examples):
         origin = example.origin or f"examples[{index}]"
         if isinstance(example, Conversation):
@@ -132,7 +127,8 @@ def _rows(
             raise InvalidData(f"{origin}: has too many tokens (limit {max_length}), given {len(row.input_ids)}")
         if len(row.input_ids) < 2:  # the only token has nothing before it, so it is never predicted
             raise InvalidData(f"{origin}: must not be empty")
-        yield row
+        rows.append(row)
+    return rows
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -15,6 +15,14 @@ class Diverged(ValueError):
     """A loss or a gradient that is not finite; the run ended and nothing was written."""
 
 
+def require_finite(step: int, name: str, value: float, learning_rate: float) -> None:
+    """Raise Diverged unless a step's loss or gradient norm is finite."""
+    if not math.isfinite(value):
+        raise Diverged(
+            f"step {step}: {name} must be finite, given {value}; a lower learning rate than {learning_rate} may help"
+        )
+
+
 class Recorder(TrainerCallback):
     """Reports every step, and ends the run at the first one that is not finite."""
 
@@ -25,11 +33,7 @@ class Recorder(TrainerCallback):
         if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
             return
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise Diverged(
-                    f"step {state.global_step}: {name} must be finite, given {logs[name]}; "
-                    f"a lower learning rate than {args.learning_rate} may help"
-                )
+            require_finite(state.global_step, name, logs.get(name, 0.0), args.learning_rate)
         if self._report is not None:
             self._report(Step(state.global_step, state.max_steps, logs["loss"], state.num_input_tokens_seen))
 

@@ -11,7 +11,6 @@ steps is written at once and leaves the batch.
 """
 
 import itertools
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from weft_training import base as bases
 from weft_training import card, joint_model, output, trainer
 from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
-from weft_training.history import Diverged
+from weft_training.history import require_finite
 from weft_training.joint_model import Share
 from weft_training.mixture import MixtureTrainConfig
 from weft_training.progress import Step
@@ -95,7 +94,7 @@ def train_many(
             for run, loss in zip(running, _step(base, running, pass_tokens_max), strict=True):
                 run.losses.append(loss)
                 with _named(run.config):
-                    _require_finite(run, loss)
+                    require_finite(len(run.losses), "loss", loss, run.config.learning_rate)
                 if progress is not None:
                     progress(run.place, Step(len(run.losses), run.config.num_steps, loss))
                 if len(run.losses) == run.config.num_steps:
@@ -225,14 +224,6 @@ def buckets(shares: Sequence[Share], pass_tokens_max: int) -> list[list[int]]:
             groups.append([index])
             width, num_rows, padding = share.width, share.num_rows, 0
     return groups
-
-
-def _require_finite(run: _Run, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise Diverged(
-            f"step {len(run.losses)}: loss must be finite, given {loss}; "
-            f"a lower learning rate than {run.config.learning_rate} may help"
-        )
 
 
 def _finish(run: _Run, base: Base, seconds: float) -> TrainResult:

@@ -8,6 +8,7 @@ added to its own span. So the gradient of the summed losses with respect to one 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from weft.methods import inject
 from weft.methods.driver import ReferenceDriver, Segment
+from weft.methods.inject import Driver
 from weft.methods.protocol import Method, Site
 from weft.model.loader import Base
 from weft_training.adapter import AdaptedModel
@@ -42,7 +43,8 @@ class Share(NamedTuple):
         return self.batch["input_ids"].shape[1]
 
 
-class SpanDriver(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SpanDriver(Driver):
     """Reference driver for adjacent spans that begin at row 0 and cover all rows.
 
     Semantics: those of ReferenceDriver with `segments` whose rows are these spans, gates 1. One concatenation replaces
@@ -58,14 +60,6 @@ class SpanDriver(NamedTuple):
         """Whether any segment reads the residual stream anywhere."""
         return ReferenceDriver(self.segments).needs_residual
 
-    @property
-    def routes(self) -> bool:
-        """False: mixtures are not trained jointly."""
-        return False
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Do nothing: no mixture is routed."""
-
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the site's output for `x` [..., I]; leading dimensions flatten to the rows. Inputs stay unchanged."""
         if not any(site.name in segment.params for segment in self.segments):
@@ -78,10 +72,6 @@ class SpanDriver(NamedTuple):
         parts = zip(here, spans, y_spans, r_spans, strict=True)
         added = [_post(*of, span, y_span, r_span) for of, span, y_span, r_span in parts]
         return _sum(y_rows, y_spans, added).view_as(y)
-
-    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """Return the sites' outputs, computed one after another."""
-        return inject.apply_each(self, sites, base, x)
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the rows [T, F], and the span of each segment."""

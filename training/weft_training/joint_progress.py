@@ -1,8 +1,6 @@
 """Progress bars of adapters that train together, a line for each."""
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -10,11 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from weft_training.progress import Step
 
 
-class ProgressBars:
+class ProgressBars(Progress):
     """Steps of every run: `with ProgressBars(console, titles) as bars: train_many(configs, progress=bars)`."""
 
     def __init__(self, console: Console, titles: Sequence[str]) -> None:
-        columns = (
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -22,18 +20,9 @@ class ProgressBars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            console=console,
         )
-        self._progress = Progress(*columns, console=console)
-        self._bars = [self._progress.add_task(title, total=None, loss="–") for title in titles]
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+        self._bars = [self.add_task(title, total=None, loss="–") for title in titles]
 
     def __call__(self, place: int, step: Step) -> None:
-        self._progress.update(self._bars[place], completed=step.number, total=step.num_steps, loss=f"{step.loss:.4f}")
+        self.update(self._bars[place], completed=step.number, total=step.num_steps, loss=f"{step.loss:.4f}")

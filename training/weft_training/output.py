@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from weft import durable
 from weft.adapters.identifiers import check_adapter_id
 from weft.adapters.versions import digest_at
 from weft.config import AdapterLimits
@@ -16,7 +17,7 @@ from weft.methods.checkpoint import mixture as mixtures
 from weft.methods.mixture import Expert, Mixture, MixtureParams
 from weft.methods.protocol import Adapter, BaseShape
 from weft_training import adapter as adapters
-from weft_training import card, checkpoint
+from weft_training import card
 from weft_training.config import SaveDtype
 from weft_training.mixture import TrainedMixture
 
@@ -85,7 +86,7 @@ def write(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:
     else:
         read_mixture(path, shape)
     for file in path.iterdir():
-        checkpoint.sync(file)
+        durable.sync_file(file)
 
 
 def read_mixture(path: Path, shape: BaseShape) -> Mixture:

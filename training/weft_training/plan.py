@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weft.methods.count import efficiency_ratio
 from weft_training import data
 from weft_training.base import num_parameters
 from weft_training.config import Optimizer, TrainConfig, optimizer_on
@@ -45,8 +45,8 @@ class Plan(NamedTuple):
 
     @property
     def efficiency_ratio(self) -> float:
-        """Ratio d / k, as everywhere."""
-        return efficiency_ratio(self.num_base, self.num_adapter)
+        """Ratio d / k: the base's parameters over the adapter's (owner's section 1.1)."""
+        return self.num_base / self.num_adapter
 
     @property
     def full_fine_tuning_bytes(self) -> int:
@@ -112,12 +112,9 @@ def _activation_bytes(config: TrainConfig, model: TrainedModel, rows: list[Row],
 
     batch = {name: tensor.to(model.device) for name, tensor in data.collate(rows, pad_token_id=0).items()}
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.autocast)
-    if config.gradient_checkpointing:
-        with recomputing(model), autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**batch).loss
-    else:
-        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**batch).loss
+    recomputed = recomputing(model) if config.gradient_checkpointing else nullcontext()
+    with recomputed, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
     own = _storages(model.parameters())
     found = {where: size for where, size in _storages(kept).items() if where not in stored and where not in own}
     del loss

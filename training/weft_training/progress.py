@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -34,11 +33,11 @@ class Step(NamedTuple):
 Report = Callable[[Step], None]
 
 
-class ProgressBar:
+class ProgressBar(Progress):
     """Steps on a terminal: `with ProgressBar(console, title) as bar: train(config, progress=bar)`."""
 
     def __init__(self, console: Console, title: str = "training") -> None:
-        columns = (
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -48,27 +47,17 @@ class ProgressBar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            console=console,
         )
-        self._progress = Progress(*columns, console=console)
-        self._bar = self._progress.add_task(title, total=None, loss="–", tokens="")
+        self._bar = self.add_task(title, total=None, loss="–", tokens="")
         self._since: tuple[float, int] | None = None  # time and tokens at the first step: start-up does not count
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def __call__(self, step: Step) -> None:
         now = time.monotonic()
         since, tokens = self._since = self._since or (now, step.num_tokens)
         rate = f"{(step.num_tokens - tokens) / (now - since):,.0f} tokens/s" if step.num_tokens > tokens else ""
-        self._progress.update(
-            self._bar, completed=step.number, total=step.num_steps, loss=f"{step.loss:.4f}", tokens=rate
-        )
+        loss = f"{step.loss:.4f}"
+        self.update(self._bar, completed=step.number, total=step.num_steps, loss=loss, tokens=rate)
 
 
 class _StepsPerSecond(ProgressColumn):

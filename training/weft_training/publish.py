@@ -28,10 +28,6 @@ class PublishConfig:
     )
     replace: bool = Field(default=False, description="Whether the id may be bound to other content already.")
 
-    @property
-    def is_server(self) -> bool:
-        return _SERVER.fullmatch(self.publish) is not None
-
 
 class Published(NamedTuple):
     """The adapter's id and digest, and a command that uses it."""
@@ -52,7 +48,7 @@ def publish(config: PublishConfig, output: Path, model: ModelConfig) -> Publishe
     Raises weft.client.RpcFailure if the server refuses, and WeftError if the store does.
     """
     adapter_id = check(config, output)
-    if config.is_server:
+    if _SERVER.fullmatch(config.publish):
         with Client(config.publish) as client:
             digest = client.upload(adapter_id, output, replace=config.replace).adapter.digest
         call = f'weft generate "…" --adapter {adapter_id} --server {config.publish}'

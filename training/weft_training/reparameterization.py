@@ -52,35 +52,25 @@ class PrefixMlp(nn.Module):
         return PrefixParams(torch.stack([keys, values], dim=2))
 
 
-class PromptMlp(nn.Module):
-    """R [P, E] through two hidden layers."""
+class PromptEncoder(nn.Module):
+    """R [P, E] through two hidden layers, or as a sequence, read from both ends, then through one hidden layer."""
 
     def __init__(self, config: PtuningConfig, base: BaseShape) -> None:
         super().__init__()
         width = base.embedding_size
         hidden = config.encoder_hidden_size or width
         self.rows = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)
-        )
+        self.lstm = None
+        if config.encoder is Encoder.LSTM:
+            self.lstm = nn.LSTM(width, hidden, num_layers=config.encoder_num_layers, bidirectional=True)
+            layers = [nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width)]
+        else:
+            layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+            layers.append(nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self) -> PromptParams:
-        return PromptParams(self.mlp(self.rows))
-
-
-class PromptLstm(nn.Module):
-    """R [P, E] as a sequence, read from both ends, then one hidden layer."""
-
-    def __init__(self, config: PtuningConfig, base: BaseShape) -> None:
-        super().__init__()
-        width = base.embedding_size
-        hidden = config.encoder_hidden_size or width
-        self.rows = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
-        self.lstm = nn.LSTM(width, hidden, num_layers=config.encoder_num_layers, bidirectional=True)
-        self.mlp = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
-
-    def forward(self) -> PromptParams:
-        read: Tensor = self.lstm(self.rows)[0]  # [P, 2 · hidden]
+        read: Tensor = self.rows if self.lstm is None else self.lstm(self.rows)[0]  # [P, E], or [P, 2 · hidden]
         return PromptParams(self.mlp(read))
 
 
@@ -92,9 +82,7 @@ def begin(config: object, base: BaseShape, generator: torch.Generator) -> Repara
         match config:
             case PrefixConfig(prefix_projection=True):
                 return PrefixMlp(config, base)
-            case PtuningConfig(encoder=Encoder.MLP):
-                return PromptMlp(config, base)
-            case PtuningConfig(encoder=Encoder.LSTM):
-                return PromptLstm(config, base)
+            case PtuningConfig():
+                return PromptEncoder(config, base)
             case _:
                 return None

@@ -21,7 +21,6 @@ import weft.methods.bnb  # first: later imports load bitsandbytes if peft is ins
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import weft
@@ -266,15 +265,15 @@ def make_loop(
         if config.packing and getattr(teacher, "num_virtual_tokens", 0):
             raise ValueError("packing must be false for a teacher with virtual positions, given true")
         whole = DistilledModel(model, teacher, config.distillation)
-    groups = functools.partial(packing.pack, max_length=max_length) if config.packing else tuple
+    groups: Any = functools.partial(packing.pack, max_length=max_length) if config.packing else tuple
     collate = packing.collate if config.packing else data.collate
     pad_token_id = base.tokenizer.pad_token_id
     best = Best(list(model.parameters()), patience=config.patience)
     trainer = CheckpointingTrainer(
         model=whole,
         args=arguments(config, directory, use_cpu=base.device.type == "cpu"),
-        train_dataset=_Rows(groups(rows)),
-        eval_dataset=_Rows(groups(evaluation)) if evaluation else None,
+        train_dataset=groups(rows),
+        eval_dataset=groups(evaluation) if evaluation else None,
         data_collator=functools.partial(collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0),
         callbacks=[*callbacks, best],
     )
@@ -332,14 +331,3 @@ def _world_size() -> int:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-class _Rows(Dataset[Any]):
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._rows[index]

@@ -55,7 +55,7 @@ class Ingest(NamedTuple):
         """
         config = read_config(config_file.read(self.limits.config_bytes_max + 1), self.limits, field=files.config)
         if files == PEFT_FILES:
-            directory.require_served(config)  # before its tensors, which may be of dtypes that no served type has
+            directory.form_of(config)  # before its tensors, which may be of dtypes that no served type has
         header = read_header(weights_file, self.limits, field=files.weights)
         # Not closed by hand: it closes with the last tensor that views it, also if a check raises.
         mapped = mmap.mmap(weights_file.fileno(), 0, access=mmap.ACCESS_COPY)

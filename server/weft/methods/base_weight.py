@@ -87,20 +87,12 @@ def _rows(module: nn.Module | LinearPart) -> tuple[int, int, Callable[[int, int]
         _, width, rows_of = _rows(module.whole)
         first = module.begin
         return module.size, width, lambda begin, end: rows_of(first + begin, first + end)
-    if isinstance(module, Conv1D):  # stored [I, O]
-        return module.nf, module.nx, _slices(module.weight.mT)
     if isinstance(module, Linear4bit):
-        rows_of = _rows_of_4bit(module)
-    elif isinstance(module, Linear8bitLt):
-        rows_of = _rows_of_int8(module)
-    else:
-        weight = cast(Tensor, module.weight)  # [O, I]
-        return weight.shape[0], weight.shape[1], _slices(weight)
-    return module.out_features, module.in_features, rows_of
-
-
-def _slices(weight: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda begin, end: weight[begin:end]
+        return module.out_features, module.in_features, _rows_of_4bit(module)
+    if isinstance(module, Linear8bitLt):
+        return module.out_features, module.in_features, _rows_of_int8(module)
+    weight = module.weight.mT if isinstance(module, Conv1D) else cast(Tensor, module.weight)  # [O, I]
+    return weight.shape[0], weight.shape[1], lambda begin, end: weight[begin:end]
 
 
 def _rows_of_4bit(module: Linear4bit) -> Callable[[int, int], Tensor]:

@@ -20,11 +20,6 @@ class Term(NamedTuple):
     total: int
 
 
-def efficiency_ratio(num_base: int, num_adapter: int) -> float:
-    """Return d / k: the base's parameters, without the adapter's, over the adapter's (owner's section 1.1)."""
-    return num_base / num_adapter
-
-
 def gather(symbols: str, terms: Iterable[Term]) -> Count:
     """Return the sum of `terms`; equal ones are written once: "4 × 8·(256 + 64) + 4 × 8·(256 + 512)"."""
     counted = Counter(terms)

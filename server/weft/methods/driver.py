@@ -7,11 +7,13 @@ It trains (one segment, all rows, autograd), and it is the oracle that every ker
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from weft.methods import inject, mixture
+from weft.methods import mixture
+from weft.methods.inject import Driver
 from weft.methods.mixture import NO_BOUNDS, MixtureConfig, MixtureParams, Steering
 from weft.methods.protocol import Method, Site
 
@@ -74,7 +76,8 @@ class Router(Protocol):
         ...
 
 
-class ReferenceDriver(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReferenceDriver(Driver):
     """Applies `segments` at every site it is called for, with the gates of `routers`."""
 
     segments: Sequence[Segment]
@@ -120,10 +123,6 @@ class ReferenceDriver(NamedTuple):
                 r_rows = None if residual is None else _take(residual.reshape(y_rows.shape), segment)
                 out = _add(out, segment, segment.method.after(params, _take(y_rows, segment), r_rows))
         return out.view_as(y)
-
-    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """Compute the outputs of the sites one after another."""
-        return inject.apply_each(self, sites, base, x)
 
 
 def _take(tensor: Tensor, segment: Segment) -> Tensor:

@@ -14,21 +14,23 @@ from weft.methods.protocol import Site, SiteKind
 
 
 class Driver(Protocol):
-    """The interface through which a wrapped module gets the gated deltas of the current batch."""
+    """The interface through which a wrapped module gets the gated deltas of the current batch.
+
+    A subclass that defines only `apply` routes nothing, reads no residual, and has no faster way for groups.
+    """
 
     @property
     def needs_residual(self) -> bool:
         """Whether the residual stream must be kept for `apply`."""
-        ...
+        return False
 
     @property
     def routes(self) -> bool:
         """Whether `enter` must be called."""
-        ...
+        return False
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Begin a layer; `hidden` [..., hidden] is the residual stream that enters it."""
-        ...
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the site's output [..., O] for its input `x` [..., I].
@@ -39,7 +41,7 @@ class Driver(Protocol):
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
         """Return the outputs of sites that share an input; `base` returns the base outputs of all, side by side."""
-        ...
+        return apply_each(self, sites, base, x)
 
 
 class AdapterContext:
@@ -198,12 +200,10 @@ def adapter_sites(model: nn.Module, *, head: nn.Module | None = None) -> list[Si
     sites: list[Site] = []
     for name, module in model.named_modules():
         features = _features(module)
-        if features is None:
-            continue
-        kind = SiteKind.HEAD if module is head else SiteKind.LINEAR
-        if isinstance(module, nn.LayerNorm):
-            kind = SiteKind.NORM
-        sites.append(Site(len(sites), name, *features, kind=kind, read_base=ReadModule(model, name)))
+        if features is not None:
+            norm_or_linear = SiteKind.NORM if isinstance(module, nn.LayerNorm) else SiteKind.LINEAR
+            kind = SiteKind.HEAD if module is head else norm_or_linear
+            sites.append(Site(len(sites), name, *features, kind=kind, read_base=ReadModule(model, name)))
     return sites
 
 
@@ -220,8 +220,6 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
 def inject(model: nn.Module, sites: list[Site], context: AdapterContext, layers: Sequence[str] = ()) -> None:
     """Replace each site's module by an AdaptedLinear around it, in place; `layers` are paths of the decoder layers."""
     for site in sites:
-        parent_name, _, attribute = site.name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        setattr(parent, attribute, AdaptedLinear(getattr(parent, attribute), site, context))
+        model.set_submodule(site.name, AdaptedLinear(model.get_submodule(site.name), site, context))
     norms = dict.fromkeys(site.norm for site in sites if site.norm)
     context.watch(*([model.get_submodule(name) for name in names] for names in (norms, layers)))

@@ -13,13 +13,13 @@ module whose noise is changed on its way to the stream (Gemma 2 norms it) ends n
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from weft.methods.inject import AdaptedLinear, AdapterContext, inject
+from weft.methods.inject import AdaptedLinear, AdapterContext, Driver, inject
 from weft.methods.protocol import Site, SiteKind
 
 
@@ -134,11 +134,17 @@ def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
 
 def run_on_two_tokens(model: Any) -> None:
     """Run the body of a transformers `model` with eager attention: the registered one would need a paged batch."""
+    with attending(model, "eager"), torch.inference_mode():
+        model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+
+
+@contextmanager
+def attending(model: Any, implementation: str) -> Iterator[None]:
+    """Let a transformers `model` compute attention by another implementation inside the block."""
     given = model.config._attn_implementation
     try:
-        model.set_attn_implementation("eager")
-        with torch.inference_mode():
-            model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+        model.set_attn_implementation(implementation)
+        yield
     finally:
         model.set_attn_implementation(given)
 
@@ -151,23 +157,14 @@ def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-class _Noise(NamedTuple):
-    """A driver that never computes the base's output."""
+@dataclass(frozen=True, slots=True)
+class Answering(Driver):
+    """A driver that returns `answer(site, x)` and never computes the base's output, so that no weight is read."""
 
     answer: Callable[[Site, Tensor], Tensor]
-    needs_residual: bool = False
-    routes: bool = False
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Do nothing: no gates depend on a layer."""
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        del base, residual
         return self.answer(site, x)
-
-    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """Return noise for one site after another; modules are not grouped yet."""
-        return [self.answer(site, x) for site in sites]
 
 
 @contextmanager
@@ -175,15 +172,13 @@ def _answering(model: nn.Module, sites: Sequence[Site], answer: Callable[[Site, 
     context = AdapterContext()
     inject(model, list(sites), context)
     try:
-        with context.use(_Noise(answer)):
+        with context.use(Answering(answer)):
             yield
     finally:
         for site in sites:
-            parent_name, _, attribute = site.name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            wrapped = getattr(parent, attribute)
+            wrapped = model.get_submodule(site.name)
             assert isinstance(wrapped, AdaptedLinear)
-            setattr(parent, attribute, wrapped.base)
+            model.set_submodule(site.name, wrapped.base)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -67,46 +67,36 @@ def describe(modules: Collection[str], base: BaseShape) -> tuple[str, ...]:
     return tuple(sorted(whole | {module for module in modules if base.sites[module].suffix in partial}))
 
 
-def select(
-    sites: Iterable[Site], base: BaseShape, *, targets: Collection[str], layers: Collection[int], exclude: Iterable[str]
-) -> list[Site]:
-    """Return the sites in these layers (() means all, and outside of them) that `targets` name and `exclude` does not.
-
-    Raises ValueError naming the entry that names nothing, or the index that is no layer's.
-    """
-    sites = list(sites)
-    for target in targets:
-        if not any(names(target, site.name) for site in sites):
-            known = ", ".join(sorted({site.suffix for site in sites}))
-            raise ValueError(
-                f"target_modules: must name modules of the base by the end of their paths ({known}), given {target!r}"
-            )
-    found = [site for site in sites if any_names(targets, site.name)]
-    if layers:
-        require_layers(layers, base)
-        found = [site for site in found if layer_of(site.name) in layers]
-    for one in exclude:
-        if not any(names(one, site.name) for site in found):
-            raise ValueError(f"exclude: must name modules that would be adapted otherwise, given {one!r}")
-    found = [site for site in found if not any_names(exclude, site.name)]
-    if not found:
-        field = "exclude" if exclude else "layers"
-        raise ValueError(f"{field}: must leave a module to adapt; none of target_modules is left")
-    return found
-
-
 def place(
     config: C, base: BaseShape, takes: Collection[SiteKind], usual: Collection[SiteKind] = (SiteKind.LINEAR,)
 ) -> tuple[C, list[Site]]:
     """Spell `target_modules` out, and return the sites: those of `takes` that the config names, else all of `usual`.
 
-    Raises the errors of `select`.
+    `layers` and `exclude` take sites away. Raises ValueError naming the entry that names nothing, or the index that is
+    no layer's.
     """
     given: Any = config
-    named = given.target_modules or tuple(sorted({site.suffix for site in base.of_kind(*usual)}))
-    sites = select(base.of_kind(*takes), base, targets=named, layers=given.layers, exclude=given.exclude)
-    modules = describe([site.name for site in sites], base)
-    return replace(given, target_modules=modules, layers=(), exclude=()), sites
+    sites = base.of_kind(*takes)
+    named = given.target_modules or sorted({site.suffix for site in base.of_kind(*usual)})
+    for target in named:
+        if not any(names(target, site.name) for site in sites):
+            known = ", ".join(sorted({site.suffix for site in sites}))
+            raise ValueError(
+                f"target_modules: must name modules of the base by the end of their paths ({known}), given {target!r}"
+            )
+    found = [site for site in sites if any_names(named, site.name)]
+    if given.layers:
+        require_layers(given.layers, base)
+        found = [site for site in found if layer_of(site.name) in given.layers]
+    for one in given.exclude:
+        if not any(names(one, site.name) for site in found):
+            raise ValueError(f"exclude: must name modules that would be adapted otherwise, given {one!r}")
+    found = [site for site in found if not any_names(given.exclude, site.name)]
+    if not found:
+        field = "exclude" if given.exclude else "layers"
+        raise ValueError(f"{field}: must leave a module to adapt; none of target_modules is left")
+    modules = describe([site.name for site in found], base)
+    return replace(given, target_modules=modules, layers=(), exclude=()), found
 
 
 def require_layers(layers: Iterable[int], base: BaseShape) -> None:

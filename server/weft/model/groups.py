@@ -5,9 +5,9 @@ same tensor. For serving only: training calls each site by itself.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from weft.methods.bnb import Linear4bit, Params4bit
 from weft.methods.bnb import functional as bnb
@@ -32,8 +32,7 @@ def fuse(model: Any, context: AdapterContext) -> int:
             continue
         group = LinearGroup(whole, sites, context)
         for place, site in enumerate(sites):
-            parent_name, _, attribute = site.name.rpartition(".")
-            setattr(model.get_submodule(parent_name), attribute, GroupedLinear(group, place))
+            model.set_submodule(site.name, GroupedLinear(group, place))
         fused += 1
     return fused
 
@@ -41,7 +40,12 @@ def fuse(model: Any, context: AdapterContext) -> int:
 def shared_inputs(model: Any, context: AdapterContext) -> list[tuple[Site, ...]]:
     """Return runs of two or more linear sites of one parent that are called one after another with the same tensor."""
     seen: list[tuple[Site, Tensor]] = []
-    with context.use(_Watch(seen)):
+
+    def zeros(site: Site, x: Tensor) -> Tensor:
+        seen.append((site, x))
+        return x.new_zeros(*x.shape[:-1], site.out_features)
+
+    with context.use(sublayers.Answering(zeros)):
         sublayers.run_on_two_tokens(model)
     number, numbered = 0, []
     for before, now in pairwise([(None, None), *seen]):
@@ -55,26 +59,6 @@ def shared_inputs(model: Any, context: AdapterContext) -> list[tuple[Site, ...]]
 
 def _parent(site: Site) -> str:
     return site.name.rpartition(".")[0]
-
-
-class _Watch(NamedTuple):
-    """A driver that notes each site's input and returns zeros, so that no weight is read."""
-
-    seen: list[tuple[Site, Tensor]]
-    needs_residual: bool = False
-    routes: bool = False
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Do nothing, since nothing is routed."""
-
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        del base, residual
-        self.seen.append((site, x))
-        return x.new_zeros(*x.shape[:-1], site.out_features)
-
-    def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
-        """Apply the sites one after another; nothing is grouped yet."""
-        return [self.apply(site, base, x) for site in sites]
 
 
 def _stacked(modules: Sequence[Any]) -> nn.Module | None:

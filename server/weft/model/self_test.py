@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from weft.config import Quantization
 from weft.kernels.step import Paging
 from weft.methods.base_weight import ModuleWeight, ReadModule
+from weft.methods.sublayers import attending
 from weft.model.gate import BaseRefused, refusing
 from weft.model.loader import Base
 from weft.model.paged_attention import ATTENTION, Attend, KVCache, Paged, ReferenceAttend, register
@@ -129,17 +130,13 @@ def measure(base: Base, requests: Sequence[Request], make_attend: MakeAttend | N
     """Return how far `base` is from the logits of two `requests`, in the terms of Tolerance."""
     model = base.model
     plain = [_alone(model, request.token_ids[None], request.positions)[0] for request in requests]
-    given = model.config._attn_implementation
     register()
-    try:
-        model.set_attn_implementation(ATTENTION)
+    with attending(model, ATTENTION):
         together = _served(base, requests, _STEPS, make_attend)
         apart = [
             _served(base, requests, ([(index, 0, length)],), make_attend)[index]
             for index, length in enumerate(_LENGTHS)
         ]
-    finally:
-        model.set_attn_implementation(given)
     return Tolerance(
         attention=max(
             _error(found, wanted) for served in (together, apart) for found, wanted in zip(served, plain, strict=True)
@@ -154,13 +151,8 @@ def _name(model: Any) -> str:
 
 def _alone(model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
     """Return logits float32 [B, N, V] of token ids [B, N] at positions [N], with the model's own eager attention."""
-    given = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("eager")
-        out = model(input_ids=token_ids, position_ids=positions.expand_as(token_ids), use_cache=False)
-    finally:
-        model.set_attn_implementation(given)
-    return out.logits.float()
+    with attending(model, "eager"):
+        return model(input_ids=token_ids, position_ids=positions.expand_as(token_ids), use_cache=False).logits.float()
 
 
 def _served(

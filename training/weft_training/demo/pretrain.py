@@ -17,7 +17,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from weft_training.demo import card
 from weft_training.demo.corpus import rows
 from weft_training.demo.tokenizer import EOS_ID, PAD, PAD_ID, VOCAB_SIZE, build_tokenizer
+from weft_training.progress import ProgressBar, Step
 
 OUTPUT = Path("models/weft-demo")
 IGNORED = -100  # the label that cross entropy ignores
@@ -112,17 +112,8 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, console: Con
     model = LlamaForCausalLM(demo_config())
     optimizers = optimizers_for(model, recipe)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate_share(step, recipe)) for optimizer in optimizers]
-    columns = (
-        TextColumn("pre-training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     mean_loss = math.log(VOCAB_SIZE)  # of about the last twenty steps
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=recipe.num_steps, loss=mean_loss)
+    with ProgressBar(console, "pre-training") as bar:
         for step, (ids, labels) in enumerate(itertools.islice(batches(recipe, tokenizer), recipe.num_steps), start=1):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(input_ids=ids, labels=labels).loss
@@ -133,7 +124,7 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, console: Con
                 schedule.step()
                 optimizer.zero_grad()
             mean_loss += 0.05 * (loss.item() - mean_loss)
-            progress.update(bar, completed=step, loss=mean_loss)
+            bar(Step(step, recipe.num_steps, mean_loss))
             if step % 100 == 0 and not console.is_terminal:  # a log file shows no bar
                 console.print(f"step {step} of {recipe.num_steps}, loss {mean_loss:.4f}")
     return model.eval()

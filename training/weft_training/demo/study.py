@@ -18,7 +18,6 @@ from rich.progress import Progress
 from weft.config import ModelConfig, Quantization
 from weft.methods.bitfit.math import BitfitConfig
 from weft.methods.bottleneck.math import BottleneckConfig, Form
-from weft.methods.count import efficiency_ratio
 from weft.methods.dora.math import DoraConfig
 from weft.methods.lora.math import LoraConfig
 from weft.methods.prefix.math import PrefixConfig
@@ -144,7 +143,7 @@ def cells(found: Study) -> list[list[str]]:
         count = max(one.num_parameters for one in by_task.values())
         seconds = sorted(one.train_s for one in by_task.values())[len(by_task) // 2]
         scores = (f"{by_task[task].exact_match:.0%}" if task in by_task else "" for task in tasks)
-        ratio = f"{efficiency_ratio(found.num_base_parameters, count):.0f}x"
+        ratio = f"{found.num_base_parameters / count:.0f}x"
         rows.append([method, f"{count:,}", ratio, f"{seconds:.0f}", *scores])
     return rows
 

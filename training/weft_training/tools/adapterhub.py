@@ -74,8 +74,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     schema.check(config, _OUTER, limits)
     inner = config.get("config")
     if not isinstance(inner, dict):
-        raise InvalidAdapter.rule(
-            "FEATURE_UNSUPPORTED", "adapter_config.config", "must be an object that spells the adapter out", given=inner
+        raise schema.refused(
+            "FEATURE_UNSUPPORTED", "config", "must be an object that spells the adapter out", given=inner
         )
     schema.check({f"{_PREFIX}{key}": value for key, value in inner.items()}, _INNER, limits)
     parts = _parts(tensors, base, has_norm=schema.boolean(inner, "ln_before", "CONFIG_INVALID"))
@@ -95,9 +95,9 @@ def _config(inner: Mapping[str, Any], base: BaseShape) -> BottleneckConfig:
         form = Form.SUM
     activation = inner.get("non_linearity")
     if not isinstance(activation, str) or activation.lower() not in _ACTIVATIONS:
-        raise InvalidAdapter.rule(
+        raise schema.refused(
             "FEATURE_UNSUPPORTED",
-            "adapter_config.config.non_linearity",
+            "config.non_linearity",
             "is not served",
             limit=", ".join(_ACTIVATIONS),
             given=activation,
@@ -105,14 +105,10 @@ def _config(inner: Mapping[str, Any], base: BaseShape) -> BottleneckConfig:
     placed = (("attention", boolean["mh_adapter"]), ("mlp", boolean["output_adapter"]))
     sublayers = tuple(name for name, is_there in placed if is_there)
     if not sublayers:
-        raise InvalidAdapter.rule(
-            "CONFIG_TARGETS", "adapter_config.config", "must set mh_adapter or output_adapter", given=False
-        )
+        raise schema.refused("CONFIG_TARGETS", "config", "must set mh_adapter or output_adapter", given=False)
     scaling = inner.get("scaling", 1.0)
     if isinstance(scaling, str):
-        raise InvalidAdapter.rule(
-            "FEATURE_UNSUPPORTED", "adapter_config.config.scaling", "must be a constant", given=scaling
-        )
+        raise schema.refused("FEATURE_UNSUPPORTED", "config.scaling", "must be a constant", given=scaling)
     left_out = bottleneck.leave_out(inner)
     default, factors = _reduction(inner.get("reduction_factor"), base, left_out)
     return BottleneckConfig(
@@ -139,9 +135,7 @@ def _reduction(value: Any, base: BaseShape, left_out: tuple[int, ...]) -> tuple[
         return bottleneck.number(value["default"], f"{key}[default]", "RANK_INVALID", above=0), factors
     missing = set(range(base.num_layers)) - set(left_out) - factors.keys()
     if missing:
-        raise InvalidAdapter.rule(
-            "RANK_INVALID", f"adapter_config.{key}", "needs a default or a factor of every layer", given=min(missing)
-        )
+        raise schema.refused("RANK_INVALID", key, "needs a default or a factor of every layer", given=min(missing))
     return 1.0, factors
 
 

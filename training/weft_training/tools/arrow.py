@@ -72,8 +72,7 @@ def norm_readers(model: Any, shape: BaseShape) -> list[NormReader]:
             if site.name.startswith(path + ".") and isinstance(module, AdaptedLinear):
                 hooks.append(module.register_forward_pre_hook(enter(site.name, layer)))
     try:
-        with torch.inference_mode():
-            model.base_model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+        sublayers.run_on_two_tokens(model)
     finally:
         for hook in hooks:
             hook.remove()

@@ -24,11 +24,8 @@ if TYPE_CHECKING:
     from weft.model.loader import Base
     from weft_training.tools.merging import Rule
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,  # plain help, as in `weft`
-    pretty_exceptions_show_locals=False,
-)
+# Plain help, as in `weft`.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")]
 BasePath = Annotated[

@@ -30,12 +30,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     by_module = scan.group(tensors, (_BIAS, _NORM_BIAS), "BitFit")
     has_norms = schema.boolean(config, _HAS_NORMS, "CONFIG_INVALID")
     if has_norms != any(_NORM_BIAS in found for found in by_module.values()):
-        raise InvalidAdapter.rule(
-            "CONFIG_INVALID",
-            f"adapter_config.{_HAS_NORMS}",
-            f"must say whether the file holds a {_NORM_BIAS}",
-            given=has_norms,
-        )
+        rule = f"must say whether the file holds a {_NORM_BIAS}"
+        raise schema.refused("CONFIG_INVALID", _HAS_NORMS, rule, given=has_norms)
     sites = scan.require_sites(by_module, base, *SiteKind, method="BitFit")
     params: dict[str, BitfitParams] = {}
     for module, site in sites.items():

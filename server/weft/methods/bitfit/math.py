@@ -39,26 +39,22 @@ class BitfitParams(NamedTuple):
 
 def init(config: BitfitConfig, site: Site) -> BitfitParams:
     """Return zeros: the delta starts at exactly zero."""
-    del config
     return BitfitParams(torch.zeros(site.out_features), site.kind is SiteKind.NORM)
 
 
 def begin(config: BitfitConfig, base: BaseShape, generator: torch.Generator) -> Fitted:
     """Return zeros at every site that the config means; nothing is drawn."""
-    del generator
     config, sites = targets.place(config, base, tuple(SiteKind), usual=(SiteKind.LINEAR, SiteKind.NORM))
     return Fitted(config, {site.name: init(config, site) for site in sites})
 
 
 def delta(params: BitfitParams, x: Tensor, y: Tensor) -> Tensor:
     """Compute the delta to the base output `y` [*T, O]: the same for every row."""
-    del x
     return params.bias.to(y.dtype).expand_as(y)
 
 
 def pack(params: BitfitParams, dtype: torch.dtype) -> tuple[Packed, ...]:
     """Pack the bias in float32 whatever the slots hold: it is small, and the sum is rounded once."""
-    del dtype
     return (Packed(DeltaKind.BIAS, 0, params.bias.float().contiguous(), None),)
 
 
@@ -70,5 +66,4 @@ def unpack(packed: tuple[Packed, ...]) -> BitfitParams:
 
 def count(config: BitfitConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count O at every site."""
-    del config, base
     return gather("Σ O", (Term(str(site.out_features), site.out_features) for site in sites))

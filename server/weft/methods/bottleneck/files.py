@@ -33,13 +33,8 @@ SCHEMA = schema.Schema(
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseShape, limits: AdapterLimits) -> Fitted:
     """Check the file, and return the adapter; tensors keep the dtype they were stored in."""
     if type(config.get("bottleneck_format")) is not int or config["bottleneck_format"] != FORMAT:
-        raise InvalidAdapter.rule(
-            "FEATURE_UNSUPPORTED",
-            "adapter_config.bottleneck_format",
-            "is not a version this server reads",
-            limit=FORMAT,
-            given=config.get("bottleneck_format"),
-        )
+        rule, given = "is not a version this server reads", config.get("bottleneck_format")
+        raise schema.refused("FEATURE_UNSUPPORTED", "bottleneck_format", rule, limit=FORMAT, given=given)
     by_module = scan.group(tensors, (*_MATRICES, *_NORMS), "bottleneck")
     parts = {module: {end: tensor for end, (_, tensor) in found.items()} for module, found in by_module.items()}
     scan.require_sites(parts, base)
@@ -71,7 +66,6 @@ def fitted(
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return our config keys and tensors."""
-    del base
     config: BottleneckConfig = adapter.config
     keys = {
         "bottleneck_format": FORMAT,
@@ -98,19 +92,15 @@ def _config(config: Mapping[str, Any]) -> BottleneckConfig:
     sublayers = config.get("sublayers", ["attention", "mlp"])
     named = isinstance(sublayers, list) and all(name in ("attention", "mlp") for name in sublayers)
     if not named or len(set(sublayers)) != len(sublayers) or not sublayers:
-        raise InvalidAdapter.rule(
-            "CONFIG_TARGETS", "adapter_config.sublayers", "must be a list of attention, mlp or both", given=sublayers
-        )
+        raise schema.refused("CONFIG_TARGETS", "sublayers", "must be a list of attention, mlp or both", given=sublayers)
     form = Form(_member(config, "form", Form))
     has_norm = schema.boolean(config, "has_norm", "CONFIG_INVALID")
     if form is Form.PARALLEL and not has_norm:
-        raise InvalidAdapter.rule("CONFIG_INVALID", "adapter_config.has_norm", "must be true for parallel", given=False)
+        raise schema.refused("CONFIG_INVALID", "has_norm", "must be true for parallel", given=False)
     size = None if config.get("size") is None else schema.integer(config, "size", "RANK_INVALID", minimum=1)
     factors = reduction_factors(config.get("reduction_factors") or {}, "reduction_factors")
     if size is not None and factors:
-        raise InvalidAdapter.rule(
-            "CONFIG_INVALID", "adapter_config.reduction_factors", "must be empty beside a size", given=factors
-        )
+        raise schema.refused("CONFIG_INVALID", "reduction_factors", "must be empty beside a size", given=factors)
     return BottleneckConfig(
         form=form,
         activation=Activation(_member(config, "activation", Activation)),
@@ -129,16 +119,14 @@ def number(value: Any, key: str, reason: str, *, above: float = -math.inf) -> fl
     """Return a finite number above `above`."""
     if type(value) not in (int, float) or not above < value < math.inf:
         rule = "must be a finite number" if above == -math.inf else f"must be a finite number above {above:g}"
-        raise InvalidAdapter.rule(reason, f"adapter_config.{key}", rule, given=value)
+        raise schema.refused(reason, key, rule, given=value)
     return float(value)
 
 
 def reduction_factors(value: Any, key: str) -> dict[int, float]:
     """Return an object of layer indices and their factors."""
     if not isinstance(value, dict) or not all(name.isascii() and name.isdecimal() for name in value):
-        raise InvalidAdapter.rule(
-            "CONFIG_INVALID", f"adapter_config.{key}", "must be an object of layer numbers", given=value
-        )
+        raise schema.refused("CONFIG_INVALID", key, "must be an object of layer numbers", given=value)
     return {int(name): number(factor, f"{key}[{name}]", "RANK_INVALID", above=0) for name, factor in value.items()}
 
 
@@ -146,18 +134,14 @@ def leave_out(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the indices of layers without adapters."""
     value = config.get("leave_out") or []
     if not isinstance(value, list) or not all(type(layer) is int and layer >= 0 for layer in value):
-        raise InvalidAdapter.rule(
-            "CONFIG_INVALID", "adapter_config.leave_out", "must be a list of layer numbers", given=value
-        )
+        raise schema.refused("CONFIG_INVALID", "leave_out", "must be a list of layer numbers", given=value)
     return tuple(value)
 
 
 def _member(config: Mapping[str, Any], key: str, members: Iterable[str]) -> str:
     value = config.get(key)
     if not isinstance(value, str) or value not in list(members):
-        raise InvalidAdapter.rule(
-            "FEATURE_UNSUPPORTED", f"adapter_config.{key}", "is not served", limit=", ".join(members), given=value
-        )
+        raise schema.refused("FEATURE_UNSUPPORTED", key, "is not served", limit=", ".join(members), given=value)
     return value
 
 
@@ -165,12 +149,9 @@ def _require_tensors(given: Collection[str], places: Mapping[str, Site], base: B
     """Require tensors at every place that the config names, and at no other."""
     for module in given:
         if module not in places:
-            raise InvalidAdapter.rule(
-                "CONFIG_TARGETS",
-                module,
-                "has an adapter where the config places none (sublayers, leave_out)",
-                given=base.sites[module].sublayer or "no sublayer ends here",
-            )
+            rule = "has an adapter where the config places none (sublayers, leave_out)"
+            given_place = base.sites[module].sublayer or "no sublayer ends here"
+            raise InvalidAdapter.rule("CONFIG_TARGETS", module, rule, given=given_place)
     for module in places:
         if module not in given:
             raise InvalidAdapter.rule("PAIR_INCOMPLETE", module, "needs an adapter, as the config says", given=None)
@@ -185,31 +166,15 @@ def _params(
             "PAIR_INCOMPLETE", site.name, f"needs {', '.join(wanted)}, and nothing else", given=", ".join(parts)
         )
     size, features = config.size_at(site), site.out_features
-    if size > limits.bottleneck_size_max:
-        raise InvalidAdapter.rule(
-            "RANK_TOO_LARGE",
-            site.name,
-            "has too wide a bottleneck; the operator sets the limit with --adapter-bottleneck-size-max",
-            limit=limits.bottleneck_size_max,
-            given=size,
-        )
+    rule = "has too wide a bottleneck; the operator sets the limit with --adapter-bottleneck-size-max"
+    schema.require_at_most(limits.bottleneck_size_max, size, "RANK_TOO_LARGE", site.name, rule)
     if abs(config.scaling) > limits.scaling_max:
-        raise InvalidAdapter.rule(
-            "SCALE_INVALID",
-            "adapter_config.scaling",
-            "is too large; the operator sets the limit with --adapter-scaling-max",
-            limit=limits.scaling_max,
-            given=config.scaling,
-        )
+        rule = "is too large; the operator sets the limit with --adapter-scaling-max"
+        raise schema.refused("SCALE_INVALID", "scaling", rule, limit=limits.scaling_max, given=config.scaling)
     down = parts["bottleneck_down.weight"]
     if down.dim() == 2 and down.shape[1] == features and down.shape[0] != size:
-        raise InvalidAdapter.rule(
-            "RANK_MISMATCH",
-            scan.full_key(site.name, "bottleneck_down.weight"),
-            "has another size than the config",
-            limit=size,
-            given=down.shape[0],
-        )
+        key, rule = scan.full_key(site.name, "bottleneck_down.weight"), "has another size than the config"
+        raise InvalidAdapter.rule("RANK_MISMATCH", key, rule, limit=size, given=down.shape[0])
     shapes = ((size, features), (size,), (features, size), (features,), (features,), (features,))
     for ending, shape in zip(wanted, shapes, strict=False):
         scan.require_shape(scan.full_key(site.name, ending), parts[ending], shape)

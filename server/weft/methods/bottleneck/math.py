@@ -268,7 +268,6 @@ def unpack(packed: tuple[Packed, ...]) -> BottleneckParams:
 
 def count(config: BottleneckConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count 2RH + R + H after every sublayer, and 2H more with the LN."""
-    del base
 
     def term(site: Site) -> Term:
         rank, features = config.size_at(site), site.out_features

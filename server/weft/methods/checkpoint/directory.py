@@ -46,7 +46,7 @@ def read(
 
     Raises InvalidAdapter naming the key or tensor that breaks a rule, AdapterUnusable if it is for another base.
     """
-    method, form = _form_of(config)
+    method, form = form_of(config)
     trained_held_as(config, metadata, base)
     schema.check(config, form.schema, limits)
     return Adapter(method=method, **form.read(config, tensors, base, limits)._asdict())
@@ -58,13 +58,11 @@ def trained_held_as(config: Mapping[str, Any], metadata: Mapping[str, str], base
     return base_binding.held_as(digest, base, file=WEIGHTS_FILE, name=name)
 
 
-def require_served(config: Mapping[str, Any]) -> None:
-    """Raise InvalidAdapter for a type that is not served, with the way to convert it, or with the types that are."""
-    _form_of(config)
+def form_of(config: Mapping[str, Any]) -> tuple[Method, Format]:
+    """Return the method that reads the file, and its format: one whose switch is on comes before one that has none.
 
-
-def _form_of(config: Mapping[str, Any]) -> tuple[Method, Format]:
-    """Return the method that reads the file, and its format: one whose switch is on comes before one that has none."""
+    Raises InvalidAdapter for a type that is not served, with the way to convert it, or with the types that are.
+    """
     peft_type = config.get("peft_type")
     forms = [(method, form) for method in METHODS.values() for form in method.formats]
     for method, form in sorted(forms, key=lambda found: not found[1].switch):

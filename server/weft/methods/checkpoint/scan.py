@@ -7,6 +7,7 @@ from torch import Tensor
 
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
+from weft.methods.checkpoint import schema
 from weft.methods.protocol import BaseShape, Site, SiteKind
 
 _PEFT_PREFIX = "base_model.model."
@@ -107,26 +108,15 @@ def check_values(tensors: Mapping[str, Tensor], limits: AdapterLimits) -> None:
             if not peak < float("inf"):
                 raise InvalidAdapter.rule("NON_FINITE", name, "must hold finite numbers only", given=peak)
             largest = max(largest, peak)
-        if largest > limits.weight_abs_max:
-            raise InvalidAdapter.rule(
-                "WEIGHT_OUT_OF_RANGE",
-                name,
-                "holds a value beyond the limit",
-                limit=limits.weight_abs_max,
-                given=largest,
-            )
+        rule = "holds a value beyond the limit"
+        schema.require_at_most(limits.weight_abs_max, largest, "WEIGHT_OUT_OF_RANGE", name, rule)
 
 
 def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise DIM_MISMATCH unless `tensor` has the expected shape."""
     if tuple(tensor.shape) != expected:
-        raise InvalidAdapter.rule(
-            "DIM_MISMATCH",
-            name,
-            "has another shape than the base needs",
-            limit=list(expected),
-            given=list(tensor.shape),
-        )
+        rule = "has another shape than the base needs"
+        raise InvalidAdapter.rule("DIM_MISMATCH", name, rule, limit=list(expected), given=list(tensor.shape))
 
 
 def no_effect(method: str) -> InvalidAdapter:

@@ -90,6 +90,17 @@ def _require_one_of(key: str, value: Any, allowed: tuple[Any, ...], reason: str,
         raise InvalidAdapter.rule(reason, f"adapter_config.{key}", rule, given=value)
 
 
+def refused(reason: str, key: str, rule: str, *, given: object, limit: object = None) -> InvalidAdapter:
+    """Return the error of a key of adapter_config.json whose value breaks a rule."""
+    return InvalidAdapter.rule(reason, f"adapter_config.{key}", rule, given=given, limit=limit)
+
+
+def require_at_most(limit: float, given: float, reason: str, field: str, rule: str) -> None:
+    """Raise InvalidAdapter for a number of `field` above the limit."""
+    if given > limit:
+        raise InvalidAdapter.rule(reason, field, rule, limit=limit, given=given)
+
+
 def integer(config: Mapping[str, Any], key: str, reason: str, *, minimum: int) -> int:
     """Return a whole number of at least `minimum`; booleans, floats and text are refused."""
     value = config.get(key)

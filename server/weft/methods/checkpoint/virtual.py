@@ -25,14 +25,8 @@ def read_rows(
 ) -> Tensor:
     """Return the checked tensor [P, width]. method, width_is: names of the adapter and the width in errors."""
     length = schema.integer(config, "num_virtual_tokens", "PREFIX_INVALID", minimum=1)
-    if length > limits.num_virtual_tokens_max:
-        raise InvalidAdapter.rule(
-            "PREFIX_INVALID",
-            "adapter_config.num_virtual_tokens",
-            "is too large",
-            limit=limits.num_virtual_tokens_max,
-            given=length,
-        )
+    most, field = limits.num_virtual_tokens_max, "adapter_config.num_virtual_tokens"
+    schema.require_at_most(most, length, "PREFIX_INVALID", field, "is too large")
     for key in tensors:
         if key != EMBEDDINGS:
             raise scan.refuse_unknown(key, method)
@@ -40,12 +34,8 @@ def read_rows(
         raise scan.no_effect(method)
     rows = tensors[EMBEDDINGS]
     if tuple(rows.shape) != (length, width):
-        raise InvalidAdapter.rule(
-            "PREFIX_INVALID",
-            EMBEDDINGS,
-            f"must be [num_virtual_tokens, {width_is}]",
-            limit=[length, width],
-            given=list(rows.shape),
-        )
+        rule = f"must be [num_virtual_tokens, {width_is}]"
+        given = list(rows.shape)
+        raise InvalidAdapter.rule("PREFIX_INVALID", EMBEDDINGS, rule, limit=[length, width], given=given)
     scan.check_values(tensors, limits)
     return rows

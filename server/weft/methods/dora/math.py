@@ -132,6 +132,5 @@ def is_identity(params: DoraParams) -> bool:
 
 def count(config: DoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count LoRA's r(I + O), and a length for each of O rows, at every site."""
-    del base
     lengths = (Term(str(site.out_features), site.out_features) for site in sites)
     return gather("Σ R(I + O) + Σ O", [*(lora.term(config, site) for site in sites), *lengths])

@@ -6,17 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from weft.config import AdapterLimits
-from weft.errors import InvalidAdapter
 from weft.methods import targets
-from weft.methods.checkpoint import scan
-from weft.methods.checkpoint.schema import Schema, words
+from weft.methods.checkpoint import scan, schema
 from weft.methods.ia3.math import Ia3Config, Ia3Params
 from weft.methods.protocol import Adapter, BaseShape, Fitted
 
 _L = "ia3_l"
-SCHEMA = Schema(
-    used=words("target_modules feedforward_modules"),
-    inert=words("exclude_modules fan_in_fan_out init_ia3_weights"),
+SCHEMA = schema.Schema(
+    used=schema.words("target_modules feedforward_modules"),
+    inert=schema.words("exclude_modules fan_in_fan_out init_ia3_weights"),
     fixed={"modules_to_save": (None, [])},
 )
 
@@ -26,9 +24,9 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
     feedforward = _names(config, "feedforward_modules")
     named = _names(config, "target_modules")
     if named is not None and feedforward is not None and not feedforward <= named:
-        raise InvalidAdapter.rule(
+        raise schema.refused(
             "CONFIG_TARGETS",
-            "adapter_config.feedforward_modules",
+            "feedforward_modules",
             "must be a subset of target_modules",
             given=", ".join(sorted(feedforward - named)),
         )
@@ -73,7 +71,5 @@ def _names(config: Mapping[str, Any], key: str) -> frozenset[str] | None:
     if value is None or isinstance(value, str):
         return None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise InvalidAdapter.rule(
-            "CONFIG_TARGETS", f"adapter_config.{key}", "must be a list of module names", given=value
-        )
+        raise schema.refused("CONFIG_TARGETS", key, "must be a list of module names", given=value)
     return frozenset(value)

@@ -58,7 +58,6 @@ def fit(config: Ia3Config, base: BaseShape) -> Ia3Config:
 
 def begin(config: Ia3Config, base: BaseShape, generator: torch.Generator) -> Fitted:
     """Return ones at every site that the config means; nothing is drawn."""
-    del generator
     config, sites = targets.place(config, base, (SiteKind.LINEAR,))
     targets.require_named("feedforward_modules", config.feedforward_modules, sites)
     return Fitted(config, {site.name: init(config, site) for site in sites})
@@ -71,7 +70,6 @@ def pre(params: Ia3Params, x: Tensor) -> Tensor | None:
 
 def post(params: Ia3Params, x: Tensor, y: Tensor) -> Tensor | None:
     """Compute the delta of a key or value vector to the base output `y` [*T, O]."""
-    del x
     return None if params.is_feedforward else _excess(params.scale, y)
 
 
@@ -81,7 +79,6 @@ def _excess(scale: Tensor, activation: Tensor) -> Tensor:
 
 def pack(params: Ia3Params, dtype: torch.dtype) -> tuple[Packed, ...]:
     """Pack the vector in float32 whatever the slots hold: a bfloat16 step near 1 is 0.4 %, and vectors are small."""
-    del dtype
     kind = DeltaKind.SCALE_INPUT if params.is_feedforward else DeltaKind.SCALE_OUTPUT
     return (Packed(kind, 0, params.scale.float().contiguous(), None),)
 
@@ -94,7 +91,6 @@ def unpack(packed: tuple[Packed, ...]) -> Ia3Params:
 
 def count(config: Ia3Config, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count O at every key and value site, I at every feed-forward site."""
-    del base
     inputs = config.feedforward_modules
     sizes = (s.in_features if targets.any_names(inputs, s.name) else s.out_features for s in sites)
     return gather("Σ O + Σ I", (Term(str(size), size) for size in sizes))

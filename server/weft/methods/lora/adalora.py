@@ -16,8 +16,7 @@ from torch import Tensor
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods import targets
-from weft.methods.checkpoint import scan
-from weft.methods.checkpoint.schema import Schema, words
+from weft.methods.checkpoint import scan, schema
 from weft.methods.lora import files
 from weft.methods.lora import math as lora
 from weft.methods.protocol import BaseShape, Fitted
@@ -25,10 +24,10 @@ from weft.methods.protocol import BaseShape, Fitted
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _PEFT_EPSILON = 1e-5
 # Its `r` means nothing, and its rank_pattern lists the rows that were kept, which the tensors show themselves.
-SCHEMA = Schema(
-    used=words("lora_alpha init_r rank_pattern"),
+SCHEMA = schema.Schema(
+    used=schema.words("lora_alpha init_r rank_pattern"),
     inert=files.SCHEMA.inert
-    | words("r alpha_pattern target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step"),
+    | schema.words("r alpha_pattern target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step"),
     fixed={**files.SCHEMA.fixed, **files.PLAIN_ONLY, "use_dora": (None, False), "use_rslora": (None, False)},
 )
 

@@ -41,12 +41,8 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Rep
                 )
             replaced[found[0]] = key, tensor
         elif key.endswith(".bias") and not key.endswith(".lora_B.bias"):
-            raise InvalidAdapter.rule(
-                "FEATURE_UNSUPPORTED",
-                key,
-                "is a bias outside of target_modules, which is not replaced: train it as BitFit (peft_type BEFT)",
-                given=key,
-            )
+            rule = "is a bias outside of target_modules, which is not replaced: train it as BitFit (peft_type BEFT)"
+            raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, rule, given=key)
         else:
             rest[key] = tensor
     return replaced, rest

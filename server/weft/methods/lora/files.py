@@ -7,8 +7,9 @@ With lora_bias there is `P.lora_B.bias` (out,). Beside a head's matrices PEFT sa
 
 import math
 import string
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from weft.methods.checkpoint import scan, schema
 from weft.methods.lora import base_bias
 from weft.methods.lora import math as lora
 from weft.methods.protocol import Adapter, BaseShape, BaseWeight, Fitted, Site, SiteKind
+
+T = TypeVar("T")
 
 _A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _HEAD = "base_layer.weight"
@@ -91,12 +94,8 @@ def read_products(
         "rank": read_rank(config.get("r"), "r", limits),
         "alpha": read_alpha(config.get("lora_alpha", 8), "lora_alpha"),
         "use_rslora": schema.boolean(config, "use_rslora", "CONFIG_INVALID"),
-        "rank_pattern": {
-            k: read_rank(v, f"rank_pattern[{k}]", limits) for k, v in _pattern(config, "rank_pattern").items()
-        },
-        "alpha_pattern": {
-            k: read_alpha(v, f"alpha_pattern[{k}]") for k, v in _pattern(config, "alpha_pattern").items()
-        },
+        "rank_pattern": _pattern(config, "rank_pattern", partial(read_rank, limits=limits)),
+        "alpha_pattern": _pattern(config, "alpha_pattern", read_alpha),
     }
     by_module = scan.group(tensors, (_A, _B, *others), method, passing=_HEAD)
     sites = scan.require_sites(by_module, base, *lora.SITES, method=method)
@@ -145,20 +144,12 @@ def require_complete(module: str, found: Mapping[str, tuple[str, Tensor]], endin
     """Raise PAIR_INCOMPLETE unless a module has all its tensors, the first two of the same dtype."""
     if len(found) != len(endings):
         names = [ending.removesuffix(".weight") for ending in endings]
-        raise InvalidAdapter.rule(
-            "PAIR_INCOMPLETE",
-            module,
-            f"needs both {names[0]} and {names[1]}" if len(names) == 2 else f"needs all of {', '.join(names)}",
-            given=", ".join(found),
-        )
+        rule = f"needs both {names[0]} and {names[1]}" if len(names) == 2 else f"needs all of {', '.join(names)}"
+        raise InvalidAdapter.rule("PAIR_INCOMPLETE", module, rule, given=", ".join(found))
     dtypes = [found[ending][1].dtype for ending in endings[:2]]
     if dtypes[0] != dtypes[1]:
-        raise InvalidAdapter.rule(
-            "PAIR_INCOMPLETE",
-            module,
-            "lora_A and lora_B must have one dtype",
-            given=f"{dtypes[0]} and {dtypes[1]}",
-        )
+        given = f"{dtypes[0]} and {dtypes[1]}"
+        raise InvalidAdapter.rule("PAIR_INCOMPLETE", module, "lora_A and lora_B must have one dtype", given=given)
 
 
 def require_product(site: Site, a_key: str, a: Tensor, b_key: str, b: Tensor, rank: int) -> None:
@@ -173,14 +164,8 @@ def require_product(site: Site, a_key: str, a: Tensor, b_key: str, b: Tensor, ra
 
 def require_scale(scaling: float, limits: AdapterLimits) -> None:
     """Raise SCALE_INVALID if the factor of B A is above the limit."""
-    if scaling > limits.scaling_max:
-        raise InvalidAdapter.rule(
-            "SCALE_INVALID",
-            "adapter_config.lora_alpha",
-            "gives too large a scale; the operator sets the limit with --adapter-scaling-max",
-            limit=limits.scaling_max,
-            given=scaling,
-        )
+    rule = "gives too large a scale; the operator sets the limit with --adapter-scaling-max"
+    schema.require_at_most(limits.scaling_max, scaling, "SCALE_INVALID", "adapter_config.lora_alpha", rule)
 
 
 def is_empty(params: lora.LoraParams) -> bool:
@@ -209,12 +194,8 @@ def _require_own_head(tensors: Mapping[str, Tensor], base: BaseShape) -> None:
             raise scan.refuse_unknown(key, "LoRA")
         scan.require_shape(key, tensor, (site.out_features, site.in_features))
         if not site.read_base(lambda held, saved=tensor: _is_equal(held, saved)):
-            raise InvalidAdapter.rule(
-                "FEATURE_UNSUPPORTED",
-                key,
-                "must be the base's own weight: adapters do not replace the head; train a LoRA on the frozen one",
-                given="another weight",
-            )
+            rule = "must be the base's own weight: adapters do not replace the head; train a LoRA on the frozen one"
+            raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, rule, given="another weight")
 
 
 def _is_equal(held: BaseWeight, saved: Tensor) -> bool:
@@ -231,15 +212,9 @@ def _is_equal(held: BaseWeight, saved: Tensor) -> bool:
 def read_rank(value: Any, key: str, limits: AdapterLimits) -> int:
     """Return a whole number from 1 to the limit, or raise RANK_INVALID or RANK_TOO_LARGE."""
     if type(value) is not int or not 1 <= value < 2**31:
-        raise InvalidAdapter.rule("RANK_INVALID", f"adapter_config.{key}", "must be a whole number from 1", given=value)
-    if value > limits.rank_max:
-        raise InvalidAdapter.rule(
-            "RANK_TOO_LARGE",
-            f"adapter_config.{key}",
-            "is too large; the operator sets the limit with --adapter-rank-max",
-            limit=limits.rank_max,
-            given=value,
-        )
+        raise schema.refused("RANK_INVALID", key, "must be a whole number from 1", given=value)
+    rule = "is too large; the operator sets the limit with --adapter-rank-max"
+    schema.require_at_most(limits.rank_max, value, "RANK_TOO_LARGE", f"adapter_config.{key}", rule)
     return value
 
 
@@ -247,9 +222,7 @@ def read_alpha(value: Any, key: str) -> float:
     """Return a finite number of at least 0, or raise SCALE_INVALID."""
     # 1e38 is finite: the limit of the scale refuses it once the rank is known.
     if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise InvalidAdapter.rule(
-            "SCALE_INVALID", f"adapter_config.{key}", "must be a finite number of at least 0", given=value
-        )
+        raise schema.refused("SCALE_INVALID", key, "must be a finite number of at least 0", given=value)
     return float(value)
 
 
@@ -258,37 +231,28 @@ def _read_invocation(config: Mapping[str, Any], base: BaseShape, limits: Adapter
     given = config.get(_INVOCATION)
     if given is None:
         return ()
-    key = f"adapter_config.{_INVOCATION}"
     if config.get("bias") not in (None, "none"):  # PEFT lets replaced biases act before the invocation too
-        raise InvalidAdapter.rule("FEATURE_UNSUPPORTED", key, "must be unset beside bias", given=given)
+        raise schema.refused("FEATURE_UNSUPPORTED", _INVOCATION, "must be unset beside bias", given=given)
     if not isinstance(given, list) or not 1 <= len(given) <= limits.num_invocation_tokens_max:
-        count = len(given) if isinstance(given, list) else given
-        raise InvalidAdapter.rule(
-            "CONFIG_INVALID",
-            key,
-            "must be a list of at least 1 token",
-            limit=limits.num_invocation_tokens_max,
-            given=count,
-        )
+        count, most = len(given) if isinstance(given, list) else given, limits.num_invocation_tokens_max
+        rule = "must be a list of at least 1 token"
+        raise schema.refused("CONFIG_INVALID", _INVOCATION, rule, limit=most, given=count)
     vocabulary = max((site.out_features for site in base.of_kind(SiteKind.HEAD)), default=2**31)
     for index, token in enumerate(given):
         if type(token) is not int or not 0 <= token < vocabulary:
-            raise InvalidAdapter.rule(
-                "CONFIG_INVALID", f"{key}[{index}]", "must be a token of the base", limit=vocabulary - 1, given=token
-            )
+            key, rule = f"{_INVOCATION}[{index}]", "must be a token of the base"
+            raise schema.refused("CONFIG_INVALID", key, rule, limit=vocabulary - 1, given=token)
     return tuple(given)
 
 
-def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return a mapping of module-path suffixes. PEFT compiles its keys; here only literal paths are accepted."""
+def _pattern(config: Mapping[str, Any], key: str, read: Callable[[Any, str], T]) -> dict[str, T]:
+    """Return values, read by `read`, by module-path suffix. PEFT compiles these keys; here they are literal paths."""
     pattern = config.get(key)
     if pattern is None:
         return {}
     if not isinstance(pattern, dict):
-        raise InvalidAdapter.rule("CONFIG_INVALID", f"adapter_config.{key}", "must be an object", given=pattern)
+        raise schema.refused("CONFIG_INVALID", key, "must be an object", given=pattern)
     for name in pattern:
         if not name or not set(name) <= _PATTERN_CHARACTERS:
-            raise InvalidAdapter.rule(
-                "FEATURE_UNSUPPORTED", f"adapter_config.{key}", "must hold plain module paths", given=name
-            )
-    return pattern
+            raise schema.refused("FEATURE_UNSUPPORTED", key, "must hold plain module paths", given=name)
+    return {name: read(value, f"{key}[{name}]") for name, value in pattern.items()}

@@ -70,11 +70,6 @@ class LoraParams(NamedTuple):
         return self.a.shape[0]
 
 
-def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
-    """Return the factor of B A."""
-    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
-
-
 def rank_at(config: LoraConfig, module: str) -> int:
     """Return the rank of the update at a module path."""
     return targets.value_at(config.rank_pattern, module, config.rank)
@@ -83,7 +78,8 @@ def rank_at(config: LoraConfig, module: str) -> int:
 def scaling_at(config: LoraConfig, module: str) -> float:
     """Return the factor of B A at a module path."""
     alpha = targets.value_at(config.alpha_pattern, module, config.alpha)
-    return scaling(alpha, rank_at(config, module), use_rslora=config.use_rslora)
+    rank = rank_at(config, module)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
 def init(config: LoraConfig, site: Site, generator: torch.Generator | None = None) -> LoraParams:
@@ -134,7 +130,6 @@ def unpack(packed: tuple[Packed, ...]) -> LoraParams:
 
 def count(config: LoraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count r(I + O) at every site, and O with a bias."""
-    del base
     terms = [term(config, site) for site in sites]
     if not config.lora_bias:
         return gather("Σ R(I + O)", terms)

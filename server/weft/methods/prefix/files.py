@@ -40,7 +40,6 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return PEFT's config keys and tensors."""
-    del base
     embeddings = adapter.prefix.embeddings
     length, num_layers, _, num_kv_heads, head_dim = embeddings.shape
     keys = {

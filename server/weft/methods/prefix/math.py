@@ -66,7 +66,6 @@ def virtual(params: PrefixParams) -> VirtualKV:
 
 def count(config: PrefixConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count keys and values in every layer. The owner's 2ldL has d for H·D, which differ if heads share them."""
-    del sites
     shape = (2, config.num_virtual_tokens, base.num_layers, base.num_kv_heads, base.head_dim)
     return gather("2·P·L·H·D", [Term("·".join(map(str, shape)), math.prod(shape))])
 

@@ -34,7 +34,6 @@ def read(
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return PEFT's config keys and tensors."""
-    del base
     rows = adapter.prefix.embeddings
     return {**sizes(rows), "prompt_tuning_init": "RANDOM"}, {virtual.EMBEDDINGS: rows}
 

@@ -65,11 +65,6 @@ def virtual(params: PromptParams) -> SoftRows:
 
 
 def count(config: PromptConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """Count P rows of the embedding's width."""
-    del sites
-    return rows_of(config.num_virtual_tokens, base)
-
-
-def rows_of(num_rows: int, base: BaseShape) -> Count:
-    """Count rows of the embedding's width E."""
-    return gather("P·E", [Term(f"{num_rows}·{base.embedding_size}", num_rows * base.embedding_size)])
+    """Count P rows of the embedding's width E."""
+    num_rows, width = config.num_virtual_tokens, base.embedding_size
+    return gather("P·E", [Term(f"{num_rows}·{width}", num_rows * width)])

@@ -3,7 +3,7 @@
 from functools import partial
 
 from weft.methods.prompt.files import read
-from weft.methods.prompt.math import virtual
+from weft.methods.prompt.math import count, virtual
 from weft.methods.protocol import Fitted, Format, Method
 from weft.methods.ptuning import files, math
 
@@ -14,5 +14,5 @@ METHOD = Method(
     formats=(Format("P_TUNING", files.SCHEMA, partial(read, config_of=math.PtuningConfig, method="P-tuning")),),
     write=files.write,
     virtual=virtual,
-    count=math.count,
+    count=count,  # of the rows that are saved and served; the encoder's own parameters are gone by then
 )

@@ -20,7 +20,6 @@ SCHEMA = Schema(
 
 def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return PEFT's config keys and tensors."""
-    del base
     config: PtuningConfig = adapter.config
     rows = adapter.prefix.embeddings
     keys = {

@@ -6,7 +6,6 @@ The encoder belongs to training: only the rows that it made are saved and served
 Deviation: the paper may put rows between tokens; as in PEFT, all of them come first.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
@@ -14,9 +13,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from weft.methods.count import Count
-from weft.methods.prompt import math as prompt
-from weft.methods.protocol import BaseShape, Site
+from weft.methods.prompt.math import PromptParams
+from weft.methods.protocol import BaseShape
 
 
 class Encoder(StrEnum):
@@ -38,12 +36,6 @@ class PtuningConfig:
     encoder_num_layers: Annotated[int, Field(description="Layers of the LSTM; the MLP always has three.")] = 2
 
 
-def init(config: PtuningConfig, base: BaseShape, generator: torch.Generator | None = None) -> prompt.PromptParams:
+def init(config: PtuningConfig, base: BaseShape, generator: torch.Generator | None = None) -> PromptParams:
     """Draw standard normal rows, as the encoder's input begins; in training the encoder's output replaces them."""
-    return prompt.PromptParams(torch.randn(config.num_virtual_tokens, base.embedding_size, generator=generator))
-
-
-def count(config: PtuningConfig, sites: Sequence[Site], base: BaseShape) -> Count:
-    """Count the rows that are saved and served. The encoder's own parameters are gone by then."""
-    del sites
-    return prompt.rows_of(config.num_virtual_tokens, base)
+    return PromptParams(torch.randn(config.num_virtual_tokens, base.embedding_size, generator=generator))

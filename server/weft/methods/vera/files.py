@@ -15,8 +15,7 @@ from torch import Tensor
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods import targets
-from weft.methods.checkpoint import scan
-from weft.methods.checkpoint.schema import Schema, words
+from weft.methods.checkpoint import scan, schema
 from weft.methods.lora.files import read_rank
 from weft.methods.protocol import Adapter, BaseShape, Fitted, Site
 from weft.methods.vera.math import Projection, VeraConfig, VeraParams
@@ -25,9 +24,9 @@ _D, _B = "vera_lambda_d", "vera_lambda_b"
 _PROJECTION = ("base_model.vera_A", "base_model.vera_B")
 _SAVE = "train or save it again with save_projection=True"
 _LAID_OUT_BYTES = 4  # per number, as in LoRA's file
-SCHEMA = Schema(
-    used=words("r"),
-    inert=words(
+SCHEMA = schema.Schema(
+    used=schema.words("r"),
+    inert=schema.words(
         "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out vera_dropout d_initial "
         "init_weights projection_prng_key"
     ),
@@ -54,9 +53,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseSha
             key, vector = found[ending]
             scan.require_shape(key, vector, (size,))
             largest = peaks[ending] * vector.float().abs().max().item()
-            if largest > limits.weight_abs_max:
-                rule = "makes a value beyond the limit of its matrix"
-                raise InvalidAdapter.rule("WEIGHT_OUT_OF_RANGE", key, rule, limit=limits.weight_abs_max, given=largest)
+            rule = "makes a value beyond the limit of its matrix"
+            schema.require_at_most(limits.weight_abs_max, largest, "WEIGHT_OUT_OF_RANGE", key, rule)
         params[module] = VeraParams(found[_D][1], found[_B][1], site.in_features, projection)
     if not all(peaks.values()) or all(scan.is_zero(p.lambda_d) or scan.is_zero(p.lambda_b) for p in params.values()):
         raise scan.no_effect("VeRA")
@@ -88,15 +86,11 @@ def write(adapter: Adapter, base: BaseShape) -> tuple[dict[str, Any], dict[str, 
 def _require_room(rank: int, sites: Mapping[str, Site], limits: AdapterLimits) -> None:
     """Raise RANK_TOO_LARGE if the matrices of all sites, which no file holds, take more bytes than a file may."""
     num_bytes = _LAID_OUT_BYTES * rank * sum(site.in_features + site.out_features for site in sites.values())
-    if num_bytes > limits.file_bytes_max:
-        raise InvalidAdapter.rule(
-            "RANK_TOO_LARGE",
-            "adapter_config.r",
-            f"takes too many bytes as a LoRA at {len(sites)} modules: name fewer in target_modules; the operator sets "
-            "the limit with --adapter-file-bytes-max",
-            limit=limits.file_bytes_max,
-            given=num_bytes,
-        )
+    rule = (
+        f"takes too many bytes as a LoRA at {len(sites)} modules: name fewer in target_modules; the operator sets "
+        "the limit with --adapter-file-bytes-max"
+    )
+    schema.require_at_most(limits.file_bytes_max, num_bytes, "RANK_TOO_LARGE", "adapter_config.r", rule)
 
 
 def _projection(rank: int, tensors: Mapping[str, Tensor], sites: Mapping[str, Site]) -> Projection:

@@ -105,7 +105,6 @@ def pack(params: VeraParams, dtype: torch.dtype) -> tuple[Packed, ...]:
 
 def count(config: VeraConfig, sites: Sequence[Site], base: BaseShape) -> Count:
     """Count R and O at every site; the projection is not trained."""
-    del base
     terms = (Term(f"({config.rank} + {site.out_features})", config.rank + site.out_features) for site in sites)
     return gather("Σ (R + O)", terms)
 
