@@ -57,10 +57,13 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, foreign_refused(found[0]), given=found[0]) from None
         raise
     file = os.fdopen(fd, "rb", buffering=0)
-    links = os.fstat(fd).st_nlink
-    if links != 1:
-        file.close()
-        raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(file)
+        links = os.fstat(fd).st_nlink
+        if links != 1:
+            rule = "must not have other hard links"
+            raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, rule, limit=1, given=links)
+        undo.pop_all()
     return file
 
 
