@@ -537,7 +537,7 @@ def _gates_of_spans_are_mixed_up(patch: pytest.MonkeyPatch) -> None:
 
 
 def _non_finite_kv_stays_cached(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockManager, "distrust", lambda self, request: None)
+    patch.setattr(BlockManager, "invalidate", lambda self, request: None)
 
 
 def _purge_forgets_the_cache(patch: pytest.MonkeyPatch) -> None:
