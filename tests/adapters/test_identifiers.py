@@ -64,7 +64,7 @@ def test_a_forbidden_character_or_place_names_the_pattern(value: str) -> None:
 def test_a_long_id_names_the_limit(length: int, character: str) -> None:
     error = refusal(character * length)
     assert error.reason == "ID_INVALID"
-    assert f"max 63, given {length}" in error.message
+    assert f"(limit 63), given {length}" in error.message
     assert error.metadata == {"limit": "63", "given": str(length), "field": "adapter_id"}
 
 

@@ -27,6 +27,7 @@ from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.config import EngineConfig
 from weft.engine import block_manager, sampler
+from weft.engine.block_manager import BlockManager
 from weft.engine.engine import Engine
 from weft.engine.inbox import Inbox
 from weft.engine.outbox import AdapterFailed, EngineDown, EngineEvent
@@ -514,13 +515,13 @@ class Harness:
         assert not self.runner.violations, self.runner.violations
         engine, residency = self.engine, self.engine.residency
         blocks, scheduler = engine.blocks, engine.scheduler
-        blocks.check()
+        check_blocks(blocks)
         alive = [*scheduler.waiting, *scheduler.running]
         assert len(set(alive)) == len(alive)
         assert {request.request_id for request in alive} == engine._requests.keys()
         assert not any(request.blocks for request in scheduler.waiting)
         mixed = [request for request in alive if request.mixture is not None]
-        assert len(engine._stepper.mixtures) <= len(mixed), "gates of requests that are gone"
+        assert len(engine._stepper.mixtures.of) <= len(mixed), "gates of requests that are gone"
         residents = residency._resident
         held = Counter(block for request in alive for block in [*request.blocks, *request.virtual_blocks])
         held.update(block for resident in residents.values() for block in resident.blocks)
@@ -537,6 +538,20 @@ class Harness:
         assert len(slots) == len(residents)
         assert slots.used_bytes == sum(resident.packed.buffer.nbytes for resident in residents.values())
         assert slots.used_bytes <= slots.capacity_bytes
+
+
+def check_blocks(blocks: BlockManager) -> None:
+    """Check that every block is either free, idle or referenced, and that keys and blocks lead to each other."""
+    free, idle = set(blocks._free), set(blocks._idle)
+    assert len(free) == len(blocks._free)
+    assert not free & idle
+    for block, references in enumerate(blocks._references):
+        assert (references == 0) == (block in free or block in idle), (block, references)
+    assert idle <= set(blocks._key_of)
+    assert {key: block for block, key in blocks._key_of.items()} == blocks._block_of
+    of_digest = {(g, block) for g, found in blocks._blocks_of_digest.items() for block in found}
+    assert blocks._digests_of.keys() == blocks._key_of.keys()
+    assert of_digest <= {(g, block) for block, gs in blocks._digests_of.items() for g in gs}
 
 
 class Threaded(Harness):

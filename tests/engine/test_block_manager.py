@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.fakes import check_blocks
 from weft.adapters.identifiers import AdapterDigest
 from weft.engine.block_manager import BlockManager, block_key, cache_root
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
@@ -158,7 +159,7 @@ def test_a_purge_takes_what_an_adapter_s_tokens_made_and_what_follows() -> None:
     compute(blocks, one := _ranged(range(21), ("a", [(5, 6)])))
     blocks.release(one)
     assert blocks.purge(AdapterDigest("a")) == 4, "the block with token 5, and the three after it"
-    blocks.check()
+    check_blocks(blocks)
     assert compute(blocks, _ranged(range(21))) == 4, "the first block is the base's, and stays"
 
 
@@ -171,7 +172,7 @@ def test_a_second_request_shares_the_full_blocks_of_its_beginning() -> None:
     assert second.blocks[:2] == first.blocks[:2]
     assert second.blocks[2] != first.blocks[2]
     blocks.release(first)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.num_used_blocks == 3
     blocks.release(second)
     assert blocks.num_used_blocks == 0
@@ -224,7 +225,7 @@ def test_twins_computed_in_one_step_keep_one_key() -> None:
     assert blocks.num_cached_blocks == 2
     for twin in twins:
         blocks.release(twin)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.num_free_blocks == 8
 
 
@@ -243,7 +244,7 @@ def test_grow_changes_nothing_where_the_pool_is_short() -> None:
     assert len(first.blocks) == 2
     assert not blocks.grow(second, 1)
     assert second.blocks == []
-    blocks.check()
+    check_blocks(blocks)
 
 
 def test_the_oldest_idle_block_goes_first_and_a_chain_from_its_end() -> None:
@@ -257,7 +258,7 @@ def test_the_oldest_idle_block_goes_first_and_a_chain_from_its_end() -> None:
     assert blocks.num_cached_blocks == 4
     taken = request(range(4), root=b"taken")
     assert blocks.grow(taken, 4)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.match(request(range(9), root=b"old")) == 4, "the end of the older chain went, its beginning stays"
     assert blocks.match(request(range(9), root=b"new")) == 8
 
@@ -289,7 +290,7 @@ def test_purge_forgets_a_digest_in_every_composition() -> None:
         compute(blocks, made)
         blocks.release(made)
     assert blocks.purge(AdapterDigest("g")) == 4
-    blocks.check()
+    check_blocks(blocks)
     matched = {name: blocks.match(request(range(9), root=name.encode())) for name in uses}
     assert matched == {"one": 0, "other": 8, "both": 0, "base": 8}
     assert blocks.purge(AdapterDigest("g")) == 0
@@ -303,7 +304,7 @@ def test_purged_blocks_that_are_in_use_are_freed_by_their_last_user() -> None:
     assert blocks.purge(AdapterDigest("g")) == 2
     assert blocks.num_used_blocks == 2
     blocks.release(user)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.num_free_blocks == 4
     assert blocks.num_cached_blocks == 0
 
@@ -314,11 +315,11 @@ def test_distrusted_blocks_are_not_shared_again() -> None:
     compute(blocks, bad)
     assert compute(blocks, sharer) == 8
     blocks.invalidate(bad)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.match(request(range(9))) == 0
     blocks.release(bad)
     blocks.release(sharer)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.num_free_blocks == 8
     assert blocks.num_cached_blocks == 0
 
@@ -338,7 +339,7 @@ def test_virtual_blocks_live_until_owner_and_users_are_gone() -> None:
         blocks.unshare_virtual(user)
         assert user.virtual_blocks == []
     assert blocks.num_free_blocks == 4
-    blocks.check()
+    check_blocks(blocks)
 
 
 def test_virtual_blocks_of_several_adapters_stand_in_order_and_end_each_by_itself() -> None:
@@ -354,11 +355,11 @@ def test_virtual_blocks_of_several_adapters_stand_in_order_and_end_each_by_itsel
         blocks.drop_virtual(taken or [])  # the owners leave
     assert blocks.num_used_blocks == 4
     blocks.unshare_virtual(both)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.num_used_blocks == 1, "the other request's"
     blocks.unshare_virtual(last)
     assert blocks.num_free_blocks == 8
-    blocks.check()
+    check_blocks(blocks)
 
 
 def test_virtual_blocks_are_all_or_none() -> None:
@@ -373,7 +374,7 @@ def test_virtual_blocks_are_all_or_none() -> None:
 def test_check_sees_broken_books(broken: str) -> None:
     blocks = BlockManager(4, SIZE)
     compute(blocks, request(range(8)))
-    blocks.check()
+    check_blocks(blocks)
     if broken == "leak":
         blocks._free.pop()
     elif broken == "double free":
@@ -381,7 +382,7 @@ def test_check_sees_broken_books(broken: str) -> None:
     else:
         blocks._block_of.popitem()
     with pytest.raises(AssertionError):
-        blocks.check()
+        check_blocks(blocks)
 
 
 # -- any order -------------------------------------------------------------------------------------------------------
@@ -449,12 +450,12 @@ def test_blocks_come_back_after_any_sequence(operations: list[tuple[str, int]], 
             else:
                 blocks.release(one)
                 alive.remove(one)
-        blocks.check()
+        check_blocks(blocks)
         used = {block for one in alive for block in one.blocks} | {block for taken in virtual for block in taken}
         assert blocks.num_used_blocks == len(used)
     for one in alive:
         blocks.release(one)
     for taken in virtual:
         blocks.drop_virtual(taken)
-    blocks.check()
+    check_blocks(blocks)
     assert blocks.num_free_blocks == 12

@@ -161,7 +161,7 @@ def test_a_table_that_has_moved_makes_captures_worthless(base: loader.Base) -> N
     assert capture.num_captured == 2
     graphs = captured.runner._captured
     assert graphs is not None
-    assert len(graphs) == 1, "the one that was captured with the small table is gone"
+    assert len(graphs.shapes) == 1, "the one that was captured with the small table is gone"
 
 
 def test_steps_with_prompts_or_more_rows_than_are_captured_stay_plain(base: loader.Base) -> None:

@@ -243,7 +243,7 @@ def test_where_nothing_makes_room_steps_run_plainly_and_it_is_tried_again(
     for _ in range(7):
         step()
     assert room.num_captured == 1
-    assert len(_captured(captured)) == 1
+    assert len(_captured(captured).shapes) == 1
 
 
 def test_what_is_captured_is_replayed_while_others_wait_for_room(base: loader.Base) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeRunner, VirtualCell
+from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeRunner, VirtualCell, check_blocks
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.engine.block_manager import BlockManager
@@ -291,7 +291,7 @@ def test_virtual_positions_of_several_adapters_are_placed_together_in_the_order_
     assert device.residency.evict(P.digest) is not None
     assert device.residency.evict(Q.digest) is None
     assert device.blocks.num_used_blocks == 3
-    device.blocks.check()
+    check_blocks(device.blocks)
 
 
 def test_adapters_whose_virtual_positions_do_not_fit_together_are_not_placed_one_by_one() -> None:
@@ -496,7 +496,7 @@ def test_budget_and_holds_under_any_sequence(
             ALL[g].units * UNIT_BYTES for g in residency.resident() if not ALL[g].num_virtual
         )
         assert slots.used_bytes <= slots.capacity_bytes
-        device.blocks.check()
+        check_blocks(device.blocks)
         virtual = sum(device.blocks.count(ALL[g].num_virtual) for g in residency.resident())
         assert device.blocks.num_used_blocks == virtual
         for request, request_slots in residency.slots_of.items():

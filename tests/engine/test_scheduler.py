@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.fakes import check_blocks
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import FinishReason, Request, RequestId, RequestStatus, SamplingParams
 from weft.engine.scheduler import OVERTAKEN_MAX, Scheduler
@@ -52,13 +53,13 @@ class Table:
         self.scheduler.advance(step)
         for request in sampling:
             request.output.append(1000 + request.num_tokens)
-        self.blocks.check()
+        check_blocks(self.blocks)
         return {request.request_id: num_tokens for request, num_tokens in step}
 
     def end(self, request: Request) -> None:
         request.finish(FinishReason.STOP)
         self.scheduler.remove(request)
-        self.blocks.check()
+        check_blocks(self.blocks)
 
     @property
     def waiting(self) -> str:

@@ -72,7 +72,7 @@ def test_steps_are_tried_before_they_are_captured_for_requests(tmp_path: Path, a
     torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
     graphs = captured.runner._captured
     assert graphs is not None, "steps are captured"
-    assert len(graphs) == 2, "of one row, when it was tried, and of sixteen"
+    assert len(graphs.shapes) == 2, "of one row, when it was tried, and of sixteen"
 
 
 def test_a_captured_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_other_mixtures_find_the_recording_of_the_first(base: loader.Base) -> No
         _assert_same(captured.end(), plain.end())
         graphs = captured.runner._captured
         assert graphs is not None
-        sizes.append(len(graphs))
+        sizes.append(len(graphs.shapes))
     assert sizes == [1, 1, 1]
 
 

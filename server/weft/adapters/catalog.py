@@ -15,15 +15,7 @@ from weft import durable
 from weft.adapters.identifiers import AdapterDigest, AdapterId, check_adapter_id, is_digest
 from weft.adapters.storage import storage_errors
 from weft.adapters.strict_json import JsonFault, parse_object
-from weft.errors import (
-    AdapterConflict,
-    AdapterExists,
-    AdapterNotFound,
-    DataLoss,
-    InvalidRequest,
-    Unavailable,
-    shown,
-)
+from weft.errors import DataLoss, InvalidRequest, Unavailable, shown
 
 MANIFEST_FORMAT = 2
 MANIFEST_BYTES_MAX = 64 * 1024
@@ -32,15 +24,8 @@ LOCK_FILE = ".lock"  # lies beside the manifests, and is held during every chang
 _SUFFIX = ".json"
 _DIGEST_KEYS = {1: "generation", MANIFEST_FORMAT: "digest"}  # by format; 1 is read, but not written
 
-_FIELD_TYPES: dict[str, type] = {
-    "adapter_id": str,
-    "digest": str,
-    "size_bytes": int,
-    "method": str,
-    "pinned": bool,
-    "create_time": str,
-    "source": str,
-}
+_TEXTS = ("adapter_id", "digest", "method", "create_time", "source")
+_FIELD_TYPES: dict[str, type] = dict.fromkeys(_TEXTS, str) | {"size_bytes": int, "pinned": bool}
 
 
 class ManifestFault(ValueError):
@@ -169,31 +154,3 @@ def decode(data: bytes, adapter_id: AdapterId) -> Manifest:
 
 def _spelled(fields: dict[str, object]) -> bytes:
     return json.dumps(fields, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def require_expected(adapter_id: AdapterId, expected: AdapterDigest, current: Manifest | None) -> None:
-    """Raise AdapterConflict unless the id is bound to the expected digest."""
-    if current is not None and current.digest == expected:
-        return
-    found = "none" if current is None else current.digest
-    raise AdapterConflict(
-        "VERSION_CONFLICT",
-        f"adapter_id {adapter_id}: expected digest {expected}, found {found}",
-        field="expected_digest",
-        metadata={"adapter_id": adapter_id, "expected": expected, "given": found},
-    )
-
-
-def taken(current: Manifest) -> AdapterExists:
-    """Return the error for an id that is bound already."""
-    return AdapterExists(
-        "ADAPTER_EXISTS",
-        f"adapter_id {current.adapter_id}: holds digest {current.digest}; set replace to change it",
-        field="adapter_id",
-        metadata={"adapter_id": current.adapter_id, "digest": current.digest},
-    )
-
-
-def no_adapter(adapter_id: AdapterId) -> AdapterNotFound:
-    """Return the error for an unknown id."""
-    return AdapterNotFound("ADAPTER_NOT_FOUND", f"adapter_id: no adapter {adapter_id}", field="adapter_id")

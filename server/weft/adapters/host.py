@@ -12,17 +12,13 @@ class HostCache:
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._used_bytes = 0
+        self.used_bytes = 0
         self._packed_adapters: OrderedDict[AdapterDigest, PackedAdapter] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __contains__(self, digest: AdapterDigest) -> bool:
         with self._lock:
             return digest in self._packed_adapters
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used_bytes
 
     def get(self, digest: AdapterDigest) -> PackedAdapter | None:
         """Return the packed adapter, now the most recently used one, or None."""
@@ -35,22 +31,18 @@ class HostCache:
     def put(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
         """Keep a packed adapter, evicting older ones as needed."""
         with self._lock:
-            self._drop(digest)
+            self.drop(digest)
             if packed.size_bytes > self._capacity_bytes:
                 return
             self._packed_adapters[digest] = packed
-            self._used_bytes += packed.size_bytes
-            while self._used_bytes > self._capacity_bytes:
-                self._drop(next(iter(self._packed_adapters)))
+            self.used_bytes += packed.size_bytes
+            while self.used_bytes > self._capacity_bytes:
+                self.drop(next(iter(self._packed_adapters)))
 
     def drop(self, digest: AdapterDigest) -> int:
         """Drop a packed adapter; return its bytes."""
         with self._lock:
-            return self._drop(digest)
-
-    def _drop(self, digest: AdapterDigest) -> int:
-        packed = self._packed_adapters.pop(digest, None)
-        if packed is None:
-            return 0
-        self._used_bytes -= packed.size_bytes
-        return packed.size_bytes
+            packed = self._packed_adapters.pop(digest, None)
+            freed = 0 if packed is None else packed.size_bytes
+            self.used_bytes -= freed
+            return freed

@@ -35,20 +35,17 @@ class AdapterReference(NamedTuple):
 
 
 def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_id") -> AdapterId:
-    """Return `value` as an id. No adapter may take the name of `base_model`.
+    """Return `value` as an id. No adapter may take the name of `base_model`, or the last component of it as a path.
 
     Raises InvalidRequest ID_INVALID or ID_RESERVED.
     """
     if not value.strip():
         raise InvalidRequest("ID_INVALID", f"{field}: must not be empty", field=field, metadata={"given": value})
     if len(value) > ADAPTER_ID_CHARACTERS_MAX:
-        raise InvalidRequest(
-            "ID_INVALID",
-            f"{field}: number of characters: max {ADAPTER_ID_CHARACTERS_MAX}, given {len(value)}",
-            field=field,
-            metadata={"limit": ADAPTER_ID_CHARACTERS_MAX, "given": len(value)},
-        )
-    if value in RESERVED_ADAPTER_IDS or value in _names_of(base_model):
+        limit, given = ADAPTER_ID_CHARACTERS_MAX, len(value)
+        raise InvalidRequest.rule("ID_INVALID", field, "has too many characters", limit=limit, given=given)
+    last = base_model.rpartition("/")[2]
+    if value in {*RESERVED_ADAPTER_IDS, base_model, base_model.lower(), last, last.lower()}:
         raise InvalidRequest.rule("ID_RESERVED", field, "is reserved for the base model", given=value)
     if not _ADAPTER_ID.fullmatch(value):
         raise InvalidRequest.rule("ID_INVALID", field, f"must match {ADAPTER_ID_PATTERN}", given=value)
@@ -82,9 +79,3 @@ def parse_reference(value: str, *, base_model: str = "", field: str = "adapter_i
 def abbreviated(digest: AdapterDigest) -> str:
     """Return the beginning of a digest, for people and log lines only; no call accepts it back."""
     return shown(digest[:12])
-
-
-def _names_of(base_model: str) -> frozenset[str]:
-    """Return the base's name, its last path component, and both in lower case, which ids could equal."""
-    last = base_model.rpartition("/")[2]
-    return frozenset({base_model, base_model.lower(), last, last.lower()})

@@ -81,11 +81,7 @@ class Ingest(NamedTuple):
         return Ingested(info, laid_out)
 
     def _mixture(
-        self,
-        config: Mapping[str, object],
-        tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, str],
-        size_bytes: int,
+        self, config: Mapping[str, object], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], size_bytes: int
     ) -> Ingested:
         """Read the router alone; the registry checks that its experts are available."""
         mixture = mixture_files.read(config, tensors, self.base, self.limits)

@@ -18,10 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterLoader:
-    """Host copies of stored adapters. Any thread may call it.
-
-    workers: the threads that read and parse.
-    """
+    """Host copies of stored adapters. Any thread may call it. workers: the threads that read and parse."""
 
     def __init__(
         self, store: AdapterStore, ingest: Ingest, host: HostCache, *, workers: Executor, metrics: Metrics
@@ -73,7 +70,6 @@ class AdapterLoader:
             return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
 
     def keep(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
-        """Keep a packed adapter on the host."""
         self._host.put(digest, packed)
 
     def drop(self, digest: AdapterDigest) -> int:

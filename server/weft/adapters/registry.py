@@ -108,7 +108,6 @@ class Registry:
         return len(self._current)
 
     def current(self, adapter_id: AdapterId) -> Version | None:
-        """Return the current version of an id."""
         return self._current.get(adapter_id)
 
     def replaced(self, adapter_id: AdapterId) -> list[Version]:
@@ -116,7 +115,6 @@ class Registry:
         return list(self._replaced.get(adapter_id, ()))
 
     def versions(self, adapter_id: AdapterId) -> list[Version]:
-        """Return the current and the replaced versions of an id."""
         current = self._current.get(adapter_id)
         return ([] if current is None else [current]) + self.replaced(adapter_id)
 
@@ -125,7 +123,6 @@ class Registry:
         return list(self._of.get(digest, ()))
 
     def digests(self) -> frozenset[AdapterDigest]:
-        """Return the digests of all versions."""
         return frozenset(self._of)
 
     def require(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
@@ -144,7 +141,7 @@ class Registry:
         if current is None or current.digest != reference.digest:  # an older content can be current again
             for version in self.replaced(reference.adapter_id):
                 if version.digest == reference.digest:
-                    raise _draining(version, field)
+                    raise _unusable(version, field)
         version = self.require(reference, field=field)
         if version.state is not AdapterState.ACTIVE:
             raise _unusable(version, field)
@@ -204,9 +201,8 @@ class Registry:
 
     def abandon(self, adapter_id: AdapterId) -> None:
         """Free an id that is still LOADING."""
-        version = self._current.get(adapter_id)
-        if version is not None and version.state is AdapterState.LOADING:
-            del self._current[adapter_id]
+        if self._published(adapter_id) is None:
+            self._current.pop(adapter_id, None)
 
     def check_publish(
         self, adapter_id: AdapterId, digest: AdapterDigest, *, replace: bool, expected_digest: str | None
@@ -216,8 +212,7 @@ class Registry:
         Raises AdapterExists if the id has other content and `replace` is not set, AdapterConflict if
         `expected_digest` is not current or the id is being removed, AdapterUnusable if this content is quarantined.
         """
-        version = self._current.get(adapter_id)
-        current = None if version is None or version.state is AdapterState.LOADING else version
+        current = self._published(adapter_id)
         if current is not None and current.state is AdapterState.DRAINING:
             raise AdapterConflict(
                 "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} is being unregistered", field="adapter_id"
@@ -228,22 +223,15 @@ class Registry:
             if current.state is AdapterState.ACTIVE:
                 return False
         given = "" if current is None else current.digest
-        _require_expected(adapter_id, given, expected_digest)
+        require_expected(adapter_id, given, expected_digest)
         # An id whose files were lost has no digest; any registration repairs it.
-        if current is not None and not replace and current.digest not in ("", digest):
-            raise AdapterExists(
-                "ADAPTER_EXISTS",
-                f"adapter_id: {adapter_id} is registered with digest {given}; set replace to give it other content",
-                field="adapter_id",
-                metadata={"adapter_id": adapter_id, "digest": given},
-            )
+        if not replace and given not in ("", digest):
+            raise taken(adapter_id, given)
         return True
 
     def publish(self, version: Version) -> Version | None:
         """Make `version` current; return the one that it replaced, which stays as long as requests hold it."""
-        previous = self._current.get(version.adapter_id)
-        if previous is not None and previous.state is AdapterState.LOADING:
-            previous = None
+        previous = self._published(version.adapter_id)
         self._current[version.adapter_id] = version
         self._of.setdefault(version.digest, []).append(version)
         self._changed(Change.ADDED if previous is None else Change.UPDATED, version)
@@ -257,24 +245,20 @@ class Registry:
 
     def drain(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
         """Refuse new requests for an id, and return its versions. A second call raises AdapterNotFound."""
-        version = self._current.get(adapter_id)
-        reference = AdapterReference(adapter_id, None)
-        if version is None or version.state in (AdapterState.DRAINING, AdapterState.LOADING):
-            raise not_found(reference)
-        _require_expected(adapter_id, version.digest, expected_digest)
+        version = self._published(adapter_id)
+        if version is None or version.state is AdapterState.DRAINING:
+            raise not_found(adapter_id)
+        require_expected(adapter_id, version.digest, expected_digest)
         self._drained_from[adapter_id] = version.state
-        version.state = AdapterState.DRAINING
-        self._changed(Change.UPDATED, version)
+        self._move(version, AdapterState.DRAINING, version.state_reason)
         return self.versions(adapter_id)
 
     def revive(self, adapter_id: AdapterId) -> None:
         """Undo `drain`, because unregistering failed before anything was removed."""
         version = self._current[adapter_id]
-        version.state = self._drained_from.pop(adapter_id)
-        self._changed(Change.UPDATED, version)
+        self._move(version, self._drained_from.pop(adapter_id), version.state_reason)
 
     def remove(self, adapter_id: AdapterId) -> None:
-        """Remove a drained id."""
         version = self._current.pop(adapter_id)
         self._drained_from.pop(adapter_id, None)
         assert not version.leases, version
@@ -282,7 +266,6 @@ class Registry:
         self._changed(Change.REMOVED, version)
 
     def pin(self, version: Version, pinned: bool) -> None:
-        """Record whether a version is pinned to the device."""
         if version.pinned != pinned:
             version.pinned = pinned
             self._changed(Change.UPDATED, version)
@@ -291,15 +274,22 @@ class Registry:
         """Count a request that failed because of this adapter; the third one quarantines it."""
         version.faults += 1
         if version.faults >= _FAULTS_UNTIL_QUARANTINE and version.state is AdapterState.ACTIVE:
-            version.state, version.state_reason = AdapterState.QUARANTINED, reason
-            self._changed(Change.UPDATED, version)
+            self._move(version, AdapterState.QUARANTINED, reason)
 
     def fail(self, digest: AdapterDigest, reason: str) -> None:
         """Mark content as FAILED, because its stored files are unusable, or unusable on this base."""
         for version in self.of(digest):
             if version.state is AdapterState.ACTIVE:
-                version.state, version.state_reason = AdapterState.FAILED, reason
-                self._changed(Change.UPDATED, version)
+                self._move(version, AdapterState.FAILED, reason)
+
+    def _published(self, adapter_id: AdapterId) -> Version | None:
+        """Return the current version of an id, unless it is still LOADING."""
+        version = self._current.get(adapter_id)
+        return None if version is None or version.state is AdapterState.LOADING else version
+
+    def _move(self, version: Version, state: AdapterState, reason: str) -> None:
+        version.state, version.state_reason = state, reason
+        self._changed(Change.UPDATED, version)
 
     def _forget(self, version: Version) -> None:
         same = self._of[version.digest]
@@ -308,7 +298,8 @@ class Registry:
             del self._of[version.digest]
 
 
-def _require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
+def require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
+    """Raise AdapterConflict if an id has another digest than a caller expects; `current` is "" if it has none."""
     if expected is not None and expected != current:
         raise AdapterConflict(
             "VERSION_CONFLICT",
@@ -318,7 +309,17 @@ def _require_expected(adapter_id: AdapterId, current: str, expected: str | None)
         )
 
 
-def not_found(reference: AdapterReference, field: str = "adapter_id") -> AdapterNotFound:
+def taken(adapter_id: AdapterId, current: str) -> AdapterExists:
+    """Return the error for an id that has other content already."""
+    return AdapterExists(
+        "ADAPTER_EXISTS",
+        f"adapter_id: {adapter_id} is registered with digest {current}; set replace to give it other content",
+        field="adapter_id",
+        metadata={"adapter_id": adapter_id, "digest": current},
+    )
+
+
+def not_found(reference: AdapterReference | AdapterId, field: str = "adapter_id") -> AdapterNotFound:
     """Return the error for an unknown id, and for a digest that is not the id's current one; both look the same."""
     return AdapterNotFound(
         "ADAPTER_NOT_FOUND",
@@ -328,21 +329,12 @@ def not_found(reference: AdapterReference, field: str = "adapter_id") -> Adapter
     )
 
 
-def _draining(version: Version, field: str) -> AdapterUnusable:
-    return AdapterUnusable(
-        "ADAPTER_DRAINING",
-        f"{field}: {version.adapter_id}@{version.digest} is being taken out of service",
-        field=field,
-        metadata={"adapter_id": version.adapter_id},
-    )
-
-
 def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | DataLoss:
     name, cause, retry_after_s = version.adapter_id, version.state_reason, None
     kind, reason, text = AdapterUnusable, "ADAPTER_NOT_READY", f"{name} is {version.state.value}"
     match version.state:
         case AdapterState.DRAINING:
-            return _draining(version, field)
+            reason, text = "ADAPTER_DRAINING", f"{name}@{version.digest} is being taken out of service"
         case AdapterState.LOADING:
             retry_after_s = 1.0
         case AdapterState.QUARANTINED:

@@ -11,7 +11,8 @@ import io
 import math
 import os
 import re
-from typing import BinaryIO, Literal, NamedTuple, cast
+from functools import partial
+from typing import BinaryIO, NamedTuple
 
 from weft.adapters.strict_json import DuplicateKeyFault, JsonFault, outside_strings, parse_object
 from weft.config import AdapterLimits
@@ -20,8 +21,7 @@ from weft.v1.adapter_files import PEFT_FILES
 
 WEIGHTS_FILE = PEFT_FILES.weights
 
-DType = Literal["F16", "BF16", "F32"]
-DTYPE_BYTES: dict[str, int] = {"F16": 2, "BF16": 2, "F32": 4}
+DTYPE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 _LENGTH_BYTES = 8
 _DEPTH_MAX = 3  # the header, a tensor, its shape
@@ -29,7 +29,6 @@ _DIMENSIONS_MAX = 8
 _NAME_CHARACTERS_MAX = 512
 _MARKS_PER_TENSOR = 16  # a tensor takes 10 quotation marks and at most 12 commas
 _INTEGER_END = 1 << 63
-_TAR_MAGIC = slice(257, 262)
 _FOREIGN_MAGIC: tuple[tuple[str, re.Pattern[bytes]], ...] = (
     ("zip", re.compile(rb"PK(\x03\x04|\x05\x06|\x07\x08)")),
     ("gzip", re.compile(rb"\x1f\x8b")),
@@ -42,6 +41,7 @@ _FOREIGN_MAGIC: tuple[tuple[str, re.Pattern[bytes]], ...] = (
     ("ONNX", re.compile(rb"\x08[\x01-\x20](\x12|\x3a)")),
     # Binary protocols open with \x80 and their number; the text ones with a mark, a container or a global.
     ("pickle", re.compile(rb"\x80[\x01-\x05]|\([ldtci]|[\]})][q.]|c[\w.]+\n[\w.]+\n")),
+    ("tar", re.compile(rb".{257}ustar", re.DOTALL)),
 )
 
 
@@ -49,7 +49,7 @@ class TensorEntry(NamedTuple):
     """One tensor; its bytes are `[begin, end)` of the file."""
 
     name: str
-    dtype: DType
+    dtype: str  # a key of DTYPE_BYTES
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -92,17 +92,14 @@ def _raw_header(file: BinaryIO, file_bytes: int, limits: AdapterLimits, field: s
     present = file_bytes - _LENGTH_BYTES
     starts_as_object = opening[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
     if not starts_as_object or length > min(present, limits.header_bytes_max):
-        found = _foreign_format(opening)
-        if found:
+        found = next((name for name, magic in _FOREIGN_MAGIC if magic.match(opening)), None)
+        if found is not None:
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", field, "safetensors only", given=found)
+    too_large = partial(InvalidAdapter.rule, "HEADER_TOO_LARGE", field)
     if length > present:
-        raise InvalidAdapter.rule(
-            "HEADER_TOO_LARGE", field, "header is longer than the file", limit=present, given=length
-        )
+        raise too_large("header is longer than the file", limit=present, given=length)
     if length > limits.header_bytes_max:
-        raise InvalidAdapter.rule(
-            "HEADER_TOO_LARGE", field, "header has too many bytes", limit=limits.header_bytes_max, given=length
-        )
+        raise too_large("header has too many bytes", limit=limits.header_bytes_max, given=length)
     if not starts_as_object:
         raise InvalidAdapter.rule(
             "HEADER_INVALID", field, "header must start with {", given=opening[_LENGTH_BYTES:][:1].decode("latin-1")
@@ -110,15 +107,8 @@ def _raw_header(file: BinaryIO, file_bytes: int, limits: AdapterLimits, field: s
     file.seek(_LENGTH_BYTES)
     raw = file.read(length)
     if len(raw) != length:
-        raise InvalidAdapter.rule("HEADER_TOO_LARGE", field, "header was cut off", limit=length, given=len(raw))
+        raise too_large("header was cut off", limit=length, given=len(raw))
     return raw
-
-
-def _foreign_format(opening: bytes) -> str:
-    for name, magic in _FOREIGN_MAGIC:
-        if magic.match(opening):
-            return name
-    return "tar" if opening[_TAR_MAGIC] == b"ustar" else ""
 
 
 def _parsed(raw: bytes, limits: AdapterLimits, field: str) -> dict[str, object]:
@@ -131,13 +121,8 @@ def _parsed(raw: bytes, limits: AdapterLimits, field: str) -> dict[str, object]:
     num_marks_max = (limits.num_tensors_max + 1) * _MARKS_PER_TENSOR + limits.metadata_bytes_max
     num_marks = max(raw.count(b'"'), raw.count(b","))
     if num_marks > num_marks_max:
-        raise InvalidAdapter.rule(
-            "HEADER_INVALID",
-            field,
-            "header has more keys and values than tensors",
-            limit=num_marks_max,
-            given=num_marks,
-        )
+        rule = "header has more keys and values than tensors"
+        raise InvalidAdapter.rule("HEADER_INVALID", field, rule, limit=num_marks_max, given=num_marks)
     try:
         return parse_object(raw, depth_max=_DEPTH_MAX)
     except DuplicateKeyFault as fault:
@@ -156,21 +141,15 @@ def _tensor_count(given: int, limits: AdapterLimits, field: str) -> InvalidAdapt
 
 
 def _metadata(given: object, limits: AdapterLimits, field: str) -> dict[str, str]:
+    invalid = partial(InvalidAdapter.rule, "METADATA_INVALID", field)
     if not isinstance(given, dict):
-        raise InvalidAdapter.rule("METADATA_INVALID", field, "__metadata__ must be an object", given=given)
-    size_bytes = 0
+        raise invalid("__metadata__ must be an object", given=given)
     for key, value in given.items():
         if not isinstance(value, str):
-            raise InvalidAdapter.rule("METADATA_INVALID", field, f"__metadata__ {shown(key)} must be text", given=value)
-        size_bytes += len(key.encode()) + len(value.encode())
+            raise invalid(f"__metadata__ {shown(key)} must be text", given=value)
+    size_bytes = sum(len(text.encode()) for item in given.items() for text in item)
     if size_bytes > limits.metadata_bytes_max:
-        raise InvalidAdapter.rule(
-            "METADATA_INVALID",
-            field,
-            "__metadata__ has too many bytes",
-            limit=limits.metadata_bytes_max,
-            given=size_bytes,
-        )
+        raise invalid("__metadata__ has too many bytes", limit=limits.metadata_bytes_max, given=size_bytes)
     return given
 
 
@@ -208,7 +187,7 @@ def _entry(name: str, given: object, data_begin: int, field: str) -> TensorEntry
     size_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if size_bytes != end - begin:
         raise refused("SHAPE_INVALID", f"shape and dtype need {size_bytes} bytes", end - begin)
-    return TensorEntry(name, cast(DType, dtype), tuple(shape), data_begin + begin, data_begin + end)
+    return TensorEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 
 def _check_layout(entries: list[TensorEntry], data_begin: int, file_bytes: int, field: str) -> None:

@@ -10,10 +10,12 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NewType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.kernels.device import transfer_to
@@ -30,14 +32,11 @@ _CHOICES = 128
 _NORMALIZE, _ABSOLUTE, _RMS_NORM = 1, 2, 4
 
 
+@dataclass(slots=True)
 class _Held:
-    __slots__ = ("buffer", "method", "packed", "params")
-
-    def __init__(self, packed: PackedAdapter, buffer: Tensor) -> None:
-        self.packed = packed
-        self.buffer = buffer
-        self.method = packed.method
-        self.params: Mapping[str, Any] | None = None
+    packed: PackedAdapter
+    buffer: Tensor
+    params: Mapping[str, Any] | None = None
 
 
 class SlotTable(SlotTables):
@@ -83,7 +82,6 @@ class SlotTable(SlotTables):
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the budget that are free."""
         return self.capacity_bytes - self.used_bytes
 
     def wait(self) -> None:
@@ -134,8 +132,7 @@ class SlotTable(SlotTables):
         return held.packed.buffer.nbytes
 
     def method(self, slot: AdapterSlot) -> Method:
-        """Return the method whose parameters the slot holds."""
-        return self._held[slot].method
+        return self._held[slot].packed.method
 
     def router(self, slot: AdapterSlot) -> tuple[MixtureConfig, MixtureParams]:
         """Return the router of a mixture's slot, as a view of device memory."""
@@ -150,7 +147,7 @@ class SlotTable(SlotTables):
             packed: dict[str, tuple[Packed, ...]] = {}
             for entry in held.packed.entries:  # those of a site come in the order of their table rows
                 packed[entry.site_name] = (*packed.get(entry.site_name, ()), entry.packed(held.buffer))
-            unpack = held.method.unpack
+            unpack = held.packed.method.unpack
             held.params = {} if unpack is None else {site: unpack(table_rows) for site, table_rows in packed.items()}
         return held.params
 
@@ -182,15 +179,10 @@ class SlotTable(SlotTables):
             self.device_routers[table_row] = self.routers[table_row].to(self.device_routers.device)
 
     def _grow(self) -> None:
-        num_sites, capacity, _ = self.table.shape
-        grown = torch.zeros(num_sites, 2 * capacity, _COLUMNS, dtype=torch.int64)
-        grown[:, :capacity] = self.table
-        self.table = grown
-        self.device_table = grown.to(self.device_table.device, copy=True)
-        routers = torch.zeros(2 * capacity, _ROUTER_COLUMNS, dtype=torch.int64)
-        routers[:capacity] = self.routers
-        self.routers = routers
-        self.device_routers = routers.to(self.device_routers.device, copy=True)
+        capacity = len(self.routers)
+        self.table, self.routers = (F.pad(table, (0, 0, 0, capacity)) for table in (self.table, self.routers))
+        self.device_table = self.table.to(self.device_table.device, copy=True)
+        self.device_routers = self.routers.to(self.device_routers.device, copy=True)
         self._free = [*reversed(range(capacity, 2 * capacity)), *self._free]
 
 

@@ -11,13 +11,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from weft import durable
-from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.errors import AdapterUnusable, InvalidAdapter, InvalidRequest
-from weft.v1.adapter_files import FOREIGN_FILES, foreign_refused
+from weft.v1.adapter_files import FOREIGN_FILES, PEFT_FILES, foreign_refused
 
 OWN_DIRECTORIES = frozenset({"catalog", "versions", "staging"})
 
@@ -52,7 +52,7 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
     try:
         fd = _open(name, directory, _READ, stat.S_ISREG, "a regular file")
     except InvalidAdapter as error:
-        found = [other for other in FOREIGN_FILES if name == WEIGHTS_FILE and holds(directory, other)]
+        found = [other for other in FOREIGN_FILES if name == PEFT_FILES.weights and holds(directory, other)]
         if error.reason == "SOURCE_NOT_FOUND" and found:
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, foreign_refused(found[0]), given=found[0]) from None
         raise
@@ -61,9 +61,8 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
         undo.enter_context(file)
         links = os.fstat(fd).st_nlink
         if links != 1:
-            raise InvalidAdapter.rule(
-                "SOURCE_NOT_REGULAR", name, "must not have other hard links", limit=1, given=links
-            )
+            rule = "must not have other hard links"
+            raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, rule, limit=1, given=links)
         undo.pop_all()
     return file
 
@@ -71,32 +70,22 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
 def _resolved(source: str, root: Path, allowed: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
     """Return the trusted directory to start from, and the untrusted names to walk from there."""
     _refuse_url(source)
+    invalid = partial(InvalidRequest.rule, "SOURCE_INVALID", _FIELD, given=source)
     if not source or len(source) > _PATH_CHARACTERS_MAX or not source.isprintable() or "\\" in source:
-        raise InvalidRequest.rule(
-            "SOURCE_INVALID",
-            _FIELD,
-            "must be a path of printable characters without a backslash",
-            limit=_PATH_CHARACTERS_MAX,
-            given=source,
-        )
+        raise invalid("must be a path of printable characters without a backslash", limit=_PATH_CHARACTERS_MAX)
     components = tuple(source.removeprefix("/").removesuffix("/").split("/"))
     for component in components:
         if component in {"", ".", ".."} or len(component.encode()) > _COMPONENT_BYTES_MAX:
-            raise InvalidRequest.rule("SOURCE_INVALID", _FIELD, "must be a plain path without . or ..", given=source)
+            raise invalid("must be a plain path without . or ..")
     if not source.startswith("/"):
         if components[0] in OWN_DIRECTORIES:
-            raise InvalidRequest.rule("SOURCE_INVALID", _FIELD, "must not be the store's own directory", given=source)
+            raise invalid("must not be the store's own directory")
         return root, components
     path = PurePosixPath("/", *components)
     for start in allowed:
         if path.is_relative_to(start):
             return start, path.relative_to(start).parts
-    raise InvalidRequest.rule(
-        "SOURCE_INVALID",
-        _FIELD,
-        "must be relative to the store or inside a directory that the operator allows",
-        given=source,
-    )
+    raise invalid("must be relative to the store or inside a directory that the operator allows")
 
 
 def _refuse_url(source: str) -> None:

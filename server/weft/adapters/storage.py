@@ -22,19 +22,10 @@ def storage_errors() -> Iterator[None]:
 
 def named(error: OSError) -> WeftError:
     """Return Weft's error for `error`. It names the cause and, unlike the OSError, no path."""
-    if isinstance(error, StillLocked):
-        return Unavailable(
-            "STORE_UNAVAILABLE",
-            f"the adapter store {error}",
-            metadata={"limit": error.timeout_s},
-            retry_after_s=_RETRY_AFTER_S,
-        )
     code = errno.errorcode.get(error.errno or 0, "unknown error")
     if error.errno in _FULL:
         return Overloaded("STORE_FULL", f"the adapter store is full ({code})", metadata={"errno": code})
-    return Unavailable(
-        "STORE_UNAVAILABLE",
-        f"the adapter store cannot be used ({code})",
-        metadata={"errno": code},
-        retry_after_s=_RETRY_AFTER_S,
-    )
+    text, metadata = f"the adapter store cannot be used ({code})", {"errno": code}
+    if isinstance(error, StillLocked):
+        text, metadata = f"the adapter store {error}", {"limit": error.timeout_s}
+    return Unavailable("STORE_UNAVAILABLE", text, metadata=metadata, retry_after_s=_RETRY_AFTER_S)

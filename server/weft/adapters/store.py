@@ -29,12 +29,10 @@ from weft.adapters.catalog import (
     decode,
     find_manifest,
     manifest_path,
-    no_adapter,
     read_catalog,
-    require_expected,
-    taken,
 )
 from weft.adapters.identifiers import AdapterDigest, AdapterId, abbreviated, check_digest, is_digest
+from weft.adapters.registry import not_found, require_expected, taken
 from weft.adapters.sources import holds, open_source_file, source_directory
 from weft.adapters.storage import named, storage_errors
 from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, is_open, open_stored
@@ -55,12 +53,7 @@ class AdapterStore:
     """One directory of adapters. It holds no state of its own, so threads and processes may share it freely."""
 
     def __init__(
-        self,
-        root: Path,
-        limits: AdapterLimits,
-        *,
-        allowed_sources: Sequence[Path] = (),
-        lock_timeout_s: float = 30.0,
+        self, root: Path, limits: AdapterLimits, *, allowed_sources: Sequence[Path] = (), lock_timeout_s: float = 30.0
     ) -> None:
         self._root = Path(os.path.abspath(root))
         self._catalog = self._root / "catalog"
@@ -109,25 +102,20 @@ class AdapterStore:
         return read_catalog(self._catalog)
 
     def read_manifest(self, adapter_id: AdapterId) -> Manifest:
-        """Return the manifest of an id.
-
-        Raises AdapterNotFound if there is none, DataLoss MANIFEST_CORRUPT if it cannot be trusted.
-        """
+        """Return an id's manifest. Raises AdapterNotFound, or DataLoss MANIFEST_CORRUPT if it cannot be trusted."""
         manifest = find_manifest(self._catalog, adapter_id)
         if manifest is None:
-            raise no_adapter(adapter_id)
+            raise not_found(adapter_id)
         return manifest
 
-    def open_version(self, digest: AdapterDigest, *, verify: bool = True) -> StoredVersion:
-        """Return the files of a digest, hashed again if `verify` is set.
+    def open_version(self, digest: AdapterDigest) -> StoredVersion:
+        """Return the files of a digest, hashed again.
 
         Raises DataLoss BLOB_CORRUPT if they have changed, or are gone while a manifest names them; AdapterNotFound if
         the store has no such digest, which also results from losing a race against replace and collect.
         """
-        with storage_errors():
-            version = self._open(digest, verify=verify)
-        if version is not None:
-            return version
+        with storage_errors(), contextlib.suppress(FileNotFoundError):
+            return open_stored(self._version_path(digest), digest)
         if digest in {manifest.digest for manifest in self.read_catalog().manifests.values()}:
             raise corrupt(digest, "its files are gone")
         raise AdapterNotFound("ADAPTER_NOT_FOUND", f"digest {abbreviated(digest)}: no such digest")
@@ -197,10 +185,9 @@ class AdapterStore:
             failpoints.hit("before_version")
             replaces = replace or expected_digest is not None
             current = self._current(adapter_id, or_corrupt=replace and expected_digest is None)
-            if expected_digest is not None:
-                require_expected(adapter_id, expected_digest, current)
-            elif current is not None and not replace and current.digest != staged.digest:
-                raise taken(current)
+            require_expected(adapter_id, "" if current is None else current.digest, expected_digest)
+            if current is not None and not replaces and current.digest != staged.digest:
+                raise taken(adapter_id, current.digest)
             with self._placed(staged):
                 if current is not None and current.digest == staged.digest and not replaces:
                     return current
@@ -233,12 +220,12 @@ class AdapterStore:
         """Unbind the id durably; its version stays until it is collected. A corrupt manifest can be removed too."""
         with self._changing():
             if expected_digest is not None:
-                require_expected(adapter_id, expected_digest, self.read_manifest(adapter_id))
+                require_expected(adapter_id, self.read_manifest(adapter_id).digest, expected_digest)
             failpoints.hit("before_remove")
             try:
                 os.unlink(manifest_path(self._catalog, adapter_id))
             except FileNotFoundError:
-                raise no_adapter(adapter_id) from None
+                raise not_found(adapter_id) from None
             failpoints.hit("after_remove")
             durable.sync_directory(self._catalog)
 
@@ -258,10 +245,7 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        with (
-            storage_errors(),
-            durable.locked(self._catalog / LOCK_FILE, timeout_s=self._lock_timeout_s),
-        ):
+        with storage_errors(), durable.locked(self._catalog / LOCK_FILE, timeout_s=self._lock_timeout_s):
             yield
 
     def _version_path(self, digest: AdapterDigest) -> Path:
@@ -276,19 +260,6 @@ class AdapterStore:
             if or_corrupt:
                 return None
             raise
-
-    def _open(self, digest: AdapterDigest, *, verify: bool) -> StoredVersion | None:
-        try:
-            version = open_stored(self._version_path(digest), digest)
-        except FileNotFoundError:
-            return None
-        try:
-            if verify:
-                version.verify()
-        except BaseException:
-            version.close()
-            raise
-        return version
 
     def _fault_of(self, manifest: Manifest) -> str:
         """Return the fault that shows in the files' presence and size, without reading them; "" if there is none."""
@@ -305,14 +276,12 @@ class AdapterStore:
         """Make `versions/` hold the staged content, whole and durable."""
         target = self._version_path(staged.digest)
         try:
-            version = self._open(staged.digest, verify=True)
-        except DataLoss:
-            self._take_away(target)
-            version = None
-        if version is None:
+            open_stored(target, staged.digest).close()
+        except (FileNotFoundError, DataLoss) as error:
+            if isinstance(error, DataLoss):
+                self._take_away(target)
             durable.publish(staged.directory, target)
         else:
-            version.close()
             durable.sync_directory(self._versions)
 
     def _replace_manifest(self, manifest: Manifest) -> None:

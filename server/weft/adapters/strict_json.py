@@ -66,13 +66,11 @@ def _is_deeper(bare: bytes, depth_max: int) -> bool:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise DuplicateKeyFault(name)
-            seen.add(name)
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise DuplicateKeyFault(name)
+        found[name] = value
     return found
 
 

@@ -49,16 +49,18 @@ def digest_of(files: Iterable[FileDigest]) -> AdapterDigest:
 
 
 def digest_at(directory: Path) -> AdapterDigest:
-    """Return the digest that registering a directory yields.
-
-    Raises FileNotFoundError if it holds no pair of files.
-    """
+    """Return the digest that registering a directory yields. Raises FileNotFoundError if it holds no pair of files."""
     files = []
     for name in next((pair for pair in PAIRS if (directory / pair.config).is_file()), PAIRS[0]):
         with (directory / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files.append(FileDigest(name, file.tell(), digest))
+            files.append(_hashed(name, file))
     return digest_of(files)
+
+
+def _hashed(name: str, file: BufferedReader) -> FileDigest:
+    """Read a file to its end."""
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileDigest(name, file.tell(), digest)
 
 
 def _u64(value: int) -> bytes:
@@ -184,57 +186,41 @@ class Staging:
         self.discard()
 
 
-class StoredVersion:
+class StoredVersion(contextlib.ExitStack):
     """An open stored version: `files` by name, each at its first byte. No process collects it while it is open."""
 
-    def __init__(self, digest: AdapterDigest, files: dict[str, BufferedReader]) -> None:
-        self.digest = digest
-        self.files = files
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, BufferedReader] = {}
 
     @property
     def size_bytes(self) -> int:
         return sum(os.fstat(file.fileno()).st_size for file in self.files.values())
 
-    def verify(self) -> None:
-        """Hash all files again, through the descriptors read later. Raises DataLoss BLOB_CORRUPT if any has changed."""
-        found: list[FileDigest] = []
-        for name, file in self.files.items():
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found.append(FileDigest(name, file.tell(), digest))
-            file.seek(0)
-        if digest_of(found) != self.digest:
-            raise corrupt(self.digest, "its files no longer have its digest")
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
-
 
 def open_stored(directory: Path, digest: AdapterDigest) -> StoredVersion:
-    """Open every file in `directory`.
+    """Open every file in `directory`, and hash them again through the descriptors that are read later.
 
-    Raises FileNotFoundError if there is no such directory, DataLoss if it holds anything but files, or none.
+    Raises FileNotFoundError if there is no such directory, DataLoss BLOB_CORRUPT if it holds anything but files, or
+    none, or if any has changed.
     """
-    version = StoredVersion(digest, {})
+    version = StoredVersion()
     try:
         for name in sorted(os.listdir(directory)):
-            file = durable.open_regular(directory / name)
-            version.files[name] = file
-            fcntl.flock(file, fcntl.LOCK_SH)
-    except OSError as error:
+            version.files[name] = version.enter_context(durable.open_regular(directory / name))
+            fcntl.flock(version.files[name], fcntl.LOCK_SH)
+        found = [_hashed(name, file) for name, file in version.files.items()]
+        if not found:
+            raise corrupt(digest, "its files are gone")
+        if digest_of(found) != digest:
+            raise corrupt(digest, "its files no longer have its digest")
+        for file in version.files.values():
+            file.seek(0)
+    except BaseException as error:
         version.close()
-        if error.errno in durable.NOT_REGULAR:
+        if isinstance(error, OSError) and error.errno in durable.NOT_REGULAR:
             raise corrupt(digest, "it holds something other than its files") from None
         raise
-    if not version.files:
-        raise corrupt(digest, "its files are gone")
     return version
 
 
@@ -255,14 +241,7 @@ def copy_file(source: BinaryIO, target: StagedFile) -> None:
     while chunk := source.read(_COPY_BYTES):
         target.write(chunk)
     after = os.fstat(source.fileno())
-    if target.size_bytes != before.st_size or (before.st_mtime_ns, before.st_ctime_ns) != (
-        after.st_mtime_ns,
-        after.st_ctime_ns,
-    ):
-        raise InvalidAdapter.rule(
-            "CHECKSUM_MISMATCH",
-            target.name,
-            "changed while it was copied",
-            limit=before.st_size,
-            given=target.size_bytes,
-        )
+    is_touched = (before.st_mtime_ns, before.st_ctime_ns) != (after.st_mtime_ns, after.st_ctime_ns)
+    if is_touched or target.size_bytes != before.st_size:
+        sizes = {"limit": before.st_size, "given": target.size_bytes}
+        raise InvalidAdapter.rule("CHECKSUM_MISMATCH", target.name, "changed while it was copied", **sizes)

@@ -57,7 +57,7 @@ def build(
         torch.tensor(sample_rows, dtype=torch.int64),
         paging,
         taken.entries(torch.arange(starts[-1])),
-        taken.routed.routing(span_experts, taken.num_entries),
+        taken.routed.routing(span_experts, len(taken.slots)),
     )
 
 
@@ -104,37 +104,32 @@ class _TakenRows:
         self._table_rows = table_rows
         self._run_ends: list[int] = []  # runs of rows with the same entries
         self._entries_per_row: list[int] = []
-        self._slots: list[int] = []
+        self.slots: list[int] = []
         self._gates: list[float] = []
-
-    @property
-    def num_entries(self) -> int:
-        """N."""
-        return len(self._slots)
 
     def add(self, request: Request, slots: tuple[AdapterSlot, ...], begin: int, end: int, first_row: int) -> None:
         """Add the tokens begin : end of a request; token n is row first_row + n."""
         if not request.adapters and request.mixture is None:
             self._run_ends.append(first_row + end)
             self._entries_per_row.append(0)
-            self.routed.skip()
+            self.routed.spans.append(())
             return
         uses = [
             (self._table_rows.get(slot, (slot,)), use)
             for slot, use in zip(slots[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        first_entry = len(self._slots)
+        first_entry = len(self.slots)
         for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, end):
             of_row = [
                 (table_row, use.gate) for table_rows, use in map(uses.__getitem__, acting) for table_row in table_rows
             ]
             self._run_ends.append(first_row + last)
             self._entries_per_row.append(len(of_row))
-            self._slots += [table_row for table_row, _ in of_row] * (last - first)
+            self.slots += [table_row for table_row, _ in of_row] * (last - first)
             self._gates += [gate for _, gate in of_row] * (last - first)
         if request.mixture is None:
-            self.routed.skip()
+            self.routed.spans.append(())
         else:
             num_table_rows = [len(table_rows) for table_rows, _ in uses]
             rows = first_row + begin, first_row + end
@@ -142,12 +137,12 @@ class _TakenRows:
 
     def entries(self, rows: Tensor) -> Entries | None:
         """Return the entries of the rows 0 to T - 1; None if no row has an adapter."""
-        if not self._slots and not self.routed:
+        if not self.slots and not self.routed:
             return None
         run_of_row = torch.searchsorted(torch.tensor(self._run_ends), rows, right=True)
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(self._entries_per_row)[run_of_row].cumsum(0)
-        slots = torch.tensor(self._slots, dtype=torch.int32)
+        slots = torch.tensor(self.slots, dtype=torch.int32)
         return Entries(offsets, slots, torch.tensor(self._gates, dtype=torch.float32))
 
 
@@ -156,10 +151,11 @@ def _span_gates(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return `Paging.log_gates` and `Routing.span_experts`."""
     gates = [[use.gate for use in request.spans] for request, _ in scheduled]
-    if not routed.has_spans and all(gate == 1.0 for of_request in gates for gate in of_request):
+    are_routed = any(routed.spans)
+    if not are_routed and all(gate == 1.0 for of_request in gates for gate in of_request):
         return None, None
     log_gates = _table([[math.log(gate) for gate in of_request] for of_request in gates], torch.float32)
-    if not routed.has_spans:
+    if not are_routed:
         return log_gates[request_of_row], None
     # Plus one, because tables are padded with zeros.
     experts = [[expert + 1 for expert in of_request] for of_request in routed.spans]

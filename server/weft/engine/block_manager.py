@@ -98,7 +98,6 @@ class BlockManager:
 
     @property
     def num_used_blocks(self) -> int:
-        """Number of blocks with references."""
         return self.num_blocks - self.num_free_blocks
 
     @property
@@ -132,10 +131,7 @@ class BlockManager:
         return len(request.blocks) * size
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        """Give the request blocks for its first `num_tokens` real tokens.
-
-        Returns False, changing nothing, if the pool is short.
-        """
+        """Give blocks for a request's first `num_tokens` real tokens; False, changing nothing, if the pool is short."""
         missing = self.count(num_tokens) - len(request.blocks)
         if missing > self.num_free_blocks:
             return False
@@ -246,16 +242,3 @@ class BlockManager:
                 blocks.discard(block)
                 if not blocks:
                     del self._blocks_of_digest[digest]
-
-    def check(self) -> None:
-        """Assert that every block is either free, idle or referenced, and that keys and blocks lead to each other."""
-        free, idle = set(self._free), set(self._idle)
-        assert len(free) == len(self._free)
-        assert not free & idle
-        for block, references in enumerate(self._references):
-            assert (references == 0) == (block in free or block in idle), (block, references)
-        assert idle <= set(self._key_of)
-        assert {key: block for block, key in self._key_of.items()} == self._block_of
-        of_digest = {(g, block) for g, blocks in self._blocks_of_digest.items() for block in blocks}
-        assert self._digests_of.keys() == self._key_of.keys()
-        assert of_digest <= {(g, block) for block, gs in self._digests_of.items() for g in gs}

@@ -68,7 +68,7 @@ class Detokenizer:
             start, stop = min(matches, key=lambda match: (match[0], len(match[1])))
             self._held = ""
             return (text[: start + len(stop)] if self._include_stop else text[:start]), stop
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], None
 
@@ -117,7 +117,5 @@ class _Decoder:
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

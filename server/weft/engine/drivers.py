@@ -38,11 +38,9 @@ class ByRows(NamedTuple):
         return self.body.routes
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        """Begin a layer."""
         self.body.enter(layer, hidden)
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the site's output from the driver of its rows."""
         if site.kind is not SiteKind.HEAD:
             return self.body.apply(site, base, x, residual)
         if self.renew is not None:

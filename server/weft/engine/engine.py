@@ -23,7 +23,7 @@ from weft.engine.block_manager import BlockManager
 from weft.engine.inbox import Inbox
 from weft.engine.observer import Observer
 from weft.engine.outbox import AdapterFailed, EngineDown, Outbox, Publish
-from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent
+from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent, Tokens
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler
@@ -90,7 +90,6 @@ class Engine:
     # -- called from any thread ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine thread."""
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -102,7 +101,6 @@ class Engine:
             self._thread.join(timeout_s)
 
     def submit(self, request: Request) -> None:
-        """Accept a request."""
         self._inbox.post(partial(self._add, request), partial(self._refuse, request))
 
     def end(self, request_id: RequestId, reason: FinishReason, error: WeftError | None = None) -> None:
@@ -217,24 +215,14 @@ class Engine:
             return FinishReason.LENGTH
         return None
 
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        error: WeftError | None = None,
-        tokens: tuple[SampledToken, ...] = (),
-    ) -> None:
+    def _end(self, request: Request, reason: FinishReason, error: WeftError | None = None, tokens: Tokens = ()) -> None:
         """End a request. While the engine runs, every request leaves through here."""
         self._put_finish(request, reason, error, tokens)
         self.scheduler.remove(request)
         self.residency.release(request)
 
     def _put_finish(
-        self,
-        request: Request,
-        reason: FinishReason,
-        error: WeftError | None = None,
-        tokens: tuple[SampledToken, ...] = (),
+        self, request: Request, reason: FinishReason, error: WeftError | None = None, tokens: Tokens = ()
     ) -> None:
         """Put the request's last event into the outbox."""
         finish = request.finish(reason, error)
@@ -245,8 +233,7 @@ class Engine:
         self._observer.request_ended(request, finish, self._clock())
 
     def _expire(self, now: float) -> None:
-        expired = [request for request in self._requests.values() if request.deadline_s <= now]
-        for request in expired:
+        for request in [request for request in self._requests.values() if request.deadline_s <= now]:
             error = DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request ended")
             self._end(request, FinishReason.ERROR, error)
 
@@ -256,9 +243,8 @@ class Engine:
         if stuck is None:
             return
         others = [request for request in self.scheduler.waiting if request is not stuck]
-        if self.residency.release_all(others) or self.residency.evict_virtual():
-            return
-        self._end_without_room(stuck)
+        if not (self.residency.release_all(others) or self.residency.evict_virtual()):
+            self._end_without_room(stuck)
 
     def _end_without_room(self, request: Request) -> None:
         error = Overloaded(
@@ -270,8 +256,7 @@ class Engine:
         self._end(request, FinishReason.ERROR, error)
 
     def _stuck(self) -> Request | None:
-        waiting = (request for request in self.scheduler.waiting if not self.residency.is_loading(request))
-        return next(waiting, None)
+        return next((request for request in self.scheduler.waiting if not self.residency.is_loading(request)), None)
 
     # -- loads --------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Only the engine thread calls this. A request without a mixture costs nothing her
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,16 +16,21 @@ from weft.engine.scheduler import Scheduled
 from weft.kernels.step import RoutedRun, Routing
 
 
-class _MixtureState:
-    """The state of one request. until: the first of its tokens whose gates are not recorded; none is recorded twice."""
+@dataclass(slots=True)
+class MixtureState:
+    """The state of one request.
 
-    def __init__(self, steering: Tensor | None, pooled: Tensor | None) -> None:
-        self.steering = steering
-        self.pooled = pooled
-        self.until = 0
-        self.count = 0
-        self.sum: Tensor | None = None  # float64 [L, N]
-        self.tokens: list[Tensor] = []  # [L, rows, N]
+    steering: the bounds, float32 [3, N], as in `RoutedRun`; None if there are none.
+    pooled: the pooled prompt, float32 [hidden]; None if the router reads the rows.
+    until: the first of its tokens whose gates are not recorded; none is recorded twice.
+    """
+
+    steering: Tensor | None
+    pooled: Tensor | None
+    until: int = 0
+    count: int = 0
+    sum: Tensor | None = None  # float64 [L, N]
+    tokens: list[Tensor] = field(default_factory=list)  # [L, rows, N]
 
     def record(self, first_token: int, gates: Tensor, *, keep: bool) -> None:
         """Add gates [L, rows, N] of consecutive tokens."""
@@ -39,7 +45,6 @@ class _MixtureState:
             self.tokens.append(new.clone())
 
     def recorded(self) -> Gates | None:
-        """Return everything that was recorded."""
         if self.sum is None:
             return None
         tokens = torch.cat(self.tokens, 1).transpose(0, 1).tolist() if self.tokens else []
@@ -50,35 +55,20 @@ class MixtureStates:
     """Mixture state of every running request."""
 
     def __init__(self, runner: Runner) -> None:
+        self.num_layers = runner.num_layers
+        self.of: dict[Request, MixtureState] = {}
         self._runner = runner
-        self._of: dict[Request, _MixtureState] = {}
-
-    def __len__(self) -> int:
-        return len(self._of)
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers of the base."""
-        return self._runner.num_layers
 
     def begin(self, request: Request, mixture: MixtureUse) -> None:
         """Make the request's state, unless it has one."""
-        if request in self._of:
+        if request in self.of:
             return
         steering = None
         if mixture.bounds:
             bounds = torch.tensor(mixture.bounds, dtype=torch.float32).mT.contiguous()
             (steering,) = self._runner.transfer.to_device([bounds])
         pooled = self._runner.mean_embedding(request.prompt_token_ids) if mixture.reads_prompt else None
-        self._of[request] = _MixtureState(steering, pooled)
-
-    def steering(self, request: Request) -> Tensor | None:
-        """Return the bounds, float32 [3, N], as in `RoutedRun`; None if there are none."""
-        return self._of[request].steering
-
-    def pooled(self, request: Request) -> Tensor | None:
-        """Return the pooled prompt, float32 [hidden]; None if the router reads the rows."""
-        return self._of[request].pooled
+        self.of[request] = MixtureState(steering, pooled)
 
     def record(self, scheduled: Sequence[Scheduled], routing: Routing) -> None:
         """Add the gates of a step whose trace is written. Call it before the requests' counters move."""
@@ -92,11 +82,11 @@ class MixtureStates:
             gates = routing.trace[:, run.traced_at : run.traced_at + num_rows * num_experts]
             gates = gates.view(len(gates), num_rows, num_experts)
             keep = request.mixture.gate_detail is GateDetail.TOKENS
-            self._of[request].record(request.num_computed_tokens, gates, keep=keep)
+            self.of[request].record(request.num_computed_tokens, gates, keep=keep)
 
     def end(self, request: Request) -> Gates | None:
         """Drop the request's state; return the recorded gates."""
-        state = self._of.pop(request, None)
+        state = self.of.pop(request, None)
         return None if state is None else state.recorded()
 
 
@@ -116,15 +106,6 @@ class RoutedRows:
     def __len__(self) -> int:
         return len(self._runs)
 
-    @property
-    def has_spans(self) -> bool:
-        """Whether a router gates virtual positions."""
-        return any(self.spans)
-
-    def skip(self) -> None:
-        """Add a request without a mixture."""
-        self.spans.append(())
-
     def add(
         self,
         request: Request,
@@ -134,8 +115,9 @@ class RoutedRows:
         rows: tuple[int, int],
         first_entry: int,
     ) -> None:
-        """Add a request. num_table_rows: entries per row of each of its uses with deltas."""
+        """Add a request with a mixture. num_table_rows: entries per row of each of its uses with deltas."""
         assert self._states is not None
+        state = self._states.of[request]
         first, last = rows
         digests = sorted(use.digest for use in request.adapters)
         experts = [digests.index(use.digest) for use in request.adapters if not use.num_virtual_tokens]
@@ -152,8 +134,8 @@ class RoutedRows:
                 last=last,
                 slot=router,
                 spans=tuple(self.spans[-1]),
-                pooled=self._states.pooled(request),
-                steering=self._states.steering(request),
+                pooled=state.pooled,
+                steering=state.steering,
                 traced_at=traced_at,
             )
         )

@@ -51,7 +51,6 @@ class Observer:
         self._metrics.generation_tokens.inc()
 
     def row_not_finite(self) -> None:
-        """Count a request whose logits were not finite."""
         self._metrics.nonfinite_rows.inc()
 
     def request_ended(self, request: Request, finish: Finish, now: float) -> None:
@@ -63,7 +62,6 @@ class Observer:
         metrics.cached_tokens.inc(finish.num_cached_tokens)
 
     def adapter_placed(self, packed: PackedAdapter) -> None:
-        """Count an adapter that was placed on the device."""
         method = packed.method.name
         self._metrics.adapter_loads.labels(method, "ok").inc()
         self._metrics.adapters_resident.labels(method).inc()

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum, auto
 from random import Random
-from typing import NamedTuple, NewType
+from typing import NamedTuple, NewType, TypeAlias
 
 from weft.adapters.identifiers import AdapterDigest
 from weft.engine.token_ranges import Ranges
@@ -130,6 +130,9 @@ class SampledToken(NamedTuple):
     top: tuple[TokenLogprob, ...] = ()
 
 
+Tokens: TypeAlias = tuple[SampledToken, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """The terminal part of a request's last event. `error` is set if and only if `reason` is ERROR or CANCELLED.
@@ -150,7 +153,7 @@ class TokenEvent:
     """The result of one or more steps for one request. Only the last event of a request has `finish`."""
 
     request_id: RequestId
-    tokens: tuple[SampledToken, ...] = ()
+    tokens: Tokens = ()
     finish: Finish | None = None
 
     def after(self, before: "TokenEvent") -> "TokenEvent":

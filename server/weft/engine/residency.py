@@ -15,6 +15,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.packed_adapter import PackedAdapter
@@ -31,14 +32,12 @@ from weft.methods.protocol import Virtual
 _log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
 class _Resident:
-    __slots__ = ("blocks", "holders", "packed", "slot")
-
-    def __init__(self, packed: PackedAdapter, slot: AdapterSlot, blocks: list[int]) -> None:
-        self.packed = packed
-        self.slot = slot
-        self.blocks = blocks
-        self.holders = 0
+    packed: PackedAdapter
+    slot: AdapterSlot
+    blocks: list[int]
+    holders: int = 0
 
 
 class Residency:
@@ -57,16 +56,13 @@ class Residency:
         self._pending: set[AdapterDigest] = set()  # wanted, not arrived yet
         self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # arrived, not placed yet
         self.failures: dict[AdapterDigest, WeftError] = {}  # arrived, but could not be placed
-        self._seekers: dict[
-            Request, frozenset[AdapterDigest]
-        ] = {}  # requests that were not admitted, and their digests
+        self._seekers: dict[Request, frozenset[AdapterDigest]] = {}  # not admitted, with their digests
         self._preloading: set[AdapterDigest] = set()
         self._awaited: dict[AdapterDigest, list[Future[None]]] = {}
         self._pinned: set[AdapterDigest] = set()
         self.slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
 
     def resident(self) -> frozenset[AdapterDigest]:
-        """Return the digests on the device."""
         return frozenset(self._resident)
 
     def is_loading(self, request: Request) -> bool:
@@ -74,10 +70,7 @@ class Residency:
         return any(digest in self._pending for digest in request.digests)
 
     def prefetch(self, request: Request) -> None:
-        """Load the adapters of a queued request to the host while it waits.
-
-        Nothing is kept here for the request; the host cache decides what stays.
-        """
+        """Load the adapters of a waiting request to the host, whose cache decides what stays; nothing is kept here."""
         for digest in request.digests:
             if digest not in self._resident and digest not in self._arrived:
                 self._want(digest)
@@ -139,7 +132,6 @@ class Residency:
         if digest in self._preloading or digest in self._pinned:
             self._bring([digest])
         self._answer(digest)
-        self._forget_unwanted(digest)
 
     def failed(self, digest: AdapterDigest, error: WeftError) -> None:
         """End the wait for a load that failed; the next request for the adapter loads it again."""
@@ -154,20 +146,14 @@ class Residency:
         return [digest for digest in wanted if digest in self._pending]
 
     def take_failures(self) -> dict[AdapterDigest, WeftError]:
-        """Return the adapters that could not be placed since the last call, with their errors.
-
-        A new request loads them again.
-        """
+        """Return the adapters that could not be placed since the last call; a new request loads them again."""
         failures, self.failures = self.failures, {}
         return failures
 
     def preload(
         self, digest: AdapterDigest, future: "Future[None]", *, packed: PackedAdapter | None = None, pin: bool = False
     ) -> None:
-        """Bring an adapter to the device without a request; `future` ends when it is there, or with the error.
-
-        packed: the adapter, if it is loaded already. pin: keep it on the device.
-        """
+        """Do what `Engine.preload` promises; `future` ends when the adapter is on the device, or with the error."""
         if pin:
             self._pinned.add(digest)
         if packed is not None and digest not in self._resident:
@@ -179,7 +165,6 @@ class Residency:
         self._answer(digest)
 
     def fail_all(self, error: WeftError) -> None:
-        """End every wait with `error`."""
         for digest in list(self._awaited):
             self.failed(digest, error)
 

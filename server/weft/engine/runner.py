@@ -32,20 +32,9 @@ _CAPTURE_ERROR_MAX = 0.01
 class Runner(Protocol):
     """The operations that the engine needs on the device. Only the engine thread calls them."""
 
-    @property
-    def slots(self) -> SlotTable:
-        """Slots of the adapters."""
-        ...
-
-    @property
-    def transfer(self) -> Transfer:
-        """Copies to and from the device that holds the logits."""
-        ...
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the base."""
-        ...
+    slots: SlotTable
+    transfer: Transfer  # to and from the device that holds the logits
+    num_layers: int
 
     def forward(self, step: Step) -> Tensor:
         """Compute a step; return logits [number of sample rows, V], valid until the next step.
@@ -83,6 +72,7 @@ class ModelRunner:
         num_captured_rows: int = 0,
     ) -> None:
         self.transfer = transfer_to(base.device)
+        self.num_layers = base.shape.num_layers
         self.slots = SlotTable(num_sites=len(base.shape.sites), capacity_bytes=adapter_bytes, device=base.device)
         self._base = base
         self._heads = [site.index for site in base.shape.of_kind(SiteKind.HEAD)]
@@ -109,10 +99,6 @@ class ModelRunner:
                 first_scratch_block=num_kv_blocks,
                 block_size=block_size,
             )
-
-    @property
-    def num_layers(self) -> int:
-        return self._base.shape.num_layers
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -146,8 +132,7 @@ class ModelRunner:
         for step in steps:
             plain = self._run(step).float()
         for step in steps:
-            shape = self._captured_shape(step)
-            captured = None if shape is None else self._replay(step, shape)
+            captured = self._replay(step, self._captured_shape(step))
             if captured is None:
                 return None
         assert captured is not None
@@ -161,8 +146,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
         self.slots.wait()
-        shape = self._captured_shape(step)
-        logits = None if shape is None else self._replay(step, shape)
+        logits = self._replay(step, self._captured_shape(step))
         return self._run(step) if logits is None else logits
 
     def _captured_shape(self, step: Step) -> StepShape | None:
@@ -172,12 +156,12 @@ class ModelRunner:
         key = None if step.entries is None else self._kernels.capture_key(self.slots, step.entries.slots)
         return shape_of(step, key)
 
-    def _replay(self, step: Step, shape: StepShape) -> Tensor | None:
+    def _replay(self, step: Step, shape: StepShape | None) -> Tensor | None:
         """Return the logits of a captured step; None if it must run uncaptured.
 
-        This happens if there is no room, and from then on if steps turn out not to be capturable.
+        This happens if it has no shape, if there is no room, and from then on if steps turn out not to be capturable.
         """
-        if self._captured is None:
+        if self._captured is None or shape is None:
             return None
         try:
             return self._captured.run(step, shape)

@@ -50,7 +50,7 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = IN_
     if len(sampling.seen):
         logits = _penalize_repetition(logits, sampling.seen, sampling.penalties)
     if len(sampling.held):
-        logits = _contiguous_copy(logits)
+        logits = logits.clone(memory_format=torch.contiguous_format)
         logits.view(-1).index_fill_(0, sampling.held, float("-inf"))
     chosen = logits.argmax(-1)  # [B]
     if len(sampling.drawing):
@@ -59,9 +59,9 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = IN_
     made = [torch.where(finite, chosen, _NOT_FINITE).int()]
     if len(sampling.asked):
         num_top = max(request.params.logprobs or 0 for request in requests)
-        made += _logprobs(raw[sampling.asked], chosen[sampling.asked], num_top)
+        made.append(_logprobs(raw[sampling.asked], chosen[sampling.asked], num_top).view(-1))
     tokens, *told = transfer.to_host(torch.cat(made)).split([len(part) for part in made])
-    logprobs = _read_logprobs(told, host.asked.tolist(), requests)
+    logprobs = _read_logprobs(told[0].view(len(host.asked), -1), host.asked.tolist(), requests) if told else {}
     return [
         None if token == _NOT_FINITE else SampledToken(token, *logprobs.get(row, (None, ())))
         for row, token in enumerate(tokens.tolist())
@@ -102,13 +102,9 @@ def _sampling_tensors(requests: Sequence[Request], vocab_size: int) -> SamplingT
     )
 
 
-def _contiguous_copy(logits: Tensor) -> Tensor:
-    return logits.clone(memory_format=torch.contiguous_format)
-
-
 def _penalize_repetition(logits: Tensor, seen: Tensor, penalties: Tensor) -> Tensor:
     """Divide positive and multiply negative logits of tokens in the prompt or the output (Keskar et al. 2019, CTRL)."""
-    logits = _contiguous_copy(logits)
+    logits = logits.clone(memory_format=torch.contiguous_format)
     values = logits.view(-1)[seen]
     changed = torch.where(values > 0, values / penalties, values * penalties)
     logits.view(-1).index_copy_(0, seen, changed.clamp(-_LARGEST, _LARGEST))
@@ -133,31 +129,25 @@ def _draw(logits: Tensor, filters: Tensor, uniform: Tensor) -> Tensor:
     return tokens.gather(-1, index.minimum(last_kept))[:, 0]
 
 
-def _logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> list[Tensor]:
-    """Return from rows [A, V] the log-probabilities of the chosen tokens [A] and the best [A · num_top], and the best.
+def _logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> Tensor:
+    """Return from rows [A, V] the log-probabilities of the chosen tokens and of the best, and the best tokens.
 
-    All as int32; the bits of a log-probability are those of a float32.
+    In int32 [A, 1 + 2 · num_top]; the bits of a log-probability are those of a float32.
     """
     logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(-1, chosen[:, None])[:, 0]
-    values, tokens = logprobs.topk(num_top, -1) if num_top else (logprobs[:, :0], chosen[:, None][:, :0])
-    return [own.view(torch.int32), values.reshape(-1).view(torch.int32), tokens.reshape(-1).int()]
+    own = logprobs.gather(-1, chosen[:, None])
+    values, tokens = logprobs.topk(num_top, -1)
+    return torch.cat([torch.cat([own, values], 1).view(torch.int32), tokens.int()], 1)
 
 
 def _read_logprobs(
-    told: Sequence[Tensor], asked: Sequence[int], requests: Sequence[Request]
+    told: Tensor, asked: Sequence[int], requests: Sequence[Request]
 ) -> dict[int, tuple[float, tuple[TokenLogprob, ...]]]:
     """Return, by row, the chosen token's log-probability and the alternatives, for requests that ask for them."""
-    if not asked:
-        return {}
-    own, values, tokens = told
-    num_top = len(tokens) // len(asked)
-    value_rows = values.view(torch.float32).view(len(asked), num_top).tolist()
-    token_rows = tokens.view(len(asked), num_top).tolist()
+    num_values = 1 + told.shape[1] // 2
+    values, tokens = told[:, :num_values].view(torch.float32).tolist(), told[:, num_values:].tolist()
     result = {}
-    for row, logprob, value_row, token_row in zip(
-        asked, own.view(torch.float32).tolist(), value_rows, token_rows, strict=True
-    ):
+    for row, (own, *best), alternatives in zip(asked, values, tokens, strict=True):
         wanted = requests[row].params.logprobs or 0
-        result[row] = (logprob, tuple(map(TokenLogprob, token_row[:wanted], value_row[:wanted])))
+        result[row] = (own, tuple(map(TokenLogprob, alternatives[:wanted], best[:wanted])))
     return result

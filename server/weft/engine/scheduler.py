@@ -62,7 +62,6 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
-        """Queue a new request."""
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -106,10 +105,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Put a request back at the head of the queue, without its blocks but with its adapters.
-
-        Its prompt and output are recomputed.
-        """
+        """Put a request back at the head of the queue, with its adapters but without its blocks: it is recomputed."""
         self.running.remove(request)
         self.blocks.release(request)
         request.status = RequestStatus.PREEMPTED

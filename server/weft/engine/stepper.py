@@ -31,10 +31,7 @@ class Stepper:
         return batch.build(scheduled, slots_of, self._block_size, self._runner.slots.table_rows, self.mixtures)
 
     def compute(self, scheduled: Sequence[Scheduled], slots_of: SlotsOf) -> Tensor:
-        """Return the logits [number of requests that sample, V], valid until the next step.
-
-        Call it before the requests' counters move.
-        """
+        """Return logits [sample rows, V], valid until the next step. Call it before the requests' counters move."""
         step = self.build(scheduled, slots_of)
         logits = self._runner.forward(step)
         if step.routing is not None:

@@ -12,6 +12,7 @@ while.
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class _Captured(NamedTuple):
 
 
 class CapturedSteps:
-    """The captured steps of one runner, least recently used first.
+    """The captured steps of one runner: `shapes` has each by its shape, least recently used first.
 
     compute: makes logits [rows, V] of a step on the device, and reads nothing but its tensors.
     """
@@ -60,18 +61,10 @@ class CapturedSteps:
         self._device = device
         self._first_scratch_block = first_scratch_block
         self._block_size = block_size
-        self._captured: OrderedDict[StepShape, _Captured] = OrderedDict()
+        self.shapes: OrderedDict[StepShape, _Captured] = OrderedDict()
         self._proven: set[StepShape] = set()
         self._num_waiting = 0  # steps that still run uncaptured
         self._table_at: int | None = None
-
-    def __len__(self) -> int:
-        return len(self._captured)
-
-    @property
-    def shapes(self) -> list[StepShape]:
-        """The shapes that are captured, the least recently used first."""
-        return list(self._captured)
 
     def run(self, step: Step, shape: StepShape) -> Tensor | None:
         """Return the logits [number of requests, V] of a decode step of `shape`; the next step overwrites them.
@@ -79,7 +72,7 @@ class CapturedSteps:
         None if there is no room to capture it. Raises NotCapturable, and errors that are fatal for the device.
         """
         self._drop_stale(shape)
-        captured = self._captured.get(shape)
+        captured = self.shapes.get(shape)
         if captured is None and self._num_waiting:
             self._num_waiting -= 1
             return None
@@ -89,11 +82,11 @@ class CapturedSteps:
             captured = self._make_within_memory(padded, tensors, shape)
             if captured is None:
                 return None
-            self._captured[shape] = captured
-            if len(self._captured) > _CAPTURES_MAX:
-                self._captured.popitem(last=False)
+            self.shapes[shape] = captured
+            if len(self.shapes) > _CAPTURES_MAX:
+                self.shapes.popitem(last=False)
         else:
-            self._captured.move_to_end(shape)
+            self.shapes.move_to_end(shape)
             self._transfer.to_device(tensors, captured.inputs)
         logits = captured.replay()[: step.num_rows]
         bring_trace(step, captured.there, self._transfer)
@@ -109,8 +102,8 @@ class CapturedSteps:
                     raise
                 reason = str(error).partition("\n")[0]
             if not is_last:
-                for known in list(self._captured)[: -(-len(self._captured) // 2)]:
-                    del self._captured[known]
+                for known in list(self.shapes)[: -(-len(self.shapes) // 2)]:
+                    del self.shapes[known]
         self._num_waiting = _PATIENCE
         _log.warning("capture: no room for a step of %d rows (%s); such steps run uncaptured", shape.rows, reason)
         return None
@@ -118,11 +111,10 @@ class CapturedSteps:
     def _make(self, padded: Step, tensors: Sequence[Tensor], shape: StepShape) -> _Captured:
         inputs = torch.empty(Frame.of(tensors).size_bytes, dtype=torch.uint8, device=self._device)
         there = with_leaves(padded, self._transfer.to_device(tensors, inputs))
-
-        def compute() -> Tensor:
-            return self._compute(there)
-
-        branch = _branch(shape)
+        compute = partial(self._compute, there)
+        # What code may branch on: a table's address and width change numbers alone.
+        key = None if shape.key is None else shape.key._replace(table_at=0)
+        branch = shape._replace(table_width=0, key=key)
         if self._capture.needs_proof and branch not in self._proven:
             host_reads.prove(compute, self._device)
             self._proven.add(branch)
@@ -133,15 +125,9 @@ class CapturedSteps:
         if shape.key is None or shape.key.table_at == self._table_at:
             return
         self._table_at = shape.key.table_at
-        for known in [known for known in self._captured if known.key is not None]:
-            if known.key is not None and known.key.table_at != self._table_at:
-                del self._captured[known]
-
-
-def _branch(shape: StepShape) -> StepShape:
-    """Return the part of a shape that code may branch on: a table's address and width change numbers alone."""
-    key = None if shape.key is None else shape.key._replace(table_at=0)
-    return shape._replace(table_width=0, key=key)
+        stale = [known for known in self.shapes if known.key is not None and known.key.table_at != self._table_at]
+        for known in stale:
+            del self.shapes[known]
 
 
 def bring_trace(step: Step, there: Step, transfer: Transfer) -> None:
