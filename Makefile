@@ -4,7 +4,9 @@ BIN := .venv/bin
 CPP := $(wildcard server/weft/kernels/cpu/*.cpp server/weft/kernels/cpu/*.h)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo demo-real serve test check format protos families wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
+FAST := tests/adapters tests/api tests/cli tests/engine tests/test_layout.py tests/test_prose.py
+
+.PHONY: help setup demo demo-real serve test test-fast check format protos families wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,6 +33,9 @@ serve: .venv/.installed ## Serve the demo base with its adapters
 
 test: .venv/.installed ## Run every test, in a process for each core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup tests
+
+test-fast: .venv/.installed ## The tests that need no server, no training and no compiler (under a minute)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(FAST)
 
 check: .venv/.installed ## Everything CI checks without running the product
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/buf lint protos && $(BIN)/buf format --diff --exit-code protos && $(BIN)/clang-format --dry-run --Werror $(CPP) && $(BIN)/python protos/generate.py --check

@@ -631,6 +631,7 @@ def _deadlines_are_told_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Engine, "_expire", expire)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed_bug",
     [

@@ -56,12 +56,10 @@ def command(
                 case [command, *_] if command.startswith("/"):
                     note(_HELP)
                 case _:
-                    messages.append({"role": "user", "content": line})
-                    answer = _answered(client, server, messages, target, asked)
-                    if answer is None:
-                        messages.pop()
-                    else:
-                        messages.append({"role": "assistant", "content": answer})
+                    said = [*messages, {"role": "user", "content": line}]
+                    answer = _answered(client, server, said, target, asked)
+                    if answer is not None:
+                        messages = [*said, {"role": "assistant", "content": answer}]
 
 
 def _asked() -> str | None:
