@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from weft.adapters import packed_adapter
 from weft.adapters.slots import AdapterSlot
+from weft.config import ModelConfig, Quantization
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import (
     AdapterDigest,
@@ -28,9 +30,17 @@ from weft.engine.token_ranges import Ranges
 from weft.kernels.selection import Kernels
 from weft.methods.mixture import Level, Mixture
 from weft.methods.protocol import Adapter
+from weft.model import loader, paged_attention
 from weft.model.loader import Base
 
 BLOCK_SIZE = 16
+
+
+def load(path: Path) -> loader.Base:
+    """Load a base as a server does, unquantized in float32."""
+    paged_attention.register()
+    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
+    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 class Row(NamedTuple):

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, OPTC
 from tests import tiny
 from tests.methods import textbook_bottleneck as textbook
 from tests.methods.textbook_bottleneck import Network
-from tests.serving import Row, Step
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from tests.serving import Row, Step, load
+from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods import bottleneck
 from weft.methods.bottleneck.math import Activation, BottleneckConfig, BottleneckParams, Form
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 CONFIGS: dict[str, BottleneckConfig] = {
     "serial": BottleneckConfig(reduction_factor=4, activation=Activation.GELU),
@@ -39,12 +39,6 @@ CONFIGS: dict[str, BottleneckConfig] = {
 }
 TOLERANCE = 1e-4
 PROMPTS = [[5, 9, 77, 3, 120, 64, 2], list(range(40, 73)), [1]]
-
-
-def load(path: Path) -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))

@@ -8,28 +8,22 @@ import pytest
 import torch
 from tests import tiny
 from tests.methods import textbook_bottleneck as textbook
-from tests.serving import Row, Step
+from tests.serving import Row, Step, load
 from tests.training.tools import adapterhub_files
 from tests.training.tools.adapterhub_files import KINDS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import select
 from weft.methods.checkpoint import directory
-from weft.model import loader, paged_attention
+from weft.model import loader
 from weft_training.tools import adapterhub
 
 TOLERANCE = 1e-4
 PROMPTS = [[5, 9, 77, 3, 120, 64, 2], list(range(40, 73)), [1]]
 Spoil = Callable[[dict[str, Any], dict[str, Tensor]], None]
-
-
-def load(path: Path) -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))
