@@ -43,8 +43,8 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = IN_
     host = _sampling_tensors(requests, logits.shape[-1])
     if host is None:
         largest = logits.float().argmax(-1)  # in bfloat16 it takes four times as long
-        told = transfer.to_host(torch.where(finite, largest, _NOT_FINITE))
-        return [None if token == _NOT_FINITE else SampledToken(token) for token in told.tolist()]
+        tokens = transfer.to_host(torch.where(finite, largest, _NOT_FINITE))
+        return [None if token == _NOT_FINITE else SampledToken(token) for token in tokens.tolist()]
     sampling = SamplingTensors(*transfer.to_device(host))
     raw = logits = logits.float()
     if len(sampling.seen):
@@ -60,8 +60,8 @@ def sample(logits: Tensor, requests: Sequence[Request], transfer: Transfer = IN_
     if len(sampling.asked):
         num_top = max(request.params.logprobs or 0 for request in requests)
         made.append(_logprobs(raw[sampling.asked], chosen[sampling.asked], num_top).view(-1))
-    tokens, *told = transfer.to_host(torch.cat(made)).split([len(part) for part in made])
-    logprobs = _read_logprobs(told[0].view(len(host.asked), -1), host.asked.tolist(), requests) if told else {}
+    tokens, *logged = transfer.to_host(torch.cat(made)).split([len(part) for part in made])
+    logprobs = _read_logprobs(logged[0].view(len(host.asked), -1), host.asked.tolist(), requests) if logged else {}
     return [
         None if token == _NOT_FINITE else SampledToken(token, *logprobs.get(row, (None, ())))
         for row, token in enumerate(tokens.tolist())
@@ -141,11 +141,11 @@ def _logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> Tensor:
 
 
 def _read_logprobs(
-    told: Tensor, asked: Sequence[int], requests: Sequence[Request]
+    logged: Tensor, asked: Sequence[int], requests: Sequence[Request]
 ) -> dict[int, tuple[float, tuple[TokenLogprob, ...]]]:
     """Return, by row, the chosen token's log-probability and the alternatives, for requests that ask for them."""
-    num_values = 1 + told.shape[1] // 2
-    values, tokens = told[:, :num_values].view(torch.float32).tolist(), told[:, num_values:].tolist()
+    num_values = 1 + logged.shape[1] // 2
+    values, tokens = logged[:, :num_values].view(torch.float32).tolist(), logged[:, num_values:].tolist()
     result = {}
     for row, (own, *best), alternatives in zip(asked, values, tokens, strict=True):
         wanted = requests[row].params.logprobs or 0
