@@ -19,7 +19,7 @@ from tests import tiny
 from tests.mixing import textbook_composition as textbook
 from tests.serving import Row, Step
 from weft.config import ModelConfig, Quantization
-from weft.kernels.cpu.driver import Attend
+from weft.kernels.cpu.attention import Attend
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.kernels.step import Paging
 from weft.methods.protocol import Adapter

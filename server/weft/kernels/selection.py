@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weft.kernels.capture import Capture, CudaGraphs
 from weft.kernels.cpu import driver, elementwise, library
+from weft.kernels.cpu.attention import Attend
 from weft.kernels.cpu.capture import CpuCapture
 from weft.kernels.slot_tables import CaptureKey, SlotTables
 from weft.kernels.step import Step
@@ -68,7 +69,7 @@ def select(device: torch.device, dtype: torch.dtype) -> Kernels:
     return Kernels(
         name=f"cpu {loaded.kind}",
         driver=driver.DriverFactory(dtype),
-        attend=driver.Attend,
+        attend=Attend,
         capture=CpuCapture,
         capture_key=driver.capture_key,
         rms_norm=elementwise.rms_norm,

@@ -7,6 +7,7 @@ the number of threads, or how its prompt was cut into chunks.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -138,6 +139,35 @@ def attend(
         cache,
         packed,
     )  # fmt: skip
+
+
+class Attend:
+    """Paged attention over one KV pool; `keys`, `values`: one tensor per layer, [num_blocks, block_size, H, D]."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self._caches = [Cache(keys=k, values=v) for k, v in zip(keys, values, strict=True)]
+        self._packed: Packed | None = None
+
+    def __call__(
+        self,
+        paging: Paging,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor:
+        """Store this step's keys and values in `layer`, and return the attention [T, Hq, D]."""
+        packed = self._packed
+        if packed is None or packed.paging is not paging:  # the first layer of a step packs its paging for all
+            packed = self._packed = pack(paging)
+        cache = self._caches[layer]
+        store(key, value, cache, paging.kv_slots)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        attend(query, cache, packed, out, scale=scale, window=window, softcap=softcap)
+        return out
 
 
 def _check_metadata(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> None:

@@ -24,12 +24,8 @@ class Packed(NamedTuple):
     """A step's entries, checked once, and their record for the kernels (WeftRows in deltas.cpp)."""
 
     entries: Entries
+    num_rows: int
     numbers: tuple[int, ...]
-
-    @property
-    def num_rows(self) -> int:
-        """T."""
-        return self.numbers[3]
 
 
 def pack(entries: Entries) -> Packed:
@@ -42,8 +38,8 @@ def pack(entries: Entries) -> Packed:
         raise ValueError("offsets: needs T + 1 elements, given 0")
     if len(slots) != len(gates):
         raise ValueError(f"gates: needs one for each of {len(slots)} slots, given {len(gates)}")
-    pointers = offsets.data_ptr(), slots.data_ptr(), gates.data_ptr()
-    return Packed(entries, (*pointers, len(offsets) - 1, len(slots)))
+    pointers, num_rows = (offsets.data_ptr(), slots.data_ptr(), gates.data_ptr()), len(offsets) - 1
+    return Packed(entries, num_rows, (*pointers, num_rows, len(slots)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

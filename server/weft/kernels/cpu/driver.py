@@ -1,4 +1,4 @@
-"""The engine's driver of adapter rows, and its paged attention, built on the CPU kernels."""
+"""The engine's driver of adapter rows, built on the CPU kernels."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -7,9 +7,9 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from weft.kernels.cpu import attention, deltas, routing
+from weft.kernels.cpu import deltas, routing
 from weft.kernels.slot_tables import CaptureKey, SlotTables
-from weft.kernels.step import Paging, Step
+from weft.kernels.step import Step
 from weft.methods.inject import apply_each
 from weft.methods.protocol import Site
 
@@ -25,20 +25,7 @@ class DriverFactory:
     def __call__(self, slots: SlotTables, step: Step) -> "CpuDriver":
         if self._table is not slots.table:
             self._table, self._sites = slots.table, {}
-        return CpuDriver(self, slots, step)
-
-    def site(self, site: Site) -> deltas.Site:
-        """Return the kernels' view of a site."""
-        found = self._sites.get(site.index)
-        if found is None:
-            assert self._table is not None
-            found = self._sites[site.index] = deltas.Site(
-                table=self._table[site.index],
-                size_in=site.in_features,
-                size_out=site.out_features,
-                weight_dtype=self._dtype,
-            )
-        return found
+        return CpuDriver(self._sites, self._dtype, slots, step)
 
 
 def capture_key(slots: SlotTables, slot_of_entry: Tensor) -> CaptureKey:
@@ -56,14 +43,21 @@ def _acting(slots: SlotTables, slot_of_entry: Tensor) -> tuple[int, int]:
 
 
 class CpuDriver:
-    """The gated deltas of one step: one kernel call at each site where a row has any, for any number of adapters."""
+    """The gated deltas of one step: one kernel call at each site where a row has any, for any number of adapters.
 
-    __slots__ = ("_factory", "_inputs_at", "_log_target", "_outputs_at", "_routing", "_rows", "_slots", "_target")
+    sites: the kernels' view of each site that some step has met, by `site.index`; this step adds those it meets first.
+    dtype: of the weights of adapters.
+    needs_residual: whether any resident adapter reads the residual stream.
+    routes: whether a row of the step belongs to a mixture.
+    """
 
-    def __init__(self, factory: DriverFactory, slots: SlotTables, step: Step) -> None:
+    def __init__(self, sites: dict[int, deltas.Site], dtype: torch.dtype, slots: SlotTables, step: Step) -> None:
         entries = step.entries
         assert entries is not None
-        self._factory = factory
+        self.needs_residual = slots.num_residual_readers > 0
+        self.routes = step.routing is not None
+        self._sites = sites
+        self._dtype = dtype
         self._slots = slots
         self._rows = deltas.pack(entries)
         self._routing = step.routing
@@ -72,16 +66,6 @@ class CpuDriver:
             experts = step.routing.experts
             self._target = routing.Target(offsets=entries.offsets, experts=experts, values=entries.gates)
             self._log_target = _span_target(step.routing.span_experts, step.paging.log_gates)
-
-    @property
-    def needs_residual(self) -> bool:
-        """Whether any resident adapter reads the residual stream."""
-        return self._slots.num_residual_readers > 0
-
-    @property
-    def routes(self) -> bool:
-        """Whether a row of the step belongs to a mixture."""
-        return self._routing is not None
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Recompute the gates of all mixtures' rows in one call, as a layer begins."""
@@ -93,10 +77,10 @@ class CpuDriver:
         x_prime = x
         if self._inputs_at >> site.index & 1:
             x_prime = torch.empty_like(x)
-            deltas.pre(x, x_prime, self._rows, self._factory.site(site))
+            deltas.pre(x, x_prime, self._rows, self._sites.get(site.index) or self._wrap(site))
         y = base(x_prime)
         if self._outputs_at >> site.index & 1:
-            deltas.post(x, y, self._rows, self._factory.site(site), residual)
+            deltas.post(x, y, self._rows, self._sites.get(site.index) or self._wrap(site), residual)
         return y
 
     def apply_group(self, sites: Sequence[Site], base: Callable[[Tensor], Tensor], x: Tensor) -> Sequence[Tensor]:
@@ -106,8 +90,17 @@ class CpuDriver:
         outputs = base(x).split([site.out_features for site in sites], -1)
         for site, y in zip(sites, outputs, strict=True):
             if self._outputs_at >> site.index & 1:
-                deltas.post(x, y, self._rows, self._factory.site(site))
+                deltas.post(x, y, self._rows, self._sites.get(site.index) or self._wrap(site))
         return outputs
+
+    def _wrap(self, site: Site) -> deltas.Site:
+        wrapped = self._sites[site.index] = deltas.Site(
+            table=self._slots.table[site.index],
+            size_in=site.in_features,
+            size_out=site.out_features,
+            weight_dtype=self._dtype,
+        )
+        return wrapped
 
 
 def _span_target(span_experts: Tensor | None, log_gates: Tensor | None) -> routing.Target | None:
@@ -117,32 +110,3 @@ def _span_target(span_experts: Tensor | None, log_gates: Tensor | None) -> routi
     num_rows, num_spans = span_experts.shape
     offsets = torch.arange(0, (num_rows + 1) * num_spans, num_spans, dtype=torch.int32)
     return routing.Target(offsets=offsets, experts=span_experts.view(-1), values=log_gates.view(-1))
-
-
-class Attend:
-    """Paged attention over one KV pool; `keys`, `values`: one tensor per layer, [num_blocks, block_size, H, D]."""
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self._caches = [attention.Cache(keys=k, values=v) for k, v in zip(keys, values, strict=True)]
-        self._packed: attention.Packed | None = None
-
-    def __call__(
-        self,
-        paging: Paging,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int,
-        softcap: float,
-    ) -> Tensor:
-        """Store this step's keys and values in `layer`, and return the attention [T, Hq, D]."""
-        packed = self._packed
-        if packed is None or packed.paging is not paging:  # the first layer of a step packs its paging for all
-            packed = self._packed = attention.pack(paging)
-        cache = self._caches[layer]
-        attention.store(key, value, cache, paging.kv_slots)
-        out = torch.empty(query.shape, dtype=query.dtype)
-        attention.attend(query, cache, packed, out, scale=scale, window=window, softcap=softcap)
-        return out

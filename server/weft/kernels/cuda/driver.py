@@ -66,25 +66,18 @@ class DriverFactory:
 
 
 class CudaDriver:
-    """The gated deltas of one step: a few kernels per site, whatever the number of rows and adapters."""
+    """The gated deltas of one step: a few kernels per site, whatever the number of rows and adapters.
 
-    __slots__ = ("_factory", "_needs_residual", "_routers", "_rows")
+    needs_residual: whether any resident adapter reads the residual stream.
+    routes: whether a row of the step belongs to a mixture.
+    """
 
     def __init__(self, factory: DriverFactory, slots: SlotTables, rows: deltas.Rows, routers: Routers | None) -> None:
+        self.needs_residual = slots.num_residual_readers > 0
+        self.routes = routers is not None
         self._factory = factory
-        self._needs_residual = slots.num_residual_readers > 0
         self._rows = rows
         self._routers = routers
-
-    @property
-    def needs_residual(self) -> bool:
-        """Whether any resident adapter reads the residual stream."""
-        return self._needs_residual
-
-    @property
-    def routes(self) -> bool:
-        """Whether a row of the step belongs to a mixture."""
-        return self._routers is not None
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Recompute the gates of all mixtures' rows in one launch, as a layer begins."""
