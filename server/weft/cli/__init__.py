@@ -27,7 +27,7 @@ app.command(name="train-many", **handover.SETTINGS)(handover.train_many)
 app.command(name="demo", **handover.SETTINGS)(handover.demo)
 
 
-def _tell_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"weft {__version__}")
         raise typer.Exit
@@ -36,7 +36,7 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def _weft(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Take the options that all commands share: only --version."""

@@ -32,4 +32,4 @@ def command(
             print_line(f"{row.family} {row.variant}".strip() + f": {row.note}")
     else:
         equal = sum(row.base == "equal" for row in rows)
-        print_line(f"{equal} of {len(rows)} configurations are equal; `weft families NAME` says why one is refused")
+        print_line(f"{equal} of {len(rows)} configurations are equal; `weft families NAME` explains why one is refused")

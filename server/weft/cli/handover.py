@@ -48,5 +48,5 @@ def imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        hint = "the train extra has it: pip install 'weft-serve[train]'"
+        hint = "install the train extra: pip install 'weft-serve[train]'"
         raise fail(f"{error.name} is not installed", hint=hint) from None

@@ -25,16 +25,16 @@ def command(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="[adapter] The model directory that it is for.", show_default=False, parser=typed_path, metavar="MODEL"
+            help="[adapter] Model directory of its base.", show_default=False, parser=typed_path, metavar="MODEL"
         ),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="[base] Compare this method; may be repeated. All by default.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=0, help="[base] Timed forward passes; 0 measures nothing.")] = 15,
-    quantization: Annotated[Quantization, typer.Option(help="How the base is held.")] = Quantization.NF4,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+    repeats: Annotated[int, typer.Option(min=0, help="[base] Forward passes to time; 0 for none.")] = 15,
+    quantization: Annotated[Quantization, typer.Option(help="Quantization of the base.")] = Quantization.NF4,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Compare the methods on a base model, or inspect an adapter."""
     from weft.errors import WeftError

@@ -28,11 +28,11 @@ def console(*, stderr: bool = False) -> Console:
 
 def fail(text: str, *, hint: str = "", code: int = 1) -> typer.Exit:
     """Print an error in one red line, with a remedy below it, and return the exit to raise."""
-    tell_error(text, hint=hint)
+    print_error(text, hint=hint)
     return typer.Exit(code)
 
 
-def tell_error(text: str, *, hint: str = "") -> None:
+def print_error(text: str, *, hint: str = "") -> None:
     """Print an error, and continue."""
     errors = console(stderr=True)
     errors.print(Text(printable(" ".join(text.splitlines())), style="red"), soft_wrap=True)
