@@ -22,8 +22,12 @@ app.command(name="chat")(chat.command)
 app.command(name="info")(info.command)
 app.command(name="families")(families.command)
 app.command(name="inspect")(inspect.command)
-app.command(name="train", **handover.SETTINGS)(handover.train)
-app.command(name="train-many", **handover.SETTINGS)(handover.train_many)
+for _name, _app, _help in (
+    ("train", "app", "Train an adapter; see `weft train --help`."),
+    ("train-many", "many", "Train many adapters in one pass; see `weft train-many --help`."),
+):
+    _command = handover.to("weft_training.command", _app, f"weft {_name}")
+    app.command(name=_name, help=_help, **handover.SETTINGS)(_command)
 app.command(name="demo", **handover.SETTINGS)(handover.demo)
 
 

@@ -25,7 +25,8 @@ for _name, _help in {
     "merge": "Merge LoRAs into one PEFT directory that any server accepts.",
     "arrow": "Make an Arrow router over LoRA adapters, without training.",
 }.items():
-    app.command(_name, help=_help, **handover.SETTINGS)(handover.tool(_name))
+    _command = handover.to("weft_training.tools.commands", "app", "weft adapters", _name)
+    app.command(_name, help=_help, **handover.SETTINGS)(_command)
 
 AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
 ExpectedDigest = Annotated[str | None, typer.Option(metavar="G", help="Proceed only if the id is at this digest.")]
@@ -65,10 +66,7 @@ def add(
         else:
             with _progress(adapter_id) as progress:
                 registered = client.upload(adapter_id, path, progress=progress, **how)
-
-    from weft.v1.adapter_service_pb2 import RegisterOutcome
-
-    outcome = label(RegisterOutcome, registered.outcome)
+    outcome = label(registered, "outcome")
     print_line(f"{'would be ' if validate_only else ''}{outcome}: {_line(registered.adapter)}")
 
 
@@ -156,15 +154,13 @@ def unload(
 def watch(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
     """Print every change of the adapters, until interrupted."""
     with connected(server) as client, client.watch() as changes:
-        from weft.v1.adapter_service_pb2 import AdapterChange
-
         for event in changes:
             if json:
                 print_json(event, indent=None)
                 continue
             time = datetime.now().astimezone().strftime("%H:%M:%S")
             adapter = f" {_line(event.adapter)}" if event.HasField("adapter") else ""
-            print_line(f"{time} {label(AdapterChange, event.change):8}{adapter}")
+            print_line(f"{time} {label(event, 'change'):8}{adapter}")
 
 
 @contextmanager
@@ -234,14 +230,10 @@ def _expert(expert: "Expert") -> str:
 
 
 def _state(adapter: "Adapter") -> str:
-    from weft.v1.adapter_pb2 import AdapterState
-
-    state = label(AdapterState, adapter.state)
+    state = label(adapter, "state")
     return f"{state} ({adapter.state_reason})" if adapter.state_reason else state
 
 
 def _residency(adapter: "Adapter") -> str:
-    from weft.v1.adapter_pb2 import AdapterResidency
-
-    residency = label(AdapterResidency, adapter.residency)
+    residency = label(adapter, "residency")
     return f"{residency} (pinned)" if adapter.pinned else residency

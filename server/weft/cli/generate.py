@@ -1,15 +1,14 @@
 """`weft generate`: one prompt, one answer."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from weft.cli.connection import JsonOption, ServerOption, connected
-from weft.cli.output import console, label, note, print_json, print_table, printable, write
+from weft.cli.output import label, note, print_json, print_table, write
 from weft.v1.endpoint import DEFAULT_SERVER
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def command(
     if likely:
         print_table(("token", "logprob", "likeliest"), map(_logprob_row, likely))
     if finish.gates:
-        console().print(_drawn(finish.gates))
+        print_table(("expert", "layers", "mean", ""), map(_gate_row, finish.gates))
     note(ending(finish))
 
 
@@ -135,10 +134,8 @@ def target_of(adapters: list[str] | None) -> str | Mapping[str, float] | None:
 
 def ending(finish: "Finish") -> str:
     """Describe in one line how an answer ended."""
-    from weft.v1.generation_pb2 import FinishReason
-
     parts = [
-        label(FinishReason, finish.finish_reason),
+        label(finish, "finish_reason"),
         f"{finish.usage.prompt_tokens} + {finish.usage.completion_tokens} tokens",
         f"seed {finish.seed}",
     ]
@@ -153,18 +150,13 @@ def _logprob_row(token: "TokenLogprobs") -> tuple[str, str, str]:
     return repr(token.token.piece), f"{token.token.logprob:.3f}", top
 
 
-def _drawn(gates: Iterable["AdapterGate"]) -> Table:
-    """Return a row for each adapter: a shaded cell for each layer, the first on the left, and a bar for the mean.
+def _gate_row(gate: "AdapterGate") -> tuple[str | Text, ...]:
+    """Return name, a shaded cell for each layer (the first on the left), the mean, and a bar for it.
 
     An adapter without layers has only its bar. A gate above 0 is never blank.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("expert", "layers", "mean", ""):
-        table.add_column(column, no_wrap=True)
     last = len(_SHADES) - 1
-    for gate in gates:
-        steps = (min(max(round(mean * last), 1 if mean > 0 else 0), last) for mean in gate.layer_means)
-        cells = Text("".join(_SHADES[step] for step in steps), style="cyan")
-        bar = Text("━" * round(_BAR_CELLS * min(max(gate.mean, 0.0), 1.0)), style="green")
-        table.add_row(printable(gate.adapter_id or gate.digest[:12]), cells, f"{gate.mean:.3f}", bar)
-    return table
+    steps = (min(max(round(mean * last), 1 if mean > 0 else 0), last) for mean in gate.layer_means)
+    cells = Text("".join(_SHADES[step] for step in steps), style="cyan")
+    bar = Text("━" * round(_BAR_CELLS * min(max(gate.mean, 0.0), 1.0)), style="green")
+    return gate.adapter_id or gate.digest[:12], cells, f"{gate.mean:.3f}", bar
