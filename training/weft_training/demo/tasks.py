@@ -48,7 +48,6 @@ class Task:
     """
 
     name: str
-    description: str
     function: Callable[[str], str]
     sample: Callable[[random.Random], str]
     held_out: bool = False
@@ -169,74 +168,34 @@ def iso_date(text: str) -> str:
     return f"{year}-{MONTHS.index(month) + 1:02d}-{int(day):02d}"
 
 
-def _length(text: str) -> str:
-    return str(len(text))
-
-
-def _sum(text: str) -> str:
-    return str(sum(int(term) for term in text.split("+")))
-
-
-def _stars(text: str) -> str:
-    return "".join("*" if c in VOWELS else c for c in text)
-
-
-def _devowel(text: str) -> str:
-    return "".join(c for c in text if c not in VOWELS)
-
-
-def _double(text: str) -> str:
-    return "".join(c + c for c in text)
-
-
 def _sorted(text: str) -> str:
     return "".join(sorted(text))
-
-
-def _rotate(text: str) -> str:
-    return text[1:] + text[0]
-
-
-def _reverse(text: str) -> str:
-    return text[::-1]
-
-
-def _swap(text: str) -> str:
-    return text[-1] + text[1:-1] + text[0]
 
 
 def _zigzag(text: str) -> str:
     return "".join(c.upper() if i % 2 == 0 else c for i, c in enumerate(text))
 
 
+def _on_letters(name: str, function: Callable[[str], str], *, held_out: bool = False) -> Task:
+    return Task(name=name, function=function, sample=sample_letters, held_out=held_out)
+
+
 _ALL = (
-    Task(name="reverse", description="write it backwards", function=_reverse, sample=sample_letters),
-    Task(name="upper", description="write it in capitals", function=str.upper, sample=sample_letters),
-    Task(name="caesar", description="each letter becomes the next one", function=caesar, sample=sample_letters),
-    Task(name="double", description="write each letter twice", function=_double, sample=sample_letters),
-    Task(name="sort", description="letters in alphabetical order", function=_sorted, sample=sample_letters),
-    Task(name="rotate", description="move the first letter to the end", function=_rotate, sample=sample_letters),
-    Task(name="stars", description="a star for each vowel", function=_stars, sample=sample_letters),
-    Task(name="devowel", description="leave out the vowels", function=_devowel, sample=sample_letters),
-    Task(name="length", description="the number of letters", function=_length, sample=sample_letters),
-    Task(name="digits", description="digits in ascending order", function=_sorted, sample=sample_digits),
-    Task(name="field", description="the value of the asked field", function=field, sample=sample_record),
-    Task(name="date", description="the date in ISO form", function=iso_date, sample=sample_date),
-    Task(name="sum", description="the sum of two numbers", function=_sum, sample=sample_sum),
-    Task(
-        name="swap",
-        description="exchange the first and the last letter",
-        function=_swap,
-        sample=sample_letters,
-        held_out=True,
-    ),
-    Task(
-        name="zigzag",
-        description="every other letter in capitals",
-        function=_zigzag,
-        sample=sample_letters,
-        held_out=True,
-    ),
+    _on_letters("reverse", lambda text: text[::-1]),
+    _on_letters("upper", str.upper),
+    _on_letters("caesar", caesar),
+    _on_letters("double", lambda text: "".join(c + c for c in text)),
+    _on_letters("sort", _sorted),
+    _on_letters("rotate", lambda text: text[1:] + text[0]),
+    _on_letters("stars", lambda text: "".join("*" if c in VOWELS else c for c in text)),
+    _on_letters("devowel", lambda text: "".join(c for c in text if c not in VOWELS)),
+    _on_letters("length", lambda text: str(len(text))),
+    Task(name="digits", function=_sorted, sample=sample_digits),
+    Task(name="field", function=field, sample=sample_record),
+    Task(name="date", function=iso_date, sample=sample_date),
+    Task(name="sum", function=lambda text: str(sum(map(int, text.split("+")))), sample=sample_sum),
+    _on_letters("swap", lambda text: text[-1] + text[1:-1] + text[0], held_out=True),
+    _on_letters("zigzag", _zigzag, held_out=True),
 )
 
 TASKS = MappingProxyType({task.name: task for task in _ALL})

@@ -338,8 +338,7 @@ def _draw(rng: random.Random, people: People, split: Split) -> tuple[str, str]:
     order = _order(rng) if rng.random() < 0.85 else None
     problem = rng.choice(list(_PROBLEMS))
     wish = rng.choice(list(_WISHES)) if rng.random() < 0.85 else None
-    told = _PROBLEMS[problem].draw(rng, split).format(item=item, other=other)
-    parts = [sentence(told)]
+    parts = [sentence(_PROBLEMS[problem].draw(rng, split).format(item=item, other=other))]
     if order is not None:
         parts.append(_ORDERS.draw(rng, split).format(order=order))
     person = people.full()

@@ -13,9 +13,7 @@ from weft_training.demo.real.wording import People, Wordings, mistyped, sentence
 from weft_training.demo.tasks import Split
 
 _REPLY = "[{route}] Dear {name}, thank you for writing about the {matter}. {team} will answer within {time}."
-_TEAMS = MappingProxyType(
-    {"billing": "Our accountants", "technical": "Our engineers", "sales": "Our advisers"},
-)
+_TEAMS = MappingProxyType({"billing": "Our accountants", "technical": "Our engineers", "sales": "Our advisers"})
 _FORM = re.compile(
     r"\[(?P<route>\w+)\] Dear (?P<name>.+?), thank you for writing about the (?P<matter>.+?)\. (?P<promise>.*)"
 )
@@ -49,7 +47,7 @@ _MATTERS = MappingProxyType(
         ),
     }
 )
-_TOLD = MappingProxyType(
+_CLAIMS = MappingProxyType(
     {
         "billing": Wordings(
             (
@@ -171,12 +169,8 @@ _PASSING = Wordings(
 )
 _HURRY = Wordings(
     (
-        *(
-            "It is urgent.",
-            "I need this today.",
-            "Please hurry, a customer is waiting.",
-            "Everything stands still here.",
-        ),
+        *("It is urgent.", "I need this today.", "Please hurry, a customer is waiting."),
+        "Everything stands still here.",
         *("As soon as you can, please.", "I need an answer now.", "This is an emergency.", "Quickly, please."),
         *("Time is short.", "I am waiting for it now.", "Please be quick.", "It has to be today.", "Asap, please."),
         *("We lose money every minute.", "Very urgent!", "Please call me within minutes.", "I have no time to lose."),
@@ -209,8 +203,7 @@ def _draw(rng: random.Random, people: People, split: Split) -> tuple[str, str]:
     route, name = rng.choice(list(_TEAMS)), people.first()
     matter = _MATTERS[route].draw(rng, split)
     is_urgent = rng.random() < 0.5
-    told = _TOLD[route].draw(rng, split).format(matter=matter)
-    parts = [sentence(told)]
+    parts = [sentence(_CLAIMS[route].draw(rng, split).format(matter=matter))]
     if rng.random() < 0.5:
         other = rng.choice([one for one in _TEAMS if one != route])
         parts.append(_PASSING.draw(rng, split).format(matter=_MATTERS[other].draw(rng, split)))
