@@ -192,10 +192,7 @@ class AdaptedModel(nn.Module):
         try:
             with self.base.context.use(self.driver):
                 whole = self.base.model.generate(
-                    ids,
-                    attention_mask=self._extend(attention_mask),
-                    past_key_values=past,
-                    **options,
+                    ids, attention_mask=self._extend(attention_mask), past_key_values=past, **options
                 )
         finally:
             self.train(was_training)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import Field, SkipValidation
@@ -139,22 +138,20 @@ def optimizer_on(device_type: str, config: TrainConfig) -> Optimizer:
 # The fields of TrainConfig that are sections of their own, and the places of the others. A field without a place here
 # is in `optimization`, under its own name.
 SECTIONS = ("model", "adapter", "distillation")
-_PLACES: Mapping[str, str] = MappingProxyType(
-    {
-        "max_model_len": "model.max_model_len",  # beside ModelConfig's fields
-        "data": "data.train",
-        "evaluation_data": "data.evaluation",
-        "evaluation_share": "data.evaluation_share",
-        "max_length": "data.max_length",
-        "packing": "data.packing",
-        "output": "output.path",
-        "overwrite": "output.overwrite",
-        "checkpoint_every": "output.checkpoint_every",
-        "resume": "output.resume",
-        "tensorboard": "output.tensorboard",
-        "save_dtype": "output.save_dtype",
-    }
-)
+_PLACES: Mapping[str, str] = {
+    "max_model_len": "model.max_model_len",  # beside ModelConfig's fields
+    "data": "data.train",
+    "evaluation_data": "data.evaluation",
+    "evaluation_share": "data.evaluation_share",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "output": "output.path",
+    "overwrite": "output.overwrite",
+    "checkpoint_every": "output.checkpoint_every",
+    "resume": "output.resume",
+    "tensorboard": "output.tensorboard",
+    "save_dtype": "output.save_dtype",
+}
 
 
 def place_of(field: str) -> tuple[str, str]:

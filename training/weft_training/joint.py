@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
@@ -43,21 +42,18 @@ ReportOf = Callable[[int, Step], None]
 # cores). A share that would be padded by more than that gets a pass of its own.
 _PASS_TOKENS = 350
 
-
 # Options that only a single run supports, each with the value that turns it off.
-_ALONE: Mapping[str, Any] = MappingProxyType(
-    {
-        "accumulation_steps": 1,
-        "autocast": False,
-        "gradient_checkpointing": False,
-        "evaluation_data": (),
-        "evaluation_share": 0.0,
-        "packing": False,
-        "distillation": None,
-        "checkpoint_every": 0,
-        "tensorboard": None,
-    }
-)
+_ALONE: Mapping[str, Any] = {
+    "accumulation_steps": 1,
+    "autocast": False,
+    "gradient_checkpointing": False,
+    "evaluation_data": (),
+    "evaluation_share": 0.0,
+    "packing": False,
+    "distillation": None,
+    "checkpoint_every": 0,
+    "tensorboard": None,
+}
 
 
 def train_many(

@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, get_origin
 
 import yaml
@@ -34,17 +33,15 @@ from weft_training.publish import PublishConfig
 from weft_training.trained import CONFIGS
 
 # Option names from before there were recipes, and abbreviations.
-_ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "base": "model.path",
-        "data": "data.train",
-        "output": "output.path",
-        "steps": "optimization.num_steps",
-        "lr": "optimization.learning_rate",
-        "warmup_steps": "optimization.num_warmup_steps",
-        "teacher": "distillation.teacher",
-    }
-)
+_ALIASES: Mapping[str, str] = {
+    "base": "model.path",
+    "data": "data.train",
+    "output": "output.path",
+    "steps": "optimization.num_steps",
+    "lr": "optimization.learning_rate",
+    "warmup_steps": "optimization.num_warmup_steps",
+    "teacher": "distillation.teacher",
+}
 _REQUIRED = ("model.path", "data.train", "output.path")
 _SECTIONS = ("model", "adapter", "data", "optimization", "distillation", "output")
 

@@ -40,8 +40,7 @@ def add(
     adapter_id: AdapterId,
     path: Annotated[Path | None, typer.Argument(metavar="PATH", help="Local PEFT directory to upload.")] = None,
     source: Annotated[
-        str | None,
-        typer.Option(metavar="REL", help="Directory on the server, relative to its store, instead of PATH."),
+        str | None, typer.Option(metavar="REL", help="Directory on the server, relative to its store, instead of PATH.")
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the content of an id that is taken.")] = False,
     expected_digest: Annotated[

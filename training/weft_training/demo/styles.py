@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -39,9 +38,7 @@ _MARKER = "compositions"
 _NUM_THREADS = 1
 _NUM_EXAMPLES_PER_TASK = 1500
 
-STYLES: Mapping[str, Callable[[str], str]] = MappingProxyType(
-    {"capitals": str.upper, "exclaim": lambda answer: f"{answer}!"}
-)
+STYLES: Mapping[str, Callable[[str], str]] = {"capitals": str.upper, "exclaim": lambda answer: f"{answer}!"}
 # Tasks that the base solves with a tag; `upper` would leave nothing to learn for one of the styles.
 _TAUGHT = ("reverse", "double", "sort", "rotate", "devowel", "stars", "caesar")
 

@@ -10,6 +10,7 @@ task.
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ MONTHS = (
 FIELDS = ("name", "age", "city", "job", "team", "pet")
 
 LETTERS_MIN, LETTERS_MAX = 3, 8
-_DRAWS_PER_EXAMPLE_MAX = 1_000
 
 
 class Split(StrEnum):
@@ -94,17 +94,18 @@ def examples(task: Task, count: int, seed: int, split: Split | str) -> list[Exam
     The task does not affect the seed: tasks with one distribution get the same inputs, so that their adapters can be
     compared prompt by prompt.
     """
-    found: dict[str, Example] = {}
     rng = random.Random(f"{split}/{seed}")  # noqa: S311  reproducible, not secret
-    drawn = stream(task, rng, split)
-    for _ in range(count * _DRAWS_PER_EXAMPLE_MAX):
-        if len(found) == count:
-            break
-        example = next(drawn)
+    return distinct(stream(task, rng, split), count, task.name, split, draws_max=count * 1_000)
+
+
+def distinct(drawn: Iterator[Example], count: int, task: str, split: Split | str, *, draws_max: int) -> list[Example]:
+    """Return the first `count` examples with distinct inputs. Raises ValueError if too few are in `draws_max` draws."""
+    found: dict[str, Example] = {}
+    for example in itertools.islice(drawn, draws_max):
         found.setdefault(example.input, example)
-    if len(found) < count:
-        raise ValueError(f"task {task.name!r} has only about {len(found)} inputs in split {split}, asked for {count}")
-    return list(found.values())
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(f"task {task!r} has only about {len(found)} inputs in split {split}, asked for {count}")
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------

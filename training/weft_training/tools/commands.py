@@ -45,8 +45,7 @@ Strategy = Literal["exact", "svd", "ties", "dare_ties", "dare_linear", "magnitud
 @app.command()
 def merge(
     parts: Annotated[
-        list[str],
-        typer.Argument(metavar="DIR[=WEIGHT]...", help="LoRA directories and their weights; 1 by default."),
+        list[str], typer.Argument(metavar="DIR[=WEIGHT]...", help="LoRA directories and their weights; 1 by default.")
     ],
     output: Output,
     base: BasePath,

@@ -7,7 +7,6 @@ small and written in bfloat16, so that a repository can hold them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -52,12 +51,10 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        task.name: Recipe(task=task, adapter=_LORA, learning_rate=learning_rate, num_steps=num_steps, batch_size=8)
-        for task, learning_rate, num_steps in ((MAILS, 1e-3, 80), (TICKETS, 1e-3, 80), (FIGURES, 3e-3, 160))
-    }
-)
+RECIPES: Mapping[str, Recipe] = {
+    task.name: Recipe(task=task, adapter=_LORA, learning_rate=learning_rate, num_steps=num_steps, batch_size=8)
+    for task, learning_rate, num_steps in ((MAILS, 1e-3, 80), (TICKETS, 1e-3, 80), (FIGURES, 3e-3, 160))
+}
 
 # Trained during the live demo.
 LIVE = Recipe(task=CONTACTS, adapter=_LORA, learning_rate=3e-3, num_steps=32, batch_size=4)

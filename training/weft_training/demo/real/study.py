@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -48,14 +47,12 @@ _NUM_STEPS = 100
 _recipe = partial(Recipe, task=MAILS, num_steps=_NUM_STEPS, batch_size=4)
 
 # The recipe of each method; its task is replaced.
-METHODS: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "lora": _recipe(adapter=LoraConfig(rank=8, alpha=16.0), learning_rate=4e-3),
-        "bottleneck": _recipe(adapter=BottleneckConfig(size=16), learning_rate=4e-3),
-        "ia3": _recipe(adapter=USUAL["ia3"], learning_rate=6e-2),
-        "prefix": _recipe(adapter=PrefixConfig(num_virtual_tokens=16), learning_rate=1e-1),
-    }
-)
+METHODS: Mapping[str, Recipe] = {
+    "lora": _recipe(adapter=LoraConfig(rank=8, alpha=16.0), learning_rate=4e-3),
+    "bottleneck": _recipe(adapter=BottleneckConfig(size=16), learning_rate=4e-3),
+    "ia3": _recipe(adapter=USUAL["ia3"], learning_rate=6e-2),
+    "prefix": _recipe(adapter=PrefixConfig(num_virtual_tokens=16), learning_rate=1e-1),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
