@@ -85,4 +85,4 @@ def test_a_missing_trainer_is_told(weft: Weft, monkeypatch: pytest.MonkeyPatch, 
     result = weft(command, "--help")
     assert result.exit_code == 1
     assert "weft_training" in result.stderr.splitlines()[0]
-    assert result.stderr.splitlines()[1] == "the train extra has it: pip install 'weft-serve[train]'"
+    assert result.stderr.splitlines()[1] == "install the train extra: pip install 'weft-serve[train]'"

@@ -20,7 +20,7 @@ from weft.model import loader, rope
 from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES, FilePair
 from weft_training import base as bases
 from weft_training import recipe
-from weft_training.sections import recipe_of
+from weft_training.config import recipe_of
 
 _SHORT, _LONG = "longrope: short factors", "longrope: long factors"
 

@@ -24,7 +24,8 @@ from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.data import Example, collate
 from weft_training.recipe import load, options
-from weft_training.trainer import TrainResult, prepare, train
+from weft_training.run import TrainResult
+from weft_training.trainer import prepare, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

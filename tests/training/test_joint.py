@@ -23,7 +23,7 @@ from weft.methods.prefix.math import PrefixConfig
 from weft.methods.protocol import Adapter, BaseShape, MethodConfig
 from weft.model import loader
 from weft.model.loader import Base
-from weft_training import adapter, base, joint_command, joint_model
+from weft_training import adapter, base, command, joint_model
 from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
 from weft_training.data import Example, InvalidData, Row, collate
@@ -372,7 +372,7 @@ def recipes(exact: ModelConfig, directory: Path, *methods: str) -> list[str]:
 
 
 def test_the_command_trains_a_recipe_each(exact: ModelConfig, tmp_path: Path) -> None:
-    result = CliRunner().invoke(joint_command.app, recipes(exact, tmp_path, "lora", "ia3", "prefix"))
+    result = CliRunner().invoke(command.many, recipes(exact, tmp_path, "lora", "ia3", "prefix"))
     assert result.exit_code == 0, result.output
     shape = base.load(exact).shape
     for method in ("lora", "ia3", "prefix"):
@@ -400,7 +400,7 @@ def test_the_command_says_what_is_wrong(exact: ModelConfig, tmp_path: Path, old:
     text = Path(paths[1]).read_text()
     assert old in text
     Path(paths[1]).write_text(text.replace(old, new, 1))
-    result = CliRunner().invoke(joint_command.app, paths)
+    result = CliRunner().invoke(command.many, paths)
     assert result.exit_code == 1
     assert re.search(message, " ".join(result.stderr.split())), result.stderr
     assert not (tmp_path / "out").exists()

@@ -13,9 +13,8 @@ from weft.methods.lora.math import LoraConfig
 from weft.settings import InvalidSettings
 from weft_training import command
 from weft_training.adapter import USUAL
-from weft_training.config import Schedule
+from weft_training.config import Schedule, recipe_of
 from weft_training.recipe import Given, Recipe, load, options
-from weft_training.sections import recipe_of
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 WHOLE = """\
@@ -148,7 +147,7 @@ def test_what_is_wrong_is_named_by_file_line_and_key(tmp_path: Path, old: str, n
         ("--optimisation.seed 1", "--optimisation.seed: no such section; did you mean optimization?"),
         ("--path x", "--path: is in several sections; give --model.path or --output.path"),
         ("--init-std 1", "--init-std: the method lora has none"),
-        ("--frobnicate 1", "--frobnicate: no such key; --list-keys tells all"),
+        ("--frobnicate 1", "--frobnicate: no such key; --list-keys lists all"),
         ("--alpha nan", "--alpha: adapter.alpha: must be a finite number, given 'nan'"),
         ("--rank", "--rank: adapter.rank: must be a whole number, given 'true'"),
         ("--output=", "--output: output.path: must be a path, given ''"),

@@ -22,7 +22,8 @@ from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.history import Diverged
 from weft_training.progress import Step
-from weft_training.trainer import TrainResult, train
+from weft_training.run import TrainResult
+from weft_training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

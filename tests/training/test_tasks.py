@@ -107,7 +107,7 @@ def test_held_out_tasks_have_no_pretraining_split() -> None:
 
 
 def test_more_examples_than_inputs_are_refused() -> None:
-    coin = Task(name="coin", description="", function=str.upper, sample=lambda rng: rng.choice("abcdefgh"))
+    coin = Task(name="coin", function=str.upper, sample=lambda rng: rng.choice("abcdefgh"))
     with pytest.raises(ValueError, match=r"'coin' has only about . inputs in split train, asked for 9"):
         examples(coin, 9, 0, Split.TRAIN)
 

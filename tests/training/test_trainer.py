@@ -31,8 +31,9 @@ from weft_training.adapter import USUAL, AdaptedModel
 from weft_training.config import Optimizer, SaveDtype, TrainConfig
 from weft_training.data import Example, InvalidData, collate, encode
 from weft_training.progress import Step
+from weft_training.run import TrainResult
 from weft_training.trained import CONFIGS
-from weft_training.trainer import TrainResult, make_loop, prepare, train
+from weft_training.trainer import make_loop, prepare, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,7 +169,7 @@ def test_moments_are_held_in_8_bits_and_take_what_the_plan_says(tiny_base: Path,
         batch_size=8,
     )
     prepared = prepare(config, examples=EXAMPLES)
-    loop = make_loop(config, prepared.model, prepared.rows, tmp_path)
+    loop = make_loop(config, prepared, tmp_path)
     loop.resume(None)
     held: Any = loop.optimizer
     states = list(held.state.values())

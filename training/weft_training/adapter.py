@@ -20,7 +20,6 @@ from weft.methods.inject import Driver
 from weft.methods.protocol import Adapter, BaseShape, Drop, Method, MethodConfig, SoftRows, VirtualKV
 from weft.model.loader import Base
 from weft_training import activation, prompt_init, reparameterization
-from weft_training.reparameterization import Reparameterization
 
 # Default training config of each method, by name.
 USUAL: Mapping[str, MethodConfig] = MappingProxyType({name: method.usual for name, method in METHODS.items()})
@@ -98,14 +97,14 @@ class AdaptedModel(nn.Module):
     positions. The base is no submodule, so no optimizer, state_dict, `train()` or `to()` reaches it.
     """
 
-    def __init__(self, base: Base, adapter: Adapter, reparameterized: Reparameterization | None = None) -> None:
+    def __init__(self, base: Base, adapter: Adapter, reparameterized: nn.Module | None = None) -> None:
         super().__init__()
         self.base = base
         self.reparameterized = reparameterized
         if reparameterized is None:
             adapter = map_tensors(adapter, lambda t: nn.Parameter(t.to(base.device, torch.float32, copy=True)))
         else:
-            cast(nn.Module, reparameterized).to(base.device)
+            reparameterized.to(base.device)
         # The optimizer updates the parameters in place, so this and the driver always hold the newest values.
         self._adapter = adapter
         self.tensors = nn.ParameterList([] if reparameterized is not None else adapter.tensors())
@@ -193,10 +192,7 @@ class AdaptedModel(nn.Module):
         try:
             with self.base.context.use(self.driver):
                 whole = self.base.model.generate(
-                    ids,
-                    attention_mask=self._extend(attention_mask),
-                    past_key_values=past,
-                    **options,
+                    ids, attention_mask=self._extend(attention_mask), past_key_values=past, **options
                 )
         finally:
             self.train(was_training)

@@ -79,7 +79,7 @@ def compare(base: Base, methods: Sequence[str] = (), *, num_tokens: int = 32, re
         compared.append(
             Compared(
                 method=name,
-                config=_told(adapter.config),
+                config=_described(adapter.config),
                 count=count,
                 num_parameters=adapter.num_parameters,
                 ratio=total / adapter.num_parameters,
@@ -94,7 +94,7 @@ def _initial(base: Base, method: str) -> Adapter:
     return adapters.initial(adapters.usual(method, base.shape), base.shape, torch.Generator().manual_seed(0))
 
 
-def _told(config: object) -> str:
+def _described(config: object) -> str:
     """Format the config's numbers and modules, without empty values and switches that are off."""
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__}  # pyright: ignore
     return ", ".join(

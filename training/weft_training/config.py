@@ -1,14 +1,16 @@
-"""Configuration of one training run."""
+"""Configuration of one training run, and its layout in a recipe."""
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, SkipValidation
 from pydantic.dataclasses import dataclass
+from pydantic_core import to_jsonable_python
 
 from weft.config import CHECKS, Count, ModelConfig, Number, Positive, TypedPath
 from weft_training.distillation import DistillationConfig
-from weft_training.trained import TrainedConfig
+from weft_training.trained import TrainedConfig, name_of
 
 
 class Optimizer(StrEnum):
@@ -37,7 +39,7 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, config={**CHECKS, "arbitrary_types_allowed": True})
 class TrainConfig:
-    """Configuration of one training run; recipes have its fields in sections (weft_training/sections.py)."""
+    """Configuration of one training run; recipes have its fields in sections."""
 
     model: ModelConfig
     adapter: SkipValidation[TrainedConfig] = Field(description="The method's config, whose type determines the method.")
@@ -131,3 +133,45 @@ def optimizer_on(device_type: str, config: TrainConfig) -> Optimizer:
     if config.optimizer == Optimizer.PAGED_ADAMW_8BIT and device_type != "cuda":
         return Optimizer.ADAMW_8BIT
     return config.optimizer
+
+
+# The fields of TrainConfig that are sections of their own, and the places of the others. A field without a place here
+# is in `optimization`, under its own name.
+SECTIONS = ("model", "adapter", "distillation")
+_PLACES: Mapping[str, str] = {
+    "max_model_len": "model.max_model_len",  # beside ModelConfig's fields
+    "data": "data.train",
+    "evaluation_data": "data.evaluation",
+    "evaluation_share": "data.evaluation_share",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "output": "output.path",
+    "overwrite": "output.overwrite",
+    "checkpoint_every": "output.checkpoint_every",
+    "resume": "output.resume",
+    "tensorboard": "output.tensorboard",
+    "save_dtype": "output.save_dtype",
+}
+
+
+def place_of(field: str) -> tuple[str, str]:
+    """Return section and key of a field of TrainConfig that is no section itself."""
+    section, _, name = _PLACES.get(field, f"optimization.{field}").partition(".")
+    return section, name
+
+
+def recipe_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the sections of a run's config, for YAML."""
+    values = to_jsonable_python(config)
+    model, adapter, distillation = (values.pop(section) for section in SECTIONS)
+    recipe: dict[str, Any] = {
+        "model": model,
+        "adapter": {"method": name_of(config.adapter), **adapter},
+        "data": {},
+        "optimization": {},
+        "output": {},
+    }
+    for field, value in values.items():
+        section, name = place_of(field)
+        recipe[section][name] = value
+    return recipe if distillation is None else recipe | {"distillation": distillation}

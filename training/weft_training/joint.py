@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
@@ -34,7 +33,8 @@ from weft_training.history import require_finite
 from weft_training.joint_model import Share
 from weft_training.mixture import MixtureTrainConfig
 from weft_training.progress import Step
-from weft_training.trainer import Examples, Prepared, TrainResult
+from weft_training.run import Prepared, TrainResult
+from weft_training.trainer import Examples
 
 ReportOf = Callable[[int, Step], None]
 
@@ -42,21 +42,18 @@ ReportOf = Callable[[int, Step], None]
 # cores). A share that would be padded by more than that gets a pass of its own.
 _PASS_TOKENS = 350
 
-
 # Options that only a single run supports, each with the value that turns it off.
-_ALONE: Mapping[str, Any] = MappingProxyType(
-    {
-        "accumulation_steps": 1,
-        "autocast": False,
-        "gradient_checkpointing": False,
-        "evaluation_data": (),
-        "evaluation_share": 0.0,
-        "packing": False,
-        "distillation": None,
-        "checkpoint_every": 0,
-        "tensorboard": None,
-    }
-)
+_ALONE: Mapping[str, Any] = {
+    "accumulation_steps": 1,
+    "autocast": False,
+    "gradient_checkpointing": False,
+    "evaluation_data": (),
+    "evaluation_share": 0.0,
+    "packing": False,
+    "distillation": None,
+    "checkpoint_every": 0,
+    "tensorboard": None,
+}
 
 
 def train_many(
@@ -82,7 +79,10 @@ def train_many(
     _check(configs, examples)
     model_config = configs[0].model
     given = [None] * len(configs) if examples is None else examples
-    read = [_read(config, own) for config, own in zip(configs, given, strict=True)]
+    read: list[Examples] = []
+    for config, own in zip(configs, given, strict=True):
+        with _named(config):
+            read.append(trainer.read_data(config, own)[0])
     if model_config.num_threads:
         torch.set_num_threads(model_config.num_threads)
     base = bases.load(model_config, max_model_len=configs[0].max_model_len)
@@ -109,8 +109,7 @@ class _Run(NamedTuple):
     config: TrainConfig
     prepared: Prepared
     batches: "Iterator[tuple[dict[str, Tensor], Any]]"
-    optimizer: torch.optim.Optimizer
-    schedule: Any
+    loop: Any  # transformers' Trainer, whose optimizer and schedule are typed as optional
     scratch: Path
     losses: list[float]
 
@@ -151,12 +150,6 @@ def _check(configs: Sequence[TrainConfig], examples: Sequence[Examples] | None) 
             output.require_free(config.output, overwrite=config.overwrite)
 
 
-def _read(config: TrainConfig, given: Examples | None) -> Examples:
-    with _named(config):
-        learned, _ = trainer.read_data(config, given)
-        return learned
-
-
 @contextmanager
 def _named(config: TrainConfig) -> Iterator[None]:
     """Add a note to errors raised inside that names the adapter at fault."""
@@ -174,11 +167,10 @@ def _start(stack: ExitStack, base: Base, place: int, config: TrainConfig, exampl
         prefix = f".{config.output.name}."
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=config.output.parent)))
         output.rehearse(prepared.model.made, scratch / "try", base.shape)
-        loop = trainer.make_loop(config, prepared.model, prepared.rows, scratch / "trainer")
+        loop = trainer.make_loop(config, prepared, scratch / "trainer")
         loader = loop.get_train_dataloader()  # first: it takes its seed from the one that the loop has just set
-        optimizer = loop.create_optimizer()
-        schedule = loop.create_scheduler(config.num_steps, optimizer)
-        return _Run(place, config, prepared, _batches(loop, loader), optimizer, schedule, scratch, [])
+        loop.create_optimizer_and_scheduler(config.num_steps)
+        return _Run(place, config, prepared, _batches(loop, loader), loop, scratch, [])
 
 
 def _batches(loop: Trainer, loader: Any) -> "Iterator[tuple[dict[str, Tensor], Any]]":
@@ -203,9 +195,9 @@ def _step(base: Base, runs: Sequence[_Run], pass_tokens_max: int) -> list[float]
         found.update(zip(members, (loss.item() for loss in own), strict=True))
     for run in runs:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_norm_max)
-        run.optimizer.step()
-        run.schedule.step()
-        run.optimizer.zero_grad()
+        run.loop.optimizer.step()
+        run.loop.lr_scheduler.step()
+        run.loop.optimizer.zero_grad()
     return [found[i] for i in range(len(shares))]
 
 
@@ -227,17 +219,9 @@ def buckets(shares: Sequence[Share], pass_tokens_max: int) -> list[list[int]]:
 
 
 def _finish(run: _Run, base: Base, seconds: float) -> TrainResult:
-    adapter = run.model.adapter
-    result = TrainResult(
-        output=run.config.output,
-        losses=tuple(run.losses),
-        seconds=seconds,
-        num_parameters=adapter.num_parameters,
-        evaluations={},
-        best_step=0,
-    )
+    result = trainer.result_of(run.config, run.model, [{"loss": loss} for loss in run.losses], seconds)
     made = run.scratch / "result"
-    output.write(output.rounded(adapter, run.config.save_dtype), made, base.shape)
-    card.write(trainer.facts_of(run.config, run.prepared, result), made)
+    output.write(output.rounded(run.model.made, run.config.save_dtype), made, base.shape)
+    card.write(run.config, run.prepared, result, made)
     output.replace_output(run.config.output, made)
     return result

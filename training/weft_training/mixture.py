@@ -6,6 +6,7 @@ The gates and the driver are those of serving. This module decides which rows th
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -63,16 +64,8 @@ class MixtureTrainConfig:
         """Return the config of the mixture itself. Raises ValueError for settings that no mixture can have."""
         if not self.experts:
             raise ValueError("experts must name at least 1 directory, given none")
-        return MixtureConfig(
-            num_experts=len(self.experts),
-            top_k=self.top_k,
-            temperature=self.temperature,
-            level=self.level,
-            normalize=self.normalize,
-            shared=self.shared,
-            null_expert=self.null_expert,
-            rms_norm=self.rms_norm,
-        )
+        same = {field.name for field in fields(MixtureConfig)} & {field.name for field in fields(self)}
+        return MixtureConfig(num_experts=len(self.experts), **{name: getattr(self, name) for name in same})
 
 
 class TrainedMixture(NamedTuple):

@@ -1,6 +1,7 @@
 """Output directory of a run: written beside its place, read back as a server would, and renamed into place."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixtures
 from weft.methods.mixture import Expert, Mixture, MixtureParams
 from weft.methods.protocol import Adapter, BaseShape
+from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES
 from weft_training import adapter as adapters
 from weft_training import card
 from weft_training.config import SaveDtype
@@ -23,17 +25,7 @@ from weft_training.mixture import TrainedMixture
 
 EXPERTS = "experts"  # directory of the experts that were trained with their router
 
-_OUR_FILES = frozenset(
-    {
-        directory.CONFIG_FILE,
-        directory.WEIGHTS_FILE,
-        mixtures.CONFIG_FILE,
-        mixtures.WEIGHTS_FILE,
-        EXPERTS,
-        card.CARD_FILE,
-        card.CURVE_FILE,
-    }
-)
+_OUR_FILES = frozenset({*PEFT_FILES, *MIXTURE_FILES, EXPERTS, card.CARD_FILE, card.CURVE_FILE})
 
 
 def require_free(output: Path, *, overwrite: bool) -> None:
@@ -48,28 +40,22 @@ def require_free(output: Path, *, overwrite: bool) -> None:
 
 def rehearse(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:
     """Write as after training, so that hours of it cannot end in a directory that cannot be written or served."""
-    if isinstance(made, Adapter):
-        write(adapters.map_tensors(made, _half), path, shape)
-    else:
-        # Leave the experts as they are: filled alike, two of one method would be the same adapter.
-        params = MixtureParams(_half(made.params.weight))
-        write(made._replace(params=params), path, shape)
-
-
-def _half(tensor: Tensor) -> Tensor:
-    return torch.full_like(tensor, 0.5)
+    # The experts stay as they are: filled alike, two of one method would be the same adapter.
+    write(_mapped(made, lambda tensor: torch.full_like(tensor, 0.5), with_experts=False), path, shape)
 
 
 def rounded(made: Adapter | TrainedMixture, dtype: SaveDtype) -> Adapter | TrainedMixture:
     """Return what was made, rounded to the dtype in which it is written."""
+    return _mapped(made, lambda tensor: tensor.detach().to(getattr(torch, dtype.value)), with_experts=True)
 
-    def round_to(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(getattr(torch, dtype.value))
 
+def _mapped(
+    made: Adapter | TrainedMixture, function: Callable[[Tensor], Tensor], *, with_experts: bool
+) -> Adapter | TrainedMixture:
     if isinstance(made, Adapter):
-        return adapters.map_tensors(made, round_to)
-    own = [one.mapped(round_to) for one in made.experts] if made.writes_experts else made.experts
-    return made._replace(params=MixtureParams(round_to(made.params.weight)), experts=own)
+        return adapters.map_tensors(made, function)
+    own = [one.mapped(function) for one in made.experts] if with_experts and made.writes_experts else made.experts
+    return made._replace(params=MixtureParams(function(made.params.weight)), experts=own)
 
 
 def write(made: Adapter | TrainedMixture, path: Path, shape: BaseShape) -> None:

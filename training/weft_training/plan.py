@@ -13,8 +13,8 @@ from weft_training.base import num_parameters
 from weft_training.config import Optimizer, TrainConfig, optimizer_on
 from weft_training.data import Row
 from weft_training.recompute import recomputing
+from weft_training.run import Prepared
 from weft_training.trained import TrainedModel
-from weft_training.trainer import Prepared
 
 _FLOAT32 = 4
 # bitsandbytes' 8-bit AdamW: smaller tensors keep their moments in float32, larger ones need a scale for each block.

@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, get_origin
 
 import yaml
@@ -27,24 +26,22 @@ from pydantic.fields import FieldInfo
 
 from weft.config import ModelConfig
 from weft.settings import InvalidSettings, build, fields_of, nearest, split
-from weft_training import sections, shipped
-from weft_training.config import TrainConfig
+from weft_training import shipped
+from weft_training.config import SECTIONS, TrainConfig, place_of
 from weft_training.distillation import DistillationConfig
 from weft_training.publish import PublishConfig
 from weft_training.trained import CONFIGS
 
 # Option names from before there were recipes, and abbreviations.
-_ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "base": "model.path",
-        "data": "data.train",
-        "output": "output.path",
-        "steps": "optimization.num_steps",
-        "lr": "optimization.learning_rate",
-        "warmup_steps": "optimization.num_warmup_steps",
-        "teacher": "distillation.teacher",
-    }
-)
+_ALIASES: Mapping[str, str] = {
+    "base": "model.path",
+    "data": "data.train",
+    "output": "output.path",
+    "steps": "optimization.num_steps",
+    "lr": "optimization.learning_rate",
+    "warmup_steps": "optimization.num_warmup_steps",
+    "teacher": "distillation.teacher",
+}
 _REQUIRED = ("model.path", "data.train", "output.path")
 _SECTIONS = ("model", "adapter", "data", "optimization", "distillation", "output")
 
@@ -102,8 +99,8 @@ def keys(method: str) -> dict[str, dict[str, FieldInfo]]:
             annotation=info.annotation, default=getattr(usual, name), description=info.description
         )
     for field, info in fields_of(TrainConfig).items():
-        if field not in sections.OWN:
-            section, name = sections.place(field)
+        if field not in SECTIONS:
+            section, name = place_of(field)
             known[section][name] = info
     known["distillation"] |= fields_of(DistillationConfig)
     known["output"] |= fields_of(PublishConfig)
@@ -221,7 +218,7 @@ def _unknown(name: str, method: str, known: Mapping[str, Mapping[str, FieldInfo]
     if section in ("", "adapter") and any(key in fields_of(type(usual)) for usual in CONFIGS.values()):
         return f"the method {method} has none; its keys are {', '.join(known['adapter'])}"
     near = nearest(key, known[section] if section else {*_ALIASES}.union(*known.values()))
-    return f"no such key{near or '; --list-keys tells all'}"
+    return f"no such key{near or '; --list-keys lists all'}"
 
 
 def _build(given: Mapping[Key, Given], method: str, known: Mapping[str, Mapping[str, FieldInfo]]) -> Recipe:
@@ -237,15 +234,15 @@ def _build(given: Mapping[Key, Given], method: str, known: Mapping[str, Mapping[
         return f"{origin}: {'.'.join(map(str, (section, name, *rest)))}:"
 
     def spelled_field(field: str, *rest: Any) -> str:
-        return spelled(field, *rest) if field in sections.OWN else spelled(*sections.place(field), *rest)
+        return spelled(field, *rest) if field in SECTIONS else spelled(*place_of(field), *rest)
 
     usual = CONFIGS[method]
     del values["adapter"]["method"]
     adapter = build(type(usual), dataclasses.asdict(usual) | values["adapter"], partial(spelled, "adapter"))
     published = {name: values["output"].pop(name) for name in fields_of(PublishConfig) if name in values["output"]}
     fields: dict[str, Any] = {"adapter": adapter, "distillation": values["distillation"] or None}
-    for field in fields_of(TrainConfig).keys() - {*sections.OWN}:
-        section, name = sections.place(field)
+    for field in fields_of(TrainConfig).keys() - {*SECTIONS}:
+        section, name = place_of(field)
         if name in values[section]:
             fields[field] = values[section].pop(name)
     train = build(TrainConfig, fields | {"model": values["model"]}, spelled_field)

@@ -10,8 +10,6 @@ Every W has a bias, R starts standard normal, and widths default to PEFT's. The 
 module itself is dropped.
 """
 
-from typing import NamedTuple, Protocol
-
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +17,6 @@ from weft.methods.prefix.math import PrefixConfig, PrefixParams
 from weft.methods.prompt.math import PromptParams
 from weft.methods.protocol import BaseShape
 from weft.methods.ptuning.math import Encoder, PtuningConfig
-
-
-class Reparameterization(Protocol):
-    """A module without inputs that computes a method's virtual parameters, differentiable in its own parameters."""
-
-    def __call__(self) -> NamedTuple: ...
 
 
 class PrefixMlp(nn.Module):
@@ -74,8 +66,8 @@ class PromptEncoder(nn.Module):
         return PromptParams(self.mlp(read))
 
 
-def begin(config: object, base: BaseShape, generator: torch.Generator) -> Reparameterization | None:
-    """Return the untrained module that a method's config asks for, or None if the parameters themselves are trained."""
+def begin(config: object, base: BaseShape, generator: torch.Generator) -> nn.Module | None:
+    """Return the untrained module that a method's config needs, or None if the parameters themselves are trained."""
     # torch's modules draw from the global generator, so seed it from ours for that time.
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))

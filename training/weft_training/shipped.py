@@ -7,14 +7,9 @@ install of it, has them in the repository itself.
 from importlib.resources import files
 from pathlib import Path
 
-
-def _root(package: Path) -> Path:
-    """Return the directory whose models/, adapters_store/ and training/ go with the code in `package`."""
-    carried = package / "files"
-    return carried if carried.is_dir() else package.parents[1]
-
-
-ROOT = _root(Path(str(files("weft_training"))).resolve())
+_PACKAGE = Path(str(files("weft_training"))).resolve()
+# The directory whose models/, adapters_store/ and training/ go with this code.
+ROOT = _PACKAGE / "files" if (_PACKAGE / "files").is_dir() else _PACKAGE.parents[1]
 BASE = ROOT / "models" / "weft-demo"
 ADAPTERS = ROOT / "adapters_store" / "demo"
 REAL = ROOT / "adapters_store" / "real"

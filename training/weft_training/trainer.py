@@ -12,80 +12,42 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import weft.methods.bnb  # first: later imports load bitsandbytes if peft is installed
-
 import torch
-import transformers
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-import weft
 from weft.model.loader import Base
 from weft_training import activation, card, checkpoint, data, packing, trained
 from weft_training import base as bases
 from weft_training.checkpoint import Best, CheckpointingTrainer
 from weft_training.config import Optimizer, Schedule, TrainConfig, optimizer_on
-from weft_training.data import Conversation, Example, Row
+from weft_training.data import Conversation, Example
 from weft_training.distillation import DistilledModel, load_teacher
 from weft_training.history import Curves, Recorder
 from weft_training.mixture import MixtureModel
 from weft_training.output import rehearse, replace_output, require_free, rounded, write
 from weft_training.progress import Report
 from weft_training.recompute import recomputing
-from weft_training.sections import recipe_of
+from weft_training.run import Prepared, TrainResult
 from weft_training.trained import TrainedModel
 
 _log = logging.getLogger(__name__)
 
 Examples = Sequence[Example | Conversation]
 
-_OPTIMIZERS = {
-    Optimizer.ADAMW: "adamw_torch",
-    Optimizer.ADAMW_8BIT: "adamw_8bit",
-    Optimizer.PAGED_ADAMW_8BIT: "paged_adamw_8bit",
-}
-_SCHEDULERS = {
-    Schedule.COSINE: "cosine",
-    Schedule.LINEAR: "linear",
-    Schedule.CONSTANT: "constant_with_warmup",
-}
+# transformers' names, if they differ from ours.
+_NAMES = {Optimizer.ADAMW: "adamw_torch", Schedule.CONSTANT: "constant_with_warmup"}
 _MIXTURE_LACKS = {
-    "packing": "whose router may read a row's prompt",
-    "gradient_checkpointing": "whose gates are not computed again",
+    "packing": "a mixture, whose router may read a row's prompt",
+    "gradient_checkpointing": "a mixture, whose gates are not computed again",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """Results of a run. losses: one per step, before that step's update. seconds: of the loop, without loading.
-
-    evaluations: evaluation losses by step, means over batches.
-    best_step: the step whose adapter is kept; 0 if nothing was evaluated, which keeps the last one.
-    optimizer: the one that ran.
-    """
-
-    output: Path
-    losses: tuple[float, ...]
-    seconds: float
-    num_parameters: int
-    evaluations: dict[int, float] = field(default_factory=dict)
-    best_step: int = 0
-    optimizer: Optimizer = Optimizer.ADAMW
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A run before its first step: the base with an untrained adapter, and the rows."""
-
-    model: TrainedModel
-    rows: Sequence[Row]
-    evaluation: Sequence[Row]
-    max_length: int  # tokens per row
-    run: str  # digest of all that decides the result
+_VIRTUAL_LACKS = {
+    "packing": "would have to be in every packed example",
+    "gradient_checkpointing": "come through the cache",
+}
 
 
 def prepare(config: TrainConfig, *, examples: Examples | None = None) -> Prepared:
@@ -133,15 +95,12 @@ def _require_fit(config: TrainConfig, model: TrainedModel) -> None:
             f"batch_size must be a multiple of accumulation_steps times processes "
             f"({config.accumulation_steps} × {_world_size()}), given {config.batch_size}"
         )
+    lacks = _MIXTURE_LACKS if isinstance(model, MixtureModel) else {}
     if model.num_virtual_tokens:
-        for knob in ("packing", "gradient_checkpointing"):
-            if getattr(config, knob):
-                reason = "would have to be in every packed example" if knob == "packing" else "come through the cache"
-                raise ValueError(f"{knob} must be false for {model.method}, whose virtual positions {reason}")
-    if isinstance(model, MixtureModel):
-        for knob, reason in _MIXTURE_LACKS.items():
-            if getattr(config, knob):
-                raise ValueError(f"{knob} must be false for a mixture, {reason}")
+        lacks = {knob: f"{model.method}, whose virtual positions {reason}" for knob, reason in _VIRTUAL_LACKS.items()}
+    for knob, reason in lacks.items():
+        if getattr(config, knob):
+            raise ValueError(f"{knob} must be false for {reason}")
     if config.packing and model.invocation_tokens:
         raise ValueError("packing must be false for an adapter with invocation_tokens, one to a row, given true")
     if config.packing:
@@ -166,34 +125,27 @@ def train(config: TrainConfig, *, examples: Examples | None = None, progress: Re
         callbacks: list[TrainerCallback] = [Recorder(progress)]
         if config.tensorboard is not None and _is_first():
             callbacks.append(Curves(config.tensorboard))
-        loop = make_loop(
-            config,
-            model,
-            prepared.rows,
-            checkpoints if config.checkpoint_every else Path(scratch, "trainer"),
-            evaluation=prepared.evaluation,
-            max_length=prepared.max_length,
-            callbacks=callbacks,
-        )
-        loop.run = prepared.run
+        directory = checkpoints if config.checkpoint_every else Path(scratch, "trainer")
+        loop = make_loop(config, prepared, directory, callbacks)
         started = time.perf_counter()
         with recomputing(model) if config.gradient_checkpointing else contextlib.nullcontext():
             loop.resume(last)
-        result = _result_of(config, model, loop.state.log_history, time.perf_counter() - started)
+        result = result_of(config, model, loop.state.log_history, time.perf_counter() - started)
         assert loop.best is not None
         loop.best.apply()
         if _is_first():
             made = Path(scratch, "result")
             write(rounded(model.made, config.save_dtype), made, model.base.shape)
-            card.write(facts_of(config, prepared, result), made)
+            card.write(config, prepared, result, made)
             replace_output(config.output, made)
             checkpoint.discard(checkpoints)
     return result
 
 
-def _result_of(
+def result_of(
     config: TrainConfig, model: TrainedModel, history: Sequence[Mapping[str, float]], seconds: float
 ) -> TrainResult:
+    """Return the results of a run, from the log history of transformers' loop."""
     evaluations = checkpoint.evaluation_losses(history)
     return TrainResult(
         output=config.output,
@@ -203,29 +155,6 @@ def _result_of(
         evaluations=evaluations,
         best_step=min(evaluations, key=lambda step: evaluations[step]) if evaluations else 0,
         optimizer=optimizer_on(model.device.type, config),
-    )
-
-
-def facts_of(config: TrainConfig, prepared: Prepared, result: TrainResult) -> card.Facts:
-    """Return the facts on the model card."""
-    shape = prepared.model.base.shape
-    return card.Facts(
-        name=config.output.name,
-        method=prepared.model.method,
-        num_parameters=result.num_parameters,
-        base_name=shape.name,
-        base_digest=shape.digest,
-        quantization=config.model.quantization,
-        max_model_len=prepared.model.base.max_model_len,
-        rope_factors=shape.rope_factors,
-        recipe=recipe_of(config),
-        data_digest=data.digest(prepared.rows),
-        num_rows=len(prepared.rows),
-        losses=result.losses,
-        evaluations=result.evaluations,
-        best_step=result.best_step,
-        seconds=result.seconds,
-        versions={"weft": weft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
 
 
@@ -245,19 +174,10 @@ def _last_checkpoint(config: TrainConfig, checkpoints: Path, run: str) -> Path |
 
 
 def make_loop(
-    config: TrainConfig,
-    model: TrainedModel,
-    rows: Sequence[Row],
-    directory: Path,
-    *,
-    evaluation: Sequence[Row] = (),
-    max_length: int = 0,
-    callbacks: Sequence[TrainerCallback] = (),
+    config: TrainConfig, prepared: Prepared, directory: Path, callbacks: Sequence[TrainerCallback] = ()
 ) -> CheckpointingTrainer:
-    """Make the loop of one run: its order of rows, optimizer, schedule and clipping. `directory` is for its own files.
-
-    max_length: tokens of a packed row; needed only with `packing`.
-    """
+    """Make the loop of one run: its order of rows, optimizer, schedule and clipping; `directory` takes its files."""
+    model = prepared.model
     base = model.base
     whole: nn.Module = model
     if config.distillation is not None:
@@ -265,19 +185,19 @@ def make_loop(
         if config.packing and getattr(teacher, "num_virtual_tokens", 0):
             raise ValueError("packing must be false for a teacher with virtual positions, given true")
         whole = DistilledModel(model, teacher, config.distillation)
-    groups: Any = functools.partial(packing.pack, max_length=max_length) if config.packing else tuple
+    groups: Any = functools.partial(packing.pack, max_length=prepared.max_length) if config.packing else tuple
     collate = packing.collate if config.packing else data.collate
     pad_token_id = base.tokenizer.pad_token_id
     best = Best(list(model.parameters()), patience=config.patience)
     trainer = CheckpointingTrainer(
         model=whole,
         args=arguments(config, directory, use_cpu=base.device.type == "cpu"),
-        train_dataset=groups(rows),
-        eval_dataset=groups(evaluation) if evaluation else None,
+        train_dataset=groups(prepared.rows),
+        eval_dataset=groups(prepared.evaluation) if prepared.evaluation else None,
         data_collator=functools.partial(collate, pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0),
         callbacks=[*callbacks, best],
     )
-    trainer.best = best
+    trainer.run, trainer.best = prepared.run, best
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -298,9 +218,9 @@ def arguments(config: TrainConfig, directory: Path, *, use_cpu: bool) -> Trainin
         per_device_train_batch_size=per_pass,
         per_device_eval_batch_size=per_pass,
         gradient_accumulation_steps=config.accumulation_steps,
-        optim=_OPTIMIZERS[optimizer],
+        optim=_NAMES.get(optimizer, optimizer.value),
         learning_rate=config.learning_rate,
-        lr_scheduler_type=_SCHEDULERS[config.schedule],
+        lr_scheduler_type=_NAMES.get(config.schedule, config.schedule.value),
         warmup_steps=config.num_warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.gradient_norm_max,

@@ -22,12 +22,16 @@ app.command(name="chat")(chat.command)
 app.command(name="info")(info.command)
 app.command(name="families")(families.command)
 app.command(name="inspect")(inspect.command)
-app.command(name="train", **handover.SETTINGS)(handover.train)
-app.command(name="train-many", **handover.SETTINGS)(handover.train_many)
+for _name, _app, _help in (
+    ("train", "app", "Train an adapter; see `weft train --help`."),
+    ("train-many", "many", "Train many adapters in one pass; see `weft train-many --help`."),
+):
+    _command = handover.to("weft_training.command", _app, f"weft {_name}")
+    app.command(name=_name, help=_help, **handover.SETTINGS)(_command)
 app.command(name="demo", **handover.SETTINGS)(handover.demo)
 
 
-def _tell_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"weft {__version__}")
         raise typer.Exit
@@ -36,7 +40,7 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def _weft(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Take the options that all commands share: only --version."""

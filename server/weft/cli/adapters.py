@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,35 +17,22 @@ if TYPE_CHECKING:
     from weft.v1.adapter_pb2 import Adapter, Expert
 
 app = typer.Typer(
-    help="Register, list, move and remove the adapters of a server.", no_args_is_help=True, rich_markup_mode=None
+    help="Register, list, load and remove the adapters of a server.", no_args_is_help=True, rich_markup_mode=None
 )
 
 for _name, _help in {
-    "convert": "Convert an adapter, such as AdapterHub's bottlenecks, to a form that servers take.",
-    "merge": "Merge LoRAs into one, a PEFT directory that any server takes.",
-    "arrow": "Make an Arrow router of LoRA adapters: their own directions, and no training.",
+    "convert": "Convert an adapter, such as AdapterHub's bottlenecks, to a form that servers accept.",
+    "merge": "Merge LoRAs into one PEFT directory that any server accepts.",
+    "arrow": "Make an Arrow router over LoRA adapters, without training.",
 }.items():
-    app.command(_name, help=_help, **handover.SETTINGS)(handover.tool(_name))
+    _command = handover.to("weft_training.tools.commands", "app", "weft adapters", _name)
+    app.command(_name, help=_help, **handover.SETTINGS)(_command)
 
 AdapterId = Annotated[str, typer.Argument(metavar="ID", help="Id of the adapter.")]
-ExpectedDigest = Annotated[str | None, typer.Option(metavar="G", help="Only if the id is at this digest.")]
+ExpectedDigest = Annotated[str | None, typer.Option(metavar="G", help="Proceed only if the id is at this digest.")]
 
 _COLUMNS = ("id", "method", "state", "residency", "rank/tokens", "size", "in flight", "digest")
 _DIGEST_CHARACTERS = 12
-
-
-class Memory(StrEnum):
-    """Place to which `load` brings an adapter."""
-
-    DEVICE = "device"
-    HOST = "host"
-
-
-class Rest(StrEnum):
-    """Place where `unload` leaves a copy of an adapter."""
-
-    HOST = "host"
-    DISK = "disk"
 
 
 @app.command()
@@ -54,14 +40,14 @@ def add(
     adapter_id: AdapterId,
     path: Annotated[Path | None, typer.Argument(metavar="PATH", help="Local PEFT directory to upload.")] = None,
     source: Annotated[
-        str | None, typer.Option(metavar="REL", help="Directory on the server instead, relative to its store.")
+        str | None, typer.Option(metavar="REL", help="Directory on the server, relative to its store, instead of PATH.")
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Allow other content under a taken id.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the content of an id that is taken.")] = False,
     expected_digest: Annotated[
-        str | None, typer.Option(metavar="G", help='Only if the id is at this digest; "" if it is free.')
+        str | None, typer.Option(metavar="G", help='Proceed only if the id is at this digest; "" if it is free.')
     ] = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
-    validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything and keep nothing.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Pin the adapter to the device.")] = False,
+    validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything; register nothing.")] = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Register an adapter: upload a local directory, or name one that the server can read."""
@@ -79,10 +65,7 @@ def add(
         else:
             with _progress(adapter_id) as progress:
                 registered = client.upload(adapter_id, path, progress=progress, **how)
-
-    from weft.v1.adapter_service_pb2 import RegisterOutcome
-
-    outcome = label(RegisterOutcome, registered.outcome)
+    outcome = label(registered, "outcome")
     print_line(f"{'would be ' if validate_only else ''}{outcome}: {_line(registered.adapter)}")
 
 
@@ -116,13 +99,13 @@ def show(adapter_id: AdapterId, server: ServerOption = DEFAULT_SERVER, json: Jso
 @app.command("rm")
 def remove(
     adapter_id: AdapterId,
-    cancel: Annotated[bool, typer.Option("--cancel", help="End its requests at once.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Cancel its requests at once.")] = False,
     timeout: Annotated[
-        float | None, typer.Option(metavar="S", min=0, help="Seconds that its requests may take to finish.")
+        float | None, typer.Option(metavar="S", min=0, help="Seconds in which its requests may finish.")
     ] = None,
     expected_digest: ExpectedDigest = None,
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Fine if it is not registered.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Succeed if it is not registered.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Remove an adapter; return when nothing of it is left in memory."""
@@ -146,8 +129,8 @@ def remove(
 @app.command()
 def load(
     adapter_id: AdapterId,
-    to: Annotated[Memory, typer.Option(help="Where to.")] = Memory.DEVICE,
-    pin: Annotated[bool | None, typer.Option("--pin/--no-pin", help="Set or remove its pin on the device.")] = None,
+    to: Annotated[Literal["device", "host"], typer.Option(help="Memory to load it into.")] = "device",
+    pin: Annotated[bool | None, typer.Option("--pin/--no-pin", help="Pin it to the device, or unpin it.")] = None,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Load an adapter into memory, so that its first request need not wait."""
@@ -158,7 +141,7 @@ def load(
 @app.command()
 def unload(
     adapter_id: AdapterId,
-    to: Annotated[Rest, typer.Option(help="Where a copy stays.")] = Rest.DISK,
+    to: Annotated[Literal["host", "disk"], typer.Option(help="Where a copy stays.")] = "disk",
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Free the memory of an adapter; it stays registered."""
@@ -170,15 +153,13 @@ def unload(
 def watch(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
     """Print every change of the adapters, until interrupted."""
     with connected(server) as client, client.watch() as changes:
-        from weft.v1.adapter_service_pb2 import AdapterChange
-
         for event in changes:
             if json:
                 print_json(event, indent=None)
                 continue
             time = datetime.now().astimezone().strftime("%H:%M:%S")
             adapter = f" {_line(event.adapter)}" if event.HasField("adapter") else ""
-            print_line(f"{time} {label(AdapterChange, event.change):8}{adapter}")
+            print_line(f"{time} {label(event, 'change'):8}{adapter}")
 
 
 @contextmanager
@@ -248,14 +229,10 @@ def _expert(expert: "Expert") -> str:
 
 
 def _state(adapter: "Adapter") -> str:
-    from weft.v1.adapter_pb2 import AdapterState
-
-    state = label(AdapterState, adapter.state)
+    state = label(adapter, "state")
     return f"{state} ({adapter.state_reason})" if adapter.state_reason else state
 
 
 def _residency(adapter: "Adapter") -> str:
-    from weft.v1.adapter_pb2 import AdapterResidency
-
-    residency = label(AdapterResidency, adapter.residency)
+    residency = label(adapter, "residency")
     return f"{residency} (pinned)" if adapter.pinned else residency

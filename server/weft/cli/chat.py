@@ -4,36 +4,31 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from weft.cli import generate
 from weft.cli.connection import ServerOption, connected, hint_for
-from weft.cli.generate import AdapterOption, MaxNewTokens, Seed, Temperature, TopK, TopP, target_of, told
-from weft.cli.output import fail, note, tell_error, write
+from weft.cli.output import fail, note, print_error, write
 from weft.v1.endpoint import DEFAULT_SERVER
 
 if TYPE_CHECKING:
     from weft.client import Client
 
-_HELP = "/adapter ID[=WEIGHT] … takes others, /adapter alone the base; /clear forgets the conversation; /exit ends"
+_HELP = "/adapter ID[=WEIGHT] … switches, /adapter alone returns to the base; /clear starts again; /exit ends"
 
 
 def command(
-    adapter: AdapterOption = None,
-    system: str = typer.Option("", help="What the model is told before the conversation."),
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
+    context: typer.Context,
+    adapter: generate.AdapterOption = None,
+    system: str = typer.Option("", help="System message that opens the conversation."),
+    max_new_tokens: generate.MaxNewTokens = None,
+    temperature: generate.Temperature = None,
+    top_p: generate.TopP = None,
+    top_k: generate.TopK = None,
+    seed: generate.Seed = None,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Chat with the model, with any adapter for each message."""
-    asked: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-    }
-    target = target_of(adapter)
+    asked = generate.parameters_of(context)
+    target = generate.target_of(adapter)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     with connected(server) as client:
@@ -50,9 +45,9 @@ def command(
                     messages = list(opening)
                 case ["/adapter", *adapters]:
                     try:
-                        target = target_of(adapters)
+                        target = generate.target_of(adapters)
                     except typer.BadParameter as error:
-                        tell_error(str(error))
+                        print_error(str(error))
                 case [command, *_] if command.startswith("/"):
                     note(_HELP)
                 case _:
@@ -88,12 +83,12 @@ def _answered(
                 parts.append(delta.text)
     except RpcFailure as failure:
         write("\n")
-        tell_error(str(failure), hint=hint_for(failure.failure, server))
+        print_error(str(failure), hint=hint_for(failure.failure, server))
         return None
     except KeyboardInterrupt:
         write("\n")
         note("interrupted")
         return None
     write("\n")
-    note(told(answer.finish))
+    note(generate.ending(answer.finish))
     return "".join(parts)

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from weft.client import Client, Failure
 
 ServerOption = Annotated[
-    str, typer.Option("--server", envvar="WEFT_SERVER", metavar="HOST:PORT", help="The server to talk to.")
+    str, typer.Option("--server", envvar="WEFT_SERVER", metavar="HOST:PORT", help="Address of the server.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Write proto JSON, for programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print proto JSON, for programs.")]
 
 _HINTS = {
     "ADAPTER_EXISTS": "--replace registers other content under a taken id",
     "ADAPTER_NOT_FOUND": "`weft adapters ls` lists the registered adapters",
-    "VERSION_CONFLICT": "`weft adapters show ID` tells the current digest",
+    "VERSION_CONFLICT": "`weft adapters show ID` prints the current digest",
     "SOURCE_NOT_FOUND": "--source is a path on the server; `weft adapters add ID PATH` uploads a local directory",
     "SOURCE_FORBIDDEN": "`weft serve --allowed-source DIR` allows it; `weft adapters add ID PATH` uploads instead",
     "ADAPTER_QUARANTINED": "register other content under the id: `weft adapters add ID PATH --replace`",
-    "BASE_MISMATCH": "`weft info` tells the base model and its modules",
+    "BASE_MISMATCH": "`weft info` prints the base model and its modules",
     "DRAINING": "the server is stopping; try again when it is back",
 }
 

@@ -1,13 +1,12 @@
 """`weft families`: the table of model families, as measured for this version."""
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from weft.cli.connection import JsonOption
-from weft.cli.output import fail, print_line, print_table
+from weft.cli.output import fail, print_json, print_line, print_table
 from weft.model.families import table
 
 
@@ -18,7 +17,7 @@ def command(
     """List model families: those served exactly as transformers and PEFT compute them, and why others are refused."""
     rows = [row for row in table() if name in f"{row.family} {row.variant}"]
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+        print_json([asdict(row) for row in rows])
         return
     if not rows:
         raise fail(f"no family of that name: {name}", hint="a base that is not in the table is tested when it loads")
@@ -32,4 +31,4 @@ def command(
             print_line(f"{row.family} {row.variant}".strip() + f": {row.note}")
     else:
         equal = sum(row.base == "equal" for row in rows)
-        print_line(f"{equal} of {len(rows)} configurations are equal; `weft families NAME` says why one is refused")
+        print_line(f"{equal} of {len(rows)} configurations are equal; `weft families NAME` explains why one is refused")

@@ -1,15 +1,14 @@
 """`weft generate`: one prompt, one answer."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from weft.cli.connection import JsonOption, ServerOption, connected
-from weft.cli.output import console, label, note, print_json, print_table, printable, write
+from weft.cli.output import label, note, print_json, print_table, write
 from weft.v1.endpoint import DEFAULT_SERVER
 
 if TYPE_CHECKING:
@@ -23,77 +22,66 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         metavar="ID[=WEIGHT]",
-        help="Adapter to answer, or ID@DIGEST. May be repeated: several are added, each times its weight, or 1.",
+        help="Adapter that answers, or ID@DIGEST. May be repeated: they are added, each times its weight (default 1).",
     ),
 ]
-MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[float | None, typer.Option(metavar="X", min=0, help="0 takes the likeliest token.")]
+MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(metavar="X", min=0, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[
-    float | None, typer.Option(metavar="X", min=0, max=1, help="Keep the likeliest tokens that reach this together.")
+    float | None, typer.Option(metavar="X", min=0, max=1, help="Keep the likeliest tokens that add up to this.")
 ]
 TopK = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Keep this many of the likeliest tokens; 0 keeps all.")
 ]
-Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Draws the same tokens again.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="The same seed draws the same tokens.")]
 
 
 def command(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")] = "-",
     adapter: AdapterOption = None,
     max_new_tokens: MaxNewTokens = None,
-    min_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=0, help="Tokens to generate at least.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=0, help="Fewest tokens to generate.")] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0, max=1, help="Drop tokens less likely than this times the likeliest."),
+        float | None, typer.Option(metavar="X", min=0, max=1, help="Drop tokens below this share of the likeliest.")
     ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(metavar="X", help="Above 1 counters repetition.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 1 discourages repetition.")
+    ] = None,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer. May be repeated.")
     ] = None,
-    include_stop: Annotated[bool, typer.Option("--include-stop", help="Leave that text in the answer.")] = False,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end.")] = False,
+    include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep the stop text in the answer.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the end-of-text token.")] = False,
     logprobs: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Log-probabilities, with the N likeliest alternatives.")
+        int | None, typer.Option(metavar="N", min=0, help="Print log-probabilities, with the N likeliest alternatives.")
     ] = None,
-    show_gates: Annotated[
-        bool, typer.Option("--show-gates", help="Draw how much of each adapter, or of a mixture's experts, was taken.")
+    gates: Annotated[
+        bool, typer.Option("--show-gates", help="Draw the gates of adapters or a mixture's experts.")
     ] = False,
-    deadline: Annotated[float | None, typer.Option(metavar="S", help="Seconds that the call may take.")] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option("--deadline", metavar="S", help="Seconds that the call may take.")
+    ] = None,
     stream: Annotated[
-        bool | None, typer.Option("--stream/--no-stream", help="Write the answer as it comes. Default, without --json.")
+        bool | None, typer.Option("--stream/--no-stream", help="Print text as it comes. Default without --json.")
     ] = None,
     server: ServerOption = DEFAULT_SERVER,
     json: JsonOption = False,
 ) -> None:
     """Generate text from a prompt.
 
-    One adapter answers, or several with weights, or the base alone. The answer is written to standard output, and how
-    it ended to standard error.
+    One adapter answers, or several with weights, or the base alone. The answer is printed to standard output, and
+    how it ended to standard error.
 
     Example: weft generate "…" --adapter polite=0.7 --adapter brief=0.3
     """
     if stream and json:
-        raise typer.BadParameter("--json writes one whole answer; leave --stream out")
-    asked: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop,
-        "include_stop": include_stop,
-        "ignore_eos": ignore_eos,
-        "logprobs": logprobs,
-        "gates": show_gates or None,
-        "timeout_s": deadline,
-    }
+        raise typer.BadParameter("--json prints one whole answer; leave --stream out")
+    asked = parameters_of(context)
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     likely: list[TokenLogprobs] = []
     with connected(server) as client:
@@ -115,8 +103,15 @@ def command(
     if likely:
         print_table(("token", "logprob", "likeliest"), map(_logprob_row, likely))
     if finish.gates:
-        console().print(_drawn(finish.gates))
-    note(told(finish))
+        print_table(("expert", "layers", "mean", ""), map(_gate_row, finish.gates))
+    note(ending(finish))
+
+
+def parameters_of(context: typer.Context) -> dict[str, Any]:
+    """Return the arguments of a command that are parameters of an answer: they have the client's names."""
+    from weft.client import Parameters
+
+    return {name: value for name, value in context.params.items() if name in Parameters.__annotations__}
 
 
 def target_of(adapters: list[str] | None) -> str | Mapping[str, float] | None:
@@ -137,12 +132,10 @@ def target_of(adapters: list[str] | None) -> str | Mapping[str, float] | None:
     return weights
 
 
-def told(finish: "Finish") -> str:
+def ending(finish: "Finish") -> str:
     """Describe in one line how an answer ended."""
-    from weft.v1.generation_pb2 import FinishReason
-
     parts = [
-        label(FinishReason, finish.finish_reason),
+        label(finish, "finish_reason"),
         f"{finish.usage.prompt_tokens} + {finish.usage.completion_tokens} tokens",
         f"seed {finish.seed}",
     ]
@@ -157,18 +150,13 @@ def _logprob_row(token: "TokenLogprobs") -> tuple[str, str, str]:
     return repr(token.token.piece), f"{token.token.logprob:.3f}", top
 
 
-def _drawn(gates: Iterable["AdapterGate"]) -> Table:
-    """Return a row for each adapter: a shaded cell for each layer, the first on the left, and a bar for the mean.
+def _gate_row(gate: "AdapterGate") -> tuple[str | Text, ...]:
+    """Return name, a shaded cell for each layer (the first on the left), the mean, and a bar for it.
 
     An adapter without layers has only its bar. A gate above 0 is never blank.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("expert", "layers", "mean", ""):
-        table.add_column(column, no_wrap=True)
     last = len(_SHADES) - 1
-    for gate in gates:
-        steps = (min(max(round(mean * last), 1 if mean > 0 else 0), last) for mean in gate.layer_means)
-        cells = Text("".join(_SHADES[step] for step in steps), style="cyan")
-        bar = Text("━" * round(_BAR_CELLS * min(max(gate.mean, 0.0), 1.0)), style="green")
-        table.add_row(printable(gate.adapter_id or gate.digest[:12]), cells, f"{gate.mean:.3f}", bar)
-    return table
+    steps = (min(max(round(mean * last), 1 if mean > 0 else 0), last) for mean in gate.layer_means)
+    cells = Text("".join(_SHADES[step] for step in steps), style="cyan")
+    bar = Text("━" * round(_BAR_CELLS * min(max(gate.mean, 0.0), 1.0)), style="green")
+    return gate.adapter_id or gate.digest[:12], cells, f"{gate.mean:.3f}", bar

@@ -19,14 +19,13 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def train(context: typer.Context) -> None:
-    """Train an adapter; see `weft train --help`."""
-    imported("weft_training.command").app(args=context.args, prog_name="weft train")
+def to(module: str, app: str, prog_name: str, *first: str) -> Callable[[typer.Context], None]:
+    """Return the command that passes its arguments, after `first`, to the typer app of that name in a module."""
 
+    def hand_over(context: typer.Context) -> None:
+        getattr(imported(module), app)(args=[*first, *context.args], prog_name=prog_name)
 
-def train_many(context: typer.Context) -> None:
-    """Train many adapters in one pass; see `weft train-many --help`."""
-    imported("weft_training.joint_command").app(args=context.args, prog_name="weft train-many")
+    return hand_over
 
 
 def demo(context: typer.Context) -> None:
@@ -34,19 +33,10 @@ def demo(context: typer.Context) -> None:
     raise typer.Exit(imported("weft_training.demo.tour").main(context.args) or 0)
 
 
-def tool(name: str) -> Callable[[typer.Context], None]:
-    """Return the command `weft adapters NAME`, which needs neither a server nor the train extra."""
-
-    def hand_over(context: typer.Context) -> None:
-        imported("weft_training.tools.commands").app(args=[name, *context.args], prog_name="weft adapters")
-
-    return hand_over
-
-
 def imported(module: str) -> Any:
     """Import a module by name, since `weft_training` is optional: it, or its dependencies, may not be installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        hint = "the train extra has it: pip install 'weft-serve[train]'"
+        hint = "install the train extra: pip install 'weft-serve[train]'"
         raise fail(f"{error.name} is not installed", hint=hint) from None

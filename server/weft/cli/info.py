@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def command(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
-    """Describe a server: its base model, and its limits of adapters and requests."""
+    """Describe a server: its base model, and its limits on adapters and requests."""
     with connected(server) as client:
         model = client.model_info()
     if json:
@@ -38,7 +38,7 @@ def _facts(model: "ModelInfo") -> dict[str, str]:
         "adapter": f"at most {size(adapters.file_bytes_max)}, rank {adapters.rank_max}, "
         f"{adapters.num_virtual_tokens_max} virtual tokens",
         "request": f"at most {size(requests.prompt_bytes_max)} of prompt, {requests.max_new_tokens_max} new tokens "
-        f"({requests.max_new_tokens_default} if not said)"
+        f"({requests.max_new_tokens_default} by default)"
         + (f", {requests.deadline_max.ToTimedelta().total_seconds():g} s" if requests.HasField("deadline_max") else ""),
         "server": f"weft {model.version}",
     }

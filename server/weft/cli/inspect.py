@@ -1,6 +1,5 @@
 """`weft inspect`: the cost of each method on a base, or the contents of an adapter. It needs no server."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ import typer
 from weft.cli import adapter_directory
 from weft.cli.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from weft.cli.handover import imported
-from weft.cli.output import fail, print_facts, print_line, print_table, size
+from weft.cli.output import fail, print_facts, print_json, print_line, print_table, size
 from weft.config import ModelConfig, Quantization, typed_path
 from weft.settings import build
 
@@ -25,16 +24,16 @@ def command(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="[adapter] The model directory that it is for.", show_default=False, parser=typed_path, metavar="MODEL"
+            help="[adapter] Model directory of its base.", show_default=False, parser=typed_path, metavar="MODEL"
         ),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="[base] Compare this method; may be repeated. All by default.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=0, help="[base] Timed forward passes; 0 measures nothing.")] = 15,
-    quantization: Annotated[Quantization, typer.Option(help="How the base is held.")] = Quantization.NF4,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")] = False,
+    repeats: Annotated[int, typer.Option(min=0, help="[base] Forward passes to time; 0 for none.")] = 15,
+    quantization: Annotated[Quantization, typer.Option(help="Quantization of the base.")] = Quantization.NF4,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Compare the methods on a base model, or inspect an adapter."""
     from weft.errors import WeftError
@@ -76,7 +75,7 @@ def _report_base(config: ModelConfig, methods: list[str], repeats: int, as_json:
             "num_tokens_of_forward": found.num_tokens,
             "methods": [_as_json(one) for one in found.methods],
         }
-        typer.echo(json.dumps(facts | measured, indent=2, ensure_ascii=False))
+        print_json(facts | measured)
         return
     forward = (
         "" if found.forward_s is None else f"{found.forward_s * 1e3:.1f} ms for {found.num_tokens} tokens, measured"
@@ -151,7 +150,7 @@ def _report_adapter(path: Path, config: ModelConfig, as_json: bool) -> None:
             "trained_quantization": held_as or None,
             "norms": [{"site": name or None, "measure": measure, "norm": norm} for name, measure, norm in norms],
         }
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts)
         return
     print_facts(
         {

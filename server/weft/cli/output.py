@@ -28,11 +28,11 @@ def console(*, stderr: bool = False) -> Console:
 
 def fail(text: str, *, hint: str = "", code: int = 1) -> typer.Exit:
     """Print an error in one red line, with a remedy below it, and return the exit to raise."""
-    tell_error(text, hint=hint)
+    print_error(text, hint=hint)
     return typer.Exit(code)
 
 
-def tell_error(text: str, *, hint: str = "") -> None:
+def print_error(text: str, *, hint: str = "") -> None:
     """Print an error, and continue."""
     errors = console(stderr=True)
     errors.print(Text(printable(" ".join(text.splitlines())), style="red"), soft_wrap=True)
@@ -73,10 +73,12 @@ def size(count: float) -> str:
     return f"{count:.1f}".removesuffix(".0") + " GiB"
 
 
-def label(enum: Any, value: int) -> str:
-    """Return the name of a proto enum's value without the enum's own: ADAPTER_STATE_ACTIVE is "active"."""
-    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
-    return enum.Name(value).removeprefix(prefix).lower() if value in enum.values() else str(value)
+def label(message: "Message", field: str) -> str:
+    """Return the name of an enum field's value without the enum's own: ADAPTER_STATE_ACTIVE is "active"."""
+    enum: Any = message.DESCRIPTOR.fields_by_name[field].enum_type
+    value = enum.values_by_number.get(getattr(message, field))
+    prefix = enum.values[0].name.removesuffix("UNSPECIFIED")
+    return str(getattr(message, field)) if value is None else value.name.removeprefix(prefix).lower()
 
 
 def moment(timestamp: "Timestamp") -> str:
@@ -84,13 +86,13 @@ def moment(timestamp: "Timestamp") -> str:
     return timestamp.ToDatetime(tzinfo=UTC).astimezone().isoformat(sep=" ", timespec="seconds")
 
 
-def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
     """Print one line for each row; on a terminal, cells that do not fit are cut."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
     console().print(table)
 
 
@@ -105,14 +107,13 @@ def print_facts(facts: Mapping[str, str]) -> None:
     console().print(table)
 
 
-def print_json(messages: "Message | list[Any]", *, indent: int | None = 2) -> None:
-    """Print messages as proto JSON with the protos' own field names; 64-bit integers are strings there."""
-    shown = [as_json(message) for message in messages] if isinstance(messages, list) else as_json(messages)
-    typer.echo(json.dumps(shown, indent=indent, ensure_ascii=False))
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print JSON, with messages as proto JSON with the protos' own field names; 64-bit integers are strings there."""
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False, default=as_json))
 
 
 def as_json(message: "Message") -> dict[str, Any]:
-    """Return one message as `print_json` prints it."""
+    """Return a message as `print_json` prints it."""
     from google.protobuf.json_format import MessageToDict
 
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

@@ -71,14 +71,14 @@ def _adapter_directory(text: str) -> tuple[str, Path]:
         raise InvalidSettings(f"--adapter must be ID=PATH, given {text!r}")
     directory = Path(path).expanduser().absolute()
     if not directory.is_dir():
-        what = "is no directory" if directory.exists() else "does not exist"
+        what = "is not a directory" if directory.exists() else "does not exist"
         raise InvalidSettings(f"--adapter {adapter_id}: {directory} {what}; give a directory that PEFT or Weft wrote")
     return adapter_id, directory
 
 
 def _parameters() -> list[inspect.Parameter]:
     """Return the parameters of the command: the file, the adapters, and one for each knob."""
-    file = typer.Option("--config", envvar="WEFT_CONFIG", metavar="FILE", help="TOML or YAML file of knobs.")
+    file = typer.Option("--config", envvar="WEFT_CONFIG", metavar="FILE", help="TOML or YAML file with settings.")
     adapters = typer.Option(
         "--adapter", metavar="ID=PATH", help="Register this PEFT directory before serving. May be repeated."
     )

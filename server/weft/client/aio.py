@@ -9,10 +9,10 @@ import grpc
 import grpc.aio
 
 from weft.client import calls
-from weft.client.calls import Rpc, Stubs
+from weft.client.calls import Rpc
 from weft.client.failure import failure_of
 from weft.client.threads import Client
-from weft.client.wire import Answering, RpcFailure, channel_options, documented
+from weft.client.wire import Answering, Connection, Reading, RpcFailure, channel_options, documented, method
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
 from weft.v1.endpoint import DEFAULT_SERVER
@@ -20,24 +20,14 @@ from weft.v1.generation_pb2 import Delta
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
-Stream = TypeVar("Stream")
 
 
-class _Reading:
-    """A stream that is being read; leaving its context ends the call."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
+class _Reading(Reading):
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """End the call; the server stops working on it."""
-        self._call.cancel()
 
     async def _messages(self) -> AsyncGenerator[Any, None]:
         try:
@@ -66,45 +56,24 @@ class AsyncWatch(_Reading):
         return self._messages()
 
 
-def _answering(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[AsyncClient, P], Awaitable[Answer]]":
-    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Answer]:
-        return client.make(described(*args, **kwargs))
-
-    return documented(method, described)
-
-
-def _answering_in_thread(
-    described: Callable[P, Rpc[Answer]],
-) -> "Callable[Concatenate[AsyncClient, P], Awaitable[Answer]]":
-    """Return a method as `_answering` does, which makes a call that streams files in a thread, on its own connection.
+def _in_thread(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[AsyncClient, P], Awaitable[Answer]]":
+    """Return a method that reads and streams files in a thread, on a connection of its own.
 
     grpc.aio now and then loses the status of a stream that the server ends early, and reports INTERNAL.
     """
 
-    async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+    async def called(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
         with Client(client.server, timeout_s=client.timeout_s) as in_thread:  # leaving it ends the call
             return await asyncio.to_thread(lambda: in_thread.make(described(*args, **kwargs)))
 
-    return documented(method, described)
+    return documented(called, described)
 
 
-def _streaming(
-    described: Callable[P, Rpc[Any]], kind: Callable[[Any], Stream]
-) -> "Callable[Concatenate[AsyncClient, P], Stream]":
-    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Stream:
-        return kind(client.begin(described(*args, **kwargs)))
-
-    return documented(method, described)
-
-
-class AsyncClient:
+class AsyncClient(Connection):
     """One connection, made in the event loop that uses it; otherwise the same as Client."""
 
     def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
-        self.server = server
-        self.timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(server, options=channel_options())
-        self._stubs: Any = Stubs.on(self._channel)
+        super().__init__(server, timeout_s, grpc.aio.insecure_channel(server, options=channel_options()))
 
     async def __aenter__(self) -> Self:
         return self
@@ -116,10 +85,6 @@ class AsyncClient:
         """End the calls that are still running."""
         await self._channel.close()
 
-    def begin(self, rpc: Rpc[Any]) -> Any:
-        """Begin gRPC's call for `rpc`."""
-        return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self.timeout_s))
-
     async def make(self, rpc: Rpc[Answer]) -> Answer:
         """Make the call of `rpc` and return its answer."""
         try:
@@ -127,18 +92,18 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise RpcFailure(failure_of(error)) from error
 
-    generate = _answering(calls.generate)
-    stream = _streaming(calls.stream, AsyncDeltas)
-    tokenize = _answering(calls.tokenize)
-    model_info = _answering(calls.model_info)
+    generate = method(calls.generate, make)
+    stream = method(calls.stream, lambda client, rpc: AsyncDeltas(client.begin(rpc)))
+    tokenize = method(calls.tokenize, make)
+    model_info = method(calls.model_info, make)
 
-    register = _answering(calls.register)
-    upload = _answering_in_thread(calls.upload)
-    unregister = _answering(calls.unregister)
-    adapter = _answering(calls.adapter)
-    load = _answering(calls.load)
-    unload = _answering(calls.unload)
-    watch = _streaming(calls.watch, AsyncWatch)
+    register = method(calls.register, make)
+    upload = _in_thread(calls.upload)
+    unregister = method(calls.unregister, make)
+    adapter = method(calls.adapter, make)
+    load = method(calls.load, make)
+    unload = method(calls.unload, make)
+    watch = method(calls.watch, lambda client, rpc: AsyncWatch(client.begin(rpc)))
 
     async def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:
         """Return the registered adapters by id, or those of one method ("lora") and one state ("active")."""

@@ -1,15 +1,19 @@
-"""Parts that both clients share: the channel's options, the exception, and the messages of an answer."""
+"""Parts that both clients share: the connection and its calls, the exception, and the messages of an answer."""
 
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from weft.client.calls import Rpc, Stubs
 from weft.client.failure import Failure
 from weft.v1 import adapter_service_pb2, generation_service_pb2
 from weft.v1.generation_pb2 import Delta, Finish, StreamGenerateResponse
 
+P = ParamSpec("P")
 Method = TypeVar("Method", bound=Callable[..., Any])
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 _RECEIVE_BYTES_MAX = 64 << 20  # Tokenize with pieces exceeds gRPC's own 4 MiB
 _NOT_REPEATABLE = frozenset({"UnregisterAdapter"})  # a repeated call would fail, because the adapter is gone
@@ -28,6 +32,31 @@ class RpcFailure(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"{failure.reason or failure.code.name}: {failure.message}")
         self.failure = failure
+
+
+class Connection:
+    """A channel of grpc or grpc.aio, and the deadline that its user set for every call."""
+
+    def __init__(self, server: str, timeout_s: float | None, channel: Any) -> None:
+        self.server = server
+        self.timeout_s = timeout_s
+        self._channel = channel
+        self._stubs: Any = Stubs.on(channel)
+
+    def begin(self, rpc: Rpc[Any]) -> Any:
+        """Begin gRPC's call for `rpc`."""
+        return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self.timeout_s))
+
+
+class Reading:
+    """A stream that is being read; leaving its context ends the call."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def close(self) -> None:
+        """End the call; the server stops working on it."""
+        self._call.cancel()
 
 
 class Answering:
@@ -64,6 +93,17 @@ def channel_options() -> list[tuple[str, Any]]:
     ]
     config = {"methodConfig": [{"name": repeatable, "retryPolicy": _RETRY_POLICY}]}
     return [("grpc.service_config", json.dumps(config)), ("grpc.max_receive_message_length", _RECEIVE_BYTES_MAX)]
+
+
+def method(
+    described: Callable[P, Rpc[Answer]], run: Callable[[Any, Rpc[Answer]], Result]
+) -> Callable[Concatenate[Any, P], Result]:
+    """Return a client's method that runs the described call."""
+
+    def called(client: Any, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        return run(client, described(*args, **kwargs))
+
+    return documented(called, described)
 
 
 def documented(method: Method, described: Callable[..., Any]) -> Method:

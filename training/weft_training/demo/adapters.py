@@ -3,7 +3,7 @@
 They differ in method, rank, length and sites on purpose, to be served in one batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +20,9 @@ from weft_training.config import TrainConfig
 from weft_training.data import Example
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.progress import ProgressBar, Report
+from weft_training.run import TrainResult
 from weft_training.shipped import ADAPTERS, BASE
-from weft_training.trainer import TrainResult, train
+from weft_training.trainer import train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,20 +102,28 @@ def train_recipe(
     return train(config, examples=[Example(prompt(one), one.output) for one in drawn], progress=progress)
 
 
+def chosen(names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """Return the names, or all that are known if none is given. Raises BadParameter for an unknown one."""
+    every = list(known)
+    for name in names or ():
+        if name not in every:
+            raise typer.BadParameter(f"must be of {', '.join(every)}, given {name!r}")
+    return list(names or every)
+
+
+Names = Annotated[list[str] | None, typer.Argument(help="Adapters to train; all if none is named.")]
+Output = Annotated[Path, typer.Option(help="Directory of the adapters; existing ones are replaced.")]
+
+
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Which adapters; all if none is named.")] = None,
+    names: Names = None,
     base: Annotated[Path, typer.Option(help="The demo base.")] = BASE,
-    output: Annotated[
-        Path, typer.Option(help="Directory of the adapters; those that are there are replaced.")
-    ] = ADAPTERS,
+    output: Output = ADAPTERS,
 ) -> None:
     """Train the demo's adapters."""
     known = {recipe.name: recipe for recipe in RECIPES}
-    for name in names or known:
-        if name not in known:
-            raise typer.BadParameter(f"must be of {', '.join(known)}, given {name!r}")
     console = Console()
-    for name in names or known:
+    for name in chosen(names, known):
         with ProgressBar(console, name) as bar:
             result = train_recipe(
                 known[name], output / name, base=base, num_threads=_NUM_THREADS, overwrite=True, progress=bar

@@ -1,8 +1,7 @@
 """Model card of the demo base, with the scores of its checkpoint."""
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from weft.config import ModelConfig, Quantization
 from weft.model import loader
+from weft_training.demo import document
 from weft_training.demo.evaluate import exact_match
 from weft_training.demo.tasks import TASKS, Example, Split, Task, examples, prompt
 
@@ -22,17 +22,6 @@ _SEED = 0
 
 Scores = Mapping[str, Mapping[tuple[str, str], float]]
 """Exact match, 0 to 1, by task, then by precision and kind of prompt."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Facts about the training that the card states."""
-
-    num_parameters: int
-    num_steps: int
-    num_threads: int
-    seed: int
-    train_s: float
 
 
 def measure(base: Path, *, num_examples: int = NUM_EXAMPLES) -> Scores:
@@ -58,39 +47,32 @@ def with_shots(task: Task, questions: Sequence[Example]) -> Iterator[Example]:
 
 def table(scores: Scores) -> Table:
     """Return the scores as a table for a terminal."""
-    head, *body = _cells(scores)
-    shown = Table(title=f"exact match on {NUM_EXAMPLES} held-back inputs a task, greedy")
-    for i, column in enumerate(head):
-        shown.add_column(column, justify="right" if i else "left")
-    for cells in body:
-        shown.add_row(*cells)
-    return shown
+    return document.table(f"exact match on {NUM_EXAMPLES} held-back inputs a task, greedy", _cells(scores))
 
 
-def render(run: Run, scores: Scores) -> str:
-    """Return the card as Markdown."""
-    head, *body = (f"| {' | '.join(cells)} |" for cells in _cells(scores))
-    rule = "|".join(["", "---", *["---:"] * (len(PRECISIONS) * len(PROMPTS)), ""])
+def render(scores: Scores, *, num_parameters: int, num_steps: int, num_threads: int, seed: int, train_s: float) -> str:
+    """Return the card as Markdown, with facts about the training; train_s: seconds."""
     return _CARD.format(
-        table="\n".join([head, rule, *body]),
+        table=document.markdown(_cells(scores)),
         num_examples=NUM_EXAMPLES,
         num_shots=NUM_SHOTS,
-        millions=run.num_parameters / 1e6,
-        num_steps=run.num_steps,
-        num_threads=run.num_threads,
-        seed=run.seed,
-        minutes=run.train_s / 60,
+        millions=num_parameters / 1e6,
+        num_steps=num_steps,
+        num_threads=num_threads,
+        seed=seed,
+        minutes=train_s / 60,
         torch=torch.__version__,
         machine=_processor(),
         date=datetime.now(UTC).date().isoformat(),
     )
 
 
-def _cells(scores: Scores) -> Iterable[list[str]]:
-    yield ["task", *(f"{kind}, {precision}" for kind in PROMPTS for precision in PRECISIONS)]
+def _cells(scores: Scores) -> list[list[str]]:
+    cells = [["task", *(f"{kind}, {precision}" for kind in PROMPTS for precision in PRECISIONS)]]
     for name, by_prompt in scores.items():
         shown = f"{name} (held out)" if TASKS[name].held_out else name
-        yield [shown, *(f"{by_prompt[precision, kind]:.1%}" for kind in PROMPTS for precision in PRECISIONS)]
+        cells.append([shown, *(f"{by_prompt[precision, kind]:.1%}" for kind in PROMPTS for precision in PRECISIONS)])
+    return cells
 
 
 def _processor() -> str:

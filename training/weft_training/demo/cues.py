@@ -4,19 +4,16 @@ The base was trained on tags (`[reverse] loom = `) and lists of examples. No row
 it does not follow these cues. A router has only them to choose by if no request names an adapter.
 """
 
-from collections.abc import Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 
-CUES = MappingProxyType(
-    {
-        "reverse": ("please turn around", "right-to-left", "from the last to the first"),
-        "upper": ("please SHOUT", "in CAPITALS", "as LOUD as you can"),
-        "caesar": ("please encode (+1)", "one further (z: a)", "as spies write (+1)"),
-        "zigzag": ("please zig/zag", "up/down/up/down", "a saw's teeth /\\/\\"),
-    }
-)
+CUES: Mapping[str, Sequence[str]] = {
+    "reverse": ("please turn around", "right-to-left", "from the last to the first"),
+    "upper": ("please SHOUT", "in CAPITALS", "as LOUD as you can"),
+    "caesar": ("please encode (+1)", "one further (z: a)", "as spies write (+1)"),
+    "zigzag": ("please zig/zag", "up/down/up/down", "a saw's teeth /\\/\\"),
+}
 
 
 def cued(example: Example, cue: str) -> str:

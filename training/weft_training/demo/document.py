@@ -2,7 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import typer
+from rich.console import Console
 from rich.table import Table
 
 Cells = Sequence[Sequence[str]]
@@ -38,3 +42,24 @@ def insert(text: str, document: str, name: str) -> str:
     if count != 1:
         raise ValueError(f"markdown: must hold {start} and {end} on lines of their own, once, found {count} times")
     return changed
+
+
+def option(name: str) -> Any:
+    """Return the option for a document between whose markers `name` a command writes; it is checked at once."""
+
+    def checked(path: Path | None) -> Path | None:
+        if path is not None:
+            try:
+                insert("", path.read_text(), name)
+            except (ValueError, OSError) as error:
+                raise typer.BadParameter(str(error)) from None
+        return path
+
+    return typer.Option("--markdown", callback=checked, help=f"Write the table into this file, after <!-- {name} -->.")
+
+
+def publish(title: str, cells: Cells, path: Path | None, name: str, *, num_names: int = 1) -> None:
+    """Print the table, and write it between the markers `name` of a document, if one is given."""
+    Console().print(table(title, cells, num_names=num_names))
+    if path is not None:
+        path.write_text(insert(markdown(cells, num_names=num_names), path.read_text(), name))

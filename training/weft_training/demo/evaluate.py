@@ -10,7 +10,6 @@ from typing import Annotated, Any, Protocol
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +18,7 @@ from weft.methods.catalog import METHODS
 from weft.model import loader
 from weft_training import adapter
 from weft_training.adapter import AdaptedModel
-from weft_training.demo.document import insert, markdown, table
+from weft_training.demo import document
 from weft_training.demo.tasks import TASKS, Example, Split, examples, prompt
 from weft_training.shipped import ADAPTERS, BASE
 
@@ -91,18 +90,12 @@ def main(
     base: Annotated[Path, typer.Option(help="The demo base.")] = BASE,
     adapters: Annotated[Path, typer.Option(help="Directory of adapters called <task>-<method>.")] = ADAPTERS,
     num_examples: Annotated[int, typer.Option(help="Test inputs of each task.")] = 200,
-    markdown_file: Annotated[
-        Path | None,
-        typer.Option("--markdown", help=f"Also write the table into this file, after <!-- {_MARKER} -->."),
-    ] = None,
+    markdown_file: Annotated[Path | None, document.option(_MARKER)] = None,
 ) -> None:
     """Measure the demo's adapters: exact match in per cent on held-back inputs."""
-    document = None if markdown_file is None else insert("", markdown_file.read_text(), _MARKER)
     scores = measure(base, adapters, num_examples=num_examples)
-    cells = rows(scores)
-    Console().print(table(f"exact match, NF4 base, {num_examples} held-back inputs a task", cells))
-    if markdown_file is not None and document is not None:
-        markdown_file.write_text(insert(markdown(cells), document, _MARKER))
+    title = f"exact match, NF4 base, {num_examples} held-back inputs a task"
+    document.publish(title, rows(scores), markdown_file, _MARKER)
 
 
 if __name__ == "__main__":

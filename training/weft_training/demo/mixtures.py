@@ -10,6 +10,7 @@ LoRAs; and the mixture. Experts that are in the directory are not trained again.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +29,8 @@ from weft_training import adapter as adapters
 from weft_training import expert as experts
 from weft_training.config import TrainConfig
 from weft_training.data import Example
+from weft_training.demo import document
 from weft_training.demo.cues import cued_examples
-from weft_training.demo.document import insert, markdown, table
 from weft_training.demo.evaluate import Generator, answers
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.demo.weighted import WeightedModel
@@ -59,6 +60,7 @@ MIXED: Mapping[str, MethodConfig] = {
 }
 LORAS: Mapping[str, MethodConfig] = {f"{task}-lora": _LORA for task in TASK_NAMES}
 
+_CONFIG = partial(TrainConfig, model=ModelConfig(path=BASE, num_threads=_NUM_THREADS), batch_size=16, overwrite=True)
 ROUTER = MixtureTrainConfig(level=Level.SEQUENCE, shared=True, top_k=4)
 
 
@@ -76,33 +78,14 @@ def train_expert(name: str, config: MethodConfig, output: Path) -> None:
     task = name.partition("-")[0]
     rows = [Example(text, one.output) for text, one in cued_examples(task, 4000, 0, Split.TRAIN)]
     rows += [Example(prompt(one), one.output) for one in examples(TASKS[task], 1000, 5, Split.TRAIN)]
-    _train(
-        TrainConfig(
-            model=ModelConfig(path=BASE, num_threads=_NUM_THREADS),
-            adapter=config,
-            output=output,
-            num_steps=160,
-            batch_size=16,
-            learning_rate=5e-3,
-            num_warmup_steps=8,
-        ),
-        rows,
-    )
+    _train(_CONFIG(adapter=config, output=output, num_steps=160, learning_rate=5e-3, num_warmup_steps=8), rows)
 
 
 def train_router(output: Path, paths: Sequence[Path]) -> float:
     """Train the router over the experts in `paths`, on all tasks' cued prompts. Returns the seconds that it took."""
     rows = [Example(text, one.output) for task in TASK_NAMES for text, one in cued_examples(task, 1000, 0, Split.TRAIN)]
-    config = TrainConfig(
-        model=ModelConfig(path=BASE, num_threads=_NUM_THREADS),
-        adapter=replace(ROUTER, experts=tuple(paths)),
-        output=output,
-        num_steps=400,
-        batch_size=16,
-        learning_rate=2e-3,
-        num_warmup_steps=10,
-        overwrite=True,
-    )
+    adapter = replace(ROUTER, experts=tuple(paths))
+    config = _CONFIG(adapter=adapter, output=output, num_steps=400, learning_rate=2e-3, num_warmup_steps=10)
     return _train(config, rows)
 
 
@@ -166,10 +149,8 @@ def cells(found: Sequence[Scores]) -> list[list[str]]:
 
 def main(
     root: Annotated[Path, typer.Option("--experts", help="Directory of the experts and of the mixture.")] = EXPERTS,
-    results: Annotated[Path, typer.Option(help="JSON of what was measured.")] = RESULTS,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
-    ] = None,
+    results: Annotated[Path, typer.Option(help="JSON file of the measurements.")] = RESULTS,
+    markdown_file: Annotated[Path | None, document.option(_MARKER)] = None,
 ) -> None:
     """Train experts and a router for prompts with cues, and compare them with the alternatives."""
     for name, config in {**MIXED, **LORAS}.items():
@@ -180,9 +161,7 @@ def main(
     found = measure(base, root, root / "mixture", train_s)
     results.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     title = f"exact match on {NUM_EXAMPLES} held-back prompts with cues, NF4 base"
-    Console().print(table(title, cells(found)))
-    if markdown_file is not None:
-        markdown_file.write_text(insert(markdown(cells(found)), markdown_file.read_text(), _MARKER))
+    document.publish(title, cells(found), markdown_file, _MARKER)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from weft_training.data import IGNORED
 from weft_training.demo import card
 from weft_training.demo.corpus import rows
 from weft_training.demo.tokenizer import EOS_ID, PAD, PAD_ID, VOCAB_SIZE, build_tokenizer
 from weft_training.progress import ProgressBar, Step
 
 OUTPUT = Path("models/weft-demo")
-IGNORED = -100  # the label that cross entropy ignores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +131,10 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, console: Con
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the checkpoint is written.")] = OUTPUT,
-    seed: Annotated[int, typer.Option(help="Of the weights and of the rows.")] = Recipe.seed,
-    num_steps: Annotated[int, typer.Option(min=200, help="Fewer for a try.")] = Recipe.num_steps,
-    num_threads: Annotated[int, typer.Option(min=1, help="CPU threads; part of what decides the weights.")] = 2,
+    output: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")] = OUTPUT,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the rows.")] = Recipe.seed,
+    num_steps: Annotated[int, typer.Option(min=200, help="Training steps; fewer for a trial.")] = Recipe.num_steps,
+    num_threads: Annotated[int, typer.Option(min=1, help="CPU threads; the weights depend on them.")] = 2,
 ) -> None:
     """Pre-train the demo base, measure it, write its checkpoint and model card."""
     torch.set_num_threads(num_threads)
@@ -148,10 +148,8 @@ def main(
     tokenizer.save_pretrained(output)
     scores = card.measure(output)
     console.print(card.table(scores))
-    run = card.Run(
-        num_parameters=model.num_parameters(), num_steps=num_steps, num_threads=num_threads, seed=seed, train_s=train_s
-    )
-    (output / "README.md").write_text(card.render(run, scores), encoding="utf-8")
+    facts = {"num_parameters": model.num_parameters(), "num_steps": num_steps, "num_threads": num_threads, "seed": seed}
+    (output / "README.md").write_text(card.render(scores, **facts, train_s=train_s), encoding="utf-8")
 
 
 if __name__ == "__main__":

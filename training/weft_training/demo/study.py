@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from weft.config import ModelConfig, Quantization
+from weft.config import ModelConfig
 from weft.methods.bitfit.math import BitfitConfig
 from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.dora.math import DoraConfig
@@ -27,8 +27,9 @@ from weft.methods.ptuning.math import PtuningConfig
 from weft.model import loader
 from weft_training import adapter as adapters
 from weft_training.adapter import USUAL, AdaptedModel
-from weft_training.demo.adapters import Recipe, train_recipe
-from weft_training.demo.document import insert, markdown, table
+from weft_training.base import num_parameters
+from weft_training.demo import document
+from weft_training.demo.adapters import Recipe, chosen, train_recipe
 from weft_training.demo.evaluate import exact_match
 from weft_training.demo.tasks import TASKS, Split, examples
 from weft_training.shipped import BASE
@@ -43,15 +44,11 @@ _NUM_THREADS = 2
 STUDIED: Sequence[str] = ("reverse", "upper", "caesar", "rotate", "swap", "zigzag")
 
 
-def recipe_of(method: str, task: str) -> Recipe:
-    """Return the training recipe of `method` for `task`; the same for every task."""
-    return replace(_RECIPES[method], task=task)
-
-
 def _recipe(adapter: MethodConfig, learning_rate: float, num_steps: int) -> Recipe:
     return Recipe(task="", adapter=adapter, learning_rate=learning_rate, num_steps=num_steps)
 
 
+# The recipe of each method; its task is replaced.
 _RECIPES: Mapping[str, Recipe] = {
     "lora": _recipe(LoraConfig(rank=8, alpha=16.0), 5e-3, 250),
     "rslora": _recipe(LoraConfig(rank=32, alpha=16.0, use_rslora=True), 2e-3, 250),
@@ -101,7 +98,7 @@ def study(
     base = loader.load(ModelConfig(path=BASE, num_threads=_NUM_THREADS), attention="sdpa")
     held_back = {task: examples(TASKS[task], NUM_EXAMPLES, EVALUATION_SEED, Split.TEST) for task in tasks}
     found = Study(
-        num_base_parameters=_num_parameters(),
+        num_base_parameters=num_parameters(base),
         untagged={task: exact_match(base.model, base.tokenizer, asked) for task, asked in held_back.items()},
         measured=() if known is None else known.measured,
     )
@@ -111,7 +108,7 @@ def study(
         for method, task in wanted:
             progress.update(bar, description=f"{method} on {task}")
             output = Path(scratch, str(len(found.measured)))
-            result = train_recipe(recipe_of(method, task), output, num_threads=_NUM_THREADS)
+            result = train_recipe(replace(_RECIPES[method], task=task), output, num_threads=_NUM_THREADS)
             adapted = AdaptedModel(base, adapters.read(output, base.shape))
             measured = Measured(
                 method=method,
@@ -124,12 +121,6 @@ def study(
             keep(found)
             progress.advance(bar)
     return found
-
-
-def _num_parameters() -> int:
-    """Count the parameters of the base as it is stored: a packed NF4 weight does not reveal its count."""
-    stored = loader.load(ModelConfig(path=BASE, quantization=Quantization.NONE), attention="sdpa")
-    return sum(parameter.numel() for parameter in stored.model.parameters())
 
 
 def cells(found: Study) -> list[list[str]]:
@@ -178,22 +169,18 @@ def plot(found: Study, path: Path) -> None:
 
 
 def main(
-    methods: Annotated[list[str] | None, typer.Argument(help="Which methods; all if none is named.")] = None,
-    tasks: Annotated[str, typer.Option(help="Which tasks, with commas.")] = ",".join(STUDIED),
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods to study; all if none is named.")] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = ",".join(STUDIED),
     results: Annotated[
-        Path, typer.Option(help="JSON of what was measured; what it holds is not trained again.")
-    ] = Path("benchmarks/results/methods.json"),
+        Path, typer.Option(help="JSON file of the measurements; those in it are not repeated.")
+    ] = RESULTS,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Also draw parameters against accuracy here.")
     ] = None,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
-    ] = None,
+    markdown_file: Annotated[Path | None, document.option(_MARKER)] = None,
 ) -> None:
     """Train every method on every task of the demo base and measure it on held-back inputs."""
-    for name in methods or ():
-        if name not in _RECIPES:
-            raise typer.BadParameter(f"must be of {', '.join(_RECIPES)}, given {name!r}")
+    wanted = chosen(methods, _RECIPES)
     console = Console()
     known = _read(results) if results.exists() else None
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -201,13 +188,11 @@ def main(
     def keep(found: Study) -> None:
         results.write_text(json.dumps(asdict(found), indent=1) + "\n")
 
-    found = study(methods or _RECIPES, tasks.split(","), known, console, keep)
+    found = study(wanted, tasks.split(","), known, console, keep)
     title = f"exact match on {NUM_EXAMPLES} held-back inputs, NF4 base (* in no pre-training row)"
-    console.print(table(title, cells(found)))
+    document.publish(title, cells(found), markdown_file, _MARKER)
     if plot_file is not None:
         plot(found, plot_file)
-    if markdown_file is not None:
-        markdown_file.write_text(insert(markdown(cells(found)), markdown_file.read_text(), _MARKER))
 
 
 def _read(path: Path) -> Study:

@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ from weft_training import adapter as adapters
 from weft_training import shipped
 from weft_training.config import TrainConfig
 from weft_training.data import Example
-from weft_training.demo.document import insert, markdown, table
+from weft_training.demo import document
 from weft_training.demo.evaluate import answers
 from weft_training.demo.tasks import TASKS, Split, examples, prompt
 from weft_training.demo.weighted import WeightedModel
@@ -39,9 +38,7 @@ _MARKER = "compositions"
 _NUM_THREADS = 1
 _NUM_EXAMPLES_PER_TASK = 1500
 
-STYLES: Mapping[str, Callable[[str], str]] = MappingProxyType(
-    {"capitals": str.upper, "exclaim": lambda answer: f"{answer}!"}
-)
+STYLES: Mapping[str, Callable[[str], str]] = {"capitals": str.upper, "exclaim": lambda answer: f"{answer}!"}
 # Tasks that the base solves with a tag; `upper` would leave nothing to learn for one of the styles.
 _TAUGHT = ("reverse", "double", "sort", "rotate", "devowel", "stars", "caesar")
 
@@ -127,10 +124,8 @@ def rows(found: Sequence[Composition]) -> list[list[str]]:
 
 def main(
     trains: Annotated[bool, typer.Option("--train", help="Train the styles' adapters again first.")] = False,
-    results: Annotated[Path, typer.Option(help="JSON of what was measured.")] = RESULTS,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
-    ] = None,
+    results: Annotated[Path, typer.Option(help="JSON file of the measurements.")] = RESULTS,
+    markdown_file: Annotated[Path | None, document.option(_MARKER)] = None,
 ) -> None:
     """Measure compositions of a task and a style: exact match on held-back inputs."""
     if trains:
@@ -139,11 +134,8 @@ def main(
     base = loader.load(ModelConfig(path=shipped.BASE, num_threads=_NUM_THREADS), attention="sdpa")
     found = [measure(base, composition) for composition in COMPOSITIONS]
     results.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
-    cells = rows(found)
-    Console().print(table("exact match of compositions on held-back inputs, NF4 base", cells, num_names=len(cells[0])))
-    if markdown_file is not None:
-        text = markdown(cells, num_names=len(cells[0]))
-        markdown_file.write_text(insert(text, markdown_file.read_text(), _MARKER))
+    title = "exact match of compositions on held-back inputs, NF4 base"
+    document.publish(title, rows(found), markdown_file, _MARKER, num_names=3)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ task.
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ MONTHS = (
 FIELDS = ("name", "age", "city", "job", "team", "pet")
 
 LETTERS_MIN, LETTERS_MAX = 3, 8
-_DRAWS_PER_EXAMPLE_MAX = 1_000
 
 
 class Split(StrEnum):
@@ -48,7 +48,6 @@ class Task:
     """
 
     name: str
-    description: str
     function: Callable[[str], str]
     sample: Callable[[random.Random], str]
     held_out: bool = False
@@ -95,17 +94,18 @@ def examples(task: Task, count: int, seed: int, split: Split | str) -> list[Exam
     The task does not affect the seed: tasks with one distribution get the same inputs, so that their adapters can be
     compared prompt by prompt.
     """
-    found: dict[str, Example] = {}
     rng = random.Random(f"{split}/{seed}")  # noqa: S311  reproducible, not secret
-    drawn = stream(task, rng, split)
-    for _ in range(count * _DRAWS_PER_EXAMPLE_MAX):
-        if len(found) == count:
-            break
-        example = next(drawn)
+    return distinct(stream(task, rng, split), count, task.name, split, draws_max=count * 1_000)
+
+
+def distinct(drawn: Iterator[Example], count: int, task: str, split: Split | str, *, draws_max: int) -> list[Example]:
+    """Return the first `count` examples with distinct inputs. Raises ValueError if too few are in `draws_max` draws."""
+    found: dict[str, Example] = {}
+    for example in itertools.islice(drawn, draws_max):
         found.setdefault(example.input, example)
-    if len(found) < count:
-        raise ValueError(f"task {task.name!r} has only about {len(found)} inputs in split {split}, asked for {count}")
-    return list(found.values())
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(f"task {task!r} has only about {len(found)} inputs in split {split}, asked for {count}")
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -169,74 +169,34 @@ def iso_date(text: str) -> str:
     return f"{year}-{MONTHS.index(month) + 1:02d}-{int(day):02d}"
 
 
-def _length(text: str) -> str:
-    return str(len(text))
-
-
-def _sum(text: str) -> str:
-    return str(sum(int(term) for term in text.split("+")))
-
-
-def _stars(text: str) -> str:
-    return "".join("*" if c in VOWELS else c for c in text)
-
-
-def _devowel(text: str) -> str:
-    return "".join(c for c in text if c not in VOWELS)
-
-
-def _double(text: str) -> str:
-    return "".join(c + c for c in text)
-
-
 def _sorted(text: str) -> str:
     return "".join(sorted(text))
-
-
-def _rotate(text: str) -> str:
-    return text[1:] + text[0]
-
-
-def _reverse(text: str) -> str:
-    return text[::-1]
-
-
-def _swap(text: str) -> str:
-    return text[-1] + text[1:-1] + text[0]
 
 
 def _zigzag(text: str) -> str:
     return "".join(c.upper() if i % 2 == 0 else c for i, c in enumerate(text))
 
 
+def _on_letters(name: str, function: Callable[[str], str], *, held_out: bool = False) -> Task:
+    return Task(name=name, function=function, sample=sample_letters, held_out=held_out)
+
+
 _ALL = (
-    Task(name="reverse", description="write it backwards", function=_reverse, sample=sample_letters),
-    Task(name="upper", description="write it in capitals", function=str.upper, sample=sample_letters),
-    Task(name="caesar", description="each letter becomes the next one", function=caesar, sample=sample_letters),
-    Task(name="double", description="write each letter twice", function=_double, sample=sample_letters),
-    Task(name="sort", description="letters in alphabetical order", function=_sorted, sample=sample_letters),
-    Task(name="rotate", description="move the first letter to the end", function=_rotate, sample=sample_letters),
-    Task(name="stars", description="a star for each vowel", function=_stars, sample=sample_letters),
-    Task(name="devowel", description="leave out the vowels", function=_devowel, sample=sample_letters),
-    Task(name="length", description="the number of letters", function=_length, sample=sample_letters),
-    Task(name="digits", description="digits in ascending order", function=_sorted, sample=sample_digits),
-    Task(name="field", description="the value of the asked field", function=field, sample=sample_record),
-    Task(name="date", description="the date in ISO form", function=iso_date, sample=sample_date),
-    Task(name="sum", description="the sum of two numbers", function=_sum, sample=sample_sum),
-    Task(
-        name="swap",
-        description="exchange the first and the last letter",
-        function=_swap,
-        sample=sample_letters,
-        held_out=True,
-    ),
-    Task(
-        name="zigzag",
-        description="every other letter in capitals",
-        function=_zigzag,
-        sample=sample_letters,
-        held_out=True,
-    ),
+    _on_letters("reverse", lambda text: text[::-1]),
+    _on_letters("upper", str.upper),
+    _on_letters("caesar", caesar),
+    _on_letters("double", lambda text: "".join(c + c for c in text)),
+    _on_letters("sort", _sorted),
+    _on_letters("rotate", lambda text: text[1:] + text[0]),
+    _on_letters("stars", lambda text: "".join("*" if c in VOWELS else c for c in text)),
+    _on_letters("devowel", lambda text: "".join(c for c in text if c not in VOWELS)),
+    _on_letters("length", lambda text: str(len(text))),
+    Task(name="digits", function=_sorted, sample=sample_digits),
+    Task(name="field", function=field, sample=sample_record),
+    Task(name="date", function=iso_date, sample=sample_date),
+    Task(name="sum", function=lambda text: str(sum(map(int, text.split("+")))), sample=sample_sum),
+    _on_letters("swap", lambda text: text[-1] + text[1:-1] + text[0], held_out=True),
+    _on_letters("zigzag", _zigzag, held_out=True),
 )
 
 TASKS = MappingProxyType({task.name: task for task in _ALL})

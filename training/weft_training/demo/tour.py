@@ -19,6 +19,8 @@ from rich.table import Table
 
 from weft.client import AsyncClient, Client, RpcFailure
 from weft_training import shipped
+from weft_training.demo import answering
+from weft_training.demo.answering import Ask, Target
 from weft_training.demo.document import insert
 from weft_training.demo.server import DemoFailure, Server, require, serving, step
 from weft_training.demo.styles import COMPOSITIONS
@@ -118,8 +120,8 @@ def _tour(console: Console, base: Path, adapters: Path, scratch: Path) -> None:
             styles = [path.name for path in sorted(shipped.STYLES.iterdir())]
             for name in styles:
                 client.register(name, str(shipped.STYLES / name))
-        asyncio.run(_mixed_batch(console, server, names))
-        asyncio.run(_compose(console, server))
+        _mixed_batch(console, server, names)
+        _compose(console, server)
         asyncio.run(_hot_swap(console, server, adapters, names))
         _train_live(console, server, base, scratch)
         _unregister(console, server, (*names, *styles))
@@ -142,7 +144,7 @@ def _register(console: Console, client: Client, adapters: Path) -> dict[str, str
     return methods
 
 
-async def _mixed_batch(console: Console, server: Server, methods: dict[str, str]) -> None:
+def _mixed_batch(console: Console, server: Server, methods: dict[str, str]) -> None:
     """Send requests for all adapters and the base at once, each with a prompt of its own task."""
     step(console, "One batch: every adapter and the base, concurrently")
     tasks = {task for task in (_task_of(name) for name in methods) if task}
@@ -152,15 +154,13 @@ async def _mixed_batch(console: Console, server: Server, methods: dict[str, str]
         for example in examples(TASKS[_task_of(name)], _REQUESTS_PER_ADAPTER, 11, Split.TEST)
     ]
     asks += [("", example) for example in _examples_of_all(sorted(tasks), _REQUESTS_TO_BASE)]
-    async with AsyncClient(server.address) as client:
-
-        async def ask(name: str, example: Example) -> _Asked:
-            answer = await client.generate(prompt(example), name or None, temperature=0, max_new_tokens=24)
-            return _Asked(adapter=name, method=methods.get(name, "base"), example=example, answer=answer.text)
-
-        began = time.monotonic()
-        asked = await asyncio.gather(*(ask(name, example) for name, example in asks))
-        seconds = time.monotonic() - began
+    began = time.monotonic()
+    given = _answers(server, [(example, name or None) for name, example in asks])
+    seconds = time.monotonic() - began
+    asked = [
+        _Asked(adapter=name, method=methods.get(name, "base"), example=example, answer=answer)
+        for (name, example), answer in zip(asks, given, strict=True)
+    ]
     by_adapter, by_base = ([one for one in asked if bool(one.adapter) is adapted] for adapted in (True, False))
     num_right, base_right = (sum(one.is_right for one in part) for part in (by_adapter, by_base))
     console.print(_answers_table(by_adapter))
@@ -174,24 +174,27 @@ async def _mixed_batch(console: Console, server: Server, methods: dict[str, str]
     require(base_right <= 0.25 * len(by_base), "the base alone does not")
 
 
-async def _compose(console: Console, server: Server) -> None:
+def _compose(console: Console, server: Server) -> None:
     """Compose a task's adapter with a style's in one request: an answer that neither of the two gives."""
     step(console, "Compose adapters: a task and a style, weighted, in one request")
     compositions = [composition for composition in COMPOSITIONS if len(composition.weights) == 2][:2]
-    async with AsyncClient(server.address) as client:
-        for composition in compositions:
-            asked = examples(TASKS[composition.task], _REQUESTS_PER_COMPOSITION, 41, Split.TEST)
-            answers = await asyncio.gather(
-                *(client.generate(prompt(one), composition.weights, temperature=0, max_new_tokens=24) for one in asked)
-            )
-            given = [(one, answer.text) for one, answer in zip(asked, answers, strict=True)]
-            right = [(one, answer) for one, answer in given if answer == composition.wanted(one.input)]
-            example, answer = (right or given)[0]
-            named = " + ".join(f"{weight:g} · {name}" for name, weight in composition.weights.items())
-            console.print(
-                f"  {named}: {prompt(example)!r} → {answer!r}, {len(right)} of {len(asked)} right", highlight=False
-            )
-            require(len(right) >= _COMPOSED_RIGHT_SHARE_MIN * len(asked), f"{named} answers in its style")
+    for composition in compositions:
+        asked = examples(TASKS[composition.task], _REQUESTS_PER_COMPOSITION, 41, Split.TEST)
+        answers = _answers(server, [(one, composition.weights) for one in asked])
+        given = list(zip(asked, answers, strict=True))
+        right = [(one, answer) for one, answer in given if answer == composition.wanted(one.input)]
+        example, answer = (right or given)[0]
+        named = " + ".join(f"{weight:g} · {name}" for name, weight in composition.weights.items())
+        console.print(
+            f"  {named}: {prompt(example)!r} → {answer!r}, {len(right)} of {len(asked)} right", highlight=False
+        )
+        require(len(right) >= _COMPOSED_RIGHT_SHARE_MIN * len(asked), f"{named} answers in its style")
+
+
+def _answers(server: Server, asks: Sequence[tuple[Example, Target]]) -> list[str]:
+    """Send all requests at once. Returns the greedy answers to untagged prompts."""
+    sent = [Ask(prompt(example), adapter, max_new_tokens=24) for example, adapter in asks]
+    return answering.answers(server.address, sent, concurrent=len(sent))
 
 
 def _answers_table(asked: Sequence[_Asked]) -> Table:
@@ -266,14 +269,10 @@ def _train_live(console: Console, server: Server, base: Path, scratch: Path) -> 
     with ProgressBar(console, f"training {LIVE.name}") as bar:
         trained = train_recipe(LIVE, scratch / "live", base=base, progress=bar)
     held_back = examples(TASKS[LIVE.task], 20, 31, Split.TEST)
+    before = _answers(server, [(one, None) for one in held_back])
     with Client(server.address) as client:
-
-        def answers(adapter: str | None) -> list[str]:
-            return [client.generate(prompt(one), adapter, temperature=0, max_new_tokens=24).text for one in held_back]
-
-        before = answers(None)
         uploaded = client.upload("live", scratch / "live")
-        after = answers("live")
+    after = _answers(server, [(one, "live") for one in held_back])
     right = [sum(a == one.output for a, one in zip(given, held_back, strict=True)) for given in (before, after)]
     console.print(
         f"  {LIVE.name}: {trained.num_parameters:,} parameters in {trained.seconds:.0f} s, "

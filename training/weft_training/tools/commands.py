@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 # Plain help, as in `weft`.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")]
 BasePath = Annotated[
-    Path, typer.Option("--base", help="The model directory that they are for.", parser=typed_path, metavar="MODEL")
+    Path, typer.Option("--base", help="Model directory of the base.", parser=typed_path, metavar="MODEL")
 ]
 
 _SAFETENSORS = ("adapter_model.safetensors", "adapter.safetensors")
@@ -39,34 +38,26 @@ _PICKLE = "pytorch_adapter.bin"
 # -- merge -------------------------------------------------------------------------------------------------------------
 
 
-class Strategy(StrEnum):
-    """How updates are combined: each is the function of that name in `merging`."""
-
-    EXACT = "exact"
-    SVD = "svd"
-    TIES = "ties"
-    DARE_TIES = "dare_ties"
-    DARE_LINEAR = "dare_linear"
-    MAGNITUDE_PRUNE = "magnitude_prune"
+# How updates are combined: each is the function of that name in `merging`.
+Strategy = Literal["exact", "svd", "ties", "dare_ties", "dare_linear", "magnitude_prune"]
 
 
 @app.command()
 def merge(
     parts: Annotated[
-        list[str],
-        typer.Argument(metavar="DIR[=WEIGHT]...", help="LoRA directories and their weights, 1 if left out."),
+        list[str], typer.Argument(metavar="DIR[=WEIGHT]...", help="LoRA directories and their weights; 1 by default.")
     ],
     output: Output,
     base: BasePath,
-    strategy: Annotated[Strategy, typer.Option(help="What is kept of their sum.")] = Strategy.EXACT,
+    strategy: Annotated[Strategy, typer.Option(help="Rule by which their updates are combined.")] = "exact",
     rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="[all but exact] Rank of the result.")] = None,
     density: Annotated[
         float | None,
-        typer.Option(metavar="X", help="[ties, dare_*, magnitude_prune] Share of entries kept, up to 1."),
+        typer.Option(metavar="X", help="[ties, dare_*, magnitude_prune] Share of entries to keep, up to 1."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="[dare_*] Draws what is dropped.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="[dare_*] Seed of the entries to drop.")] = None,
 ) -> None:
-    """Merge LoRAs into one, a PEFT directory that any server takes.
+    """Merge LoRAs into one PEFT directory that any server accepts.
 
     exact adds their weighted updates as a composition does, and its rank is the sum of theirs. svd is its best
     approximation of rank R. The others first thin out the updates: magnitude_prune keeps the largest entries of each
@@ -156,14 +147,14 @@ def arrow(
     output: Output,
     experts: Annotated[
         list[str],
-        typer.Argument(metavar="ID=PATH…", help="LoRA directories, and the ids that they are registered under."),
+        typer.Argument(metavar="ID=PATH…", help="LoRA directories, with the ids under which they are registered."),
     ],
     base: BasePath,
-    quantization: Annotated[Quantization, typer.Option(help="How the server holds it.")] = Quantization.NF4,
+    quantization: Annotated[Quantization, typer.Option(help="Quantization on the server.")] = Quantization.NF4,
     top_k: Annotated[int, typer.Option(metavar="K", help="Experts that keep a gate.")] = 2,
-    temperature: Annotated[float, typer.Option(help="What logits are divided by.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Divisor of the logits.")] = 1.0,
 ) -> None:
-    """Make an Arrow router (arXiv:2405.11157) of LoRA adapters: their own directions, and no training.
+    """Make an Arrow router (arXiv:2405.11157) over LoRA adapters, without training.
 
     Register the experts first and then OUT, like any adapter.
     """
@@ -208,10 +199,10 @@ def convert(
     output: Output,
     base: BasePath,
 ) -> None:
-    """Convert an adapter, such as AdapterHub's bottlenecks, to a form that servers take.
+    """Convert an adapter, such as AdapterHub's bottlenecks, to a form that servers accept.
 
     A pickled file (pytorch_adapter.bin) is read with torch's restricted unpickler, which makes tensors and nothing
-    else. Servers read none at all.
+    else. Servers never read pickles.
     """
     from weft.methods.checkpoint import directory
     from weft_training.tools import adapterhub

@@ -7,8 +7,7 @@ small and written in bfloat16, so that a repository can hold them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +20,7 @@ from weft.model.packed import multiplies_bfloat16
 from weft_training import shipped
 from weft_training.config import SaveDtype, TrainConfig
 from weft_training.data import Conversation
+from weft_training.demo.adapters import Names, Output, chosen
 from weft_training.demo.real import model
 from weft_training.demo.real.contacts import CONTACTS
 from weft_training.demo.real.figures import FIGURES
@@ -31,7 +31,8 @@ from weft_training.demo.real.tickets import TICKETS
 from weft_training.demo.tasks import Split
 from weft_training.mixture import MixtureTrainConfig
 from weft_training.progress import ProgressBar, Report
-from weft_training.trainer import TrainResult, train
+from weft_training.run import TrainResult
+from weft_training.trainer import train
 
 MIXTURE = "assistant"
 _LORA = LoraConfig(rank=4, alpha=8.0)
@@ -50,12 +51,10 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        task.name: Recipe(task=task, adapter=_LORA, learning_rate=learning_rate, num_steps=num_steps, batch_size=8)
-        for task, learning_rate, num_steps in ((MAILS, 1e-3, 80), (TICKETS, 1e-3, 80), (FIGURES, 3e-3, 160))
-    }
-)
+RECIPES: Mapping[str, Recipe] = {
+    task.name: Recipe(task=task, adapter=_LORA, learning_rate=learning_rate, num_steps=num_steps, batch_size=8)
+    for task, learning_rate, num_steps in ((MAILS, 1e-3, 80), (TICKETS, 1e-3, 80), (FIGURES, 3e-3, 160))
+}
 
 # Trained during the live demo.
 LIVE = Recipe(task=CONTACTS, adapter=_LORA, learning_rate=3e-3, num_steps=32, batch_size=4)
@@ -66,7 +65,7 @@ def train_recipe(
 ) -> TrainResult:
     """Train an adapter on the model as it is stored; it can be served on any quantization of it."""
     config = TrainConfig(
-        model=_base(num_threads),
+        **_common(num_threads),
         adapter=recipe.adapter,
         output=output,
         num_steps=recipe.num_steps,
@@ -75,8 +74,6 @@ def train_recipe(
         num_warmup_steps=max(1, recipe.num_steps // 10),
         seed=recipe.seed,
         overwrite=overwrite,
-        save_dtype=SaveDtype.BFLOAT16,
-        autocast=multiplies_bfloat16(),
     )
     return train(config, examples=_rows(recipe.task, recipe.seed), progress=progress)
 
@@ -84,7 +81,7 @@ def train_recipe(
 def train_mixture(output: Path, experts: Sequence[Path], *, num_threads: int, progress: Report) -> TrainResult:
     """Train the router over the adapters of all tasks, from rows of all tasks."""
     config = TrainConfig(
-        model=_base(num_threads),
+        **_common(num_threads),
         adapter=MixtureTrainConfig(experts=tuple(experts), top_k=len(experts), level=Level.SEQUENCE, shared=True),
         output=output,
         num_steps=40,
@@ -92,15 +89,15 @@ def train_mixture(output: Path, experts: Sequence[Path], *, num_threads: int, pr
         learning_rate=2e-2,
         num_warmup_steps=4,
         overwrite=True,
-        save_dtype=SaveDtype.BFLOAT16,
-        autocast=multiplies_bfloat16(),
     )
     rows = [one for task in TASKS.values() for one in _rows(task, 1, count=400)]
     return train(config, examples=rows, progress=progress)
 
 
-def _base(num_threads: int) -> ModelConfig:
-    return ModelConfig(path=model.path(), quantization=Quantization.NONE, dtype="float32", num_threads=num_threads)
+def _common(num_threads: int) -> dict[str, Any]:
+    """Return the settings of every training."""
+    base = ModelConfig(path=model.path(), quantization=Quantization.NONE, dtype="float32", num_threads=num_threads)
+    return {"model": base, "save_dtype": SaveDtype.BFLOAT16, "autocast": multiplies_bfloat16()}
 
 
 def _rows(task: RealTask, seed: int, count: int = _NUM_EXAMPLES) -> list[Conversation]:
@@ -108,19 +105,13 @@ def _rows(task: RealTask, seed: int, count: int = _NUM_EXAMPLES) -> list[Convers
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Which adapters; all if none is named.")] = None,
-    output: Annotated[
-        Path, typer.Option(help="Directory of the adapters; those that are there are replaced.")
-    ] = shipped.REAL,
+    names: Names = None,
+    output: Output = shipped.REAL,
     num_threads: Annotated[int, typer.Option(help="CPU threads; 0 for all cores.")] = 0,
 ) -> None:
     """Train the real demo's adapters (minutes each)."""
-    known = (*RECIPES, MIXTURE)
-    for name in names or known:
-        if name not in known:
-            raise typer.BadParameter(f"must be of {', '.join(known)}, given {name!r}")
     console = Console()
-    for name in names or known:
+    for name in chosen(names, (*RECIPES, MIXTURE)):
         with ProgressBar(console, name) as bar:
             if name == MIXTURE:
                 experts = [output / expert for expert in RECIPES]

@@ -8,33 +8,31 @@ import re
 import unicodedata
 
 from weft_training.demo.real.task import Fields, RealTask
-from weft_training.demo.real.wording import People, Wordings
+from weft_training.demo.real.wording import People, Wordings, worded
 from weft_training.demo.tasks import Split
 
-_LINES = Wordings(
-    (
-        "{name} here, write to me at {address}.",
-        "You can reach {name} under {address}.",
-        "Please add {address}, that is {name}.",
-        "My address is {address}. Yours, {name}",
-        "{name} asked for a copy to {address}.",
-        "Send it to {address}, for the attention of {name}.",
-        "Hello from {name}. My mail is {address}.",
-        "Please write to {name}, {address}.",
-        "This is {name}; {address} works best.",
-        "{address} belongs to {name}.",
-        "Regards, {name} ({address})",
-        "From now on {name} uses {address}.",
-        "Write to {address} if you look for {name}.",
-        "{name} has a new address, {address}.",
-        "The invoice goes to {name} at {address}.",
-        "I am {name}, and {address} is where I read my mail.",
-        "Copy {name} in, please: {address}",
-        "For questions ask {name} ({address}).",
-        "The contact is {name}, mail {address}.",
-        "You find me, {name}, at {address} on weekdays.",
-    ),
-    ("Could you note {address} for {name}?", "Greetings from {name}, who now reads {address}."),
+_LINES = worded(
+    "{name} here, write to me at {address}.",
+    "You can reach {name} under {address}.",
+    "Please add {address}, that is {name}.",
+    "My address is {address}. Yours, {name}",
+    "{name} asked for a copy to {address}.",
+    "Send it to {address}, for the attention of {name}.",
+    "Hello from {name}. My mail is {address}.",
+    "Please write to {name}, {address}.",
+    "This is {name}; {address} works best.",
+    "{address} belongs to {name}.",
+    "Regards, {name} ({address})",
+    "From now on {name} uses {address}.",
+    "Write to {address} if you look for {name}.",
+    "{name} has a new address, {address}.",
+    "The invoice goes to {name} at {address}.",
+    "I am {name}, and {address} is where I read my mail.",
+    "Copy {name} in, please: {address}",
+    "For questions ask {name} ({address}).",
+    "The contact is {name}, mail {address}.",
+    "You find me, {name}, at {address} on weekdays.",
+    test=("Could you note {address} for {name}?", "Greetings from {name}, who now reads {address}."),
 )
 _DOMAINS = Wordings(
     ("example.org", "mail.example.com", "office.example.net", "shop.example"),

@@ -6,37 +6,32 @@ Dates follow ISO 8601. Amounts have the ISO 4217 code first, and as many decimal
 import datetime
 import random
 import re
-from types import MappingProxyType
 from typing import NamedTuple
 
 from weft_training.demo.real.numerals import ordinal, short_ordinal, words, year
 from weft_training.demo.real.task import Fields, RealTask
-from weft_training.demo.real.wording import People, Wordings, split_of
+from weft_training.demo.real.wording import People, Wordings, split_of, worded
 from weft_training.demo.tasks import MONTHS, Split
 
-_DATES = Wordings(
-    (
-        "the {ordinal} of {month}, {year}",
-        "{month} the {ordinal}, {year}",
-        "the {short} of {month} {digits}",
-        "{day} {month} {digits}",
-        "{month} {short}, {year}",
-    ),
-    ("the {ordinal} of {month} {digits}", "{month} {ordinal} {year}", "the {short} of {month}, {year}"),
+_DATES = worded(
+    "the {ordinal} of {month}, {year}",
+    "{month} the {ordinal}, {year}",
+    "the {short} of {month} {digits}",
+    "{day} {month} {digits}",
+    "{month} {short}, {year}",
+    test=("the {ordinal} of {month} {digits}", "{month} {ordinal} {year}", "the {short} of {month}, {year}"),
 )
-_SENTENCES = Wordings(
-    (
-        "Please settle this by {x}.",
-        "The meeting was moved to {x}.",
-        "On the form it says {x}.",
-        "We agreed on {x}.",
-        "{x}, if I remember rightly.",
-        "It must be {x}.",
-        "The letter speaks of {x}.",
-        "Put down {x}, please.",
-        "I would say {x}.",
-    ),
-    ("He mentioned {x} on the phone.", "Note: {x}.", "Could you enter {x}?", "The contract names {x}."),
+_SENTENCES = worded(
+    "Please settle this by {x}.",
+    "The meeting was moved to {x}.",
+    "On the form it says {x}.",
+    "We agreed on {x}.",
+    "{x}, if I remember rightly.",
+    "It must be {x}.",
+    "The letter speaks of {x}.",
+    "Put down {x}, please.",
+    "I would say {x}.",
+    test=("He mentioned {x} on the phone.", "Note: {x}.", "Could you enter {x}?", "The contract names {x}."),
 )
 
 
@@ -56,16 +51,12 @@ _CURRENCIES = (
     _Currency("PLN", ("zloty", "zlotys"), ("grosz", "groszy")),
     _Currency("JPY", ("yen", "yen"), None),
 )
-_AMOUNTS = MappingProxyType(
-    {
-        "plain": Wordings(
-            ("{whole} {unit} and {part} {cents}", "{whole} {unit} {part}"), ("{whole} {unit}, {part} {cents}",)
-        ),
-        "round": Wordings(
-            ("{whole} {unit}", "exactly {whole} {unit}"), ("{whole} {unit} sharp", "all of {whole} {unit}")
-        ),
-    }
-)
+_AMOUNTS = {
+    "plain": Wordings(
+        ("{whole} {unit} and {part} {cents}", "{whole} {unit} {part}"), ("{whole} {unit}, {part} {cents}",)
+    ),
+    "round": Wordings(("{whole} {unit}", "exactly {whole} {unit}"), ("{whole} {unit} sharp", "all of {whole} {unit}")),
+}
 
 
 def _draw(rng: random.Random, people: People, split: Split) -> tuple[str, str]:

@@ -6,15 +6,14 @@ server that holds the base unquantized, as in training. They are compared with t
 with a prompt that gives an instruction and solved inputs.
 """
 
-import asyncio
 import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,12 +22,13 @@ from weft.client import Client
 from weft.methods.bottleneck.math import BottleneckConfig
 from weft.methods.lora.math import LoraConfig
 from weft.methods.prefix.math import PrefixConfig
-from weft.methods.protocol import MethodConfig
 from weft_training.adapter import USUAL
-from weft_training.demo.document import insert, markdown, table
+from weft_training.demo import document
+from weft_training.demo.adapters import chosen
+from weft_training.demo.answering import Ask, answers
 from weft_training.demo.real import model
 from weft_training.demo.real.adapters import Recipe, train_recipe
-from weft_training.demo.real.answering import Ask, answers
+from weft_training.demo.real.mails import MAILS
 from weft_training.demo.real.task import RealTask, asked, score
 from weft_training.demo.real.tasks import TASKS
 from weft_training.demo.server import Server, serving
@@ -43,20 +43,16 @@ _EVALUATION_SEED = 1
 _MARKER = "real"
 
 
-class _Method(NamedTuple):
-    adapter: MethodConfig
-    learning_rate: float
+_NUM_STEPS = 100
+_recipe = partial(Recipe, task=MAILS, num_steps=_NUM_STEPS, batch_size=4)
 
-
-METHODS: Mapping[str, _Method] = MappingProxyType(
-    {
-        "lora": _Method(LoraConfig(rank=8, alpha=16.0), 4e-3),
-        "bottleneck": _Method(BottleneckConfig(size=16), 4e-3),
-        "ia3": _Method(USUAL["ia3"], 6e-2),
-        "prefix": _Method(PrefixConfig(num_virtual_tokens=16), 1e-1),
-    }
-)
-_NUM_STEPS, _BATCH_SIZE = 100, 4
+# The recipe of each method; its task is replaced.
+METHODS: Mapping[str, Recipe] = {
+    "lora": _recipe(adapter=LoraConfig(rank=8, alpha=16.0), learning_rate=4e-3),
+    "bottleneck": _recipe(adapter=BottleneckConfig(size=16), learning_rate=4e-3),
+    "ia3": _recipe(adapter=USUAL["ia3"], learning_rate=6e-2),
+    "prefix": _recipe(adapter=PrefixConfig(num_virtual_tokens=16), learning_rate=1e-1),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +83,7 @@ def measure(server: Server, method: str, task: RealTask, seed: int, num_threads:
     """Train, if the method is trained, and evaluate."""
     if method not in METHODS:
         return _asked_of(server, method, task, seed, None)
-    adapter, learning_rate = METHODS[method]
-    recipe = Recipe(
-        task=task,
-        adapter=adapter,
-        learning_rate=learning_rate,
-        num_steps=_NUM_STEPS,
-        batch_size=_BATCH_SIZE,
-        seed=seed,
-    )
+    recipe = replace(METHODS[method], task=task, seed=seed)
     with tempfile.TemporaryDirectory() as scratch, Client(server.address) as client:
         with ProgressBar(console, f"{method} on {task.name}, seed {seed}") as bar:
             trained = train_recipe(recipe, Path(scratch, "made"), num_threads=num_threads, progress=bar)
@@ -110,7 +98,7 @@ def _asked_of(server: Server, method: str, task: RealTask, seed: int, adapter: s
     examples = task.examples(NUM_EXAMPLES, _EVALUATION_SEED, Split.TEST)
     texts = [one.input for one in examples]
     turns = task.prompted(texts) if method == PROMPTED else [asked(text) for text in texts]
-    given = asyncio.run(answers(server.address, [Ask(one, adapter, task.max_new_tokens) for one in turns]))
+    given = answers(server.address, [Ask(one, adapter, task.max_new_tokens) for one in turns])
     found = score(task, examples, given)
     return Cell(method=method, task=task.name, seed=seed, exact=found.exact, f1=found.f1)
 
@@ -142,18 +130,15 @@ def read(results: Path) -> list[Cell]:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="JSON of what was measured.")] = RESULTS,
-    only: Annotated[list[str] | None, typer.Option(help="Measure these methods alone; may come again.")] = None,
+    results: Annotated[Path, typer.Option(help="JSON file of the measurements.")] = RESULTS,
+    only: Annotated[list[str] | None, typer.Option(help="Measure only this method; may be repeated.")] = None,
     num_threads: Annotated[int, typer.Option(help="CPU threads of the training; 0 for all cores.")] = 0,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help=f"Write the table into this file, after <!-- {_MARKER} -->.")
-    ] = None,
+    markdown_file: Annotated[Path | None, document.option(_MARKER)] = None,
 ) -> None:
     """Train and measure what is missing; an interrupted study resumes at the same cell."""
     console, known = Console(), read(results)
-    if unknown := set(only or ()) - {BASE, PROMPTED, *METHODS}:
-        raise typer.BadParameter(f"--only must be of {', '.join((BASE, PROMPTED, *METHODS))}, given {min(unknown)!r}")
-    wanted = [one for one in missing(known) if not only or one[0] in only]
+    methods = chosen(only, (BASE, PROMPTED, *METHODS))
+    wanted = [one for one in missing(known) if one[0] in methods]
     results.parent.mkdir(parents=True, exist_ok=True)
     if wanted:
         with (
@@ -165,10 +150,8 @@ def main(
                 known.append(cell)
                 results.write_text(json.dumps([asdict(one) for one in known], indent=1) + "\n")
                 console.print(f"{index} of {len(wanted)}: {method} on {task.name}, seed {seed}: {_shown([cell])}")
-    shown = cells(known)
-    console.print(table(f"{NUM_EXAMPLES} unseen inputs, SmolLM2-135M-Instruct, unquantized", shown))
-    if markdown_file is not None:
-        markdown_file.write_text(insert(markdown(shown), markdown_file.read_text(), _MARKER))
+    title = f"{NUM_EXAMPLES} unseen inputs, SmolLM2-135M-Instruct, unquantized"
+    document.publish(title, cells(known), markdown_file, _MARKER)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Real tasks: input texts, the one right answer to each, and how near another answer comes to it."""
 
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from weft_training.data import Conversation
 from weft_training.demo.real.wording import People
-from weft_training.demo.tasks import Example, Split
+from weft_training.demo.tasks import Example, Split, distinct
 
 Fields = Mapping[str, str]
 Draw = Callable[[random.Random, People, Split], tuple[str, str]]
-
-_DRAWS_PER_EXAMPLE_MAX = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +36,9 @@ class RealTask:
         """Return `count` examples with distinct inputs, the same for the same arguments on every machine."""
         rng = random.Random(f"{self.name}/{split}/{seed}")  # noqa: S311  reproducible, not secret
         people = People(rng.randrange(1 << 32), split)
-        found: dict[str, Example] = {}
-        for _ in range(count * _DRAWS_PER_EXAMPLE_MAX):
-            if len(found) == count:
-                return list(found.values())
-            text, answer = self.draw(rng, people, split)
-            found.setdefault(text, Example(task=self.name, input=text, output=answer))
-        raise ValueError(f"task {self.name!r} has only about {len(found)} inputs in split {split}, asked for {count}")
+        pairs = (self.draw(rng, people, split) for _ in itertools.count())
+        drawn = (Example(task=self.name, input=text, output=answer) for text, answer in pairs)
+        return distinct(drawn, count, self.name, split, draws_max=count * 50)
 
     def prompted(self, texts: Sequence[str]) -> list[list[Mapping[str, str]]]:
         """Return good prompts, one a text: the instruction, the same solved inputs for all, and the text."""

@@ -4,7 +4,6 @@ A real server process on loopback holds SmolLM2-135M-Instruct. Three adapters co
 trained live. All requests go over gRPC, with texts that no adapter has seen.
 """
 
-import asyncio
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from weft.client import Client
+from weft_training.demo.answering import Ask, Target, answers
 from weft_training.demo.real import model
 from weft_training.demo.real.adapters import LIVE, MIXTURE, train_recipe
-from weft_training.demo.real.answering import Ask, Target, answers
 from weft_training.demo.real.task import RealTask, asked, score
 from weft_training.demo.real.tasks import TASKS
 from weft_training.demo.server import Server, require, serving, step
@@ -58,9 +57,7 @@ def _unseen(task: RealTask, count: int) -> list[Example]:
 
 def _ask(server: Server, asks: Sequence[tuple[RealTask, Example, Target]]) -> list[str]:
     """Return the answers of the adapters: a name, weights by name, or None for the base."""
-    return asyncio.run(
-        answers(server.address, [Ask(asked(one.input), to, task.max_new_tokens) for task, one, to in asks])
-    )
+    return answers(server.address, [Ask(asked(one.input), to, task.max_new_tokens) for task, one, to in asks])
 
 
 def _one_batch(console: Console, server: Server) -> None:
@@ -103,7 +100,7 @@ def _compose(console: Console, server: Server) -> None:
 
 def _mix(console: Console, server: Server) -> None:
     """Use one id for all three: a router reads each text once and weighs the adapters."""
-    step(console, f"One mixture over the three: its router tells which is meant (adapter id {MIXTURE!r})")
+    step(console, f"One mixture over the three: its router picks the right one (adapter id {MIXTURE!r})")
     for task in TASKS.values():
         examples = _unseen(task, _NUM_ASKED)
         found = score(task, examples, _ask(server, [(task, one, MIXTURE) for one in examples]))

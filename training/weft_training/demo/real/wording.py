@@ -31,6 +31,11 @@ class Wordings(NamedTuple):
         return rng.choice(self.train if split is Split.TRAIN else self.test)
 
 
+def worded(*train: str, test: Sequence[str]) -> Wordings:
+    """Return the wordings of one thing."""
+    return Wordings(train, test)
+
+
 class People:
     """Names from many countries. seed: of the draws."""
 
