@@ -214,7 +214,7 @@ def test_unregister_after_each_lifecycle_shape(
     with tight.gate.held(), monkeypatch.context() as patch, ThreadPoolExecutor() as threads:
         if state == "queued":  # two others are all that run
             running += [client.stream(None, 4), client.stream(None, 4)]
-            wait_until(lambda: tight.application.requests.num_requests == 2)
+            wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         if state == "accepting":
             patch.setattr(PromptEncoder, "encode", slowly)
         stream = client.stream("leaving", LONG, text=prompt)
@@ -574,7 +574,7 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
         with tight.gate.held():
             neighbour = client.stream(target, LONG, text=prompt)
             victim = client.stream(poison, LONG, text=prompt)
-            wait_until(lambda: tight.application.requests.num_requests == 2)
+            wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", retry=False)
         assert neighbour.result().tokens == alone[target], turn
     shared = [step for step in tight.gate.steps[-60:] if step.num_requests == 2]

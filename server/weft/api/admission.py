@@ -8,10 +8,11 @@ from typing import NamedTuple
 from weft.adapters.registry import Version
 from weft.api import composition, mixtures
 from weft.api.lifecycle import Lifecycle
-from weft.api.validation import CheckedSpec, ModelFacts
+from weft.api.validation import CheckedSpec
 from weft.engine.block_manager import cache_root
 from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId
 from weft.errors import InvalidRequest, Overloaded
+from weft.model.loader import Base
 
 
 class Held(NamedTuple):
@@ -35,11 +36,11 @@ class Admission:
     num_requests: requests that hold a place. empty: set while there are none.
     """
 
-    def __init__(self, lifecycle: Lifecycle, model: ModelFacts, max_requests: int) -> None:
+    def __init__(self, lifecycle: Lifecycle, base: Base, max_requests: int) -> None:
         self.num_requests = 0
         self._lifecycle = lifecycle
         self._registry = lifecycle.registry
-        self._model = model
+        self._base = base
         self._max_requests = max_requests
         self.empty = asyncio.Event()
         self.empty.set()
@@ -102,14 +103,14 @@ class Admission:
             params=replace(checked.params, max_new_tokens=max_new_tokens),
             adapters=uses,
             mixture=mixture,
-            cache_root=cache_root(checked.spec.cache_salt, self._model.digest, uses, mixture, tokens),
+            cache_root=cache_root(checked.spec.cache_salt, self._base.shape.digest, uses, mixture, tokens),
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )
         return Admitted(checked, held, request)
 
     def _check_length(self, num_tokens: int) -> None:
-        longest = self._model.max_model_len
+        longest = self._base.max_model_len
         if not num_tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
         if num_tokens >= longest:
@@ -117,7 +118,7 @@ class Admission:
             raise InvalidRequest.rule("PROMPT_TOO_LONG", "input", rule, limit=most, given=num_tokens)
 
     def _max_new_tokens(self, checked: CheckedSpec, num_tokens: int, num_virtual: int) -> int:
-        longest, asked = self._model.max_model_len, checked.spec.max_new_tokens
+        longest, asked = self._base.max_model_len, checked.spec.max_new_tokens
         room = longest - num_virtual - num_tokens
         if room < (asked or 1):
             raise InvalidRequest(

@@ -28,7 +28,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     def __init__(self, application: Application) -> None:
         self._work = application.work
         self._lifecycle = application.lifecycle
-        self._base_model = application.model.facts.name
+        self._base_model = application.model.base.shape.name
         self._limits, self._server = application.config.adapters, application.config.server
         self._line = UploadLine(uploads_max=self._server.uploads_max, waiting_max=self._server.uploads_waiting_max)
 
@@ -177,7 +177,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             trained_quantization=info.trained_held_as,
             draining_versions=[
                 adapter_pb2.DrainingVersion(digest=old.digest, in_flight_requests=len(old.leases))
-                for old in self._lifecycle.registry.replaced(version.adapter_id)
+                for old in self._lifecycle.registry.versions(version.adapter_id)[1:]
             ],
             experts=[self._expert(expert) for expert in info.experts],
         )

@@ -34,7 +34,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        self._tokenizer = application.model.facts.tokenizer
+        self._tokenizer: Any = application.model.base.tokenizer
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -82,20 +82,20 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: generation_service_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> generation_service_pb2.GetModelInfoResponse:
         model = self._application.model
-        facts, config = model.facts, self._application.config
-        sites = model.shape.sites.values()
+        base, config = model.base, self._application.config
+        sites = base.shape.sites.values()
         by_shape = Counter((site.suffix, site.in_features, site.out_features) for site in sites)
         info = model_pb2.ModelInfo(
-            model_name=facts.name,
-            base_digest=facts.digest,
-            quantization=model.quantization,
+            model_name=base.shape.name,
+            base_digest=base.shape.digest,
+            quantization=base.quantization.value,
             dtype=model.dtype,
-            device=model.device,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.vocab_size,
-            num_layers=model.shape.num_layers,
+            device=base.device.type,
+            max_model_len=base.max_model_len,
+            vocab_size=base.vocab_size,
+            num_layers=base.shape.num_layers,
             block_size=config.engine.block_size,
-            has_chat_template=facts.has_chat_template,
+            has_chat_template=base.tokenizer.chat_template is not None,
             version=__version__,
             methods=sorted(KINDS),
             sites=[
