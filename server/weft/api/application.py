@@ -72,7 +72,7 @@ class Application:
         # Packing some adapters reads the base's weights, which only the engine thread may touch.
         ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
         host = HostCache(config.residency.host_bytes)
-        loader = AdapterLoader(store, ingest, host, workers=self.work.threads, metrics=metrics)
+        loader = AdapterLoader(store=store, ingest=ingest, host=host, workers=self.work.threads, metrics=metrics)
         self.engine = Engine(
             runner,
             config.engine,
