@@ -29,7 +29,7 @@ from tests import tiny
 from tests.server.conftest import Sources
 from tests.server.files import LORA_A, LORA_B, Files, Good, Parts, upload_messages, with_header
 from tests.server.live import WAIT_S, LiveServer, refused
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.ingest import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.client.failure import failure_of
 

@@ -16,17 +16,17 @@ import pytest
 
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, LiveServer, Loop, Running, refused, wait_until
-from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.identifiers import AdapterDigest as Digest
 from weft.adapters.identifiers import AdapterId
-from weft.adapters.ingest import Ingest
+from weft.adapters.ingest import CONFIG_FILE, Ingest
 from weft.adapters.registry import AdapterInfo, Change, Version
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.adapters.store import AdapterStore
-from weft.api.admission import Admission, Admitted
+from weft.api.admission import Admission
 from weft.api.prompt import PromptEncoder
 from weft.api.watch import Watches
 from weft.config import WeftConfig
+from weft.engine.request import Request
 from weft.errors import Unavailable
 from weft.v1 import adapter_pb2, adapter_service_pb2
 
@@ -134,16 +134,15 @@ def test_the_comparison_sees_a_swapped_adapter(
     client = server.client
     client.register("swapped", sources("lora-2"))
     other = client.register("other", sources("lora-3")).adapter.digest
-    admit = Admission.admit
+    request = Admission.request
 
-    def wrong(*arguments: object, **options: object) -> Admitted:
-        made = admit(*arguments, **options)  # pyright: ignore[reportArgumentType]
-        uses = tuple(use._replace(digest=other) for use in made.request.adapters)
-        return made._replace(request=replace(made.request, adapters=uses))
+    def wrong(*arguments: object, **options: object) -> Request:
+        made = request(*arguments, **options)  # pyright: ignore[reportArgumentType]
+        return replace(made, adapters=tuple(use._replace(digest=other) for use in made.adapters))
 
     wanted = alone("lora-2")
     with monkeypatch.context() as patch:
-        patch.setattr(Admission, "admit", wrong)
+        patch.setattr(Admission, "request", wrong)
         assert client.tokens("swapped", LONG, cache_salt="wrong") != wanted
         # The key of its KV names the expected content, so requests that share it get the wrong tokens too.
         client.tokens("swapped", LONG, cache_salt="shared")

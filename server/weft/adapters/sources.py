@@ -133,8 +133,4 @@ def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wa
 
 def holds(directory: int, name: str) -> bool:
     """Return whether an open directory holds anything called `name`."""
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
+    return os.access(name, os.F_OK, dir_fd=directory, follow_symlinks=False)

@@ -15,19 +15,13 @@ from weft.errors import InvalidRequest, Overloaded
 from weft.model.loader import Base
 
 
-class Held(NamedTuple):
-    """The versions that a request leases: those that it names, and the experts if it names a mixture."""
+class Admitted(NamedTuple):
+    """A request that holds a place and leases: on the versions that it names, and on the experts of a mixture."""
 
+    request_id: RequestId
+    checked: CheckedSpec
     versions: list[Version]
     experts: list[Version]
-
-
-class Admitted(NamedTuple):
-    """A request that may go to the engine."""
-
-    checked: CheckedSpec
-    held: Held
-    request: Request
 
 
 class Admission:
@@ -39,13 +33,12 @@ class Admission:
     def __init__(self, lifecycle: Lifecycle, base: Base, max_requests: int) -> None:
         self.num_requests = 0
         self._lifecycle = lifecycle
-        self._registry = lifecycle.registry
         self._base = base
         self._max_requests = max_requests
         self.empty = asyncio.Event()
         self.empty.set()
 
-    def enter(self, checked: CheckedSpec, request_id: RequestId) -> Held:
+    def enter(self, checked: CheckedSpec, request_id: RequestId) -> Admitted:
         """Take a place and lease every adapter, or take nothing.
 
         Nothing is awaited in here, so no version can go between being found and being leased.
@@ -57,48 +50,41 @@ class Admission:
                 metadata={"quota": "requests", "limit": self._max_requests, "given": self.num_requests + 1},
                 retry_after_s=1.0,
             )
-        versions = [self._registry.require_active(part.reference, field=part.field) for part in checked.parts]
+        registry = self._lifecycle.registry
+        versions = [registry.require_active(part.reference, field=part.field) for part in checked.parts]
         if checked.spec.composition is not None:
             composition.check_versions(checked.parts, versions)
         experts: list[Version] = []
         if len(versions) == 1:
-            experts = mixtures.require_experts(self._registry, versions[0].info, field=checked.parts[0].field)
+            experts = mixtures.require_experts(registry, versions[0].info, field=checked.parts[0].field)
         if checked.spec.steering is not None and not experts:
             given = versions[0].info.method if versions else "the base"
             raise InvalidRequest.rule("STEERING_INVALID", "steering", "is for mixtures", given=given)
         for version in versions + experts:
-            self._registry.hold(version, request_id)
+            registry.hold(version, request_id)
         self.num_requests += 1
         self.empty.clear()
-        return Held(versions, experts)
+        return Admitted(request_id, checked, versions, experts)
 
-    def leave(self, held: Held, request_id: RequestId) -> None:
+    def leave(self, admitted: Admitted) -> None:
         """Release the place and the leases that `enter` took."""
-        for version in held.versions + held.experts:
-            self._lifecycle.release(version, request_id)
+        for version in admitted.versions + admitted.experts:
+            self._lifecycle.release(version, admitted.request_id)
         self.num_requests -= 1
         if self.num_requests == 0:
             self.empty.set()
 
-    def admit(
-        self,
-        checked: CheckedSpec,
-        held: Held,
-        request_id: RequestId,
-        tokens: Sequence[int],
-        *,
-        arrival_s: float,
-        deadline_s: float,
-    ) -> Admitted:
+    def request(self, admitted: Admitted, tokens: Sequence[int], *, arrival_s: float, deadline_s: float) -> Request:
         """Make the engine's request. Raises InvalidRequest if its tokens do not fit the model."""
-        for version in held.versions + held.experts:
+        for version in admitted.versions + admitted.experts:
             if version.removal is not None:
                 raise version.removal
         self._check_length(len(tokens))
-        uses, mixture = self._uses(checked, held, tokens)
+        checked = admitted.checked
+        uses, mixture = self._uses(admitted, tokens)
         max_new_tokens = self._max_new_tokens(checked, len(tokens), sum(use.num_virtual_tokens for use in uses))
-        request = Request(
-            request_id=request_id,
+        return Request(
+            request_id=admitted.request_id,
             prompt_token_ids=tuple(tokens),
             params=replace(checked.params, max_new_tokens=max_new_tokens),
             adapters=uses,
@@ -107,7 +93,6 @@ class Admission:
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )
-        return Admitted(checked, held, request)
 
     def _check_length(self, num_tokens: int) -> None:
         longest = self._base.max_model_len
@@ -130,11 +115,10 @@ class Admission:
             )
         return min(checked.params.max_new_tokens, room)
 
-    def _uses(
-        self, checked: CheckedSpec, held: Held, tokens: Sequence[int]
-    ) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
-        if not held.experts:
-            return composition.uses(checked.parts, held.versions, tokens), None
-        spec = checked.spec
-        mixture = mixtures.use_of(held.versions[0], held.experts, self._registry, spec.steering, spec.gate_detail)
-        return mixtures.expert_uses(held.experts), mixture
+    def _uses(self, admitted: Admitted, tokens: Sequence[int]) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
+        _, checked, versions, experts = admitted
+        if not experts:
+            return composition.uses(checked.parts, versions, tokens), None
+        registry, spec = self._lifecycle.registry, checked.spec
+        mixture = mixtures.use_of(versions[0], experts, registry, spec.steering, spec.gate_detail)
+        return mixtures.expert_uses(experts), mixture

@@ -21,7 +21,7 @@ from weft.api.work import Work
 from weft.config import RequestLimits
 from weft.engine.detokenizer import Detokenizer
 from weft.engine.engine import Engine
-from weft.engine.request import Finish, FinishReason, GateDetail, RequestId, TokenEvent
+from weft.engine.request import Finish, FinishReason, GateDetail, Request, RequestId, TokenEvent
 from weft.errors import Cancelled, DeadlineExceeded, WeftError
 from weft.metrics import Metrics
 from weft.model.loader import Base
@@ -32,6 +32,7 @@ class Stream:
     """Events of an accepted request that its caller has not read. is_stalled: whether there were too many of them."""
 
     admitted: Admitted
+    request: Request
     events: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
     is_stalled: bool = False
 
@@ -66,7 +67,7 @@ class RequestFlow:
         stream.events.put_nowait(event)
         if event.finish is not None:
             del self._streams[event.request_id]
-            self._settle(stream.admitted, event.finish)
+            self._settle(stream, event.finish)
         elif stream.events.qsize() > self.limits.stream_events_max and not stream.is_stalled:
             stream.is_stalled = True
             error = DeadlineExceeded("STREAM_STALLED", "the caller does not read its stream")
@@ -83,7 +84,7 @@ class RequestFlow:
         except WeftError as error:
             self.metrics.rejections.labels(error.reason).inc()
             raise
-        request, request_id = stream.admitted.request, stream.admitted.checked.request_id
+        request, request_id = stream.request, stream.admitted.checked.request_id
         ended = False
         try:
             detokenizer = self._detokenizer(spec, request.prompt_token_ids)
@@ -109,7 +110,7 @@ class RequestFlow:
                     while event.finish is None and spec.gate_detail is not GateDetail.NONE:  # gates arrive with the end
                         event = await stream.next()
                 last = tokens[-1] if tokens else None
-                end = answer.end(stream.admitted, event.finish, stop, num_tokens, last)
+                end = answer.end(stream.admitted, request, event.finish, stop, num_tokens, last)
                 yield GenerationPart(request_id=request_id, text=text, tokens=tokens, end=end)
                 return
         finally:
@@ -128,18 +129,16 @@ class RequestFlow:
         checked = check(spec, self.limits, self.base)
         deadline_s = arrival_s + self._allowed_s(timeout_s)
         request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
-        held = self.admission.enter(checked, request_id)
+        admitted = self.admission.enter(checked, request_id)
         try:
             tokens = await self._prompts.encode(spec.text, spec.messages) if spec.token_ids is None else spec.token_ids
-            admitted = self.admission.admit(
-                checked, held, request_id, tokens, arrival_s=arrival_s, deadline_s=deadline_s
-            )
+            request = self.admission.request(admitted, tokens, arrival_s=arrival_s, deadline_s=deadline_s)
             self.work.require_open()
         except BaseException:
-            self.admission.leave(held, request_id)
+            self.admission.leave(admitted)
             raise
-        stream = self._streams[request_id] = Stream(admitted)
-        self.engine.submit(admitted.request)
+        stream = self._streams[request_id] = Stream(admitted, request)
+        self.engine.submit(request)
         return stream
 
     def _allowed_s(self, timeout_s: float | None) -> float:
@@ -150,13 +149,13 @@ class RequestFlow:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request was accepted")
         return allowed_s
 
-    def _settle(self, admitted: Admitted, finish: Finish) -> None:
-        checked, held, request = admitted
+    def _settle(self, stream: Stream, finish: Finish) -> None:
+        admitted = stream.admitted
         if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
-            for part, version in zip(checked.parts, held.versions, strict=True):
-                if answer.takes_part(part, version, request):
+            for part, version in zip(admitted.checked.parts, admitted.versions, strict=True):
+                if answer.takes_part(part, version, stream.request):
                     self.registry.fault(version, finish.error.reason)
-        self.admission.leave(held, request.request_id)
+        self.admission.leave(admitted)
 
     def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:
         return Detokenizer(
