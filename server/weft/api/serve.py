@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -224,44 +224,37 @@ async def _serve_until_signal(
     adapters: list[tuple[AdapterId, Path]],
     console: Console,
 ) -> int:
-    loop = asyncio.get_running_loop()
-    asked, hurried = asyncio.Event(), asyncio.Event()
+    loop, main, asked = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+    assert main is not None
 
     def on_signal() -> None:
-        (hurried if asked.is_set() else asked).set()
+        if asked.is_set():
+            main.cancel()
+        asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     if config.server.host not in ("127.0.0.1", "localhost", "::1"):
         _log.warning("listening on %s without TLS or authentication; keep this network private", config.server.host)
-    main = asyncio.current_task()
-    assert main is not None
-
-    async def hurry() -> None:
-        await hurried.wait()
-        main.cancel()
-
-    with Progress(console=console, transient=True) as bar:
-        task_id = bar.add_task("restoring adapters", total=None)
-        stack = serving(
-            config, model, runner, adapters, lambda done, total: bar.update(task_id, completed=done, total=total)
-        )
-        served = await stack.__aenter__()
-    hurrying = asyncio.create_task(hurry())
-    try:
-        _announce(console, config, model, served)
-        waits = [asyncio.create_task(asked.wait()), asyncio.create_task(served.application.down.wait())]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        console.print("draining …" if asked.is_set() else "[red]the engine is down[/red]")
-    finally:
+    is_down = asyncio.Event()
+    with ExitStack() as shown:
+        bar = shown.enter_context(Progress(console=console, transient=True))
+        restore = partial(bar.update, bar.add_task("restoring adapters", total=None))
         try:
-            await stack.__aexit__(None, None, None)
+            async with serving(
+                config, model, runner, adapters, lambda done, total: restore(completed=done, total=total)
+            ) as served:
+                shown.close()
+                is_down = served.application.down
+                _announce(console, config, model, served)
+                waits = [asyncio.create_task(asked.wait()), asyncio.create_task(is_down.wait())]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
+                console.print("draining …" if asked.is_set() else "[red]the engine is down[/red]")
         except asyncio.CancelledError:
             console.print("not waiting any longer")
-        hurrying.cancel()
-    return 1 if served.application.down.is_set() else 0
+    return 1 if is_down.is_set() else 0
 
 
 def _announce(console: Console, config: WeftConfig, model: ServedModel, served: Serving) -> None:
