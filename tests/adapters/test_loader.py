@@ -8,10 +8,9 @@ from typing import Any, cast
 import pytest
 from tests.engine.fakes import FakeAdapter
 
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.ingest import Ingested
-from weft.adapters.loader import AdapterLoader
+from weft.adapters.loader import AdapterLoader, HostCache
 from weft.adapters.registry import AdapterInfo
 from weft.errors import DataLoss, Unavailable, WeftError
 from weft.metrics import Metrics

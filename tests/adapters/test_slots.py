@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weft.adapters import packed_adapter
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterDigest
+from weft.adapters.loader import HostCache
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot, SlotTable
 from weft.methods import ia3, lora, prefix

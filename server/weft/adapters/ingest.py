@@ -122,7 +122,7 @@ def read_config(data: bytes, limits: AdapterLimits, *, field: str = CONFIG_FILE)
     except DuplicateKeyFault as fault:
         raise InvalidAdapter.rule("CONFIG_INVALID", field, str(fault), given=fault.name) from None
     except JsonFault as fault:
-        raise InvalidAdapter("CONFIG_INVALID", f"{field}: {fault}", field=field) from None
+        raise InvalidAdapter.at("CONFIG_INVALID", field, str(fault)) from None
 
 
 def _tensors(mapped: mmap.mmap, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:

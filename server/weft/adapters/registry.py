@@ -158,17 +158,13 @@ class Registry:
             is_other = version.adapter_id != expert.adapter_id
             return version.state is not AdapterState.ACTIVE, is_other, version.adapter_id
 
-        found = sorted(self.of(AdapterDigest(expert.digest or "")), key=preference)
-        if found and found[0].state is AdapterState.ACTIVE:
-            return found[0]
-        state = found[0].state.value if found else "not registered"
+        best = min(self.of(AdapterDigest(expert.digest or "")), key=preference, default=None)
+        if best is not None and best.state is AdapterState.ACTIVE:
+            return best
+        state = "not registered" if best is None else best.state.value
         name = str(expert) if expert.adapter_id else expert.digest
-        raise AdapterUnusable(
-            "EXPERT_UNAVAILABLE",
-            f"{field}: expert {name} is {state}",
-            field=field,
-            metadata={"expert": expert.adapter_id, "digest": expert.digest, "state": state},
-        )
+        metadata = {"expert": expert.adapter_id, "digest": expert.digest, "state": state}
+        raise AdapterUnusable.at("EXPERT_UNAVAILABLE", field, f"expert {name} is {state}", **metadata)
 
     def hold(self, version: Version, request_id: str) -> None:
         """Lease a version that `require_active` has just returned; nothing may be awaited in between."""
@@ -206,9 +202,7 @@ class Registry:
         """
         current = self.published(adapter_id)
         if current is not None and current.state is AdapterState.DRAINING:
-            raise AdapterConflict(
-                "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} is being unregistered", field="adapter_id"
-            )
+            raise AdapterConflict.at("ADAPTER_UNREGISTERED", "adapter_id", f"{adapter_id} is being unregistered")
         if current is not None and current.digest == digest:
             if current.state is AdapterState.QUARANTINED:
                 raise _unusable(current)
@@ -287,32 +281,20 @@ class Registry:
 def require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
     """Raise AdapterConflict if an id has another digest than a caller expects; `current` is "" if it has none."""
     if expected is not None and expected != current:
-        raise AdapterConflict(
-            "VERSION_CONFLICT",
-            f"expected_digest: the current digest of {adapter_id} is {current or 'none'}",
-            field="expected_digest",
-            metadata={"adapter_id": adapter_id, "limit": current, "given": expected},
-        )
+        text = f"the current digest of {adapter_id} is {current or 'none'}"
+        metadata = {"adapter_id": adapter_id, "limit": current, "given": expected}
+        raise AdapterConflict.at("VERSION_CONFLICT", "expected_digest", text, **metadata)
 
 
 def taken(adapter_id: AdapterId, current: str) -> AdapterExists:
     """Return the error for an id that has other content already."""
-    return AdapterExists(
-        "ADAPTER_EXISTS",
-        f"adapter_id: {adapter_id} is registered with digest {current}; set replace to give it other content",
-        field="adapter_id",
-        metadata={"adapter_id": adapter_id, "digest": current},
-    )
+    text = f"{adapter_id} is registered with digest {current}; set replace to give it other content"
+    return AdapterExists.at("ADAPTER_EXISTS", "adapter_id", text, adapter_id=adapter_id, digest=current)
 
 
 def not_found(reference: AdapterReference | AdapterId, field: str = "adapter_id") -> AdapterNotFound:
     """Return the error for an unknown id, and for a digest that is not the id's current one; both look the same."""
-    return AdapterNotFound(
-        "ADAPTER_NOT_FOUND",
-        f"{field}: {reference} is not registered",
-        field=field,
-        metadata={"adapter_id": str(reference)},
-    )
+    return AdapterNotFound.at("ADAPTER_NOT_FOUND", field, f"{reference} is not registered", adapter_id=str(reference))
 
 
 def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | DataLoss:
@@ -327,5 +309,4 @@ def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | 
             reason, text = "ADAPTER_QUARANTINED", f"{name} was taken out of service: {cause}"
         case AdapterState.FAILED if cause == "BLOB_CORRUPT":
             kind, reason, text = DataLoss, cause, f"the stored files of {name} changed; register it again"
-    metadata = {"adapter_id": name, "cause": cause}
-    return kind(reason, f"{field}: {text}", field=field, metadata=metadata, retry_after_s=retry_after_s)
+    return kind.at(reason, field, text, adapter_id=name, cause=cause, retry_after_s=retry_after_s)

@@ -10,7 +10,7 @@ from weft.api import composition, mixtures
 from weft.api.lifecycle import Lifecycle
 from weft.api.validation import CheckedSpec
 from weft.engine.block_manager import cache_root
-from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId
+from weft.engine.request import Request, RequestId
 from weft.errors import InvalidRequest, Overloaded
 from weft.model.loader import Base
 
@@ -76,12 +76,16 @@ class Admission:
 
     def request(self, admitted: Admitted, tokens: Sequence[int], *, arrival_s: float, deadline_s: float) -> Request:
         """Make the engine's request. Raises InvalidRequest if its tokens do not fit the model."""
-        for version in admitted.versions + admitted.experts:
+        _, checked, versions, experts = admitted
+        for version in versions + experts:
             if version.removal is not None:
                 raise version.removal
         self._check_length(len(tokens))
-        checked = admitted.checked
-        uses, mixture = self._uses(admitted, tokens)
+        spec, registry, mixture = checked.spec, self._lifecycle.registry, None
+        if experts:
+            uses, mixture = mixtures.uses(versions[0], experts, registry, spec.steering, spec.gate_detail)
+        else:
+            uses = composition.uses(checked.parts, versions, tokens)
         max_new_tokens = self._max_new_tokens(checked, len(tokens), sum(use.num_virtual_tokens for use in uses))
         return Request(
             request_id=admitted.request_id,
@@ -89,7 +93,7 @@ class Admission:
             params=replace(checked.params, max_new_tokens=max_new_tokens),
             adapters=uses,
             mixture=mixture,
-            cache_root=cache_root(checked.spec.cache_salt, self._base.shape.digest, uses, mixture, tokens),
+            cache_root=cache_root(spec.cache_salt, self._base.shape.digest, uses, mixture, tokens),
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )
@@ -106,19 +110,8 @@ class Admission:
         longest, asked = self._base.max_model_len, checked.spec.max_new_tokens
         room = longest - num_virtual - num_tokens
         if room < (asked or 1):
-            raise InvalidRequest(
-                "CONTEXT_EXCEEDED",
-                f"stopping.max_new_tokens: {num_tokens} prompt tokens and {num_virtual} virtual tokens leave room for "
-                f"{max(room, 0)} of max_model_len {longest}, given {asked or 1}",
-                field="stopping.max_new_tokens",
-                metadata={"limit": max(room, 0), "given": asked or 1},
-            )
+            most, given = max(room, 0), asked or 1
+            text = f"{num_tokens} prompt tokens and {num_virtual} virtual tokens leave room for {most} of max_model_len"
+            text += f" {longest}, given {given}"
+            raise InvalidRequest.at("CONTEXT_EXCEEDED", "stopping.max_new_tokens", text, limit=most, given=given)
         return min(checked.params.max_new_tokens, room)
-
-    def _uses(self, admitted: Admitted, tokens: Sequence[int]) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
-        _, checked, versions, experts = admitted
-        if not experts:
-            return composition.uses(checked.parts, versions, tokens), None
-        registry, spec = self._lifecycle.registry, checked.spec
-        mixture = mixtures.use_of(versions[0], experts, registry, spec.steering, spec.gate_detail)
-        return mixtures.expert_uses(experts), mixture

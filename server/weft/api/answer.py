@@ -25,10 +25,8 @@ class GenerationEnd:
     reason: FinishReason
     stop_string: str | None
     stop_token_id: int | None
-    num_prompt_tokens: int
+    request: Request
     num_completion_tokens: int
-    num_cached_tokens: int
-    seed: int
     adapters: tuple[EffectiveAdapter, ...]
     experts: tuple[Version, ...] = ()
     gates: Gates | None = None
@@ -62,10 +60,8 @@ def end(
         reason=reason,
         stop_string=stop,
         stop_token_id=token_id,
-        num_prompt_tokens=request.num_prompt_tokens,
+        request=request,
         num_completion_tokens=num_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-        seed=request.params.seed,
         adapters=tuple(
             _effective(part, version, request, num_tokens)
             for part, version in zip(admitted.checked.parts, admitted.versions, strict=True)

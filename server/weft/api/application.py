@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from weft import __version__
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId
 from weft.adapters.ingest import Ingest
-from weft.adapters.loader import AdapterLoader
+from weft.adapters.loader import AdapterLoader, HostCache
 from weft.adapters.store import AdapterStore
 from weft.api.admission import Admission
-from weft.api.lifecycle import Lifecycle, RegisterOptions
+from weft.api.lifecycle import Lifecycle, Registration
 from weft.api.memory_plan import MemoryPlan
 from weft.api.request_flow import RequestFlow
 from weft.api.work import Work
@@ -113,7 +112,7 @@ class Application:
         await asyncio.wrap_future(self._inbox.call(partial(threads.compute_with, model.num_threads)))
         await self.lifecycle.restore(progress)
         for adapter_id, path in adapters:
-            await self.lifecycle.register_from(adapter_id, str(path), RegisterOptions(replace=True))
+            await self.lifecycle.register_from(Registration(adapter_id=adapter_id, source=str(path), replace=True))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new calls and wait for the accepted requests; False if some have not ended after `timeout_s`."""

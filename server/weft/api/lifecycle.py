@@ -44,9 +44,11 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RegisterOptions:
-    """Options of a registration; see RegisterAdapterRequest."""
+class Registration:
+    """A registration that a caller wants; see RegisterAdapterRequest. source: the directory to copy, or ""."""
 
+    adapter_id: AdapterId
+    source: str = ""
     replace: bool = False
     expected_digest: str | None = None
     pin: bool = False
@@ -127,69 +129,55 @@ class Lifecycle:
 
     # -- register ------------------------------------------------------------------------------------------------
 
-    async def register_from(self, adapter_id: AdapterId, source: str, options: RegisterOptions) -> Registered:
-        """Register a PEFT directory below the store or an allowed root."""
+    async def register_from(self, wanted: Registration) -> Registered:
+        """Register the source, a PEFT directory below the store or an allowed root."""
         self.work.require_open()
-        return await self._register(adapter_id, self._staged(self.store.stage_copy, source), options, source)
+        return await self._register(wanted, self._staged(self.store.stage_copy, wanted.source))
 
     def upload(self) -> AbstractAsyncContextManager[Staging]:
         """Return a context that holds a directory for an upload's files; call `register_upload` inside it."""
         self.work.require_open()
         return self._staged(self.store.stage)
 
-    async def register_upload(self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions) -> Registered:
+    async def register_upload(self, wanted: Registration, staging: Staging) -> Registered:
         """Register the files that an upload wrote."""
-        return await self._register(adapter_id, contextlib.nullcontext(staging), options, "")
+        return await self._register(wanted, contextlib.nullcontext(staging))
 
-    async def _register(
-        self,
-        adapter_id: AdapterId,
-        staged: AbstractAsyncContextManager[Staging],
-        options: RegisterOptions,
-        source: str,
-    ) -> Registered:
+    async def _register(self, wanted: Registration, source: AbstractAsyncContextManager[Staging]) -> Registered:
         async def register() -> Registered:
-            async with self.work.lock(adapter_id):
-                with self.registry.loading(adapter_id):
-                    async with staged as staging:
-                        return await self._register_staged(adapter_id, staging, options, source)
+            async with self.work.lock(wanted.adapter_id):
+                with self.registry.loading(wanted.adapter_id):
+                    async with source as staging:
+                        return await self._register_staged(wanted, staging)
 
         return await self.work.to_the_end(register())
 
-    async def _register_staged(
-        self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions, source: str
-    ) -> Registered:
+    async def _register_staged(self, wanted: Registration, staging: Staging) -> Registered:
         staged = await self.work.run(staging.seal)
-        wanted, given = options.content_digest, staged.digest
-        if wanted not in (None, given):
-            rule = "is not the content's"
-            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_digest", rule, limit=wanted, given=given)
+        if wanted.content_digest not in (None, staged.digest):
+            rule, most, given = "is not the content's", wanted.content_digest, staged.digest
+            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_digest", rule, limit=most, given=given)
         ingested = await self.work.run(self.loader.read_staged, staged)
         self._check_fit(ingested)
         mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
-        return await self._apply(adapter_id, staged, ingested, options, source)
-
-    async def _apply(
-        self, adapter_id: AdapterId, staged: StagedVersion, ingested: Ingested, options: RegisterOptions, source: str
-    ) -> Registered:
         changes = self.registry.check_publish(
-            adapter_id, staged.digest, replace=options.replace, expected_digest=options.expected_digest
+            wanted.adapter_id, staged.digest, replace=wanted.replace, expected_digest=wanted.expected_digest
         )
-        previous = self.registry.published(adapter_id)
+        previous = self.registry.published(wanted.adapter_id)
         if not changes:
             assert previous is not None
-            if options.pin and not options.validate_only:
+            if wanted.pin and not wanted.validate_only:
                 await self.memory.pin(previous)
             return Registered(previous, Outcome.UNCHANGED)
         version = Version(
-            adapter_id=adapter_id,
+            adapter_id=wanted.adapter_id,
             digest=staged.digest,
             info=ingested.info,
             create_time_s=time.time(),
-            pinned=options.pin or (previous is not None and previous.pinned),  # a pin belongs to the id
+            pinned=wanted.pin or (previous is not None and previous.pinned),  # a pin belongs to the id
         )
-        if not options.validate_only:
-            await self._commit(version, staged, ingested, source, replace=previous is not None)
+        if not wanted.validate_only:
+            await self._commit(version, staged, ingested, wanted.source, replace=previous is not None)
         return Registered(version, Outcome.CREATED if previous is None else Outcome.REPLACED)
 
     async def _commit(
@@ -240,21 +228,16 @@ class Lifecycle:
 
         async def remove() -> Removed:
             async with self.work.lock(adapter_id):  # after a registration that came first
-                versions = await self._unbind(adapter_id, expected_digest)
+                versions = self.registry.drain(adapter_id, expected_digest)
+                try:
+                    await self.work.run(self.store.remove, adapter_id)
+                except WeftError as error:
+                    if error.reason != "ADAPTER_NOT_FOUND":  # another process sharing the store may have been first
+                        self.registry.revive(adapter_id)
+                        raise
             return await self._remove(adapter_id, versions, cancel=cancel, timeout_s=timeout_s)
 
         return await self.work.to_the_end(remove())
-
-    async def _unbind(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
-        """Make the id DRAINING, and remove it from the store; return its versions."""
-        versions = self.registry.drain(adapter_id, expected_digest)
-        try:
-            await self.work.run(self.store.remove, adapter_id)
-        except WeftError as error:
-            if error.reason != "ADAPTER_NOT_FOUND":  # another process sharing the store may have been first
-                self.registry.revive(adapter_id)
-                raise
-        return versions
 
     async def _remove(
         self, adapter_id: AdapterId, versions: list[Version], *, cancel: bool, timeout_s: float
@@ -321,6 +304,6 @@ class Lifecycle:
             yield staging
         finally:
             if self.work.is_closed:
-                staging.discard()
+                staging.close()
             else:
-                await self.work.run(staging.discard)
+                await self.work.run(staging.close)

@@ -72,7 +72,9 @@ class CheckedSpec(NamedTuple):
 
 def check(spec: GenerationSpec, limits: RequestLimits, base: Base) -> CheckedSpec:
     """Return the checked request. Raises InvalidRequest for the first field that breaks its rule."""
-    _check_request_id(spec.request_id, limits)
+    given, most = spec.request_id, limits.request_id_bytes_max
+    is_valid = len(given) <= most and all("!" <= c <= "~" for c in given)
+    _require(is_valid, "REQUEST_ID_INVALID", "request_id", "must be visible ASCII characters", given, most)
     _check_input(spec, limits, base)
     salt_bytes, most = len(spec.cache_salt.encode()), limits.cache_salt_bytes_max
     _require(salt_bytes <= most, "CACHE_SALT_INVALID", "cache_salt", "is too long in bytes", salt_bytes, most)
@@ -105,12 +107,6 @@ def check(spec: GenerationSpec, limits: RequestLimits, base: Base) -> CheckedSpe
 def _require(is_valid: bool, reason: str, field: str, rule: str, given: object, limit: object = None) -> None:
     if not is_valid:
         raise InvalidRequest.rule(reason, field, rule, limit=limit, given=given)
-
-
-def _check_request_id(given: str, limits: RequestLimits) -> None:
-    most = limits.request_id_bytes_max
-    is_valid = len(given) <= most and all("!" <= c <= "~" for c in given)
-    _require(is_valid, "REQUEST_ID_INVALID", "request_id", "must be visible ASCII characters", given, most)
 
 
 def _check_input(spec: GenerationSpec, limits: RequestLimits, base: Base) -> None:

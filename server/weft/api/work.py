@@ -48,10 +48,7 @@ class Work:
 
     def lock(self, adapter_id: AdapterId) -> asyncio.Lock:
         """Return the lock of an id, the same one as long as any caller has it."""
-        lock = self._locks.get(adapter_id)
-        if lock is None:
-            lock = self._locks[adapter_id] = asyncio.Lock()
-        return lock
+        return self._locks.setdefault(adapter_id, asyncio.Lock())
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run `function` in a worker thread.

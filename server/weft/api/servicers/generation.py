@@ -187,11 +187,11 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
     finish = generation_pb2.Finish(
         finish_reason=_FINISH_REASONS[end.reason],
         usage=generation_pb2.Usage(
-            prompt_tokens=end.num_prompt_tokens,
+            prompt_tokens=end.request.num_prompt_tokens,
             completion_tokens=end.num_completion_tokens,
-            cached_prompt_tokens=end.num_cached_tokens,
+            cached_prompt_tokens=end.request.num_cached_tokens,
         ),
-        seed=end.seed,
+        seed=end.request.params.seed,
         effective_adapters=[
             generation_pb2.EffectiveAdapter(
                 adapter_id=one.adapter_id, digest=one.digest, method=one.info.method, weight=weight
