@@ -478,7 +478,8 @@ def test_a_slow_watcher_gets_the_latest_state_and_costs_no_memory() -> None:
             watches.end()
             found = []
             while (event := await watch.next()) is not None:
-                found.append((event.change.value, event.version.adapter_id))
+                change, changed = event
+                found.append((change.value, changed.adapter_id))
             return found
 
     assert asyncio.run(take(Watches())) == [("added", "a"), ("updated", "b"), ("removed", "c")]

@@ -68,8 +68,9 @@ class AdapterInfo:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Version:
-    """One digest under one id; "" while its content is LOADING or if it is lost. leases: the requests that hold it.
+    """One digest under one id. leases: the requests that hold it.
 
+    digest: "" while the content is LOADING, and if its manifest is lost.
     removal: the error of all its requests, once the version is removed without waiting for them.
     """
 

@@ -229,7 +229,7 @@ async def _serve_until_signal(
 
     def on_signal() -> None:
         if asked.is_set():
-            main.cancel()
+            main.cancel()  # the second signal: stop waiting
         asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -239,10 +239,10 @@ async def _serve_until_signal(
     is_down = asyncio.Event()
     with ExitStack() as shown:
         bar = shown.enter_context(Progress(console=console, transient=True))
-        restore = partial(bar.update, bar.add_task("restoring adapters", total=None))
+        show = partial(bar.update, bar.add_task("restoring adapters", total=None))
         try:
             async with serving(
-                config, model, runner, adapters, lambda done, total: restore(completed=done, total=total)
+                config, model, runner, adapters, lambda done, total: show(completed=done, total=total)
             ) as served:
                 shown.close()
                 is_down = served.application.down
