@@ -44,7 +44,7 @@ class EngineLoop:
             runner,
             config.engine,
             num_kv_blocks=self.model.plan.num_kv_blocks,
-            max_model_len=self.model.facts.max_model_len,
+            max_model_len=self.model.base.max_model_len,
             packed_of=self._packed_adapters.__getitem__,
         )
         self._ids = count()
@@ -77,7 +77,7 @@ class EngineLoop:
             params=SamplingParams(temperature=0, max_new_tokens=num_new_tokens),
             adapters=uses,
             mixture=mixture,
-            cache_root=cache_root(salt, self.model.facts.digest, uses, mixture, prompt),
+            cache_root=cache_root(salt, self.model.base.shape.digest, uses, mixture, prompt),
             arrival_s=time.monotonic(),
         )
 

@@ -132,7 +132,7 @@ def _measure(directory: Path, num_new: int, repeats: int, tick: Callable[[str], 
     held = [loop.hold(Path(place)) for _, place in small]
     mixtures = [
         _mixture(loop.hold(place), _parts(held, row))
-        for row, place in enumerate(_save_mixtures(directory, loop.model.shape, small))
+        for row, place in enumerate(_save_mixtures(directory, loop.model.base.shape, small))
     ]
     kinds = _kinds(held, [loop.hold(Path(place)) for _, place in large], mixtures)
     turns: dict[str, list[float]] = {kind.name: [] for kind in kinds}

@@ -115,10 +115,10 @@ async def test_concurrent_requests_answer_as_alone(quantization: Quantization, t
         server=ServerConfig(port=0, metrics_port=0),
     )
     model, runner = build_model(config)
-    adapters = _adapters(model.shape)
+    adapters = _adapters(model.base.shape)
     assert {adapter.method.name for adapter in adapters.values()} == METHODS.keys()
     for adapter_id, adapter in adapters.items():
-        directory.write(adapter, config.store / "src" / adapter_id, model.shape)
+        directory.write(adapter, config.store / "src" / adapter_id, model.base.shape)
     async with (
         serving(config, model, runner, []) as served,
         grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel,

@@ -80,6 +80,11 @@ class WeftError(Exception):
         assert retry_after_s is None or retry_after_s >= 0, retry_after_s
         self.retry_after_s = retry_after_s
 
+    @classmethod
+    def at(cls, reason: str, field: str, text: str, *, retry_after_s: float | None = None, **metadata: object) -> Self:
+        """Return an error of one field, with the text "field: text"."""
+        return cls(reason, f"{field}: {text}", field=field, metadata=metadata, retry_after_s=retry_after_s)
+
 
 class InvalidRequest(WeftError):
     """A request field breaks its rule; sending it again cannot help."""

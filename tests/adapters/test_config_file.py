@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.adapters.config_file import CONFIG_FILE, read_config
+from weft.adapters.ingest import CONFIG_FILE, read_config
 from weft.config import AdapterLimits
 from weft.errors import Code, InvalidAdapter
 

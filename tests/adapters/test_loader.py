@@ -1,16 +1,16 @@
 """Loads beside the engine: their results, and what the host cache keeps and must not keep."""
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
 from tests.engine.fakes import FakeAdapter
 
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.ingest import Ingested
-from weft.adapters.loader import AdapterLoader
+from weft.adapters.loader import AdapterLoader, HostCache
 from weft.adapters.registry import AdapterInfo
 from weft.errors import DataLoss, Unavailable, WeftError
 from weft.metrics import Metrics
@@ -49,7 +49,10 @@ class Disk:
         self.host = HostCache(1 << 20)
         self.reads: list[AdapterDigest] = []
         self.during_read: Callable[[], object] = lambda: None
-        self.loader = AdapterLoader(cast(Any, None), cast(Any, None), self.host, workers=self.worker, metrics=Metrics())
+        nothing = cast(Any, None)
+        self.loader = AdapterLoader(
+            store=nothing, ingest=nothing, host=self.host, workers=self.worker, metrics=Metrics()
+        )
         monkeypatch.setattr(self.loader, "read", self._read)
 
     def _read(self, digest: AdapterDigest) -> Ingested:
@@ -132,3 +135,33 @@ def test_after_the_end_a_load_is_refused(disk: Disk) -> None:
     error = disk.loader.request(A.digest).exception(timeout=0)
     assert isinstance(error, Unavailable)
     assert error.reason == "DRAINING"
+
+
+def test_many_threads_leave_the_books_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {one.digest: one.packed() for one in (FakeAdapter(1 + number, units=1 + number) for number in range(6))}
+    digests = list(contents)
+    most = 3 * contents[digests[3]].size_bytes
+    nothing, host = cast(Any, None), HostCache(most)
+    with ThreadPoolExecutor(2) as workers:
+        loader = AdapterLoader(store=nothing, ingest=nothing, host=host, workers=workers, metrics=Metrics())
+        monkeypatch.setattr(loader, "read", lambda digest: Ingested(AdapterInfo(), contents[digest]))
+
+        def work(seed: int) -> None:
+            for step in range(300):
+                digest = digests[(step * (2 * seed + 1)) % 6]
+                if step % 3 == 0:
+                    loader.drop(digest)
+                else:
+                    loader.keep(digest, contents[digest])
+                loader.request(digest)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    kept = [digest for digest in digests if digest in loader]
+    assert host.used_bytes == sum(contents[digest].size_bytes for digest in kept) <= most
+    for digest in kept:
+        loader.drop(digest)
+    assert host.used_bytes == 0

@@ -98,7 +98,7 @@ def test_a_replaced_version_without_requests_is_idle_at_once(told: Told) -> None
     old = told.publish(A)
     told.publish(B)
     assert told.idle == [old]
-    assert told.registry.replaced(NAME) == []
+    assert told.registry.versions(NAME)[1:] == []
 
 
 def test_the_last_lease_of_a_replaced_version_makes_it_idle(told: Told) -> None:
@@ -179,24 +179,21 @@ def test_content_that_is_quarantined_cannot(told: Told) -> None:
 
 
 def test_a_new_id_is_loading_until_it_is_published_or_given_up(told: Told) -> None:
-    told.registry.begin(NAME)
-    error = told.refusal()
-    assert (error.reason, error.retry_after_s) == ("ADAPTER_NOT_READY", 1.0)
-    assert told.registry.digests() == frozenset()
-    told.registry.abandon(NAME)
+    with told.registry.loading(NAME):
+        error = told.refusal()
+        assert (error.reason, error.retry_after_s) == ("ADAPTER_NOT_READY", 1.0)
+        assert told.registry.digests() == frozenset()
     assert isinstance(told.refusal(), AdapterNotFound)
-    told.registry.begin(NAME)
-    told.publish(A)
-    told.registry.abandon(NAME)
+    with told.registry.loading(NAME):
+        told.publish(A)
     assert told.acquire("r").digest == A
     assert told.changes == [(Change.ADDED, "a")]
 
 
 def test_beginning_on_a_taken_id_leaves_it_in_service(told: Told) -> None:
     told.publish(A)
-    told.registry.begin(NAME)
-    assert told.acquire("r").digest == A
-    told.registry.abandon(NAME)
+    with told.registry.loading(NAME):
+        assert told.acquire("r").digest == A
     assert told.acquire("s").digest == A
 
 

@@ -441,7 +441,7 @@ def test_the_library_alone_would_accept(name: str) -> None:
 AUDIT = """
 import sys
 from pathlib import Path
-from weft.adapters.config_file import read_config
+from weft.adapters.ingest import read_config
 from weft.adapters.safetensors_header import read_header
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter

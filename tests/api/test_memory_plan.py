@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from weft.api import memory_plan
-from weft.api.memory_plan import Memory, MemoryPlan
+from weft.api.memory_plan import MemoryPlan
 from weft.config import GIB, MIB, EngineConfig, default_store
 
 _KIB = 1024
 _LLAMA_8B = {"token_bytes": 128 * _KIB, "model_len": 131072}  # keys and values of a token in bfloat16
 
 
-def _plan(engine: EngineConfig | None = None, *, free: int = 20 * GIB, kind: str = "cpu", **model: int) -> MemoryPlan:
-    memory = Memory(kind=kind, weights=5 * GIB, free=free, adapters=1 * GIB)
-    return memory_plan.make(engine or EngineConfig(), memory, **(_LLAMA_8B | model))
+def _plan(engine: EngineConfig | None = None, *, free: int = 20 * GIB, device: str = "cpu", **model: int) -> MemoryPlan:
+    sizes = _LLAMA_8B | model
+    return memory_plan.make(engine or EngineConfig(), device=device, free=free, adapters=1 * GIB, **sizes)
 
 
 def test_a_small_model_keeps_its_own_limit() -> None:
@@ -33,7 +33,7 @@ def test_a_long_limit_is_fitted_and_the_plan_says_from_what_to_what_and_why() ->
 
 
 def test_on_cuda_adapters_are_set_aside_first() -> None:
-    plan = _plan(kind="cuda", free=13 * GIB)  # what a card of 24 GB has beside an 8B base in NF4
+    plan = _plan(device="cuda", free=13 * GIB)  # what a card of 24 GB has beside an 8B base in NF4
     assert plan.adapters == 1 * GIB
     assert plan.kv <= 0.8 * 12 * GIB
     assert plan.max_model_len == plan.kv // (128 * _KIB)

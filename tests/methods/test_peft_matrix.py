@@ -15,8 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from weft.adapters.config_file import CONFIG_FILE
-from weft.adapters.ingest import Ingest
+from weft.adapters.ingest import CONFIG_FILE, Ingest
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.config import AdapterLimits, ModelConfig, Quantization
 from weft.errors import InvalidAdapter

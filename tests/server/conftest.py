@@ -95,7 +95,7 @@ def config(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> WeftCon
 @pytest.fixture(scope="session")
 def _server(loop: Loop, config: WeftConfig) -> Iterator[LiveServer]:
     live = LiveServer(loop, config)
-    sources = Sources(config.allowed_sources[0], live.model.shape)
+    sources = Sources(config.allowed_sources[0], live.model.base.shape)
     for name in ("lora-1", "ia3-1", "prefix-1"):
         live.client.register(name, sources(name))
     live.watch_well((None, "lora-1", "ia3-1", "prefix-1"))
@@ -112,7 +112,7 @@ def server(_server: LiveServer) -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="session")
 def sources(_server: LiveServer) -> Sources:
-    return Sources(_server.config.allowed_sources[0], _server.model.shape)
+    return Sources(_server.config.allowed_sources[0], _server.model.base.shape)
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +176,7 @@ def _check_left_clean(live: LiveServer, adapters: set[str]) -> None:
         live.client.unregister(left, mode="UNREGISTER_MODE_CANCEL", allow_missing=True)
     assert found == adapters
     wait_until(lambda: live.staging() == [])
-    wait_until(lambda: live.application.requests.num_requests == 0)
+    wait_until(lambda: live.application.requests.admission.num_requests == 0)
     store = AdapterStore(live.config.store, live.config.adapters)
     digests = {manifest.digest for manifest in store.read_catalog().manifests.values()}
     # A removal whose caller has gone cleans up a moment after the adapter has left the catalog.

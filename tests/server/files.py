@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import safetensors.torch
 from torch import Tensor
 
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.ingest import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.config import MIB
 from weft.methods.checkpoint import directory

@@ -303,7 +303,7 @@ class LiveServer:
     def wait_idle(self) -> None:
         """Wait until no request is inside, and the engine has finished the last step for one."""
         engine = self.application.engine
-        wait_until(lambda: self.application.requests.num_requests == 0 and not engine.scheduler.running)
+        wait_until(lambda: self.application.requests.admission.num_requests == 0 and not engine.scheduler.running)
 
     def kv_blocks_used(self) -> int:
         blocks = self.application.engine.blocks

@@ -29,7 +29,7 @@ from tests import tiny
 from tests.server.conftest import Sources
 from tests.server.files import LORA_A, LORA_B, Files, Good, Parts, upload_messages, with_header
 from tests.server.live import WAIT_S, LiveServer, refused
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.ingest import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.client.failure import failure_of
 
@@ -665,7 +665,7 @@ def test_row_33_a_source_that_changes_while_it_is_copied(
 
 
 def test_row_64_virtual_tokens_and_prompt_past_the_context(server: LiveServer) -> None:
-    longest = server.model.facts.max_model_len
+    longest = server.model.base.max_model_len
     refused(
         lambda: server.client.generate("prefix-1", 1, token_ids={"ids": [65] * (longest - 5)}),
         "INVALID_ARGUMENT",

@@ -209,7 +209,7 @@ def test_row_73_no_input_at_all(server: LiveServer) -> None:
 
 
 def test_row_76_special_tokens_in_a_prompt_are_text(server: LiveServer) -> None:
-    special = server.model.facts.tokenizer.convert_tokens_to_ids(SPECIAL)
+    special = server.model.base.tokenizer.convert_tokens_to_ids(SPECIAL)
     assert list(server.client.tokenize(text=f"a{SPECIAL}b")) == [ord(c) if ord(c) != 3 else 0 for c in f"a{SPECIAL}b"]
     said = [{"role": "user", "content": f"x{SPECIAL}y"}]
     by_template = list(server.client.tokenize(messages={"messages": said}))
@@ -298,7 +298,7 @@ def test_rows_14_15_draining_and_cancelled_while_queued(tight: LiveServer, sourc
     client.register("going", sources("lora-2"))
     with tight.gate.held(), ThreadPoolExecutor() as threads:
         running = [client.stream("going", 8) for _ in range(2)]  # as many as run at a time
-        wait_until(lambda: tight.application.requests.num_requests == 2)
+        wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         draining = threads.submit(client.unregister, "going", mode="UNREGISTER_MODE_DRAIN")
         wait_until(lambda: client.get("going").state == 3)
         refused(lambda: client.generate("going"), "FAILED_PRECONDITION", "ADAPTER_DRAINING", "going", retry=False)
@@ -310,9 +310,9 @@ def test_rows_14_15_draining_and_cancelled_while_queued(tight: LiveServer, sourc
     client.register("going", sources("lora-2"))
     with tight.gate.held(), ThreadPoolExecutor() as threads:
         running = [client.stream(None, 8) for _ in range(2)]
-        wait_until(lambda: tight.application.requests.num_requests == 2)
+        wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         queued = client.stream("going")
-        wait_until(lambda: tight.application.requests.num_requests == 3)
+        wait_until(lambda: tight.application.requests.admission.num_requests == 3)
         cancelling = threads.submit(client.unregister, "going", mode="UNREGISTER_MODE_CANCEL")
         wait_until(lambda: client.get("going").state == 3)
         tight.gate.open()
@@ -392,7 +392,7 @@ def test_row_88_deadlines(server: LiveServer) -> None:
         with pytest.raises(grpc.RpcError) as late:
             server.client.generate(num_tokens=4, timeout=0.2)
         assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_until(lambda: server.application.requests.num_requests == 0)
+    wait_until(lambda: server.application.requests.admission.num_requests == 0)
 
 
 def test_row_89_a_client_that_does_not_read(tight: LiveServer) -> None:
@@ -401,8 +401,8 @@ def test_row_89_a_client_that_does_not_read(tight: LiveServer) -> None:
     wanted = tight.client.request("lora-1", 200, options={"token_ids": True, "logprobs": 5})
     with grpc.insecure_channel(f"127.0.0.1:{tight.serving.port}", options=options) as channel:
         stream = type(tight.client.generation)(channel).StreamGenerate(wanted, timeout=WAIT_S)
-        wait_until(lambda: tight.application.requests.num_requests == 1)
-        wait_until(lambda: tight.application.requests.num_requests == 0)
+        wait_until(lambda: tight.application.requests.admission.num_requests == 1)
+        wait_until(lambda: tight.application.requests.admission.num_requests == 0)
         assert tight.client.get("lora-1").in_flight_requests == 0
         tight.check_well()
         parts: list[generation_pb2.StreamGenerateResponse] = []
@@ -420,7 +420,7 @@ def test_row_90_a_burst_reserves_exactly_the_cap(tight: LiveServer) -> None:
     with tight.gate.held():
         streams = [tight.client.stream(None, 4) for _ in range(16)]
         wait_until(lambda: sum(not stream.is_running for stream in streams) == 12)
-        assert tight.application.requests.num_requests == 4
+        assert tight.application.requests.admission.num_requests == 4
         for stream in streams:
             if not stream.is_running:
                 failure = refused(
@@ -430,7 +430,7 @@ def test_row_90_a_burst_reserves_exactly_the_cap(tight: LiveServer) -> None:
         accepted = [stream for stream in streams if stream.is_running]
         assert len(accepted) == 4
     assert [len(stream.result().tokens) for stream in accepted] == [4] * 4
-    wait_until(lambda: tight.application.requests.num_requests == 0)
+    wait_until(lambda: tight.application.requests.admission.num_requests == 0)
 
 
 def test_row_66_everything_on_the_device_is_pinned(tight: LiveServer, sources: Sources) -> None:
@@ -517,7 +517,7 @@ def test_row_91_draining_and_a_dead_engine(
     live = LiveServer(loop, config, [("lora-1", sources("lora-1"))])
     with live.gate.held():
         running = live.client.stream("lora-1", 4)
-        wait_until(lambda: live.application.requests.num_requests == 1)
+        wait_until(lambda: live.application.requests.admission.num_requests == 1)
         gone = live.begin_stop()
         wait_until(lambda: live.application.work._refusal is not None)
         for call in (
@@ -540,7 +540,7 @@ def test_row_91_draining_and_a_dead_engine(
         assert len(live.client.tokens("lora-1", 3)) == 3, "a step that failed was contained"
         with live.gate.held():
             streams = [live.client.stream("lora-1", 8), live.client.stream(None, 8), live.client.stream(None, 8)]
-            wait_until(lambda: live.application.requests.num_requests == 3)
+            wait_until(lambda: live.application.requests.admission.num_requests == 3)
             live.gate.fault = RuntimeError("CUDA error: an illegal memory access was encountered")
         for stream in streams:
             refused(lambda stream=stream: stream, "UNAVAILABLE", "ENGINE_DOWN", retry=True)
@@ -559,7 +559,7 @@ def test_a_client_that_goes_away_costs_its_own_call_only(server: LiveServer) -> 
     """Calls that wait for the engine thread and are cancelled meanwhile must not take it down."""
     with server.gate.held():
         running = server.client.stream("lora-1", 4)
-        wait_until(lambda: server.application.requests.num_requests == 1)
+        wait_until(lambda: server.application.requests.admission.num_requests == 1)
         for name in ("ia3-1", "prefix-1"):
             request = adapter_service_pb2.LoadAdapterRequest(adapter_id=name)
             calls = [server.client.adapters.LoadAdapter.future(request) for _ in range(4)]

@@ -266,7 +266,7 @@ def test_row_85_faults_are_charged_to_every_part_that_took_part(
         with tight.gate.held():
             neighbour = client.stream("lora-1", LONG, text=TEXT)
             victim = client.stream(None, LONG, text=TEXT, **of(poison=1.0, beside=0.5, absent=0.0))
-            wait_until(lambda: tight.application.requests.num_requests == 2)
+            wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", "the adapters", retry=False)
         assert neighbour.result().tokens == alone
     states = {name: client.get(name).state for name in ("poison", "beside", "absent", "lora-1")}
@@ -299,7 +299,7 @@ def test_a_part_of_weight_0_that_holds_nan_has_no_effect(
     with server.gate.held():  # beside a request that gets NaN from it
         victim = client.stream("nan", LONG, text=TEXT)
         mine = client.stream(None, LONG, text=TEXT, cache_salt="cold", **of(nan=0.0, ia3_1=1.0, lora_1=0.5))
-        wait_until(lambda: server.application.requests.num_requests == 2)
+        wait_until(lambda: server.application.requests.admission.num_requests == 2)
     refused(lambda: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
     assert mine.result().tokens == wanted
     refused(lambda: client.generate(None, **of(nan=0.01, lora_1=0.5)), "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
@@ -316,7 +316,7 @@ def test_composed_requests_are_counted_as_any(server: LiveServer) -> None:
             server.client.stream("lora-1", 6),
             server.client.stream(None, 6, **of(ia3_1=2.0, lora_1=0.0)),
         ]
-        wait_until(lambda: server.application.requests.num_requests == 3)
+        wait_until(lambda: server.application.requests.admission.num_requests == 3)
         server.gate.open()
         for stream in streams:
             stream.result()

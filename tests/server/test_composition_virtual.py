@@ -84,7 +84,7 @@ def test_pages_of_virtual_tokens_are_shared(server: LiveServer, soft: AdapterDig
             server.client.stream("prefix-1", 4),
             server.client.stream("soft", 4),
         ]
-        wait_until(lambda: server.application.requests.num_requests == 4)
+        wait_until(lambda: server.application.requests.admission.num_requests == 4)
         server.gate.let(1)
         wait_until(lambda: len(_running(server)) == 4)
         pages = {digest: held._resident[digest].blocks for digest in (prefix, soft)}

@@ -16,17 +16,17 @@ import pytest
 
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, LiveServer, Loop, Running, refused, wait_until
-from weft.adapters.config_file import CONFIG_FILE
 from weft.adapters.identifiers import AdapterDigest as Digest
 from weft.adapters.identifiers import AdapterId
-from weft.adapters.ingest import Ingest
+from weft.adapters.ingest import CONFIG_FILE, Ingest
 from weft.adapters.registry import AdapterInfo, Change, Version
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.adapters.store import AdapterStore
-from weft.api.admission import Admission, Admitted
+from weft.api.admission import Admission
 from weft.api.prompt import PromptEncoder
 from weft.api.watch import Watches
 from weft.config import WeftConfig
+from weft.engine.request import Request
 from weft.errors import Unavailable
 from weft.v1 import adapter_pb2, adapter_service_pb2
 
@@ -134,16 +134,15 @@ def test_the_comparison_sees_a_swapped_adapter(
     client = server.client
     client.register("swapped", sources("lora-2"))
     other = client.register("other", sources("lora-3")).adapter.digest
-    admit = Admission.admit
+    request = Admission.request
 
-    def wrong(*arguments: object, **options: object) -> Admitted:
-        made = admit(*arguments, **options)  # pyright: ignore[reportArgumentType]
-        uses = tuple(use._replace(digest=other) for use in made.request.adapters)
-        return made._replace(request=replace(made.request, adapters=uses))
+    def wrong(*arguments: object, **options: object) -> Request:
+        made = request(*arguments, **options)  # pyright: ignore[reportArgumentType]
+        return replace(made, adapters=tuple(use._replace(digest=other) for use in made.adapters))
 
     wanted = alone("lora-2")
     with monkeypatch.context() as patch:
-        patch.setattr(Admission, "admit", wrong)
+        patch.setattr(Admission, "request", wrong)
         assert client.tokens("swapped", LONG, cache_salt="wrong") != wanted
         # The key of its KV names the expected content, so requests that share it get the wrong tokens too.
         client.tokens("swapped", LONG, cache_salt="shared")
@@ -214,7 +213,7 @@ def test_unregister_after_each_lifecycle_shape(
     with tight.gate.held(), monkeypatch.context() as patch, ThreadPoolExecutor() as threads:
         if state == "queued":  # two others are all that run
             running += [client.stream(None, 4), client.stream(None, 4)]
-            wait_until(lambda: tight.application.requests.num_requests == 2)
+            wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         if state == "accepting":
             patch.setattr(PromptEncoder, "encode", slowly)
         stream = client.stream("leaving", LONG, text=prompt)
@@ -479,7 +478,8 @@ def test_a_slow_watcher_gets_the_latest_state_and_costs_no_memory() -> None:
             watches.end()
             found = []
             while (event := await watch.next()) is not None:
-                found.append((event.change.value, event.version.adapter_id))
+                change, changed = event
+                found.append((change.value, changed.adapter_id))
             return found
 
     assert asyncio.run(take(Watches())) == [("added", "a"), ("updated", "b"), ("removed", "c")]
@@ -574,7 +574,7 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
         with tight.gate.held():
             neighbour = client.stream(target, LONG, text=prompt)
             victim = client.stream(poison, LONG, text=prompt)
-            wait_until(lambda: tight.application.requests.num_requests == 2)
+            wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", retry=False)
         assert neighbour.result().tokens == alone[target], turn
     shared = [step for step in tight.gate.steps[-60:] if step.num_requests == 2]

@@ -44,10 +44,10 @@ class Change:
 def change_of(live: LiveServer) -> Iterator[Change]:
     """Yield the change between the begin and the end of the block; the server is idle at both."""
     change = Change()
-    wait_until(lambda: live.application.requests.num_requests == 0)
+    wait_until(lambda: live.application.requests.admission.num_requests == 0)
     change.before, start = live.scrape(), len(live.gate.steps)
     yield change
-    wait_until(lambda: live.application.requests.num_requests == 0)
+    wait_until(lambda: live.application.requests.admission.num_requests == 0)
     wait_until(lambda: value(live.scrape(), "weft_requests_running") == 0)
     change.after, change.steps = live.scrape(), live.gate.steps[start:]
 
@@ -119,7 +119,7 @@ def test_batches_are_counted_as_they_were(server: LiveServer) -> None:
     """Three adapters and the base, in one batch."""
     with change_of(server) as change, server.gate.held():
         streams = [server.client.stream(name, 6) for name in (None, "lora-1", "ia3-1", "lora-1")]
-        wait_until(lambda: server.application.requests.num_requests == 4)
+        wait_until(lambda: server.application.requests.admission.num_requests == 4)
         server.gate.open()
         for stream in streams:
             stream.result()
@@ -142,7 +142,7 @@ def _assert_steps(change: Change) -> None:
 def test_gauges_follow(tight: LiveServer) -> None:
     with tight.gate.held():
         streams = [tight.client.stream(None, 20) for _ in range(4)]
-        wait_until(lambda: tight.application.requests.num_requests == 4)
+        wait_until(lambda: tight.application.requests.admission.num_requests == 4)
         tight.gate.let(10)
         scrape = tight.scrape()
         assert value(scrape, "weft_requests_running") == 2

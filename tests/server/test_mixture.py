@@ -67,8 +67,8 @@ def test_a_mixture_is_registered_answers_and_is_described(
     assert (effective.adapter_id, effective.digest, effective.method) == (mixed, told.digest, "mixture")
     assert [(gate.digest, gate.adapter_id) for gate in answer.finish.gates] == list(experts.items())
     means = torch.tensor([gate.layer_means for gate in answer.finish.gates])
-    assert means.shape == (3, server.model.shape.num_layers)
-    torch.testing.assert_close(means.sum(0), torch.ones(server.model.shape.num_layers))
+    assert means.shape == (3, server.model.base.shape.num_layers)
+    torch.testing.assert_close(means.sum(0), torch.ones(server.model.base.shape.num_layers))
     assert answer.tokens == server.client.tokens(mixed, LONG, text=TEXT)
     others = [server.client.tokens(other, LONG, text=TEXT) for other in (None, *experts.values())]
     assert answer.tokens not in others, "negative control"
@@ -183,7 +183,7 @@ def test_a_mixture_is_uploaded(
             answer = client.generate(TEXT, "uploaded", token_gates=True, max_new_tokens=3, temperature=0.0)
             tokens = answer.finish.usage.prompt_tokens - answer.finish.usage.cached_prompt_tokens + 2
             (one, *_) = answer.finish.gates
-            assert len(one.token_gates) == tokens * server.model.shape.num_layers
+            assert len(one.token_gates) == tokens * server.model.base.shape.num_layers
             by_layer = torch.tensor(one.token_gates).view(tokens, -1).mean(0)
             torch.testing.assert_close(by_layer, torch.tensor(one.layer_means))
         finally:
@@ -345,7 +345,7 @@ def test_bounds_are_seen_in_the_gates(
     )
     finish = server.client.generate("mild", LONG, text=TEXT, options=GATES, steering=steering).finish
     means = {gate.adapter_id: list(gate.layer_means) for gate in finish.gates}
-    layers = server.model.shape.num_layers
+    layers = server.model.base.shape.num_layers
     assert means["third"] == [0.0] * layers
     assert means["first"] == pytest.approx([0.25] * layers)
     assert means["second"] == pytest.approx([0.75] * layers)

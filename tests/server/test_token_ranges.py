@@ -62,7 +62,7 @@ def server(loop: Loop, config: WeftConfig, tmp_path_factory: pytest.TempPathFact
 
 def _sources(live: LiveServer) -> Sources:
     """Return sources for this base, which differs from that of the other tests."""
-    return Sources(live.config.allowed_sources[0] / "exact", live.model.shape)
+    return Sources(live.config.allowed_sources[0] / "exact", live.model.base.shape)
 
 
 Register = Callable[[str, str, Sequence[int] | None], None]

@@ -14,7 +14,7 @@ import pytest
 from tests.server.conftest import Sources
 from tests.server.files import Files, chunk, upload_header, upload_messages
 from tests.server.live import WAIT_S, LiveServer, refused, wait_until
-from weft.adapters.config_file import CONFIG_FILE
+from weft.adapters.ingest import CONFIG_FILE
 from weft.adapters.safetensors_header import WEIGHTS_FILE
 from weft.v1 import adapter_service_pb2
 from weft.v1.adapter_service_pb2_grpc import AdapterServiceStub

@@ -40,7 +40,7 @@ def check_adapter_id(value: str, *, base_model: str = "", field: str = "adapter_
     Raises InvalidRequest ID_INVALID or ID_RESERVED.
     """
     if not value.strip():
-        raise InvalidRequest("ID_INVALID", f"{field}: must not be empty", field=field, metadata={"given": value})
+        raise InvalidRequest.at("ID_INVALID", field, "must not be empty", given=value)
     if len(value) > ADAPTER_ID_CHARACTERS_MAX:
         limit, given = ADAPTER_ID_CHARACTERS_MAX, len(value)
         raise InvalidRequest.rule("ID_INVALID", field, "has too many characters", limit=limit, given=given)
@@ -57,13 +57,13 @@ def is_digest(value: str) -> bool:
     return _DIGEST.fullmatch(value) is not None
 
 
-def check_digest(value: str, *, field: str = "digest") -> AdapterDigest:
+def check_digest(value: str, *, field: str = "digest", reason: str = "ID_INVALID") -> AdapterDigest:
     """Return `value` as a digest.
 
-    Raises InvalidRequest ID_INVALID, also for an abbreviation, because a digest names content exactly.
+    Raises InvalidRequest with `reason`, also for an abbreviation, because a digest names content exactly.
     """
     if not is_digest(value):
-        raise InvalidRequest.rule("ID_INVALID", field, "must be 64 lower-case hex digits", given=value)
+        raise InvalidRequest.rule(reason, field, "must be 64 lower-case hex digits", given=value)
     return AdapterDigest(value)
 
 

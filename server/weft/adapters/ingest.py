@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 from weft.adapters import packed_adapter
-from weft.adapters.config_file import read_config
 from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, check_adapter_id
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.registry import AdapterInfo
 from weft.adapters.safetensors_header import TensorEntry, read_header
+from weft.adapters.strict_json import DuplicateKeyFault, JsonFault, parse_object
 from weft.config import AdapterLimits
+from weft.errors import InvalidAdapter
 from weft.methods import mixture as mixture_method
 from weft.methods.checkpoint import base_binding, directory
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.protocol import BaseShape
 from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES, FilePair
 
+CONFIG_FILE = PEFT_FILES.config
+
+_DEPTH_MAX = 16  # of a config; PEFT's own reach 3
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -103,6 +107,22 @@ class Ingest(NamedTuple):
             is_sequence_level=mixture.config.level is mixture_method.Level.SEQUENCE,
         )
         return Ingested(info, laid_out)
+
+
+def read_config(data: bytes, limits: AdapterLimits, *, field: str = CONFIG_FILE) -> dict[str, object]:
+    """Return the object in `data`, all numbers finite, or raise InvalidAdapter CONFIG_INVALID, which names `field`.
+
+    `weft.methods.checkpoint` interprets the keys. Here the contents never cause an import, compilation or look-up.
+    """
+    most, given = limits.config_bytes_max, len(data)
+    if given > most:
+        raise InvalidAdapter.rule("CONFIG_INVALID", field, "has too many bytes", limit=most, given=given)
+    try:
+        return parse_object(data, depth_max=_DEPTH_MAX)
+    except DuplicateKeyFault as fault:
+        raise InvalidAdapter.rule("CONFIG_INVALID", field, str(fault), given=fault.name) from None
+    except JsonFault as fault:
+        raise InvalidAdapter.at("CONFIG_INVALID", field, str(fault)) from None
 
 
 def _tensors(mapped: mmap.mmap, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""Load adapters from disk to host memory: worker threads read them, and the host cache keeps them."""
+"""Load adapters from disk to host memory: worker threads read them, and an LRU cache keeps them packed."""
 
 import logging
 import threading
+from collections import OrderedDict
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.ingest import Ingest, Ingested
 from weft.adapters.packed_adapter import PackedAdapter
@@ -17,87 +18,130 @@ from weft.v1.adapter_files import pair_of
 _log = logging.getLogger(__name__)
 
 
+class HostCache:
+    """At most `capacity_bytes` of packed adapters. A larger one is not kept. AdapterLoader's lock guards it."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self._packed_adapters: OrderedDict[AdapterDigest, PackedAdapter] = OrderedDict()
+
+    def __contains__(self, digest: AdapterDigest) -> bool:
+        return digest in self._packed_adapters
+
+    def get(self, digest: AdapterDigest) -> PackedAdapter | None:
+        """Return the packed adapter, now the most recently used one, or None."""
+        packed = self._packed_adapters.get(digest)
+        if packed is not None:
+            self._packed_adapters.move_to_end(digest)
+        return packed
+
+    def put(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
+        """Keep a packed adapter, evicting older ones as needed."""
+        self.drop(digest)
+        if packed.size_bytes > self._capacity_bytes:
+            return
+        self._packed_adapters[digest] = packed
+        self.used_bytes += packed.size_bytes
+        while self.used_bytes > self._capacity_bytes:
+            self.drop(next(iter(self._packed_adapters)))
+
+    def drop(self, digest: AdapterDigest) -> int:
+        """Drop a packed adapter; return its bytes."""
+        packed = self._packed_adapters.pop(digest, None)
+        freed = 0 if packed is None else packed.size_bytes
+        self.used_bytes -= freed
+        return freed
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A load that has not ended. is_kept: whether its result may be kept, as the adapter was not dropped meanwhile."""
+
+    digest: AdapterDigest
+    is_kept: bool = True
+
+
+@dataclass(kw_only=True, eq=False)
 class AdapterLoader:
     """Host copies of stored adapters. Any thread may call it. workers: the threads that read and parse."""
 
-    def __init__(
-        self, store: AdapterStore, ingest: Ingest, host: HostCache, *, workers: Executor, metrics: Metrics
-    ) -> None:
-        self._store = store
-        self._ingest = ingest
-        self._host = host
-        self._workers = workers
-        self._metrics = metrics
-        self._tickets: dict[AdapterDigest, object] = {}  # of loads whose result may be kept
-        self._running: dict[Future[PackedAdapter], AdapterDigest] = {}
-        self._lock = threading.Lock()
+    store: AdapterStore
+    ingest: Ingest
+    host: HostCache
+    workers: Executor
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
+        self._loads: dict[Future[PackedAdapter], _Load] = {}
+        self._lock = threading.Lock()  # of the loads and the host cache
 
     def __contains__(self, digest: AdapterDigest) -> bool:
-        return digest in self._host
+        with self._lock:
+            return digest in self.host
 
     def request(self, digest: AdapterDigest) -> "Future[PackedAdapter]":
         """Return a future that ends with the packed adapter, or with WeftError."""
         with self._lock:
-            ticket = self._tickets.setdefault(digest, object())
+            load = _Load(digest)
             try:
-                load = self._workers.submit(self._load, digest, ticket)
+                future = self.workers.submit(self._load, load)
             except RuntimeError:  # raised by an executor that was shut down
-                load = Future()
-                load.set_exception(draining_error())
-            self._running[load] = digest
-        load.add_done_callback(self._ended)
-        return load
+                future = Future()
+                future.set_exception(draining_error())
+            self._loads[future] = load
+        future.add_done_callback(self._ended)
+        return future
 
     def running(self, digest: AdapterDigest) -> "list[Future[PackedAdapter]]":
         """Return the loads of a digest that have not ended; the store cannot remove a version that is being read."""
         with self._lock:
-            return [load for load, loaded in self._running.items() if loaded == digest]
+            return [future for future, load in self._loads.items() if load.digest == digest]
 
     def read(self, digest: AdapterDigest) -> Ingested:
         """Read and check a stored adapter; blocks on the disk."""
-        with self._store.open_version(digest) as stored:
+        with self.store.open_version(digest) as stored:
             pair = pair_of(stored.files)
             if pair is None:
                 raise corrupt(digest, "it holds other files than an adapter has")
             config, weights = (stored.files[name] for name in pair)
-            return self._ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
+            return self.ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
 
     def read_staged(self, staged: StagedVersion) -> Ingested:
         """Read and check an adapter that is not stored yet; blocks on the disk."""
         pair = pair_of(file.name for file in staged.files)
         assert pair is not None, staged.files
         with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
-            return self._ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
+            return self.ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
 
     def keep(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
-        self._host.put(digest, packed)
+        with self._lock:
+            self.host.put(digest, packed)
 
     def drop(self, digest: AdapterDigest) -> int:
         """Drop the host's copy and the results of loads requested before; return the freed bytes."""
         with self._lock:
-            self._tickets.pop(digest, None)
-            return self._host.drop(digest)
+            for load in self._loads.values():
+                load.is_kept = load.is_kept and load.digest != digest
+            return self.host.drop(digest)
 
-    def _ended(self, load: "Future[PackedAdapter]") -> None:
+    def _ended(self, future: "Future[PackedAdapter]") -> None:
         with self._lock:
-            del self._running[load]
+            del self._loads[future]
 
-    def _load(self, digest: AdapterDigest, ticket: object) -> PackedAdapter:
+    def _load(self, load: _Load) -> PackedAdapter:
         try:
-            with self._metrics.adapter_load_seconds.time():
-                packed = self._host.get(digest)
+            with self.metrics.adapter_load_seconds.time():
+                with self._lock:
+                    packed = self.host.get(load.digest)
                 if packed is None:
-                    packed = self.read(digest).packed
+                    packed = self.read(load.digest).packed
                     with self._lock:
-                        if self._tickets.get(digest) is ticket:
-                            self._host.put(digest, packed)
+                        if load.is_kept:
+                            self.host.put(load.digest, packed)
                 return packed
         except WeftError:
             raise
         except Exception:
             _log.exception("loading an adapter failed")
             raise WeftError("INTERNAL", "internal error") from None
-        finally:
-            with self._lock:
-                if self._tickets.get(digest) is ticket:
-                    del self._tickets[digest]

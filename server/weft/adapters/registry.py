@@ -7,6 +7,7 @@ step with the look-up, so no version can go between being found and being held.
     LOADING → ACTIVE → DRAINING → gone          FAILED, QUARANTINED: cannot serve, with a reason
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
 _FAULTS_UNTIL_QUARANTINE = 3
+_NO_DIGEST = AdapterDigest("")
 
 
 class AdapterState(StrEnum):
@@ -68,13 +70,14 @@ class AdapterInfo:
 class Version:
     """One digest under one id. leases: the requests that hold it.
 
+    digest: "" while the content is LOADING, and if its manifest is lost.
     removal: the error of all its requests, once the version is removed without waiting for them.
     """
 
     adapter_id: AdapterId
-    digest: AdapterDigest
-    info: AdapterInfo
-    create_time_s: float
+    digest: AdapterDigest = _NO_DIGEST
+    info: AdapterInfo = AdapterInfo()
+    create_time_s: float = 0.0
     state: AdapterState = AdapterState.ACTIVE
     state_reason: str = ""
     pinned: bool = False
@@ -95,28 +98,29 @@ class Registry:
     ) -> None:
         self._changed = changed
         self._wall_clock = wall_clock
-        self._current: dict[AdapterId, Version] = {}
-        self._replaced: dict[AdapterId, list[Version]] = {}  # newest first; each still leased
+        self._versions: dict[AdapterId, list[Version]] = {}  # the current one, then older ones that are still leased
         self._of: dict[AdapterDigest, list[Version]] = {}  # all versions that are not LOADING
         self._drained_from: dict[AdapterId, AdapterState] = {}
 
     def __iter__(self) -> Iterator[Version]:
         """Yield the current versions, sorted by id."""
-        return iter([self._current[adapter_id] for adapter_id in sorted(self._current)])
+        return iter([self._versions[adapter_id][0] for adapter_id in sorted(self._versions)])
 
     def __len__(self) -> int:
-        return len(self._current)
-
-    def current(self, adapter_id: AdapterId) -> Version | None:
-        return self._current.get(adapter_id)
-
-    def replaced(self, adapter_id: AdapterId) -> list[Version]:
-        """Return the older versions of an id that requests still hold, newest first."""
-        return list(self._replaced.get(adapter_id, ()))
+        return len(self._versions)
 
     def versions(self, adapter_id: AdapterId) -> list[Version]:
-        current = self._current.get(adapter_id)
-        return ([] if current is None else [current]) + self.replaced(adapter_id)
+        """Return the current version of an id, then the older ones that requests still hold, newest first."""
+        return list(self._versions.get(adapter_id, ()))
+
+    def current(self, adapter_id: AdapterId) -> Version | None:
+        versions = self._versions.get(adapter_id)
+        return versions[0] if versions else None
+
+    def published(self, adapter_id: AdapterId) -> Version | None:
+        """Return the current version of an id, unless it is still LOADING."""
+        version = self.current(adapter_id)
+        return None if version is None or version.state is AdapterState.LOADING else version
 
     def of(self, digest: AdapterDigest) -> list[Version]:
         """Return every version with this content, under any id."""
@@ -127,7 +131,7 @@ class Registry:
 
     def require(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
         """Return the current version that `reference` names. Raises AdapterNotFound, with `field`, if there is none."""
-        version = self._current.get(reference.adapter_id)
+        version = self.current(reference.adapter_id)
         if version is None or reference.digest not in (None, version.digest):
             raise not_found(reference, field)
         return version
@@ -137,15 +141,12 @@ class Registry:
 
         Raises AdapterNotFound, or AdapterUnusable or DataLoss with the reason of the state.
         """
-        current = self._current.get(reference.adapter_id)
-        if current is None or current.digest != reference.digest:  # an older content can be current again
-            for version in self.replaced(reference.adapter_id):
-                if version.digest == reference.digest:
+        for version in self.versions(reference.adapter_id):  # an older content can be current again
+            if reference.digest in (None, version.digest):
+                if version.state is not AdapterState.ACTIVE:
                     raise _unusable(version, field)
-        version = self.require(reference, field=field)
-        if version.state is not AdapterState.ACTIVE:
-            raise _unusable(version, field)
-        return version
+                return version
+        raise not_found(reference, field)
 
     def require_expert(self, expert: AdapterReference, *, field: str = "adapter_id") -> Version:
         """Return a version with this content that requests can use now, under any id.
@@ -158,17 +159,13 @@ class Registry:
             is_other = version.adapter_id != expert.adapter_id
             return version.state is not AdapterState.ACTIVE, is_other, version.adapter_id
 
-        found = sorted(self.of(AdapterDigest(expert.digest or "")), key=preference)
-        if found and found[0].state is AdapterState.ACTIVE:
-            return found[0]
-        state = found[0].state.value if found else "not registered"
+        best = min(self.of(AdapterDigest(expert.digest or "")), key=preference, default=None)
+        if best is not None and best.state is AdapterState.ACTIVE:
+            return best
+        state = "not registered" if best is None else best.state.value
         name = str(expert) if expert.adapter_id else expert.digest
-        raise AdapterUnusable(
-            "EXPERT_UNAVAILABLE",
-            f"{field}: expert {name} is {state}",
-            field=field,
-            metadata={"expert": expert.adapter_id, "digest": expert.digest, "state": state},
-        )
+        metadata = {"expert": expert.adapter_id, "digest": expert.digest, "state": state}
+        raise AdapterUnusable.at("EXPERT_UNAVAILABLE", field, f"expert {name} is {state}", **metadata)
 
     def hold(self, version: Version, request_id: str) -> None:
         """Lease a version that `require_active` has just returned; nothing may be awaited in between."""
@@ -178,31 +175,23 @@ class Registry:
     def release(self, version: Version, request_id: str) -> bool:
         """End a lease; return whether it was the last one of a version that is no longer current."""
         version.leases.remove(request_id)
-        if version.leases or self._current.get(version.adapter_id) is version:
+        if version.leases or self.current(version.adapter_id) is version:
             return False
-        replaced = self._replaced.get(version.adapter_id, [])
-        if version in replaced:
-            replaced.remove(version)
-            if not replaced:
-                del self._replaced[version.adapter_id]
-            self._forget(version)
+        self._versions[version.adapter_id].remove(version)
+        self._forget(version)
         return True
 
-    def begin(self, adapter_id: AdapterId) -> None:
-        """Mark a free id as LOADING, until `publish` or `abandon`."""
-        if adapter_id not in self._current:
-            self._current[adapter_id] = Version(
-                adapter_id=adapter_id,
-                digest=AdapterDigest(""),
-                info=AdapterInfo(),
-                create_time_s=self._wall_clock(),
-                state=AdapterState.LOADING,
-            )
-
-    def abandon(self, adapter_id: AdapterId) -> None:
-        """Free an id that is still LOADING."""
-        if self._published(adapter_id) is None:
-            self._current.pop(adapter_id, None)
+    @contextlib.contextmanager
+    def loading(self, adapter_id: AdapterId) -> Iterator[None]:
+        """Make a free id LOADING inside the block, until `publish`."""
+        if adapter_id not in self._versions:
+            now_s, state = self._wall_clock(), AdapterState.LOADING
+            self._versions[adapter_id] = [Version(adapter_id=adapter_id, create_time_s=now_s, state=state)]
+        try:
+            yield
+        finally:
+            if self.published(adapter_id) is None:
+                self._versions.pop(adapter_id, None)
 
     def check_publish(
         self, adapter_id: AdapterId, digest: AdapterDigest, *, replace: bool, expected_digest: str | None
@@ -212,11 +201,9 @@ class Registry:
         Raises AdapterExists if the id has other content and `replace` is not set, AdapterConflict if
         `expected_digest` is not current or the id is being removed, AdapterUnusable if this content is quarantined.
         """
-        current = self._published(adapter_id)
+        current = self.published(adapter_id)
         if current is not None and current.state is AdapterState.DRAINING:
-            raise AdapterConflict(
-                "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} is being unregistered", field="adapter_id"
-            )
+            raise AdapterConflict.at("ADAPTER_UNREGISTERED", "adapter_id", f"{adapter_id} is being unregistered")
         if current is not None and current.digest == digest:
             if current.state is AdapterState.QUARANTINED:
                 raise _unusable(current)
@@ -231,21 +218,20 @@ class Registry:
 
     def publish(self, version: Version) -> Version | None:
         """Make `version` current; return the one that it replaced, which stays as long as requests hold it."""
-        previous = self._published(version.adapter_id)
-        self._current[version.adapter_id] = version
+        previous = self.published(version.adapter_id)
+        leased = [older for older in self.versions(version.adapter_id) if older.leases]
+        self._versions[version.adapter_id] = [version, *leased]
         self._of.setdefault(version.digest, []).append(version)
         self._changed(Change.ADDED if previous is None else Change.UPDATED, version)
         if previous is not None:
             previous.state = AdapterState.DRAINING
-            if previous.leases:
-                self._replaced.setdefault(version.adapter_id, []).insert(0, previous)
-            else:
+            if not previous.leases:
                 self._forget(previous)
         return previous
 
     def drain(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
         """Refuse new requests for an id, and return its versions. A second call raises AdapterNotFound."""
-        version = self._published(adapter_id)
+        version = self.published(adapter_id)
         if version is None or version.state is AdapterState.DRAINING:
             raise not_found(adapter_id)
         require_expected(adapter_id, version.digest, expected_digest)
@@ -255,11 +241,11 @@ class Registry:
 
     def revive(self, adapter_id: AdapterId) -> None:
         """Undo `drain`, because unregistering failed before anything was removed."""
-        version = self._current[adapter_id]
+        version = self._versions[adapter_id][0]
         self._move(version, self._drained_from.pop(adapter_id), version.state_reason)
 
     def remove(self, adapter_id: AdapterId) -> None:
-        version = self._current.pop(adapter_id)
+        [version] = self._versions.pop(adapter_id)  # requests hold no older one
         self._drained_from.pop(adapter_id, None)
         assert not version.leases, version
         self._forget(version)
@@ -282,11 +268,6 @@ class Registry:
             if version.state is AdapterState.ACTIVE:
                 self._move(version, AdapterState.FAILED, reason)
 
-    def _published(self, adapter_id: AdapterId) -> Version | None:
-        """Return the current version of an id, unless it is still LOADING."""
-        version = self._current.get(adapter_id)
-        return None if version is None or version.state is AdapterState.LOADING else version
-
     def _move(self, version: Version, state: AdapterState, reason: str) -> None:
         version.state, version.state_reason = state, reason
         self._changed(Change.UPDATED, version)
@@ -301,32 +282,20 @@ class Registry:
 def require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
     """Raise AdapterConflict if an id has another digest than a caller expects; `current` is "" if it has none."""
     if expected is not None and expected != current:
-        raise AdapterConflict(
-            "VERSION_CONFLICT",
-            f"expected_digest: the current digest of {adapter_id} is {current or 'none'}",
-            field="expected_digest",
-            metadata={"adapter_id": adapter_id, "limit": current, "given": expected},
-        )
+        text = f"the current digest of {adapter_id} is {current or 'none'}"
+        metadata = {"adapter_id": adapter_id, "limit": current, "given": expected}
+        raise AdapterConflict.at("VERSION_CONFLICT", "expected_digest", text, **metadata)
 
 
 def taken(adapter_id: AdapterId, current: str) -> AdapterExists:
     """Return the error for an id that has other content already."""
-    return AdapterExists(
-        "ADAPTER_EXISTS",
-        f"adapter_id: {adapter_id} is registered with digest {current}; set replace to give it other content",
-        field="adapter_id",
-        metadata={"adapter_id": adapter_id, "digest": current},
-    )
+    text = f"{adapter_id} is registered with digest {current}; set replace to give it other content"
+    return AdapterExists.at("ADAPTER_EXISTS", "adapter_id", text, adapter_id=adapter_id, digest=current)
 
 
 def not_found(reference: AdapterReference | AdapterId, field: str = "adapter_id") -> AdapterNotFound:
     """Return the error for an unknown id, and for a digest that is not the id's current one; both look the same."""
-    return AdapterNotFound(
-        "ADAPTER_NOT_FOUND",
-        f"{field}: {reference} is not registered",
-        field=field,
-        metadata={"adapter_id": str(reference)},
-    )
+    return AdapterNotFound.at("ADAPTER_NOT_FOUND", field, f"{reference} is not registered", adapter_id=str(reference))
 
 
 def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | DataLoss:
@@ -341,5 +310,4 @@ def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | 
             reason, text = "ADAPTER_QUARANTINED", f"{name} was taken out of service: {cause}"
         case AdapterState.FAILED if cause == "BLOB_CORRUPT":
             kind, reason, text = DataLoss, cause, f"the stored files of {name} changed; register it again"
-    metadata = {"adapter_id": name, "cause": cause}
-    return kind(reason, f"{field}: {text}", field=field, metadata=metadata, retry_after_s=retry_after_s)
+    return kind.at(reason, field, text, adapter_id=name, cause=cause, retry_after_s=retry_after_s)

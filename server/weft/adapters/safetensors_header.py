@@ -76,7 +76,7 @@ def read_header(source: BinaryIO | bytes, limits: AdapterLimits, *, field: str =
     entries.sort(key=lambda entry: entry.begin)
     _check_layout(entries, data_begin, file_bytes, field)
     if b"-" in raw and b"-" in outside_strings(raw):  # every number above passed as an integer >= 0, so this one is -0
-        raise InvalidAdapter("HEADER_INVALID", f"{field}: header holds a number with a sign", field=field)
+        raise InvalidAdapter.at("HEADER_INVALID", field, "header holds a number with a sign")
     return Header({entry.name: entry for entry in entries}, metadata)
 
 
@@ -114,7 +114,7 @@ def _raw_header(file: BinaryIO, file_bytes: int, limits: AdapterLimits, field: s
 def _parsed(raw: bytes, limits: AdapterLimits, field: str) -> dict[str, object]:
     """Return the header as JSON; the numbers of tensors, keys and values are bounded before the parser builds any."""
     if not raw.rstrip(b" ").endswith(b"}"):
-        raise InvalidAdapter("HEADER_INVALID", f"{field}: header must end with }} and spaces", field=field)
+        raise InvalidAdapter.at("HEADER_INVALID", field, "header must end with } and spaces")
     num_described = raw.count(b'"data_offsets"')
     if num_described > limits.num_tensors_max:
         raise _tensor_count(num_described, limits, field)
@@ -128,16 +128,13 @@ def _parsed(raw: bytes, limits: AdapterLimits, field: str) -> dict[str, object]:
     except DuplicateKeyFault as fault:
         raise InvalidAdapter.rule("DUPLICATE_KEY", field, f"header {fault}", given=fault.name) from None
     except JsonFault as fault:
-        raise InvalidAdapter("HEADER_INVALID", f"{field}: header {fault}", field=field) from None
+        raise InvalidAdapter.at("HEADER_INVALID", field, f"header {fault}") from None
 
 
 def _tensor_count(given: int, limits: AdapterLimits, field: str) -> InvalidAdapter:
-    return InvalidAdapter(
-        "TENSOR_COUNT",
-        f"{field}: number of tensors must be from 1 to {limits.num_tensors_max}, given {given}",
-        field=field,
-        metadata={"limit": limits.num_tensors_max, "given": given},
-    )
+    most = limits.num_tensors_max
+    text = f"number of tensors must be from 1 to {most}, given {given}"
+    return InvalidAdapter.at("TENSOR_COUNT", field, text, limit=most, given=given)
 
 
 def _metadata(given: object, limits: AdapterLimits, field: str) -> dict[str, str]:
@@ -157,12 +154,8 @@ def _entry(name: str, given: object, data_begin: int, field: str) -> TensorEntry
     """Return one tensor's description, checked by itself; `_check_layout` checks how tensors lie side by side."""
 
     def refused(reason: str, rule: str, value: object) -> InvalidAdapter:
-        return InvalidAdapter(
-            reason,
-            f"{field}: tensor {shown(name)}: {rule}, given {shown(value)}",
-            field=field,
-            metadata={"tensor": name, "given": value},
-        )
+        text = f"tensor {shown(name)}: {rule}, given {shown(value)}"
+        return InvalidAdapter.at(reason, field, text, tensor=name, given=value)
 
     if len(name) > _NAME_CHARACTERS_MAX:
         raise refused("HEADER_INVALID", f"name must have at most {_NAME_CHARACTERS_MAX} characters", len(name))
@@ -196,13 +189,9 @@ def _check_layout(entries: list[TensorEntry], data_begin: int, file_bytes: int, 
     for entry in entries:
         if entry.begin != expected:
             what = "overlaps the tensor before it" if entry.begin < expected else "leaves a hole before it"
-            raise InvalidAdapter(
-                "OFFSETS_INVALID",
-                f"{field}: tensor {shown(entry.name)} {what}: "
-                f"must begin at {expected - data_begin}, given {entry.begin - data_begin}",
-                field=field,
-                metadata={"tensor": entry.name, "limit": expected - data_begin, "given": entry.begin - data_begin},
-            )
+            must, given = expected - data_begin, entry.begin - data_begin
+            text = f"tensor {shown(entry.name)} {what}: must begin at {must}, given {given}"
+            raise InvalidAdapter.at("OFFSETS_INVALID", field, text, tensor=entry.name, limit=must, given=given)
         expected = entry.end
     if expected != file_bytes:
         what = "tensors end beyond the file" if expected > file_bytes else "bytes follow the last tensor"

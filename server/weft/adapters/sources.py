@@ -57,13 +57,14 @@ def open_source_file(directory: int, name: str) -> BinaryIO:
             raise InvalidAdapter.rule("FORMAT_UNSUPPORTED", name, foreign_refused(found[0]), given=found[0]) from None
         raise
     file = os.fdopen(fd, "rb", buffering=0)
-    with contextlib.ExitStack() as undo:
-        undo.enter_context(file)
+    try:
         links = os.fstat(fd).st_nlink
         if links != 1:
             rule = "must not have other hard links"
             raise InvalidAdapter.rule("SOURCE_NOT_REGULAR", name, rule, limit=1, given=links)
-        undo.pop_all()
+    except BaseException:
+        file.close()
+        raise
     return file
 
 
@@ -98,12 +99,7 @@ def _refuse_url(source: str) -> None:
         raise InvalidRequest.rule(
             "SOURCE_SCHEME", _FIELD, "must not be a URL of this scheme, nor carry a user name", given=scheme
         )
-    raise AdapterUnusable(
-        "SOURCE_DISABLED",
-        f"{_FIELD}: URL sources are disabled on this server",
-        field=_FIELD,
-        metadata={"given": scheme},
-    )
+    raise AdapterUnusable.at("SOURCE_DISABLED", _FIELD, "URL sources are disabled on this server", given=scheme)
 
 
 def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wanted: str) -> int:
@@ -133,8 +129,4 @@ def _open(name: str, directory: int, flags: int, kind: Callable[[int], bool], wa
 
 def holds(directory: int, name: str) -> bool:
     """Return whether an open directory holds anything called `name`."""
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
+    return os.access(name, os.F_OK, dir_fd=directory, follow_symlinks=False)

@@ -82,10 +82,9 @@ class AdapterStore:
         except (Overloaded, Unavailable) as error:
             problems.append(Problem("", None, error.reason, error.message))
         with storage_errors():
-            version_names = sorted(os.listdir(self._versions))
-        for name in version_names:
-            if not is_digest(name):
-                problems.append(Problem(f"versions/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no version"))
+            unknown = [name for name in sorted(os.listdir(self._versions)) if not is_digest(name)]
+        for name in unknown:
+            problems.append(Problem(f"versions/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no version"))
         manifests, unreadable = self.read_catalog()
         problems.extend(unreadable)
         for manifest in manifests.values():
@@ -133,7 +132,7 @@ class AdapterStore:
                 staging.directory.mkdir(mode=0o700)
                 failpoints.hit("after_stage_mkdir")
             except BaseException:
-                staging.discard()
+                staging.close()
                 raise
         return staging
 
@@ -198,10 +197,18 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def _placed(self, staged: StagedVersion) -> Iterator[None]:
-        """Put a version's files in place; if the block fails, files that were not there before go again."""
-        is_new = not os.path.lexists(self._version_path(staged.digest))
+        """Make `versions/` hold the staged content, whole and durable; if the block fails, new files go again."""
+        target = self._version_path(staged.digest)
+        is_new = not os.path.lexists(target)
         try:
-            self._place(staged)
+            try:
+                open_stored(target, staged.digest).close()
+            except (FileNotFoundError, DataLoss) as error:
+                if isinstance(error, DataLoss):
+                    self._take_away(target)
+                durable.publish(staged.directory, target)
+            else:
+                durable.sync_directory(self._versions)
             yield
         except BaseException:
             if is_new:
@@ -271,18 +278,6 @@ class AdapterStore:
         if size_bytes == manifest.size_bytes:
             return ""
         return f"digest {abbreviated(manifest.digest)}: has {size_bytes} bytes instead of {manifest.size_bytes}"
-
-    def _place(self, staged: StagedVersion) -> None:
-        """Make `versions/` hold the staged content, whole and durable."""
-        target = self._version_path(staged.digest)
-        try:
-            open_stored(target, staged.digest).close()
-        except (FileNotFoundError, DataLoss) as error:
-            if isinstance(error, DataLoss):
-                self._take_away(target)
-            durable.publish(staged.directory, target)
-        else:
-            durable.sync_directory(self._versions)
 
     def _replace_manifest(self, manifest: Manifest) -> None:
         data = manifest.encode()
@@ -359,5 +354,5 @@ class AdapterStore:
 
 
 def _left_over(path: str, error: OSError) -> Problem:
-    told = named(error)
-    return Problem(path, None, told.reason, f"{path}: could not be removed: {told.message}")
+    cause = named(error)
+    return Problem(path, None, cause.reason, f"{path}: could not be removed: {cause.message}")

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -138,15 +138,20 @@ class StagedVersion(NamedTuple):
             return durable.open_regular(self.directory / name)
 
 
-class Staging:
-    """A private directory for incoming files. Leaving the `with` block removes what was not committed."""
+class Staging(contextlib.ExitStack):
+    """A private directory for incoming files. `close`, or the end of the `with` block, removes what is left of it.
+
+    Recovery removes what cannot be removed now.
+    """
 
     def __init__(self, directory: Path, owner_path: Path, owner_fd: int, limits: AdapterLimits) -> None:
+        super().__init__()
         self.directory = directory
-        self._owner_path = owner_path
-        self._owner_fd = owner_fd  # its lock shows other processes' recovery that this directory is alive
         self._limits = limits
         self._files: list[StagedFile] = []
+        self.callback(durable.release, owner_fd)  # its lock shows other processes' recovery that the directory is alive
+        self.callback(_remove, os.unlink, owner_path)
+        self.callback(_remove, durable.remove_tree, directory)
 
     def open_file(self, name: str, size_max: int | None = None) -> StagedFile:
         """Create a file of at most `size_max` bytes, or at most the limit of its kind if that is lower."""
@@ -155,6 +160,7 @@ class Staging:
         limit = self._limits.config_bytes_max if name in CONFIG_FILES else self._limits.file_bytes_max
         file = StagedFile(self.directory / name, limit if size_max is None else min(size_max, limit))
         self._files.append(file)
+        self.callback(file.abandon)
         return file
 
     def seal(self) -> StagedVersion:
@@ -166,24 +172,10 @@ class Staging:
         files = tuple(sorted(file.digest for file in self._files))
         return StagedVersion(digest_of(files), files, self.directory)
 
-    def discard(self) -> None:
-        """Leave nothing behind; recovery removes what cannot be removed now."""
-        for file in self._files:
-            file.abandon()
-        if self._owner_fd < 0:
-            return
-        with contextlib.suppress(OSError):
-            durable.remove_tree(self.directory)
-        with contextlib.suppress(OSError):
-            os.unlink(self._owner_path)
-        fd, self._owner_fd = self._owner_fd, -1
-        durable.release(fd)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.discard()
+def _remove(remove: Callable[[Path], None], path: Path) -> None:
+    with contextlib.suppress(OSError):
+        remove(path)
 
 
 class StoredVersion(contextlib.ExitStack):

@@ -8,25 +8,20 @@ from typing import NamedTuple
 from weft.adapters.registry import Version
 from weft.api import composition, mixtures
 from weft.api.lifecycle import Lifecycle
-from weft.api.validation import CheckedSpec, ModelFacts
+from weft.api.validation import CheckedSpec
 from weft.engine.block_manager import cache_root
-from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId
+from weft.engine.request import Request, RequestId
 from weft.errors import InvalidRequest, Overloaded
-
-
-class Held(NamedTuple):
-    """The versions that a request leases: those that it names, and the experts if it names a mixture."""
-
-    versions: list[Version]
-    experts: list[Version]
+from weft.model.loader import Base
 
 
 class Admitted(NamedTuple):
-    """A request that may go to the engine."""
+    """A request that holds a place and leases: on the versions that it names, and on the experts of a mixture."""
 
+    request_id: RequestId
     checked: CheckedSpec
-    held: Held
-    request: Request
+    versions: list[Version]
+    experts: list[Version]
 
 
 class Admission:
@@ -35,16 +30,15 @@ class Admission:
     num_requests: requests that hold a place. empty: set while there are none.
     """
 
-    def __init__(self, lifecycle: Lifecycle, model: ModelFacts, max_requests: int) -> None:
+    def __init__(self, lifecycle: Lifecycle, base: Base, max_requests: int) -> None:
         self.num_requests = 0
         self._lifecycle = lifecycle
-        self._registry = lifecycle.registry
-        self._model = model
+        self._base = base
         self._max_requests = max_requests
         self.empty = asyncio.Event()
         self.empty.set()
 
-    def enter(self, checked: CheckedSpec, request_id: RequestId) -> Held:
+    def enter(self, checked: CheckedSpec, request_id: RequestId) -> Admitted:
         """Take a place and lease every adapter, or take nothing.
 
         Nothing is awaited in here, so no version can go between being found and being leased.
@@ -56,60 +50,56 @@ class Admission:
                 metadata={"quota": "requests", "limit": self._max_requests, "given": self.num_requests + 1},
                 retry_after_s=1.0,
             )
-        versions = [self._registry.require_active(part.reference, field=part.field) for part in checked.parts]
+        registry = self._lifecycle.registry
+        versions = [registry.require_active(part.reference, field=part.field) for part in checked.parts]
         if checked.spec.composition is not None:
             composition.check_versions(checked.parts, versions)
         experts: list[Version] = []
         if len(versions) == 1:
-            experts = mixtures.require_experts(self._registry, versions[0].info, field=checked.parts[0].field)
+            experts = mixtures.require_experts(registry, versions[0].info, field=checked.parts[0].field)
         if checked.spec.steering is not None and not experts:
             given = versions[0].info.method if versions else "the base"
             raise InvalidRequest.rule("STEERING_INVALID", "steering", "is for mixtures", given=given)
         for version in versions + experts:
-            self._registry.hold(version, request_id)
+            registry.hold(version, request_id)
         self.num_requests += 1
         self.empty.clear()
-        return Held(versions, experts)
+        return Admitted(request_id, checked, versions, experts)
 
-    def leave(self, held: Held, request_id: RequestId) -> None:
+    def leave(self, admitted: Admitted) -> None:
         """Release the place and the leases that `enter` took."""
-        for version in held.versions + held.experts:
-            self._lifecycle.release(version, request_id)
+        for version in admitted.versions + admitted.experts:
+            self._lifecycle.release(version, admitted.request_id)
         self.num_requests -= 1
         if self.num_requests == 0:
             self.empty.set()
 
-    def admit(
-        self,
-        checked: CheckedSpec,
-        held: Held,
-        request_id: RequestId,
-        tokens: Sequence[int],
-        *,
-        arrival_s: float,
-        deadline_s: float,
-    ) -> Admitted:
+    def request(self, admitted: Admitted, tokens: Sequence[int], *, arrival_s: float, deadline_s: float) -> Request:
         """Make the engine's request. Raises InvalidRequest if its tokens do not fit the model."""
-        for version in held.versions + held.experts:
+        _, checked, versions, experts = admitted
+        for version in versions + experts:
             if version.removal is not None:
                 raise version.removal
         self._check_length(len(tokens))
-        uses, mixture = self._uses(checked, held, tokens)
+        spec, registry, mixture = checked.spec, self._lifecycle.registry, None
+        if experts:
+            uses, mixture = mixtures.uses(versions[0], experts, registry, spec.steering, spec.gate_detail)
+        else:
+            uses = composition.uses(checked.parts, versions, tokens)
         max_new_tokens = self._max_new_tokens(checked, len(tokens), sum(use.num_virtual_tokens for use in uses))
-        request = Request(
-            request_id=request_id,
+        return Request(
+            request_id=admitted.request_id,
             prompt_token_ids=tuple(tokens),
             params=replace(checked.params, max_new_tokens=max_new_tokens),
             adapters=uses,
             mixture=mixture,
-            cache_root=cache_root(checked.spec.cache_salt, self._model.digest, uses, mixture, tokens),
+            cache_root=cache_root(spec.cache_salt, self._base.shape.digest, uses, mixture, tokens),
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )
-        return Admitted(checked, held, request)
 
     def _check_length(self, num_tokens: int) -> None:
-        longest = self._model.max_model_len
+        longest = self._base.max_model_len
         if not num_tokens:
             raise InvalidRequest.rule("PROMPT_INVALID", "input", "gives no tokens", given="0 tokens")
         if num_tokens >= longest:
@@ -117,23 +107,11 @@ class Admission:
             raise InvalidRequest.rule("PROMPT_TOO_LONG", "input", rule, limit=most, given=num_tokens)
 
     def _max_new_tokens(self, checked: CheckedSpec, num_tokens: int, num_virtual: int) -> int:
-        longest, asked = self._model.max_model_len, checked.spec.max_new_tokens
+        longest, asked = self._base.max_model_len, checked.spec.max_new_tokens
         room = longest - num_virtual - num_tokens
         if room < (asked or 1):
-            raise InvalidRequest(
-                "CONTEXT_EXCEEDED",
-                f"stopping.max_new_tokens: {num_tokens} prompt tokens and {num_virtual} virtual tokens leave room for "
-                f"{max(room, 0)} of max_model_len {longest}, given {asked or 1}",
-                field="stopping.max_new_tokens",
-                metadata={"limit": max(room, 0), "given": asked or 1},
-            )
+            most, given = max(room, 0), asked or 1
+            text = f"{num_tokens} prompt tokens and {num_virtual} virtual tokens leave room for {most} of max_model_len"
+            text += f" {longest}, given {given}"
+            raise InvalidRequest.at("CONTEXT_EXCEEDED", "stopping.max_new_tokens", text, limit=most, given=given)
         return min(checked.params.max_new_tokens, room)
-
-    def _uses(
-        self, checked: CheckedSpec, held: Held, tokens: Sequence[int]
-    ) -> tuple[tuple[AdapterUse, ...], MixtureUse | None]:
-        if not held.experts:
-            return composition.uses(checked.parts, held.versions, tokens), None
-        spec = checked.spec
-        mixture = mixtures.use_of(held.versions[0], held.experts, self._registry, spec.steering, spec.gate_detail)
-        return mixtures.expert_uses(held.experts), mixture

@@ -13,9 +13,7 @@ from weft.engine.request import Finish, FinishReason, Gates, Request, SampledTok
 class EffectiveAdapter(NamedTuple):
     """An adapter of a request, as the answer names it. mean_gate: over the tokens that the request computed."""
 
-    adapter_id: str
-    digest: str
-    method: str
+    version: Version
     weight: float
     mean_gate: float
 
@@ -27,10 +25,8 @@ class GenerationEnd:
     reason: FinishReason
     stop_string: str | None
     stop_token_id: int | None
-    num_prompt_tokens: int
+    request: Request
     num_completion_tokens: int
-    num_cached_tokens: int
-    seed: int
     adapters: tuple[EffectiveAdapter, ...]
     experts: tuple[Version, ...] = ()
     gates: Gates | None = None
@@ -47,28 +43,30 @@ class GenerationPart:
 
 
 def end(
-    admitted: Admitted, finish: Finish | None, stop: str | None, num_tokens: int, last: SampledToken | None
+    admitted: Admitted,
+    request: Request,
+    finish: Finish | None,
+    stop: str | None,
+    num_tokens: int,
+    last: SampledToken | None,
 ) -> GenerationEnd:
     """Return the report of an answer of `num_tokens` tokens.
 
     finish: None if the answer reached a stop string before the engine ended the request.
     """
-    checked, held, request = admitted
     reason = FinishReason.STOP if stop is not None or finish is None else finish.reason
     token_id = None if last is None or stop is not None or reason is not FinishReason.STOP else last.token_id
     return GenerationEnd(
         reason=reason,
         stop_string=stop,
         stop_token_id=token_id,
-        num_prompt_tokens=request.num_prompt_tokens,
+        request=request,
         num_completion_tokens=num_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-        seed=checked.params.seed,
         adapters=tuple(
             _effective(part, version, request, num_tokens)
-            for part, version in zip(checked.parts, held.versions, strict=True)
+            for part, version in zip(admitted.checked.parts, admitted.versions, strict=True)
         ),
-        experts=tuple(held.experts),
+        experts=tuple(admitted.experts),
         gates=None if finish is None else finish.gates,
     )
 
@@ -90,4 +88,4 @@ def _effective(part: Part, version: Version, request: Request, num_tokens: int) 
         begin, end = request.num_cached_tokens, request.num_prompt_tokens + num_tokens - 1
         within = sum(one.end - one.begin for one in token_ranges.clip(use.ranges, begin, end))
         mean = part.weight * within / (end - begin)
-    return EffectiveAdapter(version.adapter_id, version.digest, version.info.method, weight, mean)
+    return EffectiveAdapter(version, weight, mean)

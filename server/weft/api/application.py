@@ -11,15 +11,14 @@ from functools import partial
 from pathlib import Path
 
 from weft import __version__
-from weft.adapters.host import HostCache
 from weft.adapters.identifiers import AdapterId
 from weft.adapters.ingest import Ingest
-from weft.adapters.loader import AdapterLoader
+from weft.adapters.loader import AdapterLoader, HostCache
 from weft.adapters.store import AdapterStore
-from weft.api.lifecycle import Lifecycle, RegisterOptions
+from weft.api.admission import Admission
+from weft.api.lifecycle import Lifecycle, Registration
 from weft.api.memory_plan import MemoryPlan
 from weft.api.request_flow import RequestFlow
-from weft.api.validation import ModelFacts
 from weft.api.work import Work
 from weft.config import WeftConfig
 from weft.engine.engine import Engine
@@ -28,33 +27,33 @@ from weft.engine.outbox import AdapterFailed, AdaptersResident, EngineDown, Engi
 from weft.engine.request import TokenEvent
 from weft.engine.runner import Runner
 from weft.errors import draining_error
-from weft.methods.protocol import BaseShape
 from weft.metrics import Metrics
 from weft.model import threads
-from weft.model.loader import WeightBytes
+from weft.model.loader import Base, WeightBytes
 
 _LAG_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """The base as the application reports it.
+    """A base and how it is served. Its max_model_len is the longest request that fits the memory.
 
-    num_threads: threads that compute a step.
+    kernels: name of the kernels. num_threads: threads that compute a step.
     rope_factors: the factors chosen for a model whose rotary factors depend on length (model/rope.py), else "".
     """
 
-    facts: ModelFacts
-    shape: BaseShape
+    base: Base
     ingest: Ingest
-    quantization: str
-    dtype: str
-    device: str
     kernels: str
     plan: MemoryPlan
     num_threads: int
     weights: WeightBytes
     rope_factors: str
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that the model computes in, such as "bfloat16"."""
+        return str(self.base.dtype).removeprefix("torch.")
 
 
 class Application:
@@ -72,12 +71,12 @@ class Application:
         # Packing some adapters reads the base's weights, which only the engine thread may touch.
         ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
         host = HostCache(config.residency.host_bytes)
-        loader = AdapterLoader(store, ingest, host, workers=self.work.threads, metrics=metrics)
+        loader = AdapterLoader(store=store, ingest=ingest, host=host, workers=self.work.threads, metrics=metrics)
         self.engine = Engine(
             runner,
             config.engine,
             num_kv_blocks=model.plan.num_kv_blocks,
-            max_model_len=model.facts.max_model_len,
+            max_model_len=model.base.max_model_len,
             inbox=self._inbox,
             loader=loader,
             publish=partial(loop.call_soon_threadsafe, self._receive),
@@ -91,27 +90,29 @@ class Application:
             device_bytes=config.residency.device_bytes,
             metrics=metrics,
         )
+        max_requests = config.engine.max_num_seqs + config.engine.max_queued_requests
         self.requests = RequestFlow(
             engine=self.engine,
-            lifecycle=self.lifecycle,
+            registry=self.lifecycle.registry,
+            admission=Admission(self.lifecycle, model.base, max_requests),
             work=self.work,
-            model=model.facts,
+            base=model.base,
             limits=config.requests,
-            max_requests=config.engine.max_num_seqs + config.engine.max_queued_requests,
             metrics=metrics,
         )
         self._lag = loop.create_task(self._measure_lag())
 
     async def start(self, adapters: list[tuple[AdapterId, Path]], progress: Callable[[int, int], None]) -> None:
         """Start the engine, restore the adapters of the store, and register `adapters`."""
-        model = self.model
-        labels = __version__, model.facts.name, model.quantization, model.device, model.dtype, model.kernels
+        model, base = self.model, self.model.base
+        held_as = base.quantization.value, base.device.type, model.dtype
+        labels = __version__, base.shape.name, *held_as, model.kernels
         self.metrics.build_info.labels(*labels).set(1)
         self.engine.start()
         await asyncio.wrap_future(self._inbox.call(partial(threads.compute_with, model.num_threads)))
         await self.lifecycle.restore(progress)
         for adapter_id, path in adapters:
-            await self.lifecycle.register_from(adapter_id, str(path), RegisterOptions(replace=True))
+            await self.lifecycle.register_from(Registration(adapter_id=adapter_id, source=str(path), replace=True))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new calls and wait for the accepted requests; False if some have not ended after `timeout_s`."""

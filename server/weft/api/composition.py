@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, parse_reference
 from weft.adapters.registry import Version
-from weft.api.mixtures import is_mixture
 from weft.config import RequestLimits
 from weft.engine import token_ranges
 from weft.engine.request import AdapterUse, canonical
@@ -88,7 +87,7 @@ def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
     seen: dict[AdapterDigest, int] = {}
     for index, (part, version) in enumerate(zip(parts, versions, strict=True)):
         name = version.adapter_id
-        if is_mixture(version):
+        if version.info.experts:
             raise _refused(index, "adapter_id", "is a mixture, which answers alone", name)
         first = seen.setdefault(version.digest, index)
         if first != index:

@@ -32,7 +32,6 @@ _INTERNAL = "INTERNAL"
 _MALFORMED = "MESSAGE_MALFORMED"
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-HandlerOrNone: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -60,9 +59,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[HandlerOrNone]],
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> HandlerOrNone:
+    ) -> "Handler | None":
         handler = await continuation(handler_call_details)
         return None if handler is None else self._wrapped(handler, handler_call_details.method)
 
@@ -123,9 +122,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             await _abort_unexpected(context, method)
         finally:
             duration_s = time.perf_counter() - started
-            self._tell(FinishedCall(method=method, code=code.name, reason=reason, duration_s=duration_s))
+            self._report(FinishedCall(method=method, code=code.name, reason=reason, duration_s=duration_s))
 
-    def _tell(self, call: FinishedCall) -> None:
+    def _report(self, call: FinishedCall) -> None:
         try:
             self._observe(call)
         except Exception:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.ingest import Ingested
 from weft.adapters.loader import AdapterLoader
-from weft.adapters.registry import AdapterInfo, AdapterState, Change, Registry, Version
+from weft.adapters.registry import AdapterInfo, AdapterState, Registry, Version
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, Staging
 from weft.api import mixtures
@@ -43,9 +44,11 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RegisterOptions:
-    """Options of a registration; see RegisterAdapterRequest."""
+class Registration:
+    """A registration that a caller wants; see RegisterAdapterRequest. source: the directory to copy, or ""."""
 
+    adapter_id: AdapterId
+    source: str = ""
     replace: bool = False
     expected_digest: str | None = None
     pin: bool = False
@@ -67,38 +70,35 @@ class Removed(NamedTuple):
     cancelled_requests: int
 
 
+@dataclass(kw_only=True, eq=False)
 class Lifecycle:
-    """The adapters of one server."""
+    """The adapters of one server. device_bytes: the memory that the device has for them."""
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        store: AdapterStore,
-        loader: AdapterLoader,
-        work: Work,
-        device_bytes: int,
-        metrics: Metrics,
-    ) -> None:
-        self._engine = engine
-        self._store = store
-        self._loader = loader
-        self._work = work
-        self._device_bytes = device_bytes
-        self._metrics = metrics
-        self._methods: dict[AdapterId, str] = {}
+    engine: Engine
+    store: AdapterStore
+    loader: AdapterLoader
+    work: Work
+    device_bytes: int
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
         self._lease_ended = asyncio.Event()
         self.watches = Watches()
-        self.registry = Registry(changed=self._changed)
+        self.registry = Registry(changed=self.watches.put)
         self.memory = AdapterMemory(
-            engine=engine, loader=loader, store=store, registry=self.registry, watches=self.watches, work=work
+            engine=self.engine,
+            loader=self.loader,
+            store=self.store,
+            registry=self.registry,
+            watches=self.watches,
+            work=self.work,
         )
 
     # -- start ---------------------------------------------------------------------------------------------------
 
     async def restore(self, progress: Callable[[int, int], None]) -> None:
         """Register the adapters of the store. A bad entry is FAILED with its reason, and does not stop the start."""
-        recovery = await self._work.run(self._store.recover)
+        recovery = await self.work.run(self.store.recover)
         for problem in recovery.problems:
             _log.warning("store: %s: %s", problem.path, problem.message)
         total = len(recovery.manifests)
@@ -111,86 +111,73 @@ class Lifecycle:
                 pinned=manifest.pinned,
             )
             try:
-                ingested = await self._work.run(self._loader.read, manifest.digest)
+                ingested = await self.work.run(self.loader.read, manifest.digest)
             except WeftError as error:
                 version.state, version.state_reason = AdapterState.FAILED, error.reason
                 _log.warning("store: adapter %s is not served: %s", manifest.adapter_id, error)
             else:
                 version.info = ingested.info
-                self._loader.keep(manifest.digest, ingested.packed)
-            self.registry.publish(version)
+                self.loader.keep(manifest.digest, ingested.packed)
+            self._publish(version)
             if version.pinned and version.state is AdapterState.ACTIVE:
-                self._engine.preload(version.digest, pin=True)  # as soon as possible
+                self.engine.preload(version.digest, pin=True)  # as soon as possible
             progress(done, total)
         for problem in recovery.problems:
             adapter_id = problem.adapter_id
             if adapter_id is not None and self.registry.current(adapter_id) is None:
-                lost = Version(adapter_id=adapter_id, digest=AdapterDigest(""), info=AdapterInfo(), create_time_s=0.0)
-                lost.state, lost.state_reason = AdapterState.FAILED, problem.reason
-                self.registry.publish(lost)
+                self._publish(Version(adapter_id=adapter_id, state=AdapterState.FAILED, state_reason=problem.reason))
 
     # -- register ------------------------------------------------------------------------------------------------
 
-    async def register_from(self, adapter_id: AdapterId, source: str, options: RegisterOptions) -> Registered:
-        """Register a PEFT directory below the store or an allowed root."""
-        self._work.require_open()
+    async def register_from(self, wanted: Registration) -> Registered:
+        """Register the source, a PEFT directory below the store or an allowed root."""
+        self.work.require_open()
+        return await self._register(wanted, self._staged(self.store.stage_copy, wanted.source))
 
-        async def register() -> Registered:
-            async with self._registering(adapter_id), self._staged(self._store.stage_copy, source) as staging:
-                return await self._register_staged(adapter_id, staging, options, source)
-
-        return await self._work.to_the_end(register())
-
-    def upload(self) -> contextlib.AbstractAsyncContextManager[Staging]:
+    def upload(self) -> AbstractAsyncContextManager[Staging]:
         """Return a context that holds a directory for an upload's files; call `register_upload` inside it."""
-        self._work.require_open()
-        return self._staged(self._store.stage)
+        self.work.require_open()
+        return self._staged(self.store.stage)
 
-    async def register_upload(self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions) -> Registered:
+    async def register_upload(self, wanted: Registration, staging: Staging) -> Registered:
         """Register the files that an upload wrote."""
+        return await self._register(wanted, contextlib.nullcontext(staging))
 
+    async def _register(self, wanted: Registration, source: AbstractAsyncContextManager[Staging]) -> Registered:
         async def register() -> Registered:
-            async with self._registering(adapter_id):
-                return await self._register_staged(adapter_id, staging, options, "")
+            async with self.work.lock(wanted.adapter_id):
+                with self.registry.loading(wanted.adapter_id):
+                    async with source as staging:
+                        return await self._register_staged(wanted, staging)
 
-        return await self._work.to_the_end(register())
+        return await self.work.to_the_end(register())
 
-    async def _register_staged(
-        self, adapter_id: AdapterId, staging: Staging, options: RegisterOptions, source: str
-    ) -> Registered:
-        staged = await self._work.run(staging.seal)
-        wanted, given = options.content_digest, staged.digest
-        if wanted not in (None, given):
-            rule = "is not the content's"
-            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_digest", rule, limit=wanted, given=given)
-        ingested = await self._work.run(self._loader.read_staged, staged)
+    async def _register_staged(self, wanted: Registration, staging: Staging) -> Registered:
+        staged = await self.work.run(staging.seal)
+        if wanted.content_digest not in (None, staged.digest):
+            rule, most, given = "is not the content's", wanted.content_digest, staged.digest
+            raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_digest", rule, limit=most, given=given)
+        ingested = await self.work.run(self.loader.read_staged, staged)
         self._check_fit(ingested)
         mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
-        return await self._publish(adapter_id, staged, ingested, options, source)
-
-    async def _publish(
-        self, adapter_id: AdapterId, staged: StagedVersion, ingested: Ingested, options: RegisterOptions, source: str
-    ) -> Registered:
         changes = self.registry.check_publish(
-            adapter_id, staged.digest, replace=options.replace, expected_digest=options.expected_digest
+            wanted.adapter_id, staged.digest, replace=wanted.replace, expected_digest=wanted.expected_digest
         )
-        previous = self.registry.current(adapter_id)
-        if previous is not None and previous.state is AdapterState.LOADING:
-            previous = None
+        previous = self.registry.published(wanted.adapter_id)
         if not changes:
             assert previous is not None
-            if options.pin and not options.validate_only:
+            if wanted.pin and not wanted.validate_only:
                 await self.memory.pin(previous)
             return Registered(previous, Outcome.UNCHANGED)
         version = Version(
-            adapter_id=adapter_id,
+            adapter_id=wanted.adapter_id,
             digest=staged.digest,
             info=ingested.info,
             create_time_s=time.time(),
-            pinned=options.pin or (previous is not None and previous.pinned),  # a pin belongs to the id
+            pinned=wanted.pin or (previous is not None and previous.pinned),  # a pin belongs to the id
         )
-        if not options.validate_only:
-            await self._commit(version, staged, ingested, source, replace=previous is not None)
+        if not wanted.validate_only:
+            await self._commit(version, staged, ingested, wanted.source, replace=previous is not None)
         return Registered(version, Outcome.CREATED if previous is None else Outcome.REPLACED)
 
     async def _commit(
@@ -198,17 +185,17 @@ class Lifecycle:
     ) -> None:
         """Make a version durable, then current."""
         adapter_id, digest, info = version.adapter_id, version.digest, version.info
-        commit = partial(self._store.commit, adapter_id=adapter_id, method=info.method, pinned=version.pinned)
+        commit = partial(self.store.commit, adapter_id=adapter_id, method=info.method, pinned=version.pinned)
         try:
             if version.pinned:  # first, so that a call that fails for want of room leaves nothing behind
                 await self.memory.bring(digest, pin=True, packed=ingested.packed)
-            manifest = await self._work.run(partial(commit, staged, source=source, replace=replace))
+            manifest = await self.work.run(partial(commit, staged, source=source, replace=replace))
         except BaseException:
             await self.memory.free(digest)
             raise
         version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
-        self._loader.keep(digest, ingested.packed)
-        replaced = self.registry.publish(version)
+        self.loader.keep(digest, ingested.packed)
+        replaced = self._publish(version)
         if replaced is not None and not replaced.leases:
             self._free_later(replaced.digest)
         if info.trained_held_as:
@@ -221,8 +208,8 @@ class Lifecycle:
             )
 
     def _check_fit(self, ingested: Ingested) -> None:
-        blocks, packed, reason = self._engine.blocks, ingested.packed, "ADAPTER_TOO_LARGE"
-        given, most = packed.buffer.nbytes, self._device_bytes
+        blocks, packed, reason = self.engine.blocks, ingested.packed, "ADAPTER_TOO_LARGE"
+        given, most = packed.buffer.nbytes, self.device_bytes
         if given > most:
             field, rule = "adapter_model.safetensors", "can never fit the adapter pool in bytes"
             raise InvalidAdapter.rule(reason, field, rule, limit=most, given=given)
@@ -237,25 +224,20 @@ class Lifecycle:
         self, adapter_id: AdapterId, *, cancel: bool, timeout_s: float, expected_digest: str | None
     ) -> Removed:
         """Remove an adapter; return when nothing of it is left."""
-        self._work.require_open()
+        self.work.require_open()
 
         async def remove() -> Removed:
-            async with self._work.lock(adapter_id):  # after a registration that came first
-                versions = await self._unbind(adapter_id, expected_digest)
+            async with self.work.lock(adapter_id):  # after a registration that came first
+                versions = self.registry.drain(adapter_id, expected_digest)
+                try:
+                    await self.work.run(self.store.remove, adapter_id)
+                except WeftError as error:
+                    if error.reason != "ADAPTER_NOT_FOUND":  # another process sharing the store may have been first
+                        self.registry.revive(adapter_id)
+                        raise
             return await self._remove(adapter_id, versions, cancel=cancel, timeout_s=timeout_s)
 
-        return await self._work.to_the_end(remove())
-
-    async def _unbind(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
-        """Make the id DRAINING, and remove it from the store; return its versions."""
-        versions = self.registry.drain(adapter_id, expected_digest)
-        try:
-            await self._work.run(self._store.remove, adapter_id)
-        except WeftError as error:
-            if error.reason != "ADAPTER_NOT_FOUND":  # another process sharing the store may have been first
-                self.registry.revive(adapter_id)
-                raise
-        return versions
+        return await self.work.to_the_end(remove())
 
     async def _remove(
         self, adapter_id: AdapterId, versions: list[Version], *, cancel: bool, timeout_s: float
@@ -270,9 +252,10 @@ class Lifecycle:
         for version in versions:
             version.removal = error  # for requests that the engine does not have yet
         for request_id in leftover:
-            self._engine.end(RequestId(request_id), FinishReason.ERROR, error)
+            self.engine.end(RequestId(request_id), FinishReason.ERROR, error)
         await self._wait_released(versions)
         self.registry.remove(adapter_id)
+        self.metrics.adapters.labels(versions[0].info.method).dec()
         total = Freed()
         for digest in {version.digest for version in versions}:
             total = Freed(*map(sum, zip(total, await self.memory.free(digest), strict=True)))
@@ -291,8 +274,8 @@ class Lifecycle:
             await self._lease_ended.wait()
 
     def _free_later(self, digest: AdapterDigest) -> None:
-        if not self._work.is_closed:
-            self._work.keep(self._free(digest))
+        if not self.work.is_closed:
+            self.work.keep(self._free(digest))
 
     async def _free(self, digest: AdapterDigest) -> None:
         await self.memory.free(digest)
@@ -300,37 +283,27 @@ class Lifecycle:
 
     async def _collect(self) -> None:
         try:
-            await self._work.run(self._store.collect, self.registry.digests())
+            await self.work.run(self.store.collect, self.registry.digests())
         except WeftError as error:  # the next collection removes the files that this one could not
             _log.warning("store: %s", error)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _changed(self, change: Change, version: Version) -> None:
-        before = self._methods.pop(version.adapter_id, None)
-        if before is not None:
-            self._metrics.adapters.labels(before).dec()
-        if change is not Change.REMOVED:
-            self._methods[version.adapter_id] = version.info.method
-            self._metrics.adapters.labels(version.info.method).inc()
-        self.watches.put(change, version)
-
-    @contextlib.asynccontextmanager
-    async def _registering(self, adapter_id: AdapterId) -> AsyncIterator[None]:
-        async with self._work.lock(adapter_id):
-            self.registry.begin(adapter_id)
-            try:
-                yield
-            finally:
-                self.registry.abandon(adapter_id)
+    def _publish(self, version: Version) -> Version | None:
+        """Make a version current and count it; return the one that it replaced."""
+        replaced = self.registry.publish(version)
+        self.metrics.adapters.labels(version.info.method).inc()
+        if replaced is not None:
+            self.metrics.adapters.labels(replaced.info.method).dec()
+        return replaced
 
     @contextlib.asynccontextmanager
     async def _staged(self, stage: Callable[..., Staging], *arguments: object) -> AsyncIterator[Staging]:
-        staging = await self._work.run(stage, *arguments)
+        staging = await self.work.run(stage, *arguments)
         try:
             yield staging
         finally:
-            if self._work.is_closed:
-                staging.discard()
+            if self.work.is_closed:
+                staging.close()
             else:
-                await self._work.run(staging.discard)
+                await self.work.run(staging.close)

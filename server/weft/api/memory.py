@@ -152,10 +152,5 @@ class AdapterMemory:
 
 
 def _in_use(adapter_id: AdapterId, num_requests: int) -> AdapterUnusable:
-    return AdapterUnusable(
-        "ADAPTER_IN_USE",
-        f"adapter_id: {adapter_id} is held by {num_requests} requests",
-        field="adapter_id",
-        metadata={"adapter_id": adapter_id},
-        retry_after_s=1.0,
-    )
+    text = f"{adapter_id} is held by {num_requests} requests"
+    return AdapterUnusable.at("ADAPTER_IN_USE", "adapter_id", text, adapter_id=adapter_id, retry_after_s=1.0)

@@ -21,29 +21,12 @@ _UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Memory of a device in bytes, once the weights are loaded.
-
-    kind: "cpu" or "cuda".
-    weights: taken by the weights.
-    free: left beside them.
-    adapters: allowed for adapters (residency.device_bytes).
-    """
-
-    kind: str
-    weights: int
-    free: int
-    adapters: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Bytes for each purpose; `left` is for activations, adapters on the host, and other processes.
 
     fitted: why `max_model_len` is below the model's own limit, or "".
     """
 
-    weights: int
     adapters: int
     kv: int
     left: int
@@ -52,9 +35,13 @@ class MemoryPlan:
     fitted: str
 
 
-def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: int) -> MemoryPlan:
-    """Plan a server. `token_bytes` are the keys and values of one token, `model_len` the model's own limit in tokens.
+def make(
+    engine: EngineConfig, *, device: str, free: int, adapters: int, token_bytes: int, model_len: int
+) -> MemoryPlan:
+    """Plan a server whose weights are loaded.
 
+    device: "cpu" or "cuda". free: bytes left beside the weights. adapters: bytes allowed for adapters
+    (residency.device_bytes). token_bytes: of one token's keys and values. model_len: the model's own limit in tokens.
     Raises ValueError with knob, limit and remedy if a configured size does not fit.
     """
     asked = engine.max_model_len
@@ -63,8 +50,8 @@ def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: i
     wanted = model_len if asked is None else asked
     block_bytes = token_bytes * engine.block_size
     # On a CPU, adapters take memory only when they are loaded: at most a quarter of it is reserved for them.
-    adapters = memory.adapters if memory.kind == "cuda" else min(memory.adapters, memory.free // 4)
-    room_blocks, named = _room(engine, memory, adapters, block_bytes)
+    adapters = adapters if device == "cuda" else min(adapters, free // 4)
+    room_blocks, named = _room(engine, device, free, adapters, block_bytes)
     per_request = -(-wanted // engine.block_size)
     max_model_len, fitted = wanted, ""
     if room_blocks < per_request:
@@ -83,27 +70,25 @@ def make(engine: EngineConfig, memory: Memory, *, token_bytes: int, model_len: i
         num_blocks = min(room_blocks, -(-max_model_len // engine.block_size) * engine.max_num_seqs)
     kv = num_blocks * block_bytes
     return MemoryPlan(
-        weights=memory.weights,
         adapters=adapters,
         kv=kv,
-        left=memory.free - adapters - kv,
+        left=free - adapters - kv,
         num_kv_blocks=num_blocks,
         max_model_len=max_model_len,
         fitted=fitted,
     )
 
 
-def _room(engine: EngineConfig, memory: Memory, adapters: int, block_bytes: int) -> tuple[int, str]:
+def _room(engine: EngineConfig, device: str, free: int, adapters: int, block_bytes: int) -> tuple[int, str]:
     """Return the largest number of blocks, and what bounds it, in words."""
     if engine.num_kv_blocks is not None:
         return engine.num_kv_blocks, "num_kv_blocks"
     if engine.kv_cache_bytes is not None:
         return engine.kv_cache_bytes // block_bytes, f"kv_cache_bytes of {_gib(engine.kv_cache_bytes)}"
-    free = max(0, memory.free - adapters)
-    share = int((_CUDA_FREE_SHARE if memory.kind == "cuda" else _CPU_FREE_SHARE) * free)
-    if memory.kind == "cpu" and share > _CPU_KV_BYTES_MAX:
+    share = int((_CUDA_FREE_SHARE if device == "cuda" else _CPU_FREE_SHARE) * max(0, free - adapters))
+    if device == "cpu" and share > _CPU_KV_BYTES_MAX:
         return _CPU_KV_BYTES_MAX // block_bytes, f"a KV cache of {_gib(_CPU_KV_BYTES_MAX)}, the default on a CPU,"
-    return share // block_bytes, f"a KV cache of {_gib(share)}, the share of {_gib(memory.free)} of free memory,"
+    return share // block_bytes, f"a KV cache of {_gib(share)}, the share of {_gib(free)} of free memory,"
 
 
 def _gib(count: int) -> str:

@@ -33,11 +33,6 @@ class Steering(NamedTuple):
     bounds: Sequence[GateBound]
 
 
-def is_mixture(version: Version) -> bool:
-    """Return whether the version's content is a mixture."""
-    return bool(version.info.experts)
-
-
 def require_experts(registry: Registry, info: AdapterInfo, *, field: str) -> list[Version]:
     """Return the experts' versions, in the mixture's order; [] if `info` is not a mixture's. field: named in errors.
 
@@ -46,7 +41,7 @@ def require_experts(registry: Registry, info: AdapterInfo, *, field: str) -> lis
     """
     versions = [registry.require_expert(expert, field=field) for expert in info.experts]
     for version in versions:
-        if is_mixture(version):
+        if version.info.experts:
             raise _unsupported(version, field, "is a mixture itself")
         if version.info.invocation_tokens:
             raise _unsupported(version, field, "acts from its invocation on, where a router says how much")
@@ -68,17 +63,16 @@ def check_steering(given: Steering, *, base_model: str) -> None:
             raise _refused(f"{field}.ceiling", "must be from floor to 1", ceiling)
 
 
-def expert_uses(experts: Sequence[Version]) -> tuple[AdapterUse, ...]:
-    """Return the experts as the engine computes them; the router sets their gates."""
-    return canonical(AdapterUse(expert.digest, 1.0, expert.info.num_virtual_tokens) for expert in experts)
-
-
-def use_of(
+def uses(
     mixture: Version, experts: Sequence[Version], registry: Registry, steering: Steering | None, gate_detail: GateDetail
-) -> MixtureUse:
-    """Return the engine's form of a mixture and its bounds. Raises STEERING_INVALID if they cannot be met."""
+) -> tuple[tuple[AdapterUse, ...], MixtureUse]:
+    """Return the experts, whose gates the router sets, and the mixture with its bounds, as the engine computes them.
+
+    Raises STEERING_INVALID if the bounds cannot be met.
+    """
     bounds = () if steering is None else _bounds(steering, mixture, experts, registry)
-    return MixtureUse(mixture.digest, mixture.info.is_sequence_level, bounds, gate_detail)
+    taken = canonical(AdapterUse(expert.digest, 1.0, expert.info.num_virtual_tokens) for expert in experts)
+    return taken, MixtureUse(mixture.digest, mixture.info.is_sequence_level, bounds, gate_detail)
 
 
 def _bounds(
@@ -122,9 +116,7 @@ def _refused(field: str, rule: str, given: object) -> InvalidRequest:
 
 
 def _unsupported(version: Version, field: str, what: str) -> AdapterUnusable:
-    return AdapterUnusable(
-        "FEATURE_UNSUPPORTED",
-        f"{field}: expert {version.adapter_id}@{version.digest} {what}",
-        field=field,
-        metadata={"expert": version.adapter_id, "digest": version.digest},
+    name, digest = version.adapter_id, version.digest
+    return AdapterUnusable.at(
+        "FEATURE_UNSUPPORTED", field, f"expert {name}@{digest} {what}", expert=name, digest=digest
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from weft.api.validation import ChatMessage, check_prompt_bytes
@@ -11,12 +12,12 @@ from weft.errors import InvalidRequest
 _INLINE_PROMPT_BYTES = 4096  # shorter prompts are tokenized on the event loop, because a thread would cost more
 
 
+@dataclass(frozen=True)
 class PromptEncoder:
     """Tokenizes prompts. tokenizer: a fast transformers tokenizer."""
 
-    def __init__(self, tokenizer: Any, limits: RequestLimits) -> None:
-        self._tokenizer = tokenizer
-        self._limits = limits
+    tokenizer: Any
+    limits: RequestLimits
 
     async def encode(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
         """Return the tokens of the one given input; long texts and conversations are tokenized in a thread."""
@@ -28,16 +29,16 @@ class PromptEncoder:
 
     def _encode(self, text: str) -> list[int]:
         # Special tokens spelled out in a prompt are ordinary text.
-        return self._tokenizer(text, split_special_tokens=True)["input_ids"]
+        return self.tokenizer(text, split_special_tokens=True)["input_ids"]
 
     def _encode_messages(self, messages: Sequence[ChatMessage]) -> list[int]:
-        tokenizer, as_mappings = self._tokenizer, [message._asdict() for message in messages]
+        tokenizer, as_mappings = self.tokenizer, [message._asdict() for message in messages]
         try:
             rendered = tokenizer.apply_chat_template(as_mappings, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may raise anything; as it is the base's, its text may be shown
             rule = "do not fit the chat template"
             raise InvalidRequest.rule("PROMPT_INVALID", "messages", rule, given=error) from error
-        check_prompt_bytes("messages", len(rendered.encode()), self._limits)
+        check_prompt_bytes("messages", len(rendered.encode()), self.limits)
         specials = [special for special in tokenizer.all_special_tokens if special]
         if not any(special in message.content for message in messages for special in specials):
             return tokenizer(rendered, add_special_tokens=False)["input_ids"]

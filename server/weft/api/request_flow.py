@@ -8,22 +8,23 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 
+from weft.adapters.registry import Registry
 from weft.api import answer
 from weft.api.admission import Admission, Admitted
 from weft.api.answer import GenerationPart
-from weft.api.lifecycle import Lifecycle
 from weft.api.prompt import PromptEncoder
-from weft.api.validation import ChatMessage, GenerationSpec, ModelFacts, check
+from weft.api.validation import ChatMessage, GenerationSpec, check
 from weft.api.work import Work
 from weft.config import RequestLimits
 from weft.engine.detokenizer import Detokenizer
 from weft.engine.engine import Engine
-from weft.engine.request import Finish, FinishReason, GateDetail, RequestId, TokenEvent
+from weft.engine.request import Finish, FinishReason, GateDetail, Request, RequestId, TokenEvent
 from weft.errors import Cancelled, DeadlineExceeded, WeftError
 from weft.metrics import Metrics
+from weft.model.loader import Base
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Stream:
     """Events of an accepted request that its caller has not read. is_stalled: whether there were too many of them."""
 
     admitted: Admitted
+    request: Request
     events: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
     is_stalled: bool = False
 
@@ -42,35 +44,22 @@ class Stream:
         return event
 
 
+@dataclass(kw_only=True, eq=False)
 class RequestFlow:
     """The generate requests of one server. work: refuses new requests, as it refuses other calls."""
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        lifecycle: Lifecycle,
-        work: Work,
-        model: ModelFacts,
-        limits: RequestLimits,
-        max_requests: int,
-        metrics: Metrics,
-    ) -> None:
-        self._engine = engine
-        self._registry = lifecycle.registry
-        self._work = work
-        self._model = model
-        self._limits = limits
-        self._metrics = metrics
-        self._prompts = PromptEncoder(model.tokenizer, limits)
-        self.admission = Admission(lifecycle, model, max_requests)
-        self._streams: dict[RequestId, Stream] = {}
-        self._ids = itertools.count()
+    engine: Engine
+    registry: Registry
+    admission: Admission
+    work: Work
+    base: Base
+    limits: RequestLimits
+    metrics: Metrics
+    _streams: dict[RequestId, Stream] = field(default_factory=dict[RequestId, Stream])
+    _ids: Iterator[int] = field(default_factory=itertools.count)
 
-    @property
-    def num_requests(self) -> int:
-        """Accepted requests that have not ended."""
-        return self.admission.num_requests
+    def __post_init__(self) -> None:
+        self._prompts = PromptEncoder(self.base.tokenizer, self.limits)
 
     def deliver(self, event: TokenEvent) -> None:
         """Pass an event to its stream."""
@@ -78,11 +67,11 @@ class RequestFlow:
         stream.events.put_nowait(event)
         if event.finish is not None:
             del self._streams[event.request_id]
-            self._settle(stream.admitted, event.finish)
-        elif stream.events.qsize() > self._limits.stream_events_max and not stream.is_stalled:
+            self._settle(stream, event.finish)
+        elif stream.events.qsize() > self.limits.stream_events_max and not stream.is_stalled:
             stream.is_stalled = True
             error = DeadlineExceeded("STREAM_STALLED", "the caller does not read its stream")
-            self._engine.end(event.request_id, FinishReason.ERROR, error)
+            self.engine.end(event.request_id, FinishReason.ERROR, error)
 
     async def generate(self, spec: GenerationSpec, *, timeout_s: float | None) -> AsyncGenerator[GenerationPart, None]:
         """Yield the answer to `spec` in parts; only the last has `end`. Closing the iterator ends the request.
@@ -93,9 +82,9 @@ class RequestFlow:
         try:
             stream = await self._accept(spec, timeout_s)
         except WeftError as error:
-            self._metrics.rejections.labels(error.reason).inc()
+            self.metrics.rejections.labels(error.reason).inc()
             raise
-        request, request_id = stream.admitted.request, stream.admitted.checked.request_id
+        request, request_id = stream.request, stream.admitted.checked.request_id
         ended = False
         try:
             detokenizer = self._detokenizer(spec, request.prompt_token_ids)
@@ -116,63 +105,61 @@ class RequestFlow:
                 if stop is None:
                     text += detokenizer.flush()
                 if not ended:
-                    self._engine.end(request.request_id, FinishReason.STOP)
+                    self.engine.end(request.request_id, FinishReason.STOP)
                     ended = True
                     while event.finish is None and spec.gate_detail is not GateDetail.NONE:  # gates arrive with the end
                         event = await stream.next()
                 last = tokens[-1] if tokens else None
-                end = answer.end(stream.admitted, event.finish, stop, num_tokens, last)
+                end = answer.end(stream.admitted, request, event.finish, stop, num_tokens, last)
                 yield GenerationPart(request_id=request_id, text=text, tokens=tokens, end=end)
                 return
         finally:
             if not ended:
                 error = Cancelled("CANCELLED", "the caller went away")
-                self._engine.end(request.request_id, FinishReason.CANCELLED, error)
+                self.engine.end(request.request_id, FinishReason.CANCELLED, error)
 
     async def tokenize(self, text: str | None, messages: list[ChatMessage] | None) -> list[int]:
         """Return an input's tokens, as `generate` would use them."""
-        check(GenerationSpec(text=text, messages=messages), self._limits, self._model)
+        check(GenerationSpec(text=text, messages=messages), self.limits, self.base)
         return await self._prompts.encode(text, messages)
 
     async def _accept(self, spec: GenerationSpec, timeout_s: float | None) -> Stream:
         arrival_s = time.monotonic()
-        self._work.require_open()
-        checked = check(spec, self._limits, self._model)
+        self.work.require_open()
+        checked = check(spec, self.limits, self.base)
         deadline_s = arrival_s + self._allowed_s(timeout_s)
         request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
-        held = self.admission.enter(checked, request_id)
+        admitted = self.admission.enter(checked, request_id)
         try:
             tokens = await self._prompts.encode(spec.text, spec.messages) if spec.token_ids is None else spec.token_ids
-            admitted = self.admission.admit(
-                checked, held, request_id, tokens, arrival_s=arrival_s, deadline_s=deadline_s
-            )
-            self._work.require_open()
+            request = self.admission.request(admitted, tokens, arrival_s=arrival_s, deadline_s=deadline_s)
+            self.work.require_open()
         except BaseException:
-            self.admission.leave(held, request_id)
+            self.admission.leave(admitted)
             raise
-        stream = self._streams[request_id] = Stream(admitted)
-        self._engine.submit(admitted.request)
+        stream = self._streams[request_id] = Stream(admitted, request)
+        self.engine.submit(request)
         return stream
 
     def _allowed_s(self, timeout_s: float | None) -> float:
         """Return the seconds that a request may take. Raises DeadlineExceeded if none are left."""
-        limits_s = (self._limits.deadline_default_s if timeout_s is None else timeout_s, self._limits.deadline_max_s)
+        limits_s = (self.limits.deadline_default_s if timeout_s is None else timeout_s, self.limits.deadline_max_s)
         allowed_s = min((limit for limit in limits_s if limit is not None), default=math.inf)
         if allowed_s <= 0:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request was accepted")
         return allowed_s
 
-    def _settle(self, admitted: Admitted, finish: Finish) -> None:
-        checked, held, request = admitted
+    def _settle(self, stream: Stream, finish: Finish) -> None:
+        admitted = stream.admitted
         if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
-            for part, version in zip(checked.parts, held.versions, strict=True):
-                if answer.takes_part(part, version, request):
-                    self._registry.fault(version, finish.error.reason)
-        self.admission.leave(held, request.request_id)
+            for part, version in zip(admitted.checked.parts, admitted.versions, strict=True):
+                if answer.takes_part(part, version, stream.request):
+                    self.registry.fault(version, finish.error.reason)
+        self.admission.leave(admitted)
 
     def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:
         return Detokenizer(
-            self._model.tokenizer.backend_tokenizer,
+            self._prompts.tokenizer.backend_tokenizer,
             spec.stop,
             # The answer to a conversation begins a text; that to a prompt continues one.
             continued=() if spec.messages is not None else prompt,

@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,6 @@ from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.servicers.adapters import AdapterServicer
 from weft.api.servicers.generation import GenerationServicer
 from weft.api.servicers.health import HealthServicer
-from weft.api.validation import ModelFacts
 from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
@@ -69,9 +68,8 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
         model, runner = build_model(config)
-    named = [
-        (check_adapter_id(adapter_id, base_model=model.facts.name), path.resolve()) for adapter_id, path in adapters
-    ]
+    base_model = model.base.shape.name
+    named = [(check_adapter_id(adapter_id, base_model=base_model), path.resolve()) for adapter_id, path in adapters]
     config = replace(config, allowed_sources=(*config.allowed_sources, *(path for _, path in named)))
     return asyncio.run(_serve_until_signal(config, model, runner, named, console))
 
@@ -86,10 +84,11 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     paged_attention.register()
     checkpoint = loader.read(config.model, attention=paged_attention.ATTENTION)
     weights = loader.WeightBytes.of(checkpoint.model)
-    plan = _memory_plan(config, checkpoint, weights)
+    plan = _memory_plan(config, checkpoint)
     rope_factors = rope.fix(checkpoint.model, plan.max_model_len)
     expected = self_test.expect(checkpoint.model, max_model_len=plan.max_model_len)
     base = loader.wrap(replace(checkpoint, rope_factors=rope_factors.name))
+    base = replace(base, max_model_len=plan.max_model_len)
     kernels = select(base.device, base.dtype)
     serving_form.take(base, kernels, shadow_bytes=config.model.shadow_bytes)
     self_test.require(base, expected, kernels.attend)
@@ -106,12 +105,8 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     num_virtual_tokens_max = min(config.adapters.num_virtual_tokens_max, plan.max_model_len - 2)
     limits = replace(config.adapters, num_virtual_tokens_max=num_virtual_tokens_max)
     model = ServedModel(
-        facts=_facts(base, plan.max_model_len),
-        shape=base.shape,
+        base=base,
         ingest=Ingest(base.shape, limits, base.dtype, pinned=base.device.type == "cuda"),
-        quantization=base.quantization.value,
-        dtype=str(base.dtype).removeprefix("torch."),
-        device=base.device.type,
         kernels=kernels.name,
         plan=plan,
         num_threads=num_threads,
@@ -121,29 +116,15 @@ def _build_model(config: WeftConfig, num_threads: int) -> tuple[ServedModel, Mod
     return model, runner
 
 
-def _memory_plan(
-    config: WeftConfig, checkpoint: loader.Checkpoint, weights: loader.WeightBytes
-) -> memory_plan.MemoryPlan:
+def _memory_plan(config: WeftConfig, checkpoint: loader.Checkpoint) -> memory_plan.MemoryPlan:
     device = checkpoint.model.device
-    memory = memory_plan.Memory(
-        kind=device.type,
-        weights=weights.quantized + weights.unquantized,
+    return memory_plan.make(
+        config.engine,
+        device=device.type,
         free=memory_plan.free_bytes(device, config.engine.memory_bytes) - config.model.shadow_bytes,
         adapters=config.residency.device_bytes,
-    )
-    return memory_plan.make(
-        config.engine, memory, token_bytes=checkpoint.token_bytes, model_len=checkpoint.max_model_len
-    )
-
-
-def _facts(base: loader.Base, max_model_len: int) -> ModelFacts:
-    return ModelFacts(
-        name=base.shape.name,
-        digest=base.shape.digest,
-        vocab_size=base.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=base.eos_token_ids,
-        tokenizer=base.tokenizer,
+        token_bytes=checkpoint.token_bytes,
+        model_len=checkpoint.max_model_len,
     )
 
 
@@ -243,52 +224,45 @@ async def _serve_until_signal(
     adapters: list[tuple[AdapterId, Path]],
     console: Console,
 ) -> int:
-    loop = asyncio.get_running_loop()
-    asked, hurried = asyncio.Event(), asyncio.Event()
+    loop, main, asked = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+    assert main is not None
 
     def on_signal() -> None:
-        (hurried if asked.is_set() else asked).set()
+        if asked.is_set():
+            main.cancel()  # the second signal: stop waiting
+        asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     if config.server.host not in ("127.0.0.1", "localhost", "::1"):
         _log.warning("listening on %s without TLS or authentication; keep this network private", config.server.host)
-    main = asyncio.current_task()
-    assert main is not None
-
-    async def hurry() -> None:
-        await hurried.wait()
-        main.cancel()
-
-    with Progress(console=console, transient=True) as bar:
-        task_id = bar.add_task("restoring adapters", total=None)
-        stack = serving(
-            config, model, runner, adapters, lambda done, total: bar.update(task_id, completed=done, total=total)
-        )
-        served = await stack.__aenter__()
-    hurrying = asyncio.create_task(hurry())
-    try:
-        _announce(console, config, model, served)
-        waits = [asyncio.create_task(asked.wait()), asyncio.create_task(served.application.down.wait())]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        console.print("draining …" if asked.is_set() else "[red]the engine is down[/red]")
-    finally:
+    is_down = asyncio.Event()
+    with ExitStack() as shown:
+        bar = shown.enter_context(Progress(console=console, transient=True))
+        show = partial(bar.update, bar.add_task("restoring adapters", total=None))
         try:
-            await stack.__aexit__(None, None, None)
+            async with serving(
+                config, model, runner, adapters, lambda done, total: show(completed=done, total=total)
+            ) as served:
+                shown.close()
+                is_down = served.application.down
+                _announce(console, config, model, served)
+                waits = [asyncio.create_task(asked.wait()), asyncio.create_task(is_down.wait())]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
+                console.print("draining …" if asked.is_set() else "[red]the engine is down[/red]")
         except asyncio.CancelledError:
             console.print("not waiting any longer")
-        hurrying.cancel()
-    return 1 if served.application.down.is_set() else 0
+    return 1 if is_down.is_set() else 0
 
 
 def _announce(console: Console, config: WeftConfig, model: ServedModel, served: Serving) -> None:
-    host = config.server.host
+    base, host = model.base, config.server.host
     otherwise = [version for version in served.application.lifecycle.registry if version.info.trained_held_as]
     console.print(
-        f"[bold]weft[/bold] serves [bold]{model.facts.name}[/bold] ({model.quantization}, {model.dtype}, "
-        f"{model.device}, kernels {model.kernels}) with {len(served.application.lifecycle.registry)} adapters"
+        f"[bold]weft[/bold] serves [bold]{base.shape.name}[/bold] ({base.quantization.value}, {model.dtype}, "
+        f"{base.device.type}, kernels {model.kernels}) with {len(served.application.lifecycle.registry)} adapters"
         f"{f', {len(otherwise)} of them trained on another quantization' if otherwise else ''}\n"
         f"  gRPC     {host}:{served.port}\n"
         f"  metrics  http://{config.server.metrics_host}:{served.metrics_port}/metrics\n"
@@ -300,9 +274,9 @@ def _announce(console: Console, config: WeftConfig, model: ServedModel, served: 
 def _about_memory(model: ServedModel, config: WeftConfig) -> Iterator[str]:
     """Yield lines about the use of memory, and its effects that an operator might not expect."""
     plan, (quantized, unquantized, experts) = model.plan, model.weights
-    text = f"{plan.weights / GIB:.2f} GiB"
+    text = f"{(quantized + unquantized) / GIB:.2f} GiB"
     if quantized:
-        text += f": {quantized / GIB:.2f} {model.quantization}, {unquantized / GIB:.2f} {model.dtype}"
+        text += f": {quantized / GIB:.2f} {model.base.quantization.value}, {unquantized / GIB:.2f} {model.dtype}"
         if experts:
             text += f" ({experts / GIB:.2f} of it experts, which bitsandbytes does not quantize)"
     yield f"weights  {text}"

@@ -8,7 +8,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from weft.adapters.identifiers import parse_reference
 from weft.api import composition, mixtures
@@ -16,26 +16,10 @@ from weft.api.composition import Part, WeightedReference
 from weft.config import RequestLimits
 from weft.engine.request import GateDetail, SamplingParams
 from weft.errors import InvalidRequest
+from weft.model.loader import Base
 
 _TEMPERATURE_MIN, _TEMPERATURE_MAX = 0.01, 100.0
 _PENALTY_MAX = 100.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
-    """Facts about the base that the request path uses. tokenizer: a fast transformers tokenizer."""
-
-    name: str
-    digest: str
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: frozenset[int]
-    tokenizer: Any
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the base can render conversations."""
-        return self.tokenizer.chat_template is not None
 
 
 class ChatMessage(NamedTuple):
@@ -86,21 +70,23 @@ class CheckedSpec(NamedTuple):
     params: SamplingParams
 
 
-def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> CheckedSpec:
+def check(spec: GenerationSpec, limits: RequestLimits, base: Base) -> CheckedSpec:
     """Return the checked request. Raises InvalidRequest for the first field that breaks its rule."""
-    _check_request_id(spec.request_id, limits)
-    _check_input(spec, limits, model)
+    given, most = spec.request_id, limits.request_id_bytes_max
+    is_valid = len(given) <= most and all("!" <= c <= "~" for c in given)
+    _require(is_valid, "REQUEST_ID_INVALID", "request_id", "must be visible ASCII characters", given, most)
+    _check_input(spec, limits, base)
     salt_bytes, most = len(spec.cache_salt.encode()), limits.cache_salt_bytes_max
     _require(salt_bytes <= most, "CACHE_SALT_INVALID", "cache_salt", "is too long in bytes", salt_bytes, most)
     parts: tuple[Part, ...] = ()
     if spec.composition is not None:
-        parts = composition.check(spec.composition, limits, base_model=model.name)
+        parts = composition.check(spec.composition, limits, base_model=base.shape.name)
     elif spec.adapter_id is not None:
-        parts = (Part(parse_reference(spec.adapter_id, base_model=model.name), 1.0, 1.0, "adapter_id"),)
+        parts = (Part(parse_reference(spec.adapter_id, base_model=base.shape.name), 1.0, 1.0, "adapter_id"),)
     if spec.steering is not None:
-        mixtures.check_steering(spec.steering, base_model=model.name)
-    _check_sampling(spec, model.vocab_size)
-    _check_stopping(spec, limits, model.vocab_size)
+        mixtures.check_steering(spec.steering, base_model=base.shape.name)
+    _check_sampling(spec, base.vocab_size)
+    _check_stopping(spec, limits, base.vocab_size)
     given, most = spec.logprobs, limits.logprobs_max
     _require(0 <= (given or 0) <= most, "LOGPROBS_LIMIT", "options.logprobs", "is out of range", given, most)
     params = SamplingParams(
@@ -112,7 +98,7 @@ def check(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> Che
         seed=secrets.randbits(63) if spec.seed is None else spec.seed,
         max_new_tokens=spec.max_new_tokens or limits.max_new_tokens_default,
         min_new_tokens=spec.min_new_tokens or 0,
-        stop_token_ids=(frozenset() if spec.ignore_eos else model.eos_token_ids) | frozenset(spec.stop_token_ids),
+        stop_token_ids=(frozenset() if spec.ignore_eos else base.eos_token_ids) | frozenset(spec.stop_token_ids),
         logprobs=spec.logprobs,
     )
     return CheckedSpec(spec, spec.request_id or secrets.token_hex(8), parts, params)
@@ -123,13 +109,7 @@ def _require(is_valid: bool, reason: str, field: str, rule: str, given: object, 
         raise InvalidRequest.rule(reason, field, rule, limit=limit, given=given)
 
 
-def _check_request_id(given: str, limits: RequestLimits) -> None:
-    most = limits.request_id_bytes_max
-    is_valid = len(given) <= most and all("!" <= c <= "~" for c in given)
-    _require(is_valid, "REQUEST_ID_INVALID", "request_id", "must be visible ASCII characters", given, most)
-
-
-def _check_input(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts) -> None:
+def _check_input(spec: GenerationSpec, limits: RequestLimits, base: Base) -> None:
     def check(is_valid: bool, field: str, rule: str, given: str) -> None:
         _require(is_valid, "PROMPT_INVALID", field, rule, given)
 
@@ -143,12 +123,12 @@ def _check_input(spec: GenerationSpec, limits: RequestLimits, model: ModelFacts)
         check(len(spec.token_ids) > 0, "token_ids.ids", "must not be empty", "[]")
         check_prompt_bytes("token_ids.ids", 4 * len(spec.token_ids), limits)
         for index, token_id in enumerate(spec.token_ids):
-            _check_token(f"token_ids.ids[{index}]", token_id, model.vocab_size)
+            _check_token(f"token_ids.ids[{index}]", token_id, base.vocab_size)
     elif spec.messages is not None:
         check(len(spec.messages) > 0, "messages.messages", "must not be empty", "[]")
         num_bytes = sum(len(text.encode()) for message in spec.messages for text in message)
         check_prompt_bytes("messages", num_bytes, limits)
-        check(model.has_chat_template, "messages", "needs a base with a chat template", "none")
+        check(base.tokenizer.chat_template is not None, "messages", "needs a base with a chat template", "none")
         for index, message in enumerate(spec.messages):
             check(message.role != "", f"messages.messages[{index}].role", "must not be empty", "")
 

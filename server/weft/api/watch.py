@@ -3,37 +3,29 @@
 import asyncio
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from weft.adapters.identifiers import AdapterId
 from weft.adapters.registry import Change, Version
 
 
-class AdapterChange(NamedTuple):
-    """A change of an adapter. `version` is live: it has the state at the time when it is read."""
-
-    change: Change
-    version: Version
-
-
 class Watch:
-    """Changes that one caller has not read yet.
+    """Changes that one caller has not read yet. Their versions are live: they have the state when they are read.
 
     A later change of an adapter replaces an earlier one. So a slow caller costs no memory: it misses states in between,
     but never the latest.
     """
 
-    def __init__(self) -> None:
-        self._changes: dict[AdapterId, AdapterChange] = {}
-        self._is_over = False
+    def __init__(self, *, is_over: bool) -> None:
+        self._changes: dict[AdapterId, tuple[Change, Version]] = {}
+        self._is_over = is_over
         self._ready = asyncio.Event()
 
     def put(self, change: Change, version: Version) -> None:
         """Add a change."""
         earlier = self._changes.pop(version.adapter_id, None)
-        if earlier is not None and earlier.change is Change.ADDED and change is Change.UPDATED:
+        if earlier is not None and earlier[0] is Change.ADDED and change is Change.UPDATED:
             change = Change.ADDED
-        self._changes[version.adapter_id] = AdapterChange(change, version)
+        self._changes[version.adapter_id] = change, version
         self._ready.set()
 
     def end(self) -> None:
@@ -41,7 +33,7 @@ class Watch:
         self._is_over = True
         self._ready.set()
 
-    async def next(self) -> AdapterChange | None:
+    async def next(self) -> tuple[Change, Version] | None:
         """Return the next change, or None after the last."""
         while not self._changes and not self._is_over:
             self._ready.clear()
@@ -59,9 +51,7 @@ class Watches:
     @contextlib.contextmanager
     def watching(self) -> Iterator[Watch]:
         """Yield a watch of every change from now on."""
-        watch = Watch()
-        if self._is_over:
-            watch.end()
+        watch = Watch(is_over=self._is_over)
         self._open.add(watch)
         try:
             yield watch

@@ -48,10 +48,7 @@ class Work:
 
     def lock(self, adapter_id: AdapterId) -> asyncio.Lock:
         """Return the lock of an id, the same one as long as any caller has it."""
-        lock = self._locks.get(adapter_id)
-        if lock is None:
-            lock = self._locks[adapter_id] = asyncio.Lock()
-        return lock
+        return self._locks.setdefault(adapter_id, asyncio.Lock())
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run `function` in a worker thread.
@@ -63,32 +60,31 @@ class Work:
             future = asyncio.wrap_future(self.threads.submit(function, *arguments))
         except RuntimeError:  # raised by an executor that was shut down
             raise draining_error() from None
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            if not future.cancelled():
-                await asyncio.wait([future])
-            raise
+        return await _ended(future)
 
     async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; if the caller is cancelled meanwhile, return only when `work` has ended by itself."""
-        task = self.keep(work)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise draining_error() from None
-            await asyncio.wait([task])
-            raise
+        return await _ended(self.keep(work))
 
     def keep(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """Start a task and hold it until it ends."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._forget)
         return task
 
-    def _ended(self, task: "asyncio.Task[Any]") -> None:
+    def _forget(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # mark it as retrieved: a waiting caller has it too, and without one it does not matter
+
+
+async def _ended(work: asyncio.Future[T]) -> T:
+    """Return the result of `work`, also to a cancelled caller only when there is one. Raises DRAINING if it ended."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        if work.cancelled():
+            raise draining_error() from None
+        await asyncio.wait([work])
+        raise

@@ -30,7 +30,7 @@ def read(path: Path, shape: "BaseShape") -> AdapterDirectory:
     """
     from safetensors import safe_open
 
-    from weft.adapters.config_file import read_config
+    from weft.adapters.ingest import read_config
     from weft.adapters.safetensors_header import read_header
     from weft.methods.checkpoint import base_binding, directory
 

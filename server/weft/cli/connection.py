@@ -21,7 +21,6 @@ _HINTS = {
     "ADAPTER_NOT_FOUND": "`weft adapters ls` lists the registered adapters",
     "VERSION_CONFLICT": "`weft adapters show ID` prints the current digest",
     "SOURCE_NOT_FOUND": "--source is a path on the server; `weft adapters add ID PATH` uploads a local directory",
-    "SOURCE_FORBIDDEN": "`weft serve --allowed-source DIR` allows it; `weft adapters add ID PATH` uploads instead",
     "ADAPTER_QUARANTINED": "register other content under the id: `weft adapters add ID PATH --replace`",
     "BASE_MISMATCH": "`weft info` prints the base model and its modules",
     "DRAINING": "the server is stopping; try again when it is back",

@@ -127,7 +127,7 @@ class RegisterAdapterRequest(_message.Message):
     source: _builtins.str
     """Directory with `adapter_config.json` and `adapter_model.safetensors`, or with `mixture_config.json` and
     `mixture_router.safetensors`: a path relative to the server's store, such as "demo/reverse-lora", or an absolute
-    path under a directory that the server allows. SOURCE_NOT_FOUND if there is none, SOURCE_FORBIDDEN if it leads
+    path under a directory that the server allows. SOURCE_NOT_FOUND if there is none, SOURCE_INVALID if it leads
     elsewhere, SOURCE_NOT_REGULAR if it contains a link or anything but files, SOURCE_SCHEME for a URL with a scheme
     that is never read, SOURCE_DISABLED for one that is not enabled here.
     """

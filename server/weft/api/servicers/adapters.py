@@ -7,9 +7,9 @@ from typing import Any
 from weft.adapters.identifiers import AdapterId, AdapterReference, check_adapter_id, check_digest, parse_reference
 from weft.adapters.registry import AdapterState, Change, Version
 from weft.api.application import Application
-from weft.api.lifecycle import Outcome, Registered, RegisterOptions
+from weft.api.lifecycle import Outcome, Registered, Registration
 from weft.api.memory import Residence
-from weft.api.servicers.upload import Messages, Upload, UploadLine, check_files, check_sha256, discard
+from weft.api.servicers.upload import Messages, Upload, UploadLine, check_files, discard
 from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError, draining_error
 from weft.methods.catalog import KINDS
 from weft.v1 import adapter_pb2, adapter_service_pb2_grpc
@@ -28,17 +28,16 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     def __init__(self, application: Application) -> None:
         self._work = application.work
         self._lifecycle = application.lifecycle
-        self._base_model = application.model.facts.name
+        self._base_model = application.model.base.shape.name
         self._limits, self._server = application.config.adapters, application.config.server
         self._line = UploadLine(uploads_max=self._server.uploads_max, waiting_max=self._server.uploads_waiting_max)
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Any) -> pb.RegisterAdapterResponse:
-        adapter_id = self._adapter_id(request.adapter_id)
-        options = _options(request)
+        wanted = self._registration(request)
         if request.HasField("content_digest"):
-            check_sha256(request.content_digest, field="content_digest")
-            options = replace(options, content_digest=request.content_digest)
-        version, outcome = await self._lifecycle.register_from(adapter_id, request.source, options)
+            check_digest(request.content_digest, field="content_digest", reason="CHECKSUM_INVALID")
+            wanted = replace(wanted, content_digest=request.content_digest)
+        version, outcome = await self._lifecycle.register_from(replace(wanted, source=request.source))
         return pb.RegisterAdapterResponse(adapter=self._adapter(version), outcome=_OUTCOMES[outcome])
 
     async def UploadAdapter(self, request_iterator: Messages, context: Any) -> pb.UploadAdapterResponse:
@@ -146,14 +145,27 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     async def _upload(self, messages: Messages) -> Registered:
         upload = Upload(messages, self._work, idle_timeout_s=self._server.upload_idle_timeout_s)
         header = await upload.header()
-        adapter_id, options = self._adapter_id(header.adapter_id), _options(header)
+        wanted = self._registration(header)
         check_files(header, self._limits)
         async with self._lifecycle.upload() as staging:
             await upload.receive(header, staging)
-            return await self._lifecycle.register_upload(adapter_id, staging, options)
+            return await self._lifecycle.register_upload(wanted, staging)
 
     def _adapter_id(self, value: str) -> AdapterId:
         return check_adapter_id(value, base_model=self._base_model)
+
+    def _registration(self, request: pb.RegisterAdapterRequest | pb.UploadHeader) -> Registration:
+        adapter_id = self._adapter_id(request.adapter_id)
+        expected = request.expected_digest if request.HasField("expected_digest") else None
+        if expected:
+            check_digest(expected, field="expected_digest")
+        return Registration(
+            adapter_id=adapter_id,
+            replace=request.replace,
+            expected_digest=expected,
+            pin=request.pin,
+            validate_only=request.validate_only,
+        )
 
     def _adapter(self, version: Version) -> adapter_pb2.Adapter:
         info, place = version.info, self._lifecycle.memory.place_of(version.digest)
@@ -177,7 +189,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             trained_quantization=info.trained_held_as,
             draining_versions=[
                 adapter_pb2.DrainingVersion(digest=old.digest, in_flight_requests=len(old.leases))
-                for old in self._lifecycle.registry.replaced(version.adapter_id)
+                for old in self._lifecycle.registry.versions(version.adapter_id)[1:]
             ],
             experts=[self._expert(expert) for expert in info.experts],
         )
@@ -192,15 +204,6 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         except AdapterUnusable:
             adapter_id, available = expert.adapter_id, False
         return adapter_pb2.Expert(digest=expert.digest or "", adapter_id=adapter_id, available=available)
-
-
-def _options(request: pb.RegisterAdapterRequest | pb.UploadHeader) -> RegisterOptions:
-    expected = request.expected_digest if request.HasField("expected_digest") else None
-    if expected:
-        check_digest(expected, field="expected_digest")
-    return RegisterOptions(
-        replace=request.replace, expected_digest=expected, pin=request.pin, validate_only=request.validate_only
-    )
 
 
 def _check_enum(field: str, value: int, enum: Any) -> None:

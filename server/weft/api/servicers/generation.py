@@ -4,10 +4,10 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import grpc.aio
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from weft import __version__
@@ -23,6 +23,8 @@ from weft.engine.token_ranges import OPEN, TokenRange
 from weft.methods.catalog import KINDS
 from weft.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc, model_pb2
 
+Limits = TypeVar("Limits", model_pb2.AdapterLimits, model_pb2.RequestLimits)
+
 _FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
@@ -34,7 +36,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        self._tokenizer = application.model.facts.tokenizer
+        self._tokenizer: Any = application.model.base.tokenizer
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -82,28 +84,28 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: generation_service_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> generation_service_pb2.GetModelInfoResponse:
         model = self._application.model
-        facts, config = model.facts, self._application.config
-        sites = model.shape.sites.values()
+        base, config = model.base, self._application.config
+        sites = base.shape.sites.values()
         by_shape = Counter((site.suffix, site.in_features, site.out_features) for site in sites)
         info = model_pb2.ModelInfo(
-            model_name=facts.name,
-            base_digest=facts.digest,
-            quantization=model.quantization,
+            model_name=base.shape.name,
+            base_digest=base.shape.digest,
+            quantization=base.quantization.value,
             dtype=model.dtype,
-            device=model.device,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.vocab_size,
-            num_layers=model.shape.num_layers,
+            device=base.device.type,
+            max_model_len=base.max_model_len,
+            vocab_size=base.vocab_size,
+            num_layers=base.shape.num_layers,
             block_size=config.engine.block_size,
-            has_chat_template=facts.has_chat_template,
+            has_chat_template=base.tokenizer.chat_template is not None,
             version=__version__,
             methods=sorted(KINDS),
             sites=[
                 model_pb2.Site(suffix=suffix, in_features=size_in, out_features=size_out, num_modules=count)
                 for (suffix, size_in, size_out), count in by_shape.items()
             ],
-            adapter_limits=_adapter_limits(model.ingest.limits),
-            request_limits=_request_limits(config.requests),
+            adapter_limits=_limits(model_pb2.AdapterLimits, model.ingest.limits),
+            request_limits=_limits(model_pb2.RequestLimits, config.requests),
             quantized_weight_bytes=model.weights.quantized,
             unquantized_weight_bytes=model.weights.unquantized,
         )
@@ -185,14 +187,16 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
     finish = generation_pb2.Finish(
         finish_reason=_FINISH_REASONS[end.reason],
         usage=generation_pb2.Usage(
-            prompt_tokens=end.num_prompt_tokens,
+            prompt_tokens=end.request.num_prompt_tokens,
             completion_tokens=end.num_completion_tokens,
-            cached_prompt_tokens=end.num_cached_tokens,
+            cached_prompt_tokens=end.request.num_cached_tokens,
         ),
-        seed=end.seed,
+        seed=end.request.params.seed,
         effective_adapters=[
-            generation_pb2.EffectiveAdapter(adapter_id=a.adapter_id, digest=a.digest, method=a.method, weight=a.weight)
-            for a in end.adapters
+            generation_pb2.EffectiveAdapter(
+                adapter_id=one.adapter_id, digest=one.digest, method=one.info.method, weight=weight
+            )
+            for one, weight, _ in end.adapters
         ],
     )
     if end.stop_string is not None:
@@ -203,7 +207,8 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         finish.gates.extend(_gates(index, expert, end.gates) for index, expert in enumerate(end.experts))
     elif _gate_detail(options) is not GateDetail.NONE and not end.experts:
         finish.gates.extend(
-            generation_pb2.AdapterGate(adapter_id=a.adapter_id, digest=a.digest, mean=a.mean_gate) for a in end.adapters
+            generation_pb2.AdapterGate(adapter_id=one.adapter_id, digest=one.digest, mean=mean)
+            for one, _, mean in end.adapters
         )
     return finish
 
@@ -219,24 +224,12 @@ def _gates(index: int, expert: Version, gates: Gates) -> generation_pb2.AdapterG
     )
 
 
-def _adapter_limits(limits: AdapterLimits) -> model_pb2.AdapterLimits:
-    names = [field.name for field in model_pb2.AdapterLimits.DESCRIPTOR.fields]
-    return model_pb2.AdapterLimits(**{name: getattr(limits, name) for name in names})
-
-
-def _request_limits(limits: RequestLimits) -> model_pb2.RequestLimits:
-    message = model_pb2.RequestLimits(
-        deadline_default=_duration(limits.deadline_default_s), deadline_max=_duration(limits.deadline_max_s)
-    )
-    for field in model_pb2.RequestLimits.DESCRIPTOR.fields:
+def _limits(kind: type[Limits], limits: AdapterLimits | RequestLimits) -> Limits:
+    """Return the limits whose names the message has; a Duration is a number of seconds there, named so."""
+    values: dict[str, Any] = {}
+    for field in kind.DESCRIPTOR.fields:
         if field.message_type is None:
-            setattr(message, field.name, getattr(limits, field.name))
-    return message
-
-
-def _duration(seconds: float | None) -> Duration | None:
-    if seconds is None:
-        return None
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration
+            values[field.name] = getattr(limits, field.name)
+        elif (seconds := getattr(limits, f"{field.name}_s")) is not None:
+            values[field.name] = timedelta(seconds=seconds)
+    return kind(**values)

@@ -50,14 +50,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Yield the status now and at every change, until the server stops."""
-        told = None
+        sent = None
         while not self._has_ended:
             changed = self._changed
             is_known = request.service in self._services
             status = self._status if is_known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-            if status != told:
+            if status != sent:
                 yield health_pb2.HealthCheckResponse(status=status)
-                told = status
+                sent = status
             await changed.wait()
         raise draining_error()
 

@@ -7,7 +7,7 @@ from asyncio import wait_for
 from collections.abc import AsyncIterator
 from typing import TypeAlias
 
-from weft.adapters.identifiers import is_digest
+from weft.adapters.identifiers import check_digest
 from weft.adapters.versions import StagedFile, Staging
 from weft.api.work import Work
 from weft.config import MIB, AdapterLimits
@@ -66,7 +66,7 @@ class Upload:
         """Receive the header, which must be the first message."""
         first = await self._next()
         if first is None or first.WhichOneof("part") != "header":
-            raise InvalidRequest("UPLOAD_PROTOCOL", "header: must be the first message", field="header")
+            raise InvalidRequest.at("UPLOAD_PROTOCOL", "header", "must be the first message")
         return first.header
 
     async def receive(self, header: adapter_service_pb2.UploadHeader, staging: Staging) -> None:
@@ -75,7 +75,7 @@ class Upload:
             file = staging.open_file(declared.name, declared.size_bytes)
             await self._receive_file(index, declared, file)
         if await self._next() is not None:
-            raise InvalidRequest("UPLOAD_PROTOCOL", "chunk: more bytes than the header declares", field="chunk")
+            raise InvalidRequest.at("UPLOAD_PROTOCOL", "chunk", "more bytes than the header declares")
 
     async def _receive_file(self, index: int, declared: adapter_service_pb2.UploadFile, file: StagedFile) -> None:
         while file.size_bytes < declared.size_bytes:
@@ -138,29 +138,20 @@ def check_files(header: adapter_service_pb2.UploadHeader, limits: AdapterLimits)
             raise InvalidAdapter.rule("ADAPTER_TOO_LARGE", size_field, "is too large", limit=most, given=size)
         if size == 0:
             raise InvalidAdapter.rule("UPLOAD_TRUNCATED", size_field, "must be at least 1", given=0)
-        check_sha256(file.sha256, field=f"{field}.sha256")
+        check_digest(file.sha256, field=f"{field}.sha256", reason="CHECKSUM_INVALID")
     names = [file.name for file in header.files]
     if pair_of(names) is None:
         rule = f"must be {' or '.join(' and '.join(pair) for pair in PAIRS)}, each once"
         raise InvalidRequest.rule("UPLOAD_PROTOCOL", "header.files", rule, given=", ".join(names) or "none")
 
 
-def check_sha256(given: str, *, field: str) -> None:
-    """Raise CHECKSUM_INVALID unless `given` is written as a sha256."""
-    if not is_digest(given):
-        raise InvalidRequest.rule("CHECKSUM_INVALID", field, "must be 64 lower-case hex digits", given=given)
-
-
 def _data(message: adapter_service_pb2.UploadAdapterRequest, index: int, received: int, missing: int) -> bytes:
     """Return the bytes of a message, which must be the next chunk."""
     chunk = message.chunk
     if message.WhichOneof("part") != "chunk" or (chunk.file_index, chunk.offset) != (index, received):
-        raise InvalidRequest(
-            "UPLOAD_PROTOCOL",
-            f"chunk: expected file {index} at offset {received}",
-            field="chunk",
-            metadata={"limit": f"{index}:{received}", "given": f"{chunk.file_index}:{chunk.offset}"},
-        )
+        text, most = f"expected file {index} at offset {received}", f"{index}:{received}"
+        given = f"{chunk.file_index}:{chunk.offset}"
+        raise InvalidRequest.at("UPLOAD_PROTOCOL", "chunk", text, limit=most, given=given)
     most, given = min(_CHUNK_BYTES_MAX, missing), len(chunk.data)
     if not 1 <= given <= most:
         rule = "must have at least 1 byte"
