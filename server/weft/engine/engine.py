@@ -19,6 +19,7 @@ from weft.adapters.loader import AdapterLoader
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.config import EngineConfig
 from weft.engine import sampler
+from weft.engine.batch import Stepper
 from weft.engine.block_manager import BlockManager
 from weft.engine.inbox import Inbox
 from weft.engine.observer import Observer
@@ -27,7 +28,6 @@ from weft.engine.request import FinishReason, Request, RequestId, SampledToken, 
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler
-from weft.engine.stepper import Stepper
 from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError, draining_error
 from weft.kernels.faults import is_fatal
 from weft.metrics import Metrics
