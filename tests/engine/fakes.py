@@ -549,9 +549,7 @@ def check_blocks(blocks: BlockManager) -> None:
         assert (references == 0) == (block in free or block in idle), (block, references)
     assert idle <= set(blocks._key_of)
     assert {key: block for block, key in blocks._key_of.items()} == blocks._block_of
-    of_digest = {(g, block) for g, found in blocks._blocks_of_digest.items() for block in found}
     assert blocks._digests_of.keys() == blocks._key_of.keys()
-    assert of_digest <= {(g, block) for block, gs in blocks._digests_of.items() for g in gs}
 
 
 class Threaded(Harness):
