@@ -529,10 +529,11 @@ class Harness:
         holders = Counter(g for request in residency.slots_of for g in request.digests)
         assert holders == +Counter({digest: resident.holders for digest, resident in residents.items()})
         assert residency.slots_of.keys() >= set(scheduler.running)
-        assert residency.slots_of.keys() | residency._seekers.keys() <= set(alive)
+        assert residency.slots_of.keys() | residency._seekers <= set(alive)
         assert not residency._pending & residents.keys()
         assert residency._pending <= set(self.loads)
-        wanted = set().union(*residency._seekers.values()) | residency._pinned | residency._preloading
+        sought = {digest for request in residency._seekers for digest in request.digests}
+        wanted = sought | residency._pinned | residency._awaited.keys()
         assert residency._arrived.keys() <= wanted
         slots = self.runner.slots
         assert len(slots) == len(residents)
