@@ -17,7 +17,7 @@ from weft.engine.drivers import routers
 from weft.kernels.selection import Kernels
 from weft.kernels.slot_tables import SlotTables
 from weft.kernels.step import Step
-from weft.methods.driver import Router
+from weft.methods.driver import EnterLayer
 from weft.methods.inject import Driver
 from weft.model import packed
 from weft.model.loader import Base
@@ -79,7 +79,7 @@ class _RoutedByTorch(NamedTuple):
     """A driver whose mixtures get their gates from torch, request by request, and are otherwise ordinary rows."""
 
     driver: Driver
-    routers: Sequence[Router]
+    routers: Sequence[EnterLayer]
     routes: bool = True
 
     @property
@@ -87,8 +87,8 @@ class _RoutedByTorch(NamedTuple):
         return self.driver.needs_residual
 
     def enter(self, layer: int, hidden: Tensor) -> None:
-        for router in self.routers:
-            router.enter(layer, hidden.reshape(-1, hidden.shape[-1]))
+        for enter in self.routers:
+            enter(layer, hidden.reshape(-1, hidden.shape[-1]))
 
     def apply(self, *given: Any) -> Tensor:
         return self.driver.apply(*given)

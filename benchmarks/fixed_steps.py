@@ -20,11 +20,11 @@ from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.slots import AdapterSlot
 from weft.config import EngineConfig
+from weft.engine.batch import Stepper
 from weft.engine.block_manager import BlockManager, cache_root
 from weft.engine.request import AdapterUse, MixtureUse, Request, RequestId, SamplingParams
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
-from weft.engine.stepper import Stepper
 from weft.kernels.selection import Kernels
 from weft.kernels.step import Step
 from weft.methods import mixture

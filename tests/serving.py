@@ -11,6 +11,7 @@ from torch import Tensor
 from weft.adapters import packed_adapter
 from weft.adapters.slots import AdapterSlot
 from weft.config import ModelConfig, Quantization
+from weft.engine.batch import Stepper
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import (
     AdapterDigest,
@@ -25,7 +26,6 @@ from weft.engine.request import (
 )
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
-from weft.engine.stepper import Stepper
 from weft.engine.token_ranges import Ranges
 from weft.kernels.selection import Kernels
 from weft.methods.mixture import Level, Mixture

@@ -8,6 +8,7 @@ from torch import Tensor
 from weft.adapters import packed_adapter
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.slots import AdapterSlot
+from weft.engine.batch import Stepper
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import (
     AdapterUse,
@@ -22,7 +23,6 @@ from weft.engine.request import (
 )
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
-from weft.engine.stepper import Stepper
 from weft.kernels.selection import Kernels
 from weft.kernels.step import Step
 from weft.methods.mixture import Level, Mixture

@@ -529,10 +529,11 @@ class Harness:
         holders = Counter(g for request in residency.slots_of for g in request.digests)
         assert holders == +Counter({digest: resident.holders for digest, resident in residents.items()})
         assert residency.slots_of.keys() >= set(scheduler.running)
-        assert residency.slots_of.keys() | residency._seekers.keys() <= set(alive)
+        assert residency.slots_of.keys() | residency._seekers <= set(alive)
         assert not residency._pending & residents.keys()
         assert residency._pending <= set(self.loads)
-        wanted = set().union(*residency._seekers.values()) | residency._pinned | residency._preloading
+        sought = {digest for request in residency._seekers for digest in request.digests}
+        wanted = sought | residency._pinned | residency._awaited.keys()
         assert residency._arrived.keys() <= wanted
         slots = self.runner.slots
         assert len(slots) == len(residents)
@@ -549,9 +550,7 @@ def check_blocks(blocks: BlockManager) -> None:
         assert (references == 0) == (block in free or block in idle), (block, references)
     assert idle <= set(blocks._key_of)
     assert {key: block for block, key in blocks._key_of.items()} == blocks._block_of
-    of_digest = {(g, block) for g, found in blocks._blocks_of_digest.items() for block in found}
     assert blocks._digests_of.keys() == blocks._key_of.keys()
-    assert of_digest <= {(g, block) for block, gs in blocks._digests_of.items() for g in gs}
 
 
 class Threaded(Harness):

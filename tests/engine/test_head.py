@@ -7,9 +7,9 @@ from tests import tiny
 from tests.serving import BLOCK_SIZE, Row, Step
 from weft.adapters import packed_adapter
 from weft.config import ModelConfig, Quantization
+from weft.engine.batch import Stepper
 from weft.engine.request import AdapterDigest, AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.scheduler import Scheduled
-from weft.engine.stepper import Stepper
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.model import loader, paged_attention
 

@@ -514,5 +514,5 @@ def test_budget_and_holds_under_any_sequence(
     assert residency.resident() == frozenset()
     assert slots.used_bytes == len(slots) == device.blocks.num_used_blocks == 0
     assert residency._arrived == {}
-    assert residency._seekers == {}
+    assert residency._seekers == set()
     assert residency._awaited == {}

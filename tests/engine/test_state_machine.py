@@ -166,7 +166,6 @@ class EngineMachine(RuleBasedStateMachine):
         assert digest not in residency.resident()
         assert digest not in residency._arrived
         assert digest not in residency._pending
-        assert digest not in blocks._blocks_of_digest
         assert not any(digest in digests for digests in blocks._digests_of.values())
 
     @rule(adapter_id=ids, how=st.sampled_from(["preload", "pin", "unpin", "evict"]))
@@ -462,22 +461,27 @@ def _key_without_ranges(patch: pytest.MonkeyPatch) -> None:
 
 
 def _purge_keeps_blocks_behind_a_range(patch: pytest.MonkeyPatch) -> None:
-    """Charge a block only to the adapters that act in it, as if no other had shaped it."""
-    real = BlockManager.commit
+    """Purge a block only of the adapters that act in it, as if no other had shaped it."""
+    real_commit, real_purge = BlockManager.commit, BlockManager.purge
 
     def commit(self: BlockManager, request: Request) -> None:
-        uses, before = request.adapters, self._digests_of.keys() - set()
-        real(self, request)
+        before = set(self._digests_of)
+        real_commit(self, request)
         for block in self._digests_of.keys() - before:
             index = request.blocks.index(block)
             begin, end = index * self.block_size, (index + 1) * self.block_size
-            acting = [u.digest for u in uses if not u.ranges or token_ranges.clip(u.ranges, begin, end)]
-            for digest in set(self._digests_of[block]) - set(acting):
-                self._blocks_of_digest[digest].discard(block)
-                if not self._blocks_of_digest[digest]:
-                    del self._blocks_of_digest[digest]
+            acting = [u for u in request.adapters if not u.ranges or token_ranges.clip(u.ranges, begin, end)]
+            vars(self).setdefault("acting", {})[block] = {use.digest for use in acting}
+
+    def purge(self: BlockManager, digest: AdapterDigest) -> int:
+        behind = {b: digests for b, digests in self._digests_of.items() if digest not in vars(self)["acting"][b]}
+        self._digests_of |= dict.fromkeys(behind, ())
+        num_purged = real_purge(self, digest)
+        self._digests_of |= behind
+        return num_purged
 
     patch.setattr(BlockManager, "commit", commit)
+    patch.setattr(BlockManager, "purge", purge)
 
 
 def _ranges_are_not_cut(patch: pytest.MonkeyPatch) -> None:

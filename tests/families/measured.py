@@ -19,11 +19,11 @@ from tests.tiny import save_tokenizer
 from weft.adapters import packed_adapter
 from weft.adapters.identifiers import AdapterDigest
 from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.engine.batch import Stepper
 from weft.engine.block_manager import BlockManager
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.runner import ModelRunner
 from weft.engine.scheduler import Scheduled
-from weft.engine.stepper import Stepper
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import select
 from weft.methods.checkpoint import directory

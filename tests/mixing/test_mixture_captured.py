@@ -57,8 +57,8 @@ def test_captured_steps_of_mixtures_give_the_logits_and_gates_of_plain_ones(base
         torch.testing.assert_close(captured.step(kept), plain.step(kept), rtol=1e-4, atol=1e-5)
     graphs = captured.runner._captured
     assert graphs is not None
-    assert any(shape.routed is not None and shape.routed.has_spans for shape in graphs.shapes)
-    assert sum(shape.routed is None for shape in graphs.shapes) <= 1, "what has a mixture is captured as such"
+    assert any(shape.has_span_experts for shape in graphs.shapes)
+    assert sum(shape.runs == 0 for shape in graphs.shapes) <= 1, "what has a mixture is captured as such"
     gates, wanted = captured.end(), plain.end()
     _assert_same(gates, wanted)
     assert sum(one is not None for one in gates) == 12

@@ -22,7 +22,7 @@ from weft.config import ModelConfig, Quantization
 from weft.kernels.cpu.attention import Attend
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.kernels.step import Paging
-from weft.methods.protocol import Adapter
+from weft.methods.protocol import Adapter, BaseShape
 from weft.model import loader, paged_attention
 from weft.model.paged_attention import KVCache, ReferenceAttend
 
@@ -40,11 +40,11 @@ class Layer:
         free = iter(torch.randperm(sum(map(sum, counts)) + 2).tolist())
         blocks = [[[next(free) for _ in range(count)] for count in of_request] for of_request in counts]
         self.cache = KVCache.allocate(
-            num_layers=1,
+            BaseShape(
+                sites={}, num_layers=1, num_kv_heads=_KV_HEADS, head_dim=_SIZE, embedding_size=0, digest="", name=""
+            ),
             num_blocks=sum(map(sum, counts)) + 2,
             block_size=_BLOCK,
-            num_kv_heads=_KV_HEADS,
-            head_dim=_SIZE,
             dtype=dtype,
             device=torch.device("cpu"),
         )

@@ -72,6 +72,6 @@ def test_a_trained_mixture_answers_in_a_server_as_in_training(
     assert all(behind(tokens) > 1 for tokens in alone), "negative control"
     if level is Level.SEQUENCE:  # the gates of all tokens are one
         served = torch.tensor([gate.layer_means for gate in answer.finish.gates])  # [N, L]
-        gates = torch.stack([layer[-1] for layer in trained.router.routed.by_layer], dim=1)
+        gates = torch.stack([layer[-1] for layer in trained.router.gates], dim=1)
         torch.testing.assert_close(served, gates, atol=5e-3, rtol=0)
         assert gates.std() > 0.01, "negative control"

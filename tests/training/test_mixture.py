@@ -146,7 +146,7 @@ def test_the_balance_loss_is_added_over_real_tokens(exact: Base) -> None:
     model = mixed(exact, config, balance_weight=0.5)
     loss = model(**batch).loss
     real = batch["attention_mask"].reshape(-1).bool()
-    layers = list(zip(model.router.chances, model.router.routed.by_layer, strict=True))
+    layers = list(zip(model.router.chances, model.router.gates, strict=True))
     terms, padded = [], []
     for chances, gates in layers:
         share = (gates[real] > 0).double().mean(0) / 2
@@ -162,14 +162,14 @@ def test_a_sequences_gates_are_those_of_its_prompt(exact: Base) -> None:
     """For every token, whatever is answered and however wide the batch is; also for tokens that are generated."""
     model = mixed(exact, MixtureConfig(num_experts=3, top_k=2, level=Level.SEQUENCE))
     model(**collate(ROWS, pad_token_id=0))
-    gates = model.router.routed.by_layer[0].view(3, -1, 3)
+    gates = model.router.gates[0].view(3, -1, 3)
     assert torch.equal(gates, gates[:, :1].expand_as(gates))
     other = Row([*ROWS[1].input_ids[:2], 90, 91, 92], 2)
     model(**collate([other], pad_token_id=0))
-    torch.testing.assert_close(model.router.routed.by_layer[0][0], gates[1, 0])
+    torch.testing.assert_close(model.router.gates[0][0], gates[1, 0])
     prompt = torch.tensor([[0, 0, 0, *ROWS[1].input_ids[:2]]])
     model.generate(prompt, torch.tensor([[0, 0, 0, 1, 1]]), do_sample=False, max_new_tokens=3)
-    (last,) = model.router.routed.by_layer[0]
+    (last,) = model.router.gates[0]
     torch.testing.assert_close(last, gates[1, 0])
     assert (gates[0, 0] - gates[1, 0]).abs().max() > 0.01  # the control: prompts differ
 

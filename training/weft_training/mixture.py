@@ -7,6 +7,7 @@ The gates and the driver are those of serving. This module decides which rows th
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weft.config import CHECKS, Number, TypedPath
 from weft.methods import mixture
-from weft.methods.driver import ReferenceDriver, Routed, Segment
+from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.mixture import Level, MixtureConfig, MixtureParams
 from weft.model.loader import Base
 from weft_training import expert as experts
@@ -87,17 +88,17 @@ def begin(config: MixtureTrainConfig, base: Base, generator: torch.Generator) ->
 
 
 class Router:
-    """Gates of one batch: `Routed`, from each token's state or from the mean over each row's prompt.
+    """Gates of one batch, from each token's state or from the mean over each row's prompt.
 
-    chances: the router's softmax [B · T, C] of every layer so far.
+    gates, chances: the experts' gates [B · T, N], and the router's softmax [B · T, C], of every layer so far.
     """
 
     def __init__(self, config: MixtureConfig, params: MixtureParams) -> None:
-        self.routed = Routed(config, params)
         self._config = config
         self._params = params
         self._prompts: Tensor | None = None
         self._pooled: Tensor | None = None
+        self.gates: list[Tensor] = []
         self.chances: list[Tensor] = []
 
     def begin(self, prompts: Tensor) -> None:
@@ -108,10 +109,15 @@ class Router:
     def enter(self, layer: int, rows: Tensor) -> None:
         """Begin a layer, with the hidden states `rows` [B · T, hidden]."""
         seen = rows if self._config.level is Level.TOKEN else self._means(rows)
-        self.routed.enter(layer, seen)
         if layer == 0:
-            self.chances = []
-        self.chances.append(mixture.probabilities(self._config, self._params.at(layer), seen))
+            self.gates, self.chances = [], []
+        weight = self._params.at(layer)
+        self.gates.append(mixture.gates(self._config, weight, seen))
+        self.chances.append(mixture.probabilities(self._config, weight, seen))
+
+    def gates_of(self, expert: int) -> Tensor:
+        """Return one expert's gates [B · T] in the layer being computed."""
+        return self.gates[-1][:, expert]
 
     def _means(self, rows: Tensor) -> Tensor:
         assert self._prompts is not None, "no batch has begun"
@@ -152,10 +158,10 @@ class MixtureModel(nn.Module):
         self.router = Router(made.config, self._made.params)
         self.driver = ReferenceDriver(
             [
-                Segment(one.adapter.method, one.adapter.sites, gates=self.router.routed.of(index))
+                Segment(one.adapter.method, one.adapter.sites, gates=partial(self.router.gates_of, index))
                 for index, one in enumerate(placed)
             ],
-            (self.router,),
+            (self.router.enter,),
         )
 
     @property
@@ -194,7 +200,7 @@ class MixtureModel(nn.Module):
     def _balance(self, attention_mask: Tensor) -> Tensor:
         """Return the mean over layers of the balance loss; padding does not count."""
         real = attention_mask.reshape(-1).bool()
-        layers = zip(self.router.chances, self.router.routed.by_layer, strict=True)
+        layers = zip(self.router.chances, self.router.gates, strict=True)
         return torch.stack([mixture.balance_loss(chances[real], gates[real]) for chances, gates in layers]).mean()
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Flatten a scheduled step into the tensors of `kernels/step.py`.
+"""From scheduled requests to logits: flatten a step into the tensors of `kernels/step.py`, and compute it.
 
 Python works per request and per token range; work per token is vectorized.
 """
@@ -12,17 +12,46 @@ from torch import Tensor
 
 from weft.adapters.slots import AdapterSlot
 from weft.engine import token_ranges
-from weft.engine.mixtures import MixtureStates, RoutedRows
-from weft.engine.request import Request
+from weft.engine.mixtures import MixtureStates, experts_of
+from weft.engine.request import GateDetail, MixtureUse, Request
+from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled
-from weft.kernels.step import Entries, Paging, Step
+from weft.kernels.step import Entries, Paging, RoutedRun, Routing, Step
 
+SlotsOf = Mapping[Request, tuple[AdapterSlot, ...]]
 TableRows = Mapping[AdapterSlot, tuple[int, ...]]
+
+
+class Stepper:
+    """Computes steps on a runner, for the engine, test drivers and benchmarks alike.
+
+    mixtures: state of the requests with a mixture, from their first step on.
+    """
+
+    def __init__(self, runner: Runner, block_size: int) -> None:
+        self.mixtures = MixtureStates(runner)
+        self._runner = runner
+        self._block_size = block_size
+
+    def build(self, scheduled: Sequence[Scheduled], slots_of: SlotsOf) -> Step:
+        """Return the step as tensors."""
+        for request, _ in scheduled:
+            if request.mixture is not None:
+                self.mixtures.begin(request, request.mixture)
+        return build(scheduled, slots_of, self._block_size, self._runner.slots.table_rows, self.mixtures)
+
+    def compute(self, scheduled: Sequence[Scheduled], slots_of: SlotsOf) -> Tensor:
+        """Return logits [sample rows, V], valid until the next step. Call it before the requests' counters move."""
+        step = self.build(scheduled, slots_of)
+        logits = self._runner.forward(step)
+        if step.routing is not None:
+            self.mixtures.record(scheduled, step.routing)
+        return logits
 
 
 def build(
     scheduled: Sequence[Scheduled],
-    slots_of: Mapping[Request, tuple[AdapterSlot, ...]],
+    slots_of: SlotsOf,
     block_size: int,
     table_rows: TableRows = MappingProxyType({}),
     mixtures: MixtureStates | None = None,
@@ -49,15 +78,14 @@ def build(
             sample_rows.append(starts[-1] - 1)
         taken.add(request, slots_of.get(request, ()), begin, begin + num_tokens, first_row)
 
-    offsets = to_position, to_place
-    positions, paging, span_experts = _paged(scheduled, starts, offsets, spans, block_size, taken.routed)
+    positions, paging, span_experts = _paged(scheduled, starts, (to_position, to_place), spans, block_size)
     return Step(
         torch.tensor(input_ids, dtype=torch.int64),
         positions,
         torch.tensor(sample_rows, dtype=torch.int64),
         paging,
         taken.entries(torch.arange(starts[-1])),
-        taken.routed.routing(span_experts, len(taken.slots)),
+        taken.routing(span_experts),
     )
 
 
@@ -67,7 +95,6 @@ def _paged(
     offsets: Sequence[Sequence[int]],
     spans: Sequence[Sequence[int]],
     block_size: int,
-    routed: RoutedRows,
 ) -> tuple[Tensor, Paging, Tensor | None]:
     """Return the positions of the rows, their paging, and the experts that bring their spans.
 
@@ -82,7 +109,7 @@ def _paged(
     virtual_lens = _table(spans, torch.int32)
     log_gates = span_experts = None
     if virtual_lens.shape[1]:
-        log_gates, span_experts = _span_gates(scheduled, request_of_row, routed)
+        log_gates, span_experts = _span_gates(scheduled, request_of_row)
     block_tables = _table([request.virtual_blocks + request.blocks for request, _ in scheduled], torch.int32)
     block_of_row = places // block_size
     paging = Paging(
@@ -100,72 +127,101 @@ class _TakenRows:
     """Gathers which rows use which adapters, request by request."""
 
     def __init__(self, table_rows: TableRows, mixtures: MixtureStates | None) -> None:
-        self.routed = RoutedRows(mixtures)
         self._table_rows = table_rows
+        self._mixtures = mixtures
         self._run_ends: list[int] = []  # runs of rows with the same entries
         self._entries_per_row: list[int] = []
-        self.slots: list[int] = []
+        self._slots: list[int] = []
         self._gates: list[float] = []
+        self._routed: list[RoutedRun] = []
+        self._experts: list[tuple[int, list[int]]] = []  # of each routed run: first entry, and the expert of each
+        self._num_traced = 0
 
     def add(self, request: Request, slots: tuple[AdapterSlot, ...], begin: int, end: int, first_row: int) -> None:
         """Add the tokens begin : end of a request; token n is row first_row + n."""
         if not request.adapters and request.mixture is None:
             self._run_ends.append(first_row + end)
             self._entries_per_row.append(0)
-            self.routed.spans.append(())
             return
         uses = [
             (self._table_rows.get(slot, (slot,)), use)
             for slot, use in zip(slots[: len(request.adapters)], request.adapters, strict=True)
             if not use.num_virtual_tokens
         ]
-        first_entry = len(self.slots)
+        first_entry = len(self._slots)
         for first, last, acting in token_ranges.runs([use.ranges for _, use in uses], begin, end):
             of_row = [
                 (table_row, use.gate) for table_rows, use in map(uses.__getitem__, acting) for table_row in table_rows
             ]
             self._run_ends.append(first_row + last)
             self._entries_per_row.append(len(of_row))
-            self.slots += [table_row for table_row, _ in of_row] * (last - first)
+            self._slots += [table_row for table_row, _ in of_row] * (last - first)
             self._gates += [gate for _, gate in of_row] * (last - first)
-        if request.mixture is None:
-            self.routed.spans.append(())
-        else:
-            num_table_rows = [len(table_rows) for table_rows, _ in uses]
-            rows = first_row + begin, first_row + end
-            self.routed.add(request, request.mixture, slots[-1], num_table_rows, rows, first_entry)
+        if request.mixture is not None:
+            experts = experts_of(request, [use for table_rows, use in uses for _ in table_rows])
+            self._experts.append((first_entry, experts * (end - begin)))
+            self._route(request, request.mixture, slots[-1], first_row + begin, first_row + end)
+
+    def _route(self, request: Request, mixture: MixtureUse, router: AdapterSlot, first: int, last: int) -> None:
+        """Add the rows first : last of a request with a mixture, whose gates `router` makes."""
+        assert self._mixtures is not None
+        state = self._mixtures.of[request]
+        is_traced = mixture.gate_detail is not GateDetail.NONE
+        self._routed.append(
+            RoutedRun(
+                first=first,
+                last=last,
+                slot=router,
+                spans=tuple(experts_of(request, request.spans)),
+                pooled=state.pooled,
+                steering=state.steering,
+                traced_at=self._num_traced if is_traced else -1,
+            )
+        )
+        self._num_traced += (last - first) * len(request.adapters) if is_traced else 0
 
     def entries(self, rows: Tensor) -> Entries | None:
         """Return the entries of the rows 0 to T - 1; None if no row has an adapter."""
-        if not self.slots and not self.routed:
+        if not self._slots and not self._routed:
             return None
         run_of_row = torch.searchsorted(torch.tensor(self._run_ends), rows, right=True)
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(self._entries_per_row)[run_of_row].cumsum(0)
-        slots = torch.tensor(self.slots, dtype=torch.int32)
+        slots = torch.tensor(self._slots, dtype=torch.int32)
         return Entries(offsets, slots, torch.tensor(self._gates, dtype=torch.float32))
 
+    def routing(self, span_experts: Tensor | None) -> Routing | None:
+        """Return the rows whose gates routers make; None if no request has a mixture."""
+        if not self._routed or self._mixtures is None:
+            return None
+        experts = torch.full((len(self._slots),), -1, dtype=torch.int32)
+        for first, of_entries in self._experts:
+            experts[first : first + len(of_entries)] = torch.tensor(of_entries, dtype=torch.int32)
+        return Routing(
+            tuple(self._routed),
+            torch.tensor([run.row() for run in self._routed], dtype=torch.int64),
+            experts,
+            span_experts,
+            torch.zeros(self._mixtures.num_layers, self._num_traced) if self._num_traced else None,
+        )
 
-def _span_gates(
-    scheduled: Sequence[Scheduled], request_of_row: Tensor, routed: RoutedRows
-) -> tuple[Tensor | None, Tensor | None]:
+
+def _span_gates(scheduled: Sequence[Scheduled], request_of_row: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return `Paging.log_gates` and `Routing.span_experts`."""
     gates = [[use.gate for use in request.spans] for request, _ in scheduled]
-    are_routed = any(routed.spans)
+    are_routed = any(request.spans and request.mixture is not None for request, _ in scheduled)
     if not are_routed and all(gate == 1.0 for of_request in gates for gate in of_request):
         return None, None
     log_gates = _table([[math.log(gate) for gate in of_request] for of_request in gates], torch.float32)
     if not are_routed:
         return log_gates[request_of_row], None
     # Plus one, because tables are padded with zeros.
-    experts = [[expert + 1 for expert in of_request] for of_request in routed.spans]
-    span_experts = _table(experts, torch.int32, log_gates.shape[1])[request_of_row] - 1
-    return log_gates[request_of_row], span_experts
+    experts = [[expert + 1 for expert in experts_of(request, request.spans)] for request, _ in scheduled]
+    return log_gates[request_of_row], _table(experts, torch.int32)[request_of_row] - 1
 
 
-def _table(lines: Sequence[Sequence[float]], dtype: torch.dtype, width: int | None = None) -> Tensor:
-    """Return the lines as a table [lines, width], padded with zeros; width: of the longest line if not given."""
-    if width is None:
-        width = max(map(len, lines))
+def _table(lines: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    """Return the lines as a table [lines, length of the longest], padded with zeros."""
+    width = max(map(len, lines))
     filled = [[*line, *[0] * (width - len(line))] for line in lines]
     return torch.tensor(filled, dtype=dtype).view(len(lines), width)

@@ -88,8 +88,7 @@ class BlockManager:
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # keyed blocks without references, oldest first
-        self._blocks_of_digest: dict[AdapterDigest, set[int]] = {}
-        self._digests_of: dict[int, tuple[AdapterDigest, ...]] = {}
+        self._digests_of: dict[int, tuple[AdapterDigest, ...]] = {}  # the adapters that shaped a keyed block
 
     @property
     def num_free_blocks(self) -> int:
@@ -118,17 +117,15 @@ class BlockManager:
         assert request.num_computed_tokens == 0
         if not self._caching:
             return 0
-        parent, size = request.cache_root, self.block_size
-        for start in range(0, (request.num_tokens - 1) // size * size, size):
-            key = self._key(request, start, parent)
+        while len(request.blocks) < (request.num_tokens - 1) // self.block_size:
+            key = self._next_key(request)
             block = self._block_of.get(key)
             if block is None:
                 break
             self._reference(block)
             request.blocks.append(block)
             request.block_hashes.append(key)
-            parent = key
-        return len(request.blocks) * size
+        return len(request.blocks) * self.block_size
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Give blocks for a request's first `num_tokens` real tokens; False, changing nothing, if the pool is short."""
@@ -142,21 +139,15 @@ class BlockManager:
         """Key every full block whose tokens are computed, so that others can share it."""
         if not self._caching:
             return
-        size = self.block_size
-        for index in range(len(request.block_hashes), request.num_computed_tokens // size):
-            parent = request.block_hashes[-1] if request.block_hashes else request.cache_root
-            key = self._key(request, index * size, parent)
+        while len(request.block_hashes) < request.num_computed_tokens // self.block_size:
+            block, key = request.blocks[len(request.block_hashes)], self._next_key(request)
             request.block_hashes.append(key)
             if key not in self._block_of:  # another request may have computed the same block in the same step
-                block = request.blocks[index]
                 self._block_of[key] = block
                 self._key_of[block] = key
-                end = (index + 1) * size
+                end = len(request.block_hashes) * self.block_size
                 later = {use.digest for use in request.adapters if use.ranges and use.ranges[0].begin >= end}
-                digests = tuple(digest for digest in request.digests if digest not in later)
-                self._digests_of[block] = digests
-                for digest in digests:
-                    self._blocks_of_digest.setdefault(digest, set()).add(block)
+                self._digests_of[block] = tuple(digest for digest in request.digests if digest not in later)
 
     def invalidate(self, request: Request) -> None:
         """Unkey every block that the request uses, so that it is not shared from now on."""
@@ -198,17 +189,19 @@ class BlockManager:
 
     def purge(self, digest: AdapterDigest) -> int:
         """Forget every cached block that an adapter's content contributed to; return how many there were."""
-        blocks = self._blocks_of_digest.pop(digest, set())
-        for block in list(blocks):
+        blocks = [block for block, digests in self._digests_of.items() if digest in digests]
+        for block in blocks:
             self._forget(block)
             if self._references[block] == 0:
                 self._idle.pop(block)
                 self._free.append(block)
         return len(blocks)
 
-    def _key(self, request: Request, start: int, parent: bytes) -> bytes:
-        """Return the key of the request's full block that begins with token `start`."""
+    def _next_key(self, request: Request) -> bytes:
+        """Return the key of the request's first block that is not keyed yet, and whose tokens fill it."""
+        start = len(request.block_hashes) * self.block_size
         end = start + self.block_size
+        parent = request.block_hashes[-1] if request.block_hashes else request.cache_root
         return block_key(parent, request.token_ids(start, end), _acting(request.adapters, start, end))
 
     def _take(self) -> int:
@@ -235,10 +228,4 @@ class BlockManager:
                 self._free.append(block)
 
     def _forget(self, block: int) -> None:
-        del self._block_of[self._key_of.pop(block)]
-        for digest in self._digests_of.pop(block):
-            blocks = self._blocks_of_digest.get(digest)
-            if blocks is not None:
-                blocks.discard(block)
-                if not blocks:
-                    del self._blocks_of_digest[digest]
+        del self._block_of[self._key_of.pop(block)], self._digests_of[block]

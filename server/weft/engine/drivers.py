@@ -12,7 +12,7 @@ from weft.kernels.device import Transfer
 from weft.kernels.selection import Kernels
 from weft.kernels.step import Entries, RoutedRun, Step, entries_at, row_of_entry
 from weft.methods import mixture
-from weft.methods.driver import ReferenceDriver, Router, Segment
+from weft.methods.driver import EnterLayer, ReferenceDriver, Segment
 from weft.methods.inject import Driver
 from weft.methods.protocol import Site, SiteKind
 
@@ -99,42 +99,37 @@ def segments(slots: SlotTable, entries: Entries, gates: Tensor) -> Iterator[Segm
         yield Segment(slots.method(slot), slots.params(slot), rows, partial(torch.index_select, gates, 0, places))
 
 
-def routers(slots: SlotTable, entries: Entries, there: Step) -> Iterator[Router]:
-    """Yield the router of each request with a mixture, which writes its gates in each layer. `entries`: on the host."""
-    routing = there.routing
-    if routing is None:
+def routers(slots: SlotTable, entries: Entries, there: Step) -> Iterator[EnterLayer]:
+    """Yield what writes the gates in each layer, for each request with a mixture. `entries`: on the host."""
+    if there.routing is None:
         return
     row_of = row_of_entry(entries)
-    for run in routing.runs:
+    for run in there.routing.runs:
         first, end = int(entries.offsets[run.first]), int(entries.offsets[run.last])
-        yield _Router(slots, run, there, slice(first, end), row_of[first:end] - run.first)
+        yield _router(slots, run, there, slice(first, end), row_of[first:end] - run.first)
 
 
-class _Router:
-    """Writes the gates of one request's rows for each layer, as kernels do (kernels/cpu/routing.cpp)."""
+def _router(slots: SlotTable, run: RoutedRun, there: Step, entries: slice, row_of: Tensor) -> EnterLayer:
+    """Return what writes the gates of one request's rows, as kernels do (kernels/cpu/routing.cpp).
 
-    def __init__(self, slots: SlotTable, run: RoutedRun, there: Step, entries: slice, rows: Tensor) -> None:
-        """entries: of the run's rows. rows: of each entry, counted from the run's first row."""
-        assert there.entries is not None
-        assert there.routing is not None
-        self._config, self._params = slots.router(AdapterSlot(run.slot))
-        self._run = run
-        self._gates = there.entries.gates[entries]
-        self._of_entry = rows.to(self._gates.device), there.routing.experts[entries].long()
-        self._trace = there.routing.trace
-        log_gates = there.paging.log_gates
-        self._log_gates = None if log_gates is None else log_gates[run.first : run.last]
+    entries: of the run's rows. row_of: the row of each entry, counted from the run's first row.
+    """
+    assert there.entries is not None
+    assert there.routing is not None
+    config, params = slots.router(AdapterSlot(run.slot))
+    gates_of_entries, trace, log_gates = there.entries.gates[entries], there.routing.trace, there.paging.log_gates
+    of_entry = row_of.to(gates_of_entries.device), there.routing.experts[entries].long()
 
-    def enter(self, layer: int, rows: Tensor) -> None:
-        """Begin a layer, with the hidden states `rows` [T, hidden]."""
-        run = self._run
+    def enter(layer: int, rows: Tensor) -> None:
         seen = rows[run.first : run.last]
         if run.pooled is not None:
             seen = run.pooled.expand_as(seen)
-        gates = mixture.gates(self._config, self._params.at(layer), seen, run.bounds)  # [rows, experts]
-        self._gates.copy_(gates[self._of_entry])
+        gates = mixture.gates(config, params.at(layer), seen, run.bounds)  # [rows, experts]
+        gates_of_entries.copy_(gates[of_entry])
         for span, expert in enumerate(run.spans):
-            assert self._log_gates is not None
-            self._log_gates[:, span] = gates[:, expert].log()
-        if self._trace is not None and run.traced_at >= 0:
-            self._trace[layer, run.traced_at : run.traced_at + gates.numel()] = gates.reshape(-1).to(self._trace)
+            assert log_gates is not None
+            log_gates[run.first : run.last, span] = gates[:, expert].log()
+        if trace is not None and run.traced_at >= 0:
+            trace[layer, run.traced_at : run.traced_at + gates.numel()] = gates.reshape(-1).to(trace)
+
+    return enter

@@ -19,6 +19,7 @@ from weft.adapters.loader import AdapterLoader
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.config import EngineConfig
 from weft.engine import sampler
+from weft.engine.batch import Stepper
 from weft.engine.block_manager import BlockManager
 from weft.engine.inbox import Inbox
 from weft.engine.observer import Observer
@@ -27,7 +28,6 @@ from weft.engine.request import FinishReason, Request, RequestId, SampledToken, 
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler
-from weft.engine.stepper import Stepper
 from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError, draining_error
 from weft.kernels.faults import is_fatal
 from weft.metrics import Metrics
@@ -155,14 +155,13 @@ class Engine:
         now = self._clock()
         self._expire(now)
         step = self.scheduler.schedule()
-        if self.residency.wanted:
-            self._request_loads()
+        for digest in self.residency.take_wanted():
+            self._request_load(digest)
         blocked = self.scheduler.blocked
         if blocked is not None and not self.residency.can_fit(blocked):
             self._end_without_room(blocked)
-        if self.residency.failures:
-            for digest, error in self.residency.take_failures().items():
-                self._fail_adapter(digest, error)
+        for digest, error in self.residency.take_failures().items():
+            self._fail_adapter(digest, error)
         if not step:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
@@ -209,11 +208,8 @@ class Engine:
         params = request.params
         if token_id in params.stop_token_ids and len(request.output) >= params.min_new_tokens:
             return FinishReason.STOP
-        if len(request.output) >= params.max_new_tokens:
-            return FinishReason.LENGTH
-        if request.num_virtual_tokens + request.num_tokens >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
+        is_full = request.num_virtual_tokens + request.num_tokens >= self._max_model_len
+        return FinishReason.LENGTH if is_full or len(request.output) >= params.max_new_tokens else None
 
     def _end(self, request: Request, reason: FinishReason, error: WeftError | None = None, tokens: Tokens = ()) -> None:
         """End a request. While the engine runs, every request leaves through here."""
@@ -260,13 +256,9 @@ class Engine:
 
     # -- loads --------------------------------------------------------------------------------------------------
 
-    def _request_loads(self) -> None:
-        for digest in self.residency.take_wanted():
-            self._loader.request(digest).add_done_callback(partial(self._load_ended, digest))
-
-    def _load_ended(self, digest: AdapterDigest, packed: "Future[PackedAdapter]") -> None:
-        """Wake the engine thread; called on a thread of the loader."""
-        self._inbox.post(partial(self._take_load, digest, packed))
+    def _request_load(self, digest: AdapterDigest) -> None:
+        loading = self._loader.request(digest)  # done on a thread of the loader
+        loading.add_done_callback(lambda packed: self._inbox.post(partial(self._take_load, digest, packed)))
 
     def _take_load(self, digest: AdapterDigest, packed: "Future[PackedAdapter]") -> None:
         error = packed.exception()

@@ -1,19 +1,18 @@
-"""Per-request mixture state (pooled prompt embedding, gate bounds, recorded gates), and a step's rows of mixtures.
+"""Per-request mixture state: pooled prompt embedding, gate bounds, recorded gates.
 
 Only the engine thread calls this. A request without a mixture costs nothing here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from weft.adapters.slots import AdapterSlot
-from weft.engine.request import GateDetail, Gates, MixtureUse, Request
+from weft.engine.request import AdapterUse, GateDetail, Gates, MixtureUse, Request
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled
-from weft.kernels.step import RoutedRun, Routing
+from weft.kernels.step import Routing
 
 
 @dataclass(slots=True)
@@ -90,67 +89,9 @@ class MixtureStates:
         return None if state is None else state.recorded()
 
 
-class RoutedRows:
-    """Gathers the rows of mixtures while a step is built, request by request.
-
-    spans: for each request of the step, which experts provide its virtual positions; () without a mixture.
-    """
-
-    def __init__(self, states: MixtureStates | None) -> None:
-        self.spans: list[Sequence[int]] = []
-        self._states = states
-        self._runs: list[RoutedRun] = []
-        self._experts: list[tuple[int, list[int], int]] = []  # of each run: first entry, experts of a row, rows
-        self._num_traced = 0
-
-    def __len__(self) -> int:
-        return len(self._runs)
-
-    def add(
-        self,
-        request: Request,
-        mixture: MixtureUse,
-        router: AdapterSlot,
-        num_table_rows: Sequence[int],
-        rows: tuple[int, int],
-        first_entry: int,
-    ) -> None:
-        """Add a request with a mixture. num_table_rows: entries per row of each of its uses with deltas."""
-        assert self._states is not None
-        state = self._states.of[request]
-        first, last = rows
-        digests = sorted(use.digest for use in request.adapters)
-        experts = [digests.index(use.digest) for use in request.adapters if not use.num_virtual_tokens]
-        of_row = [expert for expert, count in zip(experts, num_table_rows, strict=True) for _ in range(count)]
-        self._experts.append((first_entry, of_row, last - first))
-        self.spans.append([digests.index(use.digest) for use in request.spans])
-        traced_at = -1
-        if mixture.gate_detail is not GateDetail.NONE:
-            traced_at = self._num_traced
-            self._num_traced += (last - first) * len(digests)
-        self._runs.append(
-            RoutedRun(
-                first=first,
-                last=last,
-                slot=router,
-                spans=tuple(self.spans[-1]),
-                pooled=state.pooled,
-                steering=state.steering,
-                traced_at=traced_at,
-            )
-        )
-
-    def routing(self, span_experts: Tensor | None, num_entries: int) -> Routing | None:
-        """Return the gathered rows of a step with `num_entries` entries, or None if no request has a mixture."""
-        if not self._runs or self._states is None:
-            return None
-        experts = torch.full((num_entries,), -1, dtype=torch.int32)
-        for first, of_row, num_rows in self._experts:
-            experts[first : first + len(of_row) * num_rows] = torch.tensor(of_row * num_rows, dtype=torch.int32)
-        return Routing(
-            tuple(self._runs),
-            torch.tensor([run.row() for run in self._runs], dtype=torch.int64),
-            experts,
-            span_experts,
-            torch.zeros(self._states.num_layers, self._num_traced) if self._num_traced else None,
-        )
+def experts_of(request: Request, uses: Iterable[AdapterUse]) -> list[int]:
+    """Return which expert of the request's mixture each of `uses` is, by the order of digests; -1 without a mixture."""
+    if request.mixture is None:
+        return [-1 for _ in uses]
+    digests = sorted(use.digest for use in request.adapters)
+    return [digests.index(use.digest) for use in uses]

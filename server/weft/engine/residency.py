@@ -56,9 +56,8 @@ class Residency:
         self._pending: set[AdapterDigest] = set()  # wanted, not arrived yet
         self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # arrived, not placed yet
         self.failures: dict[AdapterDigest, WeftError] = {}  # arrived, but could not be placed
-        self._seekers: dict[Request, frozenset[AdapterDigest]] = {}  # not admitted, with their digests
-        self._preloading: set[AdapterDigest] = set()
-        self._awaited: dict[AdapterDigest, list[Future[None]]] = {}
+        self._seekers: set[Request] = set()  # not admitted
+        self._awaited: dict[AdapterDigest, list[Future[None]]] = {}  # preloads
         self._pinned: set[AdapterDigest] = set()
         self.slots_of: dict[Request, tuple[AdapterSlot, ...]] = {}
 
@@ -81,9 +80,9 @@ class Residency:
             return True
         digests = request.digests
         if not self._bring(digests):
-            self._seekers[request] = frozenset(digests)
+            self._seekers.add(request)
             return False
-        self._seekers.pop(request, None)
+        self._seekers.discard(request)
         for digest in digests:
             resident = self._resident[digest]
             resident.holders += 1
@@ -101,8 +100,10 @@ class Residency:
             for digest in request.digests:
                 self._resident[digest].holders -= 1
                 self._resident.move_to_end(digest)
-        for digest in self._seekers.pop(request, ()):
-            self._forget_unwanted(digest)
+        if request in self._seekers:
+            self._seekers.remove(request)
+            for digest in request.digests:
+                self._forget_unwanted(digest)
 
     def release_all(self, requests: Collection[Request]) -> bool:
         """Release the requests that hold adapters; False if none does."""
@@ -119,8 +120,7 @@ class Residency:
         own = set(request.digests)
         packed_adapters = [resident.packed for g, resident in self._resident.items() if g in own or g in self._pinned]
         packed_adapters += [packed for g, packed in self._arrived.items() if g in own]
-        num_blocks = sum(self._blocks.count(packed.num_virtual_tokens) for packed in packed_adapters)
-        num_bytes = sum(packed.buffer.nbytes for packed in packed_adapters)
+        num_bytes, num_blocks = self._sizes(packed_adapters)
         return num_bytes <= self._runner.slots.capacity_bytes and num_blocks <= self._blocks.num_blocks
 
     def arrived(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
@@ -129,14 +129,13 @@ class Residency:
             return  # evicted while it was being loaded
         self._pending.discard(digest)
         self._arrived[digest] = packed
-        if digest in self._preloading or digest in self._pinned:
+        if digest in self._awaited or digest in self._pinned:
             self._bring([digest])
         self._answer(digest)
 
     def failed(self, digest: AdapterDigest, error: WeftError) -> None:
         """End the wait for a load that failed; the next request for the adapter loads it again."""
         self._pending.discard(digest)
-        self._preloading.discard(digest)
         for future in self._awaited.pop(digest, ()):
             future.set_exception(error)
 
@@ -160,8 +159,7 @@ class Residency:
             self._pending.discard(digest)
             self._arrived[digest] = packed
         self._awaited.setdefault(digest, []).append(future)
-        if not self._bring([digest]) and digest not in self.failures:
-            self._preloading.add(digest)
+        self._bring([digest])
         self._answer(digest)
 
     def fail_all(self, error: WeftError) -> None:
@@ -199,13 +197,13 @@ class Residency:
         """Make all of these resident, or change nothing on the device and want those that have not arrived."""
         if any(digest in self.failures for digest in digests):
             return False
-        missing = {g: self._arrived.get(g) for g in digests if g not in self._resident}
+        missing = [digest for digest in dict.fromkeys(digests) if digest not in self._resident]
         if not missing:
             return True
-        for digest, packed in missing.items():
-            if packed is None:
+        packed_adapters = {digest: self._arrived[digest] for digest in missing if digest in self._arrived}
+        for digest in missing:
+            if digest not in packed_adapters:
                 self._want(digest)
-        packed_adapters = {digest: packed for digest, packed in missing.items() if packed is not None}
         if len(packed_adapters) < len(missing) or not self._make_room(packed_adapters.values(), keep=digests):
             return False
         return all(self._place(digest, packed) for digest, packed in packed_adapters.items())
@@ -219,24 +217,23 @@ class Residency:
         """End the futures that await an adapter, unless it is still being loaded."""
         if digest in self._pending:
             return
-        for future in self._awaited.pop(digest, ()):
-            if digest in self._resident:
+        if digest in self._resident:
+            for future in self._awaited.pop(digest, ()):
                 future.set_result(None)
-                continue
-            self._preloading.discard(digest)
+        else:
             no_room = Overloaded(
                 "POOL_EXHAUSTED",
                 "adapter_id: no room on the device; everything there is in use or pinned",
                 metadata={"quota": "adapter_device_bytes"},
                 retry_after_s=1.0,
             )
-            future.set_exception(self.failures.get(digest, no_room))
+            self.failed(digest, self.failures.get(digest, no_room))
         self._forget_unwanted(digest)
 
     def _forget_unwanted(self, digest: AdapterDigest) -> None:
         """Drop an arrived adapter that no request and no call wants any more."""
-        wanted = digest in self._preloading or digest in self._pinned
-        if not wanted and not any(digest in sought for sought in self._seekers.values()):
+        wanted = digest in self._awaited or digest in self._pinned
+        if not wanted and not any(digest in request.digests for request in self._seekers):
             self._arrived.pop(digest, None)
 
     def _place(self, digest: AdapterDigest, packed: PackedAdapter) -> bool:
@@ -245,7 +242,6 @@ class Residency:
         assert blocks is not None
         assert slot is not None
         del self._arrived[digest]
-        self._preloading.discard(digest)
         failure = None if packed.virtual is None else self._write_virtual(blocks, packed.virtual)
         if failure is not None:
             self._runner.slots.drop(slot)
@@ -272,9 +268,9 @@ class Residency:
 
     def _make_room(self, packed_adapters: Collection[PackedAdapter], keep: Collection[AdapterDigest]) -> bool:
         """Evict adapters until all of these fit; return False and evict none if that cannot suffice."""
-        missing_bytes = sum(packed.buffer.nbytes for packed in packed_adapters) - self._runner.slots.free_bytes
-        wanted_blocks = sum(self._blocks.count(packed.num_virtual_tokens) for packed in packed_adapters)
-        missing_blocks = wanted_blocks - self._blocks.num_free_blocks
+        missing_bytes, missing_blocks = self._sizes(packed_adapters)
+        missing_bytes -= self._runner.slots.free_bytes
+        missing_blocks -= self._blocks.num_free_blocks
         leaving = []
         for digest, resident in self._resident.items():
             gives_bytes = missing_bytes > 0 and resident.packed.buffer.nbytes > 0
@@ -288,6 +284,11 @@ class Residency:
         for digest in leaving:
             self._take_off(digest, for_room=True)
         return True
+
+    def _sizes(self, packed_adapters: Collection[PackedAdapter]) -> tuple[int, int]:
+        """Return the bytes of slots, and the KV blocks, that these adapters take together."""
+        num_blocks = sum(self._blocks.count(packed.num_virtual_tokens) for packed in packed_adapters)
+        return sum(packed.buffer.nbytes for packed in packed_adapters), num_blocks
 
     def _can_leave(self, digest: AdapterDigest, keep: Collection[AdapterDigest] = ()) -> bool:
         return not self._resident[digest].holders and digest not in self._pinned and digest not in keep

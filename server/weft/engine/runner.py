@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weft.adapters.slots import SlotTable
 from weft.engine.capture.captured import CapturedSteps, bring_trace
-from weft.engine.capture.shapes import StepShape, common_shapes, empty, num_scratch_blocks, probe, shape_of
+from weft.engine.capture.shapes import StepShape, common_shapes, num_scratch_blocks, probe, shape_of
 from weft.engine.drivers import driver_of
 from weft.errors import AdapterUnusable
 from weft.kernels.capture import NotCapturable
@@ -80,11 +80,9 @@ class ModelRunner:
         self._num_captured_rows = num_captured_rows if kernels.capture is not None else 0
         num_scratch = num_scratch_blocks(self._num_captured_rows, block_size)
         self._cache = KVCache.allocate(
-            num_layers=base.shape.num_layers,
+            base.shape,
             num_blocks=num_kv_blocks + num_scratch,
             block_size=block_size,
-            num_kv_heads=base.shape.num_kv_heads,
-            head_dim=base.shape.head_dim,
             dtype=base.dtype,
             device=base.device,
         )
@@ -105,29 +103,25 @@ class ModelRunner:
         """Verify that captured steps are correct, if steps are captured at all, and capture the usual ones ahead."""
         if self._captured is None:
             return
-        error = self._capture_error()
-        if error is None:
+        block, block_size = self._cache.keys[0].shape[0] - 1, self._cache.block_size
+        steps = [probe(1 + place, place, block, block_size) for place in range(min(_PROBE_STEPS, block_size))]
+        error = self._capture_error(steps)
+        if error is None or not error < _CAPTURE_ERROR_MAX:
+            if error is not None:
+                _log.error("runner: captured decode steps are off by %.3g; steps run uncaptured, more slowly", error)
             self._captured = None  # a capture that cannot be verified is not used
             return
-        if not error < _CAPTURE_ERROR_MAX:
-            _log.error("runner: captured decode steps are off by %.3g; steps run uncaptured, more slowly", error)
-            self._captured = None
-            return
-        if not self._kernels.captures_ahead:
-            return
-        shapes = common_shapes(self._num_captured_rows)
+        shapes = common_shapes(self._num_captured_rows) if self._kernels.captures_ahead else []
         for done, shape in enumerate(shapes, start=1):
-            if self._replay(empty(), shape) is None:
+            if self._replay(steps[0], shape) is None:
                 return
             _log.info("runner: captured decode step %d of %d, with %d rows", done, len(shapes), shape.rows)
 
-    def _capture_error(self) -> float | None:
-        """Return the relative error of a captured step, on tokens and positions that it was not captured with.
+    def _capture_error(self, steps: Sequence[Step]) -> float | None:
+        """Return the relative error of the last of these steps if it is replayed as the first was captured.
 
         None if steps cannot be captured, or there is no room.
         """
-        block, block_size = self._cache.keys[0].shape[0] - 1, self._cache.block_size
-        steps = [probe(1 + place, place, block, block_size) for place in range(min(_PROBE_STEPS, block_size))]
         plain, captured = torch.empty(0), None
         for step in steps:
             plain = self._run(step).float()

@@ -46,8 +46,4 @@ def runs(of: Sequence[Ranges], begin: int, end: int) -> Iterator[tuple[int, int,
     """
     edges = {begin, end, *(edge for ranges in of for one in ranges for edge in one if begin < edge < end)}
     for first, last in itertools.pairwise(sorted(edges)):
-        yield first, last, [k for k, ranges in enumerate(of) if not ranges or _holds(ranges, first)]
-
-
-def _holds(ranges: Ranges, index: int) -> bool:
-    return any(begin <= index < end for begin, end in ranges)
+        yield first, last, [k for k, ranges in enumerate(of) if not ranges or clip(ranges, first, last)]

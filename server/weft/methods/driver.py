@@ -8,13 +8,11 @@ It trains (one segment, all rows, autograd), and it is the oracle that every ker
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from weft.methods import mixture
 from weft.methods.inject import Driver
-from weft.methods.mixture import NO_BOUNDS, MixtureConfig, MixtureParams, Steering
 from weft.methods.protocol import Method, Site
 
 
@@ -32,48 +30,8 @@ class Segment(NamedTuple):
     gates: Tensor | Callable[[], Tensor] | None = None
 
 
-class Routed:
-    """A mixture's gates on its rows, computed again for each layer.
-
-    rows: int64 [N], or None for all rows in order.
-    pooled: at Level.SEQUENCE, the router's input in every layer instead of the rows: [hidden], or [N, hidden].
-    """
-
-    def __init__(
-        self,
-        config: MixtureConfig,
-        params: MixtureParams,
-        rows: Tensor | None = None,
-        steering: Steering = NO_BOUNDS,
-        pooled: Tensor | None = None,
-    ) -> None:
-        self._config = config
-        self._params = params
-        self._rows = rows
-        self._steering = steering
-        self._pooled = pooled
-        self.by_layer: list[Tensor] = []  # [N, experts] of each layer so far
-
-    def enter(self, layer: int, rows: Tensor) -> None:
-        """Compute the gates of the layer that begins with the hidden states `rows` [T, hidden]."""
-        if layer == 0:
-            self.by_layer = []
-        mine = rows if self._rows is None else rows[self._rows]
-        if self._pooled is not None:
-            mine = self._pooled.expand_as(mine)
-        self.by_layer.append(mixture.gates(self._config, self._params.at(layer), mine, self._steering))
-
-    def of(self, expert: int) -> Callable[[], Tensor]:
-        """Return a function that returns one expert's gates [N] in the layer being computed."""
-        return lambda: self.by_layer[-1][:, expert]
-
-
-class Router(Protocol):
-    """An object that is called at the beginning of each layer, because its gates depend on the layer's input."""
-
-    def enter(self, layer: int, rows: Tensor) -> None:
-        """Begin a layer, with the hidden states `rows` [T, hidden]."""
-        ...
+EnterLayer = Callable[[int, Tensor], None]
+"""Computes gates at the beginning of a layer, from its index and the hidden states [T, hidden] that enter it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +39,7 @@ class ReferenceDriver(Driver):
     """Applies `segments` at every site it is called for, with the gates of `routers`."""
 
     segments: Sequence[Segment]
-    routers: Sequence[Router] = ()
+    routers: Sequence[EnterLayer] = ()
 
     @property
     def routes(self) -> bool:
@@ -91,8 +49,8 @@ class ReferenceDriver(Driver):
     def enter(self, layer: int, hidden: Tensor) -> None:
         """Begin a layer; `hidden` [..., hidden] flattens to the rows."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        for router in self.routers:
-            router.enter(layer, rows)
+        for enter in self.routers:
+            enter(layer, rows)
 
     @property
     def needs_residual(self) -> bool:

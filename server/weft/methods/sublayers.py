@@ -35,36 +35,40 @@ def mark(model: Any, sites: Sequence[Site]) -> list[Site]:
     return [_marked(site, model, layers, trace) for site in sites]
 
 
-class _Seen(NamedTuple):
-    """A tensor seen during the run: the input of a norm or a layer, or the output of a site."""
+class _Norm(NamedTuple):
+    """A norm as it was seen during the run, after `num_answers` sites had been called."""
 
     name: str
-    value: Tensor  # float32 [tokens, features]
+    num_answers: int
+    entered: Tensor  # float32 [tokens, features]
+    left: Tensor
 
 
 class _Trace(NamedTuple):
-    norms: list[tuple[int, _Seen]]  # inputs, each with the number of sites called before
-    normed: list[tuple[int, _Seen]]  # outputs, the same way
-    layers: dict[str, Tensor]
-    answers: list[_Seen]  # in the order of the run
+    """What was seen during the run, all float32 [tokens, features]."""
+
+    norms: list[_Norm]
+    layers: dict[str, Tensor]  # inputs
+    answers: list[tuple[str, Tensor]]  # outputs of sites, in the order of the run
 
 
 def _marked(site: Site, model: nn.Module, layers: Sequence[str], trace: _Trace) -> Site:
     layer = next((name for name in layers if site.name.startswith(name + ".")), None)
-    index = next((i for i, seen in enumerate(trace.answers) if seen.name == site.name), None)
+    index = next((i for i, (name, _) in enumerate(trace.answers) if name == site.name), None)
     if layer is None or index is None:
         return site
-    answer = trace.answers[index].value
-    before = [seen for count, seen in trace.norms if count <= index and seen.value.shape == answer.shape]
-    later = [seen.value for count, seen in trace.norms if count > index and seen.value.shape == answer.shape]
+    answer = trace.answers[index][1]
+    norms_here = [norm for norm in trace.norms if norm.entered.shape == answer.shape]
+    before = [norm for norm in norms_here if norm.num_answers <= index]
+    later = [norm.entered for norm in norms_here if norm.num_answers > index]
     here = {"sublayer": _sublayer(site, layer, model), "layer": layers.index(layer)}
-    inside = [seen for seen in before if seen.name.startswith(layer + ".")]
-    if inside and _was_added(answer, inside[-1].value, later):
+    inside = [norm for norm in before if norm.name.startswith(layer + ".")]
+    if inside and _was_added(answer, inside[-1].entered, later):
         return replace(site, **here, norm=inside[-1].name)
-    entered = trace.layers[layer].reshape(-1, trace.layers[layer].shape[-1])
-    streams = [seen.value for seen in inside] + ([entered] if entered.shape == answer.shape else [])
-    streams += [seen.value for count, seen in trace.normed if count <= index and seen.value.shape == answer.shape]
-    others = [seen.value for seen in trace.answers if seen.name.startswith(layer + ".") and seen.name != site.name]
+    streams = [norm.entered for norm in inside] + [norm.left for norm in before if norm.left.shape == answer.shape]
+    if trace.layers[layer].shape == answer.shape:
+        streams.append(trace.layers[layer])
+    others = [other for name, other in trace.answers if name.startswith(layer + ".") and name != site.name]
     beside = [answer, *(answer + other for other in others if other.shape == answer.shape)]
     if any(_was_added(added, stream, later) for stream in streams for added in beside):
         return replace(site, **here)
@@ -99,19 +103,18 @@ def layers_of(model: nn.Module, sites: Sequence[Site]) -> list[str]:
 
 
 def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
-    trace = _Trace([], [], {}, [])
+    trace = _Trace([], {}, [])
     generator = torch.Generator().manual_seed(0)
 
     def answer(site: Site, x: Tensor) -> Tensor:
         noise = torch.randn(*x.shape[:-1], site.out_features, generator=generator).to(x.device, x.dtype)
-        trace.answers.append(_Seen(site.name, _rows(noise)))
+        trace.answers.append((site.name, _rows(noise)))
         return noise
 
     def watch(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if inputs:  # passed by position, as the layers' own norms receive it
-                trace.norms.append((len(trace.answers), _Seen(name, _rows(inputs[0]))))
-                trace.normed.append((len(trace.answers), _Seen(name, _rows(output))))
+                trace.norms.append(_Norm(name, len(trace.answers), _rows(inputs[0]), _rows(output)))
 
         return keep
 
@@ -123,12 +126,18 @@ def _run(model: Any, sites: Sequence[Site], layers: Sequence[str]) -> _Trace:
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in layers]
     hooks += [module.register_forward_hook(watch(name)) for name, module in norms(model)]
+    context = AdapterContext()
+    inject(model, list(sites), context)
     try:
-        with _answering(model, sites, answer):
+        with context.use(Answering(answer)):
             run_on_two_tokens(model)
     finally:
         for hook in hooks:
             hook.remove()
+        for site in sites:
+            wrapped = model.get_submodule(site.name)
+            assert isinstance(wrapped, AdaptedLinear)
+            model.set_submodule(site.name, wrapped.base)
     return trace
 
 
@@ -165,20 +174,6 @@ class Answering(Driver):
 
     def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.answer(site, x)
-
-
-@contextmanager
-def _answering(model: nn.Module, sites: Sequence[Site], answer: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
-    context = AdapterContext()
-    inject(model, list(sites), context)
-    try:
-        with context.use(Answering(answer)):
-            yield
-    finally:
-        for site in sites:
-            wrapped = model.get_submodule(site.name)
-            assert isinstance(wrapped, AdaptedLinear)
-            model.set_submodule(site.name, wrapped.base)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -25,11 +25,10 @@ def require_config(directory: Path) -> dict[str, Any]:
     """
     if not (directory / _CONFIG).is_file():
         ggufs = sorted(directory.glob("*.gguf"))
-        if ggufs:
-            raise FileNotFoundError(
-                f"model: {directory} holds no {_CONFIG} but GGUF files; give the file itself: {ggufs[0]}"
-            )
-        raise FileNotFoundError(f"model: {directory} holds no {_CONFIG}; give a Hugging Face model directory")
+        remedy = (
+            f" but GGUF files; give the file itself: {ggufs[0]}" if ggufs else "; give a Hugging Face model directory"
+        )
+        raise FileNotFoundError(f"model: {directory} holds no {_CONFIG}{remedy}")
     return _json_object(directory / _CONFIG)
 
 

@@ -6,7 +6,6 @@ same tensor. For serving only: training calls each site by itself.
 
 import copy
 from collections.abc import Sequence
-from itertools import groupby, pairwise
 from typing import Any
 
 from weft.methods.bnb import Linear4bit, Params4bit
@@ -39,22 +38,18 @@ def fuse(model: Any, context: AdapterContext) -> int:
 
 def shared_inputs(model: Any, context: AdapterContext) -> list[tuple[Site, ...]]:
     """Return runs of two or more linear sites of one parent that are called one after another with the same tensor."""
-    seen: list[tuple[Site, Tensor]] = []
+    runs: list[tuple[Tensor, list[Site]]] = []
 
     def zeros(site: Site, x: Tensor) -> Tensor:
-        seen.append((site, x))
+        if runs and runs[-1][0] is x and _parent(runs[-1][1][-1]) == _parent(site):
+            runs[-1][1].append(site)
+        else:
+            runs.append((x, [site]))
         return x.new_zeros(*x.shape[:-1], site.out_features)
 
     with context.use(sublayers.Answering(zeros)):
         sublayers.run_on_two_tokens(model)
-    number, numbered = 0, []
-    for before, now in pairwise([(None, None), *seen]):
-        assert now[0] is not None
-        same = before[0] is not None and before[1] is now[1] and _parent(before[0]) == _parent(now[0])
-        number += not same
-        numbered.append((number, now[0]))
-    runs = [tuple(site for _, site in run) for _, run in groupby(numbered, key=lambda pair: pair[0])]
-    return [run for run in runs if len(run) > 1 and all(site.kind is SiteKind.LINEAR for site in run)]
+    return [tuple(run) for _, run in runs if len(run) > 1 and all(site.kind is SiteKind.LINEAR for site in run)]
 
 
 def _parent(site: Site) -> str:

@@ -30,8 +30,6 @@ from weft.methods.inject import AdapterContext, adapter_sites, inject
 from weft.methods.protocol import BaseShape
 from weft.model import checkpoint_files, gate, packed, source
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
@@ -64,22 +62,12 @@ class WeightBytes(NamedTuple):
         """Count the parameters of a model, without the scales of quantized ones."""
         quantized = unquantized = experts = 0
         for name, parameter in model.named_parameters():
-            size = parameter.numel() * parameter.element_size()
             if isinstance(parameter, Params4bit | Int8Params):
-                quantized += size
-                continue
-            unquantized += size
-            if parameter.dim() == 3 and "experts" in name:
-                experts += size
+                quantized += parameter.nbytes
+            else:
+                unquantized += parameter.nbytes
+                experts += parameter.nbytes if parameter.dim() == 3 and "experts" in name else 0
         return cls(quantized, unquantized, experts)
-
-
-class CacheShape(NamedTuple):
-    """Shape of one token's keys, and of its values, in the KV cache."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,20 +90,20 @@ class Checkpoint:
         return self.model.config.get_text_config().max_position_embeddings
 
     @property
-    def cache_shape(self) -> CacheShape:
-        """Shape of the KV cache, from the model's configuration."""
+    def cache_shape(self) -> dict[str, int]:
+        """Shape of one token's keys, and of its values, by the names in BaseShape."""
         text_config = self.model.config.get_text_config()
         num_heads = text_config.num_attention_heads
-        return CacheShape(
-            num_layers=text_config.num_hidden_layers,
-            num_kv_heads=getattr(text_config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
-        )
+        return {
+            "num_layers": text_config.num_hidden_layers,
+            "num_kv_heads": getattr(text_config, "num_key_value_heads", None) or num_heads,
+            "head_dim": getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
+        }
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return 2 * math.prod(self.cache_shape) * self.dtype.itemsize
+        return 2 * math.prod(self.cache_shape.values()) * self.dtype.itemsize
 
 
 def load(config: ModelConfig, *, attention: str) -> Base:
@@ -223,7 +211,7 @@ def wrap(checkpoint: Checkpoint) -> Base:
     embedding: Any = model.get_input_embeddings()  # its width is not always the hidden size (OPT)
     shape = BaseShape(
         sites={site.name: site for site in sites},
-        **checkpoint.cache_shape._asdict(),
+        **checkpoint.cache_shape,
         embedding_size=embedding.weight.shape[1],
         digest=checkpoint.digest,
         name=checkpoint.name,
@@ -298,7 +286,7 @@ def _quantization_config(
 
 def _resolve_dtype(config: ModelConfig, device: torch.device, hf_config: Any) -> torch.dtype:
     if config.dtype != "auto":
-        dtype = _DTYPES[config.dtype]
+        dtype: torch.dtype = getattr(torch, config.dtype)
         if dtype is torch.float16 and device.type == "cpu":
             raise ValueError("dtype: float16 runs on cuda only; take bfloat16 or float32 on a CPU")
         return dtype

@@ -81,21 +81,18 @@ def replace(model: nn.Module, product: Product, *, shadow_bytes: int = 0) -> int
     shadow_bytes: budget for the shadows of all modules together.
     """
     found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child) is Linear4bit and _is_known(child)
+        (name, module) for name, module in model.named_modules() if type(module) is Linear4bit and _is_known(module)
     ]
     left, num_shadows = shadow_bytes, 0
-    for module, name, child in found:
-        state = _state(child)
-        size_bytes = child.in_features * child.out_features * state.dtype.itemsize
+    for name, module in found:
+        state = _state(module)
+        size_bytes = module.in_features * module.out_features * state.dtype.itemsize
         shadow = None
         if size_bytes <= left:
             left -= size_bytes
             num_shadows += 1
-            shadow = bnb.dequantize_4bit(child.weight.data, state)
-        setattr(module, name, Nf4Linear(child, product, shadow))
+            shadow = bnb.dequantize_4bit(module.weight.data, state)
+        model.set_submodule(name, Nf4Linear(module, product, shadow))
     if shadow_bytes:
         _log.info(
             "%d of %d quantized modules have a 16-bit copy: %d bytes", num_shadows, len(found), shadow_bytes - left

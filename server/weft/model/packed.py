@@ -73,11 +73,10 @@ def multiplies_bfloat16() -> bool:
 def lay_out(model: nn.Module, kind: type[PackedLinear]) -> int:
     """Replace every plain bfloat16 nn.Linear of a model on a CPU, in place; return how many there were."""
     found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16 and child.weight.device.type == "cpu"
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module.weight.dtype is torch.bfloat16 and module.weight.device.type == "cpu"
     ]
-    for module, name, child in found:
-        setattr(module, name, kind(child))
+    for name, module in found:
+        model.set_submodule(name, kind(module))
     return len(found)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from weft.kernels.step import Paging
+from weft.methods.protocol import BaseShape
 
 ATTENTION = "weft_paged"
 
@@ -36,21 +37,12 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls,
-        *,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        cls, base: BaseShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
-        """Allocate zeroed pools."""
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
-        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
-        return cls(keys=keys, values=values)
+        """Allocate zeroed pools for a base."""
+        shape = (num_blocks, block_size, base.num_kv_heads, base.head_dim)
+        pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * base.num_layers)]
+        return cls(keys=tuple(pools[: base.num_layers]), values=tuple(pools[base.num_layers :]))
 
     @property
     def block_size(self) -> int:

@@ -40,7 +40,8 @@ def fix(model: Any, max_model_len: int) -> Factors:
         if rotary.kind == "longrope":
             chosen[_fix_longrope(rotary, max_model_len)] = None
         # dynamic NTK begins with the frequencies of the trained length, beyond which no request is admitted
-        _settle(rotary)
+        kinds = rotary.module.rope_type
+        rotary.module.rope_type = {**kinds, rotary.layer_type: _FIXED} if isinstance(kinds, dict) else _FIXED
     names, reasons = zip(*chosen, strict=True) if chosen else ((), ())
     return Factors("; ".join(dict.fromkeys(names)), "; ".join(reasons))
 
@@ -68,10 +69,3 @@ def _fix_longrope(rotary: _Rotary, max_model_len: int) -> Factors:
     return Factors(
         f"longrope: {'long' if is_long else 'short'} factors", f"max_model_len {max_model_len} {relation} {original}"
     )
-
-
-def _settle(rotary: _Rotary) -> None:
-    if rotary.layer_type is None:
-        rotary.module.rope_type = _FIXED
-    else:
-        rotary.module.rope_type = {**rotary.module.rope_type, rotary.layer_type: _FIXED}

@@ -34,9 +34,10 @@ from weft.model.paged_attention import ATTENTION, Attend, KVCache, Paged, Refere
 _LENGTHS = (29, 11)  # tokens of the two requests
 _NUM_DRAWS = 4
 _BLOCK_SIZE = 16
-_BLOCKS = ((3, 0), (1,))  # of each request, in no order
+_BLOCKS = ((3, 0), (1, 2))  # of each request, in no order
 # Steps, each of (request, first token, end): prompts in chunks, side by side in either order, and single tokens.
-_STEPS = (((0, 0, 13), (1, 0, 4)), ((1, 4, 10), (0, 13, 14)), ((0, 14, 28),), ((0, 28, 29), (1, 10, 11)))
+_TOGETHER = (((0, 0, 13), (1, 0, 4)), ((1, 4, 10), (0, 13, 14)), ((0, 14, 28),), ((0, 28, 29), (1, 10, 11)))
+_APART = tuple(((request, 0, length),) for request, length in enumerate(_LENGTHS))
 
 MakeAttend = Callable[[Sequence[Tensor], Sequence[Tensor]], Attend]
 Part = tuple[int, int, int]
@@ -73,11 +74,9 @@ def tolerance(dtype: torch.dtype, quantization: Quantization) -> Tolerance:
     bfloat16, 0.04 unquantized, 0.06 in NF4, and 0.15 in int8, which rounds inputs to 8 bits in each layer. Wrong ones
     (bloom, codegen, lfm2 …) begin at 0.31, and a position that is off by one in a chunk at 0.19.
     """
-    if dtype is torch.float32 and quantization is Quantization.NONE:
-        return Tolerance(1e-3, 1e-3)
     match quantization:
         case Quantization.NONE:
-            return Tolerance(0.1, 0.1)
+            return Tolerance(1e-3, 1e-3) if dtype is torch.float32 else Tolerance(0.1, 0.1)
         case Quantization.NF4:
             return Tolerance(0.1, 0.15)
         case Quantization.INT8:
@@ -93,7 +92,8 @@ def expect(model: Any, *, max_model_len: int) -> Expected:
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     by_length = []
-    with refusing(_name(model), "computed by transformers itself"), _dequantized(model):
+    name = Path(model.config.name_or_path).name or type(model).__name__
+    with refusing(name, "computed by transformers itself"), _dequantized(model):
         for length, first in zip(_LENGTHS, (0, max(0, max_model_len - _LENGTHS[1])), strict=True):
             token_ids = torch.randint(vocab_size, (_NUM_DRAWS, length), generator=generator).to(model.device)
             positions = torch.arange(first, first + length, device=model.device)
@@ -132,21 +132,11 @@ def measure(base: Base, requests: Sequence[Request], make_attend: MakeAttend | N
     plain = [_alone(model, request.token_ids[None], request.positions)[0] for request in requests]
     register()
     with attending(model, ATTENTION):
-        together = _served(base, requests, _STEPS, make_attend)
-        apart = [
-            _served(base, requests, ([(index, 0, length)],), make_attend)[index]
-            for index, length in enumerate(_LENGTHS)
-        ]
+        served = [_served(base, requests, steps, make_attend) for steps in (_TOGETHER, _APART)]
     return Tolerance(
-        attention=max(
-            _error(found, wanted) for served in (together, apart) for found, wanted in zip(served, plain, strict=True)
-        ),
+        attention=max(_error(*pair) for found in served for pair in zip(found, plain, strict=True)),
         products=max(_error(found, request.logits) for found, request in zip(plain, requests, strict=True)),
     )
-
-
-def _name(model: Any) -> str:
-    return Path(model.config.name_or_path).name or type(model).__name__
 
 
 def _alone(model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -160,11 +150,9 @@ def _served(
 ) -> list[Tensor]:
     """Return logits [N, V] of each request, computed in `steps` over pages."""
     cache = KVCache.allocate(
-        num_layers=base.shape.num_layers,
-        num_blocks=1 + max(map(max, _BLOCKS)),
+        base.shape,
+        num_blocks=sum(map(len, _BLOCKS)),
         block_size=_BLOCK_SIZE,
-        num_kv_heads=base.shape.num_kv_heads,
-        head_dim=base.shape.head_dim,
         dtype=base.dtype,
         device=base.device,
     )
@@ -180,20 +168,19 @@ def _served(
         sizes = [end - begin for _, begin, end in parts]
         for (index, _, _), logits in zip(parts, out.logits[0].float().split(sizes), strict=True):
             found[index].append(logits)
-    return [torch.cat(parts) if parts else torch.empty(0) for parts in found]
+    return [torch.cat(parts) for parts in found]
 
 
 def _paging(cache: KVCache, parts: Sequence[Part]) -> Paging:
-    device, width = cache.keys[0].device, max(map(len, _BLOCKS))
+    device = cache.keys[0].device
     sizes = torch.tensor([0] + [end - begin for _, begin, end in parts])
-    tables = [list(_BLOCKS[index]) + [0] * (width - len(_BLOCKS[index])) for index, _, _ in parts]
     slots = [cache.slots(list(_BLOCKS[index]), end)[begin:] for index, begin, end in parts]
     return Paging(
         torch.cat(slots),
         sizes.cumsum(0).to(device, torch.int32),
         torch.tensor([end for _, _, end in parts], dtype=torch.int32, device=device),
         torch.zeros(len(parts), 0, dtype=torch.int32, device=device),
-        torch.tensor(tables, dtype=torch.int32, device=device),
+        torch.tensor([_BLOCKS[index] for index, _, _ in parts], dtype=torch.int32, device=device),
     )
 
 

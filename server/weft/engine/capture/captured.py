@@ -125,8 +125,7 @@ class CapturedSteps:
         if shape.key is None or shape.key.table_at == self._table_at:
             return
         self._table_at = shape.key.table_at
-        stale = [known for known in self.shapes if known.key is not None and known.key.table_at != self._table_at]
-        for known in stale:
+        for known in [one for one in self.shapes if one.key is not None and one.key.table_at != self._table_at]:
             del self.shapes[known]
 
 

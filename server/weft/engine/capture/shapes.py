@@ -19,19 +19,11 @@ _TABLE_WIDTHS = (16, 64)  # of steps that are common: up to 1,024 tokens in bloc
 _SPACED = 16  # from here on there is a size between two powers of two
 
 
-class RoutedShape(NamedTuple):
-    """Room for a step's mixtures. runs: requests. traced: gates in a layer's trace; 0 for no trace."""
-
-    runs: int
-    traced: int
-    has_spans: bool
-
-
 class StepShape(NamedTuple):
     """What a step is captured for; steps of the same shape differ in the contents of their tensors alone.
 
     entries: room for entries of adapter rows; 0 if no row has any. key: of the slot tables; None if no row has an
-    adapter. routed: None without mixtures.
+    adapter. runs: room for requests with a mixture. traced: room for gates in a layer of their trace.
     """
 
     rows: int
@@ -40,7 +32,9 @@ class StepShape(NamedTuple):
     has_log_gates: bool
     entries: int
     key: CaptureKey | None
-    routed: RoutedShape | None = None
+    runs: int = 0
+    traced: int = 0
+    has_span_experts: bool = False
 
 
 def shape_of(step: Step, key: CaptureKey | None) -> StepShape | None:
@@ -50,23 +44,17 @@ def shape_of(step: Step, key: CaptureKey | None) -> StepShape | None:
         return None
     size = step_size(step.num_rows)
     num_entries = 0 if entries is None else len(entries.slots)
-    num_spans = paging.virtual_lens.shape[1]
+    trace = None if routing is None else routing.trace
     return StepShape(
         rows=size,
         table_width=_table_width(paging.block_tables.shape[1]),
-        spans=_power_of_two(num_spans) if num_spans else 0,
+        spans=_power_of_two(paging.virtual_lens.shape[1]),
         has_log_gates=paging.log_gates is not None,
         entries=max(size, step_size(num_entries)) if num_entries else 0,
         key=key,
-        routed=None if routing is None else _routed_shape(routing),
-    )
-
-
-def _routed_shape(routing: Routing) -> RoutedShape:
-    return RoutedShape(
-        runs=_power_of_two(len(routing.table)),
-        traced=0 if routing.trace is None else _power_of_two(routing.trace.shape[1]),
-        has_spans=routing.span_experts is not None,
+        runs=0 if routing is None else _power_of_two(len(routing.table)),
+        traced=0 if trace is None else _power_of_two(trace.shape[1]),
+        has_span_experts=routing is not None and routing.span_experts is not None,
     )
 
 
@@ -77,13 +65,6 @@ def common_shapes(num_rows_max: int) -> list[StepShape]:
         for rows in reversed(step_sizes(num_rows_max))
         for width in reversed(_TABLE_WIDTHS)
     ]
-
-
-def empty() -> Step:
-    """Return a step without rows: padded, it consists of padding."""
-    whole = torch.zeros(0, dtype=torch.int64)
-    starts, lens, spans, tables = (torch.zeros(shape, dtype=torch.int32) for shape in ((1,), (0,), (0, 0), (0, 1)))
-    return Step(whole, whole, whole, Paging(whole, starts, lens, spans, tables))
 
 
 def probe(token_id: int, position: int, block: int, block_size: int) -> Step:
@@ -107,7 +88,7 @@ def step_sizes(num_rows_max: int) -> list[int]:
 
 def num_scratch_blocks(num_rows_max: int, block_size: int) -> int:
     """Return how many blocks the padding rows of a step of up to `num_rows_max` rows need, one place for each row."""
-    return -(-step_size(num_rows_max) // block_size) if num_rows_max else 0
+    return -(-step_size(num_rows_max) // block_size)
 
 
 def pad(step: Step, shape: StepShape, *, first_scratch_block: int, block_size: int) -> Step:
@@ -153,14 +134,13 @@ def _pad_entries(entries: Entries, shape: StepShape, missing: int) -> Entries:
 
 
 def _pad_routing(routing: Routing, shape: StepShape, around_spans: tuple[int, int, int, int]) -> Routing:
-    assert shape.routed is not None
     table, experts, span_experts, trace = routing.table, routing.experts, routing.span_experts, routing.trace
     no_rows = torch.tensor([shape.rows, shape.rows, int(table[-1, 2]), 0, 0, -1])
     return routing._replace(
-        table=torch.cat([table, no_rows.expand(shape.routed.runs - len(table), -1)]),
+        table=torch.cat([table, no_rows.expand(shape.runs - len(table), -1)]),
         experts=F.pad(experts, (0, shape.entries - len(experts)), value=-1),
         span_experts=None if span_experts is None else F.pad(span_experts, around_spans, value=-1),
-        trace=None if trace is None else F.pad(trace, (0, shape.routed.traced - trace.shape[1])),
+        trace=None if trace is None else F.pad(trace, (0, shape.traced - trace.shape[1])),
     )
 
 
@@ -173,5 +153,5 @@ def _table_width(num_blocks: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
+    """Return the smallest power of two that is at least `number`; 0 for 0."""
+    return 1 << (number - 1).bit_length() if number else 0

@@ -14,7 +14,7 @@ here they are 2rd + r + d, and 2d more with the LN. `parallel` has no zero-delta
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated, NamedTuple
@@ -44,7 +44,7 @@ class Form(StrEnum):
 
 
 class Activation(StrEnum):
-    """σ. GELU is the exact one, with erf."""
+    """σ, by its name in torch.nn.functional. GELU is the exact one, with erf."""
 
     RELU = "relu"
     GELU = "gelu"
@@ -204,22 +204,13 @@ def delta(params: BottleneckParams, h: Tensor, r: Tensor | None, drop: Drop = ke
 
 def _f(params: BottleneckParams, z: Tensor, drop: Drop) -> Tensor:
     dtype = params.down.dtype
-    hidden = _activate(z.to(dtype) @ params.down.mT + params.down_bias, params.activation)  # [*T, R]
+    activate: Callable[[Tensor], Tensor] = getattr(F, params.activation)
+    hidden = activate(z.to(dtype) @ params.down.mT + params.down_bias)  # [*T, R]
     return (drop(hidden.to(dtype)) @ params.up.mT + params.up_bias) * params.scaling
 
 
 def _norm(params: BottleneckParams, z: Tensor) -> Tensor:
     return z if params.norm is None else F.layer_norm(z, z.shape[-1:], params.norm, params.norm_bias, params.norm_eps)
-
-
-def _activate(z: Tensor, activation: Activation) -> Tensor:
-    match activation:
-        case Activation.RELU:
-            return F.relu(z)
-        case Activation.GELU:
-            return F.gelu(z)
-        case Activation.SILU:
-            return F.silu(z)
 
 
 _KINDS = {
