@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.bases import Bases
 from tests.serving import Row, Step
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
@@ -24,7 +25,7 @@ from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.catalog import METHODS
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
+from weft.model import loader
 from weft.v1 import (
     adapter_service_pb2,
     adapter_service_pb2_grpc,
@@ -107,9 +108,9 @@ def _differs(alone: _Answer, together: _Answer) -> bool:
 
 
 @pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.INT8])
-async def test_concurrent_requests_answer_as_alone(quantization: Quantization, tmp_path: Path) -> None:
+async def test_concurrent_requests_answer_as_alone(quantization: Quantization, path: Path, tmp_path: Path) -> None:
     config = WeftConfig(
-        model=ModelConfig(path=tiny.save_base(tmp_path / "base"), quantization=quantization, device="cpu"),
+        model=ModelConfig(path=path, quantization=quantization, device="cpu"),
         store=tmp_path / "store",
         engine=EngineConfig(max_num_seqs=48, max_num_batched_tokens=160),  # chunks prompts, makes requests queue
         server=ServerConfig(port=0, metrics_port=0),
@@ -157,12 +158,8 @@ def _kernels(base: loader.Base) -> Kernels:
 
 @pytest.mark.parametrize("quantization", list(Quantization))
 @pytest.mark.parametrize("num_tokens", [1, 7])
-def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, num_tokens: int, tmp_path: Path) -> None:
-    paged_attention.register()
-    base = loader.load(
-        ModelConfig(path=tiny.save_base(tmp_path / "base"), quantization=quantization, device="cpu"),
-        attention=paged_attention.ATTENTION,
-    )
+def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, num_tokens: int, bases: Bases) -> None:
+    base = bases("llama", quantization)
     step = Step(base, _kernels(base))
     adapters = [None, *_adapters(base.shape).values()]
     dice = random.Random(1)
@@ -182,11 +179,9 @@ def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, n
         assert not torch.equal(other, wanted)
 
 
-def test_an_outlier_threshold_would_break_the_promise(tmp_path: Path) -> None:
+def test_an_outlier_threshold_would_break_the_promise(bases: Bases) -> None:
     """Negative control, and why int8 runs with threshold 0: LLM.int8's outlier columns are taken over all rows."""
-    paged_attention.register()
-    config = ModelConfig(path=tiny.save_base(tmp_path / "base"), quantization=Quantization.INT8, device="cpu")
-    base = loader.load(config, attention=paged_attention.ATTENTION)
+    base = bases.fresh("llama", Quantization.INT8)
     step = Step(base, _kernels(base))
     rows = [Row([5]), Row([77])], [Row([5]), Row([101])]
 

@@ -4,23 +4,21 @@ tests/kernels/test_cpu_capture.py runs them with the kernels for CPUs, tests/gpu
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tests import tiny
 from tests.engine.decoding import Blend, Decoding, Taken
 from tests.engine.test_captured import mixed
 from tests.mixing.test_composition import mixes, rows
 from tests.mixing.test_mixture import mixtures
 from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
-from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.config import Quantization
+from weft.kernels.selection import REFERENCE, Kernels
 from weft.methods.inject import LinearGroup
 from weft.methods.protocol import BaseShape
-from weft.model import loader, paged_attention, serving_form
+from weft.model import loader
 
 
 class Held(NamedTuple):
@@ -41,16 +39,6 @@ NF4 = Held(Quantization.NF4, "bfloat16", 3e-2, 6e-2)
 INT8 = Held(Quantization.INT8, "bfloat16", 3e-2, 6e-2)
 ALL = (FLOAT32, BFLOAT16, NF4, INT8)
 NAMES = ("float32", "bfloat16", "nf4", "int8")
-
-
-def served(directory: Path, held: Held, device: str, architecture: str = "llama") -> loader.Base:
-    """Return a tiny base as a server holds it."""
-    paged_attention.register()
-    path = tiny.save_base(directory / "base", architecture)
-    config = ModelConfig(path=path, quantization=held.quantization, dtype=held.dtype, device=device)
-    base = loader.load(config, attention=paged_attention.ATTENTION)
-    serving_form.take(base, select(base.device, base.dtype))
-    return base
 
 
 def blends(base: BaseShape, *, all_kept: bool) -> list[Blend]:

@@ -13,13 +13,12 @@ from torch import Tensor
 from tests import tiny
 from tests.engine.decoding import Decoding, Part
 from weft.adapters.slots import SlotTable
-from weft.config import ModelConfig, Quantization
 from weft.engine.capture import shapes
 from weft.kernels.capture import NotCapturable, Replay
 from weft.kernels.selection import select
 from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 
 class Capturer:
@@ -49,14 +48,6 @@ class Forgetful(Capturer):
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
         result = function()
         return lambda: result
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("graphs") / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, dtype="float32", device="cpu")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 def _adapters(base: BaseShape) -> list[Adapter]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.bases import Bases
 from tests.engine.decoding import Blend, Decoding, Part
 from tests.engine.test_captured import Capturer, mixed
 from tests.kernels.interpreted import DEVICE, INTERPRETED
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from weft.adapters import packed_adapter
 from weft.adapters.slots import SlotTable
-from weft.config import ModelConfig, Quantization
 from weft.kernels.cuda import attention, deltas
 from weft.kernels.cuda.driver import DriverFactory
 from weft.kernels.selection import REFERENCE, Kernels, select
@@ -34,11 +34,8 @@ CUDA = Kernels(name="cuda", driver=DriverFactory(torch.float32))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("cuda") / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device=DEVICE.type, dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def base(bases: Bases) -> loader.Base:
+    return bases(device=DEVICE.type)
 
 
 def assert_same(base: loader.Base, listed: list[Row], *, last_only: bool = False) -> None:

@@ -14,13 +14,12 @@ from tests.serving import Row, Step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
 from weft.methods import lora
 from weft.methods.checkpoint import directory
 from weft.methods.lora.math import LoraParams
 from weft.methods.protocol import Adapter, SiteKind
-from weft.model import loader, paged_attention
+from weft.model import loader
 from weft_training.tools import merging
 from weft_training.tools.merging import Part
 
@@ -31,15 +30,8 @@ _TOLERANCE = 1e-5  # relative, of float32 products of matrices with 64 to 128 co
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paged_attention.register()
-    return tiny.save_base(tmp_path_factory.mktemp("merged") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def _adapters(base: loader.Base, *, lora_bias: bool = False) -> list[Adapter]:
