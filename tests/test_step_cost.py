@@ -13,8 +13,8 @@ import torch
 from tests import tiny
 from tests.bases import Bases
 from tests.calls import counted
-from tests.mixing.test_composition import MAKERS, VIRTUAL
-from tests.mixing.test_mixture import made
+from tests.mixing.compositions import MAKERS, VIRTUAL
+from tests.mixing.mixtures import made
 from tests.serving import Row, Step
 from weft.adapters import packed_adapter
 from weft.config import Quantization

@@ -19,7 +19,7 @@ from tests.engine.captured import (
     check_groups,
     check_kernels,
 )
-from tests.engine.decoding import Decoding, Part
+from tests.engine.decoding import Decoding
 from tests.engine.test_captured import Forgetful, mixed
 from torch import Tensor
 
@@ -110,7 +110,7 @@ def test_captures_of_several_shapes_share_memory_and_do_not_meet(bases: Bases) -
         torch.testing.assert_close(captured.step(list(kept)), plain.step(list(kept)), rtol=1e-4, atol=1e-5)
     for decoding in (plain, captured):
         decoding.end()
-        decoding.start([[Part(tiny.random_lora(base.shape, rank=5, seed=seed), 1.0)] for seed in range(8)])
+        decoding.start([[(tiny.random_lora(base.shape, rank=5, seed=seed), 1.0)] for seed in range(8)])
         decoding.step()
     torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
 
@@ -154,7 +154,7 @@ def test_a_captured_step_asks_no_module_and_as_much_for_any_adapters(bases: Base
     for num_adapters in (1, 16, 64):
         _, captured = _decodings(base, num_captured_rows=64)
         captured.start(
-            [[Part(tiny.random_lora(base.shape, rank=1 + row % 16, seed=row % num_adapters), 1.0)] for row in range(64)]
+            [[(tiny.random_lora(base.shape, rank=1 + row % 16, seed=row % num_adapters), 1.0)] for row in range(64)]
         )
         captured.step()
         for request in captured.requests:

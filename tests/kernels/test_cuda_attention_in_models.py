@@ -3,9 +3,9 @@
 import pytest
 from tests.bases import Bases
 from tests.kernels.interpreted import DEVICE
-from tests.mixing.test_composition import FLOAT32_TOLERANCE, error
-from tests.mixing.test_mixture import mixtures
-from tests.serving import Row, Step
+from tests.mixing.compositions import FLOAT32_TOLERANCE
+from tests.mixing.mixtures import mixtures
+from tests.serving import Row, Step, error
 
 from weft.kernels.cuda import attention
 from weft.kernels.selection import REFERENCE, Kernels

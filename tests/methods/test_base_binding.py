@@ -23,8 +23,7 @@ _HOLDINGS = [
 
 def test_the_same_weights_know_one_another_however_they_are_held(bases: Bases) -> None:
     shapes = {
-        holding: bases("llama", quantization, double_quant=double).shape
-        for quantization, double, holding in _HOLDINGS
+        holding: bases("llama", quantization, double_quant=double).shape for quantization, double, holding in _HOLDINGS
     }
     assert len({shape.digest for shape in shapes.values()}) == len(shapes)  # keys and values depend on the holding
     for holding, shape in shapes.items():

@@ -61,7 +61,7 @@ def test_equal_terms_are_gathered() -> None:
 
 
 def test_a_packed_weight_counts_as_what_it_stands_for(bases: Bases) -> None:
-    assert len({num_parameters(bases("llama", quantization)) for quantization in Quantization}) == 1
+    assert len({num_parameters(bases.fresh("llama", quantization)) for quantization in Quantization}) == 1
 
 
 def test_the_forward_pass_is_measured(bases: Bases) -> None:

@@ -204,10 +204,7 @@ def test_progress_hears_every_step(tiny_base: Path, tmp_path: Path) -> None:
     result = train(config, examples=EXAMPLES, progress=steps.append)
     assert [(step.number, step.num_steps) for step in steps] == [(1, 3), (2, 3), (3, 3)]
     assert tuple(step.loss for step in steps) == result.losses
-    assert (
-        result.num_parameters
-        == adapter.read(result.output, load(tiny_base, Quantization.NF4).shape).num_parameters
-    )
+    assert result.num_parameters == adapter.read(result.output, load(tiny_base, Quantization.NF4).shape).num_parameters
 
 
 # --- where soft prompts begin, and what makes them -------------------------------------------------------------------
