@@ -11,7 +11,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia/versi
 import pytest
 import torch
 
-from tests import tiny
+from tests.bases import Bases
+from weft.methods.protocol import BaseShape
+from weft.model.loader import Base
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +31,36 @@ def _threads() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint directory of a tiny random Llama."""
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """Return the tiny bases, for tests of more than one, or of one that is quantized or changed."""
+    return Bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def architecture() -> str:
+    """Return the architecture of `path` and `base`; a module of several overrides this by a fixture with parameters."""
+    return "llama"
+
+
+@pytest.fixture(scope="module")
+def path(bases: Bases, architecture: str) -> Path:
+    """Return the checkpoint of `base`, which tests only read."""
+    return bases.path(architecture)
+
+
+@pytest.fixture(scope="module")
+def base(bases: Bases, architecture: str) -> Base:
+    """Return the base as a server holds it, in float32 and shared; see `Bases`."""
+    return bases(architecture)
+
+
+@pytest.fixture(scope="module")
+def shape(base: Base) -> BaseShape:
+    """Return the shape of `base`, for tests of files and formulas, which compute nothing with it."""
+    return base.shape
+
+
+@pytest.fixture(scope="module")
+def llama(bases: Bases) -> Base:
+    """Return the Llama of `base`, whatever the module's architectures are."""
+    return bases()

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.serving import Row, Step
+from tests.bases import Bases
+from tests.neighbours import assert_same_bits
+from tests.serving import Row, Step, selected
 from weft.api.serve import build_model, serving
 from weft.config import EngineConfig, ModelConfig, Quantization, ServerConfig, WeftConfig
-from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.catalog import METHODS
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
 from weft.v1 import (
     adapter_service_pb2,
     adapter_service_pb2_grpc,
@@ -107,9 +107,9 @@ def _differs(alone: _Answer, together: _Answer) -> bool:
 
 
 @pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.INT8])
-async def test_concurrent_requests_answer_as_alone(quantization: Quantization, tmp_path: Path) -> None:
+async def test_concurrent_requests_answer_as_alone(quantization: Quantization, path: Path, tmp_path: Path) -> None:
     config = WeftConfig(
-        model=ModelConfig(path=tiny.save_base(tmp_path / "base"), quantization=quantization, device="cpu"),
+        model=ModelConfig(path=path, quantization=quantization, device="cpu"),
         store=tmp_path / "store",
         engine=EngineConfig(max_num_seqs=48, max_num_batched_tokens=160),  # chunks prompts, makes requests queue
         server=ServerConfig(port=0, metrics_port=0),
@@ -149,45 +149,25 @@ async def test_concurrent_requests_answer_as_alone(quantization: Quantization, t
         assert blocks.num_used_blocks == len(runner.slots) == 0
 
 
-def _kernels(base: loader.Base) -> Kernels:
-    chosen = select(base.device, base.dtype)
-    assert chosen is not REFERENCE, "the bit-equality promise is the kernels'; they must be there"
-    return chosen
-
-
 @pytest.mark.parametrize("quantization", list(Quantization))
 @pytest.mark.parametrize("num_tokens", [1, 7])
-def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, num_tokens: int, tmp_path: Path) -> None:
-    paged_attention.register()
-    base = loader.load(
-        ModelConfig(path=tiny.save_base(tmp_path / "base"), quantization=quantization, device="cpu"),
-        attention=paged_attention.ATTENTION,
-    )
-    step = Step(base, _kernels(base))
+def test_neighbours_adapters_leave_a_row_bit_equal(quantization: Quantization, num_tokens: int, bases: Bases) -> None:
+    base = bases("llama", quantization)
+    step = Step(base, selected(base))
     adapters = [None, *_adapters(base.shape).values()]
     dice = random.Random(1)
     prompts = [[dice.randrange(1, tiny.VOCAB_SIZE) for _ in range(num_tokens)] for _ in range(16)]
     for mine in (adapters[0], adapters[4], adapters[7], adapters[11], *adapters[14:]):
-        wanted = None
-        for trial in range(8):
-            neighbours = [dice.choice(adapters) for _ in prompts[1:]]
-            if trial == 1:
-                neighbours = [mine] * len(neighbours)  # all rows like mine: this changes the grouping by adapter most
-            rows = [Row(prompts[0], mine), *map(Row, prompts[1:], neighbours)]
-            got = step.logits(rows)[0]
-            wanted = got if wanted is None else wanted
-            assert torch.equal(got, wanted), f"trial {trial}: max {(got - wanted).abs().max()}"
-        # Negative control: the same comparison detects a change of the row's own adapter.
-        other = step.logits([Row(prompts[0], adapters[1]), *map(Row, prompts[1:])])[0]
-        assert not torch.equal(other, wanted)
+        drawn = [[dice.choice(adapters) for _ in prompts[1:]] for _ in range(8)]
+        drawn[1] = [mine] * len(prompts[1:])  # all rows like mine: this changes the grouping by adapter most
+        neighbourhoods = [list(map(Row, prompts[1:], neighbours)) for neighbours in drawn]
+        assert_same_bits(step, Row(prompts[0], mine), neighbourhoods, Row(prompts[0], adapters[1]))
 
 
-def test_an_outlier_threshold_would_break_the_promise(tmp_path: Path) -> None:
+def test_an_outlier_threshold_would_break_the_promise(bases: Bases) -> None:
     """Negative control, and why int8 runs with threshold 0: LLM.int8's outlier columns are taken over all rows."""
-    paged_attention.register()
-    config = ModelConfig(path=tiny.save_base(tmp_path / "base"), quantization=Quantization.INT8, device="cpu")
-    base = loader.load(config, attention=paged_attention.ATTENTION)
-    step = Step(base, _kernels(base))
+    base = bases.fresh("llama", Quantization.INT8)
+    step = Step(base, selected(base))
     rows = [Row([5]), Row([77])], [Row([5]), Row([101])]
 
     def first_logits_differ() -> bool:

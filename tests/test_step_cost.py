@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.bases import Bases
 from tests.calls import counted
-from tests.mixing.test_composition import MAKERS, VIRTUAL
-from tests.mixing.test_mixture import made
+from tests.mixing.compositions import MAKERS, VIRTUAL
+from tests.mixing.mixtures import made
 from tests.serving import Row, Step
 from weft.adapters import packed_adapter
-from weft.config import ModelConfig
+from weft.config import Quantization
 from weft.engine.runner import ModelRunner
 from weft.engine.token_ranges import TokenRange
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.protocol import Adapter
-from weft.model import loader, paged_attention, serving_form
+from weft.model import loader
 from weft.model.packed import multiplies_bfloat16
 
 pytestmark = pytest.mark.skipif(
@@ -34,12 +35,8 @@ DELTAS = tuple(name for name in MAKERS if name not in VIRTUAL)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("cost") / "base")
-    base = loader.load(ModelConfig(path=path, device="cpu"), attention=paged_attention.ATTENTION)
-    serving_form.take(base, select(base.device, base.dtype))
-    return base
+def base(bases: Bases) -> loader.Base:
+    return bases.served("llama", Quantization.NF4)
 
 
 class _CountingRunner(ModelRunner):

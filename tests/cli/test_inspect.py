@@ -3,26 +3,13 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from tests import tiny
+from tests.bases import Bases
 from tests.cli.conftest import Weft
-from weft.config import ModelConfig, Quantization
 from weft.methods.checkpoint import directory
-from weft.model import loader
 from weft.model.loader import Base
 
 HELD = ("--quantization", "none", "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> Base:
-    return loader.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu"), attention="sdpa")
 
 
 def test_a_base_is_told_as_a_table(weft: Weft, path: Path) -> None:
@@ -73,7 +60,7 @@ def test_another_base_of_the_same_shape_is_told_apart(weft: Weft, path: Path, ba
     assert "NOT the one that it was trained for" in shown.output
 
 
-def test_what_cannot_be_inspected_is_said(weft: Weft, path: Path, base: Base, tmp_path: Path) -> None:
+def test_what_cannot_be_inspected_is_said(weft: Weft, path: Path, base: Base, bases: Bases, tmp_path: Path) -> None:
     directory.write(tiny.random_ia3(base.shape, seed=1), tmp_path / "adapter", base.shape)
     result = weft("inspect", str(tmp_path / "adapter"))
     assert (result.exit_code, "--base: must name the model directory" in result.stderr) == (2, True)
@@ -83,7 +70,6 @@ def test_what_cannot_be_inspected_is_said(weft: Weft, path: Path, base: Base, tm
     assert (result.exit_code, "does not exist" in result.stderr) == (1, True)
     result = weft("inspect", str(path), *HELD, "--method", "lor")
     assert (result.exit_code, "method: must be one of lora" in result.stderr) == (1, True)
-    wider = tiny.save_base(tmp_path / "gpt2", "gpt2")
-    result = weft("inspect", str(tmp_path / "adapter"), "--base", str(wider), *HELD)
+    result = weft("inspect", str(tmp_path / "adapter"), "--base", str(bases.path("gpt2")), *HELD)
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr

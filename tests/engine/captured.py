@@ -4,23 +4,21 @@ tests/kernels/test_cpu_capture.py runs them with the kernels for CPUs, tests/gpu
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from tests import tiny
-from tests.engine.decoding import Blend, Decoding, Taken
+from tests.engine.decoding import Decoding
 from tests.engine.test_captured import mixed
-from tests.mixing.test_composition import mixes, rows
-from tests.mixing.test_mixture import mixtures
-from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
-from weft.kernels.selection import REFERENCE, Kernels, select
+from tests.mixing.compositions import mixes, rows
+from tests.mixing.mixtures import mixtures
+from tests.mixing.textbook_composition import Composition
+from tests.serving import Row, Step, error
+from weft.config import Quantization
+from weft.kernels.selection import REFERENCE, Kernels
 from weft.methods.inject import LinearGroup
 from weft.methods.protocol import BaseShape
-from weft.model import loader, paged_attention, serving_form
+from weft.model import loader
 
 
 class Held(NamedTuple):
@@ -43,23 +41,13 @@ ALL = (FLOAT32, BFLOAT16, NF4, INT8)
 NAMES = ("float32", "bfloat16", "nf4", "int8")
 
 
-def served(directory: Path, held: Held, device: str, architecture: str = "llama") -> loader.Base:
-    """Return a tiny base as a server holds it."""
-    paged_attention.register()
-    path = tiny.save_base(directory / "base", architecture)
-    config = ModelConfig(path=path, quantization=held.quantization, dtype=held.dtype, device=device)
-    base = loader.load(config, attention=paged_attention.ATTENTION)
-    serving_form.take(base, select(base.device, base.dtype))
-    return base
-
-
-def blends(base: BaseShape, *, all_kept: bool) -> list[Blend]:
+def blends(base: BaseShape, *, all_kept: bool) -> list[Row]:
     """Return mixtures of both levels, with bounds and without.
 
     all_kept: no mixture leaves an expert out, since rounding might decide which.
     """
     listed = mixtures(base, seed=2, all_kept=all_kept)[1:5]
-    return [Blend(one.experts, one.mixture, one.bounds) for one in listed]
+    return [one.row for one in listed]
 
 
 def check_groups(base: loader.Base) -> None:
@@ -68,13 +56,15 @@ def check_groups(base: loader.Base) -> None:
     assert len(found) == (0 if base.quantization is Quantization.INT8 else 2 * base.shape.num_layers)
 
 
-def check_captured(base: loader.Base, kernels: Kernels, held: Held, requests: Sequence[Taken], *, steps: int) -> None:
+def check_captured(
+    base: loader.Base, kernels: Kernels, held: Held, requests: Sequence[Row | Composition], *, steps: int
+) -> None:
     """Check that one capture is made, and that its steps give the logits and mixtures' gates of plain ones."""
     plain, captured = Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=128)
     for decoding in (plain, captured):
         decoding.start(requests)
     for step in range(steps):
-        assert _error(captured.step(), plain.step()) < held.off, f"step {step}"
+        assert error(captured.step(), plain.step()) < held.off, f"step {step}"
     graphs = captured.runner._captured
     assert graphs is not None, "steps are captured"
     assert len(graphs.shapes) == 1
@@ -101,10 +91,5 @@ def check_kernels(base: loader.Base, kernels: Kernels, held: Held) -> None:
     listed += [one.row for one in mixtures(base.shape, seed=2, all_kept=held is not FLOAT32)[1:4]]
     got, wanted = (Step(base, chosen).logits(listed) for chosen in (kernels, REFERENCE))
     without = Step(base, REFERENCE).logits([Row(row.tokens) for row in listed])
-    assert max(map(_error, got, wanted)) < held.apart
-    assert max(map(_error, got, without)) > 5 * held.apart
-
-
-def _error(got: Tensor, wanted: Tensor) -> float:
-    got, wanted = got.float(), wanted.float()
-    return float((got - wanted).norm() / wanted.norm())
+    assert max(map(error, got, wanted)) < held.apart
+    assert max(map(error, got, without)) > 5 * held.apart

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from tests.engine.decoding import Decoding, Part
+from tests.engine.decoding import Decoding
+from tests.mixing.textbook_composition import Composition
 from weft.adapters.slots import SlotTable
-from weft.config import ModelConfig, Quantization
 from weft.engine.capture import shapes
 from weft.kernels.capture import NotCapturable, Replay
 from weft.kernels.selection import select
 from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 
 class Capturer:
@@ -51,14 +51,6 @@ class Forgetful(Capturer):
         return lambda: result
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("graphs") / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, dtype="float32", device="cpu")
-    return loader.load(config, attention=paged_attention.ATTENTION)
-
-
 def _adapters(base: BaseShape) -> list[Adapter]:
     plain = [
         tiny.random_lora(base, rank=3, seed=1),
@@ -74,13 +66,13 @@ def _adapters(base: BaseShape) -> list[Adapter]:
     return plain + forms
 
 
-def mixed(base: BaseShape, count: int, seed: int) -> list[list[Part]]:
+def mixed(base: BaseShape, count: int, seed: int) -> list[Composition]:
     """Draw the parts of `count` requests: none, one, or several of any method, and prefixes with a gate."""
     dice, adapters = random.Random(seed), _adapters(base)
-    requests = [[], *([Part(adapter, 1.0)] for adapter in adapters), [Part(adapters[4], 0.5), Part(adapters[5], 1.0)]]
+    requests = [[], *([(adapter, 1.0)] for adapter in adapters), [(adapters[4], 0.5), (adapters[5], 1.0)]]
     while len(requests) < count:
         chosen = dice.sample(range(len(adapters)), dice.randrange(1, 4))
-        requests.append([Part(adapters[index], dice.choice([0.25, 1.0])) for index in chosen])
+        requests.append([(adapters[index], dice.choice([0.25, 1.0])) for index in chosen])
     dice.shuffle(requests)
     return requests[:count]
 
@@ -118,7 +110,7 @@ def test_a_replay_that_forgets_its_inputs_is_noticed(base: loader.Base) -> None:
 def test_requests_that_come_and_go_share_the_captures_of_their_sizes(base: loader.Base) -> None:
     capture = Capturer()
     plain, captured = _decodings(base, capture)
-    requests = [[Part(tiny.random_lora(base.shape, rank=2, seed=seed), 1.0)] for seed in range(7)]
+    requests = [[(tiny.random_lora(base.shape, rank=2, seed=seed), 1.0)] for seed in range(7)]
     for decoding in (plain, captured):
         decoding.start(requests)
     for kept in (range(7), range(5), [4, 2, 0], [0, 2, 4], range(6), [3], range(7)):
@@ -141,7 +133,7 @@ def test_adapters_that_change_what_is_launched_make_a_new_recording(base: loader
     ):
         for other in (adapter, tiny.random_lora(base.shape, rank=4, seed=6, targets=("q_proj",))):
             for decoding in (plain, captured):
-                decoding.start([[Part(other, 1.0)], []])
+                decoding.start([[(other, 1.0)], []])
             torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
             for decoding in (plain, captured):
                 decoding.end()
@@ -154,7 +146,7 @@ def test_a_table_that_has_moved_makes_captures_worthless(base: loader.Base) -> N
     loras = [tiny.random_lora(base.shape, rank=2, seed=seed) for seed in range(20)]
     for number in (2, 20, 20):  # more slots than the table has at first
         for decoding in (plain, captured):
-            decoding.start([[Part(lora, 1.0)] for lora in loras[:number]])
+            decoding.start([[(lora, 1.0)] for lora in loras[:number]])
         torch.testing.assert_close(captured.step([0, 1]), plain.step([0, 1]), rtol=1e-4, atol=1e-5)
         for decoding in (plain, captured):
             decoding.end()
@@ -247,7 +239,7 @@ def test_equal_keys_mean_equal_decisions(base: loader.Base) -> None:
     dice, adapters = random.Random(0), _adapters(base.shape)
     seen: dict[object, tuple[Sequence[object], ...]] = {}
     for _ in range(60):
-        decoding.start([[Part(adapter, 1.0)] for adapter in dice.sample(adapters, dice.randrange(1, 4))])
+        decoding.start([[(adapter, 1.0)] for adapter in dice.sample(adapters, dice.randrange(1, 4))])
         slots = decoding.runner.slots
         kinds = slots.capture_key._replace(table_at=0, rank=0)
         assert seen.setdefault(kinds, _decisions(slots)) == _decisions(slots)
@@ -260,6 +252,6 @@ def test_equal_keys_mean_equal_decisions(base: loader.Base) -> None:
 
 def test_the_capture_key_bounds_ranks_and_has_the_tables_place(base: loader.Base) -> None:
     decoding = Decoding(base, select(base.device, base.dtype))
-    decoding.start([[Part(tiny.random_lora(base.shape, rank=rank, seed=rank), 1.0)] for rank in (3, 19, 2)])
+    decoding.start([[(tiny.random_lora(base.shape, rank=rank, seed=rank), 1.0)] for rank in (3, 19, 2)])
     assert decoding.runner.slots.capture_key.rank == 32
     assert decoding.runner.slots.capture_key.table_at == decoding.runner.slots.device_table.data_ptr()

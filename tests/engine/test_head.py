@@ -6,20 +6,16 @@ import torch
 from tests import tiny
 from tests.serving import BLOCK_SIZE, Row, Step
 from weft.adapters import packed_adapter
-from weft.config import ModelConfig, Quantization
 from weft.engine.batch import Stepper
 from weft.engine.request import AdapterDigest, AdapterUse, Request, RequestId, SamplingParams
 from weft.engine.scheduler import Scheduled
 from weft.kernels.selection import REFERENCE, Kernels, select
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])  # a head of its own, and one tied to the embedding
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("head") / request.param, request.param)
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def _kernels(name: str, base: loader.Base) -> Kernels:

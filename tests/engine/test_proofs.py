@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from tests.bases import Bases
 from tests.engine.decoding import Decoding
 from tests.engine.test_captured import Capturer
-from weft.config import ModelConfig, Quantization
+from weft.config import Quantization
 from weft.engine.capture import captured as engine_capture
 from weft.engine.capture.captured import CapturedSteps
 from weft.kernels.capture import Replay
 from weft.kernels.faults import CaptureLost
 from weft.kernels.selection import select
-from weft.model import loader, paged_attention, serving_form
+from weft.model import loader
 
 
 class Proven(Capturer):
@@ -35,19 +36,9 @@ class Proven(Capturer):
     needs_proof = True
 
 
-def _load(tmp_path_factory: pytest.TempPathFactory, quantization: Quantization, architecture: str) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("proofs") / "base", architecture)
-    dtype = "float32" if quantization is Quantization.NONE else "bfloat16"
-    config = ModelConfig(path=path, quantization=quantization, dtype=dtype, device="cpu")
-    base = loader.load(config, attention=paged_attention.ATTENTION)
-    serving_form.take(base, select(base.device, base.dtype))
-    return base
-
-
 @pytest.fixture
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    return _load(tmp_path_factory, Quantization.NONE, "llama")
+def base(bases: Bases) -> loader.Base:
+    return bases.served()
 
 
 def _decodings(base: loader.Base, capture: Capturer, num_captured_rows: int = 32) -> tuple[Decoding, Decoding]:
@@ -67,10 +58,8 @@ def _captured(decoding: Decoding) -> CapturedSteps:
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_models_whose_steps_stay_on_the_device_are_captured(
-    tmp_path_factory: pytest.TempPathFactory, architecture: str
-) -> None:
-    base = _load(tmp_path_factory, Quantization.NONE, architecture)
+def test_models_whose_steps_stay_on_the_device_are_captured(bases: Bases, architecture: str) -> None:
+    base = bases.served(architecture)
     capture = Proven()
     plain, captured = _decodings(base, capture)
     captured.runner.warm_up()
@@ -133,12 +122,12 @@ def test_a_read_that_comes_with_more_rows_is_found_then(base: loader.Base, monke
 
 @pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.INT8])
 def test_quantized_bases_are_captured(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, quantization: Quantization
+    bases: Bases, monkeypatch: pytest.MonkeyPatch, quantization: Quantization
 ) -> None:
     # bitsandbytes' product for CPUs with AVX-512 reads its code table on the host; that for CUDA does not.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     capture = Proven()
-    plain, captured = _decodings(_load(tmp_path_factory, quantization, "llama"), capture)
+    plain, captured = _decodings(bases.served("llama", quantization, "bfloat16"), capture)
     for decoding in (plain, captured):
         decoding.start([[], [], []])
     wanted, got = plain.step(), captured.step()
@@ -146,11 +135,9 @@ def test_quantized_bases_are_captured(
     assert capture.num_captured == 1
 
 
-def test_int8_that_looks_for_outliers_is_not(
-    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_int8_that_looks_for_outliers_is_not(bases: Bases, caplog: pytest.LogCaptureFixture) -> None:
     """bitsandbytes checks for outliers on the host, inside an operation of its own; the loader switches that off."""
-    base = _load(tmp_path_factory, Quantization.INT8, "llama")
+    base = bases.served("llama", Quantization.INT8, "bfloat16")
     products: list[Any] = [module for module in base.model.modules() if isinstance(module, Linear8bitLt)]
     products[-1].state.threshold = 6.0
     capture = Proven()

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import tiny
-from weft.config import ModelConfig, Quantization
+from tests.bases import Bases
 from weft.kernels.selection import Kernels, select
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,15 +17,12 @@ def _compiled() -> None:
     assert not triton.knobs.runtime.interpret, "run the tests of tests/gpu with TRITON_INTERPRET=0"
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("gpu") / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, dtype="float32", device="cuda")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+@pytest.fixture(scope="module")
+def base(bases: Bases) -> loader.Base:
+    return bases(device="cuda")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kernels(base: loader.Base) -> Kernels:
     chosen = select(base.device, base.dtype)
     if chosen.capture is None:

@@ -5,6 +5,7 @@ The bodies are those of tests/kernels/test_cpu_capture.py (tests/engine/captured
 
 import pytest
 
+from tests.bases import Bases
 from tests.engine.captured import (
     ALL,
     NAMES,
@@ -13,7 +14,6 @@ from tests.engine.captured import (
     check_captured_mix,
     check_groups,
     check_kernels,
-    served,
 )
 from weft.kernels.selection import Kernels, select
 from weft.model import loader
@@ -24,9 +24,9 @@ Served = tuple[loader.Base, Kernels, Held]
 
 
 @pytest.fixture(scope="module", params=ALL, ids=NAMES)
-def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+def given(request: pytest.FixtureRequest, bases: Bases) -> Served:
     held: Held = request.param
-    base = served(tmp_path_factory.mktemp("served"), held, "cuda")
+    base = bases.served("llama", held.quantization, held.dtype, device="cuda")
     kernels = select(base.device, base.dtype)
     assert kernels.capture is not None
     return base, kernels, held

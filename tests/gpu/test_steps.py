@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.engine.decoding import Decoding, Part
+from tests.engine.decoding import Decoding
+from tests.mixing.textbook_composition import Composition
 from weft.engine import sampler
 from weft.engine.request import Request, RequestId, SamplingParams
 from weft.kernels.device import IN_PLACE, transfer_to
@@ -15,15 +16,15 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 
 
-def _parts(base: loader.Base) -> list[list[Part]]:
+def _parts(base: loader.Base) -> list[Composition]:
     shape = base.shape
     return [
         [],
-        [Part(tiny.random_lora(shape, rank=3, seed=1), 1.0)],
-        [Part(tiny.random_lora(shape, rank=4, seed=2, targets=("lm_head", "q_proj")), 0.5)],
-        [Part(tiny.random_ia3(shape, seed=3), 1.0)],
-        [Part(tiny.random_prefix(shape, length=21, seed=4), 0.5)],
-        [Part(tiny.random_dora(shape, rank=4, seed=5), 1.0), Part(tiny.random_lora(shape, rank=2, seed=6), 1.0)],
+        [(tiny.random_lora(shape, rank=3, seed=1), 1.0)],
+        [(tiny.random_lora(shape, rank=4, seed=2, targets=("lm_head", "q_proj")), 0.5)],
+        [(tiny.random_ia3(shape, seed=3), 1.0)],
+        [(tiny.random_prefix(shape, length=21, seed=4), 0.5)],
+        [(tiny.random_dora(shape, rank=4, seed=5), 1.0), (tiny.random_lora(shape, rank=2, seed=6), 1.0)],
     ]
 
 

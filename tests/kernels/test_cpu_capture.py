@@ -3,26 +3,23 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny
+from tests.bases import Bases
 from tests.calls import counted
 from tests.engine.captured import (
     ALL,
-    BFLOAT16,
-    FLOAT32,
     NAMES,
     Held,
     check_captured_many,
     check_captured_mix,
     check_groups,
     check_kernels,
-    served,
 )
-from tests.engine.decoding import Decoding, Part
+from tests.engine.decoding import Decoding
 from tests.engine.test_captured import Forgetful, mixed
 from torch import Tensor
 
@@ -47,15 +44,15 @@ def _decodings(base: loader.Base, num_captured_rows: int = 32) -> tuple[Decoding
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("held", ALL, ids=NAMES)
-def test_captured_steps_give_the_logits_of_plain_ones(tmp_path: Path, architecture: str, held: Held) -> None:
-    base = served(tmp_path, held, "cpu", architecture)
+def test_captured_steps_give_the_logits_of_plain_ones(bases: Bases, architecture: str, held: Held) -> None:
+    base = bases.served(architecture, held.quantization, held.dtype)
     check_captured_mix(base, select(base.device, base.dtype), held)
 
 
 @pytest.mark.parametrize("held", ALL, ids=NAMES)
-def test_what_is_served_is_what_it_should_be(tmp_path: Path, held: Held) -> None:
+def test_what_is_served_is_what_it_should_be(bases: Bases, held: Held) -> None:
     """The same test bodies as for a GPU."""
-    base = served(tmp_path, held, "cpu")
+    base = bases.served("llama", held.quantization, held.dtype)
     kernels = select(base.device, base.dtype)
     check_groups(base)
     check_kernels(base, kernels, held)
@@ -63,8 +60,8 @@ def test_what_is_served_is_what_it_should_be(tmp_path: Path, held: Held) -> None
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_steps_are_tried_before_they_are_captured_for_requests(tmp_path: Path, architecture: str) -> None:
-    base = served(tmp_path, FLOAT32, "cpu", architecture)
+def test_steps_are_tried_before_they_are_captured_for_requests(bases: Bases, architecture: str) -> None:
+    base = bases.served(architecture)
     plain, captured = _decodings(base)
     captured.runner.warm_up()
     for decoding in (plain, captured):
@@ -75,9 +72,9 @@ def test_steps_are_tried_before_they_are_captured_for_requests(tmp_path: Path, a
     assert len(graphs.shapes) == 2, "of one row, when it was tried, and of sixteen"
 
 
-def test_a_captured_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
+def test_a_captured_row_has_the_bits_of_a_plain_one(bases: Bases) -> None:
     """If every product is computed by the kernels, rows do not depend on the padding."""
-    base = served(tmp_path, BFLOAT16, "cpu")
+    base = bases.served(dtype="bfloat16")
     if not any(type(module).__name__ == "PackedLinear" for module in base.model.modules()):
         pytest.skip("this processor has no product of bfloat16 pairs")
     plain, captured = _decodings(base)
@@ -87,10 +84,10 @@ def test_a_captured_row_has_the_bits_of_a_plain_one(tmp_path: Path) -> None:
         assert captured.step().equal(plain.step())
 
 
-def test_steps_are_captured_where_onednn_holds_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_captured_where_onednn_holds_the_weights(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor without a product of bfloat16 pairs: tensors in oneDNN's layout have no accessible storage."""
     monkeypatch.setattr("weft.kernels.cpu.gemm.available", lambda: False)
-    base = served(tmp_path, BFLOAT16, "cpu")
+    base = bases.served(dtype="bfloat16")
     if not any(type(module).__name__ == "OneDnnLinear" for module in base.model.modules()):
         pytest.skip("a torch without oneDNN")
     plain, captured = _decodings(base)
@@ -103,9 +100,9 @@ def test_steps_are_captured_where_onednn_holds_the_weights(tmp_path: Path, monke
     assert captured.runner._captured is not None
 
 
-def test_captures_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path) -> None:
+def test_captures_of_several_shapes_share_memory_and_do_not_meet(bases: Bases) -> None:
     """The captures alternate, with other adapters each time, and an uncaptured step between them."""
-    base = served(tmp_path, FLOAT32, "cpu")
+    base = bases.served()
     plain, captured = _decodings(base, num_captured_rows=8)
     for decoding in (plain, captured):
         decoding.start(mixed(base.shape, 13, seed=3))
@@ -113,16 +110,16 @@ def test_captures_of_several_shapes_share_memory_and_do_not_meet(tmp_path: Path)
         torch.testing.assert_close(captured.step(list(kept)), plain.step(list(kept)), rtol=1e-4, atol=1e-5)
     for decoding in (plain, captured):
         decoding.end()
-        decoding.start([[Part(tiny.random_lora(base.shape, rank=5, seed=seed), 1.0)] for seed in range(8)])
+        decoding.start([[(tiny.random_lora(base.shape, rank=5, seed=seed), 1.0)] for seed in range(8)])
         decoding.step()
     torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_does_not_follow_its_inputs_is_found_before_any_request(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bases: Bases, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Negative control of the trial: a replay that returns the captured result."""
-    base = served(tmp_path, FLOAT32, "cpu")
+    base = bases.served()
     kernels = replace(select(base.device, base.dtype), capture=Forgetful)
     plain, forgetful = Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=8)
     forgetful.runner.warm_up()
@@ -134,9 +131,9 @@ def test_a_step_that_does_not_follow_its_inputs_is_found_before_any_request(
 
 
 def test_steps_that_read_numbers_on_the_way_run_unrecorded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    bases: Bases, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = served(tmp_path, FLOAT32, "cpu")
+    base = bases.served()
     plain, uncaptured = _decodings(base)
     norm = base.model.get_submodule("model.norm")
     forward = norm.forward
@@ -151,13 +148,13 @@ def test_steps_that_read_numbers_on_the_way_run_unrecorded(
     assert uncaptured.step().equal(plain.step())
 
 
-def test_a_captured_step_asks_no_module_and_as_much_for_any_adapters(tmp_path: Path) -> None:
-    base = served(tmp_path, FLOAT32, "cpu")
+def test_a_captured_step_asks_no_module_and_as_much_for_any_adapters(bases: Bases) -> None:
+    base = bases.served()
     calls = []
     for num_adapters in (1, 16, 64):
         _, captured = _decodings(base, num_captured_rows=64)
         captured.start(
-            [[Part(tiny.random_lora(base.shape, rank=1 + row % 16, seed=row % num_adapters), 1.0)] for row in range(64)]
+            [[(tiny.random_lora(base.shape, rank=1 + row % 16, seed=row % num_adapters), 1.0)] for row in range(64)]
         )
         captured.step()
         for request in captured.requests:

@@ -1,26 +1,22 @@
 """Attention for CUDA in whole steps of a tiny model: logits equal those with the reference."""
 
 import pytest
-from tests import tiny
+from tests.bases import Bases
 from tests.kernels.interpreted import DEVICE
-from tests.mixing.test_composition import FLOAT32_TOLERANCE, error
-from tests.mixing.test_mixture import mixtures
-from tests.serving import Row, Step
+from tests.mixing.compositions import FLOAT32_TOLERANCE
+from tests.mixing.mixtures import mixtures
+from tests.serving import Row, Step, error
 
-from weft.config import ModelConfig, Quantization
 from weft.kernels.cuda import attention
 from weft.kernels.selection import REFERENCE, Kernels
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 CUDA = Kernels(name="cuda", attend=attention.Attend)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("cuda") / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device=DEVICE.type, dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def base(bases: Bases) -> loader.Base:
+    return bases(device=DEVICE.type)
 
 
 def test_spans_whose_gates_change_from_layer_to_layer(base: loader.Base) -> None:

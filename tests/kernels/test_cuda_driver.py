@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
-from tests.engine.decoding import Blend, Decoding, Part
+from tests.bases import Bases
+from tests.engine.decoding import Decoding
 from tests.engine.test_captured import Capturer, mixed
 from tests.kernels.interpreted import DEVICE, INTERPRETED
 from tests.kernels.partial_steps import step_of
-from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, mixes, rows
-from tests.mixing.test_mixture import mixtures
-from tests.serving import Row, Step
+from tests.mixing.compositions import FLOAT32_TOLERANCE, mixes, rows
+from tests.mixing.mixtures import mixtures
+from tests.serving import Row, Step, error
 from torch import Tensor
 
 from weft.adapters import packed_adapter
 from weft.adapters.slots import SlotTable
-from weft.config import ModelConfig, Quantization
 from weft.kernels.cuda import attention, deltas
 from weft.kernels.cuda.driver import DriverFactory
 from weft.kernels.selection import REFERENCE, Kernels, select
@@ -34,11 +34,8 @@ CUDA = Kernels(name="cuda", driver=DriverFactory(torch.float32))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path_factory.mktemp("cuda") / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device=DEVICE.type, dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def base(bases: Bases) -> loader.Base:
+    return bases(device=DEVICE.type)
 
 
 def assert_same(base: loader.Base, listed: list[Row], *, last_only: bool = False) -> None:
@@ -86,7 +83,7 @@ def test_captured_steps_are_those_of_the_reference(base: loader.Base) -> None:
     captured = Decoding(base, replace(CUDA, capture=lambda: capture), num_captured_rows=8)
     network = tiny.random_bottleneck(base.shape, BottleneckConfig(form=Form.PARALLEL, size=3), seed=2)
     for decoding in (plain, captured):
-        decoding.start([[Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5), Part(network, 1.0)], [], []])
+        decoding.start([[(tiny.random_lora(base.shape, rank=3, seed=1), 0.5), (network, 1.0)], [], []])
     for _ in range(2):
         torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
     assert capture.num_captured == 1
@@ -115,7 +112,7 @@ def test_steps_with_adapters_are_proven_to_read_nothing_on_the_host(base: loader
     capture = Proven()
     kernels = replace(CUDA, attend=attention.Attend, capture=lambda: capture)
     captured = Decoding(base, kernels, num_captured_rows=32)
-    blends = [Blend(one.experts, one.mixture, one.bounds) for one in mixtures(base.shape, seed=2)[1:4]]
+    blends = [one.row for one in mixtures(base.shape, seed=2)[1:4]]
     captured.start([*mixed(base.shape, 14, seed=1), *blends])
     captured.step()
     assert capture.num_captured == 1
@@ -135,7 +132,7 @@ def test_a_driver_that_reads_its_entries_is_found(base: loader.Base) -> None:
 
     kernels = replace(CUDA, driver=reading, attend=attention.Attend, capture=lambda: capture)
     uncaptured = Decoding(base, kernels, num_captured_rows=8)
-    uncaptured.start([[Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)], []])
+    uncaptured.start([[(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)], []])
     uncaptured.step([1])
     assert capture.num_captured == 1, "of the base alone"
     uncaptured.step()
@@ -149,9 +146,9 @@ def test_captured_steps_of_mixtures_are_those_of_the_reference(base: loader.Base
     plain = Decoding(base, REFERENCE)
     kernels = replace(CUDA, capture=lambda: capture)
     captured = Decoding(base, kernels, num_captured_rows=8)
-    blends = [Blend(one.experts, one.mixture, one.bounds) for one in mixtures(base.shape, seed=2)[1:4]]
+    blends = [one.row for one in mixtures(base.shape, seed=2)[1:4]]
     for decoding in (plain, captured):
-        decoding.start([*blends, [], [Part(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)]])
+        decoding.start([*blends, [], [(tiny.random_lora(base.shape, rank=3, seed=1), 0.5)]])
     for _ in range(2):
         torch.testing.assert_close(captured.step(), plain.step(), rtol=1e-4, atol=1e-5)
     assert capture.num_captured == 1

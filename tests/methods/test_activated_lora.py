@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.serving import Row, Step
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.engine.token_ranges import OPEN, TokenRange
 from weft.kernels.selection import REFERENCE, select
 from weft.methods import activation
 from weft.methods.checkpoint import directory
 from weft.methods.lora.math import LoraConfig
 from weft.methods.protocol import Adapter, SiteKind
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 _TOLERANCE = 1e-4
 _INVOCATION = [7, 9, 7]
@@ -39,15 +39,8 @@ _PROMPTS: dict[int | None, list[int]] = {
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("activated") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")

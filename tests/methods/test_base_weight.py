@@ -1,25 +1,18 @@
 """Reading a base's weight by blocks gives the weight that the base computes with, in every form and at any time."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
-from tests import tiny
-from weft.config import ModelConfig, Quantization
+from tests.bases import Bases
+from weft.config import Quantization
 from weft.methods import base_weight
 from weft.methods.base_weight import ModuleWeight
 from weft.methods.inject import AdaptedLinear
 from weft.methods.protocol import BaseWeight, SiteKind
 from weft.model import loader
-
-
-def _load(path: Path, quantization: Quantization, *, double_quant: bool = False) -> loader.Base:
-    config = ModelConfig(path=path, quantization=quantization, device="cpu", double_quant=double_quant)
-    return loader.load(config, attention="eager")
 
 
 def _whole(base: loader.Base, name: str) -> Tensor:
@@ -33,9 +26,9 @@ def _whole(base: loader.Base, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_plain_weight_is_itself(architecture: str, tmp_path: Path) -> None:
+def test_a_plain_weight_is_itself(architecture: str, bases: Bases) -> None:
     """A linear module with weight W [O, I] and bias b is x Wᵀ + b; GPT-2's modules store W transposed."""
-    base = _load(tiny.save_base(tmp_path, architecture), Quantization.NONE)
+    base = bases(architecture)
     for site in base.shape.of_kind(SiteKind.LINEAR, SiteKind.HEAD):
         weight = _whole(base, site.name)
         assert weight.shape == (site.out_features, site.in_features)
@@ -49,10 +42,10 @@ def test_a_plain_weight_is_itself(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("rows_of_a_block", [64, 1 << 20])
 def test_nf4_in_blocks_is_what_bitsandbytes_dequantizes(
-    double_quant: bool, rows_of_a_block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    double_quant: bool, rows_of_a_block: int, bases: Bases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_weight, "_BLOCK_ELEMENTS", 64 * rows_of_a_block)
-    base = _load(tiny.save_base(tmp_path), Quantization.NF4, double_quant=double_quant)
+    base = bases.fresh("llama", Quantization.NF4, double_quant=double_quant)
     seen = 0
     for site in base.shape.of_kind(SiteKind.LINEAR):
         wrapped = base.model.get_submodule(site.name)
@@ -74,10 +67,10 @@ def test_nf4_in_blocks_is_what_bitsandbytes_dequantizes(
     [(Quantization.NF4, False), (Quantization.NF4, True), (Quantization.INT8, False)],
 )
 def test_a_base_reads_the_same_before_and_after_its_first_step(
-    quantization: Quantization, double_quant: bool, tmp_path: Path
+    quantization: Quantization, double_quant: bool, bases: Bases
 ) -> None:
     """bitsandbytes repacks weights at their first use; an adapter that needs them must not depend on when it loads."""
-    base = _load(tiny.save_base(tmp_path), quantization, double_quant=double_quant)
+    base = bases.fresh("llama", quantization, attention="eager", double_quant=double_quant)
     names = [site.name for site in base.shape.of_kind(SiteKind.LINEAR)]
     before = [_whole(base, name) for name in names]
     with torch.inference_mode():
@@ -95,9 +88,8 @@ def _is_4bit(module: nn.Module) -> bool:
     return isinstance(module, Linear4bit)
 
 
-def test_int8_in_blocks_is_close_to_the_weight_that_was_quantized(tmp_path: Path) -> None:
-    path = tiny.save_base(tmp_path)
-    plain, base = _load(path, Quantization.NONE), _load(path, Quantization.INT8)
+def test_int8_in_blocks_is_close_to_the_weight_that_was_quantized(bases: Bases) -> None:
+    plain, base = bases(), bases("llama", Quantization.INT8)
     for site in base.shape.of_kind(SiteKind.LINEAR):
         wanted = _whole(plain, site.name)
         step = wanted.abs().amax(dim=1, keepdim=True) / 127

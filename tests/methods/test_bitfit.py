@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
+from tests.bases import Bases
 from tests.serving import Row, Step
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods import bitfit
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, SiteKind
-from weft.model import loader, paged_attention
+from weft.model import loader
 from weft_training import adapter as adapters
 
 _PROMPT = [5, 9, 77, 3, 120, 64, 2]
@@ -25,16 +26,9 @@ _NORM = "base_model.model.transformer.h.0.ln_1.weft_norm_bias"
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("bitfit") / "gpt2", "gpt2")
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
+def architecture() -> str:
     """GPT-2: biases at every linear module but the head, and at every norm."""
-    paged_attention.register()
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+    return "gpt2"
 
 
 def _with_biases(path: Path, adapter: Adapter) -> nn.Module:
@@ -63,11 +57,9 @@ def test_an_added_bias_is_a_changed_bias(
     assert (without - wanted).abs().max() > 1e-2
 
 
-def test_the_norms_of_a_base_are_sites_only_where_they_have_a_bias(base: loader.Base, tmp_path: Path) -> None:
+def test_the_norms_of_a_base_are_sites_only_where_they_have_a_bias(base: loader.Base, llama: loader.Base) -> None:
     assert {site.suffix for site in base.shape.of_kind(SiteKind.NORM)} == {"ln_1", "ln_2", "ln_f"}
-    config = ModelConfig(path=tiny.save_base(tmp_path), quantization=Quantization.NONE, device="cpu")
-    llama = loader.load(config, attention="eager").shape
-    assert not llama.of_kind(SiteKind.NORM)
+    assert not llama.shape.of_kind(SiteKind.NORM)
     # Only BitFit accepts them.
     for usual in adapters.USUAL.values():
         if adapters.method_of(usual).pack is None or usual is adapters.USUAL["ia3"]:
@@ -88,11 +80,9 @@ def test_a_file_with_norm_biases_is_bit_equal_and_flagged(base: loader.Base, tmp
     assert "weft_norm_biases" not in (tmp_path / directory.CONFIG_FILE).read_text()
 
 
-def test_peft_loads_a_file_with_a_norm_bias_without_the_norm(tmp_path: Path) -> None:
+def test_peft_loads_a_file_with_a_norm_bias_without_the_norm(bases: Bases, tmp_path: Path) -> None:
     """The linear part is PEFT's own form. A base of the Llama type has no such norm, so one is written by hand."""
-    path = tiny.save_base(tmp_path / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    shape = loader.load(config, attention="eager").shape
+    path, shape = bases.path("llama"), bases("llama").shape
     made = tiny.random_bitfit(shape, seed=3)
     norm = {"model.norm": bitfit.math.BitfitParams(torch.ones(64), is_norm=True)}
     logits = []

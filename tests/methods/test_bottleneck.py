@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, OPTConfig
 
 from tests import tiny
+from tests.bases import load
 from tests.methods import textbook_bottleneck as textbook
 from tests.methods.textbook_bottleneck import Network
-from tests.serving import Row, Step, load
+from tests.serving import Row, Step
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
@@ -42,18 +43,8 @@ PROMPTS = [[5, 9, 77, 3, 120, 64, 2], list(range(40, 73)), [1]]
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    return load(path)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    return load(tiny.save_base(tmp_path_factory.mktemp("llama") / "base"))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def stock(path: Path) -> Any:

@@ -5,20 +5,19 @@ is float32 on the very weights that the quantized ones stand for. The stated tol
 their spread: NF4_TOLERANCE of their standard deviation.
 """
 
-from pathlib import Path
-
 import bitsandbytes as bnb
 import pytest
 import torch
 
 from tests import tiny
+from tests.bases import Bases
 from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
+from weft.config import Quantization
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.inject import AdaptedLinear
 from weft.methods.protocol import Adapter, SiteKind
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 NF4_TOLERANCE = 0.3  # largest difference of a logit, in standard deviations of the logits
 NF4_MEAN_TOLERANCE = 0.03  # mean difference
@@ -26,29 +25,15 @@ _PROMPTS = [list(range(30, 60)), [7, 9, 100, 101, 55]]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain scales", "double quantization"])
-def bases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[loader.Base, loader.Base]:
+def held(request: pytest.FixtureRequest, bases: Bases) -> tuple[loader.Base, loader.Base]:
     """(NF4 in bfloat16, the same weights dequantized in float32)."""
-    path = tiny.save_base(tmp_path_factory.mktemp("nf4") / "base")
-    return _nf4(path, request.param), _dequantized(path, request.param)
-
-
-def _nf4(path: Path, double_quant: bool) -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=path, device="cpu", double_quant=double_quant)
-    return loader.load(config, attention=paged_attention.ATTENTION)
-
-
-def _dequantized(path: Path, double_quant: bool) -> loader.Base:
-    full = loader.load(
-        ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32"),
-        attention=paged_attention.ATTENTION,
-    )
-    for name, module in _nf4(path, double_quant).model.named_modules():
+    nf4, full = bases.fresh("llama", Quantization.NF4, double_quant=request.param), bases.fresh()
+    for name, module in nf4.model.named_modules():
         if isinstance(module, AdaptedLinear) and module.site.kind is SiteKind.LINEAR:
             weight = module.base.weight
             target = full.model.get_submodule(name).base.weight
             target.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32))
-    return full
+    return nf4, full
 
 
 @pytest.mark.parametrize(
@@ -56,9 +41,9 @@ def _dequantized(path: Path, double_quant: bool) -> loader.Base:
 )
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_methods_on_nf4_equal_methods_on_dequantized_weights(
-    kind: str, kernels: str, bases: tuple[loader.Base, loader.Base]
+    kind: str, kernels: str, held: tuple[loader.Base, loader.Base]
 ) -> None:
-    nf4, full = bases
+    nf4, full = held
     assert any(isinstance(m, bnb.nn.Linear4bit) for m in nf4.model.modules())
     adapter = _adapter(kind, nf4)
     chosen = REFERENCE if kernels == "reference" else select(nf4.device, nf4.dtype)
@@ -74,14 +59,13 @@ def test_methods_on_nf4_equal_methods_on_dequantized_weights(
         assert ((without - wanted).abs() / wanted.std()).max() > 5 * NF4_TOLERANCE
 
 
-def test_double_quantization_is_another_base(tmp_path: Path) -> None:
+def test_double_quantization_is_another_base(bases: Bases) -> None:
     """An adapter trained on one is not served on the other; only NF4 has scales to quantize."""
-    path = tiny.save_base(tmp_path)
-    assert _nf4(path, True).shape.digest != _nf4(path, False).shape.digest
+    double, single = (bases("llama", Quantization.NF4, double_quant=flag).shape for flag in (True, False))
+    assert double.digest != single.digest
     for quantization in (Quantization.INT8, Quantization.NONE):
-        config = ModelConfig(path=path, device="cpu", quantization=quantization, double_quant=True)
         with pytest.raises(ValueError, match=f"double_quant: needs quantization nf4, given {quantization.value}"):
-            loader.load(config, attention=paged_attention.ATTENTION)
+            bases("llama", quantization, double_quant=True)
 
 
 def _adapter(kind: str, base: loader.Base) -> Adapter | None:

@@ -14,13 +14,12 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
 from weft.adapters.ingest import CONFIG_FILE, Ingest
 from weft.adapters.safetensors_header import WEIGHTS_FILE
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import directory
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 _QV = ["q_proj", "v_proj"]
 _VIRTUAL: dict[str, Any] = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
@@ -143,18 +142,6 @@ _OTHER_TYPES: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "WAVEFT": lambda: peft.WaveFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], n_frequency=64),
     "GRALORA": lambda: peft.GraloraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, gralora_k=2),
 }
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / "llama")
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 def _saved(config: peft.PeftConfig, path: Path, output: Path) -> Any:

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.serving import Row, Step
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.checkpoint import directory
 from weft.methods.lora import files as lora_files
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
-from weft.model import loader, paged_attention
+from weft.model import loader
 
 
 def _with_head(base: BaseShape) -> tuple[str, ...]:
@@ -59,15 +59,8 @@ _PROMPTS = [[5, 9, 77, 3, 120, 64, 2], list(range(40, 73)), [1]]
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))
-def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    return request.param, tiny.save_base(tmp_path_factory.mktemp("bases") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def base(architecture: tuple[str, Path]) -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=architecture[1], quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def _peft_logits(base_path: Path, adapter_path: Path) -> list[torch.Tensor]:
@@ -79,12 +72,10 @@ def _peft_logits(base_path: Path, adapter_path: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", sorted(_ADAPTERS))
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
-def test_served_logits_equal_peft(
-    kind: str, kernels: str, base: loader.Base, architecture: tuple[str, Path], tmp_path: Path
-) -> None:
+def test_served_logits_equal_peft(kind: str, kernels: str, base: loader.Base, path: Path, tmp_path: Path) -> None:
     adapter = _ADAPTERS[kind](base.shape)
     directory.write(adapter, tmp_path, base.shape)
-    wanted = _peft_logits(architecture[1], tmp_path)
+    wanted = _peft_logits(path, tmp_path)
     chosen = REFERENCE if kernels == "reference" else select(base.device, base.dtype)
     got = Step(base, chosen).logits([Row(prompt, adapter) for prompt in _PROMPTS])
     plain = Step(base, chosen).logits([Row(prompt) for prompt in _PROMPTS])
@@ -96,7 +87,7 @@ def test_served_logits_equal_peft(
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_peft_made_lora_with_patterns_is_read_exactly(
-    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_rslora: bool
+    base: loader.Base, path: Path, tmp_path: Path, use_rslora: bool
 ) -> None:
     """A file that PEFT wrote: unequal ranks and alphas by pattern, rsLoRA."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
@@ -110,14 +101,14 @@ def test_peft_made_lora_with_patterns_is_read_exactly(
         alpha_pattern={suffixes[-1]: 3},
         init_lora_weights=False,
         task_type="CAUSAL_LM",
-        fan_in_fan_out=architecture[0] == "gpt2",
+        fan_in_fan_out=path.name == "gpt2",
     )
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     model.save_pretrained(str(tmp_path))
     adapter = _read(tmp_path, base.shape)
     assert adapter.sites[first].rank == 2
-    wanted = _peft_logits(architecture[1], tmp_path)
+    wanted = _peft_logits(path, tmp_path)
     got = Step(base, REFERENCE).logits([Row(prompt, adapter) for prompt in _PROMPTS])
     for mine, peft_s in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, peft_s, atol=_TOLERANCE, rtol=0)
@@ -125,7 +116,7 @@ def test_peft_made_lora_with_patterns_is_read_exactly(
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_peft_made_dora_with_patterns_is_read_exactly(
-    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_rslora: bool
+    base: loader.Base, path: Path, tmp_path: Path, use_rslora: bool
 ) -> None:
     """A file that PEFT wrote: DoRA with unequal ranks and alphas, and all values changed from the initial ones."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
@@ -138,42 +129,42 @@ def test_peft_made_dora_with_patterns_is_read_exactly(
         rank_pattern={suffixes[-1]: 7},
         alpha_pattern={suffixes[0]: 3},
         task_type="CAUSAL_LM",
-        fan_in_fan_out=architecture[0] == "gpt2",
+        fan_in_fan_out=path.name == "gpt2",
     )
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     _move(model)
     model.save_pretrained(str(tmp_path))
-    _assert_read_exactly(tmp_path, base, architecture, "dora")
+    _assert_read_exactly(tmp_path, base, path, "dora")
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("lora_bias", [False, True])
 def test_peft_made_lora_with_trained_base_biases_is_read_exactly(
-    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, bias: str, lora_bias: bool
+    base: loader.Base, path: Path, tmp_path: Path, bias: str, lora_bias: bool
 ) -> None:
     """The base keeps its biases; the difference of PEFT's is added. GPT-2 also has biases at norms."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     config = peft.LoraConfig(r=3, bias=bias, lora_bias=lora_bias, target_modules=suffixes, task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     _move(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("base_layer.bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(str(tmp_path))
-    if (architecture[0], bias) == ("gpt2", "all"):
+    if (path.name, bias) == ("gpt2", "all"):
         with pytest.raises(InvalidAdapter, match="outside of target_modules") as refused:
             _read(tmp_path, base.shape)
         assert refused.value.reason == "FEATURE_UNSUPPORTED"
         return
-    adapter = _assert_read_exactly(tmp_path, base, architecture, "lora")
-    has_biases = architecture[0] in ("gpt2", "qwen2")
+    adapter = _assert_read_exactly(tmp_path, base, path, "lora")
+    has_biases = path.name in ("gpt2", "qwen2")
     assert any("base_layer.bias" in key for key in load_file(tmp_path / directory.WEIGHTS_FILE)) is has_biases
     # It is written with a bias beside B, and is the same again.
     directory.write(adapter, tmp_path / "again", base.shape)
-    _assert_read_exactly(tmp_path / "again", base, architecture, "lora")
+    _assert_read_exactly(tmp_path / "again", base, path, "lora")
 
 
 def test_base_biases_that_do_not_fit_are_refused(base: loader.Base) -> None:
@@ -200,16 +191,16 @@ def test_base_biases_that_do_not_fit_are_refused(base: loader.Base) -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_peft_made_lora_on_the_head_is_read_beside_the_head_it_saved(
-    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, use_dora: bool
+    base: loader.Base, path: Path, tmp_path: Path, use_dora: bool
 ) -> None:
     """PEFT also saves the frozen head, whose only valid value is the base's own; GPT-2's is tied to its embedding."""
     first = base.shape.of_kind(SiteKind.LINEAR)[0].suffix
     config = peft.LoraConfig(r=3, use_dora=use_dora, target_modules=[first, "lm_head"], task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     _move(model)
     model.save_pretrained(str(tmp_path))
-    _assert_read_exactly(tmp_path, base, architecture, "dora" if use_dora else "lora")
+    _assert_read_exactly(tmp_path, base, path, "dora" if use_dora else "lora")
     weights = load_file(tmp_path / directory.WEIGHTS_FILE)
     saved = [name for name in weights if name.endswith("lm_head.base_layer.weight")]
     assert saved == ["base_model.model.lm_head.base_layer.weight"]
@@ -226,7 +217,7 @@ def test_peft_made_lora_on_the_head_is_read_beside_the_head_it_saved(
 
 @pytest.mark.parametrize("is_pruned", [False, True])
 def test_peft_made_adalora_is_read_as_the_lora_it_is(
-    base: loader.Base, architecture: tuple[str, Path], tmp_path: Path, is_pruned: bool
+    base: loader.Base, path: Path, tmp_path: Path, is_pruned: bool
 ) -> None:
     """Also after rows were removed: the divisor is still the initial rank."""
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
@@ -237,10 +228,10 @@ def test_peft_made_adalora_is_read_as_the_lora_it_is(
         lora_alpha=24,
         target_modules=suffixes,
         task_type="CAUSAL_LM",
-        fan_in_fan_out=architecture[0] == "gpt2",
+        fan_in_fan_out=path.name == "gpt2",
     )
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     _move(model)
     pruned = next(name for name, site in base.shape.sites.items() if site.suffix == suffixes[0])
     if is_pruned:
@@ -251,51 +242,49 @@ def test_peft_made_adalora_is_read_as_the_lora_it_is(
             if name.rpartition(".")[2] in suffixes
         }
     model.save_pretrained(str(tmp_path))
-    adapter = _assert_read_exactly(tmp_path, base, architecture, "lora")
+    adapter = _assert_read_exactly(tmp_path, base, path, "lora")
     assert adapter.sites[pruned].rank == (4 if is_pruned else 6)
     # It is written as LoRA, and is the same again.
     directory.write(adapter, tmp_path / "lora", base.shape)
-    _assert_read_exactly(tmp_path / "lora", base, architecture, "lora")
+    _assert_read_exactly(tmp_path / "lora", base, path, "lora")
 
 
-def test_peft_made_vera_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:
+def test_peft_made_vera_is_read_exactly(base: loader.Base, path: Path, tmp_path: Path) -> None:
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
-    config = peft.VeraConfig(
-        r=6, target_modules=suffixes, task_type="CAUSAL_LM", fan_in_fan_out=architecture[0] == "gpt2"
-    )
+    config = peft.VeraConfig(r=6, target_modules=suffixes, task_type="CAUSAL_LM", fan_in_fan_out=path.name == "gpt2")
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     _move(model)
     model.save_pretrained(str(tmp_path))
-    adapter = _assert_read_exactly(tmp_path, base, architecture, "vera")
+    adapter = _assert_read_exactly(tmp_path, base, path, "vera")
     assert adapter.num_parameters == model.get_nb_trainable_parameters()[0]  # the projection is not trained
     # It is written with its projection, and is the same again.
     directory.write(adapter, tmp_path / "again", base.shape)
-    _assert_read_exactly(tmp_path / "again", base, architecture, "vera")
+    _assert_read_exactly(tmp_path / "again", base, path, "vera")
 
 
-def test_peft_made_beft_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:
-    if architecture[0] == "gpt2":
+def test_peft_made_beft_is_read_exactly(base: loader.Base, path: Path, tmp_path: Path) -> None:
+    if path.name == "gpt2":
         pytest.skip("PEFT's BEFT knows no Conv1D; test_bitfit.py has GPT-2")
     suffixes = sorted({site.suffix for site in base.shape.of_kind(SiteKind.LINEAR)})
     config = peft.BeftConfig(target_modules=suffixes, task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     _move(model)
     model.save_pretrained(str(tmp_path))
-    _assert_read_exactly(tmp_path, base, architecture, "bitfit")
+    _assert_read_exactly(tmp_path, base, path, "bitfit")
 
 
-def test_peft_made_cartridge_is_read_exactly(base: loader.Base, architecture: tuple[str, Path], tmp_path: Path) -> None:
+def test_peft_made_cartridge_is_read_exactly(base: loader.Base, path: Path, tmp_path: Path) -> None:
     """It is prefix tuning under another name, even with positions that stayed frozen."""
     config = peft.CartridgeConfig(num_virtual_tokens=5, num_frozen_tokens=2, task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(architecture[1], dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), config)
     with torch.no_grad():
         for parameter in (p for name, p in model.named_parameters() if "prompt_encoder" in name):
             parameter.normal_()
     model.save_pretrained(str(tmp_path))
-    adapter = _assert_read_exactly(tmp_path, base, architecture, "prefix")
+    adapter = _assert_read_exactly(tmp_path, base, path, "prefix")
     assert adapter.num_virtual_tokens == 5
 
 
@@ -306,10 +295,10 @@ def _move(model: peft.PeftModel) -> None:
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def _assert_read_exactly(path: Path, base: loader.Base, architecture: tuple[str, Path], method: str) -> Adapter:
-    adapter = _read(path, base.shape)
+def _assert_read_exactly(made: Path, base: loader.Base, path: Path, method: str) -> Adapter:
+    adapter = _read(made, base.shape)
     assert adapter.method.name == method
-    wanted = _peft_logits(architecture[1], path)
+    wanted = _peft_logits(path, made)
     got = Step(base, select(base.device, base.dtype)).logits([Row(prompt, adapter) for prompt in _PROMPTS])
     plain = Step(base, REFERENCE).logits([Row(prompt) for prompt in _PROMPTS])
     for mine, peft_s, without in zip(got, wanted, plain, strict=True):

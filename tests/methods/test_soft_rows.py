@@ -9,18 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from tests import tiny
+from tests.bases import Bases, load
 from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
 from weft.errors import AdapterUnusable
 from weft.kernels.selection import REFERENCE, select
 from weft.methods.checkpoint import directory
-from weft.model import loader, paged_attention
-
-
-def _load(path: Path) -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
@@ -31,7 +24,7 @@ def test_a_base_that_scales_inside_its_embedding_does_not_scale_soft_rows(
     config = {**tiny._SIZES, "head_dim": 16, "sliding_window": 24, "bos_token_id": 2, "eos_token_id": 1}
     monkeypatch.setitem(tiny.ARCHITECTURES, "gemma2", lambda: Gemma2Config(**config))
     path = tiny.save_base(tmp_path / "base", "gemma2")
-    base = _load(path)
+    base = load(path)
     adapter = tiny.random_prompt(base.shape, length=5, seed=1)
     directory.write(adapter, tmp_path / "adapter", base.shape)
     theirs = peft.PeftModel.from_pretrained(
@@ -50,8 +43,8 @@ def test_a_base_that_scales_inside_its_embedding_does_not_scale_soft_rows(
 
 
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
-def test_rows_that_make_no_numbers_are_refused(kernels: str, tmp_path: Path) -> None:
-    base = _load(tiny.save_base(tmp_path / "base"))
+def test_rows_that_make_no_numbers_are_refused(kernels: str, bases: Bases) -> None:
+    base = bases.fresh()
     step = Step(base, REFERENCE if kernels == "reference" else select(base.device, base.dtype))
     adapter = tiny.random_prompt(base.shape, length=5, seed=1)
     step.logits([Row([5], adapter)])  # the control: on this base it does

@@ -14,9 +14,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
+from tests.bases import Bases
 from weft.adapters import packed_adapter
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.methods import targets
 from weft.methods.bitfit.math import BitfitConfig
 from weft.methods.bottleneck.math import BottleneckConfig
@@ -25,21 +25,9 @@ from weft.methods.dora.math import DoraConfig
 from weft.methods.ia3.math import Ia3Config
 from weft.methods.lora.math import LoraConfig
 from weft.methods.protocol import Adapter, BaseShape, MethodConfig, SiteKind
-from weft.model import loader
 from weft_training.adapter import initial
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def shape(path: Path) -> BaseShape:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention="sdpa").shape
 
 
 def made(config: MethodConfig, shape: BaseShape) -> Adapter:
@@ -217,11 +205,9 @@ def test_the_same_modules_are_trained_saved_served_and_in_peft(
     assert (tmp_path / directory.CONFIG_FILE).read_text() == first
 
 
-def test_norms_and_layers_of_bitfit_and_bottlenecks(tmp_path: Path) -> None:
+def test_norms_and_layers_of_bitfit_and_bottlenecks(bases: Bases, tmp_path: Path) -> None:
     """GPT-2, whose norms have biases and whose sublayers both end in a `c_proj`."""
-    path = tiny.save_base(tmp_path / "base", "gpt2")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    shape = loader.load(config, attention="sdpa").shape
+    path, shape = bases.path("gpt2"), bases("gpt2").shape
     chosen: dict[str, MethodConfig] = {
         "bitfit": BitfitConfig(layers=(1,), exclude=("ln_1",)),
         "bottleneck": BottleneckConfig(layers=(1,)),

@@ -8,19 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import directory
 from weft.methods.vera import math as vera
 from weft.model import loader
 from weft_training import adapter as adapters
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    path = tiny.save_base(tmp_path_factory.mktemp("vera") / "llama")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention="sdpa")
 
 
 def test_what_is_served_is_what_the_vectors_make_of_it(base: loader.Base) -> None:

@@ -5,142 +5,21 @@ If activations are rounded (NF4, bfloat16), every expert keeps a gate: rounding 
 are nearly equal.
 """
 
-import random
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests import tiny
-from tests.mixing import textbook_mixture as textbook
-from tests.mixing.test_composition import (
-    FLOAT32_TOLERANCE,
-    FLOAT64_TOLERANCE,
-    MAKERS,
-    NF4_TOLERANCE,
-    ExactSlots,
-    error,
-    nf4_and_stock,
-    selected,
-)
-from tests.serving import Row, Step
-from weft.adapters.packed_adapter import PackedAdapter
-from weft.adapters.slots import AdapterSlot, SlotTable
-from weft.config import ModelConfig, Quantization
-from weft.engine.request import ExpertBound
+from tests.mixing.compositions import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, NF4_TOLERANCE
+from tests.mixing.exact import exact_step
+from tests.mixing.mixtures import mixtures
+from tests.serving import Row, Step, error, selected
 from weft.kernels.selection import REFERENCE
-from weft.methods.mixture import Expert, Level, Mixture, MixtureConfig, MixtureParams
-from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
+from weft.methods.mixture import Level, MixtureParams
+from weft.model.loader import Base
 
 
-class Mixed(NamedTuple):
-    """A prompt, its mixture, and the experts."""
-
-    tokens: list[int]
-    mixture: Mixture
-    experts: list[Adapter]
-    bounds: tuple[ExpertBound, ...] = ()
-
-    @property
-    def row(self) -> Row:
-        adapters = [(expert, 1.0) for expert in self.experts]
-        return Row(self.tokens, adapters=adapters, mixture=self.mixture, bounds=self.bounds)
-
-    def wanted(self, stock: Any) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return textbook.logits(stock, self.tokens, self.mixture, self.experts, self.bounds)
-
-
-def made(
-    base: BaseShape,
-    *,
-    seed: int,
-    num_experts: int,
-    scale: float = 0.5,
-    bounded: bool = False,
-    methods: Sequence[str] = tuple(MAKERS),
-    **config: Any,
-) -> Mixed:
-    """A random prompt, router and experts, one of each method first."""
-    dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    read = MixtureConfig(num_experts=num_experts, **config)
-    shape = (1 if read.shared else base.num_layers, read.num_choices, base.embedding_size)
-    experts = [MAKERS[methods[(seed + i) % len(methods)]](base, dice, 100 * seed + i) for i in range(num_experts)]
-    mixture = Mixture(
-        read,
-        MixtureParams(torch.randn(shape, generator=generator) * scale),
-        tuple(Expert(f"{index:064x}") for index in range(num_experts)),
-    )
-    tokens = [dice.randrange(1, tiny.VOCAB_SIZE) for _ in range(dice.randrange(1, 30))]
-    bounds = ()
-    if bounded:
-        bounds = (ExpertBound(False), ExpertBound(True, 0.25), *[ExpertBound(True, 0.0, 0.375)] * (num_experts - 2))
-    return Mixed(tokens, mixture, experts, bounds)
-
-
-def mixtures(base: BaseShape, *, seed: int, all_kept: bool = False) -> list[Mixed]:
-    """Every top_k of five experts, both levels, shared and not, with and without a null expert, normalized and not."""
-    listed: list[Mixed] = []
-    for index in range(12):
-        null_expert = index % 2 == 1
-        listed.append(
-            made(
-                base,
-                seed=seed + index,
-                num_experts=5,
-                bounded=index % 4 == 3,
-                top_k=5 + null_expert if all_kept else 1 + index % 5,
-                shared=index % 3 == 0,
-                null_expert=null_expert,
-                normalize=index % 5 != 0,
-                rms_norm=index % 4 == 1,
-                absolute=index % 4 == 2,
-                temperature=0.5 + index % 3,
-                level=Level.SEQUENCE if index % 3 == 2 else Level.TOKEN,
-            )
-        )
-    return listed
-
-
-class ExactRouters(ExactSlots):
-    """Gives routers in float64 too. routers: those that are placed next, in order."""
-
-    coming_routers: list[Mixture]
-    exact_routers: dict[AdapterSlot, Mixture]
-
-    def put(self, packed: PackedAdapter) -> AdapterSlot | None:
-        if packed.router is None:
-            return super().put(packed)
-        slot = SlotTable.put(self, packed)
-        assert slot is not None
-        self.exact_routers[slot] = self.coming_routers.pop(0)
-        return slot
-
-    def router(self, slot: AdapterSlot) -> tuple[MixtureConfig, MixtureParams]:
-        if slot not in self.exact_routers:
-            return super().router(slot)
-        mixture = self.exact_routers[slot]
-        return mixture.config, MixtureParams(mixture.params.weight.double())
-
-
-def exact_step(path: Path, listed: list[Mixed]) -> Step:
-    """Return the serving path's results in float64, with the reference driver and reference attention."""
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    held = loader.load(config, attention=paged_attention.ATTENTION)
-    step = Step(replace(held, model=held.model.double(), dtype=torch.float64), REFERENCE)
-    slots: Any = step.runner.slots
-    slots.__class__ = ExactRouters
-    slots.coming, slots.exact = [expert for mixed in listed for expert in mixed.experts], {}
-    slots.coming_routers, slots.exact_routers = [mixed.mixture for mixed in listed], {}
-    return step
-
-
-def test_the_mixtures_are_what_they_should_be(base: loader.Base) -> None:
+def test_the_mixtures_are_what_they_should_be(base: Base) -> None:
     listed = mixtures(base.shape, seed=1)
     assert {mixed.mixture.config.top_k for mixed in listed} == {1, 2, 3, 4, 5}
     for flag in ("shared", "null_expert", "normalize", "rms_norm", "absolute"):
@@ -152,10 +31,11 @@ def test_the_mixtures_are_what_they_should_be(base: loader.Base) -> None:
     assert any(mixed.bounds for mixed in listed)
 
 
-def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stock: Any) -> None:
+def test_logits_equal_the_formula_in_float64(base: Base, exact: Base, stock: Any) -> None:
     listed = mixtures(base.shape, seed=1)
-    step = exact_step(path, listed)
-    got = step.logits([mixed.row for mixed in listed])
+    listed_rows = [mixed.row for mixed in listed]
+    step = exact_step(exact, listed_rows)
+    got = step.logits(listed_rows)
     for index, (mixed, mine) in enumerate(zip(listed, got, strict=True)):
         wanted, gates = mixed.wanted(stock)
         assert mine.dtype == torch.float64
@@ -175,7 +55,7 @@ def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stoc
 
 
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
-def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, stock: Any) -> None:
+def test_logits_equal_the_formula_in_float32(kernels: str, base: Base, stock: Any) -> None:
     listed = mixtures(base.shape, seed=31)
     step = Step(base, REFERENCE if kernels == "reference" else selected(base))
     got = step.logits([mixed.row for mixed in listed])
@@ -187,9 +67,9 @@ def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, st
         torch.testing.assert_close(torch.tensor(told.tokens).double().transpose(0, 1), gates, rtol=0, atol=1e-4)
 
 
-def test_logits_equal_the_formula_on_nf4(tmp_path: Path) -> None:
+def test_logits_equal_the_formula_on_nf4(nf4_and_stock: tuple[Base, Any]) -> None:
     """The oracle has the dequantized weights."""
-    nf4, stock = nf4_and_stock(tiny.save_base(tmp_path))
+    nf4, stock = nf4_and_stock
     listed = mixtures(nf4.shape, seed=51, all_kept=True)
     got = Step(nf4, selected(nf4)).logits([mixed.row for mixed in listed])
     plain = Step(nf4, selected(nf4)).logits([Row(mixed.tokens) for mixed in listed])

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.engine.decoding import Blend, Decoding, Part, Taken
+from tests.engine.decoding import Decoding
 from tests.engine.test_captured import Forgetful
-from tests.mixing.test_mixture import Mixed, made, mixtures
+from tests.mixing.mixtures import made, mixtures
+from tests.mixing.textbook_composition import Composition
+from tests.serving import Row
 from weft.engine.request import Gates
 from weft.kernels.cpu import library
 from weft.kernels.selection import select
@@ -24,20 +26,16 @@ pytestmark = pytest.mark.skipif(not library.available(), reason="no compiler for
 NUM_ROWS_MAX = 32
 
 
-def _blend(mixed: Mixed) -> Blend:
-    return Blend(mixed.experts, mixed.mixture, mixed.bounds)
-
-
 def _decodings(base: loader.Base) -> tuple[Decoding, Decoding]:
     kernels = select(base.device, base.dtype)
     return Decoding(base, kernels), Decoding(base, kernels, num_captured_rows=NUM_ROWS_MAX)
 
 
-def _crowd(base: BaseShape, seed: int) -> list[Taken]:
+def _crowd(base: BaseShape, seed: int) -> list[Row | Composition]:
     """Twelve mixtures of every kind, and between them rows of the base, of an adapter, and of a composition."""
     loras = [tiny.random_lora(base, rank=2, seed=seed + place) for place in range(3)]
-    plain: list[Taken] = [[], [Part(loras[0], 1.0)], [Part(loras[1], 0.5), Part(loras[2], 0.25)]]
-    blends = [_blend(one) for one in mixtures(base, seed=seed)]
+    plain: list[Row | Composition] = [[], [(loras[0], 1.0)], [(loras[1], 0.5), (loras[2], 0.25)]]
+    blends = [one.row for one in mixtures(base, seed=seed)]
     return [*blends[:5], plain[0], *blends[5:8], *plain[1:], *blends[8:]]
 
 
@@ -72,16 +70,9 @@ def test_other_mixtures_find_the_recording_of_the_first(base: loader.Base) -> No
         for decoding in (plain, captured):
             decoding.start(
                 [
-                    _blend(
-                        made(
-                            base.shape,
-                            seed=10 * seed + row,
-                            num_experts=3,
-                            top_k=2,
-                            methods=("lora",),
-                            bounded=row == 1,
-                        )
-                    )
+                    made(
+                        base.shape, seed=10 * seed + row, num_experts=3, top_k=2, methods=("lora",), bounded=row == 1
+                    ).row
                     for row in range(4)
                 ]
             )

@@ -1,28 +1,21 @@
 """A mixture with only prefixes and prompts as experts: no deltas, and gates that only attention reads."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.mixing import textbook_mixture as textbook
-from tests.mixing.test_composition import FLOAT32_TOLERANCE, error, selected
-from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
+from tests.mixing.compositions import FLOAT32_TOLERANCE
+from tests.serving import Row, Step, error, selected
 from weft.kernels.selection import REFERENCE
 from weft.methods.mixture import Expert, Mixture, MixtureConfig, MixtureParams
-from weft.model import loader, paged_attention
+from weft.model.loader import Base
 
 _TOKENS = list(range(30, 51))
 
 
-def test_virtual_experts_alone_are_the_formula_and_leave_their_neighbours_alone(tmp_path: Path) -> None:
-    paged_attention.register()
-    path = tiny.save_base(tmp_path / "llama")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    base = loader.load(config, attention=paged_attention.ATTENTION)
-    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").double().eval()
+def test_virtual_experts_alone_are_the_formula_and_leave_their_neighbours_alone(base: Base, stock: Any) -> None:
     experts = [tiny.random_prefix(base.shape, length=3 + 8 * seed, seed=seed) for seed in range(3)]
     experts.append(tiny.random_prompt(base.shape, length=6, seed=9))
     weight = torch.randn(base.shape.num_layers, 4, 64, generator=torch.Generator().manual_seed(1))
@@ -42,8 +35,8 @@ def test_virtual_experts_alone_are_the_formula_and_leave_their_neighbours_alone(
         assert error(mine, wanted) < FLOAT32_TOLERANCE
         assert error(mine, unrouted) > 100 * FLOAT32_TOLERANCE, "negative control"
         alone = step.logits([Row(_TOKENS), Row(_TOKENS), Row(_TOKENS, experts[1])])
-        assert error(plain, alone[1].double()) < 1e-5
-        assert error(other, alone[2].double()) < 1e-5
+        assert error(plain, alone[1]) < 1e-5
+        assert error(other, alone[2]) < 1e-5
         beside = step.logits([row, Row(_TOKENS, lora), Row(_TOKENS, experts[1])])
         assert error(beside[0], wanted) < FLOAT32_TOLERANCE
     kept = step.logits([row, Row(_TOKENS), Row(_TOKENS, experts[1])])  # the kernels' bits, at a fixed shape

@@ -6,9 +6,7 @@ attention = softmax([s(K_1) + log w_1, …, s(K_S) + log w_S, s(K_real)]) [V_1; 
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +15,13 @@ from torch import Tensor
 
 from tests import tiny
 from tests.mixing import textbook_composition as textbook
-from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
+from tests.neighbours import assert_same_bits
+from tests.serving import Row, Step, error, selected
 from weft.kernels.cpu.attention import Attend
-from weft.kernels.selection import REFERENCE, Kernels, select
+from weft.kernels.selection import REFERENCE, select
 from weft.kernels.step import Paging
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
+from weft.model.loader import Base
 from weft.model.paged_attention import KVCache, ReferenceAttend
 
 _HEADS, _KV_HEADS, _SIZE, _BLOCK = 4, 2, 8, 4
@@ -174,12 +172,7 @@ def test_a_layer_reads_the_gates_that_stand_there_when_it_begins() -> None:
 # -- through a model -------------------------------------------------------------------------------------------------
 
 
-def _base(path: Path) -> loader.Base:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
-
-
-def _virtuals(base: loader.Base) -> list[Adapter]:
+def _virtuals(base: Base) -> list[Adapter]:
     return [
         tiny.random_prefix(base.shape, length=5, seed=1),
         tiny.random_prefix(base.shape, length=18, seed=2),
@@ -187,41 +180,29 @@ def _virtuals(base: loader.Base) -> list[Adapter]:
     ]
 
 
-def _error(got: Tensor, wanted: Tensor) -> float:
-    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
-def _kernels(base: loader.Base) -> Kernels:
-    chosen = select(base.device, base.dtype)
-    assert chosen is not REFERENCE
-    return chosen
-
-
 _TOKENS = list(range(40, 63))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.25, 1.0), (0.25, 2.5, 0.125)])
 def test_two_prefixes_and_a_prompt_are_the_formula(
-    weights: tuple[float, ...], path: Path, base: loader.Base, stock: Any
+    weights: tuple[float, ...], base: Base, exact: Base, stock: Any
 ) -> None:
     parts = list(zip(_virtuals(base), weights, strict=True))
     lora = tiny.random_lora(base.shape, rank=4, seed=4)
     for composition in (parts, parts[::-1], [(lora, -0.5), *parts]):
         wanted = textbook.logits(stock, _TOKENS, composition)
-        for kernels in (REFERENCE, _kernels(base)):
+        for kernels in (REFERENCE, selected(base)):
             (got,) = Step(base, kernels).logits([Row(_TOKENS, adapters=composition)])
-            assert _error(got, wanted) < 2e-5
+            assert error(got, wanted) < 2e-5
     moved = [(adapter, weight * 1.01) for adapter, weight in parts]
-    assert _error(textbook.logits(stock, _TOKENS, parts), textbook.logits(stock, _TOKENS, moved)) > 1e-4, "control"
-    held = _base(path)
-    exact = Step(replace(held, model=held.model.double(), dtype=torch.float64), REFERENCE)
-    (got,) = exact.logits([Row(_TOKENS, adapters=parts)])
-    assert _error(got, textbook.logits(stock, _TOKENS, parts)) < 1e-6
+    assert error(textbook.logits(stock, _TOKENS, parts), textbook.logits(stock, _TOKENS, moved)) > 1e-4, "control"
+    (got,) = Step(exact, REFERENCE).logits([Row(_TOKENS, adapters=parts)])
+    assert error(got, textbook.logits(stock, _TOKENS, parts)) < 1e-6
 
 
-def test_a_weight_of_one_has_the_bits_of_the_adapter_alone(base: loader.Base) -> None:
+def test_a_weight_of_one_has_the_bits_of_the_adapter_alone(base: Base) -> None:
     """Also beside a neighbour whose weights require log-gates for the whole step."""
-    step, (short, long, prompt) = Step(base, _kernels(base)), _virtuals(base)
+    step, (short, long, prompt) = Step(base, selected(base)), _virtuals(base)
     plain = step.logits([Row(_TOKENS, long), Row(_TOKENS, prompt), Row(_TOKENS)])
     beside = step.logits(
         [Row(_TOKENS, adapters=[(long, 1.0)]), Row(_TOKENS, prompt), Row(_TOKENS, adapters=[(short, 0.5), (long, 2)])]
@@ -233,30 +214,25 @@ def test_a_weight_of_one_has_the_bits_of_the_adapter_alone(base: loader.Base) ->
     assert not less[0].equal(plain[0]), "negative control"
 
 
-def test_neighbours_spans_and_weights_leave_a_row_bit_equal(base: loader.Base) -> None:
-    step, virtuals, dice = Step(base, _kernels(base)), _virtuals(base), random.Random(5)
+def test_neighbours_spans_and_weights_leave_a_row_bit_equal(base: Base) -> None:
+    step, virtuals, dice = Step(base, selected(base)), _virtuals(base), random.Random(5)
 
     def drawn() -> list[tuple[Adapter, float]]:
         chosen = dice.sample(virtuals, dice.randrange(4))
         return [(adapter, dice.choice([1.0, 0.5, 3.0])) for adapter in chosen]
 
     for mine in ([], [(virtuals[0], 1.0)], [(virtuals[1], 0.5), (virtuals[2], 1.0), (virtuals[0], 2.0)]):
-        rows = [[Row(_TOKENS, adapters=mine), *(Row(_TOKENS, adapters=drawn()) for _ in range(5))] for _ in range(4)]
-        first, *others = (step.logits(batch)[0] for batch in rows)
-        assert all(other.equal(first) for other in others)
-        if mine:
-            moved = [(adapter, weight * 1.5) for adapter, weight in mine]
-            assert not step.logits([Row(_TOKENS, adapters=moved), *rows[0][1:]])[0].equal(first), "negative control"
+        neighbourhoods = [[Row(_TOKENS, adapters=drawn()) for _ in range(5)] for _ in range(4)]
+        changed = [(adapter, weight * 1.5) for adapter, weight in mine] or [(virtuals[0], 1.0)]
+        assert_same_bits(step, Row(_TOKENS, adapters=mine), neighbourhoods, Row(_TOKENS, adapters=changed))
 
 
-def test_the_smaller_its_weight_the_nearer_to_no_adapter(tmp_path: Path) -> None:
+def test_the_smaller_its_weight_the_nearer_to_no_adapter(llama: Base) -> None:
     """With relative positions: a prefix of weight 0 still takes positions before the tokens."""
-    paged_attention.register()
-    base = _base(tiny.save_base(tmp_path / "llama"))
-    step, long = Step(base, _kernels(base)), _virtuals(base)[1]
+    step, long = Step(llama, selected(llama)), _virtuals(llama)[1]
     (without,) = step.logits([Row(_TOKENS)])
     errors = [
-        _error(step.logits([Row(_TOKENS, adapters=[(long, weight)])])[0], without) for weight in (1.0, 0.1, 1e-3, 1e-7)
+        error(step.logits([Row(_TOKENS, adapters=[(long, weight)])])[0], without) for weight in (1.0, 0.1, 1e-3, 1e-7)
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.1

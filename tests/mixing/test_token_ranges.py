@@ -2,11 +2,10 @@
 
     out[t] = y[t] + Σ w · 1[t in ranges] · delta(x[t], y[t])
 
-The oracle, the mixes of methods and the tolerances are those of tests/mixing/test_composition.py.
+The oracle, the mixes of methods and the tolerances are those of compositions.py.
 """
 
 import random
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,22 +14,15 @@ from torch import Tensor
 
 from tests import tiny
 from tests.mixing import textbook_composition as textbook
-from tests.mixing.test_composition import (
-    FLOAT32_TOLERANCE,
-    FLOAT64_TOLERANCE,
-    Mix,
-    error,
-    exact_logits,
-    mixes,
-    selected,
-)
+from tests.mixing.compositions import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, Mix, mixes
+from tests.mixing.exact import exact_step
 from tests.mixing.textbook_composition import Composition, Weighted
-from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
+from tests.neighbours import assert_answers_as_alone, assert_same_bits
+from tests.serving import Row, Step, error, selected
 from weft.engine import token_ranges
 from weft.engine.token_ranges import OPEN, Ranges, TokenRange
 from weft.kernels.selection import REFERENCE
-from weft.model import loader, paged_attention
+from weft.model.loader import Base
 
 
 class Ranged(NamedTuple):
@@ -66,7 +58,7 @@ def _some_ranges(dice: random.Random, num_tokens: int) -> Ranges:
     return token_ranges.normal(ranges)
 
 
-def _ranged(base: loader.Base, *, seed: int, count: int = 12) -> list[Ranged]:
+def _ranged(base: Base, *, seed: int, count: int = 12) -> list[Ranged]:
     dice = random.Random(seed)
     made = []
     for mix in mixes(base.shape, seed=seed, count=count):
@@ -78,16 +70,17 @@ def _ranged(base: loader.Base, *, seed: int, count: int = 12) -> list[Ranged]:
     return made
 
 
-def test_the_ranges_are_what_they_should_be(base: loader.Base) -> None:
+def test_the_ranges_are_what_they_should_be(base: Base) -> None:
     ranges = [one for ranged in _ranged(base, seed=5) for one in ranged.ranges]
     assert () in ranges
     assert {len(one) for one in ranges} >= {1, 2, 3}
     assert {one[-1].end == OPEN for one in ranges if one} == {True, False}
 
 
-def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stock: Any) -> None:
+def test_logits_equal_the_formula_in_float64(base: Base, exact: Base, stock: Any) -> None:
     made, num_controls = _ranged(base, seed=5), 0
-    for one, mine in zip(made, exact_logits(path, [one.row for one in made]), strict=True):
+    listed = [one.row for one in made]
+    for one, mine in zip(made, exact_step(exact, listed).logits(listed), strict=True):
         assert error(mine, textbook.logits(stock, one.mix.tokens, one.by_token)) < FLOAT64_TOLERANCE
         # Negative control: the result differs if one part acts everywhere.
         partial = [k for k, (_, w) in enumerate(one.by_token) if isinstance(w, Tensor) and (w == 0).any()]
@@ -100,7 +93,7 @@ def test_logits_equal_the_formula_in_float64(path: Path, base: loader.Base, stoc
 
 
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
-def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, stock: Any) -> None:
+def test_logits_equal_the_formula_in_float32(kernels: str, base: Base, stock: Any) -> None:
     made = _ranged(base, seed=6)
     got = Step(base, REFERENCE if kernels == "reference" else selected(base)).logits([one.row for one in made])
     for one, mine in zip(made, got, strict=True):
@@ -109,27 +102,13 @@ def test_logits_equal_the_formula_in_float32(kernels: str, base: loader.Base, st
 
 # -- neighbours -------------------------------------------------------------------------------------------------------
 
-_TOLERANCES = {(Quantization.NONE, "float32"): 1e-5, (Quantization.NF4, "bfloat16"): 0.03}
-
-
-@pytest.fixture(scope="module", params=list(_TOLERANCES), ids=lambda key: f"{key[0].value}-{key[1]}")
-def step_and_tolerance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Step, float]:
-    quantization, dtype = request.param
-    paged_attention.register()
-    held = tiny.save_base(tmp_path_factory.mktemp("beside") / "base")
-    config = ModelConfig(path=held, quantization=quantization, device="cpu", dtype=dtype)
-    loaded = loader.load(config, attention=paged_attention.ATTENTION)
-    return Step(loaded, selected(loaded), num_kv_blocks=512), _TOLERANCES[request.param]
-
 
 def test_ranged_rows_beside_plain_and_base_rows_answer_as_alone(step_and_tolerance: tuple[Step, float]) -> None:
     step, tolerance = step_and_tolerance
     rows = [one.row for one in _ranged(step.base, seed=7, count=24)]
     rows[::4] = [Row(row.tokens) for row in rows[::4]]
     rows[1::4] = [row._replace(ranges=()) for row in rows[1::4]]
-    for index, (row, mine) in enumerate(zip(rows, step.logits(rows), strict=True)):
-        (alone,) = step.logits([row])
-        assert error(mine, alone.double()) < tolerance, index
+    assert_answers_as_alone(step, tolerance, rows, {})
 
 
 def test_the_tokens_before_a_range_are_the_base_s(step_and_tolerance: tuple[Step, float]) -> None:
@@ -155,10 +134,6 @@ def test_neighbours_ranges_leave_a_row_bit_equal(step_and_tolerance: tuple[Step,
         return Row(prompt, adapters=composed, ranges=ranges)
 
     for mine in (row(prompts[0], parts[0]), row(prompts[0], parts[3]), Row(prompts[0])):
-        wanted = None
-        for _ in range(4):
-            got = step.logits([mine, *(row(prompt, dice.choice(parts)) for prompt in prompts[1:])])[0]
-            wanted = got if wanted is None else wanted
-            assert got.equal(wanted)
-    moved = mine._replace(adapters=parts[0][:1], ranges=[(TokenRange(8, 9),)])
-    assert not step.logits([moved, *(Row(prompt) for prompt in prompts[1:])])[0].equal(wanted), "negative control"
+        neighbourhoods = [[row(prompt, dice.choice(parts)) for prompt in prompts[1:]] for _ in range(4)]
+        moved = mine._replace(adapters=parts[0][:1], ranges=[(TokenRange(8, 9),)])
+        assert_same_bits(step, mine, neighbourhoods, moved)

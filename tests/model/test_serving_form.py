@@ -10,15 +10,16 @@ from torch import nn
 from transformers import Gemma2Config, Qwen3Config
 
 from tests import tiny
+from tests.bases import Bases, load
 from tests.serving import Row, Step
-from weft.config import ModelConfig, Quantization
+from weft.config import Quantization
 from weft.kernels.cpu import gemm
 from weft.kernels.selection import REFERENCE, Kernels, select
 from weft.methods import ia3
 from weft.methods.bottleneck.math import BottleneckConfig, Form
 from weft.methods.inject import GroupedLinear, LinearGroup
 from weft.methods.protocol import Adapter, BaseShape, SiteKind
-from weft.model import elementwise, groups, loader, paged_attention, serving_form
+from weft.model import elementwise, groups, loader, serving_form
 from weft.model.packed import PackedLinear, multiplies_bfloat16
 
 ARCHITECTURES = [*sorted(tiny.ARCHITECTURES), "qwen3", "gemma2"]
@@ -33,12 +34,6 @@ def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(tiny.ARCHITECTURES, "qwen3", lambda: Qwen3Config(**sizes))
     monkeypatch.setitem(tiny.ARCHITECTURES, "gemma2", lambda: Gemma2Config(**sizes, query_pre_attn_scalar=16))
     return request.param
-
-
-def _load(path: Path, quantization: Quantization = Quantization.NONE, dtype: str = "float32") -> loader.Base:
-    paged_attention.register()
-    config = ModelConfig(path=path, quantization=quantization, device="cpu", dtype=dtype)
-    return loader.load(config, attention=paged_attention.ATTENTION)
 
 
 def _scaled_inputs(base: BaseShape, *, seed: int) -> Adapter:
@@ -74,7 +69,7 @@ def _rows(base: BaseShape, *, scaled: bool) -> list[Row]:
 @pytest.mark.parametrize("kernels", ["reference", "selected"])
 def test_logits_are_those_of_the_base_as_loaded(architecture: str, kernels: str, scaled: bool, tmp_path: Path) -> None:
     path = tiny.save_base(tmp_path / "base", architecture)
-    loaded, held = _load(path), _load(path)
+    loaded, held = load(path), load(path)
     taken = REFERENCE if kernels == "reference" else select(held.device, held.dtype)
     serving_form.take(held, taken)
     rows = _rows(loaded.shape, scaled=scaled)
@@ -86,7 +81,7 @@ def test_logits_are_those_of_the_base_as_loaded(architecture: str, kernels: str,
 
 
 def test_what_is_held_as_one(architecture: str, tmp_path: Path) -> None:
-    base = _load(tiny.save_base(tmp_path / "base", architecture))
+    base = load(tiny.save_base(tmp_path / "base", architecture))
     found = groups.shared_inputs(base.model, base.context)
     num_layers = base.shape.num_layers
     assert len(found) == num_layers * GROUPS_PER_LAYER.get(architecture, 2)
@@ -103,12 +98,11 @@ def test_what_is_held_as_one(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.NF4])
-def test_weights_are_read_as_before_and_held_once(quantization: Quantization, tmp_path: Path) -> None:
+def test_weights_are_read_as_before_and_held_once(quantization: Quantization, bases: Bases) -> None:
     if not gemm.available() and not multiplies_bfloat16():
         pytest.skip("no product of bfloat16 here, so nothing is packed")
-    path = tiny.save_base(tmp_path / "base", "qwen2")
-    loaded, held = (_load(path, quantization, "bfloat16") for _ in range(2))
-    serving_form.take(held, select(held.device, held.dtype))
+    loaded = bases.fresh("qwen2", quantization, "bfloat16")
+    held = bases.served("qwen2", quantization, "bfloat16")
     grouped = [m for m in held.model.modules() if isinstance(m, GroupedLinear)]
     assert len(grouped) == 5 * held.shape.num_layers
     whole = PackedLinear if quantization is Quantization.NONE else Linear4bit
@@ -130,9 +124,8 @@ def _read(base: loader.Base, name: str) -> tuple[torch.Tensor, torch.Tensor | No
     return read(lambda held: (torch.cat(list(held.blocks(torch.float32))), held.bias))
 
 
-def test_nf4_logits_do_not_change(tmp_path: Path) -> None:
-    path = tiny.save_base(tmp_path / "base")
-    loaded, held = (_load(path, Quantization.NF4, "bfloat16") for _ in range(2))
+def test_nf4_logits_do_not_change(bases: Bases) -> None:
+    loaded, held = (bases.fresh("llama", Quantization.NF4, "bfloat16") for _ in range(2))
     assert groups.fuse(held.model, held.context) == 2 * held.shape.num_layers
     rows = _rows(loaded.shape, scaled=True)
     kernels = select(held.device, held.dtype)
@@ -140,9 +133,9 @@ def test_nf4_logits_do_not_change(tmp_path: Path) -> None:
         assert torch.equal(given, logits)
 
 
-def test_modules_that_compute_something_else_are_left_alone(tmp_path: Path) -> None:
+def test_modules_that_compute_something_else_are_left_alone(bases: Bases) -> None:
     """Negative control: the same names and shapes, another formula."""
-    base = _load(tiny.save_base(tmp_path / "base"))
+    base = bases.fresh()
     groups.fuse(base.model, base.context)
     for layer in base.model.model.layers:
         layer.mlp.act_fn = nn.ReLU()
@@ -174,8 +167,8 @@ def _count_gates(base: loader.Base, kernels: Kernels) -> int:
     return len(calls)
 
 
-def test_one_product_for_each_group_and_nothing_is_kept(tmp_path: Path) -> None:
-    base = _load(tiny.save_base(tmp_path / "base"))
+def test_one_product_for_each_group_and_nothing_is_kept(bases: Bases) -> None:
+    base = bases.fresh()
     serving_form.take(base, REFERENCE)
     found = [module for module in base.model.modules() if isinstance(module, LinearGroup)]
     calls: list[nn.Module] = []

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tests import tiny
+from tests.bases import load
 from tests.real.conftest import RealServer, Serve
-from weft.config import ModelConfig, Quantization
 from weft.methods import bottleneck
 from weft.methods.checkpoint import directory
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, source
+from weft.model import source
 from weft_training.adapter import AdaptedModel
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
@@ -124,9 +124,7 @@ _METHODS: Mapping[str, Callable[[BaseShape], Adapter]] = {
 def test_eight_methods_answer_in_one_batch_as_each_alone(serve: Serve, checkpoint: Path, tmp_path: Path) -> None:
     """Alone: in transformers' own generate, over the reference of each method."""
     served = serve(*_EXACT)
-    base = loader.load(
-        ModelConfig(path=checkpoint, quantization=Quantization.NONE, dtype="float32", device="cpu"), attention="sdpa"
-    )
+    base = load(checkpoint, dtype="float32", attention="sdpa")
     adapters = {name: make(base.shape) for name, make in _METHODS.items()}
     for name, adapter in adapters.items():
         directory.write(adapter, tmp_path / name, base.shape)

@@ -12,11 +12,9 @@ from typer.testing import CliRunner
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, LiveServer, refused, wait_until
 from tests.server.test_metrics import change_of, value
-from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
-from weft.adapters.registry import AdapterInfo, Version
+from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.slots import AdapterSlot
 from weft.api import composition
-from weft.api.composition import Part
 from weft.cli import app
 from weft.errors import InvalidRequest
 from weft.v1 import adapter_pb2, generation_pb2
@@ -176,19 +174,6 @@ def test_row_84_tells_the_index(server: LiveServer) -> None:
         lambda: server.client.generate(None, **of(ia3_1=1.0, lora_1=9.0)), "INVALID_ARGUMENT", "COMPOSITION_INVALID"
     )
     assert (failure.metadata["index"], failure.metadata["field"]) == ("1", "composition.adapters[1].weight")
-
-
-def test_row_84_a_mixture_is_no_part() -> None:
-    def version(name: str, method: str, experts: tuple[AdapterReference, ...] = ()) -> Version:
-        info = AdapterInfo(method=method, experts=experts)
-        return Version(adapter_id=AdapterId(name), digest=AdapterDigest(name * 64), info=info, create_time_s=0)
-
-    parts = [Part(AdapterReference(AdapterId(name), None), 1.0, 1.0, "") for name in "ab"]
-    expert = AdapterReference(AdapterId("a"), AdapterDigest("a" * 64))
-    composition.check_versions(parts, [version("a", "lora"), version("b", "ia3")])
-    with pytest.raises(InvalidRequest, match=r"adapters\[1\].adapter_id: is a mixture.*given b") as caught:
-        composition.check_versions(parts, [version("a", "lora"), version("b", "mixture", (expert,))])
-    assert caught.value.metadata["index"] == "1"
 
 
 def test_row_85_a_part_that_is_going(tight: LiveServer, sources: Sources) -> None:

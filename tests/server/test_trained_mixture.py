@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.bases import load
 from tests.server.conftest import Sources
 from tests.server.live import LiveServer
 from weft.methods.mixture import Level
-from weft.model import loader
 from weft.v1 import generation_pb2
 from weft_training import expert as experts
 from weft_training import output
@@ -38,7 +38,7 @@ def test_a_trained_mixture_answers_in_a_server_as_in_training(
     if trains_experts:
         paths = tuple(sorted((made / output.EXPERTS).iterdir()))
 
-    base = loader.load(model, attention="eager")
+    base = load(model.path, model.quantization, model.dtype, attention="eager")
     held = experts.read(paths, base.shape)
     mixture = output.read_mixture(made, base.shape)
     assert [one.digest for one in mixture.experts] == [one.digest for one in held]

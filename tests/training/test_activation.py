@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
+from tests.bases import load
 from tests.serving import Row as Served
 from tests.serving import Step
 from torch import Tensor
@@ -16,7 +17,7 @@ from weft.kernels.selection import select
 from weft.methods.dora.math import DoraConfig
 from weft.methods.lora.math import LoraConfig
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader, paged_attention
+from weft.model import loader
 from weft_training import activation, base
 from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
@@ -67,8 +68,7 @@ def test_tokens_before_the_invocation_are_the_base_s(ours: loader.Base) -> None:
 
 
 def test_serving_computes_what_training_does(exact: ModelConfig, ours: loader.Base) -> None:
-    paged_attention.register()
-    served = loader.load(replace(exact, dtype="float32"), attention=paged_attention.ATTENTION)
+    served = load(exact.path)
     adapter = _activated(ours.shape)
     rows = [
         Served(tokens) if begin is None else Served(tokens, adapters=[(adapter, 1.0)], ranges=[_from(begin)])

@@ -77,10 +77,9 @@ def test_a_router_was_trained_under_factors_too(longrope: Path, tmp_path: Path) 
 
 
 def test_bases_of_one_set_of_frequencies_say_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, longrope: Path
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, longrope: Path
 ) -> None:
     """The negative control: neither a log line, nor a word in the file, nor a warning."""
-    path = tiny.save_base(tmp_path / "base")
     with caplog.at_level(logging.WARNING, logger="weft_training"):
         base = bases.load(_config(path), max_model_len=32)
     assert not caplog.records

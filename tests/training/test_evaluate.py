@@ -1,9 +1,9 @@
 """The table of the demo's adapters, and that the committed adapters reach it."""
 
 import pytest
+from tests.bases import load
 
-from weft.config import ModelConfig
-from weft.model import loader
+from weft.config import Quantization
 from weft_training import adapter, shipped
 from weft_training.adapter import AdaptedModel
 from weft_training.demo.adapters import LIVE, RECIPES
@@ -45,7 +45,7 @@ def test_the_committed_adapters_are_those_of_the_recipes() -> None:
 
 def test_committed_adapters_do_their_tasks_on_the_nf4_base() -> None:
     """A sample of the measurements of `python -m weft_training.demo.evaluate`; it would detect an untrained adapter."""
-    base = loader.load(ModelConfig(path=shipped.BASE, device="cpu"), attention="sdpa")
+    base = load(shipped.BASE, Quantization.NF4, attention="sdpa")
     for recipe in RECIPES:
         adapted = AdaptedModel(base, adapter.read(shipped.ADAPTERS / recipe.name, base.shape))
         held_back = examples(TASKS[recipe.task], 30, 5, Split.TEST)

@@ -7,22 +7,20 @@ factors do not fit each other, the docstring of the test says what is meant.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny
+from tests.bases import Bases
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
 
-from weft.config import ModelConfig, Quantization
 from weft.methods import bottleneck, ia3, lora, prefix
 from weft.methods.catalog import METHODS
 from weft.methods.driver import ReferenceDriver, Segment
 from weft.methods.protocol import BaseShape, Method, Site
-from weft.model import loader
 from weft_training import adapter
 from weft_training.adapter import USUAL, AdaptedModel
 from weft_training.data import Row, collate
@@ -89,10 +87,9 @@ def test_lora(use_rslora: bool) -> None:
     assert_equal(of_weight, of_merged)  # "the same gradient path as original parameters"
 
 
-def test_lora_in_a_whole_model(tmp_path: Path) -> None:
+def test_lora_in_a_whole_model(bases: Bases) -> None:
     """The same identities at every site of a base, with ∂L/∂W from the base's own weights."""
-    config = ModelConfig(path=tiny.save_base(tmp_path), quantization=Quantization.NONE, device="cpu", dtype="float32")
-    ours = loader.load(config, attention="sdpa")
+    ours = bases.fresh(attention="sdpa")
     ours.model.double()
     ours = replace(ours, dtype=torch.float64)
     model = AdaptedModel(ours, tiny.random_lora(ours.shape, rank=3, seed=1)).double()
@@ -202,14 +199,11 @@ def test_prefix() -> None:
 
 
 @pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> BaseShape:
+def shape(shape: BaseShape) -> BaseShape:
     """A base with one site of every name."""
-    path = tiny.save_base(tmp_path_factory.mktemp("base"))
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    whole = loader.load(config, attention="sdpa").shape
-    sites = {site.name: site for site in whole.sites.values() if ".1." not in site.name}
-    assert len(sites) < len(whole.sites)
-    return replace(whole, sites=sites, num_layers=1)
+    sites = {site.name: site for site in shape.sites.values() if ".1." not in site.name}
+    assert len(sites) < len(shape.sites)
+    return replace(shape, sites=sites, num_layers=1)
 
 
 def drawn(method: Method, shape: BaseShape) -> adapter.Adapter:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
+from tests.bases import Bases
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -21,7 +22,6 @@ from weft.methods.ia3.math import Ia3Config
 from weft.methods.lora.math import LoraConfig
 from weft.methods.prefix.math import PrefixConfig
 from weft.methods.protocol import Adapter, BaseShape, MethodConfig
-from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, command, joint_model
 from weft_training.adapter import AdaptedModel
@@ -84,11 +84,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
-def test_a_step_is_that_of_every_adapter_alone(architecture: str, tmp_path: Path) -> None:
+def test_a_step_is_that_of_every_adapter_alone(architecture: str, bases: Bases) -> None:
     """In float64, on rows longer than the window where the base slides one."""
-    path = tiny.save_base(tmp_path, architecture)
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    ours = loader.load(config, attention="sdpa")  # eager attention takes its softmax in float32
+    ours = bases.fresh(architecture, attention="sdpa")  # eager attention takes its softmax in float32
     ours.model.double()
     ours = replace(ours, dtype=torch.float64)
     step = shares(ours, torch.float64)
@@ -158,10 +156,10 @@ def test_a_pass_has_no_more_tokens_than_allowed() -> None:
     assert buckets(steps, 2 * 80 - 1) == [[0], [1], [2], [3], [4]]
 
 
-def test_a_row_as_long_as_the_base_allows(tmp_path: Path) -> None:
+def test_a_row_as_long_as_the_base_allows(bases: Bases) -> None:
     """Beside a prefix, whose padded rows then reach beyond the last position."""
-    path = tiny.save_base(tmp_path, "gpt2")
-    ours = base.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32"))
+    config = ModelConfig(path=bases.path("gpt2"), quantization=Quantization.NONE, device="cpu", dtype="float32")
+    ours = base.load(config)
     lengths = (ours.max_model_len, ours.max_model_len - 7)
     made = (tiny.random_lora(ours.shape, rank=3, seed=1), tiny.random_prefix(ours.shape, length=7, seed=3))
     step = [

@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
+from tests.bases import Bases
 from torch import Tensor
 
 from weft.adapters.identifiers import check_adapter_id
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import digest_at
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits, ModelConfig
 from weft.methods import mixture as gating
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint.mixture import CONFIG_FILE
 from weft.methods.mixture import Level, MixtureConfig, MixtureParams
 from weft.methods.protocol import Adapter, BaseShape
-from weft.model import loader
 from weft.model.loader import Base
-from weft_training import base as bases
 from weft_training import output, publish, recipe
+from weft_training.base import load
 from weft_training.data import Example, Row, collate
 from weft_training.expert import TrainedExpert
 from weft_training.mixture import MixtureModel, MixtureTrainConfig, TrainedMixture
@@ -37,10 +37,9 @@ EXAMPLES = [Example(f"{letter}{number} = ", letter * 3) for letter in "abcde" fo
 
 
 @pytest.fixture
-def exact(tmp_path: Path) -> Base:
+def exact(bases: Bases) -> Base:
     """A Llama of two layers in float64."""
-    config = ModelConfig(path=tiny.save_base(tmp_path), quantization=Quantization.NONE, device="cpu", dtype="float32")
-    base = loader.load(config, attention="eager")
+    base = bases.fresh(attention="eager")
     base.model.double()
     return replace(base, dtype=torch.float64)
 
@@ -184,7 +183,7 @@ def nf4(tiny_base: Path) -> ModelConfig:
 
 @pytest.fixture
 def paths(nf4: ModelConfig, tmp_path: Path) -> tuple[Path, ...]:
-    base = bases.load(nf4)
+    base = load(nf4)
     adapters = [*expert_set(base.shape), tiny.random_bitfit(base.shape, seed=4)]
     for index, adapter in enumerate(adapters):
         directory.write(adapter, tmp_path / f"e{index}", base.shape)
@@ -222,7 +221,7 @@ def test_a_router_is_trained_and_its_experts_are_left_alone(
 def test_experts_train_with_their_router(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:
     adapter = MixtureTrainConfig(experts=paths, train_experts=True)
     train(config_of(nf4, tmp_path / "made", adapter), examples=EXAMPLES)
-    base = bases.load(nf4)
+    base = load(nf4)
     made = output.read_mixture(tmp_path / "made", base.shape)
     new = {path.name: digest_at(path) for path in (tmp_path / "made" / output.EXPERTS).iterdir()}
     assert {one.adapter_id: one.digest for one in made.experts} == new
@@ -240,7 +239,7 @@ def test_a_mixture_is_published_into_a_store(nf4: ModelConfig, paths: tuple[Path
 def test_a_name_that_no_adapter_can_have_is_no_hint(nf4: ModelConfig, paths: tuple[Path, ...], tmp_path: Path) -> None:
     odd = paths[0].rename(tmp_path / "No.Id")
     train(config_of(nf4, tmp_path / "made", MixtureTrainConfig(experts=(odd, paths[1]))), examples=EXAMPLES)
-    made = output.read_mixture(tmp_path / "made", bases.load(nf4).shape)
+    made = output.read_mixture(tmp_path / "made", load(nf4).shape)
     assert {one.adapter_id: one.digest for one in made.experts} == {
         "": digest_at(odd),
         "e1": digest_at(paths[1]),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests import tiny
+from tests.bases import Bases
 from torch import nn
 
 from weft.config import ModelConfig, Quantization
@@ -30,9 +31,9 @@ def test_groups_hold_every_row_once_and_fit() -> None:
 
 
 @pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
-def test_loss_and_gradients_are_those_of_the_rows_alone(architecture: str, tmp_path: Path) -> None:
-    path = tiny.save_base(tmp_path, architecture)
-    ours = base.load(ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32"))
+def test_loss_and_gradients_are_those_of_the_rows_alone(architecture: str, bases: Bases) -> None:
+    config = ModelConfig(path=bases.path(architecture), quantization=Quantization.NONE, device="cpu", dtype="float32")
+    ours = base.load(config)
     packing.require_apart(ours.model)
     ours.tokenizer.eos_token = "\x03"
     model = AdaptedModel(ours, tiny.random_lora(ours.shape, rank=3, seed=1))

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tests import tiny
+from tests.bases import Bases
 from tests.serving import Row as Served
 from tests.serving import Step
 from torch import Tensor
@@ -26,7 +27,6 @@ from weft.methods.prompt.math import PromptConfig, PromptInit
 from weft.methods.protocol import Adapter, BaseShape, MethodConfig
 from weft.methods.ptuning.math import Encoder, PtuningConfig
 from weft.methods.vera.math import VeraConfig
-from weft.model import loader, paged_attention
 from weft_training import adapter, base
 from weft_training.adapter import AdaptedModel
 from weft_training.config import TrainConfig
@@ -124,14 +124,10 @@ RANDOM: dict[str, Callable[[BaseShape], Adapter]] = {
 
 
 @pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
-def test_serving_computes_what_training_does(architecture: str, tmp_path: Path) -> None:
+def test_serving_computes_what_training_does(architecture: str, bases: Bases) -> None:
     """Paged attention, slots and kernels beside the module that is trained, on rows of unequal length."""
-    config = ModelConfig(
-        path=tiny.save_base(tmp_path, architecture), quantization=Quantization.NONE, device="cpu", dtype="float32"
-    )
-    ours = base.load(config)
-    paged_attention.register()
-    served = loader.load(config, attention=paged_attention.ATTENTION)
+    config = ModelConfig(path=bases.path(architecture), quantization=Quantization.NONE, device="cpu", dtype="float32")
+    ours, served = base.load(config), bases(architecture)
     step = Step(served, select(served.device, served.dtype))
     rows = [Row(list(range(40, 70)), 0), Row([7, 9, 100], 0), Row([5], 0)]
     batch = collate(rows, pad_token_id=0)
@@ -149,13 +145,11 @@ def test_serving_computes_what_training_does(architecture: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_serving_computes_what_training_does_on_nf4(double_quant: bool, tmp_path: Path) -> None:
+def test_serving_computes_what_training_does_on_nf4(double_quant: bool, bases: Bases, tmp_path: Path) -> None:
     """Both hold the same quantized weights. They differ by the rounding of bfloat16, more where the processor lets
     bitsandbytes repack the weights that are served; the base alone shows how much that is."""
-    config = ModelConfig(path=tiny.save_base(tmp_path), device="cpu", double_quant=double_quant)
-    ours = base.load(config)
-    paged_attention.register()
-    served = loader.load(config, attention=paged_attention.ATTENTION)
+    ours = base.load(ModelConfig(path=bases.path(), device="cpu", double_quant=double_quant))
+    served = bases("llama", Quantization.NF4, double_quant=double_quant)
     step = Step(served, select(served.device, served.dtype))
     rows = [Row(list(range(40, 70)), 0), Row([7, 9, 100], 0), Row([5], 0)]
     batch = collate(rows, pad_token_id=0)

@@ -1,9 +1,9 @@
 """The committed style adapters, composed with a task's, work as documented, on a few inputs."""
 
 import pytest
+from tests.bases import load
 
-from weft.config import ModelConfig
-from weft.model import loader
+from weft.config import Quantization
 from weft.model.loader import Base
 from weft_training.demo import styles
 from weft_training.demo.styles import Composition
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return loader.load(ModelConfig(path=BASE, device="cpu"), attention="sdpa")
+    return load(BASE, Quantization.NF4, attention="sdpa")
 
 
 @pytest.mark.parametrize(("style", "least"), [("capitals-lora", 0.6), ("exclaim-lora", 0.85)])

@@ -12,6 +12,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file
+from tests.bases import load
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ from weft.methods.prefix.math import PrefixConfig
 from weft.methods.prompt.math import PromptConfig, PromptInit
 from weft.methods.protocol import MethodConfig
 from weft.methods.ptuning.math import Encoder, PtuningConfig
-from weft.model import loader
 from weft.model.loader import Base
 from weft_training import adapter, base, command, plan
 from weft_training.adapter import USUAL, AdaptedModel
@@ -205,10 +205,7 @@ def test_progress_hears_every_step(tiny_base: Path, tmp_path: Path) -> None:
     result = train(config, examples=EXAMPLES, progress=steps.append)
     assert [(step.number, step.num_steps) for step in steps] == [(1, 3), (2, 3), (3, 3)]
     assert tuple(step.loss for step in steps) == result.losses
-    assert (
-        result.num_parameters
-        == adapter.read(result.output, loader.load(nf4(tiny_base), attention="sdpa").shape).num_parameters
-    )
+    assert result.num_parameters == adapter.read(result.output, load(tiny_base, Quantization.NF4).shape).num_parameters
 
 
 # --- where soft prompts begin, and what makes them -------------------------------------------------------------------
@@ -329,7 +326,7 @@ def test_a_forward_without_gradients_does_not_spoil_the_next_gradient(tiny_base:
         ours.model(input_ids=ids)
     assert torch.equal(gradients(model), fresh)
 
-    served = loader.load(nf4(tiny_base), attention="sdpa")  # the control: as the server loads it
+    served = load(tiny_base, Quantization.NF4, attention="sdpa")  # the control: as the server loads it
     with torch.no_grad():
         served.model(input_ids=ids)
     linears = [module for module in served.model.modules() if isinstance(module, Linear4bit)]
@@ -412,7 +409,7 @@ def test_command_trains(tiny_base: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(command.app, [*options.split(), "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "out: lora, 896 parameters, loss " in result.output
-    made = adapter.read(tmp_path / "out", loader.load(nf4(tiny_base), attention="sdpa").shape)
+    made = adapter.read(tmp_path / "out", load(tiny_base, Quantization.NF4).shape)
     assert {site.rpartition(".")[2] for site in made.sites} == {"q_proj", "v_proj"}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.methods import textbook_bottleneck as textbook
-from tests.serving import Row, Step, load
+from tests.serving import Row, Step
 from tests.training.tools import adapterhub_files
 from tests.training.tools.adapterhub_files import KINDS
 from torch import Tensor
@@ -27,18 +27,8 @@ Spoil = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("bases") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    return load(path)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> loader.Base:
-    return load(tiny.save_base(tmp_path_factory.mktemp("llama") / "base"))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

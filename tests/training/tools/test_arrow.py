@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
+from tests.bases import Bases, load
 from torch import Tensor
 from typer.testing import CliRunner
 
 from weft.adapters.versions import digest_at
 from weft.cli import app
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits, Quantization
 from weft.methods import mixture
 from weft.methods.checkpoint import directory
 from weft.methods.checkpoint import mixture as mixture_files
 from weft.methods.lora.math import LoraParams
-from weft.model import loader
 from weft.model.loader import Base
 from weft_training.tools import arrow
 from weft_training.tools.arrow import NormReader
@@ -29,22 +29,19 @@ READERS = {
 }
 
 
-def load(path: Path, architecture: str, quantization: Quantization = Quantization.NONE) -> Base:
-    config = ModelConfig(
-        path=tiny.save_base(path, architecture), quantization=quantization, device="cpu", dtype="float32"
-    )
-    base = loader.load(config, attention="eager")
+def spread(base: Base) -> Base:
+    """Change the gains of a base's norms: gains of 1 would hide what folding them in does."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in base.model.named_parameters():
-            if "norm" in name or "ln_" in name:  # gains of 1 would hide what folding them in does
+            if "norm" in name or "ln_" in name:
                 parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
     return base
 
 
 @pytest.mark.parametrize("architecture", list(READERS))
-def test_the_modules_that_read_a_norm_are_found_by_what_they_read(tmp_path: Path, architecture: str) -> None:
-    base = load(tmp_path, architecture)
+def test_the_modules_that_read_a_norm_are_found_by_what_they_read(bases: Bases, architecture: str) -> None:
+    base = spread(bases.fresh(architecture, attention="eager"))
     readers = arrow.norm_readers(base.model, base.shape)
     assert {base.shape.sites[one.site].suffix for one in readers} == READERS[architecture]
     assert len(readers) == 2 * len(READERS[architecture])
@@ -91,8 +88,8 @@ def test_a_direction_is_the_first_singular_vector_of_the_stacked_updates(centers
     assert abs(torch.linalg.svd(plain)[2][0] @ found.double()) < 0.999  # the control: without the gains
 
 
-def test_an_expert_is_chosen_where_the_state_lies_along_its_direction(tmp_path: Path) -> None:
-    base = load(tmp_path, "llama")
+def test_an_expert_is_chosen_where_the_state_lies_along_its_direction(bases: Bases) -> None:
+    base = spread(bases.fresh())
     experts = [tiny.random_lora(base.shape, rank=1, seed=seed).sites for seed in range(3)]
     router = arrow.router(arrow.norm_readers(base.model, base.shape), experts, base.shape)
     assert router.weight.shape == (2, 3, 64)
@@ -113,14 +110,14 @@ def test_an_expert_is_chosen_where_the_state_lies_along_its_direction(tmp_path: 
         )
 
 
-def test_the_command_makes_a_mixture_that_servers_read(tmp_path: Path) -> None:
-    base = load(tmp_path / "base", "llama", Quantization.NF4)
+def test_the_command_makes_a_mixture_that_servers_read(bases: Bases, tmp_path: Path) -> None:
+    base = bases("llama", Quantization.NF4)
     for seed in range(2):
         directory.write(tiny.random_lora(base.shape, rank=2 + seed, seed=seed), tmp_path / f"e{seed}", base.shape)
     directory.write(tiny.random_ia3(base.shape, seed=1), tmp_path / "scaled", base.shape)
 
     def run(*arguments: str) -> tuple[int, str]:
-        done = CliRunner().invoke(app, ["adapters", "arrow", *arguments, "--base", str(tmp_path / "base")])
+        done = CliRunner().invoke(app, ["adapters", "arrow", *arguments, "--base", str(bases.path())])
         assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
         return done.exit_code, done.output
 
@@ -135,7 +132,7 @@ def test_the_command_makes_a_mixture_that_servers_read(tmp_path: Path) -> None:
         "one": digest_at(tmp_path / "e0"),
         "two": digest_at(tmp_path / "e1"),
     }
-    other = loader.load(ModelConfig(path=tiny.save_base(tmp_path / "other", seed=1), device="cpu"), attention="eager")
+    other = load(tiny.save_base(tmp_path / "other", seed=1))
     directory.write(tiny.random_lora(base.shape, rank=2, seed=0), tmp_path / "foreign", other.shape)
     for arguments, refusal in (
         ((f"one={tmp_path}/e0", f"two={tmp_path}/foreign"), "trained on other weights"),

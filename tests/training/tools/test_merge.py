@@ -14,7 +14,7 @@ from tests.cli.conftest import Weft
 from transformers import AutoModelForCausalLM
 
 from weft.cli import adapter_directory
-from weft.config import AdapterLimits, ModelConfig, Quantization
+from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import directory
 from weft.model import loader
@@ -35,10 +35,8 @@ class Held(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> Held:
-    path = tiny.save_base(tmp_path_factory.mktemp("merge") / "base")
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    base, root = loader.load(config, attention="sdpa"), path.parent
+def held(path: Path, base: loader.Base, tmp_path_factory: pytest.TempPathFactory) -> Held:
+    root = tmp_path_factory.mktemp("merge")
     bound = replace(base.shape, digest=_DIGEST)  # as if trained on the base in another quantization
     directory.write(tiny.random_lora(base.shape, rank=4, seed=1), root / "bound", bound)
     directory.write(tiny.random_lora(base.shape, rank=6, seed=2), root / "free", replace(base.shape, digest=""))

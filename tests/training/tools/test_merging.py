@@ -10,17 +10,16 @@ import peft
 import pytest
 import torch
 from tests import tiny
-from tests.serving import Row, Step
+from tests.serving import Row, Step, error
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from weft.config import ModelConfig, Quantization
 from weft.kernels.selection import select
 from weft.methods import lora
 from weft.methods.checkpoint import directory
 from weft.methods.lora.math import LoraParams
 from weft.methods.protocol import Adapter, SiteKind
-from weft.model import loader, paged_attention
+from weft.model import loader
 from weft_training.tools import merging
 from weft_training.tools.merging import Part
 
@@ -31,15 +30,8 @@ _TOLERANCE = 1e-5  # relative, of float32 products of matrices with 64 to 128 co
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paged_attention.register()
-    return tiny.save_base(tmp_path_factory.mktemp("merged") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def base(path: Path) -> loader.Base:
-    config = ModelConfig(path=path, quantization=Quantization.NONE, device="cpu", dtype="float32")
-    return loader.load(config, attention=paged_attention.ATTENTION)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def _adapters(base: loader.Base, *, lora_bias: bool = False) -> list[Adapter]:
@@ -60,10 +52,6 @@ def _update(params: LoraParams) -> Tensor:
 def _sum_of_updates(adapters: list[Adapter], name: str) -> Tensor:
     updates = [w * _update(a.sites[name]) for a, w in zip(adapters, _WEIGHTS, strict=True) if name in a.sites]
     return torch.stack(updates).sum(0)
-
-
-def _error(got: Tensor, wanted: Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm()).item()
 
 
 def _merged(adapters: list[Adapter], rule: merging.Rule) -> tuple[Adapter, float]:
@@ -89,10 +77,10 @@ def test_exact_serves_as_the_composition_does(base: loader.Base, tmp_path: Path,
     tokens = list(range(40, 70))
     parts = list(zip(adapters, _WEIGHTS, strict=True))
     composed, served, without = step.logits([Row(tokens, adapters=parts), Row(tokens, again), Row(tokens)])
-    assert _error(served, composed) < _TOLERANCE
-    assert _error(without, composed) > 1000 * _TOLERANCE, "negative control"
+    assert error(served, composed) < _TOLERANCE
+    assert error(without, composed) > 1000 * _TOLERANCE, "negative control"
     (other,) = step.logits([Row(tokens, adapters=[(adapters[0], 0.71), *parts[1:]])])
-    assert _error(other, composed) > 10 * _TOLERANCE, "negative control"
+    assert error(other, composed) > 10 * _TOLERANCE, "negative control"
 
 
 def test_exact_loads_in_peft(base: loader.Base, path: Path, peft_model: Any, tmp_path: Path) -> None:
@@ -106,7 +94,7 @@ def test_exact_loads_in_peft(base: loader.Base, path: Path, peft_model: Any, tmp
     assert found.keys() == wanted.keys()
     assert {len(layer.lora_A["merged"].weight) for layer in _layers(model).values()} == {4 + 7, 4 + 7 + 1, 4 + 1}
     for name, update in found.items():
-        assert _error(update, wanted[name]) < _TOLERANCE
+        assert error(update, wanted[name]) < _TOLERANCE
 
 
 def test_svd_is_the_nearest_update_of_its_rank(base: loader.Base) -> None:
@@ -130,7 +118,7 @@ def test_svd_of_a_rank_that_is_enough_loses_nothing(base: loader.Base) -> None:
     merged, kept = _merged(adapters, partial(merging.svd, rank=12))
     assert kept == pytest.approx(1)
     for name, params in merged.sites.items():
-        assert _error(_update(params), _sum_of_updates(adapters, name)) < _TOLERANCE
+        assert error(_update(params), _sum_of_updates(adapters, name)) < _TOLERANCE
     # Modules whose sum has a smaller rank keep that: 12 would be rows of noise.
     assert {params.rank for params in merged.sites.values()} == {4 + 7, 12, 4 + 1}
 
@@ -212,11 +200,11 @@ def test_updates_equal_peft_s(
     merged, _ = _merged(_adapters(base), _RULES[combination]())
     assert merged.sites.keys() == wanted.keys()
     for name, params in merged.sites.items():
-        assert _error(_update(params), wanted[name]) < 1e-4, name
+        assert error(_update(params), wanted[name]) < 1e-4, name
     # Negative control: the other rules make something else.
     for other in _RULES.keys() - {combination}:
         updates = _merged(_adapters(base), _RULES[other]())[0].sites
-        assert max(_error(_update(params), wanted[name]) for name, params in updates.items()) > 0.05, other
+        assert max(error(_update(params), wanted[name]) for name, params in updates.items()) > 0.05, other
 
 
 def test_linear_of_peft_is_not_the_weighted_sum(base: loader.Base, tmp_path: Path, path: Path) -> None:
@@ -234,8 +222,8 @@ def test_linear_of_peft_is_not_the_weighted_sum(base: loader.Base, tmp_path: Pat
         a, b = (layer.get_submodule(f"lora_{side}.linear").weight.double() for side in "AB")
         (a1, b1, s1, _), (a2, b2, s2, _) = (adapter.sites[name] for adapter in pair)
         crossed = (0.7 * 0.3 * s1 * s2) ** 0.5 * (b1 @ a2 + b2 @ a1).double()
-        assert _error(b @ a, _update(params) + crossed) < _TOLERANCE
-        assert _error(b @ a, _update(params)) > 0.3
+        assert error(b @ a, _update(params) + crossed) < _TOLERANCE
+        assert error(b @ a, _update(params)) > 0.3
 
 
 # -- the rules, entry by entry ----------------------------------------------------------------------------------------
@@ -277,9 +265,9 @@ def test_one_part_of_density_1_is_itself_times_its_weight(rule: str) -> None:
     if "density" in whole.keywords:
         whole = partial(whole, density=1.0)
     params, kept = whole([Part(LoraParams(a, b, 0.5, bias), -2.0)])
-    assert _error(_update(params), -(b @ a).double()) < _TOLERANCE
+    assert error(_update(params), -(b @ a).double()) < _TOLERANCE
     assert params.bias is not None
-    assert _error(params.bias, -bias) < _TOLERANCE
+    assert error(params.bias, -bias) < _TOLERANCE
     assert kept == pytest.approx(1)
 
 
