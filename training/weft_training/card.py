@@ -55,11 +55,6 @@ def _text(config: TrainConfig, prepared: Prepared, result: TrainResult, *, has_c
     curve = f"![loss]({CURVE_FILE})\n\n" if has_curve else ""
     context = f"{base.max_model_len:,} tokens" + (f" ({shape.rope_factors})" if shape.rope_factors else "")
     versions = f"weft {weft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    keys = recipe_of(config)
-    keys["model"]["path"] = shape.name  # only this machine has the path
-    recipe = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()
-    # Use a fence longer than any in the recipe, whose strings may hold backticks.
-    fence = "`" * max(3, 1 + max((len(run) for run in recipe.split() if set(run) == {"`"}), default=0))
     return f"""\
 ---
 library_name: peft
@@ -87,7 +82,14 @@ A {method} adapter of {result.num_parameters:,} parameters for {shape.name}, tra
 
 ## Recipe
 
-{fence}yaml
-{recipe}
-{fence}
+{_fenced_recipe(config, shape.name)}
 """
+
+
+def _fenced_recipe(config: TrainConfig, base_name: str) -> str:
+    keys = recipe_of(config)
+    keys["model"]["path"] = base_name  # only this machine has the path
+    recipe = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()
+    # Use a fence longer than any in the recipe, whose strings may hold backticks.
+    fence = "`" * max(3, 1 + max((len(run) for run in recipe.split() if set(run) == {"`"}), default=0))
+    return f"{fence}yaml\n{recipe}\n{fence}"
