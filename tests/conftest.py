@@ -11,7 +11,11 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia/versi
 import pytest
 import torch
 
-from tests import tiny
+from tests import shapes
+
+shapes.check()  # before anything imports weft.methods, as tests.tiny does
+
+from tests import tiny  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

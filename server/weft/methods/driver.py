@@ -16,36 +16,37 @@ from weft.methods import mixture
 from weft.methods.inject import Driver
 from weft.methods.mixture import NO_BOUNDS, MixtureConfig, MixtureParams, Steering
 from weft.methods.protocol import Method, Site
+from weft.methods.shapes import Float, Int
 
 
 class Segment(NamedTuple):
     """Rows of the flattened batch that share an adapter.
 
     params: the adapter's parameters by site name.
-    rows: int64 [N], or None for all rows in order.
-    gates: float32 [N], or None for 1; or a function that returns them for the layer being computed.
+    rows: None for all rows in order.
+    gates: None for 1; or a function that returns them for the layer being computed.
     """
 
     method: Method
     params: Mapping[str, Any]
-    rows: Tensor | None = None
-    gates: Tensor | Callable[[], Tensor] | None = None
+    rows: Int[Tensor, " N"] | None = None
+    gates: Float[Tensor, " N"] | Callable[[], Float[Tensor, " N"]] | None = None
 
 
 class Routed:
     """A mixture's gates on its rows, computed again for each layer.
 
-    rows: int64 [N], or None for all rows in order.
-    pooled: at Level.SEQUENCE, the router's input in every layer instead of the rows: [hidden], or [N, hidden].
+    rows: None for all rows in order.
+    pooled: at Level.SEQUENCE, the router's input in every layer instead of the rows: one for all rows, or one for each.
     """
 
     def __init__(
         self,
         config: MixtureConfig,
         params: MixtureParams,
-        rows: Tensor | None = None,
+        rows: Int[Tensor, " N"] | None = None,
         steering: Steering = NO_BOUNDS,
-        pooled: Tensor | None = None,
+        pooled: Float[Tensor, "*N hidden"] | None = None,
     ) -> None:
         self._config = config
         self._params = params
@@ -54,8 +55,8 @@ class Routed:
         self._pooled = pooled
         self.by_layer: list[Tensor] = []  # [N, experts] of each layer so far
 
-    def enter(self, layer: int, rows: Tensor) -> None:
-        """Compute the gates of the layer that begins with the hidden states `rows` [T, hidden]."""
+    def enter(self, layer: int, rows: Float[Tensor, "T hidden"]) -> None:
+        """Compute the gates of the layer that begins with the hidden states `rows`."""
         if layer == 0:
             self.by_layer = []
         mine = rows if self._rows is None else rows[self._rows]
@@ -63,16 +64,16 @@ class Routed:
             mine = self._pooled.expand_as(mine)
         self.by_layer.append(mixture.gates(self._config, self._params.at(layer), mine, self._steering))
 
-    def of(self, expert: int) -> Callable[[], Tensor]:
-        """Return a function that returns one expert's gates [N] in the layer being computed."""
+    def of(self, expert: int) -> Callable[[], Float[Tensor, " N"]]:
+        """Return a function that returns one expert's gates in the layer being computed."""
         return lambda: self.by_layer[-1][:, expert]
 
 
 class Router(Protocol):
     """An object that is called at the beginning of each layer, because its gates depend on the layer's input."""
 
-    def enter(self, layer: int, rows: Tensor) -> None:
-        """Begin a layer, with the hidden states `rows` [T, hidden]."""
+    def enter(self, layer: int, rows: Float[Tensor, "T hidden"]) -> None:
+        """Begin a layer, with the hidden states `rows`."""
         ...
 
 
@@ -88,8 +89,8 @@ class ReferenceDriver(Driver):
         """Whether there are routers."""
         return bool(self.routers)
 
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Begin a layer; `hidden` [..., hidden] flattens to the rows."""
+    def enter(self, layer: int, hidden: Float[Tensor, "*T hidden"]) -> None:
+        """Begin a layer; `hidden` flattens to the rows."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         for router in self.routers:
             router.enter(layer, rows)
@@ -99,10 +100,16 @@ class ReferenceDriver(Driver):
         """Whether any segment reads the residual stream anywhere."""
         return any(segment.method.reads_residual(p) for segment in self.segments for p in segment.params.values())
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the site's output for `x` [..., I]; leading dimensions flatten to the rows. No argument is written to.
+    def apply(
+        self,
+        site: Site,
+        base: Callable[[Tensor], Tensor],
+        x: Float[Tensor, "*T I"],
+        residual: Float[Tensor, "*T O"] | None = None,
+    ) -> Float[Tensor, "*T O"]:
+        """Return the site's output for `x`; leading dimensions flatten to the rows. No argument is written to.
 
-        residual: the stream that entered the site's sublayer [..., O]; None if there is none or no segment reads it.
+        residual: the stream that entered the site's sublayer; None if there is none or no segment reads it.
         """
         here = [(segment, segment.params[site.name]) for segment in self.segments if site.name in segment.params]
         if not here:
@@ -125,12 +132,12 @@ class ReferenceDriver(Driver):
         return out.view_as(y)
 
 
-def _take(tensor: Tensor, segment: Segment) -> Tensor:
+def _take(tensor: Float[Tensor, "T F"], segment: Segment) -> Float[Tensor, "N F"]:
     return tensor if segment.rows is None else tensor[segment.rows]
 
 
-def _add(total: Tensor, segment: Segment, added: Tensor | None) -> Tensor:
-    """Return `total` [T, F] with the segment's gated `added` [N, F] on its rows; a new tensor if anything was added."""
+def _add(total: Float[Tensor, "T F"], segment: Segment, added: Float[Tensor, "N F"] | None) -> Float[Tensor, "T F"]:
+    """Return `total` with the segment's gated `added` on its rows; a new tensor if anything was added."""
     if added is None:
         return total
     if segment.gates is not None:
