@@ -192,8 +192,8 @@ def steered(chosen: Float[Tensor, "T N"], steering: Steering) -> Float[Tensor, "
 def balance_loss(chances: Float[Tensor, "T C"], chosen: Float[Tensor, "T N"]) -> Float[Tensor, ""]:
     """Compute N Σ_i (share of rows that chose i) · (mean probability of i): 1 if all experts are used alike.
 
-    chosen: gates; the share has no gradient. (arXiv:2101.03961, equation 4; there top_k is 1,
-    here a row counts for each expert that it chose, divided by their number.)
+    chosen: gates; the share has no gradient. (arXiv:2101.03961, equation 4; there top_k is 1, here a row counts for
+    each expert that it chose, divided by their number.)
     """
     num_experts = chosen.shape[-1]
     used = (chosen.detach() > 0).to(chances.dtype)
