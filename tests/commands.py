@@ -29,16 +29,19 @@ class Served(NamedTuple):
 @contextmanager
 def serving(command: Sequence[str], cwd: Path | None = None) -> Iterator[Served]:
     """Run `command`, which serves on a port of its choice; after the block it has ended cleanly."""
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if line == "ready\n":
-            break
-    port = re.search(r"gRPC +127\.0\.0\.1:(\d+)", said)
-    assert port, said
-    yield Served(f"127.0.0.1:{port[1]}", said, cwd)
-    process.terminate()
-    process.stdout.read()
-    assert process.wait(60) == 0
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line == "ready\n":
+                break
+        port = re.search(r"gRPC +127\.0\.0\.1:(\d+)", said)
+        try:
+            assert port, said
+            yield Served(f"127.0.0.1:{port[1]}", said, cwd)
+            process.terminate()
+            process.stdout.read()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()  # if it has not ended yet

@@ -11,9 +11,13 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia/versi
 import pytest
 import torch
 
-from tests.bases import Bases
-from weft.methods.protocol import BaseShape
-from weft.model.loader import Base
+from tests import shapes
+
+shapes.check()  # before anything imports weft.methods, as tests.bases does
+
+from tests.bases import Bases  # noqa: E402
+from weft.methods.protocol import BaseShape  # noqa: E402
+from weft.model.loader import Base  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

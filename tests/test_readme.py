@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +145,12 @@ def test_what_the_documents_name_is_there() -> None:
     assert len(absent) > 26
     assert not {name: paths for name, paths in absent.items() if paths}
     assert len(README.splitlines()) <= 150
+
+
+def test_the_coverage_is_what_the_tests_require() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]
+    [figure] = re.findall(r"at least (\d+) % of the lines", README)
+    assert int(figure) == settings["report"]["fail_under"]
 
 
 def test_a_name_of_nothing_is_seen(tmp_path: Path) -> None:

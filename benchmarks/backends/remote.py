@@ -64,7 +64,10 @@ class Remote:
         return outcome
 
     def close(self, *, limit_s: float = 20.0) -> None:
-        """Ask the backend to stop, then end it and its children."""
+        """Ask the backend to stop, then end it and its children. Does nothing the second time."""
+        assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            return
         try:
             self._ask({"stop": {}}, limit_s)
             self._process.wait(limit_s)
@@ -72,6 +75,8 @@ class Remote:
             pass  # it is ended below in any case
         finally:
             self._kill()
+            with contextlib.suppress(BrokenPipeError):  # of a command that the backend did not read
+                self._process.stdin.close()
 
     def _ask(self, command: Mapping[str, Any], limit_s: float) -> Mapping[str, Any]:
         assert self._process.stdin is not None
@@ -96,8 +101,9 @@ class Remote:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as output:
+            for line in output:
+                self._lines.put(line)
         self._lines.put(None)
 
     def _last_words(self) -> str:

@@ -50,8 +50,8 @@ class Nursery:
         return int(answer)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipes
+            self._process.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)

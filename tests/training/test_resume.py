@@ -77,7 +77,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_base: Path, rows: Path, tm
 
     checkpoints = checkpoint.directory_of(killed)
     # Steps of a tiny base are too quick for a test, so the process is stopped before it is inspected.
-    child = subprocess.Popen(command(tiny_base, rows, killed, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        command(tiny_base, rows, killed, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 100
     while len(list(checkpoints.glob("checkpoint-*/run.json"))) < 2:
         assert time.monotonic() < deadline

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weft.methods.shapes import Float
+
 _BLOCK_ELEMENTS = 1 << 22  # 16 MiB in float32
 _ROWS_MULTIPLE = 64  # a block begins with a quantization block, and with a tile of the packed layout
 _TILE_ROWS = 32  # rows that bitsandbytes interleaves in its packed layout
@@ -41,8 +43,8 @@ class LinearPart:
         return weight if isinstance(self.whole, Linear4bit) else weight[self.begin : self.begin + self.size]
 
     @property
-    def bias(self) -> Tensor | None:
-        """[size]; None if the module has none."""
+    def bias(self) -> Float[Tensor, " O"] | None:
+        """The bias of these rows; None if the module has none."""
         bias = cast("Tensor | None", self.whole.bias)
         return None if bias is None else bias[self.begin : self.begin + self.size]
 
@@ -54,12 +56,12 @@ class ModuleWeight:
         self._module = module
 
     @property
-    def bias(self) -> Tensor | None:
-        """[O], in the base's dtype; None if the module has none."""
+    def bias(self) -> Float[Tensor, " O"] | None:
+        """The bias in the base's dtype; None if the module has none."""
         return cast("Tensor | None", self._module.bias)
 
-    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the weight [O, I] as blocks [N, I] of its rows, in order, in `dtype`."""
+    def blocks(self, dtype: torch.dtype) -> Iterator[Float[Tensor, "N I"]]:
+        """Yield the weight [O, I] as blocks of its rows, in order, in `dtype`."""
         num_rows, width, rows_of = _rows(self._module)
         step = max(1, _BLOCK_ELEMENTS // width // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
         for begin in range(0, num_rows, step):

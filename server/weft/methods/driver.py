@@ -14,24 +14,25 @@ from torch import Tensor
 
 from weft.methods.inject import Driver
 from weft.methods.protocol import Method, Site
+from weft.methods.shapes import Float, Int
 
 
 class Segment(NamedTuple):
     """Rows of the flattened batch that share an adapter.
 
     params: the adapter's parameters by site name.
-    rows: int64 [N], or None for all rows in order.
-    gates: float32 [N], or None for 1; or a function that returns them for the layer being computed.
+    rows: None for all rows in order.
+    gates: None for 1; or a function that returns them for the layer being computed.
     """
 
     method: Method
     params: Mapping[str, Any]
-    rows: Tensor | None = None
-    gates: Tensor | Callable[[], Tensor] | None = None
+    rows: Int[Tensor, " N"] | None = None
+    gates: Float[Tensor, " N"] | Callable[[], Float[Tensor, " N"]] | None = None
 
 
-EnterLayer = Callable[[int, Tensor], None]
-"""Computes gates at the beginning of a layer, from its index and the hidden states [T, hidden] that enter it."""
+EnterLayer = Callable[[int, Float[Tensor, "T hidden"]], None]
+"""Computes gates at the beginning of a layer, from its index and the hidden states that enter it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ class ReferenceDriver(Driver):
         """Whether there are routers."""
         return bool(self.routers)
 
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Begin a layer; `hidden` [..., hidden] flattens to the rows."""
+    def enter(self, layer: int, hidden: Float[Tensor, "*T hidden"]) -> None:
+        """Begin a layer; `hidden` flattens to the rows."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         for enter in self.routers:
             enter(layer, rows)
@@ -57,10 +58,16 @@ class ReferenceDriver(Driver):
         """Whether any segment reads the residual stream anywhere."""
         return any(segment.method.reads_residual(p) for segment in self.segments for p in segment.params.values())
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the site's output for `x` [..., I]; leading dimensions flatten to the rows. No argument is written to.
+    def apply(
+        self,
+        site: Site,
+        base: Callable[[Tensor], Tensor],
+        x: Float[Tensor, "*T I"],
+        residual: Float[Tensor, "*T O"] | None = None,
+    ) -> Float[Tensor, "*T O"]:
+        """Return the site's output for `x`; leading dimensions flatten to the rows. No argument is written to.
 
-        residual: the stream that entered the site's sublayer [..., O]; None if there is none or no segment reads it.
+        residual: the stream that entered the site's sublayer; None if there is none or no segment reads it.
         """
         here = [(segment, segment.params[site.name]) for segment in self.segments if site.name in segment.params]
         if not here:
@@ -83,12 +90,12 @@ class ReferenceDriver(Driver):
         return out.view_as(y)
 
 
-def _take(tensor: Tensor, segment: Segment) -> Tensor:
+def _take(tensor: Float[Tensor, "T F"], segment: Segment) -> Float[Tensor, "N F"]:
     return tensor if segment.rows is None else tensor[segment.rows]
 
 
-def _add(total: Tensor, segment: Segment, added: Tensor | None) -> Tensor:
-    """Return `total` [T, F] with the segment's gated `added` [N, F] on its rows; a new tensor if anything was added."""
+def _add(total: Float[Tensor, "T F"], segment: Segment, added: Float[Tensor, "N F"] | None) -> Float[Tensor, "T F"]:
+    """Return `total` with the segment's gated `added` on its rows; a new tensor if anything was added."""
     if added is None:
         return total
     if segment.gates is not None:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.methods.base_weight import LinearPart, ReadModule
 from weft.methods.protocol import Site, SiteKind
+from weft.methods.shapes import Float
 
 
 class Driver(Protocol):
@@ -29,13 +30,19 @@ class Driver(Protocol):
         """Whether `enter` must be called."""
         return False
 
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """Begin a layer; `hidden` [..., hidden] is the residual stream that enters it."""
+    def enter(self, layer: int, hidden: Float[Tensor, "*T hidden"]) -> None:
+        """Begin a layer; `hidden` is the residual stream that enters it."""
 
-    def apply(self, site: Site, base: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the site's output [..., O] for its input `x` [..., I].
+    def apply(
+        self,
+        site: Site,
+        base: Callable[[Tensor], Tensor],
+        x: Float[Tensor, "*T I"],
+        residual: Float[Tensor, "*T O"] | None = None,
+    ) -> Float[Tensor, "*T O"]:
+        """Return the site's output for its input `x`.
 
-        residual: the stream that entered the site's sublayer [..., O], if the driver needs it and the site has it.
+        residual: the stream that entered the site's sublayer, if the driver needs it and the site has it.
         """
         ...
 
@@ -111,7 +118,7 @@ class AdaptedLinear(nn.Module):
         self.site = site
         self.context = context
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         driver = self.context.driver
         if driver is None:
             return self.base(x)
@@ -138,8 +145,8 @@ class LinearGroup(nn.Module):
         self._x: Tensor | None = None
         self._outputs: Sequence[Tensor] = ()
 
-    def output(self, place: int, x: Tensor) -> Tensor:
-        """Return the output of the module at `place` for `x` [..., I]."""
+    def output(self, place: int, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        """Return the output of the module at `place` for `x`."""
         if x is not self._x:
             self._outputs, self._x = self.outputs(x), x
         output = self._outputs[place]
@@ -170,7 +177,7 @@ class GroupedLinear(AdaptedLinear):
         """This module's part of the group."""
         return LinearPart(lambda: self.group.whole, sum(self.group.sizes[: self.place]), self.site.out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         return self.group.output(self.place, x)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weft.methods.protocol import Method
+from weft.methods.shapes import Bool, Float, Float32
 
 _NORM_EPS = 1e-6
 
@@ -68,19 +69,19 @@ class MixtureConfig:
 class MixtureParams(NamedTuple):
     """The router; M is L, or 1 if it is shared, and C is the number of choices."""
 
-    weight: Tensor  # [M, C, hidden]
+    weight: Float[Tensor, "M C hidden"]
 
-    def at(self, layer: int) -> Tensor:
-        """Return the layer's W [C, hidden]."""
+    def at(self, layer: int) -> Float[Tensor, "C hidden"]:
+        """Return the layer's W."""
         return self.weight[0 if len(self.weight) == 1 else layer]
 
 
 class Steering(NamedTuple):
-    """A request's bounds on the gates, each [N]; None for no bound."""
+    """A request's bounds on the gates; None for no bound."""
 
-    allowed: Tensor | None = None  # bool: all others get gate 0
-    floor: Tensor | None = None  # float32, 0 for none: the smallest gate of an allowed expert
-    ceiling: Tensor | None = None  # float32, infinity for none, else not below the floor: the largest gate
+    allowed: Bool[Tensor, " N"] | None = None  # all others get gate 0
+    floor: Float32[Tensor, " N"] | None = None  # 0 for none: the smallest gate of an allowed expert
+    ceiling: Float32[Tensor, " N"] | None = None  # infinity for none, else not below the floor: the largest gate
 
 
 NO_BOUNDS = Steering()
@@ -114,8 +115,13 @@ def init(config: MixtureConfig, num_layers: int, hidden_size: int, generator: to
     return MixtureParams(torch.randn(shape, generator=generator) * hidden_size**-0.5 * 0.02)
 
 
-def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_BOUNDS) -> Tensor:
-    """Compute the experts' gates [T, N] for hidden states [T, hidden] that enter a layer with router `weight`.
+def gates(
+    config: MixtureConfig,
+    weight: Float[Tensor, "C hidden"],
+    hidden: Float[Tensor, "T hidden"],
+    steering: Steering = NO_BOUNDS,
+) -> Float[Tensor, "T N"]:
+    """Compute the experts' gates for hidden states that enter a layer with router `weight`.
 
     Differentiable in both. Rows do not depend on each other.
     """
@@ -129,8 +135,13 @@ def gates(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steer
     return steered(chosen[:, : config.num_experts], steering)
 
 
-def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steering: Steering = NO_BOUNDS) -> Tensor:
-    """Compute the softmax over all choices [T, C], before any is dropped; float32 or better."""
+def probabilities(
+    config: MixtureConfig,
+    weight: Float[Tensor, "C hidden"],
+    hidden: Float[Tensor, "T hidden"],
+    steering: Steering = NO_BOUNDS,
+) -> Float[Tensor, "T C"]:
+    """Compute the softmax over all choices, before any is dropped; float32 or better."""
     h = hidden.to(weight.dtype)
     if config.rms_norm:
         h = F.rms_norm(h, h.shape[-1:], eps=_NORM_EPS)
@@ -144,8 +155,8 @@ def probabilities(config: MixtureConfig, weight: Tensor, hidden: Tensor, steerin
     return logits.softmax(-1)
 
 
-def steered(chosen: Tensor, steering: Steering) -> Tensor:
-    """Return gates [T, N] within floor and ceiling; the others share the rest of their former sum in proportion.
+def steered(chosen: Float[Tensor, "T N"], steering: Steering) -> Float[Tensor, "T N"]:
+    """Return gates within floor and ceiling; the others share the rest of their former sum in proportion.
 
     If the bounds do not allow that sum, the bounds hold and the sum changes. A gate of 0 grows to its floor, and no
     further. (The rounds are those of flexible lengths in CSS: fix the gates that break whichever bound is broken by
@@ -161,7 +172,7 @@ def steered(chosen: Tensor, steering: Steering) -> Tensor:
     free = chosen > 0
     fixed = torch.where(free, torch.zeros_like(chosen), torch.minimum(low, high))
 
-    def shared() -> Tensor:
+    def shared() -> Float[Tensor, "T N"]:
         weight = (chosen * free).sum(-1, keepdim=True)
         left = (total - fixed.sum(-1, keepdim=True)).clamp(min=0)
         # Compute the part of the weight first, since it is at most 1: left / weight is infinite if hardly anything was
@@ -178,11 +189,11 @@ def steered(chosen: Tensor, steering: Steering) -> Tensor:
     return shared()
 
 
-def balance_loss(chances: Tensor, chosen: Tensor) -> Tensor:
+def balance_loss(chances: Float[Tensor, "T C"], chosen: Float[Tensor, "T N"]) -> Float[Tensor, ""]:
     """Compute N Σ_i (share of rows that chose i) · (mean probability of i): 1 if all experts are used alike.
 
-    chances: [T, C], chosen: [T, N] gates; the share has no gradient. (arXiv:2101.03961, equation 4; there top_k is 1,
-    here a row counts for each expert that it chose, divided by their number.)
+    chosen: gates; the share has no gradient. (arXiv:2101.03961, equation 4; there top_k is 1, here a row counts for
+    each expert that it chose, divided by their number.)
     """
     num_experts = chosen.shape[-1]
     used = (chosen.detach() > 0).to(chances.dtype)

@@ -30,6 +30,7 @@ from torch import Tensor
 from weft.config import AdapterLimits
 from weft.methods.checkpoint.schema import Schema
 from weft.methods.count import Count
+from weft.methods.shapes import Float
 
 T = TypeVar("T")
 
@@ -46,12 +47,12 @@ class BaseWeight(Protocol):
     """The base's parameters at one site, frozen."""
 
     @property
-    def bias(self) -> Tensor | None:
-        """[O], in the base's dtype; None if the module has none."""
+    def bias(self) -> Float[Tensor, " O"] | None:
+        """The bias in the base's dtype; None if the module has none."""
         ...
 
-    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the weight [O, I], dequantized, as blocks [N, I] of its rows in order; a block's bytes bound N."""
+    def blocks(self, dtype: torch.dtype) -> Iterator[Float[Tensor, "N I"]]:
+        """Yield the weight [O, I], dequantized, as blocks of its rows in order; a block's bytes bound N."""
         ...
 
 
@@ -175,8 +176,8 @@ class Packed(NamedTuple):
 class VirtualKV(NamedTuple):
     """Keys and values of `P` virtual positions, in every layer; keys are not rotated."""
 
-    keys: Tensor  # [L, P, H, D]
-    values: Tensor  # [L, P, H, D]
+    keys: Float[Tensor, "L P H D"]
+    values: Float[Tensor, "L P H D"]
 
     @property
     def num_positions(self) -> int:
@@ -189,7 +190,7 @@ class SoftRows(NamedTuple):
     They enter behind the embedding module: a base that scales inside that module (Gemma) does not scale them.
     """
 
-    rows: Tensor  # [P, E]
+    rows: Float[Tensor, "P E"]
 
     @property
     def num_positions(self) -> int:

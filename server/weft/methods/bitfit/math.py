@@ -17,6 +17,7 @@ from torch import Tensor
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, DeltaKind, Fitted, Packed, Site, SiteKind
+from weft.methods.shapes import Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class BitfitConfig:
 class BitfitParams(NamedTuple):
     """One site's bias. `is_norm` marks the bias of a norm, which has a key of its own in files."""
 
-    bias: Tensor  # [O]
+    bias: Float[Tensor, " O"]
     is_norm: bool = False
 
 
@@ -48,8 +49,8 @@ def begin(config: BitfitConfig, base: BaseShape, generator: torch.Generator) -> 
     return Fitted(config, {site.name: init(config, site) for site in sites})
 
 
-def delta(params: BitfitParams, x: Tensor, y: Tensor) -> Tensor:
-    """Compute the delta to the base output `y` [*T, O]: the same for every row."""
+def delta(params: BitfitParams, x: Float[Tensor, "*T I"], y: Float[Tensor, "*T O"]) -> Float[Tensor, "*T O"]:
+    """Compute the delta to the base output `y`: the same for every row."""
     return params.bias.to(y.dtype).expand_as(y)
 
 

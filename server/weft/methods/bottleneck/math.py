@@ -28,6 +28,7 @@ from weft.errors import InvalidAdapter
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, DeltaKind, Drop, Fitted, Packed, Site, keep, require_dropout
+from weft.methods.shapes import Float
 
 
 class Form(StrEnum):
@@ -97,12 +98,12 @@ class BottleneckConfig:
 class BottleneckParams(NamedTuple):
     """One site's network; H is the site's O."""
 
-    down: Tensor  # [R, H]
-    down_bias: Tensor  # [R]
-    up: Tensor  # [H, R]
-    up_bias: Tensor  # [H]
-    norm: Tensor | None  # [H], the LN's gain
-    norm_bias: Tensor | None  # [H]
+    down: Float[Tensor, "R H"]
+    down_bias: Float[Tensor, " R"]
+    up: Float[Tensor, "H R"]
+    up_bias: Float[Tensor, " H"]
+    norm: Float[Tensor, " H"] | None  # the LN's gain
+    norm_bias: Float[Tensor, " H"] | None
     form: Form
     activation: Activation
     scaling: float
@@ -181,8 +182,10 @@ def begin(config: BottleneckConfig, base: BaseShape, generator: torch.Generator)
     return Fitted(config, {site.name: init(config, site, generator) for site in sites})
 
 
-def delta(params: BottleneckParams, h: Tensor, r: Tensor | None, drop: Drop = keep) -> Tensor:
-    """Compute the delta to the sublayer's output `h` [*T, H]; `r` [*T, H] is the residual that entered it.
+def delta(
+    params: BottleneckParams, h: Float[Tensor, "*T H"], r: Float[Tensor, "*T H"] | None, drop: Drop = keep
+) -> Float[Tensor, "*T H"]:
+    """Compute the delta to the sublayer's output `h`; `r` is the residual that entered it.
 
     Differentiable in `params`, `h` and `r`; `r` may be None if the form does not read it.
     drop: dropout of the narrow layer, in training.
@@ -202,14 +205,14 @@ def delta(params: BottleneckParams, h: Tensor, r: Tensor | None, drop: Drop = ke
     return added.to(h.dtype)
 
 
-def _f(params: BottleneckParams, z: Tensor, drop: Drop) -> Tensor:
+def _f(params: BottleneckParams, z: Float[Tensor, "*T H"], drop: Drop) -> Float[Tensor, "*T H"]:
     dtype = params.down.dtype
     activate: Callable[[Tensor], Tensor] = getattr(F, params.activation)
     hidden = activate(z.to(dtype) @ params.down.mT + params.down_bias)  # [*T, R]
     return (drop(hidden.to(dtype)) @ params.up.mT + params.up_bias) * params.scaling
 
 
-def _norm(params: BottleneckParams, z: Tensor) -> Tensor:
+def _norm(params: BottleneckParams, z: Float[Tensor, "*T H"]) -> Float[Tensor, "*T H"]:
     return z if params.norm is None else F.layer_norm(z, z.shape[-1:], params.norm, params.norm_bias, params.norm_eps)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from weft.config import AdapterLimits
 from weft.errors import InvalidAdapter
 from weft.methods.checkpoint import scan, schema
+from weft.methods.shapes import Float
 
 EMBEDDINGS = "prompt_embeddings"
 INERT = schema.words("token_dim num_attention_heads num_layers")
@@ -22,8 +23,8 @@ def read_rows(
     method: str,
     width: int,
     width_is: str,
-) -> Tensor:
-    """Return the checked tensor [P, width]. method, width_is: names of the adapter and the width in errors."""
+) -> Float[Tensor, "P width"]:
+    """Return the checked tensor. method, width_is: names of the adapter and the width in errors."""
     length = schema.integer(config, "num_virtual_tokens", "PREFIX_INVALID", minimum=1)
     most, field = limits.num_virtual_tokens_max, "adapter_config.num_virtual_tokens"
     schema.require_at_most(most, length, "PREFIX_INVALID", field, "is too large")

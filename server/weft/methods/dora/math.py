@@ -25,6 +25,7 @@ from weft.methods.count import Count, Term, gather
 from weft.methods.lora import math as lora
 from weft.methods.lora.math import LoraConfig, LoraParams
 from weft.methods.protocol import BaseShape, BaseWeight, DeltaKind, Drop, Packed, ReadBase, Site, keep
+from weft.methods.shapes import Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +43,9 @@ class DoraConfig(LoraConfig):
 class DoraParams(NamedTuple):
     """One site's update, and the access to the base weight that its divisor needs."""
 
-    a: Tensor  # [R, I]
-    b: Tensor  # [O, R]
-    magnitude: Tensor  # [O]
+    a: Float[Tensor, "R I"]
+    b: Float[Tensor, "O R"]
+    magnitude: Float[Tensor, " O"]
     scaling: float
     read_base: ReadBase
 
@@ -53,8 +54,8 @@ class Folded(NamedTuple):
     """One site's update as it is served, with the base weight's lengths worked in."""
 
     product: LoraParams  # its scaling is 1
-    scale: Tensor  # [O]: c
-    shift: Tensor | None  # [O]: (1 - c) ⊙ bias, if the base has one
+    scale: Float[Tensor, " O"]  # c
+    shift: Float[Tensor, " O"] | None  # (1 - c) ⊙ bias, if the base has one
 
 
 def init(config: DoraConfig, site: Site, generator: torch.Generator | None = None) -> DoraParams:
@@ -70,7 +71,7 @@ def fold(params: DoraParams) -> Folded:
     """Fold the update into a LoRA, an output scale and a bias; differentiable in A, B and the magnitude."""
     a, b = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (params.a, params.b))
 
-    def read(base: BaseWeight) -> tuple[Tensor, Tensor | None]:
+    def read(base: BaseWeight) -> tuple[Float[Tensor, " O"], Float[Tensor, " O"] | None]:
         bias = None if base.bias is None else base.bias.to(a)
         return _lengths(base, a, b, params.scaling), bias
 
@@ -84,8 +85,8 @@ def fold(params: DoraParams) -> Folded:
 
 
 @torch.no_grad()
-def _lengths(base: BaseWeight, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Compute ‖W₀ + s·B A‖ by rows, [O], block by block, on the base's device; the result is on A's device."""
+def _lengths(base: BaseWeight, a: Float[Tensor, "R I"], b: Float[Tensor, "O R"], scaling: float) -> Float[Tensor, " O"]:
+    """Compute ‖W₀ + s·B A‖ by rows, block by block, on the base's device; the result is on A's device."""
     lengths = []
     begin = 0
     for weight in base.blocks(a.dtype):  # [N, I]
@@ -95,8 +96,10 @@ def _lengths(base: BaseWeight, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.cat(lengths).to(a.device)
 
 
-def delta(params: DoraParams | Folded, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
-    """Compute the delta to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+def delta(
+    params: DoraParams | Folded, x: Float[Tensor, "*T I"], y: Float[Tensor, "*T O"], drop: Drop = keep
+) -> Float[Tensor, "*T O"]:
+    """Compute the delta to the base output `y` for the input `x`; differentiable in `params`.
 
     drop: dropout of the update's input, in training. Deviation from PEFT, which then also recomputes the base's output
     from the remaining input: here `y` is whole.

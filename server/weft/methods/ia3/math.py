@@ -18,6 +18,7 @@ from torch import Tensor
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, DeltaKind, Fitted, Packed, Site, SiteKind
+from weft.methods.shapes import Float
 
 # The paper's sites by their names in bases: keys and values, fused or separate, and the feed-forward input last. GPT-2
 # has one name for the ends of both sublayers, so that attention's end is scaled there too.
@@ -35,9 +36,9 @@ class Ia3Config:
 
 
 class Ia3Params(NamedTuple):
-    """One site's vector: [I] if the input is scaled, [O] if the output is."""
+    """One site's vector; F is I if the input is scaled, O if the output is."""
 
-    scale: Tensor
+    scale: Float[Tensor, " F"]
     is_feedforward: bool
 
 
@@ -63,17 +64,17 @@ def begin(config: Ia3Config, base: BaseShape, generator: torch.Generator) -> Fit
     return Fitted(config, {site.name: init(config, site) for site in sites})
 
 
-def pre(params: Ia3Params, x: Tensor) -> Tensor | None:
-    """Compute the delta of a feed-forward vector to the input `x` [*T, I]."""
+def pre(params: Ia3Params, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T I"] | None:
+    """Compute the delta of a feed-forward vector to the input `x`."""
     return _excess(params.scale, x) if params.is_feedforward else None
 
 
-def post(params: Ia3Params, x: Tensor, y: Tensor) -> Tensor | None:
-    """Compute the delta of a key or value vector to the base output `y` [*T, O]."""
+def post(params: Ia3Params, x: Float[Tensor, "*T I"], y: Float[Tensor, "*T O"]) -> Float[Tensor, "*T O"] | None:
+    """Compute the delta of a key or value vector to the base output `y`."""
     return None if params.is_feedforward else _excess(params.scale, y)
 
 
-def _excess(scale: Tensor, activation: Tensor) -> Tensor:
+def _excess(scale: Float[Tensor, " F"], activation: Float[Tensor, "*T F"]) -> Float[Tensor, "*T F"]:
     return ((scale - 1) * activation.to(scale.dtype)).to(activation.dtype)
 
 

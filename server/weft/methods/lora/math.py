@@ -24,6 +24,7 @@ from torch import Tensor
 from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, DeltaKind, Drop, Fitted, Packed, Site, SiteKind, keep, require_dropout
+from weft.methods.shapes import Float
 
 SITES = (SiteKind.LINEAR, SiteKind.HEAD)
 
@@ -60,10 +61,10 @@ class LoraConfig:
 class LoraParams(NamedTuple):
     """One site's update."""
 
-    a: Tensor  # [R, I]
-    b: Tensor  # [O, R]
+    a: Float[Tensor, "R I"]
+    b: Float[Tensor, "O R"]
     scaling: float
-    bias: Tensor | None = None  # [O], scaled with B
+    bias: Float[Tensor, " O"] | None = None  # scaled with B
 
     @property
     def rank(self) -> int:
@@ -100,8 +101,10 @@ def begin(config: LoraConfig, base: BaseShape, generator: torch.Generator, start
     return Fitted(config, {site.name: start(config, site, generator) for site in sites})
 
 
-def delta(params: LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
-    """Compute the delta to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in `params`.
+def delta(
+    params: LoraParams, x: Float[Tensor, "*T I"], y: Float[Tensor, "*T O"], drop: Drop = keep
+) -> Float[Tensor, "*T O"]:
+    """Compute the delta to the base output `y` for the input `x`; differentiable in `params`.
 
     drop: dropout of the input, in training.
     """

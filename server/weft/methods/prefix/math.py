@@ -18,6 +18,7 @@ from torch import Tensor
 
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, Site, VirtualKV
+from weft.methods.shapes import Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class PrefixConfig:
 class PrefixParams(NamedTuple):
     """All layers' keys and values in one tensor: row p is K₀ V₀ K₁ V₁ … of virtual position p."""
 
-    embeddings: Tensor  # [P, L, 2, H, D]
+    embeddings: Float[Tensor, "P L 2 H D"]
 
 
 def init(config: PrefixConfig, base: BaseShape, generator: torch.Generator | None = None) -> PrefixParams:

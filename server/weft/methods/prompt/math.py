@@ -17,6 +17,7 @@ from torch import Tensor
 
 from weft.methods.count import Count, Term, gather
 from weft.methods.protocol import BaseShape, Site, SoftRows
+from weft.methods.shapes import Float
 
 
 class PromptInit(StrEnum):
@@ -49,7 +50,7 @@ class PromptConfig:
 class PromptParams(NamedTuple):
     """The rows, in the form that the first layer reads."""
 
-    embeddings: Tensor  # [P, E]
+    embeddings: Float[Tensor, "P E"]
 
 
 def init(config: PromptConfig, base: BaseShape, generator: torch.Generator | None = None) -> PromptParams:

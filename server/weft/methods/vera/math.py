@@ -21,6 +21,7 @@ from weft.methods import targets
 from weft.methods.count import Count, Term, gather
 from weft.methods.lora import math as lora
 from weft.methods.protocol import BaseShape, Drop, Fitted, Packed, Site, SiteKind, keep, require_dropout
+from weft.methods.shapes import Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +44,15 @@ class VeraConfig:
 class Projection(NamedTuple):
     """The frozen matrices, one pair for all sites; I and O are those of the largest."""
 
-    a: Tensor  # [R, I]
-    b: Tensor  # [O, R]
+    a: Float[Tensor, "R I"]
+    b: Float[Tensor, "O R"]
 
 
 class VeraParams(NamedTuple):
     """One site's vectors, and the matrices that they scale."""
 
-    lambda_d: Tensor  # [R]
-    lambda_b: Tensor  # [O]
+    lambda_d: Float[Tensor, " R"]
+    lambda_b: Float[Tensor, " O"]
     in_features: int
     projection: Projection
 
@@ -75,8 +76,10 @@ def init(config: VeraConfig, site: Site, projection: Projection) -> VeraParams:
     return VeraParams(lambda_d, torch.zeros(site.out_features), site.in_features, projection)
 
 
-def delta(params: VeraParams | lora.LoraParams, x: Tensor, y: Tensor, drop: Drop = keep) -> Tensor:
-    """Compute the delta to the base output `y` [*T, O] for the input `x` [*T, I]; differentiable in the vectors.
+def delta(
+    params: VeraParams | lora.LoraParams, x: Float[Tensor, "*T I"], y: Float[Tensor, "*T O"], drop: Drop = keep
+) -> Float[Tensor, "*T O"]:
+    """Compute the delta to the base output `y` for the input `x`; differentiable in the vectors.
 
     drop: dropout of the input, in training.
     """
