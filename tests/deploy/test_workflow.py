@@ -16,18 +16,23 @@ CPU_INDEX = dict(
 )["TORCH_INDEX_URL"]
 
 
-def test_the_workflow_calls_what_ci_runs_and_nothing_else() -> None:
+def test_the_workflow_calls_what_ci_and_people_run_and_nothing_else() -> None:
     workflow = document(ROOT / ".github/workflows/ci.yml")
     assert workflow["concurrency"]["cancel-in-progress"] is True
     assert workflow["env"] == {"PIP_EXTRA_INDEX_URL": CPU_INDEX}
-    [job] = workflow["jobs"].values()
-    checkout, python, run = job["steps"]
-    assert checkout["uses"].startswith("actions/checkout@")
-    assert python["uses"].startswith("actions/setup-python@")
-    assert python["with"] == {"python-version": OLDEST}
-    assert run["run"] == ".ci/run"
-    assert os.access(ROOT / run["run"], os.X_OK)
-    assert run["timeout-minutes"] < job["timeout-minutes"]
+    jobs = workflow["jobs"]
+    assert {name: job["steps"][2]["run"] for name, job in jobs.items()} == {
+        "run": ".ci/run",
+        "coverage": "make coverage",
+    }
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    for job in jobs.values():
+        checkout, python, run, *reports = job["steps"]
+        assert checkout["uses"].startswith("actions/checkout@")
+        assert python["uses"].startswith("actions/setup-python@")
+        assert python["with"] == {"python-version": OLDEST}
+        assert run["timeout-minutes"] < job["timeout-minutes"]
+        assert all(report["uses"].startswith("actions/upload-artifact@") for report in reports)
 
 
 def test_the_container_for_development_has_that_python_and_sets_up() -> None:
