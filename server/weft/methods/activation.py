@@ -14,9 +14,27 @@ from collections.abc import Sequence
 def begin(invocation: Sequence[int], tokens: Sequence[int]) -> int | None:
     """Return the index of the last occurrence of `invocation`, which is not empty, in `tokens`; None if there is none.
 
-    Token ids stand for characters, below 0x110000, because Python's search in a text takes linear time, however an
-    invocation repeats itself. The text is reversed, since only `find` promises that, and not `rfind`.
+    The search is Knuth, Morris and Pratt's, from the end: linear in the tokens, however an invocation repeats itself.
     """
-    text, wanted = ("".join(map(chr, reversed(ids))) for ids in (tokens, invocation))
-    found = text.find(wanted)
-    return None if found < 0 else len(tokens) - len(wanted) - found
+    wanted = tuple(reversed(invocation))
+    borders = _borders(wanted)
+    matched = 0
+    for first in range(len(tokens) - 1, -1, -1):
+        while matched and tokens[first] != wanted[matched]:
+            matched = borders[matched - 1]
+        if tokens[first] == wanted[matched]:
+            matched += 1
+        if matched == len(wanted):
+            return first
+    return None
+
+
+def _borders(wanted: Sequence[int]) -> list[int]:
+    """Compute KMP's failure function: for each prefix, the length of its longest proper prefix that is a suffix."""
+    borders = [0]
+    for token in wanted[1:]:
+        length = borders[-1]
+        while length and token != wanted[length]:
+            length = borders[length - 1]
+        borders.append(length + (token == wanted[length]))
+    return borders
