@@ -15,7 +15,7 @@ NAME, OTHER = AdapterId("name"), AdapterId("other")
 A, B, C = (AdapterDigest(letter * 64) for letter in "abc")
 
 
-class Told:
+class Observed:
     """A registry and all its reports."""
 
     def __init__(self) -> None:
@@ -52,266 +52,266 @@ class Told:
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def observed() -> Observed:
+    return Observed()
 
 
 # -- look-up and lease -----------------------------------------------------------------------------------------------
 
 
-def test_a_lease_is_taken_with_the_look_up_and_ends_once(told: Told) -> None:
-    told.publish(A)
-    version = told.acquire("r")
+def test_a_lease_is_taken_with_the_look_up_and_ends_once(observed: Observed) -> None:
+    observed.publish(A)
+    version = observed.acquire("r")
     assert (version.digest, version.leases, version.last_used_time_s) == (A, {"r"}, 100.0)
-    told.release(version, "r")
-    assert (version.leases, told.idle) == (set(), [])
+    observed.release(version, "r")
+    assert (version.leases, observed.idle) == (set(), [])
     with pytest.raises(KeyError):
-        told.release(version, "r")
+        observed.release(version, "r")
 
 
-def test_an_id_or_a_digest_that_is_not_current_is_not_found(told: Told) -> None:
-    assert isinstance(told.refusal(), AdapterNotFound)
-    told.publish(A)
-    assert isinstance(told.refusal(B), AdapterNotFound)
-    assert told.acquire("r", A).digest == A
-    foreign = told.refusal(B)
+def test_an_id_or_a_digest_that_is_not_current_is_not_found(observed: Observed) -> None:
+    assert isinstance(observed.refusal(), AdapterNotFound)
+    observed.publish(A)
+    assert isinstance(observed.refusal(B), AdapterNotFound)
+    assert observed.acquire("r", A).digest == A
+    foreign = observed.refusal(B)
     assert foreign.message == f"adapter_id: {NAME}@{B} is not registered", "nothing of what is registered shows"
 
 
-def test_running_requests_keep_the_replaced_version_and_new_ones_get_the_new(told: Told) -> None:
-    told.publish(A)
-    old = told.acquire("old")
-    told.publish(B)
-    assert told.acquire("new").digest == B
+def test_running_requests_keep_the_replaced_version_and_new_ones_get_the_new(observed: Observed) -> None:
+    observed.publish(A)
+    old = observed.acquire("old")
+    observed.publish(B)
+    assert observed.acquire("new").digest == B
     assert old.state is AdapterState.DRAINING
-    assert [version.digest for version in told.registry.versions(NAME)] == [B, A]
-    assert told.registry.digests() == {A, B}
-    error = told.refusal(A)
+    assert [version.digest for version in observed.registry.versions(NAME)] == [B, A]
+    assert observed.registry.digests() == {A, B}
+    error = observed.refusal(A)
     assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_DRAINING")
-    told.release(old, "old")
-    assert told.idle == [old]
-    assert told.registry.digests() == {B}
-    assert isinstance(told.refusal(A), AdapterNotFound)
+    observed.release(old, "old")
+    assert observed.idle == [old]
+    assert observed.registry.digests() == {B}
+    assert isinstance(observed.refusal(A), AdapterNotFound)
 
 
-def test_a_replaced_version_without_requests_is_idle_at_once(told: Told) -> None:
-    old = told.publish(A)
-    told.publish(B)
-    assert told.idle == [old]
-    assert told.registry.versions(NAME)[1:] == []
+def test_a_replaced_version_without_requests_is_idle_at_once(observed: Observed) -> None:
+    old = observed.publish(A)
+    observed.publish(B)
+    assert observed.idle == [old]
+    assert observed.registry.versions(NAME)[1:] == []
 
 
-def test_the_last_lease_of_a_replaced_version_makes_it_idle(told: Told) -> None:
-    told.publish(A)
-    old = told.acquire("one")
-    told.acquire("two")
-    told.publish(B)
-    told.release(old, "one")
-    assert told.idle == []
-    told.release(old, "two")
-    assert told.idle == [old]
+def test_the_last_lease_of_a_replaced_version_makes_it_idle(observed: Observed) -> None:
+    observed.publish(A)
+    old = observed.acquire("one")
+    observed.acquire("two")
+    observed.publish(B)
+    observed.release(old, "one")
+    assert observed.idle == []
+    observed.release(old, "two")
+    assert observed.idle == [old]
 
 
-def test_content_that_comes_back_is_current_while_its_old_version_drains(told: Told) -> None:
+def test_content_that_comes_back_is_current_while_its_old_version_drains(observed: Observed) -> None:
     """A, B, A again: `name@A` names the current version, not the one that is draining."""
-    told.publish(A)
-    first = told.acquire("first")
-    told.publish(B)
-    second = told.publish(A)
-    assert told.acquire("exact", A) is second
-    assert told.acquire("plain") is second
-    told.release(first, "first")
-    assert told.idle[-1] is first
-    assert A in told.registry.digests(), "what `idle` may free is asked again"
+    observed.publish(A)
+    first = observed.acquire("first")
+    observed.publish(B)
+    second = observed.publish(A)
+    assert observed.acquire("exact", A) is second
+    assert observed.acquire("plain") is second
+    observed.release(first, "first")
+    assert observed.idle[-1] is first
+    assert A in observed.registry.digests(), "what `idle` may free is asked again"
 
 
 # -- publish ---------------------------------------------------------------------------------------------------------
 
 
-def check(told: Told, digest: AdapterDigest, *, replace: bool = False, expected: str | None = None) -> bool:
-    return told.registry.check_publish(NAME, digest, replace=replace, expected_digest=expected)
+def check(observed: Observed, digest: AdapterDigest, *, replace: bool = False, expected: str | None = None) -> bool:
+    return observed.registry.check_publish(NAME, digest, replace=replace, expected_digest=expected)
 
 
-def test_the_rules_of_publishing(told: Told) -> None:
-    assert check(told, A)
-    assert check(told, A, expected=""), "expecting that there is none"
+def test_the_rules_of_publishing(observed: Observed) -> None:
+    assert check(observed, A)
+    assert check(observed, A, expected=""), "expecting that there is none"
     with pytest.raises(AdapterConflict):
-        check(told, A, expected=B)
-    told.publish(A)
-    assert not check(told, A)
-    assert not check(told, A, expected=B), "the content is there already: nothing to conflict with"
+        check(observed, A, expected=B)
+    observed.publish(A)
+    assert not check(observed, A)
+    assert not check(observed, A, expected=B), "the content is there already: nothing to conflict with"
     with pytest.raises(AdapterExists) as exists:
-        check(told, B)
+        check(observed, B)
     assert exists.value.metadata["digest"].startswith("a")
-    assert check(told, B, replace=True)
-    assert check(told, B, replace=True, expected=A)
+    assert check(observed, B, replace=True)
+    assert check(observed, B, replace=True, expected=A)
     for expected in (B, ""):
         with pytest.raises(AdapterConflict) as conflict:
-            check(told, B, replace=True, expected=expected)
+            check(observed, B, replace=True, expected=expected)
         assert conflict.value.reason == "VERSION_CONFLICT"
 
 
-def test_an_id_that_is_being_removed_takes_no_content(told: Told) -> None:
-    told.publish(A)
-    told.registry.drain(NAME, None)
+def test_an_id_that_is_being_removed_takes_no_content(observed: Observed) -> None:
+    observed.publish(A)
+    observed.registry.drain(NAME, None)
     for digest in (A, B):
         with pytest.raises(AdapterConflict) as conflict:
-            check(told, digest, replace=True)
+            check(observed, digest, replace=True)
         assert conflict.value.reason == "ADAPTER_UNREGISTERED"
 
 
-def test_content_that_failed_can_be_published_again(told: Told) -> None:
-    broken = told.publish(A)
-    told.registry.fail(A, "BLOB_CORRUPT")
-    assert check(told, A)
-    told.publish(A)
-    assert told.acquire("r").state is AdapterState.ACTIVE
-    assert told.idle == [broken]
+def test_content_that_failed_can_be_published_again(observed: Observed) -> None:
+    broken = observed.publish(A)
+    observed.registry.fail(A, "BLOB_CORRUPT")
+    assert check(observed, A)
+    observed.publish(A)
+    assert observed.acquire("r").state is AdapterState.ACTIVE
+    assert observed.idle == [broken]
 
 
-def test_content_that_is_quarantined_cannot(told: Told) -> None:
-    version = told.publish(A)
+def test_content_that_is_quarantined_cannot(observed: Observed) -> None:
+    version = observed.publish(A)
     for _ in range(3):
-        told.registry.fault(version, "ADAPTER_NON_FINITE")
+        observed.registry.fault(version, "ADAPTER_NON_FINITE")
     with pytest.raises(AdapterUnusable):
-        check(told, A, replace=True)
-    assert check(told, B, replace=True)
+        check(observed, A, replace=True)
+    assert check(observed, B, replace=True)
 
 
-def test_a_new_id_is_loading_until_it_is_published_or_given_up(told: Told) -> None:
-    with told.registry.loading(NAME):
-        error = told.refusal()
+def test_a_new_id_is_loading_until_it_is_published_or_given_up(observed: Observed) -> None:
+    with observed.registry.loading(NAME):
+        error = observed.refusal()
         assert (error.reason, error.retry_after_s) == ("ADAPTER_NOT_READY", 1.0)
-        assert told.registry.digests() == frozenset()
-    assert isinstance(told.refusal(), AdapterNotFound)
-    with told.registry.loading(NAME):
-        told.publish(A)
-    assert told.acquire("r").digest == A
-    assert told.changes == [(Change.ADDED, "a")]
+        assert observed.registry.digests() == frozenset()
+    assert isinstance(observed.refusal(), AdapterNotFound)
+    with observed.registry.loading(NAME):
+        observed.publish(A)
+    assert observed.acquire("r").digest == A
+    assert observed.changes == [(Change.ADDED, "a")]
 
 
-def test_beginning_on_a_taken_id_leaves_it_in_service(told: Told) -> None:
-    told.publish(A)
-    with told.registry.loading(NAME):
-        assert told.acquire("r").digest == A
-    assert told.acquire("s").digest == A
+def test_beginning_on_a_taken_id_leaves_it_in_service(observed: Observed) -> None:
+    observed.publish(A)
+    with observed.registry.loading(NAME):
+        assert observed.acquire("r").digest == A
+    assert observed.acquire("s").digest == A
 
 
 # -- drain and remove ------------------------------------------------------------------------------------------------
 
 
-def test_draining_refuses_new_requests_and_only_one_caller_gets_it(told: Told) -> None:
-    told.publish(A)
-    told.acquire("old")
-    told.publish(B)
-    told.acquire("current")
-    versions = told.registry.drain(NAME, None)
+def test_draining_refuses_new_requests_and_only_one_caller_gets_it(observed: Observed) -> None:
+    observed.publish(A)
+    observed.acquire("old")
+    observed.publish(B)
+    observed.acquire("current")
+    versions = observed.registry.drain(NAME, None)
     assert [version.digest for version in versions] == [B, A]
-    assert told.refusal().reason == "ADAPTER_DRAINING"
+    assert observed.refusal().reason == "ADAPTER_DRAINING"
     with pytest.raises(AdapterNotFound):
-        told.registry.drain(NAME, None)
+        observed.registry.drain(NAME, None)
     for version, request_id in zip(versions, ["current", "old"], strict=True):
-        told.release(version, request_id)
-    told.registry.remove(NAME)
-    assert isinstance(told.refusal(), AdapterNotFound)
-    assert len(told.registry) == 0
-    assert told.registry.digests() == frozenset()
-    assert told.changes[-1] == (Change.REMOVED, "b")
+        observed.release(version, request_id)
+    observed.registry.remove(NAME)
+    assert isinstance(observed.refusal(), AdapterNotFound)
+    assert len(observed.registry) == 0
+    assert observed.registry.digests() == frozenset()
+    assert observed.changes[-1] == (Change.REMOVED, "b")
 
 
-def test_drain_compares_the_expected_digest_first(told: Told) -> None:
-    told.publish(A)
+def test_drain_compares_the_expected_digest_first(observed: Observed) -> None:
+    observed.publish(A)
     with pytest.raises(AdapterConflict):
-        told.registry.drain(NAME, B)
-    assert told.acquire("r").digest == A
-    assert told.registry.drain(NAME, A)
+        observed.registry.drain(NAME, B)
+    assert observed.acquire("r").digest == A
+    assert observed.registry.drain(NAME, A)
 
 
-def test_removing_a_held_version_is_a_bug(told: Told) -> None:
-    told.publish(A)
-    told.acquire("r")
-    told.registry.drain(NAME, None)
+def test_removing_a_held_version_is_a_bug(observed: Observed) -> None:
+    observed.publish(A)
+    observed.acquire("r")
+    observed.registry.drain(NAME, None)
     with pytest.raises(AssertionError):
-        told.registry.remove(NAME)
+        observed.registry.remove(NAME)
 
 
 @pytest.mark.parametrize("state", ["active", "failed", "quarantined"])
-def test_an_unregistering_that_failed_leaves_everything_as_it_was(told: Told, state: str) -> None:
+def test_an_unregistering_that_failed_leaves_everything_as_it_was(observed: Observed, state: str) -> None:
     """A quarantined adapter does not come back into service because a disk was full."""
-    version = told.publish(A)
+    version = observed.publish(A)
     if state == "failed":
-        told.registry.fail(A, "BLOB_CORRUPT")
+        observed.registry.fail(A, "BLOB_CORRUPT")
     if state == "quarantined":
         for _ in range(3):
-            told.registry.fault(version, "ADAPTER_NON_FINITE")
+            observed.registry.fault(version, "ADAPTER_NON_FINITE")
     before = (version.state, version.state_reason)
-    told.registry.drain(NAME, None)
-    told.registry.revive(NAME)
+    observed.registry.drain(NAME, None)
+    observed.registry.revive(NAME)
     assert (version.state, version.state_reason) == before
-    assert told.registry.drain(NAME, None) == [version]
+    assert observed.registry.drain(NAME, None) == [version]
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_third_fault_quarantines(told: Told) -> None:
-    version = told.publish(A)
+def test_the_third_fault_quarantines(observed: Observed) -> None:
+    version = observed.publish(A)
     for _ in range(2):
-        told.registry.fault(version, "ADAPTER_NON_FINITE")
-        assert told.acquire(str(version.faults)) is version
-    told.registry.fault(version, "ADAPTER_NON_FINITE")
-    error = told.refusal()
+        observed.registry.fault(version, "ADAPTER_NON_FINITE")
+        assert observed.acquire(str(version.faults)) is version
+    observed.registry.fault(version, "ADAPTER_NON_FINITE")
+    error = observed.refusal()
     assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_QUARANTINED")
-    assert told.acquire is not None
+    assert observed.acquire is not None
     assert version.leases == {"1", "2"}, "those that run go on"
 
 
-def test_faults_of_a_version_that_is_leaving_change_nothing(told: Told) -> None:
-    old = told.publish(A)
-    told.acquire("r")
-    told.publish(B)
+def test_faults_of_a_version_that_is_leaving_change_nothing(observed: Observed) -> None:
+    old = observed.publish(A)
+    observed.acquire("r")
+    observed.publish(B)
     for _ in range(3):
-        told.registry.fault(old, "ADAPTER_NON_FINITE")
+        observed.registry.fault(old, "ADAPTER_NON_FINITE")
     assert old.state is AdapterState.DRAINING
-    assert told.acquire("s").digest == B
+    assert observed.acquire("s").digest == B
 
 
-def test_lost_files_fail_every_id_with_that_content(told: Told) -> None:
-    told.publish(A)
-    twin = told.publish(A, OTHER)
-    told.registry.fail(A, "BLOB_CORRUPT")
-    assert isinstance(told.refusal(), DataLoss)
+def test_lost_files_fail_every_id_with_that_content(observed: Observed) -> None:
+    observed.publish(A)
+    twin = observed.publish(A, OTHER)
+    observed.registry.fail(A, "BLOB_CORRUPT")
+    assert isinstance(observed.refusal(), DataLoss)
     assert twin.state is AdapterState.FAILED
-    told.publish(B)
-    told.registry.fail(B, "OTHER_REASON")
-    assert told.refusal().reason == "ADAPTER_NOT_READY"
+    observed.publish(B)
+    observed.registry.fail(B, "OTHER_REASON")
+    assert observed.refusal().reason == "ADAPTER_NOT_READY"
 
 
 # -- watching --------------------------------------------------------------------------------------------------------
 
 
-def test_watchers_are_told_of_every_change_once(told: Told) -> None:
-    version = told.publish(A)
-    told.publish(B)
-    told.registry.pin(version, True)
-    told.registry.pin(version, True)
-    told.registry.drain(NAME, None)
-    told.registry.revive(NAME)
-    told.registry.drain(NAME, None)
-    told.registry.remove(NAME)
+def test_watchers_are_told_of_every_change_once(observed: Observed) -> None:
+    version = observed.publish(A)
+    observed.publish(B)
+    observed.registry.pin(version, True)
+    observed.registry.pin(version, True)
+    observed.registry.drain(NAME, None)
+    observed.registry.revive(NAME)
+    observed.registry.drain(NAME, None)
+    observed.registry.remove(NAME)
     updated = Change.UPDATED
-    assert told.changes == [
+    assert observed.changes == [
         (Change.ADDED, "a"),
         *[(updated, letter) for letter in "babbb"],
         (Change.REMOVED, "b"),
     ]
 
 
-def test_current_versions_come_in_the_order_of_ids(told: Told) -> None:
+def test_current_versions_come_in_the_order_of_ids(observed: Observed) -> None:
     for name in ("z", "a", "m"):
-        told.publish(A, AdapterId(name))
-    assert [version.adapter_id for version in told.registry] == ["a", "m", "z"]
-    assert {version.adapter_id for version in told.registry.of(A)} == {"a", "m", "z"}
+        observed.publish(A, AdapterId(name))
+    assert [version.adapter_id for version in observed.registry] == ["a", "m", "z"]
+    assert {version.adapter_id for version in observed.registry.of(A)} == {"a", "m", "z"}
 
 
 # -- any order -------------------------------------------------------------------------------------------------------

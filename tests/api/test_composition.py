@@ -1,4 +1,4 @@
-"""What a composition may be made of, before any of it is computed."""
+"""Check compositions before any of them is computed: what may be a part, and with what."""
 
 import pytest
 

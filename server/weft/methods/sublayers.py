@@ -45,7 +45,7 @@ class _Norm(NamedTuple):
 
 
 class _Trace(NamedTuple):
-    """What was seen during the run, all float32 [tokens, features]."""
+    """Inputs and outputs of modules in one run, all float32 [tokens, features]."""
 
     norms: list[_Norm]
     layers: dict[str, Tensor]  # inputs
