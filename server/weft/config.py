@@ -126,6 +126,9 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = True
     max_queued_requests: Positive = 256
+    max_queued_tokens: Positive = Field(
+        default=4 << 20, description="Prompt tokens of all accepted requests, running ones included."
+    )
     stream_interval_s: Number = Field(
         default=0.04,
         description="Time between deliveries of tokens to streams, since each message takes time from steps; first "
@@ -174,6 +177,7 @@ class RequestLimits:
     """Bounds of one generate request."""
 
     prompt_bytes_max: Size = 1 * MIB
+    messages_max: Count = 2048
     max_new_tokens_max: Count = 4096
     max_new_tokens_default: Count = 256
     stop_count_max: Count = 4
@@ -185,11 +189,16 @@ class RequestLimits:
     request_id_bytes_max: Size = 128
     cache_salt_bytes_max: Size = 128
     deadline_default_s: Number | None = Field(
-        default=None, description="Deadline of requests without one; None sets no limit."
+        default=600.0, description="Deadline of requests without one; None sets no limit."
     )
-    deadline_max_s: Number | None = Field(default=None, description="Longest deadline; None leaves it to callers.")
-    stream_events_max: Count = Field(
-        default=8192, description="Events that a caller may leave unread until its stream ends."
+    deadline_max_s: Number | None = Field(default=3600.0, description="Longest deadline; None leaves it to callers.")
+    stream_bytes_max: Size = Field(
+        default=512 * 1024,
+        description="Memory of the tokens that a caller may leave unread until its stream ends, about 128 bytes for "
+        "each token and each of its alternatives.",
+    )
+    token_gates_max: Count = Field(
+        default=MIB, description="Gates of an answer with token_gates: tokens times layers times experts."
     )
 
 
@@ -203,11 +212,36 @@ class ServerConfig:
     metrics_port: Port = Field(default=9464, description="0 picks a free one.")
     drain_timeout_s: Number = Field(default=30.0, description="Time that requests may take to end after SIGTERM.")
     reflection: bool = True
-    receive_bytes_max: Size = 4 * MIB
+    connections_max: Positive = Field(
+        default=4096,
+        description="gRPC connections; fewer if the process may not open that many files beside its own.",
+    )
+    receive_bytes_max: Size = Field(
+        default=MIB + 256 * 1024,
+        description="Size of a message from a client; parsing it holds up every other call for up to 40 ms per MiB.",
+    )
+    stream_write_timeout_s: Number = Field(
+        default=30.0, description="Time that a stream may wait for its caller to read until it ends."
+    )
+    prompt_bytes_waiting_max: Size = Field(
+        default=64 * MIB, description="Long prompts that wait for the tokenizer, together; further ones are refused."
+    )
+    tokenize_calls_max: Positive = Field(default=16, description="Tokenize calls at a time.")
+    register_calls_max: Positive = Field(
+        default=64, description="RegisterAdapter and UnregisterAdapter calls at a time."
+    )
+    load_calls_max: Positive = Field(default=64, description="Calls that load or unload, at a time.")
+    watches_max: Positive = Field(default=256, description="WatchAdapters calls at a time.")
+    staging_bytes_max: Size = Field(
+        default=4 * GIB, description="Files that are being uploaded, together; further uploads are refused."
+    )
     unregister_timeout_default_s: Number = 30.0
     unregister_timeout_max_s: Number = 600.0
     upload_idle_timeout_s: Number = 10.0
-    uploads_max: Positive = Field(default=2, description="Uploads that are received at a time.")
+    upload_bytes_per_s_min: Count = Field(
+        default=64 * 1024, description="Average rate below which an upload ends, once the idle timeout has passed."
+    )
+    uploads_max: Positive = Field(default=16, description="Uploads that are received at a time.")
     uploads_waiting_max: Count = Field(default=64, description="Uploads that may wait; further ones are refused.")
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Lowest level logged; prompts never are.")
 

@@ -47,6 +47,12 @@ class Loop:
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
 
+    @property
+    def ident(self) -> int:
+        """The thread's identifier, for its clock."""
+        assert self._thread.ident is not None
+        return self._thread.ident
+
     def start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
@@ -180,8 +186,8 @@ class Running:
 class Client:
     """The calls, with defaults for tests: greedy, token ids in the answer, a deadline."""
 
-    def __init__(self, port: int) -> None:
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    def __init__(self, port: int, options: Sequence[tuple[str, Any]] = ()) -> None:
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=options)
         self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
         self.adapters = adapter_service_pb2_grpc.AdapterServiceStub(self.channel)
 

@@ -9,8 +9,9 @@ from weft.adapters.registry import Version
 from weft.api import composition, mixtures
 from weft.api.lifecycle import Lifecycle
 from weft.api.validation import CheckedSpec
+from weft.config import EngineConfig, RequestLimits
 from weft.engine.block_manager import cache_root
-from weft.engine.request import Request, RequestId
+from weft.engine.request import GateDetail, Request, RequestId
 from weft.errors import InvalidRequest, Overloaded
 from weft.model.loader import Base
 
@@ -27,14 +28,17 @@ class Admitted(NamedTuple):
 class Admission:
     """The queue places and leases of one server; used on the event loop.
 
-    num_requests: requests that hold a place. empty: set while there are none.
+    num_requests: requests that hold a place. num_tokens: their prompt tokens. empty: set while there are none.
     """
 
-    def __init__(self, lifecycle: Lifecycle, base: Base, max_requests: int) -> None:
-        self.num_requests = 0
+    def __init__(self, lifecycle: Lifecycle, base: Base, limits: RequestLimits, config: EngineConfig) -> None:
+        self.num_requests = self.num_tokens = 0
+        self._tokens_of: dict[RequestId, int] = {}
         self._lifecycle = lifecycle
         self._base = base
-        self._max_requests = max_requests
+        self._limits = limits
+        self._max_requests = config.max_num_seqs + config.max_queued_requests
+        self._max_tokens = config.max_queued_tokens
         self.empty = asyncio.Event()
         self.empty.set()
 
@@ -44,12 +48,7 @@ class Admission:
         Nothing is awaited in here, so no version can go between being found and being leased.
         """
         if self.num_requests >= self._max_requests:
-            raise Overloaded(
-                "QUEUE_FULL",
-                f"requests: the queue is full (limit {self._max_requests}); try again later",
-                metadata={"quota": "requests", "limit": self._max_requests, "given": self.num_requests + 1},
-                retry_after_s=1.0,
-            )
+            raise _full("requests", self._max_requests, self.num_requests + 1)
         registry = self._lifecycle.registry
         versions = [registry.require_active(part.reference, field=part.field) for part in checked.parts]
         if checked.spec.composition is not None:
@@ -71,22 +70,32 @@ class Admission:
         for version in admitted.versions + admitted.experts:
             self._lifecycle.release(version, admitted.request_id)
         self.num_requests -= 1
+        self.num_tokens -= self._tokens_of.pop(admitted.request_id, 0)
         if self.num_requests == 0:
             self.empty.set()
 
     def request(self, admitted: Admitted, tokens: Sequence[int], *, arrival_s: float, deadline_s: float) -> Request:
-        """Make the engine's request. Raises InvalidRequest if its tokens do not fit the model."""
+        """Make the engine's request.
+
+        Raises InvalidRequest if its tokens do not fit the model, Overloaded if too many tokens wait already.
+        """
         _, checked, versions, experts = admitted
         for version in versions + experts:
             if version.removal is not None:
                 raise version.removal
         self._check_length(len(tokens))
+        if self.num_tokens and self.num_tokens + len(tokens) > self._max_tokens:
+            raise _full("tokens", self._max_tokens, self.num_tokens + len(tokens))
+        self._tokens_of[admitted.request_id] = len(tokens)
+        self.num_tokens += len(tokens)
         spec, registry, mixture = checked.spec, self._lifecycle.registry, None
         if experts:
             uses, mixture = mixtures.uses(versions[0], experts, registry, spec.steering, spec.gate_detail)
         else:
             uses = composition.uses(checked.parts, versions, tokens)
         max_new_tokens = self._max_new_tokens(checked, len(tokens), sum(use.num_virtual_tokens for use in uses))
+        if spec.gate_detail is GateDetail.TOKENS:
+            self._check_gates(len(experts), len(tokens) + max_new_tokens)
         return Request(
             request_id=admitted.request_id,
             prompt_token_ids=tuple(tokens),
@@ -106,6 +115,13 @@ class Admission:
             rule, most = "has too many tokens", longest - 1
             raise InvalidRequest.rule("PROMPT_TOO_LONG", "input", rule, limit=most, given=num_tokens)
 
+    def _check_gates(self, num_experts: int, num_tokens: int) -> None:
+        """Refuse an answer whose gates would be a message of many megabytes."""
+        given, most = num_tokens * self._base.shape.num_layers * num_experts, self._limits.token_gates_max
+        if given > most:
+            rule = "would answer too many gates: tokens times layers times experts"
+            raise InvalidRequest.rule("TOKEN_GATES_LIMIT", "options.token_gates", rule, limit=most, given=given)
+
     def _max_new_tokens(self, checked: CheckedSpec, num_tokens: int, num_virtual: int) -> int:
         longest, asked = self._base.max_model_len, checked.spec.max_new_tokens
         room = longest - num_virtual - num_tokens
@@ -115,3 +131,9 @@ class Admission:
             text += f" {longest}, given {given}"
             raise InvalidRequest.at("CONTEXT_EXCEEDED", "stopping.max_new_tokens", text, limit=most, given=given)
         return min(checked.params.max_new_tokens, room)
+
+
+def _full(quota: str, limit: int, given: int) -> Overloaded:
+    text = f"{quota}: the queue is full (limit {limit}); try again later"
+    metadata = {"quota": quota, "limit": limit, "given": given}
+    return Overloaded("QUEUE_FULL", text, metadata=metadata, retry_after_s=1.0)

@@ -18,6 +18,7 @@ from weft.adapters.store import AdapterStore
 from weft.api.admission import Admission
 from weft.api.lifecycle import Lifecycle, Registration
 from weft.api.memory_plan import MemoryPlan
+from weft.api.quota import Quotas
 from weft.api.request_flow import RequestFlow
 from weft.api.work import Work
 from weft.config import WeftConfig
@@ -71,7 +72,7 @@ class Application:
         # Packing some adapters reads the base's weights, which only the engine thread may touch.
         ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
         host = HostCache(config.residency.host_bytes)
-        loader = AdapterLoader(store=store, ingest=ingest, host=host, workers=self.work.threads, metrics=metrics)
+        loader = AdapterLoader(store=store, ingest=ingest, host=host, workers=self.work.loads, metrics=metrics)
         self.engine = Engine(
             runner,
             config.engine,
@@ -90,14 +91,15 @@ class Application:
             device_bytes=config.residency.device_bytes,
             metrics=metrics,
         )
-        max_requests = config.engine.max_num_seqs + config.engine.max_queued_requests
+        self.quotas = Quotas(config.server)
         self.requests = RequestFlow(
             engine=self.engine,
             registry=self.lifecycle.registry,
-            admission=Admission(self.lifecycle, model.base, max_requests),
+            admission=Admission(self.lifecycle, model.base, config.requests, config.engine),
             work=self.work,
             base=model.base,
             limits=config.requests,
+            quotas=self.quotas,
             metrics=metrics,
         )
         self._lag = loop.create_task(self._measure_lag())

@@ -7,12 +7,18 @@ So requests are parsed and responses are serialized here.
 
 Handlers that are async generators are also iterated here, so that the end of a call closes the generator at once rather
 than when it is garbage-collected.
+
+A caller that does not read its stream blocks the write to it, and would for ever: flow control never times out. So each
+write has a time limit.
 """
 
 import asyncio
+import contextlib
 import inspect
 import logging
+import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -20,16 +26,18 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from weft.api.status import status_of, trailing_metadata
-from weft.errors import WeftError
+from weft.errors import DeadlineExceeded, WeftError
 
 logger = logging.getLogger(__name__)
 
 # Both have the code INTERNAL, which gRPC documents for bytes that are no message; the reason distinguishes our bugs.
 _INTERNAL = "INTERNAL"
 _MALFORMED = "MESSAGE_MALFORMED"
+
+_ABORT_S = 1.0  # a status can wait behind unread messages; it is sent when they are, even if it is no longer awaited
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -52,10 +60,22 @@ class FinishedCall:
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Turns the exceptions of handlers into statuses, and passes each finished call to `observe`, on the event loop."""
+    """Turns the exceptions of handlers into statuses, and passes each finished call to `observe`, on the event loop.
 
-    def __init__(self, observe: Callable[[FinishedCall], None]) -> None:
+    require: raises WeftError for a parsed request that no handler should see. write_timeout_s: of each message of a
+    stream.
+    """
+
+    def __init__(
+        self,
+        observe: Callable[[FinishedCall], None],
+        *,
+        require: Callable[[Message], None] = lambda message: None,
+        write_timeout_s: float | None = None,
+    ) -> None:
         self._observe = observe
+        self._require = require
+        self._write_timeout_s = write_timeout_s
 
     async def intercept_service(
         self,
@@ -67,17 +87,23 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrapped(self, handler: Handler, method: str) -> Handler:
         answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        parse = _parser(handler.request_deserializer or _unchanged)
+        parse = self._parser(handler.request_deserializer)
         serialize = handler.response_serializer or _unchanged
         take = _unchanged if handler.request_streaming else parse
 
         async def unary(request: Any, context: Context) -> Any:
-            async with self._one_status(method, context):
-                return serialize(await answer(take(request), context))
+            try:
+                async with self._one_status(method, context):
+                    return serialize(await answer(take(request), context))
+            finally:
+                del request  # gRPC keeps the exception of an aborted call, and its traceback keeps this frame
 
         async def stream(request: Any, context: Context) -> None:
-            async with self._one_status(method, context):
-                await _write_all(answer(take(request), context), context)
+            try:
+                async with self._one_status(method, context):
+                    await self._write_all(answer(take(request), context), context)
+            finally:
+                del request
 
         match handler.request_streaming, handler.response_streaming:
             case False, False:
@@ -124,6 +150,28 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             duration_s = time.perf_counter() - started
             self._report(FinishedCall(method=method, code=code.name, reason=reason, duration_s=duration_s))
 
+    async def _write_all(self, answers: Any, context: Context) -> None:
+        """Send the messages of an async generator; a handler that is a coroutine writes its own."""
+        if inspect.isawaitable(answers):
+            await answers
+            return
+        async with aclosing(answers):
+            async for message in answers:
+                await write(context, message, self._write_timeout_s)
+
+    def _parser(self, deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+        def parse(serialized: bytes) -> Any:
+            if deserialize is None:
+                return serialized
+            try:
+                message = deserialize(serialized)
+            except DecodeError as error:
+                raise WeftError(_MALFORMED, "the request message cannot be parsed") from error
+            self._require(message)
+            return message
+
+        return parse
+
     def _report(self, call: FinishedCall) -> None:
         try:
             self._observe(call)
@@ -131,9 +179,22 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             logger.exception("the observer of finished calls failed")
 
 
+async def write(context: Context, message: Any, timeout_s: float | None) -> None:
+    """Send a message of a stream. Raises DeadlineExceeded STREAM_STALLED if its caller does not read it in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(message)
+    except TimeoutError:
+        text = f"the caller does not read its stream: a message waited for {timeout_s:g} s"
+        raise DeadlineExceeded("STREAM_STALLED", text, metadata={"limit": timeout_s}) from None
+
+
 async def _abort(context: Context, error: WeftError) -> None:
     status = status_of(error)
-    await context.abort(grpc.StatusCode[error.code], status.message, trailing_metadata(status))
+    _clear_frames()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_S):
+            await context.abort(grpc.StatusCode[error.code], status.message, trailing_metadata(status))
 
 
 async def _abort_unexpected(context: Context, method: str) -> None:
@@ -141,31 +202,23 @@ async def _abort_unexpected(context: Context, method: str) -> None:
     await _abort(context, WeftError(_INTERNAL, "internal error"))
 
 
+def _clear_frames() -> None:
+    """Drop the local variables of the frames that the current exception has left.
+
+    gRPC keeps a call and the exception that aborted it in a cycle, until Python's collector finds it. A message of
+    1 MiB can take 50 MB parsed, so a few hundred refused calls would hold all memory.
+    """
+    error = sys.exception()
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _code_of_gone_caller(context: Context) -> grpc.StatusCode:
     remaining_s: float | None = context.time_remaining()  # None without a deadline
     if remaining_s is not None and remaining_s <= 0:
         return grpc.StatusCode.DEADLINE_EXCEEDED
     return grpc.StatusCode.CANCELLED
-
-
-async def _write_all(answers: Any, context: Context) -> None:
-    """Send the messages of an async generator; a handler that is a coroutine writes its own."""
-    if inspect.isawaitable(answers):
-        await answers
-        return
-    async with aclosing(answers):
-        async for message in answers:
-            await context.write(message)
-
-
-def _parser(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def parse(serialized: bytes) -> Any:
-        try:
-            return deserialize(serialized)
-        except DecodeError as error:
-            raise WeftError(_MALFORMED, "the request message cannot be parsed") from error
-
-    return parse
 
 
 def _unchanged(message: Any) -> Any:

@@ -34,6 +34,8 @@ from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
+_COPIES_AT_A_TIME = 2  # each takes the disk for a whole adapter until it is checked
+
 
 class Outcome(StrEnum):
     """Effect of a registration."""
@@ -83,6 +85,7 @@ class Lifecycle:
 
     def __post_init__(self) -> None:
         self._lease_ended = asyncio.Event()
+        self._copying = asyncio.Semaphore(_COPIES_AT_A_TIME)
         self.watches = Watches()
         self.registry = Registry(changed=self.watches.put)
         self.memory = AdapterMemory(
@@ -132,7 +135,8 @@ class Lifecycle:
     async def register_from(self, wanted: Registration) -> Registered:
         """Register the source, a PEFT directory below the store or an allowed root."""
         self.work.require_open()
-        return await self._register(wanted, self._staged(self.store.stage_copy, wanted.source))
+        async with self._copying:
+            return await self._register(wanted, self._staged(self.store.stage_copy, wanted.source))
 
     def upload(self) -> AbstractAsyncContextManager[Staging]:
         """Return a context that holds a directory for an upload's files; call `register_upload` inside it."""

@@ -10,12 +10,14 @@ import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from weft.adapters.registry import Registry
 from weft.api import answer
 from weft.api.admission import Admission, Admitted
 from weft.api.answer import GenerationPart
 from weft.api.prompt import PromptEncoder
+from weft.api.quota import Quotas
 from weft.api.validation import ChatMessage, GenerationSpec, check
 from weft.api.work import Work
 from weft.config import RequestLimits
@@ -26,27 +28,48 @@ from weft.errors import Cancelled, DeadlineExceeded, WeftError
 from weft.metrics import Metrics
 from weft.model.loader import Base
 
+_TOKEN_BYTES = 128  # of a token with its probability, and of each alternative, as Python objects
+_LATE_S = 1.0  # what an engine may be late with the end of a request whose deadline has passed
+
 
 @dataclass(slots=True)
 class Stream:
-    """Events of an accepted request that its caller has not read. is_stalled: whether there were too many of them."""
+    """Events of an accepted request that its caller has not read.
+
+    num_bytes: about what they take. is_stalled: whether it was too much.
+    """
 
     admitted: Admitted
     request: Request
     events: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
+    num_bytes: int = 0
     is_stalled: bool = False
 
+    def put(self, event: TokenEvent) -> None:
+        """Add an event."""
+        self.num_bytes += sum(_TOKEN_BYTES * (1 + len(token.top)) for token in event.tokens)
+        self.events.put_nowait(event)
+
     async def next(self) -> TokenEvent:
-        """Wait for an event; return all that have arrived, merged into one."""
-        event = await self.events.get()
+        """Wait for an event; return all that have arrived, merged into one.
+
+        Raises DeadlineExceeded if the engine does not end the request at its deadline.
+        """
+        late_s = self.request.deadline_s + _LATE_S
+        try:
+            async with asyncio.timeout_at(None if late_s == math.inf else late_s):
+                event = await self.events.get()
+        except TimeoutError:
+            raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the request ended") from None
         while not self.events.empty():
             event = self.events.get_nowait().after(event)
+        self.num_bytes = 0
         return event
 
 
 @dataclass(kw_only=True, eq=False)
 class RequestFlow:
-    """The generate requests of one server. work: refuses new requests, as it refuses other calls."""
+    """The generate requests of one server, and its Tokenize calls. work: refuses new ones, as any other call."""
 
     engine: Engine
     registry: Registry
@@ -54,23 +77,31 @@ class RequestFlow:
     work: Work
     base: Base
     limits: RequestLimits
+    quotas: Quotas
     metrics: Metrics
     _streams: dict[RequestId, Stream] = field(default_factory=dict[RequestId, Stream])
     _ids: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        self._prompts = PromptEncoder(self.base.tokenizer, self.limits)
+        self._prompts = PromptEncoder(
+            self.base.tokenizer,
+            self.limits,
+            max_model_len=self.base.max_model_len,
+            waiting=self.quotas.prompt_bytes,
+            work=self.work,
+        )
 
     def deliver(self, event: TokenEvent) -> None:
         """Pass an event to its stream."""
         stream = self._streams[event.request_id]
-        stream.events.put_nowait(event)
+        stream.put(event)
         if event.finish is not None:
             del self._streams[event.request_id]
             self._settle(stream, event.finish)
-        elif stream.events.qsize() > self.limits.stream_events_max and not stream.is_stalled:
+        elif stream.num_bytes > self.limits.stream_bytes_max and not stream.is_stalled:
             stream.is_stalled = True
-            error = DeadlineExceeded("STREAM_STALLED", "the caller does not read its stream")
+            text = f"the caller does not read its stream: too many bytes wait (limit {self.limits.stream_bytes_max})"
+            error = DeadlineExceeded("STREAM_STALLED", text, metadata={"limit": self.limits.stream_bytes_max})
             self.engine.end(event.request_id, FinishReason.ERROR, error)
 
     async def generate(self, spec: GenerationSpec, *, timeout_s: float | None) -> AsyncGenerator[GenerationPart, None]:
@@ -119,7 +150,8 @@ class RequestFlow:
                 self.engine.end(request.request_id, FinishReason.CANCELLED, error)
 
     async def tokenize(self, text: str | None, messages: list[ChatMessage] | None) -> list[int]:
-        """Return an input's tokens, as `generate` would use them."""
+        """Return an input's tokens, as `generate` would use them. The caller holds a place of `tokenize_calls`."""
+        self.work.require_open()
         check(GenerationSpec(text=text, messages=messages), self.limits, self.base)
         return await self._prompts.encode(text, messages)
 
@@ -127,6 +159,8 @@ class RequestFlow:
         arrival_s = time.monotonic()
         self.work.require_open()
         checked = check(spec, self.limits, self.base)
+        if spec.token_ids is None:
+            self._prompts.require_fit(spec.text, spec.messages)
         deadline_s = arrival_s + self._allowed_s(timeout_s)
         request_id = RequestId(f"{next(self._ids)}-{checked.request_id}")
         admitted = self.admission.enter(checked, request_id)
@@ -158,8 +192,9 @@ class RequestFlow:
         self.admission.leave(admitted)
 
     def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:
+        tokenizer: Any = self.base.tokenizer
         return Detokenizer(
-            self._prompts.tokenizer.backend_tokenizer,
+            tokenizer.backend_tokenizer,
             spec.stop,
             # The answer to a conversation begins a text; that to a prompt continues one.
             continued=() if spec.messages is not None else prompt,

@@ -2,13 +2,12 @@
 
 start:   load the base → start the engine → restore the store → listen → SERVING
 SIGTERM: NOT_SERVING, new calls refused → running requests finish, up to drain_timeout_s → the rest end → exit 0
-second signal: stop waiting
+second signal, or one during the start: stop waiting
 engine down: NOT_SERVING, every request has ended with UNAVAILABLE → exit 1
 """
 
 import asyncio
 import logging
-import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,14 +15,13 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from wsgiref.simple_server import WSGIServer
 
 import grpc.aio
 import torch
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import disable_created_metrics, start_http_server
+from prometheus_client import disable_created_metrics
 from rich.console import Console
 from rich.progress import Progress
 
@@ -31,6 +29,8 @@ from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.api import memory_plan
 from weft.api.application import Application, ServedModel
+from weft.api.bounds import bounds_of
+from weft.api.exposition import Exposition
 from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.servicers.adapters import AdapterServicer
 from weft.api.servicers.generation import GenerationServicer
@@ -62,9 +62,8 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     """Serve until a signal; return the exit code. `adapters` are registered at the start, replacing older content."""
     logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
-    # Loading can take minutes, and PID 1 of a container ignores SIGTERM if it has no handler. Nothing is open yet, so
-    # exit at once: an exception would be lost if it were raised in a destructor.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each connection is one
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
         model, runner = build_model(config)
@@ -144,10 +143,11 @@ async def serving(
     server = _server(config, application, health)
     try:
         port = _listen(server, config)
-        exposition = _expose(metrics, config)
+        exposition = _expose(metrics, config, health)
     except BaseException:
         await application.stop()
         raise
+    exposition.start()
     try:
         await application.start(adapters, progress)
         await server.start()
@@ -164,8 +164,7 @@ async def serving(
         await application.stop()
         health.end()
         await server.stop(grace=1.0)
-        exposition.shutdown()
-        exposition.server_close()
+        exposition.close()
 
 
 def _server(config: WeftConfig, application: Application, health: HealthServicer) -> grpc.aio.Server:
@@ -176,11 +175,21 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
         metrics.rpcs.labels(rpc, call.code).inc()
         metrics.rpc_seconds.labels(rpc).observe(call.duration_s)
 
+    bounds = bounds_of(config.requests, config.adapters, application.model.base.max_model_len)
+    interceptor = StatusInterceptor(
+        observe, require=bounds.require, write_timeout_s=config.server.stream_write_timeout_s
+    )
     server = grpc.aio.server(
-        interceptors=[StatusInterceptor(observe)],
+        interceptors=[interceptor],
         options=[
             ("grpc.max_receive_message_length", config.server.receive_bytes_max),
             ("grpc.max_metadata_size", 8 * 1024),
+            # Connections are as good as their clients: dead ones are found by pings, and silent ones are closed.
+            ("grpc.max_allowed_incoming_connections", _connections_max(config)),
+            ("grpc.server_handshake_timeout_ms", 10_000),
+            ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_concurrent_streams", 1024),
@@ -195,6 +204,12 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
     return server
 
 
+def _connections_max(config: WeftConfig) -> int:
+    """Return the connections that leave descriptors for the adapters' files and the server's own."""
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return config.server.connections_max if most_files < 0 else min(config.server.connections_max, most_files * 3 // 4)
+
+
 def _listen(server: grpc.aio.Server, config: WeftConfig) -> int:
     address = f"{config.server.host}:{config.server.port}"
     try:
@@ -203,13 +218,12 @@ def _listen(server: grpc.aio.Server, config: WeftConfig) -> int:
         raise OSError(f"port: cannot listen on {address}; is it taken?") from error
 
 
-def _expose(metrics: Metrics, config: WeftConfig) -> WSGIServer:
+def _expose(metrics: Metrics, config: WeftConfig, health: HealthServicer) -> Exposition:
     host, port = config.server.metrics_host, config.server.metrics_port
     try:
-        exposition, _ = start_http_server(port, host, metrics.registry)
+        return Exposition(host, port, metrics.registry, lambda: health.is_serving)
     except OSError as error:
         raise OSError(f"metrics_port: cannot listen on {host}:{port}; is it taken?") from error
-    return exposition
 
 
 async def _follow_engine(application: Application, health: HealthServicer) -> None:
@@ -226,10 +240,11 @@ async def _serve_until_signal(
 ) -> int:
     loop, main, asked = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
     assert main is not None
+    serves = False
 
     def on_signal() -> None:
-        if asked.is_set():
-            main.cancel()  # the second signal: stop waiting
+        if asked.is_set() or not serves:
+            main.cancel()  # the second signal, or a start that nobody wants any more: do not wait
         asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -245,6 +260,7 @@ async def _serve_until_signal(
                 config, model, runner, adapters, lambda done, total: show(completed=done, total=total)
             ) as served:
                 shown.close()
+                serves = True
                 is_down = served.application.down
                 _announce(console, config, model, served)
                 waits = [asyncio.create_task(asked.wait()), asyncio.create_task(is_down.wait())]

@@ -122,8 +122,7 @@ def _check_input(spec: GenerationSpec, limits: RequestLimits, base: Base) -> Non
     elif spec.token_ids is not None:
         check(len(spec.token_ids) > 0, "token_ids.ids", "must not be empty", "[]")
         check_prompt_bytes("token_ids.ids", 4 * len(spec.token_ids), limits)
-        for index, token_id in enumerate(spec.token_ids):
-            _check_token(f"token_ids.ids[{index}]", token_id, base.vocab_size)
+        _check_tokens("token_ids.ids", spec.token_ids, base.vocab_size)
     elif spec.messages is not None:
         check(len(spec.messages) > 0, "messages.messages", "must not be empty", "[]")
         num_bytes = sum(len(text.encode()) for message in spec.messages for text in message)
@@ -139,9 +138,11 @@ def check_prompt_bytes(field: str, num_bytes: int, limits: RequestLimits) -> Non
     _require(num_bytes <= most, "PROMPT_TOO_LONG", field, "has too many bytes", num_bytes, most)
 
 
-def _check_token(field: str, token_id: int, vocab_size: int) -> None:
-    is_valid = 0 <= token_id < vocab_size
-    _require(is_valid, "TOKEN_OUT_OF_RANGE", field, "is not a token", token_id, vocab_size - 1)
+def _check_tokens(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    index, given = next((i, token_id) for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
+    _require(False, "TOKEN_OUT_OF_RANGE", f"{field}[{index}]", "is not a token", given, vocab_size - 1)
 
 
 def _check_sampling(spec: GenerationSpec, vocab_size: int) -> None:
@@ -175,5 +176,4 @@ def _check_stopping(spec: GenerationSpec, limits: RequestLimits, vocab_size: int
     for index, stop in enumerate(spec.stop):
         size, most = len(stop.encode()), limits.stop_bytes_max
         check(1 <= size <= most, "STOP_INVALID", f"stop[{index}]", "must have at least 1 byte", size, most)
-    for index, token_id in enumerate(spec.stop_token_ids):
-        _check_token(f"stopping.stop_token_ids[{index}]", token_id, vocab_size)
+    _check_tokens("stopping.stop_token_ids", spec.stop_token_ids, vocab_size)

@@ -1,4 +1,4 @@
-"""Work beside the event loop: threads for the disk, tasks that outlive their caller, one lock per adapter id."""
+"""Work beside the event loop: threads in pools, tasks that outlive their caller, one lock per adapter id."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -16,13 +16,15 @@ T = TypeVar("T")
 class Work:
     """Threads, tasks and locks of one server, beside its event loop.
 
-    threads: the workers, for the disk and for parsing.
+    Each kind of work has threads of its own, so that none waits behind another: a request's load would wait for a copy
+    of many files.
+    loads: reads adapters for requests. changes: changes the store. prompts: tokenizes.
     """
 
     def __init__(self) -> None:
-        self.threads = ThreadPoolExecutor(
-            max_workers=2, thread_name_prefix="weft-adapters", initializer=threads.compute_alone
-        )
+        self.loads = _pool("weft-loads")
+        self.changes = _pool("weft-changes")
+        self.prompts = _pool("weft-prompts")
         self._tasks: set[asyncio.Task[Any]] = set()
         self._locks: WeakValueDictionary[AdapterId, asyncio.Lock] = WeakValueDictionary()
         self._refusal: Unavailable | None = None
@@ -44,23 +46,30 @@ class Work:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.loads, self.changes, self.prompts):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def lock(self, adapter_id: AdapterId) -> asyncio.Lock:
         """Return the lock of an id, the same one as long as any caller has it."""
         return self._locks.setdefault(adapter_id, asyncio.Lock())
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run `function` in a worker thread.
+        """Run a change of the store in a thread.
 
         A cancelled caller returns only when the function has, because the thread must not use files and directories
         that the caller then releases.
         """
+        return await _ended(_submitted(self.changes, function, *arguments))
+
+    async def tokenize(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run `function` in a thread for prompts; a cancelled caller does not wait for it."""
+        future = _submitted(self.prompts, function, *arguments)
         try:
-            future = asyncio.wrap_future(self.threads.submit(function, *arguments))
-        except RuntimeError:  # raised by an executor that was shut down
-            raise draining_error() from None
-        return await _ended(future)
+            return await future
+        except asyncio.CancelledError:
+            if self.is_closed:
+                raise draining_error() from None
+            raise
 
     async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; if the caller is cancelled meanwhile, return only when `work` has ended by itself."""
@@ -77,6 +86,17 @@ class Work:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # mark it as retrieved: a waiting caller has it too, and without one it does not matter
+
+
+def _pool(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix=name, initializer=threads.compute_alone)
+
+
+def _submitted(pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    try:
+        return asyncio.wrap_future(pool.submit(function, *arguments))
+    except RuntimeError:  # raised by an executor that was shut down
+        raise draining_error() from None
 
 
 async def _ended(work: asyncio.Future[T]) -> T:

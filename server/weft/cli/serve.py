@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +49,9 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     directories = tuple(path for _, path in registered)  # given by the operator, so allowed as sources
     configuration = replace(configuration, allowed_sources=(*configuration.allowed_sources, *directories))
 
+    # Importing and loading take from seconds to minutes, and PID 1 of a container ignores a signal without a handler.
+    # Nothing is open yet, so exit at once: an exception would be lost if it were raised in a destructor.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     from weft.api.serve import run  # imports torch, transformers and gRPC
     from weft.errors import WeftError
 

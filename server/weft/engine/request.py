@@ -1,10 +1,12 @@
-"""Requests of the engine, and the events that answer them. No torch here."""
+"""Requests of the engine, and the events that answer them. Nothing is computed here."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum, auto
 from random import Random
 from typing import NamedTuple, NewType, TypeAlias
+
+from torch import Tensor
 
 from weft.adapters.identifiers import AdapterDigest
 from weft.engine.token_ranges import Ranges
@@ -96,12 +98,12 @@ class MixtureUse(NamedTuple):
 class Gates(NamedTuple):
     """The gates that a mixture computed for a request, with the experts in the order of their digests.
 
-    mean: for each layer and expert, over the tokens that the request computed. tokens: for each of those tokens, layer
-    and expert, in order; empty unless requested.
+    mean: for each layer and expert, over the tokens that the request computed. tokens: for each of those tokens, in
+    order, on the CPU; without tokens unless requested.
     """
 
     mean: list[list[float]]  # [L][N]
-    tokens: list[list[list[float]]]  # [tokens][L][N]
+    tokens: Tensor  # float32 [tokens, L, N]
 
 
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:

@@ -241,10 +241,12 @@ class RequestLimits(_message.Message):
     COMPOSITION_WEIGHT_ABS_MAX_FIELD_NUMBER: _builtins.int
     DEADLINE_DEFAULT_FIELD_NUMBER: _builtins.int
     DEADLINE_MAX_FIELD_NUMBER: _builtins.int
-    STREAM_EVENTS_MAX_FIELD_NUMBER: _builtins.int
     REQUEST_ID_BYTES_MAX_FIELD_NUMBER: _builtins.int
     CACHE_SALT_BYTES_MAX_FIELD_NUMBER: _builtins.int
     TOKEN_RANGES_MAX_FIELD_NUMBER: _builtins.int
+    MESSAGES_MAX_FIELD_NUMBER: _builtins.int
+    STREAM_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TOKEN_GATES_MAX_FIELD_NUMBER: _builtins.int
     prompt_bytes_max: _builtins.int
     """UTF-8 bytes of a prompt, over all turns of a conversation."""
     max_new_tokens_max: _builtins.int
@@ -261,14 +263,20 @@ class RequestLimits(_message.Message):
     """Parts of a composition."""
     composition_weight_abs_max: _builtins.float
     """Absolute value of a part's weight."""
-    stream_events_max: _builtins.int
-    """Unread messages after which a stream is ended with STREAM_STALLED."""
     request_id_bytes_max: _builtins.int
     """Bytes of a request id: REQUEST_ID_INVALID."""
     cache_salt_bytes_max: _builtins.int
     """Bytes of a cache salt: CACHE_SALT_INVALID."""
     token_ranges_max: _builtins.int
     """Token ranges of one part of a composition."""
+    messages_max: _builtins.int
+    """Messages of one conversation."""
+    stream_bytes_max: _builtins.int
+    """Memory of a stream's unread tokens, about 128 bytes for each token and each of its alternatives; a stream beyond it
+    is ended with STREAM_STALLED.
+    """
+    token_gates_max: _builtins.int
+    """Gates of an answer with `ResponseOptions.token_gates`: prompt and new tokens, times layers, times experts."""
     @_builtins.property
     def deadline_default(self) -> _duration_pb2.Duration:
         """Deadline of a call without one; absent if there is none."""
@@ -290,14 +298,16 @@ class RequestLimits(_message.Message):
         composition_weight_abs_max: _builtins.float = ...,
         deadline_default: _duration_pb2.Duration | None = ...,
         deadline_max: _duration_pb2.Duration | None = ...,
-        stream_events_max: _builtins.int = ...,
         request_id_bytes_max: _builtins.int = ...,
         cache_salt_bytes_max: _builtins.int = ...,
         token_ranges_max: _builtins.int = ...,
+        messages_max: _builtins.int = ...,
+        stream_bytes_max: _builtins.int = ...,
+        token_gates_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_default", b"deadline_default", "deadline_max", b"deadline_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt_bytes_max", b"cache_salt_bytes_max", "composition_parts_max", b"composition_parts_max", "composition_weight_abs_max", b"composition_weight_abs_max", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "logprobs_max", b"logprobs_max", "max_new_tokens_default", b"max_new_tokens_default", "max_new_tokens_max", b"max_new_tokens_max", "prompt_bytes_max", b"prompt_bytes_max", "request_id_bytes_max", b"request_id_bytes_max", "stop_bytes_max", b"stop_bytes_max", "stop_count_max", b"stop_count_max", "stream_events_max", b"stream_events_max", "token_ranges_max", b"token_ranges_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt_bytes_max", b"cache_salt_bytes_max", "composition_parts_max", b"composition_parts_max", "composition_weight_abs_max", b"composition_weight_abs_max", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "logprobs_max", b"logprobs_max", "max_new_tokens_default", b"max_new_tokens_default", "max_new_tokens_max", b"max_new_tokens_max", "messages_max", b"messages_max", "prompt_bytes_max", b"prompt_bytes_max", "request_id_bytes_max", b"request_id_bytes_max", "stop_bytes_max", b"stop_bytes_max", "stop_count_max", b"stop_count_max", "stream_bytes_max", b"stream_bytes_max", "token_gates_max", b"token_gates_max", "token_ranges_max", b"token_ranges_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,5 +1,6 @@
 """AdapterService: translates between proto and the application's own types."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from weft.adapters.registry import AdapterState, Change, Version
 from weft.api.application import Application
 from weft.api.lifecycle import Outcome, Registered, Registration
 from weft.api.memory import Residence
-from weft.api.servicers.upload import Messages, Upload, UploadLine, check_files, discard
+from weft.api.servicers.upload import Messages, Upload, check_files, discard
 from weft.errors import AdapterNotFound, AdapterUnusable, InvalidRequest, WeftError, draining_error
 from weft.methods.catalog import KINDS
 from weft.v1 import adapter_pb2, adapter_service_pb2_grpc
@@ -30,20 +31,24 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         self._lifecycle = application.lifecycle
         self._base_model = application.model.base.shape.name
         self._limits, self._server = application.config.adapters, application.config.server
-        self._line = UploadLine(uploads_max=self._server.uploads_max, waiting_max=self._server.uploads_waiting_max)
+        self._quotas = application.quotas
+        # Nothing is read from a waiting upload, so gRPC's flow control holds its bytes back at the client.
+        self._receiving = asyncio.Semaphore(self._server.uploads_max)
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Any) -> pb.RegisterAdapterResponse:
         wanted = self._registration(request)
         if request.HasField("content_digest"):
             check_digest(request.content_digest, field="content_digest", reason="CHECKSUM_INVALID")
             wanted = replace(wanted, content_digest=request.content_digest)
-        version, outcome = await self._lifecycle.register_from(replace(wanted, source=request.source))
+        with self._quotas.register_calls.held():
+            version, outcome = await self._lifecycle.register_from(replace(wanted, source=request.source))
         return pb.RegisterAdapterResponse(adapter=self._adapter(version), outcome=_OUTCOMES[outcome])
 
     async def UploadAdapter(self, request_iterator: Messages, context: Any) -> pb.UploadAdapterResponse:
         try:
-            async with self._line.turn():
-                version, outcome = await self._upload(request_iterator)
+            with self._quotas.uploads.held():
+                async with self._receiving:
+                    version, outcome = await self._upload(request_iterator)
         except WeftError:
             most, idle_s = self._limits.file_bytes_max, self._server.upload_idle_timeout_s
             await discard(request_iterator, bytes_max=most, timeout_s=idle_s)
@@ -62,12 +67,13 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             if not 0 <= timeout_s <= most:
                 raise InvalidRequest.rule("TIMEOUT_INVALID", "timeout", rule, limit=most, given=timeout_s)
         try:
-            removed = await self._lifecycle.unregister(
-                adapter_id,
-                cancel=request.mode == pb.UNREGISTER_MODE_CANCEL,
-                timeout_s=timeout_s,
-                expected_digest=request.expected_digest if request.HasField("expected_digest") else None,
-            )
+            with self._quotas.register_calls.held():
+                removed = await self._lifecycle.unregister(
+                    adapter_id,
+                    cancel=request.mode == pb.UNREGISTER_MODE_CANCEL,
+                    timeout_s=timeout_s,
+                    expected_digest=request.expected_digest if request.HasField("expected_digest") else None,
+                )
         except AdapterNotFound:
             if not request.allow_missing:
                 raise
@@ -118,7 +124,8 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             rule, given = "must be DEVICE, or HOST without a pin", adapter_pb2.AdapterResidency.Name(request.residency)
             raise InvalidRequest.rule("RESIDENCY_INVALID", "residency", rule, given=given)
         adapter_id = self._adapter_id(request.adapter_id)
-        version = await self._lifecycle.memory.load(adapter_id, to_device=not to_host, pin=pin)
+        with self._quotas.load_calls.held():
+            version = await self._lifecycle.memory.load(adapter_id, to_device=not to_host, pin=pin)
         return pb.LoadAdapterResponse(adapter=self._adapter(version))
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.UnloadAdapterResponse:
@@ -126,14 +133,15 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         if request.residency == adapter_pb2.ADAPTER_RESIDENCY_DEVICE:
             raise InvalidRequest.rule("RESIDENCY_INVALID", "residency", "must be HOST or DISK", given="DEVICE")
         keep_host = request.residency == adapter_pb2.ADAPTER_RESIDENCY_HOST
-        version = await self._lifecycle.memory.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
+        with self._quotas.load_calls.held():
+            version = await self._lifecycle.memory.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
         return pb.UnloadAdapterResponse(adapter=self._adapter(version))
 
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: Any
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
         response = pb.WatchAdaptersResponse
-        with self._lifecycle.watches.watching() as watch:
+        with self._quotas.watches.held(), self._lifecycle.watches.watching() as watch:
             for adapter in [self._adapter(version) for version in self._lifecycle.registry]:
                 yield response(change=pb.ADAPTER_CHANGE_EXISTING, adapter=adapter)
             yield response(change=pb.ADAPTER_CHANGE_SYNCED)
@@ -143,13 +151,19 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         raise draining_error()
 
     async def _upload(self, messages: Messages) -> Registered:
-        upload = Upload(messages, self._work, idle_timeout_s=self._server.upload_idle_timeout_s)
+        upload = Upload(
+            messages,
+            self._work,
+            idle_timeout_s=self._server.upload_idle_timeout_s,
+            bytes_per_s_min=self._server.upload_bytes_per_s_min,
+        )
         header = await upload.header()
         wanted = self._registration(header)
         check_files(header, self._limits)
-        async with self._lifecycle.upload() as staging:
-            await upload.receive(header, staging)
-            return await self._lifecycle.register_upload(wanted, staging)
+        with self._quotas.staging_bytes.held(sum(file.size_bytes for file in header.files)):
+            async with self._lifecycle.upload() as staging:
+                await upload.receive(header, staging)
+                return await self._lifecycle.register_upload(wanted, staging)
 
     def _adapter_id(self, value: str) -> AdapterId:
         return check_adapter_id(value, base_model=self._base_model)

@@ -1,6 +1,5 @@
 """GenerationService: translates between proto and the application's own types, and does nothing else."""
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from weft.adapters.registry import Version
 from weft.api.answer import GenerationEnd, GenerationPart
 from weft.api.application import Application
 from weft.api.composition import WeightedReference
+from weft.api.interceptors import write
 from weft.api.mixtures import GateBound, Steering
 from weft.api.validation import ChatMessage, GenerationSpec
 from weft.config import AdapterLimits, RequestLimits
@@ -37,6 +37,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     def __init__(self, application: Application) -> None:
         self._application = application
         self._tokenizer: Any = application.model.base.tokenizer
+        self._write_timeout_s = application.config.server.stream_write_timeout_s
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -65,16 +66,18 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
                 self._fill(message.delta, request.options, part.tokens)
                 if part.end is not None:
                     message.finish.CopyFrom(_finish(part.end, request.options))
-                await context.write(message)
+                await write(context, message, self._write_timeout_s)
 
     async def Tokenize(
         self, request: generation_service_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_service_pb2.TokenizeResponse:
-        kind = request.WhichOneof("input")
-        tokens = await self._application.requests.tokenize(
-            request.text if kind == "text" else None, _messages(request.messages) if kind == "messages" else None
-        )
-        return await asyncio.to_thread(self._tokenized, tokens, request.pieces)  # there may be a million of them
+        application, kind = self._application, request.WhichOneof("input")
+        with application.quotas.tokenize_calls.held():
+            tokens = await application.requests.tokenize(
+                request.text if kind == "text" else None, _messages(request.messages) if kind == "messages" else None
+            )
+            # There may be a million of them.
+            return await application.work.tokenize(self._tokenized, tokens, request.pieces)
 
     def _tokenized(self, tokens: list[int], with_pieces: bool) -> generation_service_pb2.TokenizeResponse:
         pieces = self._tokenizer.convert_ids_to_tokens(tokens) if with_pieces else []
@@ -220,7 +223,7 @@ def _gates(index: int, expert: Version, gates: Gates) -> generation_pb2.AdapterG
         digest=expert.digest,
         mean=sum(means) / len(means),
         layer_means=means,
-        token_gates=[layer[index] for token in gates.tokens for layer in token],
+        token_gates=gates.tokens[:, :, index].flatten().tolist(),
     )
 
 

@@ -25,6 +25,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._has_retired = self._has_ended = False
         self._changed = asyncio.Event()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether everything is SERVING. Any thread may ask."""
+        return self._status == health_pb2.HealthCheckResponse.SERVING
+
     def serve(self) -> None:
         """Make everything SERVING, unless it has retired meanwhile."""
         if not self._has_retired:

@@ -1,7 +1,7 @@
 """Uploads: a few at a time, each one header, then the chunks of each file in the header's order."""
 
-import asyncio
 import contextlib
+import math
 import time
 from asyncio import wait_for
 from collections.abc import AsyncIterator
@@ -11,54 +11,24 @@ from weft.adapters.identifiers import check_digest
 from weft.adapters.versions import StagedFile, Staging
 from weft.api.work import Work
 from weft.config import MIB, AdapterLimits
-from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, Overloaded, WeftError
+from weft.errors import DeadlineExceeded, InvalidAdapter, InvalidRequest, WeftError
 from weft.v1 import adapter_service_pb2
 from weft.v1.adapter_files import FOREIGN_FILES, PAIRS, foreign_refused, pair_of
 
 _CHUNK_BYTES_MAX = 1 * MIB
 _PAUSE_S = 0.25  # a client that is silent for this long is waiting for the answer
-_BYTES_PER_S_MIN = 4096  # on average, after the first idle timeout: a trickle blocks its place as silence does
 
 Messages: TypeAlias = AsyncIterator[adapter_service_pb2.UploadAdapterRequest]
 
 
-class UploadLine:
-    """Places for uploads, given in order of arrival; used on one event loop. A bounded number waits for a place.
-
-    Nothing is read from a waiting upload, so gRPC's flow control holds its bytes back at the client.
-    """
-
-    def __init__(self, *, uploads_max: int, waiting_max: int) -> None:
-        self._most = uploads_max + waiting_max
-        self._limits = f"{uploads_max} and {waiting_max}"
-        self._places = asyncio.Semaphore(uploads_max)
-        self._num_uploads = 0
-
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for a place and hold it inside the block. Raises Overloaded if the queue is full."""
-        if self._num_uploads >= self._most:
-            raise Overloaded(
-                "UPLOADS_FULL",
-                f"uploads: too many at a time and in line for it (limit {self._limits})",
-                metadata={"quota": "uploads", "limit": self._most},
-                retry_after_s=1.0,
-            )
-        self._num_uploads += 1
-        try:
-            async with self._places:
-                yield
-        finally:
-            self._num_uploads -= 1
-
-
 class Upload:
-    """One upload that is being received."""
+    """One upload that is being received. bytes_per_s_min: average; a trickle holds its place as silence does."""
 
-    def __init__(self, messages: Messages, work: Work, *, idle_timeout_s: float) -> None:
+    def __init__(self, messages: Messages, work: Work, *, idle_timeout_s: float, bytes_per_s_min: int) -> None:
         self._messages = messages
         self._work = work
         self._idle_timeout_s = idle_timeout_s
+        self._bytes_per_s_min = bytes_per_s_min
         self._started_s = time.monotonic()
         self._num_bytes = 0
 
@@ -94,15 +64,15 @@ class Upload:
             raise InvalidAdapter.rule("CHECKSUM_MISMATCH", field, rule, limit=declared.sha256, given=found)
 
     async def _next(self) -> adapter_service_pb2.UploadAdapterRequest | None:
-        elapsed_s = time.monotonic() - self._started_s
-        allowed_s = self._idle_timeout_s + self._num_bytes / _BYTES_PER_S_MIN - elapsed_s
+        slowest, elapsed_s = self._bytes_per_s_min, time.monotonic() - self._started_s
+        left_s = self._idle_timeout_s + self._num_bytes / slowest - elapsed_s if slowest else math.inf
         try:
-            return await wait_for(anext(self._messages, None), min(self._idle_timeout_s, allowed_s))
+            return await wait_for(anext(self._messages, None), min(self._idle_timeout_s, left_s))
         except TimeoutError:
             raise DeadlineExceeded(
                 "UPLOAD_STALLED",
-                f"upload: no message for {self._idle_timeout_s:g} s, or fewer than {_BYTES_PER_S_MIN} bytes per second",
-                metadata={"limit": self._idle_timeout_s},
+                f"upload: no message for {self._idle_timeout_s:g} s, or fewer than {slowest} bytes per second",
+                metadata={"limit": self._idle_timeout_s, "bytes_per_s_min": slowest},
             ) from None
 
 
