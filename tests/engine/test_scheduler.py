@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -39,10 +40,10 @@ class Table:
     def is_loading(self, request: Request) -> bool:
         return request.request_id in self.absent
 
-    def add(self, name: str, prompt: int | Sequence[int]) -> Request:
+    def add(self, name: str, prompt: int | Sequence[int], **fields: Any) -> Request:
         """Add a request with this prompt, or one of so many tokens that no other prompt begins with."""
         tokens = [crc32(name.encode()), *range(prompt - 1)] if isinstance(prompt, int) else prompt
-        request = Request(request_id=RequestId(name), prompt_token_ids=tuple(tokens), params=SamplingParams())
+        request = Request(request_id=RequestId(name), prompt_token_ids=tuple(tokens), params=SamplingParams(), **fields)
         self.scheduler.add(request)
         return request
 

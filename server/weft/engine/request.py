@@ -1,16 +1,17 @@
-"""Requests of the engine, and the events that answer them. Nothing is computed here."""
+"""Requests of the engine, and the events that answer them. No torch here."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum, auto
 from random import Random
-from typing import NamedTuple, NewType, TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, NewType, TypeAlias
 
 from weft.adapters.identifiers import AdapterDigest
 from weft.engine.token_ranges import Ranges
 from weft.errors import WeftError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RequestId = NewType("RequestId", str)
 
@@ -103,7 +104,7 @@ class Gates(NamedTuple):
     """
 
     mean: list[list[float]]  # [L][N]
-    tokens: Tensor  # float32 [tokens, L, N]
+    tokens: "Tensor"  # float32 [tokens, L, N]
 
 
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
@@ -163,6 +164,13 @@ class TokenEvent:
         return TokenEvent(self.request_id, before.tokens + self.tokens, self.finish)
 
 
+class Share(NamedTuple):
+    """The requests that are scheduled as one: those of a tenant for the same adapters."""
+
+    tenant: str
+    digests: tuple[AdapterDigest, ...]
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
     """A request inside the engine; only the engine thread changes it.
@@ -173,6 +181,7 @@ class Request:
     num_overtaken: later requests that started while this one waited for adapter room.
     digests: contents that must be on the device: the adapters in order, then the mixture's router.
     spans: the uses with virtual positions; `virtual_blocks` has the blocks of each, one after the other.
+    weight: of its tenant, whose share of the server grows with it. share: that the request belongs to.
     """
 
     request_id: RequestId
@@ -183,6 +192,8 @@ class Request:
     cache_root: bytes = b""
     deadline_s: float = float("inf")
     arrival_s: float = 0.0
+    tenant: str = ""
+    weight: float = 1.0
 
     status: RequestStatus = RequestStatus.WAITING
     output: list[int] = field(default_factory=list)
@@ -195,6 +206,7 @@ class Request:
     random: Random = field(default_factory=Random)
     digests: tuple[AdapterDigest, ...] = field(init=False)
     spans: tuple[AdapterUse, ...] = field(init=False)
+    share: Share = field(init=False)
     num_virtual_tokens: int = field(init=False)
     num_prompt_tokens: int = field(init=False)
     scheduled_s: float | None = None
@@ -203,6 +215,7 @@ class Request:
     def __post_init__(self) -> None:
         adapters = tuple(use.digest for use in self.adapters)
         self.digests = adapters if self.mixture is None else (*adapters, self.mixture.digest)
+        self.share = Share(self.tenant, self.digests)
         self.spans = tuple(use for use in self.adapters if use.num_virtual_tokens)
         self.num_prompt_tokens = len(self.prompt_token_ids)
         self.num_virtual_tokens = sum(use.num_virtual_tokens for use in self.spans)

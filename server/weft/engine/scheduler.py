@@ -1,19 +1,23 @@
 """The scheduler: chooses the requests of the next step and how many tokens each computes. No torch here.
 
 There is no prefill phase and no decode phase: a request has tokens, some of them computed, and each step lets it catch
-up under one token budget. (The idea is vLLM V1's.) Running requests come first, in order of arrival, then waiting
-ones, except those whose adapters are still being loaded. A request starts only if the pool has room for all its
-tokens, so a long prompt never begins what it cannot finish. If the pool runs short later, the youngest running request
-is preempted: it gives its blocks back, and recomputes them later.
+up under one token budget. (The idea is vLLM V1's.) Running requests come first, in the order in which they started.
+Waiting ones follow in the order of engine/fair_queue.py, except those whose adapters are still being loaded. A request
+starts only if the pool has room for all its tokens, so a long prompt never begins what it cannot finish. If the pool
+runs short later, the youngest running request is preempted: it gives its blocks back, and recomputes them later.
+
+If all places of the batch are taken and a share of the server has none, the youngest request of the share with the most
+gives its place up. It finds its blocks in the prefix cache again, so this costs it little more than the time.
 
 Other requests may overtake one that waits for adapter room, but not forever. After OVERTAKEN_MAX of them none starts
 before it, so that running requests end and make room.
 """
 
-from collections import deque
+from collections import Counter
 from typing import NamedTuple, Protocol
 
 from weft.engine.block_manager import BlockManager
+from weft.engine.fair_queue import FairQueue
 from weft.engine.request import Request, RequestStatus
 
 OVERTAKEN_MAX = 64
@@ -53,7 +57,7 @@ class Scheduler:
         self, blocks: BlockManager, holds: AdapterHolds, *, max_num_seqs: int, max_num_batched_tokens: int
     ) -> None:
         self.blocks = blocks
-        self.waiting: deque[Request] = deque()
+        self.waiting = FairQueue()
         self.running: list[Request] = []
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -62,14 +66,14 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.waiting.enter(request)
 
     def remove(self, request: Request) -> None:
         """Remove a finished request and release its blocks."""
-        if request in self.running:
+        is_running = request in self.running
+        if is_running:
             self.running.remove(request)
-        else:
-            self.waiting.remove(request)
+        self.waiting.leave(request, is_waiting=not is_running)
         self.blocks.release(request)
 
     def schedule(self) -> list[Scheduled]:
@@ -77,6 +81,8 @@ class Scheduler:
         self.blocked = None
         budget = self._max_num_batched_tokens
         step: list[Scheduled] = []
+        if len(self.running) >= self._max_num_seqs and len(self.waiting):
+            self._make_place()
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -92,7 +98,9 @@ class Scheduler:
 
     def advance(self, step: list[Scheduled]) -> None:
         """Count the tokens of a computed step, and share the blocks that are now full."""
-        for request, num_tokens in step:
+        for scheduled in step:
+            request, num_tokens = scheduled
+            self.waiting.charge(request, num_tokens + scheduled.samples)
             request.num_computed_tokens += num_tokens
             self.blocks.commit(request)
 
@@ -105,12 +113,20 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Put a request back at the head of the queue, with its adapters but without its blocks: it is recomputed."""
+        """Put a request back at the head of its share, with its adapters but without its blocks: it is recomputed."""
         self.running.remove(request)
         self.blocks.release(request)
         request.status = RequestStatus.PREEMPTED
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
         self.num_preemptions += 1
+
+    def _make_place(self) -> None:
+        """Preempt one request, if a share that has no place can start at once and another one has several."""
+        places = Counter(request.share for request in self.running)
+        entrant = self.waiting.first_without(places)
+        share, most = places.most_common(1)[0]
+        if entrant is not None and most > 1 and self._holds.admit(entrant):
+            self._preempt(next(request for request in reversed(self.running) if request.share == share))
 
     def _start_waiting(self, budget: int) -> list[Scheduled]:
         started: list[Scheduled] = []
@@ -120,7 +136,7 @@ class Scheduler:
             self.blocked = next((passed for passed in without_room if passed.num_overtaken >= OVERTAKEN_MAX), None)
             if self.blocked is not None:
                 break
-            request = self.waiting.popleft()
+            request = self.waiting.pop()
             if not self._holds.admit(request):
                 skipped.append(request)
                 if not self._holds.is_loading(request):
@@ -141,5 +157,6 @@ class Scheduler:
             budget -= num_tokens
             for passed in without_room:
                 passed.num_overtaken += 1
-        self.waiting.extendleft(reversed(skipped))
+        for request in reversed(skipped):
+            self.waiting.put_back(request)
         return started
