@@ -27,9 +27,11 @@ from prometheus_client import disable_created_metrics, start_http_server
 from rich.console import Console
 from rich.progress import Progress
 
+from weft import __version__
 from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.api import memory_plan
+from weft.api.access.access import Access
 from weft.api.application import Application, ServedModel
 from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.servicers.adapters import AdapterServicer
@@ -54,6 +56,7 @@ class Serving:
     """A listening server. `port` and `metrics_port` are the real ones, also if 0 was configured."""
 
     application: Application
+    access: Access
     port: int
     metrics_port: int
 
@@ -62,6 +65,7 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     """Serve until a signal; return the exit code. `adapters` are registered at the start, replacing older content."""
     logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
+    Access(config.server, config.access)  # refuses in a moment what would be refused after loading
     # Loading can take minutes, and PID 1 of a container ignores SIGTERM if it has no handler. Nothing is open yet, so
     # exit at once: an exception would be lost if it were raised in a destructor.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
@@ -139,22 +143,26 @@ async def serving(
     """Yield a server that listens inside the block, and drain it at the end."""
     disable_created_metrics()  # they would add a useless second series to each counter
     metrics = Metrics()
+    access = Access(config.server, config.access)
+    access.start(metrics)
     application = Application(config, model, runner, metrics)
     health = HealthServicer(_SERVICES)
-    server = _server(config, application, health)
+    server = _server(config, application, health, access)
     try:
-        port = _listen(server, config)
+        port = _listen(server, config, access)
         exposition = _expose(metrics, config)
     except BaseException:
         await application.stop()
+        access.close()
         raise
     try:
         await application.start(adapters, progress)
+        _record_start(access, application, adapters)
         await server.start()
         health.serve()
         watch_down = asyncio.create_task(_follow_engine(application, health))
         try:
-            yield Serving(application=application, port=port, metrics_port=exposition.server_address[1])
+            yield Serving(application=application, access=access, port=port, metrics_port=exposition.server_address[1])
         finally:
             watch_down.cancel()
             health.retire()
@@ -166,9 +174,23 @@ async def serving(
         await server.stop(grace=1.0)
         exposition.shutdown()
         exposition.server_close()
+        access.record("stop")
+        access.close()
 
 
-def _server(config: WeftConfig, application: Application, health: HealthServicer) -> grpc.aio.Server:
+def _record_start(access: Access, application: Application, adapters: list[tuple[AdapterId, Path]]) -> None:
+    registry = application.lifecycle.registry
+    access.record("start", version=__version__, base=application.model.base.shape.digest, num_adapters=len(registry))
+    for adapter_id, _ in adapters:  # those of the command line
+        access.record("register", adapter_id=adapter_id, after=_digest_of(application, adapter_id))
+
+
+def _digest_of(application: Application, adapter_id: str) -> str:
+    version = application.lifecycle.registry.published(AdapterId(adapter_id))
+    return "" if version is None else version.digest
+
+
+def _server(config: WeftConfig, application: Application, health: HealthServicer, access: Access) -> grpc.aio.Server:
     metrics = application.metrics
 
     def observe(call: FinishedCall) -> None:
@@ -177,7 +199,10 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
         metrics.rpc_seconds.labels(rpc).observe(call.duration_s)
 
     server = grpc.aio.server(
-        interceptors=[StatusInterceptor(observe)],
+        interceptors=[
+            StatusInterceptor(observe),
+            *access.interceptors(metrics, partial(_digest_of, application)),
+        ],
         options=[
             ("grpc.max_receive_message_length", config.server.receive_bytes_max),
             ("grpc.max_metadata_size", 8 * 1024),
@@ -195,10 +220,13 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
     return server
 
 
-def _listen(server: grpc.aio.Server, config: WeftConfig) -> int:
-    address = f"{config.server.host}:{config.server.port}"
+def _listen(server: grpc.aio.Server, config: WeftConfig, access: Access) -> int:
+    host = config.server.host
+    address = f"[{host}]:{config.server.port}" if ":" in host and host[0] != "[" else f"{host}:{config.server.port}"
     try:
-        return server.add_insecure_port(address)
+        if access.certificates is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, access.certificates.credentials())
     except RuntimeError as error:
         raise OSError(f"port: cannot listen on {address}; is it taken?") from error
 
@@ -234,8 +262,6 @@ async def _serve_until_signal(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    if config.server.host not in ("127.0.0.1", "localhost", "::1"):
-        _log.warning("listening on %s without TLS or authentication; keep this network private", config.server.host)
     is_down = asyncio.Event()
     with ExitStack() as shown:
         bar = shown.enter_context(Progress(console=console, transient=True))
@@ -246,6 +272,10 @@ async def _serve_until_signal(
             ) as served:
                 shown.close()
                 is_down = served.application.down
+                if served.access.tokens is not None:
+                    loop.add_signal_handler(signal.SIGHUP, served.access.hurry)
+                for warning in served.access.warnings:
+                    _log.warning("--insecure-public: %s: every machine that reaches it may do everything", warning)
                 _announce(console, config, model, served)
                 waits = [asyncio.create_task(asked.wait()), asyncio.create_task(is_down.wait())]
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -266,7 +296,10 @@ def _announce(console: Console, config: WeftConfig, model: ServedModel, served: 
         f"{f', {len(otherwise)} of them trained on another quantization' if otherwise else ''}\n"
         f"  gRPC     {host}:{served.port}\n"
         f"  metrics  http://{config.server.metrics_host}:{served.metrics_port}/metrics\n"
-        f"  store    {config.store}\n" + "".join(f"  {line}\n" for line in _about_memory(model, config)) + "ready",
+        f"  store    {config.store}\n"
+        + (f"  access   {protection}\n" if (protection := served.access.described()) else "")
+        + "".join(f"  {line}\n" for line in _about_memory(model, config))
+        + "ready",
         highlight=False,
     )
 

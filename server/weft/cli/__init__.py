@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from weft import __version__
-from weft.cli import adapters, chat, families, generate, handover, info, inspect, serve, tokens
+from weft.cli import adapters, audit, chat, families, generate, handover, info, inspect, serve, tokens
 
 app = typer.Typer(
     name="weft",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command(name="serve", cls=serve.ServeCommand)(serve.command)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(tokens.app, name="tokens")
+app.add_typer(audit.app, name="audit")
 app.command(name="generate")(generate.command)
 app.command(name="chat")(chat.command)
 app.command(name="info")(info.command)

@@ -44,6 +44,14 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     except InvalidSettings as error:
         raise fail(str(error), code=2) from None
 
+    from weft.api.access.exposure import require_safe
+    from weft.api.access.secret_file import UnusableAccess
+
+    try:
+        require_safe(configuration.server, configuration.access)  # before the slow imports
+    except UnusableAccess as fault:
+        raise fail(str(fault), hint=fault.hint, code=2) from None
+
     directories = tuple(path for _, path in registered)  # given by the operator, so allowed as sources
     configuration = replace(configuration, allowed_sources=(*configuration.allowed_sources, *directories))
 
@@ -54,6 +62,8 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
         code = run(configuration, registered)
     except WeftError as error:
         raise fail(f"{error.reason}: {error.message}") from None
+    except UnusableAccess as fault:
+        raise fail(str(fault), hint=fault.hint, code=2) from None
     except (ValueError, OSError) as error:  # of the checkpoint, the machine or the network
         _log.debug("the server ended", exc_info=True)
         raise fail(str(error)) from None

@@ -33,5 +33,5 @@ class Principal:
 ANYBODY = Principal(tenant="", roles=frozenset(Role), token_id="", via=Via.OPEN)
 """Every caller of a server without a token file."""
 
-CALLER: ContextVar[Principal] = ContextVar("weft_caller", default=ANYBODY)
-"""The caller of the RPC that the current task answers; set by `weft.api.access.gate` alone."""
+CALLER: ContextVar[Principal] = ContextVar("weft_caller")
+"""The caller of the RPC that the current task answers, set by `weft.api.access.gate` alone; public RPCs have none."""
