@@ -65,7 +65,7 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     """Serve until a signal; return the exit code. `adapters` are registered at the start, replacing older content."""
     logging.basicConfig(level=config.server.log_level.name, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
-    Access(config.server, config.access)  # refuses in a moment what would be refused after loading
+    Access(config.server, config.access, Metrics()).close()  # refuses in a moment what would be after loading
     # Loading can take minutes, and PID 1 of a container ignores SIGTERM if it has no handler. Nothing is open yet, so
     # exit at once: an exception would be lost if it were raised in a destructor.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
@@ -143,8 +143,8 @@ async def serving(
     """Yield a server that listens inside the block, and drain it at the end."""
     disable_created_metrics()  # they would add a useless second series to each counter
     metrics = Metrics()
-    access = Access(config.server, config.access)
-    access.start(metrics)
+    access = Access(config.server, config.access, metrics)
+    access.start()
     application = Application(config, model, runner, metrics)
     health = HealthServicer(_SERVICES)
     server = _server(config, application, health, access)
@@ -201,7 +201,7 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
     server = grpc.aio.server(
         interceptors=[
             StatusInterceptor(observe),
-            *access.interceptors(metrics, partial(_digest_of, application)),
+            *access.interceptors(partial(_digest_of, application)),
         ],
         options=[
             ("grpc.max_receive_message_length", config.server.receive_bytes_max),
@@ -274,8 +274,6 @@ async def _serve_until_signal(
                 is_down = served.application.down
                 if served.access.tokens is not None:
                     loop.add_signal_handler(signal.SIGHUP, served.access.hurry)
-                for warning in served.access.warnings:
-                    _log.warning("--insecure-public: %s: every machine that reaches it may do everything", warning)
                 _announce(console, config, model, served)
                 waits = [asyncio.create_task(asked.wait()), asyncio.create_task(is_down.wait())]
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -1,5 +1,6 @@
 """Everything that decides who may do what, from the configuration of a server."""
 
+import logging
 from collections.abc import Callable
 
 import grpc.aio
@@ -14,37 +15,39 @@ from weft.api.access.tokens import Following, Tokens
 from weft.config import AccessConfig, ServerConfig
 from weft.metrics import Metrics
 
+_log = logging.getLogger(__name__)
+
 
 class Access:
     """The protection of one server; what is not configured is None.
 
-    warnings: texts about addresses that are open because `insecure_public` is set.
     Raises UnusableAccess if the server must not start with these settings and the files that they name.
     """
 
-    def __init__(self, server: ServerConfig, access: AccessConfig) -> None:
-        self._config = access
-        self.warnings = exposure.require_safe(server, access)
+    def __init__(self, server: ServerConfig, access: AccessConfig, metrics: Metrics) -> None:
+        self._config, self._metrics = access, metrics
+        self._warnings = exposure.require_safe(server, access)
         self.tokens = None if access.token_file is None else Tokens(access.token_file)
         self.certificates = Certificates.of(access)
         self.scrape_token = None if access.metrics_token_file is None else ScrapeToken(access.metrics_token_file)
-        self._audit: AuditLog | None = None
+        self._audit = None if access.audit_log_file is None else AuditLog(access.audit_log_file, metrics.audit_lines)
         self._following: Following | None = None
 
-    def start(self, metrics: Metrics) -> None:
-        """Open the audit log and follow the token file, until `close`."""
-        if self._config.audit_log_file is not None:
-            self._audit = AuditLog(self._config.audit_log_file, metrics.audit_lines)
+    def start(self) -> None:
+        """Write the audit log and follow the token file, until `close`; warn of addresses that are open on purpose."""
+        for warning in self._warnings:
+            _log.warning("INSECURE (insecure_public is set): %s: whoever reaches it may do everything", warning)
+        if self._audit is not None:
             self._audit.start()
         if self.tokens is not None:
             self._following = Following(self.tokens, self._refreshed)
 
-    def interceptors(self, metrics: Metrics, digest_of: Callable[[str], str]) -> list[grpc.aio.ServerInterceptor]:
+    def interceptors(self, digest_of: Callable[[str], str]) -> list[grpc.aio.ServerInterceptor]:
         """Return the interceptors that let calls in and record changes, in their order.
 
         digest_of: returns the current digest of an adapter id, or "".
         """
-        gate = AccessGate(self.tokens, lambda reason: metrics.access_refusals.labels(reason).inc())
+        gate = AccessGate(self.tokens, lambda reason: self._metrics.access_refusals.labels(reason).inc())
         return [gate] if self._audit is None else [gate, AuditInterceptor(self._audit, digest_of)]
 
     def record(self, event: str, **facts: object) -> None:

@@ -1,4 +1,4 @@
-"""Addresses that other machines reach: a server listens on them only if it is protected, or was told to anyway."""
+"""Addresses that other machines reach: a server listens there only if it is protected or `insecure_public` is set."""
 
 import ipaddress
 import socket
