@@ -11,6 +11,7 @@ import pytest
 
 from tests.server.conftest import Sources, base_path, loop  # noqa: F401  (fixtures)
 from tests.server.live import LiveServer, Loop
+from tests.server.test_serve_process import Nursery, Started
 from weft.api.access import token_file
 from weft.api.access.principal import Role
 from weft.api.access.token import Token
@@ -123,3 +124,21 @@ def protected(
 @pytest.fixture(scope="session")
 def sources(protected: LiveServer) -> Sources:
     return Sources(protected.config.allowed_sources[0], protected.model.base.shape)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def start(
+    nursery: Nursery,
+    base_path: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Started]:
+    started = Started(nursery, base_path, tmp_path_factory.mktemp("processes"))
+    yield started
+    started.end()

@@ -2,7 +2,6 @@
 
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.access.conftest import Authority, bearer, stored
 from tests.server.live import WAIT_S, wait_until
-from tests.server.test_serve_process import Nursery, ServerProcess, Started
+from tests.server.test_serve_process import ServerProcess, Started
 from weft.api.access import token_file
 from weft.api.access.access import Access
 from weft.api.access.exposure import is_loopback, require_safe
@@ -131,20 +130,6 @@ def test_the_scrape_token(tmp_path: Path) -> None:
 
 
 # Real processes.
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
-def start(nursery: Nursery, base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    started = Started(nursery, base_path, tmp_path_factory.mktemp("processes"))
-    yield started
-    started.end()
 
 
 def test_an_open_address_ends_the_start(start: Started) -> None:

@@ -1,6 +1,7 @@
 """The interceptor that records every change of adapters: who, what, the digests before and after, how it ended."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import grpc.aio
 from weft.api.access.audit_log import AuditLog
 from weft.api.access.principal import CALLER
 from weft.api.access.requirements import MUTATIONS
-from weft.errors import Code, WeftError, shown
+from weft.errors import Code, WeftError
 
 _REQUEST_ID = "x-request-id"
+_NAME = re.compile("[A-Za-z0-9._:-]{1,64}")  # shorter than a token
 
 DigestOf = Callable[[str], str]
 
@@ -75,14 +77,19 @@ class AuditInterceptor(grpc.aio.ServerInterceptor):
                 tenant=caller.tenant,
                 token_id=caller.token_id,
                 via=caller.via.value,
-                peer=shown(context.peer()),
-                request_id=shown(request_ids[0]) if request_ids else "",
-                adapter_id=shown(change.adapter_id),
+                peer=context.peer(),
+                request_id=_name(request_ids[0]) if request_ids else "",
+                adapter_id=_name(change.adapter_id),
                 before=change.before,
                 after=self._digest_of(change.adapter_id),
                 code=code,
                 reason=reason,
             )
+
+
+def _name(given: str | bytes) -> str:
+    """Return a name that a caller chose, or "" for what is none, since it could hold a secret."""
+    return given if isinstance(given, str) and _NAME.fullmatch(given) else ""
 
 
 @dataclass(slots=True)
