@@ -107,16 +107,30 @@ def test_writers_at_the_same_time_lose_no_token(file: Path) -> None:
     assert [path.name for path in file.parent.iterdir() if path.name.endswith("json")] == ["tokens.json"]
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o602, 0o610, 0o601])
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o660, 0o602, 0o610, 0o601])
 def test_a_file_that_others_can_read_or_write_is_refused(file: Path, mode: int) -> None:
     token_file.add(file, stored(Token.new()))
-    if os.geteuid() == 0:
-        os.chown(file, 12345, 12345)  # the file of a user; those of root may be readable by their group
     file.chmod(mode)
     with pytest.raises(UnusableAccess, match=rf"token_file: .*tokens.json .*given mode 0{mode:o}; run chmod 600"):
         token_file.load(file)
     file.chmod(0o600)
     assert token_file.load(file)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="files of root may be readable by their group")
+def test_a_file_of_a_user_may_not_be_readable_by_the_group(file: Path) -> None:
+    token_file.add(file, stored(Token.new()))
+    file.chmod(0o640)
+    with pytest.raises(UnusableAccess, match="given mode 0640"):
+        token_file.load(file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+def test_a_file_of_another_user_is_refused(file: Path) -> None:
+    token_file.add(file, stored(Token.new()))
+    os.chown(file, 12345, 12345)
+    with pytest.raises(UnusableAccess, match="must belong to the user of the server, or to root, given user 12345"):
+        token_file.load(file)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own a file as Kubernetes does")

@@ -5,6 +5,7 @@ server. No line is lost silently: lost ones are logged and counted in `weft_audi
 written gives their number in `lost`.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -47,6 +48,7 @@ class AuditLog:
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._head = BEGINNING
+        self._has_ended = False
         try:
             self._open()
         except OSError as error:
@@ -66,42 +68,63 @@ class AuditLog:
             self._lose("the disk is too slow")
 
     def close(self) -> None:
-        """Write what is queued, and close the file. Lines that are not written after ten seconds are lost."""
+        """Write what is queued, and close the file. If the disk hangs, give up after some seconds."""
         if self._thread.is_alive():
-            self._queue.put(None)
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=_END_TIMEOUT_S)
             self._thread.join(_END_TIMEOUT_S)
-        self._close()
+        if not self._thread.is_alive():
+            self._close()
 
     def _write_queued(self) -> None:
-        while (facts := self._queue.get()) is not None:
+        while batch := self._queued():
+            with self._lock:
+                lost = self._lost
+            if lost:
+                batch[0] = {**batch[0], "lost": lost}
             try:
                 if self._fd is None:
                     self._open()
-                with self._lock:
-                    lost = self._lost
-                self._append({**facts, "lost": lost} if lost else facts)
+                self._append(batch)
             except (OSError, UnusableAccess) as error:
                 self._close()
-                self._lose(str(error))
+                self._lose(str(error), len(batch))
             else:
                 with self._lock:
                     self._lost -= lost
 
-    def _lose(self, why: str) -> None:
+    def _queued(self) -> list[Facts]:
+        """Wait for facts and return all that are queued, so that one wait for the disk is enough; none at the end."""
+        batch: list[Facts] = []
+        facts = None if self._has_ended else self._queue.get()
+        while facts is not None:
+            batch.append(facts)
+            try:
+                facts = self._queue.get_nowait()
+            except queue.Empty:
+                return batch
+        self._has_ended = True
+        return batch
+
+    def _lose(self, why: str, num_lines: int = 1) -> None:
         with self._lock:
-            self._lost += 1
-            is_first = self._lost == 1
-        self._lines.labels("lost").inc()
+            is_first = self._lost == 0
+            self._lost += num_lines
+        self._lines.labels("lost").inc(num_lines)
         if is_first:
             _log.error("%s: lines are being lost: %s", _KNOB, why)
 
-    def _append(self, facts: Facts) -> None:
+    def _append(self, batch: list[Facts]) -> None:
+        """Append a line for each; after a failure, some of them may be in the file."""
         assert self._fd is not None
-        head, line = sealed(self._head, facts)
-        durable.write_all(self._fd, line)
+        head, lines = self._head, []
+        for facts in batch:
+            head, line = sealed(head, facts)
+            lines.append(line)
+        durable.write_all(self._fd, b"".join(lines))
         os.fsync(self._fd)
         self._head = head
-        self._lines.labels("written").inc()
+        self._lines.labels("written").inc(len(lines))
 
     def _open(self) -> None:
         """Open the file, find the end of its chain, and repair it if a line was left unfinished."""
@@ -118,7 +141,7 @@ class AuditLog:
             if torn or is_unfinished:
                 _log.warning("%s: the last line was left unfinished; a line about this follows it", _KNOB)
                 durable.write_all(fd, b"\n" if is_unfinished else b"")
-                self._append({"time": datetime.now(UTC).isoformat(), "event": "repair", "torn": torn})
+                self._append([{"time": datetime.now(UTC).isoformat(), "event": "repair", "torn": torn}])
         except BaseException:
             self._fd = None
             os.close(fd)

@@ -40,8 +40,9 @@ def stamp_of(path: Path) -> Stamp | None:
 def read(path: Path, knob: str, *, is_secret: bool = True) -> bytes:
     """Return the content of a file of at most 4 MiB that a setting names.
 
-    With `is_secret`, its group and others must have no permission. A file of root may be readable by its group, since
-    Kubernetes gives secrets to a process without rights in this way. Links are followed: the mode of the file counts.
+    With `is_secret`, it must belong to this process' user or to root, and its group and others must have no permission.
+    One of root may be readable by its group, since Kubernetes gives secrets to a process without rights in this way.
+    Links are followed: the mode of the file counts.
     Raises UnusableAccess, which names the setting, the fault and the remedy.
     """
     try:
@@ -64,6 +65,9 @@ def _open(path: str, flags: int) -> int:
 
 
 def _require_private(found: os.stat_result, path: Path, knob: str) -> None:
+    if found.st_uid not in (0, os.geteuid()):
+        rule = "must belong to the user of the server, or to root"
+        raise UnusableAccess(f"{knob}: {path} {rule}, given user {found.st_uid}; run chown {os.geteuid()} {path}")
     mode = stat.S_IMODE(found.st_mode)
     if mode & (_NOT_THE_GROUPS_OF_ROOT if found.st_uid == 0 else _NOT_OURS):
         rule = "must be a file that only its owner can read and write"

@@ -15,6 +15,7 @@ from weft.api.access.token_file import load
 _log = logging.getLogger(__name__)
 
 _PERIOD_S = 1.0
+_END_TIMEOUT_S = 5.0
 _NO_SHA256 = "0" * 64  # of no secret: compared for an unknown id, so that it takes as long as a known one
 
 
@@ -73,11 +74,14 @@ class Following:
         """Stop the thread."""
         self._has_ended = True
         self._wake.set()
-        self._thread.join()
+        self._thread.join(_END_TIMEOUT_S)  # a file system that hangs must not keep the server from ending
 
     def _follow(self) -> None:
         while not self._has_ended:
             self._wake.wait(_PERIOD_S)
             self._wake.clear()
-            if not self._has_ended and self._tokens.refresh():
-                self._refreshed()
+            try:
+                if not self._has_ended and self._tokens.refresh():
+                    self._refreshed()
+            except Exception:  # a bug must not end the thread: tokens that are removed would stay valid
+                _log.exception("token_file: reading it again failed")
