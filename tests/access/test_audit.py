@@ -19,7 +19,7 @@ from tests.access.conftest import bearer
 from tests.server.conftest import Sources
 from tests.server.files import upload_messages
 from tests.server.live import WAIT_S, LiveServer, wait_until
-from weft.api.access.audit_chain import BrokenChain, verify
+from weft.api.access.audit_chain import BrokenChain, Head, sealed, verify
 from weft.api.access.audit_log import AuditLog
 from weft.api.access.secret_file import UnusableAccess
 from weft.api.access.token import Token
@@ -99,6 +99,17 @@ def test_moved_lines_are_found(path: Path, name: str, order: list[int], line: in
     result = verified(path)
     assert result.exit_code == 1
     assert f"line {line}: " in " ".join(result.stderr.split())
+
+
+def test_a_line_that_was_written_again_is_found(path: Path) -> None:
+    """Its number and its own digest are right; the next line continues another one."""
+    log_of(path, *"abc", tenant="acme")
+    lines = path.read_bytes().splitlines(keepends=True)
+    second = entries(path)[1]
+    facts = {name: second[name] for name in second if name not in ("seq", "previous", "digest")} | {"tenant": "other"}
+    _, lines[1] = sealed(Head(1, second["previous"]), facts)
+    path.write_bytes(b"".join(lines))
+    assert "line 3: " in verified(path).stderr
 
 
 def test_lines_cut_off_are_found_by_a_digest_kept_elsewhere(path: Path) -> None:
