@@ -247,6 +247,30 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
+class AccessConfig:
+    """Who may do what, and how connections are protected. The files are followed: a change takes effect by itself."""
+
+    token_file: TypedPath | None = Field(
+        default=None, description="Tokens of callers, from `weft tokens add`; None gives every caller all rights."
+    )
+    tls_cert_file: TypedPath | None = Field(default=None, description="PEM certificate chain; None serves without TLS.")
+    tls_key_file: TypedPath | None = Field(default=None, description="PEM key of the certificate, unencrypted.")
+    tls_client_ca_file: TypedPath | None = Field(
+        default=None,
+        description="PEM authorities; callers must present a certificate that one of them signed (mTLS).",
+    )
+    metrics_token_file: TypedPath | None = Field(
+        default=None, description="File whose first line whoever scrapes the metrics must send as a bearer token."
+    )
+    insecure_public: bool = Field(
+        default=False, description="Listen on addresses that other machines reach even without TLS and tokens."
+    )
+    audit_log_file: TypedPath | None = Field(
+        default=None, description="Append a line for each change of adapters to this file (`weft audit verify`)."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class WeftConfig:
     """Configuration of a server. The descriptions of the sections are their titles in `weft serve --help`."""
 
@@ -258,3 +282,4 @@ class WeftConfig:
     residency: ResidencyConfig = Field(default_factory=ResidencyConfig, description="memory for adapters, in bytes")
     requests: RequestLimits = Field(default_factory=RequestLimits, description="bounds of one generate request")
     server: ServerConfig = Field(default_factory=ServerConfig, description="addresses and lifetimes of the server")
+    access: AccessConfig = Field(default_factory=AccessConfig, description="who may do what, and TLS")

@@ -3,6 +3,8 @@
     WeftError
     ├── InvalidRequest        INVALID_ARGUMENT    a field breaks its rule
     │   └── InvalidAdapter    INVALID_ARGUMENT    an adapter's files break a rule
+    ├── Unauthenticated       UNAUTHENTICATED     no token, or none that identifies the caller
+    ├── PermissionDenied      PERMISSION_DENIED   the caller is known, and lacks a role
     ├── AdapterNotFound       NOT_FOUND           no such adapter id or digest
     ├── AdapterExists         ALREADY_EXISTS      the id is taken and replacing was not requested
     ├── AdapterConflict       ABORTED             lost a race: stale expected digest, unregistered while queued
@@ -30,6 +32,8 @@ class Code(StrEnum):
     """Canonical gRPC code names that this tree uses (google/rpc/code.proto)."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     NOT_FOUND = "NOT_FOUND"
     ALREADY_EXISTS = "ALREADY_EXISTS"
     ABORTED = "ABORTED"
@@ -101,6 +105,18 @@ class InvalidRequest(WeftError):
 
 class InvalidAdapter(InvalidRequest):
     """An adapter's files break a rule; none of them was kept."""
+
+
+class Unauthenticated(WeftError):
+    """The call identifies no caller. Unknown, wrong and expired tokens get the same error."""
+
+    code = Code.UNAUTHENTICATED
+
+
+class PermissionDenied(WeftError):
+    """The caller lacks a role that the call requires."""
+
+    code = Code.PERMISSION_DENIED
 
 
 class AdapterNotFound(WeftError):

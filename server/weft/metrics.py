@@ -73,6 +73,16 @@ class Metrics:
             "weft_adapter_resident_bytes", "Device bytes of resident adapters.", ["method"], registry=r
         )
         self.adapters_resident = Gauge("weft_adapters_resident", "Adapters on the device.", ["method"], registry=r)
+        self.access_refusals = Counter(
+            "weft_access_refusals", "RPCs refused before their request was read, by reason.", ["reason"], registry=r
+        )
+        for reason in ("TOKEN_MISSING", "TOKEN_MALFORMED", "TOKEN_INVALID", "ROLE_REQUIRED"):
+            self.access_refusals.labels(reason)
+        self.audit_lines = Counter(
+            "weft_audit_lines", "Lines for the audit log, by outcome: written or lost.", ["outcome"], registry=r
+        )
+        for outcome in ("written", "lost"):
+            self.audit_lines.labels(outcome)
         self.event_loop_lag = Histogram(
             "weft_event_loop_lag_seconds", "How late the event loop woke up.", buckets=_SECONDS, registry=r
         )

@@ -18,9 +18,9 @@ class _Served:
     port: int
     is_ready: bool = True
 
-    def get(self, path: str, method: str = "GET") -> tuple[int, str]:
+    def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request(method, path)
+        connection.request(method, path, headers=headers)
         response = connection.getresponse()
         text = response.read().decode()
         connection.close()
@@ -46,6 +46,16 @@ def test_paths(served: _Served) -> None:
     assert served.get("/livez") == (200, "ok\n")
     assert served.get("/")[0] == served.get("/metrics/x")[0] == 404
     assert served.get("/metrics", "POST")[0] == 405
+
+
+def test_a_scrape_may_need_a_token_and_a_probe_never_does() -> None:
+    server = Exposition("127.0.0.1", 0, CollectorRegistry(), lambda: True, lambda header: header == "Bearer right")
+    server.start()
+    served = _Served(server.server_address[1])
+    assert served.get("/metrics")[0] == served.get("/metrics", authorization="Bearer wrong")[0] == 401
+    assert served.get("/metrics", authorization="Bearer right")[0] == 200
+    assert served.get("/readyz")[0] == served.get("/livez")[0] == 200
+    server.close()
 
 
 def test_readiness_is_that_of_the_server(served: _Served) -> None:

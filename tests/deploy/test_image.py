@@ -5,16 +5,16 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent import futures
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import grpc
 import pytest
 import yaml
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tests.deploy.files import DEPLOY, ROOT, configured, document, entrypoint, instructions, size
+from weft.api.access.exposure import require_safe
+from weft.api.access.secret_file import UnusableAccess
 from weft.config import ServerConfig, WeftConfig
 from weft.kernels.cpu import build
 from weft.settings import knobs
@@ -58,6 +58,18 @@ def test_the_image_starts_the_server_with_flags_it_has(monkeypatch: pytest.Monke
     assert (found.server.host, found.server.metrics_host) == ("0.0.0.0", "0.0.0.0")
     assert str(found.store) in json.loads(argument("VOLUME"))
     assert argument("EXPOSE").split() == [str(found.server.port), str(found.server.metrics_port)]
+
+
+def test_the_image_is_not_open_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, words = configured([*entrypoint(), "/models/any"], {}, monkeypatch)
+    assert found is not None, words
+    with pytest.raises(UnusableAccess, match=r"host: 0\.0\.0\.0 is reachable"):
+        require_safe(found.server, found.access)
+    page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"weft:local /models/weft-demo (--tls[^`]*)```", page)
+    found, words = configured([*entrypoint(), "/models/any", *shown.replace("\\\n", " ").split()], {}, monkeypatch)
+    assert found is not None, words
+    assert require_safe(found.server, found.access) == []
 
 
 def test_a_misspelt_flag_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,30 +120,37 @@ def test_the_build_step_compiles_the_kernels(capsys: pytest.CaptureFixture[str])
     assert Path(capsys.readouterr().out.strip()).is_file()
 
 
-@pytest.fixture
-def health_service() -> Iterator[tuple[health.HealthServicer, int]]:
-    servicer = health.HealthServicer()
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield servicer, port
-    server.stop(0).wait()
+class Readiness(BaseHTTPRequestHandler):
+    """Answers as the server does: 200 if it is ready, else 503."""
+
+    is_ready = True
+
+    def do_GET(self) -> None:
+        is_asked = self.path == "/readyz" and "Authorization" not in self.headers
+        self.send_response(200 if is_asked and self.is_ready else 503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
 
 
 def healthcheck(port: int) -> int:
-    code = python_code("HEALTHCHECK", "Health")
-    assert code.count(f"127.0.0.1:{ServerConfig().port}") == 1
-    code = code.replace(f":{ServerConfig().port}", f":{port}")
+    code = python_code("HEALTHCHECK", "readyz")
+    assert code.count(f"127.0.0.1:{ServerConfig().metrics_port}") == 1
+    code = code.replace(f":{ServerConfig().metrics_port}", f":{port}")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30).returncode
 
 
-def test_the_health_check_tells_a_server_that_serves(health_service: tuple[health.HealthServicer, int]) -> None:
-    servicer, port = health_service
-    servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-    assert healthcheck(port) == 0
-    servicer.enter_graceful_shutdown()
-    assert healthcheck(port) == 1
+def test_the_health_check_tells_a_server_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), Readiness) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            assert healthcheck(server.server_address[1]) == 0
+            monkeypatch.setattr(Readiness, "is_ready", False)
+            assert healthcheck(server.server_address[1]) == 1
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_the_health_check_tells_that_nobody_is_there() -> None:
@@ -168,7 +187,9 @@ def test_compose_gives_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert used < size(service["mem_limit"]) - (1 << 30)
 
 
-def test_compose_publishes_on_the_loopback_interface_only() -> None:
+def test_compose_publishes_on_the_loopback_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compose_config(monkeypatch)
+    assert len(require_safe(found.server, found.access)) == 2, "open inside of the container, which is said"
     for name, service in document(COMPOSE)["services"].items():
         assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
         assert service["cap_drop"] == ["ALL"], name

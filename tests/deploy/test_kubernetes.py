@@ -1,6 +1,7 @@
 """The manifests are valid for Kubernetes, and fit this server."""
 
 import copy
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from tests.deploy.files import DEPLOY, configured, document, documents, entrypoint, instructions, size
+from weft.api.access.exposure import require_safe
 from weft.config import WeftConfig
 from weft.metrics import Metrics
 
@@ -61,7 +63,7 @@ def test_kubernetes_knows_every_field(version: str) -> None:
 
 @pytest.mark.parametrize(
     ("probe", "field"),
-    [("startupProbe", "failureTreshold"), ("readinessProbe", "grpcPort"), ("livenessProbe", "period")],
+    [("startupProbe", "failureTreshold"), ("readinessProbe", "httpPort"), ("livenessProbe", "period")],
 )
 def test_a_misspelt_probe_field_would_be_seen(probe: str, field: str) -> None:
     broken = copy.deepcopy(one("Deployment"))
@@ -103,9 +105,9 @@ def test_ports_are_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     server = config(container()["args"], monkeypatch).server
     ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
     assert ports == {"grpc": server.port, "metrics": server.metrics_port}
-    assert {container()[probe]["grpc"]["port"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")} == {
-        server.port
-    }
+    probed = [container()[f"{probe}Probe"]["httpGet"] for probe in ("startup", "readiness", "liveness")]
+    assert {probe["port"] for probe in probed} == {"metrics"}
+    assert [probe["path"] for probe in probed] == ["/readyz", "/readyz", "/livez"]
     for service in (found for found in resources() if found["kind"] == "Service"):
         [port] = service["spec"]["ports"]
         assert (port["port"], port["targetPort"]) == (server.port, "grpc")
@@ -114,6 +116,24 @@ def test_ports_are_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (server.host, server.metrics_host) == ("0.0.0.0", "0.0.0.0")  # kubelet and Prometheus come from outside
     policed = {rule["ports"][0]["port"] for rule in one("NetworkPolicy")["spec"]["ingress"]}
     assert policed == set(ports)
+
+
+@pytest.mark.parametrize("args", [container()["args"], cuda_container()["args"]], ids=["cpu", "cuda"])
+def test_the_pod_is_not_open(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TLS, tokens and the scrape token come from Secrets, which no manifest holds."""
+    found = config(args, monkeypatch)
+    assert require_safe(found.server, found.access) == []
+    assert not found.access.insecure_public
+    access = found.access
+    files = {access.tls_cert_file, access.tls_key_file, access.token_file, access.metrics_token_file}
+    mounts = {mount["name"]: Path(mount["mountPath"]) for mount in container()["volumeMounts"] if mount.get("readOnly")}
+    secrets = {mounts[v["name"]]: v["secret"] for v in pod()["volumes"] if "secret" in v}
+    assert {file.parent for file in files if file is not None} == secrets.keys()
+    assert {secret["defaultMode"] for secret in secrets.values()} == {0o440}
+    assert "Secret" not in {resource["kind"] for resource in resources()}
+    page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    for secret in secrets.values():
+        assert re.search(rf"kubectl create secret \w+ {secret['secretName']} ", page)
 
 
 def test_what_is_written_is_mounted(monkeypatch: pytest.MonkeyPatch) -> None:

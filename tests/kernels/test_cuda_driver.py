@@ -73,7 +73,7 @@ def test_mixtures_are_those_of_the_reference(base: loader.Base) -> None:
         theirs = reference.gates[index]
         assert gates is not None
         assert theirs is not None
-        torch.testing.assert_close(gates.tokens, theirs.tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(gates.tokens), torch.tensor(theirs.tokens), rtol=0, atol=1e-5)
 
 
 def test_captured_steps_are_those_of_the_reference(base: loader.Base) -> None:

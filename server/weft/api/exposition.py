@@ -29,17 +29,26 @@ class Exposition(ThreadingMixIn, WSGIServer):
     """A listening HTTP server; `start` serves until `close`.
 
     is_ready: whether requests would be answered now; /readyz answers 503 while it returns False.
+    admits: whether a scrape with this Authorization header may read the metrics; probes need none, and learn nothing.
     """
 
     daemon_threads = True
     request_queue_size = _CONNECTIONS_MAX
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        is_ready: Callable[[], bool],
+        admits: Callable[[str | None], bool] = lambda authorization: True,
+    ) -> None:
         self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         self._places = threading.BoundedSemaphore(_CONNECTIONS_MAX)
         super().__init__((host, port), _Handler)
         self._metrics: Any = make_wsgi_app(registry)
         self._is_ready = is_ready
+        self._admits = admits
         self.set_app(self._answer)
         self._thread = threading.Thread(target=self.serve_forever, name="weft-exposition", daemon=True)
 
@@ -76,8 +85,11 @@ class Exposition(ThreadingMixIn, WSGIServer):
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return _text(start_response, "405 Method Not Allowed", "only GET is answered")
         match environ["PATH_INFO"]:
-            case "/metrics":
+            case "/metrics" if self._admits(environ.get("HTTP_AUTHORIZATION")):
                 return self._metrics(environ, start_response)
+            case "/metrics":
+                challenge = ("WWW-Authenticate", "Bearer")
+                return _text(start_response, "401 Unauthorized", "the metrics need their bearer token", challenge)
             case "/livez":
                 return _text(start_response, "200 OK", "ok")
             case "/readyz" if self._is_ready():
@@ -88,8 +100,8 @@ class Exposition(ThreadingMixIn, WSGIServer):
                 return _text(start_response, "404 Not Found", "the paths are /metrics, /livez and /readyz")
 
 
-def _text(start_response: Any, status: str, text: str) -> list[bytes]:
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+def _text(start_response: Any, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
     return [text.encode() + b"\n"]
 
 

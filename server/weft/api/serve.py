@@ -25,9 +25,11 @@ from prometheus_client import disable_created_metrics
 from rich.console import Console
 from rich.progress import Progress
 
+from weft import __version__
 from weft.adapters.identifiers import AdapterId, check_adapter_id
 from weft.adapters.ingest import Ingest
 from weft.api import memory_plan
+from weft.api.access.access import Access
 from weft.api.application import Application, ServedModel
 from weft.api.bounds import bounds_of
 from weft.api.exposition import Exposition
@@ -54,6 +56,7 @@ class Serving:
     """A listening server. `port` and `metrics_port` are the real ones, also if 0 was configured."""
 
     application: Application
+    access: Access
     port: int
     metrics_port: int
 
@@ -64,6 +67,7 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each connection is one
+    Access(config.server, config.access, Metrics()).close()  # refuses in a moment what would be after loading
     console = Console(stderr=True)
     with console.status(f"loading {config.model.path} ({config.model.quantization.value}) …"):
         model, runner = build_model(config)
@@ -138,23 +142,27 @@ async def serving(
     """Yield a server that listens inside the block, and drain it at the end."""
     disable_created_metrics()  # they would add a useless second series to each counter
     metrics = Metrics()
+    access = Access(config.server, config.access, metrics)
+    access.start()
     application = Application(config, model, runner, metrics)
     health = HealthServicer(_SERVICES)
-    server = _server(config, application, health)
+    server = _server(config, application, health, access)
     try:
-        port = _listen(server, config)
-        exposition = _expose(metrics, config, health)
+        port = _listen(server, config, access)
+        exposition = _expose(metrics, config, health, access)
     except BaseException:
         await application.stop()
+        access.close()
         raise
     exposition.start()
     try:
         await application.start(adapters, progress)
+        _record_start(access, application, adapters)
         await server.start()
         health.serve()
         watch_down = asyncio.create_task(_follow_engine(application, health))
         try:
-            yield Serving(application=application, port=port, metrics_port=exposition.server_address[1])
+            yield Serving(application=application, access=access, port=port, metrics_port=exposition.server_address[1])
         finally:
             watch_down.cancel()
             health.retire()
@@ -165,9 +173,23 @@ async def serving(
         health.end()
         await server.stop(grace=1.0)
         exposition.close()
+        access.record("stop")
+        access.close()
 
 
-def _server(config: WeftConfig, application: Application, health: HealthServicer) -> grpc.aio.Server:
+def _record_start(access: Access, application: Application, adapters: list[tuple[AdapterId, Path]]) -> None:
+    registry = application.lifecycle.registry
+    access.record("start", version=__version__, base=application.model.base.shape.digest, num_adapters=len(registry))
+    for adapter_id, _ in adapters:  # those of the command line
+        access.record("register", adapter_id=adapter_id, after=_digest_of(application, adapter_id))
+
+
+def _digest_of(application: Application, adapter_id: str) -> str:
+    version = application.lifecycle.registry.published(AdapterId(adapter_id))
+    return "" if version is None else version.digest
+
+
+def _server(config: WeftConfig, application: Application, health: HealthServicer, access: Access) -> grpc.aio.Server:
     metrics = application.metrics
 
     def observe(call: FinishedCall) -> None:
@@ -180,7 +202,7 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
         observe, require=bounds.require, write_timeout_s=config.server.stream_write_timeout_s
     )
     server = grpc.aio.server(
-        interceptors=[interceptor],
+        interceptors=[interceptor, *access.interceptors(partial(_digest_of, application))],
         options=[
             ("grpc.max_receive_message_length", config.server.receive_bytes_max),
             ("grpc.max_metadata_size", 8 * 1024),
@@ -210,18 +232,21 @@ def _connections_max(config: WeftConfig) -> int:
     return config.server.connections_max if most_files < 0 else min(config.server.connections_max, most_files * 3 // 4)
 
 
-def _listen(server: grpc.aio.Server, config: WeftConfig) -> int:
-    address = f"{config.server.host}:{config.server.port}"
+def _listen(server: grpc.aio.Server, config: WeftConfig, access: Access) -> int:
+    host = config.server.host
+    address = f"[{host}]:{config.server.port}" if ":" in host and host[0] != "[" else f"{host}:{config.server.port}"
     try:
-        return server.add_insecure_port(address)
+        if access.certificates is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, access.certificates.credentials())
     except RuntimeError as error:
         raise OSError(f"port: cannot listen on {address}; is it taken?") from error
 
 
-def _expose(metrics: Metrics, config: WeftConfig, health: HealthServicer) -> Exposition:
+def _expose(metrics: Metrics, config: WeftConfig, health: HealthServicer, access: Access) -> Exposition:
     host, port = config.server.metrics_host, config.server.metrics_port
     try:
-        return Exposition(host, port, metrics.registry, lambda: health.is_serving)
+        return Exposition(host, port, metrics.registry, lambda: health.is_serving, access.admits_scrape)
     except OSError as error:
         raise OSError(f"metrics_port: cannot listen on {host}:{port}; is it taken?") from error
 
@@ -249,8 +274,6 @@ async def _serve_until_signal(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    if config.server.host not in ("127.0.0.1", "localhost", "::1"):
-        _log.warning("listening on %s without TLS or authentication; keep this network private", config.server.host)
     is_down = asyncio.Event()
     with ExitStack() as shown:
         bar = shown.enter_context(Progress(console=console, transient=True))
@@ -262,6 +285,8 @@ async def _serve_until_signal(
                 shown.close()
                 serves = True
                 is_down = served.application.down
+                if served.access.tokens is not None:
+                    loop.add_signal_handler(signal.SIGHUP, served.access.hurry)
                 _announce(console, config, model, served)
                 waits = [asyncio.create_task(asked.wait()), asyncio.create_task(is_down.wait())]
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -282,7 +307,10 @@ def _announce(console: Console, config: WeftConfig, model: ServedModel, served: 
         f"{f', {len(otherwise)} of them trained on another quantization' if otherwise else ''}\n"
         f"  gRPC     {host}:{served.port}\n"
         f"  metrics  http://{config.server.metrics_host}:{served.metrics_port}/metrics\n"
-        f"  store    {config.store}\n" + "".join(f"  {line}\n" for line in _about_memory(model, config)) + "ready",
+        f"  store    {config.store}\n"
+        + (f"  access   {protection}\n" if (protection := served.access.described()) else "")
+        + "".join(f"  {line}\n" for line in _about_memory(model, config))
+        + "ready",
         highlight=False,
     )
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from weft import __version__
-from weft.cli import adapters, chat, families, generate, handover, info, inspect, serve
+from weft.cli import adapters, audit, chat, families, generate, handover, info, inspect, serve, tokens
 
 app = typer.Typer(
     name="weft",
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 app.command(name="serve", cls=serve.ServeCommand)(serve.command)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(tokens.app, name="tokens")
+app.add_typer(audit.app, name="audit")
 app.command(name="generate")(generate.command)
 app.command(name="chat")(chat.command)
 app.command(name="info")(info.command)

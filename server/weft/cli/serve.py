@@ -52,6 +52,7 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     # Importing and loading take from seconds to minutes, and PID 1 of a container ignores a signal without a handler.
     # Nothing is open yet, so exit at once: an exception would be lost if it were raised in a destructor.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    from weft.api.access.secret_file import UnusableAccess
     from weft.api.serve import run  # imports torch, transformers and gRPC
     from weft.errors import WeftError
 
@@ -59,6 +60,8 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
         code = run(configuration, registered)
     except WeftError as error:
         raise fail(f"{error.reason}: {error.message}") from None
+    except UnusableAccess as fault:
+        raise fail(str(fault), hint=fault.hint, code=2) from None
     except (ValueError, OSError) as error:  # of the checkpoint, the machine or the network
         _log.debug("the server ended", exc_info=True)
         raise fail(str(error)) from None

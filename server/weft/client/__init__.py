@@ -11,12 +11,15 @@
 All calls are defined once, in `weft.client.calls`; the two clients differ only in how they make them. Answers are
 messages of `weft.v1`, whose protos document each field. A call that fails raises RpcFailure.
 
+A server with tokens or TLS needs `Credentials`; by default they are those of the environment (WEFT_TOKEN, WEFT_TLS_CA).
+
 Answers and `watch` have no deadline unless one is given; other calls have a minute. gRPC itself repeats unary calls
 that are safe to repeat, and only after UNAVAILABLE.
 """
 
 from weft.client.aio import AsyncClient, AsyncDeltas, AsyncWatch
 from weft.client.calls import Completion, Parameters
+from weft.client.credentials import Credentials
 from weft.client.failure import Failure
 from weft.client.threads import Client, Deltas, Watch
 from weft.client.wire import RpcFailure
@@ -27,6 +30,7 @@ __all__ = [
     "AsyncWatch",
     "Client",
     "Completion",
+    "Credentials",
     "Deltas",
     "Failure",
     "Parameters",

@@ -10,9 +10,10 @@ import grpc.aio
 
 from weft.client import calls
 from weft.client.calls import Rpc
+from weft.client.credentials import Credentials
 from weft.client.failure import failure_of
 from weft.client.threads import Client
-from weft.client.wire import Answering, Connection, Reading, RpcFailure, channel_options, documented, method
+from weft.client.wire import Answering, Connection, Reading, RpcFailure, documented, method
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
 from weft.v1.endpoint import DEFAULT_SERVER
@@ -63,7 +64,8 @@ def _in_thread(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[Asy
     """
 
     async def called(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        with Client(client.server, timeout_s=client.timeout_s) as in_thread:  # leaving it ends the call
+        connection = Client(client.server, timeout_s=client.timeout_s, credentials=client.credentials)
+        with connection as in_thread:  # leaving it ends the call
             return await asyncio.to_thread(lambda: in_thread.make(described(*args, **kwargs)))
 
     return documented(called, described)
@@ -72,8 +74,10 @@ def _in_thread(described: Callable[P, Rpc[Answer]]) -> "Callable[Concatenate[Asy
 class AsyncClient(Connection):
     """One connection, made in the event loop that uses it; otherwise the same as Client."""
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
-        super().__init__(server, timeout_s, grpc.aio.insecure_channel(server, options=channel_options()))
+    def __init__(
+        self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None, credentials: Credentials | None = None
+    ) -> None:
+        super().__init__(server, timeout_s, credentials, grpc.aio)
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,8 +7,9 @@ import grpc
 
 from weft.client import calls
 from weft.client.calls import Rpc
+from weft.client.credentials import Credentials
 from weft.client.failure import failure_of
-from weft.client.wire import Answering, Connection, Reading, RpcFailure, channel_options, method
+from weft.client.wire import Answering, Connection, Reading, RpcFailure, method
 from weft.v1.adapter_pb2 import Adapter
 from weft.v1.adapter_service_pb2 import WatchAdaptersResponse
 from weft.v1.endpoint import DEFAULT_SERVER
@@ -54,10 +55,13 @@ class Client(Connection):
     server: "host:port".
     timeout_s: the deadline of every call; `upload` and `unregister` extend it as needed. None is a minute for calls
         that answer at once, and no deadline for `generate` and `stream`.
+    credentials: token and TLS; None takes them from the environment, and Credentials() is none.
     """
 
-    def __init__(self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None) -> None:
-        super().__init__(server, timeout_s, grpc.insecure_channel(server, options=channel_options()))
+    def __init__(
+        self, server: str = DEFAULT_SERVER, *, timeout_s: float | None = None, credentials: Credentials | None = None
+    ) -> None:
+        super().__init__(server, timeout_s, credentials, grpc)
 
     def __enter__(self) -> Self:
         return self

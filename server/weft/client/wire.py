@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from weft.client.calls import Rpc, Stubs
+from weft.client.credentials import Credentials, is_this_machine
 from weft.client.failure import Failure
 from weft.v1 import adapter_service_pb2, generation_service_pb2
 from weft.v1.generation_pb2 import Delta, Finish, StreamGenerateResponse
@@ -35,17 +36,25 @@ class RpcFailure(Exception):
 
 
 class Connection:
-    """A channel of grpc or grpc.aio, and the deadline that its user set for every call."""
+    """A channel of grpc or grpc.aio, and the deadline and credentials that its user set for every call."""
 
-    def __init__(self, server: str, timeout_s: float | None, channel: Any) -> None:
+    def __init__(self, server: str, timeout_s: float | None, credentials: Credentials | None, grpc_module: Any) -> None:
         self.server = server
         self.timeout_s = timeout_s
-        self._channel = channel
-        self._stubs: Any = Stubs.on(channel)
+        self.credentials = Credentials.from_environment() if credentials is None else credentials
+        of_channel, options = self.credentials.for_channel(server), channel_options()
+        if is_this_machine(server):  # or else gRPC would send a token in plain text to the proxy of http_proxy
+            options.append(("grpc.enable_http_proxy", 0))
+        if of_channel is None:
+            self._channel = grpc_module.insecure_channel(server, options=options)
+        else:
+            self._channel = grpc_module.secure_channel(server, of_channel, options=options)
+        self._stubs: Any = Stubs.on(self._channel)
 
     def begin(self, rpc: Rpc[Any]) -> Any:
         """Begin gRPC's call for `rpc`."""
-        return rpc.method(self._stubs)(rpc.request, timeout=rpc.deadline_s(self.timeout_s))
+        timeout_s, metadata = rpc.deadline_s(self.timeout_s), self.credentials.metadata
+        return rpc.method(self._stubs)(rpc.request, timeout=timeout_s, metadata=metadata)
 
 
 class Reading:

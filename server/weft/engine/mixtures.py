@@ -46,7 +46,7 @@ class MixtureState:
     def recorded(self) -> Gates | None:
         if self.sum is None:
             return None
-        tokens = torch.cat(self.tokens, 1).transpose(0, 1) if self.tokens else torch.empty(0, *self.sum.shape)
+        tokens = torch.cat(self.tokens, 1).permute(2, 1, 0).flatten(1).tolist() if self.tokens else []
         return Gates((self.sum / self.count).tolist(), tokens)
 
 

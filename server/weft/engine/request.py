@@ -4,14 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum, auto
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple, NewType, TypeAlias
+from typing import NamedTuple, NewType, TypeAlias
 
 from weft.adapters.identifiers import AdapterDigest
 from weft.engine.token_ranges import Ranges
 from weft.errors import WeftError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RequestId = NewType("RequestId", str)
 
@@ -99,12 +96,12 @@ class MixtureUse(NamedTuple):
 class Gates(NamedTuple):
     """The gates that a mixture computed for a request, with the experts in the order of their digests.
 
-    mean: for each layer and expert, over the tokens that the request computed. tokens: for each of those tokens, in
-    order, on the CPU; without tokens unless requested.
+    mean: for each layer and expert, over the tokens that the request computed. tokens: for each expert, those of each
+    token and layer, in order; empty unless requested.
     """
 
     mean: list[list[float]]  # [L][N]
-    tokens: "Tensor"  # float32 [tokens, L, N]
+    tokens: list[list[float]]  # [N][tokens · L]
 
 
 def canonical(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:

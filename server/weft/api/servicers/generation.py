@@ -223,7 +223,7 @@ def _gates(index: int, expert: Version, gates: Gates) -> generation_pb2.AdapterG
         digest=expert.digest,
         mean=sum(means) / len(means),
         layer_means=means,
-        token_gates=gates.tokens[:, :, index].flatten().tolist(),
+        token_gates=gates.tokens[index] if gates.tokens else (),
     )
 
 
