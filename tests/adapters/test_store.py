@@ -1,6 +1,7 @@
 """The adapter store: what it keeps, what it refuses (rows 9, 10, 93), and how it recovers."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -137,7 +138,7 @@ def test_what_was_committed_is_read_back(store: AdapterStore, root: Path) -> Non
     assert stored(store, manifest.digest) == content(1)
     assert AdapterStore(root, LIMITS).recover() == ({ID: manifest}, (), 0)
     assert names(root / "staging") == []
-    assert json.loads((root / "catalog" / "alpha.json").read_text())["format"] == 2
+    assert json.loads((root / "catalog" / "alpha.json").read_text())["format"] == 3
 
 
 def test_files_are_private_and_positioned_at_their_start(store: AdapterStore, root: Path) -> None:
@@ -342,17 +343,57 @@ def test_every_flipped_bit_of_a_manifest_is_seen(store: AdapterStore) -> None:
             decode(other, ID)
 
 
-def test_a_manifest_of_the_first_format_is_read(store: AdapterStore, root: Path) -> None:
-    """Weft 0.1 spelled the digest `generation`. The next change of the id writes the manifest as it is spelled now."""
+@pytest.mark.parametrize("manifest_format", [1, 2])
+def test_a_manifest_of_an_older_format_is_read(store: AdapterStore, root: Path, manifest_format: int) -> None:
+    """The next change of the id writes the manifest as it is spelled now. Format 1 spelled the digest `generation`."""
     manifest = commit(store, "alpha", 1)
     path = root / "catalog" / f"{ID}.json"
-    path.write_bytes(manifest.encode(1))
-    assert b'"generation"' in path.read_bytes()
+    path.write_bytes(manifest.encode(manifest_format))
+    assert (b'"generation"' in path.read_bytes()) == (manifest_format == 1)
+    assert b'"quarantined"' not in path.read_bytes()
     assert decode(path.read_bytes(), ID) == manifest
+    as_newer = path.read_bytes().replace(f'"format": {manifest_format}'.encode(), b'"format": 3')
+    with pytest.raises(ManifestFault, match="has no proper"):
+        decode(as_newer, ID)
+    as_older = path.read_bytes().replace(
+        f'"format": {manifest_format}'.encode(), f'"format": {3 - manifest_format}'.encode()
+    )
     with pytest.raises(ManifestFault, match="checksum"):
-        decode(path.read_bytes().replace(b'"format": 1', b'"format": 2').replace(b'"generation"', b'"digest"'), ID)
+        decode(
+            as_older.replace(b'"generation"', b'"digest"')
+            if manifest_format == 1
+            else as_older.replace(b'"digest"', b'"generation"'),
+            ID,
+        )
     replaced = commit(store, "alpha", 2, replace=True)
     assert path.read_bytes() == replaced.encode()
+
+
+def test_a_manifest_describes_its_content(store: AdapterStore, root: Path) -> None:
+    manifest = commit(store, "alpha", 1, info='{"rank": 8}', checked_for="a base and limits")
+    assert (manifest.info, manifest.checked_for) == ('{"rank": 8}', "a base and limits")
+    assert AdapterStore(root, LIMITS).recover().manifests == {ID: manifest}
+
+
+def test_a_quarantine_lasts_until_other_content(store: AdapterStore, root: Path) -> None:
+    """It is of an id with one digest, and durable; the same content again does not end it."""
+    manifest = commit(store, "alpha", 1)
+    commit(store, "beta", 1)
+    assert store.set_quarantined(ID, digest(2), "NON_FINITE") == manifest, "the id has other content by now"
+    quarantined = store.set_quarantined(ID, digest(1), "NON_FINITE")
+    assert quarantined == dataclasses.replace(manifest, quarantined="NON_FINITE")
+    assert store.set_quarantined(ID, digest(1), "NON_FINITE") == quarantined
+    assert AdapterStore(root, LIMITS).recover().manifests[ID] == quarantined
+    assert store.read_manifest(OTHER).quarantined == ""
+    assert commit(store, "alpha", 1) == quarantined
+    assert commit(store, "alpha", 1, replace=True).quarantined == "NON_FINITE"
+    assert commit(store, "alpha", 1, expected_digest=digest(1)).quarantined == "NON_FINITE"
+    assert store.set_pinned(ID, True).quarantined == "NON_FINITE"
+    assert store.set_quarantined(ID, digest(1), "").quarantined == ""
+    store.set_quarantined(ID, digest(1), "NON_FINITE")
+    assert commit(store, "alpha", 2, replace=True).quarantined == ""
+    with pytest.raises(AdapterNotFound):
+        store.set_quarantined(AdapterId("gamma"), digest(1), "NON_FINITE")
 
 
 def test_a_manifest_that_could_not_be_read_back_is_not_written(store: AdapterStore) -> None:

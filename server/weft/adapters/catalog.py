@@ -17,14 +17,15 @@ from weft.adapters.storage import storage_errors
 from weft.adapters.strict_json import JsonFault, parse_object
 from weft.errors import DataLoss, InvalidRequest, Unavailable, shown
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 MANIFEST_BYTES_MAX = 64 * 1024
 LOCK_FILE = ".lock"  # lies beside the manifests, and is held during every change of the store
 
 _SUFFIX = ".json"
-_DIGEST_KEYS = {1: "generation", MANIFEST_FORMAT: "digest"}  # by format; 1 is read, but not written
+_FORMAT_OF = {"quarantined": 3, "info": 3, "checked_for": 3}  # the first format with a field; all others are in 1
+_DIGEST_KEYS = {1: "generation", 2: "digest", 3: "digest"}  # by format; 1 and 2 are read, but not written
 
-_TEXTS = ("adapter_id", "digest", "method", "create_time", "source")
+_TEXTS = ("adapter_id", "digest", "method", "create_time", "source", "quarantined", "info", "checked_for")
 _FIELD_TYPES: dict[str, type] = dict.fromkeys(_TEXTS, str) | {"size_bytes": int, "pinned": bool}
 
 
@@ -39,6 +40,9 @@ class Manifest:
     method: the caller's name of the adapter's method; the store does not interpret it.
     create_time: when the id was bound to this digest; RFC 3339, UTC.
     source: the directory that was copied, or "" for an upload.
+    quarantined: why this content was taken out of service under this id, or "".
+    info: the caller's description of the content, which spares a start the reading of its files; "" if there is none.
+    checked_for: the caller's name of the settings for which the content was checked and described, or "".
     """
 
     adapter_id: AdapterId
@@ -48,9 +52,13 @@ class Manifest:
     pinned: bool
     create_time: str
     source: str
+    quarantined: str = ""
+    info: str = ""
+    checked_for: str = ""
 
     def encode(self, manifest_format: int = MANIFEST_FORMAT) -> bytes:
-        fields: dict[str, object] = {"format": manifest_format, **asdict(self)}
+        fields: dict[str, object] = {"format": manifest_format}
+        fields |= {name: value for name, value in asdict(self).items() if _FORMAT_OF.get(name, 1) <= manifest_format}
         fields[_DIGEST_KEYS[manifest_format]] = fields.pop("digest")
         fields["checksum"] = hashlib.sha256(_spelled(fields)).hexdigest()
         return _spelled(fields)
@@ -137,7 +145,7 @@ def decode(data: bytes, adapter_id: AdapterId) -> Manifest:
     manifest_format = fields.get("format")
     if type(manifest_format) is not int or manifest_format not in _DIGEST_KEYS:
         raise ManifestFault(f"has a format that is none of {', '.join(map(str, _DIGEST_KEYS))}")
-    values = {name: fields.get(name) for name in _FIELD_TYPES}
+    values = {name: fields.get(name) for name in _FIELD_TYPES if _FORMAT_OF.get(name, 1) <= manifest_format}
     values["digest"] = fields.get(_DIGEST_KEYS[manifest_format])
     for name, value in values.items():
         if type(value) is not _FIELD_TYPES[name]:

@@ -161,6 +161,8 @@ class AdapterStore:
         method: str,
         pinned: bool = False,
         source: str = "",
+        info: str = "",
+        checked_for: str = "",
         replace: bool = False,
         expected_digest: AdapterDigest | None = None,
     ) -> Manifest:
@@ -168,7 +170,8 @@ class AdapterStore:
 
         The id may be free, or already bound to the same content; with `replace`, bound to other content; with
         `expected_digest`, bound to exactly that. Otherwise raises AdapterExists or AdapterConflict. Content that
-        the store already has is kept once, and repaired if it has rotted. After Overloaded or Unavailable the old
+        the store already has is kept once, and repaired if it has rotted. A quarantine of other content ends, one of
+        the same content stays. After Overloaded or Unavailable the old
         binding stands, unless it was the last step that failed, making the new one durable: then either may be found.
         """
         manifest = Manifest(
@@ -179,6 +182,8 @@ class AdapterStore:
             pinned=pinned,
             create_time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             source=source,
+            info=info,
+            checked_for=checked_for,
         )
         with self._changing():
             failpoints.hit("before_version")
@@ -188,8 +193,10 @@ class AdapterStore:
             if current is not None and not replaces and current.digest != staged.digest:
                 raise taken(adapter_id, current.digest)
             with self._placed(staged):
-                if current is not None and current.digest == staged.digest and not replaces:
-                    return current
+                if current is not None and current.digest == staged.digest:
+                    if not replaces:
+                        return current
+                    manifest = dataclasses.replace(manifest, quarantined=current.quarantined)
                 failpoints.hit("before_manifest")
                 self._replace_manifest(manifest)
             failpoints.hit("after_manifest_before_ack")
@@ -220,6 +227,19 @@ class AdapterStore:
         """Change `pinned` alone. Raises AdapterNotFound if there is no such id."""
         with self._changing():
             changed = dataclasses.replace(self.read_manifest(adapter_id), pinned=pinned)
+            self._replace_manifest(changed)
+        return changed
+
+    def set_quarantined(self, adapter_id: AdapterId, digest: AdapterDigest, reason: str) -> Manifest:
+        """Take content out of service under one id, also after a restart; "" as the reason ends that.
+
+        Nothing changes if the id has another digest by now. Raises AdapterNotFound if there is no such id.
+        """
+        with self._changing():
+            current = self.read_manifest(adapter_id)
+            changed = dataclasses.replace(current, quarantined=reason)
+            if current.digest != digest or changed == current:
+                return current
             self._replace_manifest(changed)
         return changed
 

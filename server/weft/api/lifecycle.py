@@ -118,6 +118,8 @@ class Lifecycle:
             else:
                 version.info = ingested.info
                 self.loader.keep(manifest.digest, ingested.packed)
+                if manifest.quarantined:
+                    version.state, version.state_reason = AdapterState.QUARANTINED, manifest.quarantined
             self._publish(version)
             if version.pinned and version.state is AdapterState.ACTIVE:
                 self.engine.preload(version.digest, pin=True)  # as soon as possible
