@@ -503,7 +503,10 @@ def test_list_in_pages_and_by_kind(server: LiveServer) -> None:
 
 
 def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, sources: Sources, tmp_path: Path) -> None:
-    """Every adapter keeps its digest and pin; those damaged meanwhile are FAILED, and the server starts."""
+    """Every adapter keeps its digest and pin; those damaged meanwhile are FAILED, and the server starts.
+
+    No file is read at the start, so a flipped bit shows at the first use.
+    """
     config = replace(tight_config, store=tmp_path / "store")
     live = LiveServer(loop, config)
     names = ("fine", "pinned", "rotten", "gone", "torn")
@@ -533,10 +536,14 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
         assert {name: adapter.state for name, adapter in found.items()} == {
             "fine": ACTIVE,
             "pinned": ACTIVE,
-            "rotten": FAILED,
+            "rotten": ACTIVE,
             "gone": FAILED,
             "torn": FAILED,
         }
+        refused(lambda: live.client.generate("rotten"), "DATA_LOSS", "BLOB_CORRUPT", digests["rotten"][:12])
+        found["rotten"] = live.client.get("rotten")
+        assert found["rotten"].state == FAILED
+        assert found["gone"].digest == digests["gone"]
         assert found["pinned"].pinned
         wait_until(lambda: live.client.get("pinned").residency == DEVICE)
         assert {name: live.client.tokens(name, 4) for name in answers} == answers

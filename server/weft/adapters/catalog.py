@@ -4,6 +4,7 @@ Manifests are the only files in the store that change. Each contains its own che
 flipped bit anywhere in it is detected.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,11 +16,12 @@ from weft import durable
 from weft.adapters.identifiers import AdapterDigest, AdapterId, check_adapter_id, is_digest
 from weft.adapters.storage import storage_errors
 from weft.adapters.strict_json import JsonFault, parse_object
-from weft.errors import DataLoss, InvalidRequest, Unavailable, shown
+from weft.errors import DataLoss, InvalidRequest, shown
 
 MANIFEST_FORMAT = 3
 MANIFEST_BYTES_MAX = 64 * 1024
 LOCK_FILE = ".lock"  # lies beside the manifests, and is held during every change of the store
+LOG_FILE = ".changes"  # likewise; the log of changed ids
 
 _SUFFIX = ".json"
 _FORMAT_OF = {"quarantined": 3, "info": 3, "checked_for": 3}  # the first format with a field; all others are in 1
@@ -110,28 +112,22 @@ def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
         ) from None
 
 
-def read_catalog(catalog: Path) -> Catalog:
-    """Read every manifest; a damaged one, and any other file, becomes a problem."""
-    manifests: dict[AdapterId, Manifest] = {}
-    problems: list[Problem] = []
-    with storage_errors():
-        names = sorted(os.listdir(catalog))
-    for name in names:
-        if name == LOCK_FILE:
-            continue
-        try:
-            adapter_id = check_adapter_id(name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else "")
-        except InvalidRequest:
-            problems.append(Problem(f"catalog/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no manifest"))
-            continue
-        try:
-            manifest = find_manifest(catalog, adapter_id)
-        except (DataLoss, Unavailable) as error:
-            problems.append(Problem(f"catalog/{name}", adapter_id, error.reason, error.message))
-        else:
-            if manifest is not None:
-                manifests[adapter_id] = manifest
-    return Catalog(manifests, tuple(problems))
+def scan_catalog(catalog: Path) -> list[tuple[AdapterId, os.stat_result] | Problem]:
+    """Return the id and state of every manifest's file, in the order of names; any other file is a problem."""
+    found: list[tuple[AdapterId, os.stat_result] | Problem] = []
+    with storage_errors(), os.scandir(catalog) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = entry.name
+            if name in (LOCK_FILE, LOG_FILE):
+                continue
+            try:
+                adapter_id = check_adapter_id(name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else "")
+            except InvalidRequest:
+                found.append(Problem(f"catalog/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no manifest"))
+                continue
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found.append((adapter_id, entry.stat(follow_symlinks=False)))
+    return found
 
 
 def decode(data: bytes, adapter_id: AdapterId) -> Manifest:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.ingest import Ingest, Ingested
 from weft.adapters.packed_adapter import PackedAdapter
+from weft.adapters.storage import storage_errors
 from weft.adapters.store import AdapterStore
-from weft.adapters.versions import StagedVersion, corrupt
-from weft.errors import WeftError, draining_error
+from weft.adapters.versions import StagedVersion, StoredVersion, corrupt
+from weft.errors import AdapterNotFound, InvalidAdapter, Unavailable, WeftError, draining_error
 from weft.metrics import Metrics
 from weft.v1.adapter_files import pair_of
 
@@ -99,19 +100,34 @@ class AdapterLoader:
             return [future for future, load in self._loads.items() if load.digest == digest]
 
     def read(self, digest: AdapterDigest) -> Ingested:
-        """Read and check a stored adapter; blocks on the disk."""
-        with self.store.open_version(digest) as stored:
-            pair = pair_of(stored.files)
-            if pair is None:
-                raise corrupt(digest, "it holds other files than an adapter has")
-            config, weights = (stored.files[name] for name in pair)
-            return self.ingest.read(config, weights, size_bytes=stored.size_bytes, files=pair)
+        """Read and check a stored adapter; blocks on the disk. Raises WeftError.
+
+        Unavailable ADAPTER_CHANGED says that another server has just removed the files; the catalog will show it soon.
+        """
+        try:
+            with storage_errors(), self.store.open_version(digest) as stored:
+                return self._read(digest, stored)
+        except AdapterNotFound as error:
+            text = f"{error.message}: another server replaced or unregistered it"
+            raise Unavailable("ADAPTER_CHANGED", text, retry_after_s=0.5) from None
+
+    def _read(self, digest: AdapterDigest, stored: StoredVersion) -> Ingested:
+        pair, size_bytes = pair_of(stored.files), stored.size_bytes
+        if pair is None:
+            raise corrupt(digest, "it holds other files than an adapter has")
+        config, weights = (stored.files[name] for name in pair)
+        try:
+            return self.ingest.read(config, weights, size_bytes=size_bytes, files=pair)
+        except InvalidAdapter:
+            if stored.size_bytes != size_bytes:
+                raise corrupt(digest, "its files changed while they were read") from None
+            raise
 
     def read_staged(self, staged: StagedVersion) -> Ingested:
         """Read and check an adapter that is not stored yet; blocks on the disk."""
         pair = pair_of(file.name for file in staged.files)
         assert pair is not None, staged.files
-        with staged.open(pair.config) as config, staged.open(pair.weights) as weights:
+        with storage_errors(), staged.open(pair.config) as config, staged.open(pair.weights) as weights:
             return self.ingest.read(config, weights, size_bytes=staged.size_bytes, files=pair)
 
     def keep(self, digest: AdapterDigest, packed: PackedAdapter) -> None:

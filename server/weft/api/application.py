@@ -103,14 +103,14 @@ class Application:
         self._lag = loop.create_task(self._measure_lag())
 
     async def start(self, adapters: list[tuple[AdapterId, Path]], progress: Callable[[int, int], None]) -> None:
-        """Start the engine, restore the adapters of the store, and register `adapters`."""
+        """Start the engine, register the adapters of the store, and then `adapters`."""
         model, base = self.model, self.model.base
         held_as = base.quantization.value, base.device.type, model.dtype
         labels = __version__, base.shape.name, *held_as, model.kernels
         self.metrics.build_info.labels(*labels).set(1)
         self.engine.start()
         await asyncio.wrap_future(self._inbox.call(partial(threads.compute_with, model.num_threads)))
-        await self.lifecycle.restore(progress)
+        await self.lifecycle.following.restore(progress)
         for adapter_id, path in adapters:
             await self.lifecycle.register_from(Registration(adapter_id=adapter_id, source=str(path), replace=True))
 
@@ -125,6 +125,7 @@ class Application:
 
     async def stop(self) -> None:
         """Stop everything. Every request that has not ended gets its terminal event."""
+        self.lifecycle.following.stop()
         await asyncio.to_thread(self.engine.stop, 30.0)
         await asyncio.sleep(0)  # the last events are in the loop's queue
         self._lag.cancel()
