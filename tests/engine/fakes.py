@@ -200,6 +200,7 @@ class FakeRunner:
     fail: called with every batch; an error that it raises is the fault of that step. fail_virtual: the same for the
     soft rows of an adapter, after some of their cells were written. poison: tokens after which logits are not finite,
     nor is the KV that the step wrote for that request. violations: faults that no test may ever find.
+    alive: whether the device still computes. freed: called when the engine asks for memory.
     """
 
     def __init__(self, *, block_size: int, capacity_bytes: int = 1 << 20) -> None:
@@ -211,6 +212,8 @@ class FakeRunner:
         self.fail: Callable[[Step], None] = lambda step: None
         self.fail_virtual: Callable[[], None] = lambda: None
         self.poison: Container[int] = ()
+        self.alive = True
+        self.freed: Callable[[], None] = lambda: None
         self.num_layers = 2
         self._block_size = block_size
 
@@ -225,6 +228,12 @@ class FakeRunner:
 
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.float32).mean()[None]
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def free_memory(self) -> None:
+        self.freed()
 
     def forward(self, step: Step) -> Tensor:
         self.steps.append(step)

@@ -8,7 +8,7 @@ stopped, it refuses every message that expects an answer, and drops the others.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -20,22 +20,35 @@ from weft.adapters.packed_adapter import PackedAdapter
 from weft.config import EngineConfig
 from weft.engine import sampler
 from weft.engine.batch import Stepper
+from weft.engine.bisection import Failed, Sampled, bisect
 from weft.engine.block_manager import BlockManager
 from weft.engine.inbox import Inbox
 from weft.engine.observer import Observer
 from weft.engine.outbox import AdapterFailed, EngineDown, Outbox, Publish
-from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent, Tokens
+from weft.engine.request import (
+    FinishReason,
+    Request,
+    RequestId,
+    RequestStatus,
+    SampledToken,
+    SamplingParams,
+    TokenEvent,
+    Tokens,
+)
 from weft.engine.residency import Residency
-from weft.engine.runner import Runner
+from weft.engine.runner import Runner, is_lost
 from weft.engine.scheduler import Scheduled, Scheduler
 from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError, draining_error
-from weft.kernels.faults import is_fatal
+from weft.kernels.faults import is_out_of_memory
 from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
 _GATHER_S = 0.001  # after this long without a message, no other is expected
 _GATHER_S_MAX = 0.005
+
+FAILURES_MAX = 8
+"""Requests that may raise alone, with no step between them that succeeds, until the engine itself is examined."""
 
 ENGINE_DOWN = "ENGINE_DOWN"
 
@@ -84,6 +97,7 @@ class Engine:
         )
         self._stepper = Stepper(runner, self.blocks.block_size)
         self._requests: dict[RequestId, Request] = {}
+        self._num_failures = 0  # requests that raised alone since the last step that succeeded
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="weft-engine", daemon=True)
 
@@ -151,7 +165,7 @@ class Engine:
             self._outbox.deliver(self._clock())
 
     def step(self) -> None:
-        """Schedule, compute, sample, publish. A fault in the model call ends only the requests of this step."""
+        """Schedule, compute, sample, publish. A fault in the model call ends only the requests that raise alone."""
         now = self._clock()
         self._expire(now)
         step = self.scheduler.schedule()
@@ -166,23 +180,74 @@ class Engine:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
             return
+        failed = self._compute(step, now)
+        short = [fault for fault in failed if is_out_of_memory(fault.error)]
+        for fault in failed:
+            if fault not in short:
+                self._end_failed(fault)
+        for fault in short:
+            if fault.scheduled.request.status is RequestStatus.RUNNING:  # not preempted for one before it
+                self._make_way(fault.scheduled)
+        if self._num_failures >= FAILURES_MAX and not self._stopping:
+            self._examine()
+
+    def _compute(self, step: Sequence[Scheduled], now: float) -> list[Failed]:
+        """Compute a step, and publish its tokens; return what raises alone, after taking the engine down if lost."""
         try:
-            sampled = self._compute(step)
-        except Exception as error:
-            _log.exception("engine: a step failed; its %d requests end", len(step))
-            if is_fatal(error):
-                self._go_down()
-                return
-            for request, _ in step:
-                self._end(request, FinishReason.ERROR, WeftError("STEP_FAILED", "the model step failed"))
-            return
-        self.scheduler.advance(step)
+            computed, sampled, failed = bisect(step, self._forward, self._contain, self._free_memory)
+        except Exception:
+            _log.exception("engine: the device is lost; the engine goes down")
+            self._go_down()
+            return []
+        self.scheduler.advance(computed)
         done = self._clock()
         for request, token in sampled:
             self._append(request, token, done)
-        self._observer.step(step, self.scheduler, seconds=done - now, now=done)
+        if computed:
+            self._num_failures = 0
+            self._observer.step(computed, self.scheduler, seconds=done - now, now=done)
+        for fault in failed:
+            _log.error("engine: a request fails its step, also alone", exc_info=fault.error)
+        return failed
 
-    def _compute(self, step: list[Scheduled]) -> list[tuple[Request, SampledToken | None]]:
+    def _contain(self, error: Exception) -> None:
+        if is_lost(self._runner, error):
+            raise error
+
+    def _free_memory(self) -> None:
+        self.residency.evict_idle()
+        self._runner.free_memory()
+
+    def _make_way(self, scheduled: Scheduled) -> None:
+        """Try a request that ran out of device memory alone once more, after all others have let go of theirs."""
+        request = scheduled.request
+        self.scheduler.preempt_others(request)
+        self.residency.release_all(self.scheduler.waiting)
+        for fault in self._compute([scheduled], self._clock()):
+            self._end_failed(fault)
+
+    def _end_failed(self, fault: Failed) -> None:
+        """End a request that raises alone."""
+        self._num_failures += 1
+        error = WeftError("STEP_FAILED", "the model step failed")
+        if is_out_of_memory(fault.error):
+            error = _without_room("the device's memory has", "device_memory")
+        self._end(fault.scheduled.request, FinishReason.ERROR, error)
+
+    def _examine(self) -> None:
+        """Go down if the base fails even for one token; if it does not, only the requests are at fault."""
+        probe = Request(request_id=RequestId(""), prompt_token_ids=(0,), params=SamplingParams())
+        try:
+            if self.blocks.grow(probe, 1):
+                self._forward([Scheduled(probe, 1)])
+            self._num_failures = 0
+        except Exception:
+            _log.exception("engine: %d requests failed one after another, and so does the base", self._num_failures)
+            self._go_down()
+        finally:
+            self.blocks.release(probe)
+
+    def _forward(self, step: Sequence[Scheduled]) -> Sampled:
         logits = self._stepper.compute(step, self.residency.slots_of)
         requests = [scheduled.request for scheduled in step if scheduled.samples]
         if not requests:
@@ -243,12 +308,7 @@ class Engine:
             self._end_without_room(stuck)
 
     def _end_without_room(self, request: Request) -> None:
-        error = Overloaded(
-            "POOL_EXHAUSTED",
-            "the adapter and KV pools have no room for this request now",
-            metadata={"quota": "adapter_and_kv_pools"},
-            retry_after_s=1.0,
-        )
+        error = _without_room("the adapter and KV pools have", "adapter_and_kv_pools")
         self._end(request, FinishReason.ERROR, error)
 
     def _stuck(self) -> Request | None:
@@ -334,6 +394,11 @@ class Engine:
         self.residency.fail_all(error)
         for request in list(self._requests.values()):
             self._put_finish(request, FinishReason.ERROR, error)
+
+
+def _without_room(pools: str, quota: str) -> Overloaded:
+    text = f"{pools} no room for this request now"
+    return Overloaded("POOL_EXHAUSTED", text, metadata={"quota": quota}, retry_after_s=1.0)
 
 
 def _non_finite(request: Request) -> WeftError:

@@ -212,6 +212,12 @@ class Request:
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output)
 
+    def rewind(self) -> None:
+        """Forget the random number of a token that was drawn but not kept; each kept one took one number."""
+        self.random.seed(self.params.seed)
+        for _ in self.output:
+            self.random.random()
+
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Return the prompt and output tokens start : stop."""
         num_prompt = len(self.prompt_token_ids)

@@ -24,9 +24,9 @@ from weft.engine.block_manager import BlockManager
 from weft.engine.observer import Observer
 from weft.engine.outbox import AdaptersResident, Outbox
 from weft.engine.request import Request
-from weft.engine.runner import Runner
+from weft.engine.runner import Runner, is_lost
 from weft.errors import AdapterConflict, Overloaded, WeftError
-from weft.kernels.faults import is_fatal
+from weft.kernels.faults import is_out_of_memory
 from weft.methods.protocol import Virtual
 
 _log = logging.getLogger(__name__)
@@ -179,6 +179,12 @@ class Residency:
                 return True
         return False
 
+    def evict_idle(self) -> None:
+        """Evict every adapter that no request holds and that is not pinned, to free device memory."""
+        for digest, resident in list(self._resident.items()):
+            if resident.packed.buffer.nbytes and self._can_leave(digest):
+                self._take_off(digest, for_room=True)
+
     def evict(self, digest: AdapterDigest) -> int | None:
         """Remove an adapter and its pin from the device; return the freed bytes, or None if a request holds it.
 
@@ -237,11 +243,18 @@ class Residency:
             self._arrived.pop(digest, None)
 
     def _place(self, digest: AdapterDigest, packed: PackedAdapter) -> bool:
-        """Put an adapter that fits on the device; False if its virtual positions cannot be computed."""
-        blocks, slot = self._blocks.take_virtual(packed.num_virtual_tokens), self._runner.slots.put(packed)
+        """Put an adapter that fits on the device; False if it fails for want of memory or in its virtual positions."""
+        del self._arrived[digest]
+        try:
+            slot = self._runner.slots.put(packed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.failures[digest] = _short_of_memory()
+            return False
+        blocks = self._blocks.take_virtual(packed.num_virtual_tokens)
         assert blocks is not None
         assert slot is not None
-        del self._arrived[digest]
         failure = None if packed.virtual is None else self._write_virtual(blocks, packed.virtual)
         if failure is not None:
             self._runner.slots.drop(slot)
@@ -260,8 +273,10 @@ class Residency:
         except WeftError as error:
             return error
         except Exception as error:
-            if is_fatal(error):
+            if is_lost(self._runner, error):
                 raise
+            if is_out_of_memory(error):
+                return _short_of_memory()
             _log.exception("engine: computing the virtual positions of an adapter failed")
             return WeftError("STEP_FAILED", "computing the adapter's virtual positions failed")
         return None
@@ -300,3 +315,8 @@ class Residency:
         self._observer.adapter_left(resident.packed, for_room=for_room)
         self._outbox.publish(AdaptersResident(self.resident()))
         return freed
+
+
+def _short_of_memory() -> Overloaded:
+    text = "adapter_id: the device is short of memory for this adapter now"
+    return Overloaded("POOL_EXHAUSTED", text, metadata={"quota": "device_memory"}, retry_after_s=1.0)
