@@ -530,7 +530,7 @@ class Harness:
         assert {request.request_id for request in alive} == engine._requests.keys()
         assert not any(request.blocks for request in scheduler.waiting)
         mixed = [request for request in alive if request.mixture is not None]
-        assert len(engine._stepper.mixtures.of) <= len(mixed), "gates of requests that are gone"
+        assert len(engine._computation.stepper.mixtures.of) <= len(mixed), "gates of requests that are gone"
         residents = residency._resident
         held = Counter(block for request in alive for block in [*request.blocks, *request.virtual_blocks])
         held.update(block for resident in residents.values() for block in resident.blocks)

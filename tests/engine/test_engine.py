@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.fakes import GREEDY, UNIT_BYTES, VOCAB_SIZE, FakeAdapter, Harness, Threaded, advance, expected_tokens
-from weft.engine.engine import ENGINE_DOWN
+from weft.engine.endings import ENGINE_DOWN
 from weft.engine.outbox import EngineEvent
 from weft.engine.request import FinishReason, Request, RequestId, SamplingParams, TokenEvent
 from weft.engine.scheduler import OVERTAKEN_MAX

@@ -10,7 +10,8 @@ import torch
 
 from tests.engine.fakes import VOCAB_SIZE, FakeAdapter, FakeMixture, Harness
 from weft.engine import sampler
-from weft.engine.engine import ENGINE_DOWN, FAILURES_MAX
+from weft.engine.computation import FAILURES_MAX
+from weft.engine.endings import ENGINE_DOWN
 from weft.engine.request import FinishReason, GateDetail, Request, SamplingParams
 from weft.errors import Code
 from weft.kernels.step import Step

@@ -19,6 +19,7 @@ from weft.api.admission import Admission
 from weft.api.lifecycle import Lifecycle, Registration
 from weft.api.memory_plan import MemoryPlan
 from weft.api.request_flow import RequestFlow
+from weft.api.watchdog import Watchdog
 from weft.api.work import Work
 from weft.config import WeftConfig
 from weft.engine.engine import Engine
@@ -26,12 +27,13 @@ from weft.engine.inbox import Inbox
 from weft.engine.outbox import AdapterFailed, AdaptersResident, EngineDown, EngineEvent
 from weft.engine.request import TokenEvent
 from weft.engine.runner import Runner
-from weft.errors import draining_error
+from weft.errors import Unavailable, draining_error
 from weft.metrics import Metrics
 from weft.model import threads
 from weft.model.loader import Base, WeightBytes
 
 _LAG_PERIOD_S = 0.5
+_STOP_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,8 @@ class Application:
             limits=config.requests,
             metrics=metrics,
         )
-        self._lag = loop.create_task(self._measure_lag())
+        self._has_given_up = False
+        self._tasks = [loop.create_task(self._measure_lag())]
 
     async def start(self, adapters: list[tuple[AdapterId, Path]], progress: Callable[[int, int], None]) -> None:
         """Start the engine, register the adapters of the store, and then `adapters`."""
@@ -109,6 +112,7 @@ class Application:
         labels = __version__, base.shape.name, *held_as, model.kernels
         self.metrics.build_info.labels(*labels).set(1)
         self.engine.start()
+        self._tasks.append(asyncio.create_task(self._watch_engine()))
         await asyncio.wrap_future(self._inbox.call(partial(threads.compute_with, model.num_threads)))
         await self.lifecycle.following.restore(progress)
         for adapter_id, path in adapters:
@@ -126,14 +130,18 @@ class Application:
     async def stop(self) -> None:
         """Stop everything. Every request that has not ended gets its terminal event."""
         self.lifecycle.following.stop()
-        await asyncio.to_thread(self.engine.stop, 30.0)
+        for task in self._tasks:
+            task.cancel()
+        if not await asyncio.to_thread(self.engine.stop, _STOP_S):
+            self._give_up(draining_error())
         await asyncio.sleep(0)  # the last events are in the loop's queue
-        self._lag.cancel()
         self.lifecycle.watches.end()
         await self.work.close()
 
     def _receive(self, events: Sequence[EngineEvent]) -> None:
         """Dispatch the engine's events; called on the event loop."""
+        if self._has_given_up:
+            return  # they come from a thread that woke up late, and its requests have ended
         for event in events:
             match event:
                 case TokenEvent():
@@ -145,6 +153,19 @@ class Application:
                 case EngineDown(error):
                     self.work.refuse(error)
                     self.down.set()
+
+    async def _watch_engine(self) -> None:
+        error = await Watchdog(self.engine, self.config.engine.step_timeout_s).watch()
+        if not self.down.is_set():
+            self._give_up(error)
+
+    def _give_up(self, error: Unavailable) -> None:
+        """End everything that waits for the engine, without the engine."""
+        self._has_given_up = True
+        self.work.refuse(error)
+        self.engine.abandon(error)
+        self.requests.fail_all(error)
+        self.down.set()
 
     async def _measure_lag(self) -> None:
         while True:

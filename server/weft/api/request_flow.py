@@ -73,6 +73,20 @@ class RequestFlow:
             error = DeadlineExceeded("STREAM_STALLED", "the caller does not read its stream")
             self.engine.end(event.request_id, FinishReason.ERROR, error)
 
+    def fail_all(self, error: WeftError) -> None:
+        """End every accepted request, because the engine does not; none of its events may come after this."""
+        for stream in list(self._streams.values()):
+            request = stream.request
+            finish = Finish(
+                reason=FinishReason.ERROR,
+                error=error,
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_completion_tokens=len(request.output),
+                num_cached_tokens=request.num_cached_tokens,
+            )
+            self.metrics.requests.labels(finish.reason.value).inc()
+            self.deliver(TokenEvent(request.request_id, (), finish))
+
     async def generate(self, spec: GenerationSpec, *, timeout_s: float | None) -> AsyncGenerator[GenerationPart, None]:
         """Yield the answer to `spec` in parts; only the last has `end`. Closing the iterator ends the request.
 

@@ -55,6 +55,7 @@ class Residency:
         self.wanted: list[AdapterDigest] = []  # to load
         self._pending: set[AdapterDigest] = set()  # wanted, not arrived yet
         self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # arrived, not placed yet
+        self.num_placed = 0
         self.failures: dict[AdapterDigest, WeftError] = {}  # arrived, but could not be placed
         self._seekers: set[Request] = set()  # not admitted
         self._awaited: dict[AdapterDigest, list[Future[None]]] = {}  # preloads
@@ -262,6 +263,7 @@ class Residency:
             self.failures[digest] = failure
             return False
         self._resident[digest] = _Resident(packed, slot, blocks)
+        self.num_placed += 1
         self._observer.adapter_placed(packed)
         self._outbox.publish(AdaptersResident(self.resident()))
         return True
