@@ -180,9 +180,8 @@ def test_content_that_failed_can_be_published_again(observed: Observed) -> None:
 
 
 def test_content_that_is_quarantined_cannot(observed: Observed) -> None:
-    version = observed.publish(A)
-    for _ in range(3):
-        observed.registry.fault(version, "ADAPTER_NON_FINITE")
+    observed.publish(A)
+    observed.registry.quarantine(A, "ADAPTER_NON_FINITE")
     with pytest.raises(AdapterUnusable):
         check(observed, A, replace=True)
     assert check(observed, B, replace=True)
@@ -252,8 +251,7 @@ def test_an_unregistering_that_failed_leaves_everything_as_it_was(observed: Obse
     if state == "failed":
         observed.registry.fail(A, "BLOB_CORRUPT")
     if state == "quarantined":
-        for _ in range(3):
-            observed.registry.fault(version, "ADAPTER_NON_FINITE")
+        observed.registry.quarantine(A, "ADAPTER_NON_FINITE")
     before = (version.state, version.state_reason)
     observed.registry.drain(NAME, None)
     observed.registry.revive(NAME)
@@ -264,24 +262,22 @@ def test_an_unregistering_that_failed_leaves_everything_as_it_was(observed: Obse
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_third_fault_quarantines(observed: Observed) -> None:
-    version = observed.publish(A)
-    for _ in range(2):
-        observed.registry.fault(version, "ADAPTER_NON_FINITE")
-        assert observed.acquire(str(version.faults)) is version
-    observed.registry.fault(version, "ADAPTER_NON_FINITE")
+def test_a_quarantine_is_of_content_and_spares_requests_inside(observed: Observed) -> None:
+    version, twin = observed.publish(A), observed.publish(A, OTHER)
+    assert observed.acquire("1") is version
+    assert observed.registry.quarantine(A, "ADAPTER_NON_FINITE") == [version, twin]
+    assert observed.registry.quarantine(A, "ADAPTER_NON_FINITE") == [], "it is out of service already"
     error = observed.refusal()
     assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_QUARANTINED")
-    assert observed.acquire is not None
-    assert version.leases == {"1", "2"}, "those that run go on"
+    assert "LiftQuarantine" in error.message
+    assert version.leases == {"1"}, "those that run go on"
 
 
-def test_faults_of_a_version_that_is_leaving_change_nothing(observed: Observed) -> None:
+def test_a_quarantine_of_content_that_is_leaving_changes_nothing(observed: Observed) -> None:
     old = observed.publish(A)
     observed.acquire("r")
     observed.publish(B)
-    for _ in range(3):
-        observed.registry.fault(old, "ADAPTER_NON_FINITE")
+    assert observed.registry.quarantine(A, "ADAPTER_NON_FINITE") == []
     assert old.state is AdapterState.DRAINING
     assert observed.acquire("s").digest == B
 

@@ -572,7 +572,7 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
 
 
 def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poison: str) -> None:
-    """It fails its own requests, changes no token beside or after them, and is quarantined at the third."""
+    """It fails its own requests, changes no token beside or after them, and is quarantined each time."""
     client = tight.client
     prompt = "Words enough to fill more than two blocks of keys and values with them."
     targets = (None, "lora-1")
@@ -584,6 +584,9 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
             wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", retry=False)
         assert neighbour.result().tokens == alone[target], turn
+        wait_until(lambda: client.get(poison).state == QUARANTINED)
+        if turn < 2:
+            assert client.lift(poison).state == ACTIVE
     shared = [step for step in tight.gate.steps[-60:] if step.num_requests == 2]
     assert shared, "they never were in one batch"
     for call in (client.generate, client.load):

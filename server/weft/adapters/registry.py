@@ -20,7 +20,6 @@ from pydantic import TypeAdapter
 from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
-_FAULTS_UNTIL_QUARANTINE = 3
 _NO_DIGEST = AdapterDigest("")
 
 
@@ -99,7 +98,6 @@ class Version:
     pinned: bool = False
     last_used_time_s: float | None = None
     leases: set[str] = field(default_factory=set)
-    faults: int = 0
     removal: WeftError | None = None
 
 
@@ -285,11 +283,12 @@ class Registry:
             version.pinned = pinned
             self._changed(Change.UPDATED, version)
 
-    def fault(self, version: Version, reason: str) -> None:
-        """Count a request that failed because of this adapter; the third one quarantines it."""
-        version.faults += 1
-        if version.faults >= _FAULTS_UNTIL_QUARANTINE and version.state is AdapterState.ACTIVE:
+    def quarantine(self, digest: AdapterDigest, reason: str) -> list[Version]:
+        """Take content out of service that fails by itself; return the versions that were in service."""
+        active = [version for version in self.of(digest) if version.state is AdapterState.ACTIVE]
+        for version in active:
             self.move(version, AdapterState.QUARANTINED, reason)
+        return active
 
     def fail(self, digest: AdapterDigest, reason: str) -> None:
         """Mark content as FAILED, because its stored files are unusable, or unusable on this base."""
@@ -345,7 +344,8 @@ def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | 
         case AdapterState.LOADING:
             retry_after_s = 1.0
         case AdapterState.QUARANTINED:
-            reason, text = "ADAPTER_QUARANTINED", f"{name} was taken out of service: {cause}"
+            reason = "ADAPTER_QUARANTINED"
+            text = f"{name} was taken out of service: {cause}; register other content, or call LiftQuarantine"
         case AdapterState.FAILED if cause == "BLOB_CORRUPT":
             kind, reason, text = DataLoss, cause, f"the stored files of {name} changed; register it again"
     return kind.at(reason, field, text, adapter_id=name, cause=cause, retry_after_s=retry_after_s)

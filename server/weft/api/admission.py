@@ -38,12 +38,16 @@ class Admission:
         self.empty = asyncio.Event()
         self.empty.set()
 
+    @property
+    def is_full(self) -> bool:
+        return self.num_requests >= self._max_requests
+
     def enter(self, checked: CheckedSpec, request_id: RequestId) -> Admitted:
         """Take a place and lease every adapter, or take nothing.
 
         Nothing is awaited in here, so no version can go between being found and being leased.
         """
-        if self.num_requests >= self._max_requests:
+        if self.is_full:
             raise Overloaded(
                 "QUEUE_FULL",
                 f"requests: the queue is full (limit {self._max_requests}); try again later",

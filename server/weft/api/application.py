@@ -95,7 +95,7 @@ class Application:
         max_requests = config.engine.max_num_seqs + config.engine.max_queued_requests
         self.requests = RequestFlow(
             engine=self.engine,
-            registry=self.lifecycle.registry,
+            lifecycle=self.lifecycle,
             admission=Admission(self.lifecycle, model.base, max_requests),
             work=self.work,
             base=model.base,

@@ -175,7 +175,10 @@ class Following:
         elif adapter_id in self._quarantined:
             self._quarantined.discard(adapter_id)
             if version.state is state.QUARANTINED:
-                self._publish(self._version(manifest))
+                lifted = self._version(manifest)
+                self._publish(lifted)
+                if lifted.state is state.LOADING:
+                    self.work.keep(self._read(lifted))
 
     def _drop(self, adapter_id: AdapterId) -> None:
         """Remove an id that another server unregistered: now, or once the requests inside have ended."""

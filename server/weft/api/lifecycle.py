@@ -26,10 +26,10 @@ from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterDigest, AdapterId
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.adapters.ingest import Ingested
 from weft.adapters.loader import AdapterLoader
-from weft.adapters.registry import Registry, Version
+from weft.adapters.registry import AdapterState, Registry, Version, require_expected
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, Staging
 from weft.api import mixtures
@@ -40,7 +40,7 @@ from weft.api.watch import Watches
 from weft.api.work import Work
 from weft.engine.engine import Engine, Freed
 from weft.engine.request import FinishReason, RequestId
-from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, Unavailable, WeftError
+from weft.errors import AdapterConflict, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable, WeftError
 from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -279,6 +279,40 @@ class Lifecycle:
             self.engine.end(RequestId(request_id), FinishReason.ERROR, error)
         await self.publication.wait_released(versions)
         return Removed(await self.publication.remove(versions), cancelled_requests=len(leftover))
+
+    # -- quarantine ----------------------------------------------------------------------------------------------
+
+    async def quarantine(self, digest: AdapterDigest, reason: str) -> None:
+        """Take content out of service under every id, at once and after a restart."""
+        for version in self.registry.quarantine(digest, reason):
+            _log.warning("%s: quarantined, %s", version.adapter_id, reason)
+            try:
+                async with self.work.lock(version.adapter_id):
+                    await self._keep_quarantine(version, reason)
+            except AdapterNotFound:
+                pass  # it was unregistered meanwhile
+            except WeftError as error:
+                _log.warning("%s: the quarantine ends with this server: %s", version.adapter_id, error)
+
+    async def lift_quarantine(self, adapter_id: AdapterId, expected_digest: str | None) -> Version:
+        """Put content in service again that was quarantined; do nothing if it is in service."""
+        self.work.require_open()
+        async with self.work.lock(adapter_id):
+            await self.following.look_at(adapter_id)
+            version = self.registry.require(AdapterReference(adapter_id, None))
+            require_expected(adapter_id, version.digest, expected_digest)
+            if version.state is not AdapterState.QUARANTINED:
+                return version
+            await self._keep_quarantine(version, "")
+            version = self.registry.require(AdapterReference(adapter_id, None))
+            if version.state is AdapterState.QUARANTINED:  # one that the store could not keep
+                self.registry.move(version, AdapterState.ACTIVE, "")
+        return version
+
+    async def _keep_quarantine(self, version: Version, reason: str) -> None:
+        """Write a quarantine to the store, or its end; the caller holds the id's lock."""
+        await self.work.run(self.store.set_quarantined, version.adapter_id, version.digest, reason)
+        await self.following.look_at(version.adapter_id)
 
     def release(self, version: Version, request_id: str) -> None:
         """End a request's lease."""

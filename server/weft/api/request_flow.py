@@ -11,15 +11,17 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 
-from weft.adapters.registry import Registry
 from weft.api import answer
 from weft.api.admission import Admission, Admitted
 from weft.api.answer import GenerationPart
+from weft.api.lifecycle import Lifecycle
 from weft.api.prompt import PromptEncoder
+from weft.api.trials import Trials
 from weft.api.validation import ChatMessage, GenerationSpec, check
 from weft.api.work import Work
 from weft.config import RequestLimits
 from weft.engine.detokenizer import Detokenizer
+from weft.engine.endings import NON_FINITE
 from weft.engine.engine import Engine
 from weft.engine.request import Finish, FinishReason, GateDetail, Request, RequestId, TokenEvent
 from weft.errors import Cancelled, DeadlineExceeded, WeftError
@@ -49,7 +51,7 @@ class RequestFlow:
     """The generate requests of one server. work: refuses new requests, as it refuses other calls."""
 
     engine: Engine
-    registry: Registry
+    lifecycle: Lifecycle
     admission: Admission
     work: Work
     base: Base
@@ -59,10 +61,13 @@ class RequestFlow:
     _ids: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
+        self._trials = Trials(engine=self.engine, lifecycle=self.lifecycle, admission=self.admission, work=self.work)
         self._prompts = PromptEncoder(self.base.tokenizer, self.limits)
 
     def deliver(self, event: TokenEvent) -> None:
         """Pass an event to its stream."""
+        if self._trials.deliver(event):
+            return
         stream = self._streams[event.request_id]
         stream.events.put_nowait(event)
         if event.finish is not None:
@@ -75,6 +80,7 @@ class RequestFlow:
 
     def fail_all(self, error: WeftError) -> None:
         """End every accepted request, because the engine does not; none of its events may come after this."""
+        self._trials.fail_all(error)
         for stream in list(self._streams.values()):
             request = stream.request
             finish = Finish(
@@ -164,12 +170,9 @@ class RequestFlow:
         return allowed_s
 
     def _settle(self, stream: Stream, finish: Finish) -> None:
-        admitted = stream.admitted
-        if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
-            for part, version in zip(admitted.checked.parts, admitted.versions, strict=True):
-                if answer.takes_part(part, version, stream.request):
-                    self.registry.fault(version, finish.error.reason)
-        self.admission.leave(admitted)
+        if finish.error is not None and finish.error.reason in NON_FINITE and stream.request.adapters:
+            self._trials.begin(stream.admitted, stream.request)
+        self.admission.leave(stream.admitted)
 
     def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:
         return Detokenizer(

@@ -5,6 +5,7 @@ from weft.engine.request import Request
 from weft.errors import AdapterUnusable, Overloaded, Unavailable, WeftError
 
 ENGINE_DOWN = "ENGINE_DOWN"
+NON_FINITE = frozenset({"ADAPTER_NON_FINITE", "NON_FINITE"})
 
 
 def engine_down(why: str) -> Unavailable:

@@ -247,7 +247,7 @@ class Engine:
 
     def _append(self, request: Request, token: SampledToken | None, now: float) -> None:
         if token is None:
-            self._observer.row_not_finite()
+            self._observer.row_not_finite(request)
             self.blocks.invalidate(request)
             self._end(request, FinishReason.ERROR, endings.non_finite(request))
             return

@@ -169,6 +169,7 @@ class Request:
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
     num_cached_tokens: prompt tokens that were in the cache when the request first started.
     num_overtaken: later requests that started while this one waited for adapter room.
+    is_probe: whether the server asks for itself, so that no metric counts it.
     digests: contents that must be on the device: the adapters in order, then the mixture's router.
     spans: the uses with virtual positions; `virtual_blocks` has the blocks of each, one after the other.
     """
@@ -181,6 +182,7 @@ class Request:
     cache_root: bytes = b""
     deadline_s: float = float("inf")
     arrival_s: float = 0.0
+    is_probe: bool = False
 
     status: RequestStatus = RequestStatus.WAITING
     output: list[int] = field(default_factory=list)

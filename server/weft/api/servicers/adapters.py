@@ -132,6 +132,11 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         version = await self._lifecycle.memory.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
         return pb.UnloadAdapterResponse(adapter=self._adapter(version))
 
+    async def LiftQuarantine(self, request: pb.LiftQuarantineRequest, context: Any) -> pb.LiftQuarantineResponse:
+        expected = request.expected_digest if request.HasField("expected_digest") else None
+        version = await self._lifecycle.lift_quarantine(self._adapter_id(request.adapter_id), expected)
+        return pb.LiftQuarantineResponse(adapter=self._adapter(version))
+
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: Any
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
