@@ -17,7 +17,12 @@ import pytest
 from tests.reliability.ledger import Ledger
 from tests.reliability.pair import ACTIVE, SEEN_WITHIN_S, Pair, digest, listed, source
 from tests.server.live import Client, refused
+from weft.adapters.identifiers import AdapterDigest, AdapterId
+from weft.adapters.store import AdapterStore
+from weft.config import AdapterLimits
 from weft.v1 import adapter_pb2, generation_pb2
+
+FAILED, QUARANTINED = adapter_pb2.ADAPTER_STATE_FAILED, adapter_pb2.ADAPTER_STATE_QUARANTINED
 
 NUM_OPERATIONS = int(os.environ.get("WEFT_SOAK", "80"))
 OPERATIONS_PER_KILL = 60
@@ -162,6 +167,42 @@ def test_the_files_of_a_replaced_adapter_go_with_its_last_user(pair: Pair) -> No
     seen(lambda: {path.name for path in (pair.store / "versions").iterdir()} == before)
 
 
+def test_a_quarantine_in_the_store_holds_on_both(pair: Pair) -> None:
+    """Until it is lifted, also on a server that starts meanwhile."""
+    clients = lambda: (pair.a.client, pair.b.client)  # noqa: E731  one of them is restarted
+    content = AdapterDigest(pair.a.client.register("sick", source("upper-ia3")).adapter.digest)
+    seen(lambda: digest_on(pair.b.client, "sick") == content)
+    store = AdapterStore(pair.store, AdapterLimits())
+    store.set_quarantined(AdapterId("sick"), content, "ADAPTER_NON_FINITE")
+    for client in clients():
+        seen(lambda client=client: client.get("sick").state == QUARANTINED)
+        refused(lambda client=client: client.generate("sick"), "FAILED_PRECONDITION", "ADAPTER_QUARANTINED")
+    pair.restart_b()
+    assert pair.b.client.get("sick").state_reason == "ADAPTER_NON_FINITE"
+    store.set_quarantined(AdapterId("sick"), content, "")
+    for client in clients():
+        seen(lambda client=client: client.get("sick").state == ACTIVE)
+        assert client.tokens("sick")
+    removed(pair, "sick")
+
+
+def test_files_that_one_server_repairs_serve_the_other(pair: Pair) -> None:
+    a, b = pair.a.client, pair.b.client
+    content = a.register("rotten", source("upper-ia3")).adapter.digest
+    seen(lambda: digest_on(b, "rotten") == content)
+    alone = b.tokens("rotten")
+    blob = pair.store / "versions" / content / "adapter_model.safetensors"
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    for client in (a, b):
+        client.unload("rotten")
+        refused(lambda client=client: client.generate("rotten"), "DATA_LOSS", "BLOB_CORRUPT")
+        assert client.get("rotten").state == FAILED
+    b.register("rotten", source("upper-ia3"))
+    seen(lambda: a.get("rotten").state == ACTIVE)
+    assert a.tokens("rotten") == b.tokens("rotten") == alone
+    removed(pair, "rotten")
+
+
 @pytest.fixture(autouse=True)
 def _both_live(pair: Pair) -> None:
     """Check that no test ends a server."""
@@ -207,7 +248,7 @@ class Mix:
             case "swap":
                 return adapter_id, operation, lambda c: register(c, replace=True, expected_digest=current), "OK", wanted
             case "stale swap":
-                outcome = "OK" if unchanged else "ABORTED"
+                outcome = "OK" if current == wanted else "ABORTED"
                 return (
                     adapter_id,
                     operation,
