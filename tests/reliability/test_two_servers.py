@@ -1,16 +1,31 @@
-"""Two server processes on one store: no acknowledged change is lost, and each soon shows what the other changed."""
+"""Two server processes on one store: no acknowledged change is lost, and each soon shows what the other changed.
+
+WEFT_SOAK sets the number of mixed operations.
+"""
 
 import contextlib
+import os
+import random
+import signal
+import threading
 import time
 from collections.abc import Callable
 
 import grpc
 import pytest
 
+from tests.reliability.ledger import Ledger
 from tests.reliability.pair import ACTIVE, SEEN_WITHIN_S, Pair, digest, listed, source
 from tests.server.live import Client, refused
+from weft.adapters.identifiers import AdapterDigest, AdapterId
+from weft.adapters.store import AdapterStore
+from weft.config import AdapterLimits
 from weft.v1 import adapter_pb2, generation_pb2
 
+FAILED, QUARANTINED = adapter_pb2.ADAPTER_STATE_FAILED, adapter_pb2.ADAPTER_STATE_QUARANTINED
+
+NUM_OPERATIONS = int(os.environ.get("WEFT_SOAK", "80"))
+OPERATIONS_PER_KILL = 60
 LONG = generation_pb2.Stopping(min_new_tokens=200, max_new_tokens=200)
 
 
@@ -152,8 +167,182 @@ def test_the_files_of_a_replaced_adapter_go_with_its_last_user(pair: Pair) -> No
     seen(lambda: {path.name for path in (pair.store / "versions").iterdir()} == before)
 
 
+def test_a_quarantine_in_the_store_holds_on_both(pair: Pair) -> None:
+    """Until it is lifted, also on a server that starts meanwhile."""
+    clients = lambda: (pair.a.client, pair.b.client)  # noqa: E731  one of them is restarted
+    content = AdapterDigest(pair.a.client.register("sick", source("upper-ia3")).adapter.digest)
+    seen(lambda: digest_on(pair.b.client, "sick") == content)
+    store = AdapterStore(pair.store, AdapterLimits())
+    store.set_quarantined(AdapterId("sick"), content, "ADAPTER_NON_FINITE")
+    for client in clients():
+        seen(lambda client=client: client.get("sick").state == QUARANTINED)
+        refused(lambda client=client: client.generate("sick"), "FAILED_PRECONDITION", "ADAPTER_QUARANTINED")
+    pair.restart_b()
+    assert pair.b.client.get("sick").state_reason == "ADAPTER_NON_FINITE"
+    store.set_quarantined(AdapterId("sick"), content, "")
+    for client in clients():
+        seen(lambda client=client: client.get("sick").state == ACTIVE)
+        assert client.tokens("sick")
+    removed(pair, "sick")
+
+
+def test_files_that_one_server_repairs_serve_the_other(pair: Pair) -> None:
+    a, b = pair.a.client, pair.b.client
+    content = a.register("rotten", source("upper-ia3")).adapter.digest
+    seen(lambda: digest_on(b, "rotten") == content)
+    alone = b.tokens("rotten")
+    blob = pair.store / "versions" / content / "adapter_model.safetensors"
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    for client in (a, b):
+        client.unload("rotten")
+        refused(lambda client=client: client.generate("rotten"), "DATA_LOSS", "BLOB_CORRUPT")
+        assert client.get("rotten").state == FAILED
+    b.register("rotten", source("upper-ia3"))
+    seen(lambda: a.get("rotten").state == ACTIVE)
+    assert a.tokens("rotten") == b.tokens("rotten") == alone
+    removed(pair, "rotten")
+
+
 @pytest.fixture(autouse=True)
 def _both_live(pair: Pair) -> None:
     """Check that no test ends a server."""
     assert pair.a.is_alive
     assert pair.b.is_alive
+
+
+# Mixed operations, with kills
+
+
+class Mix:
+    """Random operations on a few ids, through either server, each with the outcome that the ledger demands."""
+
+    IDS = ("mix-0", "mix-1", "mix-2")
+    CONTENTS = ("upper-ia3", "caesar-ia3", "zigzag-ia3", "reverse-ia3")
+
+    def __init__(self, pair: Pair, seed: int) -> None:
+        self.pair = pair
+        self.dice = random.Random(seed)
+        self.ledger = Ledger(self.IDS)
+        self.digests = {name: digest(name) for name in self.CONTENTS}
+        self.counts: dict[str, int] = {}
+
+    def draw(self) -> tuple[str, str, Callable[[Client], object], str, str]:
+        """Return (adapter id, operation, call, expected outcome, digest after success)."""
+        adapter_id, name = self.dice.choice(self.IDS), self.dice.choice(self.CONTENTS)
+        current, wanted = self.ledger[adapter_id], self.digests[name]
+        stale = self.dice.choice([other for other in self.digests.values() if other != current])
+        operation = self.dice.choice(["register", "replace", "replace", "swap", "stale swap", "remove", "stale remove"])
+
+        def register(client: Client, **fields: object) -> object:
+            return client.register(adapter_id, source(name), **fields)
+
+        def remove(client: Client, **fields: object) -> object:
+            return client.unregister(adapter_id, **fields)
+
+        match operation:
+            case "register":
+                outcome = "OK" if current in ("", wanted) else "ALREADY_EXISTS"
+                return adapter_id, operation, register, outcome, wanted
+            case "replace":
+                return adapter_id, operation, lambda c: register(c, replace=True), "OK", wanted
+            case "swap":
+                return adapter_id, operation, lambda c: register(c, replace=True, expected_digest=current), "OK", wanted
+            case "stale swap":
+                outcome = "OK" if current == wanted else "ABORTED"
+                return (
+                    adapter_id,
+                    operation,
+                    lambda c: register(c, replace=True, expected_digest=stale),
+                    outcome,
+                    wanted,
+                )
+            case "remove":
+                return adapter_id, operation, remove, "OK" if current else "NOT_FOUND", ""
+            case _:
+                outcome = "ABORTED" if current else "NOT_FOUND"
+                return adapter_id, operation, lambda c: remove(c, expected_digest=stale), outcome, ""
+
+    def step(self) -> None:
+        """Do one operation through one server; its outcome must be that of a single server."""
+        adapter_id, operation, call, expected, after = self.draw()
+        outcome = outcome_of(call, self.dice.choice([self.pair.a, self.pair.b]).client)
+        assert outcome == expected, (adapter_id, operation)
+        self.counts[operation] = self.counts.get(operation, 0) + 1
+        if outcome == "OK":
+            self.ledger.acknowledged(adapter_id, after)
+
+    def race(self) -> None:
+        """Swap one id through both servers at once, each expecting the same digest: exactly one succeeds."""
+        adapter_id = self.dice.choice(self.IDS)
+        current = self.ledger[adapter_id]
+        names = self.dice.sample([name for name, other in self.digests.items() if other != current], 2)
+        outcomes = ["", ""]
+
+        def swap(index: int, client: Client) -> None:
+            fields = {"replace": True, "expected_digest": current}
+            outcomes[index] = outcome_of(lambda c: c.register(adapter_id, source(names[index]), **fields), client)
+
+        clients = (self.pair.a.client, self.pair.b.client)
+        threads = [threading.Thread(target=swap, args=(index, client)) for index, client in enumerate(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == ["ABORTED", "OK"], outcomes
+        self.ledger.acknowledged(adapter_id, self.digests[names[outcomes.index("OK")]])
+
+    def kill(self) -> None:
+        """Kill server b at a random instant of an operation, and start it again."""
+        adapter_id, _, call, _, after = self.draw()
+        killer = threading.Timer(self.dice.uniform(0.0, 0.04), self.pair.b.signal, [signal.SIGKILL])
+        killer.start()
+        outcome = outcome_of(call, self.pair.b.client)
+        killer.join()
+        if outcome == "OK":
+            self.ledger.acknowledged(adapter_id, after)
+        elif outcome == "UNAVAILABLE":
+            self.ledger.cut_off(adapter_id, after)
+        self.pair.restart_b()
+
+    def both_agree(self) -> None:
+        """Check that both servers soon list what the ledger says."""
+        for server in (self.pair.a, self.pair.b):
+            for adapter_id in self.IDS:
+                seen(lambda s=server, i=adapter_id: (digest_on(s.client, i) or "") == self.ledger[i])
+
+
+def outcome_of(call: Callable[[Client], object], client: Client) -> str:
+    """Return the status of a call."""
+    try:
+        call(client)
+    except grpc.RpcError as error:
+        return error.code().name  # pyright: ignore[reportAttributeAccessIssue]
+    return "OK"
+
+
+def test_mixed_operations_lose_nothing(pair: Pair) -> None:
+    mix = Mix(pair, seed=6)
+    for number in range(1, NUM_OPERATIONS + 1):
+        mix.race() if number % 10 == 0 else mix.step()
+        if number % OPERATIONS_PER_KILL == 0:
+            mix.kill()
+        if number % 20 == 0:
+            assert mix.ledger.judge(pair.store / "catalog") == []
+            mix.both_agree()
+    for adapter_id in mix.IDS:
+        removed(pair, adapter_id)
+    assert len(mix.counts) == 6, "some operation was never drawn"
+
+
+def test_the_ledger_sees_a_lost_change(pair: Pair) -> None:
+    """Negative control: acknowledged changes that something else undid, and a change that was never acknowledged."""
+    ledger, catalog = Ledger(["lost", "kept"]), pair.store / "catalog"
+    for adapter_id in ("lost", "kept"):
+        ledger.acknowledged(adapter_id, pair.a.client.register(adapter_id, source("upper-ia3")).adapter.digest)
+    assert ledger.judge(catalog) == []
+    (catalog / "lost.json").unlink()
+    assert [lost.adapter_id for lost in ledger.judge(catalog)] == ["lost"]
+    pair.b.client.register("kept", source("caesar-ia3"), replace=True)
+    assert [lost.found for lost in ledger.judge(catalog)] == [digest("caesar-ia3")]
+    removed(pair, "lost")
+    removed(pair, "kept")

@@ -231,8 +231,8 @@ class Lifecycle:
     ) -> Removed:
         """Remove an adapter; return when nothing of it is left.
 
-        Raises Unavailable ENGINE_STALLED if the engine keeps it for `release_timeout_s` after its requests were told
-        to end. Then it is out of the catalog, no request can use it, and another call waits for the rest.
+        Raises Unavailable ENGINE_STALLED if the engine keeps it for `release_timeout_s` after it was asked to end the
+        adapter's requests. Then it is out of the catalog, no request can use it, and another call waits for the rest.
         """
         self.work.require_open()
 

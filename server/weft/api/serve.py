@@ -1,6 +1,6 @@
 """The composition root: builds everything from a WeftConfig, serves until a signal, drains, exits.
 
-start:   load the base → start the engine → restore the store → listen → SERVING
+start:   load the base → start the engine → read the store's manifests → listen → SERVING
 SIGTERM: NOT_SERVING, new calls refused → running requests finish, up to drain_timeout_s → the rest end → exit 0
 second signal: stop waiting
 engine down or hung: NOT_SERVING, every request has ended with UNAVAILABLE → exit 1

@@ -100,10 +100,11 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 rule = "is not one that this server gave"
                 raise InvalidRequest.rule("PAGE_TOKEN_INVALID", "page_token", rule, given=request.page_token) from None
         size = min(request.page_size or _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX)
+        states = [state for state, number in _STATES.items() if request.state in (0, number)]
         matching = (
             version
             for version in self._lifecycle.registry.after(after)
-            if request.method in ("", version.info.method) and request.state in (0, _STATES[version.state])
+            if version.state in states and (not request.method or version.info.method == request.method)
         )
         page = list(itertools.islice(matching, size + 1))
         response = pb.ListAdaptersResponse(next_page_token=page[size - 1].adapter_id if len(page) > size else "")
