@@ -11,7 +11,7 @@ import math
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
 from hashlib import blake2b
@@ -336,11 +336,23 @@ class FakeRunner:
 
 
 class FakeLoader:
-    """A loader whose loads the test completes. asked: the open requests, oldest first. came: counts the requests."""
+    """A loader whose loads the test completes. asked: the open requests, oldest first. came: counts the requests.
 
-    def __init__(self) -> None:
+    sizes: of the adapters whose size is known. reserved: what the engine has on its way.
+    """
+
+    def __init__(self, capacity_bytes: int = 1 << 30) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.sizes: dict[AdapterDigest, int] = {}
+        self.reserved: Mapping[AdapterDigest, int] = {}
         self.came = Semaphore(0)
         self.asked: list[tuple[AdapterDigest, Future[PackedAdapter]]] = []
+
+    def size_of(self, digest: AdapterDigest) -> int:
+        return self.sizes.get(digest, UNIT_BYTES)
+
+    def reserve(self, on_the_way: Mapping[AdapterDigest, int]) -> None:
+        self.reserved = on_the_way
 
     def request(self, digest: AdapterDigest) -> Future[PackedAdapter]:
         packed: Future[PackedAdapter] = Future()
@@ -366,6 +378,7 @@ class Harness:
         max_num_batched_tokens: int = 32,
         max_model_len: int = 64,
         capacity_bytes: int = 1 << 20,
+        host_bytes: int = 1 << 30,
         caching: bool = True,
         metrics: Metrics | None = None,
         stream_interval_s: float = 0.0,
@@ -373,7 +386,7 @@ class Harness:
         self.now = 0.0
         self.runner = FakeRunner(block_size=block_size, capacity_bytes=capacity_bytes)
         self.inbox = Inbox()
-        self.loader = FakeLoader()
+        self.loader = FakeLoader(host_bytes)
         self.failed: list[tuple[AdapterDigest, str]] = []
         self.num_down = 0
         self.events: dict[RequestId, list[TokenEvent]] = {}
@@ -540,7 +553,7 @@ class Harness:
         assert residency.slots_of.keys() >= set(scheduler.running)
         assert residency.slots_of.keys() | residency._seekers <= set(alive)
         assert not residency._pending & residents.keys()
-        assert residency._pending <= set(self.loads)
+        assert residency._pending <= set(self.loads) | set(residency.wanted)
         sought = {digest for request in residency._seekers for digest in request.digests}
         wanted = sought | residency._pinned | residency._awaited.keys()
         assert residency._arrived.keys() <= wanted

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -20,11 +21,15 @@ _log = logging.getLogger(__name__)
 
 
 class HostCache:
-    """At most `capacity_bytes` of packed adapters. A larger one is not kept. AdapterLoader's lock guards it."""
+    """At most `capacity_bytes` of packed adapters, together with those on their way to the device.
+
+    A larger one is not kept. AdapterLoader's lock guards it.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
-        self._capacity_bytes = capacity_bytes
+        self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
+        self._reserved: Mapping[AdapterDigest, int] = {}
         self._packed_adapters: OrderedDict[AdapterDigest, PackedAdapter] = OrderedDict()
 
     def __contains__(self, digest: AdapterDigest) -> bool:
@@ -40,12 +45,26 @@ class HostCache:
     def put(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
         """Keep a packed adapter, evicting older ones as needed."""
         self.drop(digest)
-        if packed.size_bytes > self._capacity_bytes:
+        if packed.size_bytes > self.capacity_bytes:
             return
         self._packed_adapters[digest] = packed
         self.used_bytes += packed.size_bytes
-        while self.used_bytes > self._capacity_bytes:
-            self.drop(next(iter(self._packed_adapters)))
+        self._trim()
+
+    def reserve(self, on_the_way: Mapping[AdapterDigest, int]) -> None:
+        """Leave room for adapters on their way, by their bytes."""
+        self._reserved = on_the_way
+        self._trim()
+
+    def _trim(self) -> None:
+        """Evict the oldest ones that are not on their way; what is on its way counts once, also if it is cached."""
+        cached = self._packed_adapters
+        twice = sum(cached[digest].size_bytes for digest in self._reserved if digest in cached)
+        most = self.capacity_bytes - sum(self._reserved.values()) + twice
+        for digest in [digest for digest in cached if digest not in self._reserved]:
+            if self.used_bytes <= most:
+                return
+            self.drop(digest)
 
     def drop(self, digest: AdapterDigest) -> int:
         """Drop a packed adapter; return its bytes."""
@@ -65,13 +84,17 @@ class _Load:
 
 @dataclass(kw_only=True, eq=False)
 class AdapterLoader:
-    """Host copies of stored adapters. Any thread may call it. workers: the threads that read and parse."""
+    """Host copies of stored adapters. Any thread may call it.
+
+    workers: the threads that read and parse. size_of: the bytes of an adapter once it is packed; 0 if unknown.
+    """
 
     store: AdapterStore
     ingest: Ingest
     host: HostCache
     workers: Executor
     metrics: Metrics
+    size_of: Callable[[AdapterDigest], int] = lambda digest: 0
 
     def __post_init__(self) -> None:
         self._loads: dict[Future[PackedAdapter], _Load] = {}
@@ -80,6 +103,15 @@ class AdapterLoader:
     def __contains__(self, digest: AdapterDigest) -> bool:
         with self._lock:
             return digest in self.host
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.host.capacity_bytes
+
+    def reserve(self, on_the_way: Mapping[AdapterDigest, int]) -> None:
+        """Leave room in the host's memory for adapters on their way to the device, by their bytes."""
+        with self._lock:
+            self.host.reserve(on_the_way)
 
     def request(self, digest: AdapterDigest) -> "Future[PackedAdapter]":
         """Return a future that ends with the packed adapter, or with WeftError."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from weft import __version__
-from weft.adapters.identifiers import AdapterId
+from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.ingest import Ingest
 from weft.adapters.loader import AdapterLoader, HostCache
 from weft.adapters.store import AdapterStore
@@ -73,7 +73,14 @@ class Application:
         # Packing some adapters reads the base's weights, which only the engine thread may touch.
         ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
         host = HostCache(config.residency.host_bytes)
-        loader = AdapterLoader(store=store, ingest=ingest, host=host, workers=self.work.threads, metrics=metrics)
+        loader = AdapterLoader(
+            store=store,
+            ingest=ingest,
+            host=host,
+            workers=self.work.threads,
+            metrics=metrics,
+            size_of=self._packed_bytes,
+        )
         self.engine = Engine(
             runner,
             config.engine,
@@ -137,6 +144,10 @@ class Application:
         await asyncio.sleep(0)  # the last events are in the loop's queue
         self.lifecycle.watches.end()
         await self.work.close()
+
+    def _packed_bytes(self, digest: AdapterDigest) -> int:
+        """Return the size of an adapter in memory, as its description says; any thread may ask."""
+        return max((version.info.packed_bytes for version in self.lifecycle.registry.of(digest)), default=0)
 
     def _receive(self, events: Sequence[EngineEvent]) -> None:
         """Dispatch the engine's events; called on the event loop."""

@@ -83,7 +83,7 @@ class Engine:
         self._inbox = inbox
         self._outbox = Outbox(publish, config.stream_interval_s)
         self.blocks = BlockManager(num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-        self.residency = Residency(runner, self.blocks, self._observer, self._outbox)
+        self.residency = Residency(runner, self.blocks, self._observer, self._outbox, loader)
         self.scheduler = Scheduler(
             self.blocks,
             self.residency,

@@ -6,16 +6,21 @@ needed, the longest unused first. A missing adapter is wanted once (`take_wanted
 between two steps. Soft rows are run through the base when their adapter is placed; if that fails, the requests that
 wait for it end.
 
+Packed adapters that arrived and wait for room take host memory, and so do those that are being loaded: `take_wanted`
+lets a load begin only if the host's budget has room for it beside them, in the order in which adapters became wanted.
+If no request could ever start otherwise, one load goes on whatever it takes.
+
 An adapter is evicted only for one that is used at once: the adapters of a request are placed together when all have
 arrived and fit, or not at all. So every eviction lets a request start, and no two requests evict each other's adapters
 forever.
 """
 
 import logging
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.packed_adapter import PackedAdapter
@@ -40,20 +45,40 @@ class _Resident:
     holders: int = 0
 
 
+class HostMemory(Protocol):
+    """The budget for packed adapters on the host, which its cache shares with those on their way (`AdapterLoader`)."""
+
+    @property
+    def capacity_bytes(self) -> int: ...
+
+    def size_of(self, digest: AdapterDigest, /) -> int:
+        """Return the bytes that an adapter will take once it is loaded; 0 if that is unknown."""
+        ...
+
+    def reserve(self, on_the_way: Mapping[AdapterDigest, int]) -> None:
+        """Leave room for these adapters, by their bytes; this replaces what was reserved before."""
+        ...
+
+
 class Residency:
     """Device memory of adapters; decides for the scheduler whether a request can start.
 
     wanted, failures: adapters to load, and those that could not be placed; the engine takes them after each schedule.
     """
 
-    def __init__(self, runner: Runner, blocks: BlockManager, observer: Observer, outbox: Outbox) -> None:
+    def __init__(
+        self, runner: Runner, blocks: BlockManager, observer: Observer, outbox: Outbox, host: HostMemory
+    ) -> None:
         self._runner = runner
         self._blocks = blocks
         self._observer = observer
         self._outbox = outbox
+        self._host = host
         self._resident: OrderedDict[AdapterDigest, _Resident] = OrderedDict()  # least recently used first
         self.wanted: list[AdapterDigest] = []  # to load
         self._pending: set[AdapterDigest] = set()  # wanted, not arrived yet
+        self._loading: dict[AdapterDigest, int] = {}  # by expected bytes; 0 if unknown
+        self._reserved: dict[AdapterDigest, int] = {}
         self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # arrived, not placed yet
         self.num_placed = 0
         self.failures: dict[AdapterDigest, WeftError] = {}  # arrived, but could not be placed
@@ -126,6 +151,7 @@ class Residency:
 
     def arrived(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
         """Take a loaded adapter: place it if it was preloaded or pinned, else keep it until its request starts."""
+        self._loading.pop(digest, None)
         if digest not in self._pending:
             return  # evicted while it was being loaded
         self._pending.discard(digest)
@@ -136,14 +162,41 @@ class Residency:
 
     def failed(self, digest: AdapterDigest, error: WeftError) -> None:
         """End the wait for a load that failed; the next request for the adapter loads it again."""
+        self._loading.pop(digest, None)
         self._pending.discard(digest)
         for future in self._awaited.pop(digest, ()):
             future.set_exception(error)
 
     def take_wanted(self) -> list[AdapterDigest]:
-        """Return the adapters to load that became wanted since the last call."""
-        wanted, self.wanted = dict.fromkeys(self.wanted), []
-        return [digest for digest in wanted if digest in self._pending]
+        """Return the adapters whose loads may begin now; the others stay in `wanted`."""
+        waiting = deque(dict.fromkeys(digest for digest in self.wanted if digest in self._pending))
+        taken: list[AdapterDigest] = []
+        while waiting and self._may_load(self._host.size_of(waiting[0])):
+            digest = waiting.popleft()
+            self._loading[digest] = self._host.size_of(digest)
+            taken.append(digest)
+        self.wanted = list(waiting)
+        on_the_way = self._on_the_way()
+        if on_the_way != self._reserved:
+            self._reserved = on_the_way
+            self._host.reserve(on_the_way)
+        return taken
+
+    def _may_load(self, size_bytes: int) -> bool:
+        left = self._host.capacity_bytes - sum(self._on_the_way().values())
+        if 0 in self._loading.values():
+            left = 0  # one load of unknown size at a time
+        return max(size_bytes, 1) <= left or not (self._loading or self._is_any_complete())
+
+    def _on_the_way(self) -> dict[AdapterDigest, int]:
+        return self._loading | {digest: packed.size_bytes for digest, packed in self._arrived.items()}
+
+    def _is_any_complete(self) -> bool:
+        """Return whether a request waits for room alone, which others make when they end."""
+        return any(
+            all(digest in self._resident or digest in self._arrived for digest in request.digests)
+            for request in self._seekers
+        )
 
     def take_failures(self) -> dict[AdapterDigest, WeftError]:
         """Return the adapters that could not be placed since the last call; a new request loads them again."""
