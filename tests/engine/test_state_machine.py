@@ -76,14 +76,19 @@ class EngineMachine(RuleBasedStateMachine):
     """The in-memory layer under any sequence of calls and faults."""
 
     @initialize(
-        num_blocks=st.integers(11, 13), budget=st.integers(4, 24), num_seqs=st.integers(1, 5), caching=st.booleans()
+        num_blocks=st.integers(11, 13),
+        budget=st.integers(4, 24),
+        num_seqs=st.integers(1, 5),
+        caching=st.booleans(),
+        host_units=st.integers(0, 4),
     )
-    def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool) -> None:
+    def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool, host_units: int) -> None:
         self.harness = Harness(
             num_blocks=num_blocks,
             max_num_seqs=num_seqs,
             max_num_batched_tokens=max(budget, num_seqs),
             capacity_bytes=DEVICE_UNITS * UNIT_BYTES,
+            host_bytes=host_units * UNIT_BYTES,
             caching=caching,
             metrics=METRICS,
         )
