@@ -154,16 +154,16 @@ class EngineMachine(RuleBasedStateMachine):
         for adapter_id, versions in list(self.removing.items()):
             if any(version.leases for version in versions):
                 continue
-            self.registry.remove(adapter_id)
+            self.registry.remove(versions[0])
             del self.removing[adapter_id], self.current[adapter_id]
-            for digest in {version.digest for version in versions} - self.registry.digests():
+            for digest in {version.digest for version in versions if not self.registry.of(version.digest)}:
                 evicted = self.engine.evict(digest)
                 self.turn()
                 evicted.result(timeout=0)
                 self.assert_gone(digest)
 
     def went_idle(self, version: Version) -> None:
-        if version.digest not in self.registry.digests():
+        if not self.registry.of(version.digest):
             self.engine.evict(version.digest)
 
     def assert_gone(self, digest: object) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -97,33 +96,47 @@ def test_the_cost_of_a_culprit_is_bounded(num_culprits: int) -> None:
     h.assert_answers()
 
 
-def test_random_numbers_are_not_lost_when_sampling_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first try draws the numbers, and then fails."""
-    h, real, failures = harness(), sampler.sample, iter([KERNEL])
+@pytest.fixture
+def fail_sampling_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Yield a function that makes sampling for that many requests fail once, after all else of the step was done."""
+    real, sizes = sampler.sample, set[int]()
 
     def sample(*given: Any) -> Any:
         made = real(*given)
-        if len(given[1]) == 4 and len(given[1][0].output) == 5:
-            for error in islice(failures, 1):
-                raise error
+        if len(given[1]) in sizes:
+            sizes.clear()
+            _raise(KERNEL)
         return made
 
     monkeypatch.setattr(sampler, "sample", sample)
+    yield sizes.add
+    assert not sizes, "it never failed"
+
+
+def test_random_numbers_are_not_lost_when_sampling_raises(fail_sampling_once: Callable[[int], None]) -> None:
+    """The first try draws the numbers, and then fails."""
+    h = harness()
     for index in range(4):
         h.submit([index], params=SamplingParams(seed=index, max_new_tokens=12))
+    h.turn(5)
+    fail_sampling_once(4)
     h.run()
-    assert next(failures, None) is None, "it never failed"
+    assert {h.reason(request) for request in h.requests.values()} == {"length"}
     h.assert_answers()
 
 
-def test_gates_of_a_step_that_is_computed_again_are_reported_once() -> None:
+def test_gates_of_a_step_that_is_computed_again_are_reported_once(fail_sampling_once: Callable[[int], None]) -> None:
     def gates(fail: bool) -> Any:
         h = harness()
         mixture = FakeMixture(7, (ONE, TWO))
         mixed = h.submit([1, 2, 3, 4, 5], mixture=mixture, params=LONG, gate_detail=GateDetail.TOKENS)
-        culprit = h.submit([9, 9], params=LONG)
+        while not h.tokens(mixed):
+            h.turn()
+            while h.loads:
+                h.answer_load(h.loads[0])
+        h.submit([9, 9], params=LONG)
         if fail:
-            h.runner.fail = raising_on([culprit])
+            fail_sampling_once(2)
         h.run()
         finish = h.finish(mixed)
         assert finish is not None
