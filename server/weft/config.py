@@ -124,6 +124,11 @@ class EngineConfig:
         description="Size of the paged pool; None takes `num_kv_blocks` if set, else room for `max_num_seqs` requests "
         "of `max_model_len`, bounded by 1 GiB and half of the free memory on a CPU, 80 % of it on CUDA.",
     )
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=120.0,
+        description="Longest step; an engine that takes longer is taken for hung, and the server ends with exit code "
+        "1.",
+    )
     enable_prefix_caching: bool = True
     max_queued_requests: Positive = 256
     max_queued_tokens: Positive = Field(

@@ -16,6 +16,8 @@ NAMES = frozenset(
         "before_fsync",
         "after_fsync",
         "before_version",  # everything is staged and checked, nothing is visible
+        "after_change_begun",  # the log of changes says that an id changes, and nothing has
+        "before_change_ended",  # the change is done, and the log does not say so
         "before_rename",
         "after_rename",
         "before_dirsync",

@@ -15,6 +15,11 @@ NAME, OTHER = AdapterId("name"), AdapterId("other")
 A, B, C = (AdapterDigest(letter * 64) for letter in "abc")
 
 
+def digests(registry: Registry) -> set[AdapterDigest]:
+    """Return the digests of which the registry has a version."""
+    return {digest for digest in (A, B, C, AdapterDigest("")) if registry.of(digest)}
+
+
 class Observed:
     """A registry and all its reports."""
 
@@ -37,6 +42,11 @@ class Observed:
     def release(self, version: Version, request_id: str) -> None:
         if self.registry.release(version, request_id):
             self.idle.append(version)
+
+    def remove(self, adapter_id: AdapterId) -> None:
+        version = self.registry.current(adapter_id)
+        assert version is not None
+        assert self.registry.remove(version)
 
     def acquire(self, request_id: str, digest: AdapterDigest | None = None) -> Version:
         version = self.registry.require_active(AdapterReference(NAME, digest))
@@ -85,12 +95,12 @@ def test_running_requests_keep_the_replaced_version_and_new_ones_get_the_new(obs
     assert observed.acquire("new").digest == B
     assert old.state is AdapterState.DRAINING
     assert [version.digest for version in observed.registry.versions(NAME)] == [B, A]
-    assert observed.registry.digests() == {A, B}
+    assert digests(observed.registry) == {A, B}
     error = observed.refusal(A)
     assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_DRAINING")
     observed.release(old, "old")
     assert observed.idle == [old]
-    assert observed.registry.digests() == {B}
+    assert digests(observed.registry) == {B}
     assert isinstance(observed.refusal(A), AdapterNotFound)
 
 
@@ -122,7 +132,7 @@ def test_content_that_comes_back_is_current_while_its_old_version_drains(observe
     assert observed.acquire("plain") is second
     observed.release(first, "first")
     assert observed.idle[-1] is first
-    assert A in observed.registry.digests(), "what `idle` may free is asked again"
+    assert A in digests(observed.registry), "what `idle` may free is asked again"
 
 
 # -- publish ---------------------------------------------------------------------------------------------------------
@@ -170,9 +180,8 @@ def test_content_that_failed_can_be_published_again(observed: Observed) -> None:
 
 
 def test_content_that_is_quarantined_cannot(observed: Observed) -> None:
-    version = observed.publish(A)
-    for _ in range(3):
-        observed.registry.fault(version, "ADAPTER_NON_FINITE")
+    observed.publish(A)
+    observed.registry.quarantine(A, "ADAPTER_NON_FINITE")
     with pytest.raises(AdapterUnusable):
         check(observed, A, replace=True)
     assert check(observed, B, replace=True)
@@ -182,7 +191,7 @@ def test_a_new_id_is_loading_until_it_is_published_or_given_up(observed: Observe
     with observed.registry.loading(NAME):
         error = observed.refusal()
         assert (error.reason, error.retry_after_s) == ("ADAPTER_NOT_READY", 1.0)
-        assert observed.registry.digests() == frozenset()
+        assert digests(observed.registry) == frozenset()
     assert isinstance(observed.refusal(), AdapterNotFound)
     with observed.registry.loading(NAME):
         observed.publish(A)
@@ -212,10 +221,10 @@ def test_draining_refuses_new_requests_and_only_one_caller_gets_it(observed: Obs
         observed.registry.drain(NAME, None)
     for version, request_id in zip(versions, ["current", "old"], strict=True):
         observed.release(version, request_id)
-    observed.registry.remove(NAME)
+    observed.remove(NAME)
     assert isinstance(observed.refusal(), AdapterNotFound)
     assert len(observed.registry) == 0
-    assert observed.registry.digests() == frozenset()
+    assert digests(observed.registry) == frozenset()
     assert observed.changes[-1] == (Change.REMOVED, "b")
 
 
@@ -232,7 +241,7 @@ def test_removing_a_held_version_is_a_bug(observed: Observed) -> None:
     observed.acquire("r")
     observed.registry.drain(NAME, None)
     with pytest.raises(AssertionError):
-        observed.registry.remove(NAME)
+        observed.remove(NAME)
 
 
 @pytest.mark.parametrize("state", ["active", "failed", "quarantined"])
@@ -242,8 +251,7 @@ def test_an_unregistering_that_failed_leaves_everything_as_it_was(observed: Obse
     if state == "failed":
         observed.registry.fail(A, "BLOB_CORRUPT")
     if state == "quarantined":
-        for _ in range(3):
-            observed.registry.fault(version, "ADAPTER_NON_FINITE")
+        observed.registry.quarantine(A, "ADAPTER_NON_FINITE")
     before = (version.state, version.state_reason)
     observed.registry.drain(NAME, None)
     observed.registry.revive(NAME)
@@ -254,24 +262,22 @@ def test_an_unregistering_that_failed_leaves_everything_as_it_was(observed: Obse
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_third_fault_quarantines(observed: Observed) -> None:
-    version = observed.publish(A)
-    for _ in range(2):
-        observed.registry.fault(version, "ADAPTER_NON_FINITE")
-        assert observed.acquire(str(version.faults)) is version
-    observed.registry.fault(version, "ADAPTER_NON_FINITE")
+def test_a_quarantine_is_of_content_and_spares_requests_inside(observed: Observed) -> None:
+    version, twin = observed.publish(A), observed.publish(A, OTHER)
+    assert observed.acquire("1") is version
+    assert observed.registry.quarantine(A, "ADAPTER_NON_FINITE") == [version, twin]
+    assert observed.registry.quarantine(A, "ADAPTER_NON_FINITE") == [], "it is out of service already"
     error = observed.refusal()
     assert (type(error), error.reason) == (AdapterUnusable, "ADAPTER_QUARANTINED")
-    assert observed.acquire is not None
-    assert version.leases == {"1", "2"}, "those that run go on"
+    assert "LiftQuarantine" in error.message
+    assert version.leases == {"1"}, "those that run go on"
 
 
-def test_faults_of_a_version_that_is_leaving_change_nothing(observed: Observed) -> None:
+def test_a_quarantine_of_content_that_is_leaving_changes_nothing(observed: Observed) -> None:
     old = observed.publish(A)
     observed.acquire("r")
     observed.publish(B)
-    for _ in range(3):
-        observed.registry.fault(old, "ADAPTER_NON_FINITE")
+    assert observed.registry.quarantine(A, "ADAPTER_NON_FINITE") == []
     assert old.state is AdapterState.DRAINING
     assert observed.acquire("s").digest == B
 
@@ -298,7 +304,7 @@ def test_watchers_are_told_of_every_change_once(observed: Observed) -> None:
     observed.registry.drain(NAME, None)
     observed.registry.revive(NAME)
     observed.registry.drain(NAME, None)
-    observed.registry.remove(NAME)
+    observed.remove(NAME)
     updated = Change.UPDATED
     assert observed.changes == [
         (Change.ADDED, "a"),
@@ -399,7 +405,7 @@ class RegistryMachine(RuleBasedStateMachine):
         elif any(version.adapter_id == name for version in self.held.values()):
             return
         else:
-            self.registry.remove(name)
+            self.registry.remove(self.current[name])
             del self.current[name]
         self.drained.discard(name)
 
@@ -407,7 +413,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def all_is_as_the_model_says(self) -> None:
         assert {version.adapter_id: version for version in self.registry} == self.current
         alive = {id(version): version for version in [*self.current.values(), *self.held.values()]}
-        assert self.registry.digests() == {version.digest for version in alive.values()}
+        assert digests(self.registry) == {version.digest for version in alive.values()}
         for digest in (A, B, C):
             assert {id(v) for v in self.registry.of(digest)} == {
                 key for key, version in alive.items() if version.digest == digest

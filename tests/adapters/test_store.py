@@ -1,6 +1,7 @@
 """The adapter store: what it keeps, what it refuses (rows 9, 10, 93), and how it recovers."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -87,7 +88,7 @@ def stored(store: AdapterStore, digest: AdapterDigest) -> dict[str, bytes]:
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.name != ".lock")
+    return sorted(path.name for path in directory.iterdir() if path.name not in (".lock", ".changes"))
 
 
 # The digest
@@ -137,7 +138,7 @@ def test_what_was_committed_is_read_back(store: AdapterStore, root: Path) -> Non
     assert stored(store, manifest.digest) == content(1)
     assert AdapterStore(root, LIMITS).recover() == ({ID: manifest}, (), 0)
     assert names(root / "staging") == []
-    assert json.loads((root / "catalog" / "alpha.json").read_text())["format"] == 2
+    assert json.loads((root / "catalog" / "alpha.json").read_text())["format"] == 3
 
 
 def test_files_are_private_and_positioned_at_their_start(store: AdapterStore, root: Path) -> None:
@@ -177,14 +178,15 @@ def test_content_is_kept_once_and_collected_when_nobody_names_it(store: AdapterS
     for adapter_id, seed in [("alpha", 1), ("beta", 1), ("gamma", 2), ("delta", 3)]:
         commit(store, adapter_id, seed)
     assert len(names(root / "versions")) == 3
-    assert store.collect([]) == ()
+    assert store.collect(digest(1), digest(2), digest(3)) == ()
     store.remove(ID)
     store.remove(AdapterId("gamma"))
     store.remove(AdapterId("delta"))
-    assert store.collect([digest(2)]) == (digest(3),)
+    assert store.collect(digest(1), digest(3)) == (digest(3),)
+    assert store.collect(digest(3), ABSENT) == ()
     assert names(root / "versions") == sorted([digest(1), digest(2)])
     store.remove(OTHER)
-    assert set(store.collect([])) == {digest(1), digest(2)}
+    assert set(store.collect(digest(1), digest(2))) == {digest(1), digest(2)}
     assert names(root / "versions") == names(root / "staging") == names(root / "catalog") == []
 
 
@@ -192,10 +194,10 @@ def test_an_open_version_is_not_collected_and_stays_readable(store: AdapterStore
     manifest = commit(store, "alpha", 1)
     with store.open_version(manifest.digest) as version:
         store.remove(ID)
-        assert store.collect([]) == ()
+        assert store.collect(manifest.digest) == ()
         assert AdapterStore(root, LIMITS).recover().num_orphans_removed == 0
         assert version.files[CONFIG].read() == content(1)[CONFIG]
-    assert store.collect([]) == (manifest.digest,)
+    assert store.collect() == (manifest.digest,), "the next collection tries again"
 
 
 def test_removing_twice_is_not_found(store: AdapterStore) -> None:
@@ -342,17 +344,57 @@ def test_every_flipped_bit_of_a_manifest_is_seen(store: AdapterStore) -> None:
             decode(other, ID)
 
 
-def test_a_manifest_of_the_first_format_is_read(store: AdapterStore, root: Path) -> None:
-    """Weft 0.1 spelled the digest `generation`. The next change of the id writes the manifest as it is spelled now."""
+@pytest.mark.parametrize("manifest_format", [1, 2])
+def test_a_manifest_of_an_older_format_is_read(store: AdapterStore, root: Path, manifest_format: int) -> None:
+    """The next change of the id writes the manifest as it is spelled now. Format 1 spelled the digest `generation`."""
     manifest = commit(store, "alpha", 1)
     path = root / "catalog" / f"{ID}.json"
-    path.write_bytes(manifest.encode(1))
-    assert b'"generation"' in path.read_bytes()
+    path.write_bytes(manifest.encode(manifest_format))
+    assert (b'"generation"' in path.read_bytes()) == (manifest_format == 1)
+    assert b'"quarantined"' not in path.read_bytes()
     assert decode(path.read_bytes(), ID) == manifest
+    as_newer = path.read_bytes().replace(f'"format": {manifest_format}'.encode(), b'"format": 3')
+    with pytest.raises(ManifestFault, match="has no proper"):
+        decode(as_newer, ID)
+    as_older = path.read_bytes().replace(
+        f'"format": {manifest_format}'.encode(), f'"format": {3 - manifest_format}'.encode()
+    )
     with pytest.raises(ManifestFault, match="checksum"):
-        decode(path.read_bytes().replace(b'"format": 1', b'"format": 2').replace(b'"generation"', b'"digest"'), ID)
+        decode(
+            as_older.replace(b'"generation"', b'"digest"')
+            if manifest_format == 1
+            else as_older.replace(b'"digest"', b'"generation"'),
+            ID,
+        )
     replaced = commit(store, "alpha", 2, replace=True)
     assert path.read_bytes() == replaced.encode()
+
+
+def test_a_manifest_describes_its_content(store: AdapterStore, root: Path) -> None:
+    manifest = commit(store, "alpha", 1, info='{"rank": 8}', checked_for="a base and limits")
+    assert (manifest.info, manifest.checked_for) == ('{"rank": 8}', "a base and limits")
+    assert AdapterStore(root, LIMITS).recover().manifests == {ID: manifest}
+
+
+def test_a_quarantine_lasts_until_other_content(store: AdapterStore, root: Path) -> None:
+    """It is of an id with one digest, and durable; the same content again does not end it."""
+    manifest = commit(store, "alpha", 1)
+    commit(store, "beta", 1)
+    assert store.set_quarantined(ID, digest(2), "NON_FINITE") == manifest, "the id has other content by now"
+    quarantined = store.set_quarantined(ID, digest(1), "NON_FINITE")
+    assert quarantined == dataclasses.replace(manifest, quarantined="NON_FINITE")
+    assert store.set_quarantined(ID, digest(1), "NON_FINITE") == quarantined
+    assert AdapterStore(root, LIMITS).recover().manifests[ID] == quarantined
+    assert store.read_manifest(OTHER).quarantined == ""
+    assert commit(store, "alpha", 1) == quarantined
+    assert commit(store, "alpha", 1, replace=True).quarantined == "NON_FINITE"
+    assert commit(store, "alpha", 1, expected_digest=digest(1)).quarantined == "NON_FINITE"
+    assert store.set_pinned(ID, True).quarantined == "NON_FINITE"
+    assert store.set_quarantined(ID, digest(1), "").quarantined == ""
+    store.set_quarantined(ID, digest(1), "NON_FINITE")
+    assert commit(store, "alpha", 2, replace=True).quarantined == ""
+    with pytest.raises(AdapterNotFound):
+        store.set_quarantined(AdapterId("gamma"), digest(1), "NON_FINITE")
 
 
 def test_a_manifest_that_could_not_be_read_back_is_not_written(store: AdapterStore) -> None:
@@ -424,11 +466,11 @@ def test_a_corrupt_manifest_blocks_its_id_alone(store: AdapterStore, root: Path)
             call()
         assert caught.value.reason == "MANIFEST_CORRUPT"
     store.remove(OTHER)
-    assert store.collect([]) == (), "the unreadable manifest may name any of them"
+    assert store.collect(digest(1), digest(2)) == (), "the unreadable manifest may name any of them"
     commit(store, "beta", 2)
     assert store.read_catalog().manifests.keys() == {healthy.adapter_id}
     assert commit(store, "alpha", 3, replace=True) == store.read_manifest(ID)
-    assert store.collect([]) == (digest(1),)
+    assert store.collect(digest(1)) == (digest(1),)
     (root / "catalog" / "alpha.json").write_bytes(b"")
     store.remove(ID)
     assert store.read_catalog().manifests.keys() == {OTHER}
@@ -489,7 +531,7 @@ def test_strangers_are_reported_and_left_alone(store: AdapterStore, root: Path) 
     assert recovery.manifests == {ID: manifest}
     assert {p.path for p in recovery.problems} == {*strangers, f"versions/{'f' * 63}"}
     assert {(p.adapter_id, p.reason) for p in recovery.problems} == {(None, "UNKNOWN_FILE")}
-    assert store.collect([]) == ()
+    assert store.collect(digest(9)) == ()
     assert all((root / stranger).exists() for stranger in strangers)
 
 
@@ -583,11 +625,12 @@ class StoreModel(RuleBasedStateMachine):
         else:
             self.store.remove(AdapterId(adapter_id))
 
-    @rule(live=st.sets(seeds))
-    def collect(self, live: set[int]) -> None:
-        self.store.collect([digest(seed) for seed in live])
+    @rule(seeds=st.sets(seeds))
+    def collect(self, seeds: set[int]) -> None:
+        before = set(names(self.root / "versions"))
+        self.store.collect(*map(digest, seeds))
         named = {digest(seed) for seed in self.bound.values()}
-        assert named <= set(names(self.root / "versions")) <= named | {digest(seed) for seed in live}
+        assert set(names(self.root / "versions")) == before - ({digest(seed) for seed in seeds} - named)
 
     @precondition(lambda self: self.bound)
     @rule(data=st.data())
@@ -604,6 +647,7 @@ class StoreModel(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         manifests, problems = self.store.read_catalog()
+        assert AdapterStore(self.root, LIMITS).read_catalog() == (manifests, problems)
         assert problems == ()
         assert {i: m.digest for i, m in manifests.items()} == {i: digest(s) for i, s in self.bound.items()}
         for seed in set(self.bound.values()):

@@ -167,6 +167,12 @@ class FakeService(GenerationServiceServicer, AdapterServiceServicer):
         adapter.residency = request.residency
         return adapter_service_pb2.UnloadAdapterResponse(adapter=adapter)
 
+    def LiftQuarantine(self, request: Any, context: Any) -> Any:
+        self._begin(request, context)
+        adapter = self._find(request.adapter_id, context)
+        adapter.state, adapter.state_reason = adapter_pb2.ADAPTER_STATE_ACTIVE, ""
+        return adapter_service_pb2.LiftQuarantineResponse(adapter=adapter)
+
     def WatchAdapters(self, request: Any, context: Any) -> Iterator[Any]:
         self._begin(request, context)
         for adapter in self.adapters.values():

@@ -13,6 +13,7 @@ from weft.v1.adapter_pb2 import ADAPTER_RESIDENCY_DEVICE, ADAPTER_RESIDENCY_HOST
 from weft.v1.adapter_service_pb2 import (
     UNREGISTER_MODE_CANCEL,
     UNREGISTER_MODE_DRAIN,
+    LiftQuarantineRequest,
     LoadAdapterRequest,
     RegisterAdapterRequest,
     UnloadAdapterRequest,
@@ -152,6 +153,15 @@ def test_rm_can_cancel_and_wait(fake: FakeService, weft: Weft) -> None:
     assert result.stdout == (
         "removed: reverse; freed 3 MiB on the device, 0 B in host memory, 7 KV blocks; 0 requests cancelled\n"
     )
+
+
+def test_lift(fake: FakeService, weft: Weft) -> None:
+    fake.put("poison", "lora", state=ADAPTER_STATE_QUARANTINED, state_reason="ADAPTER_NON_FINITE")
+    result = weft("adapters", "lift", "poison", "--expected-digest", "0" * 64)
+    assert result.stdout.startswith("lifted: poison lora active, ")
+    assert fake.last(LiftQuarantineRequest).expected_digest == "0" * 64
+    weft("adapters", "lift", "poison")
+    assert not fake.last(LiftQuarantineRequest).HasField("expected_digest")
 
 
 def test_load_and_unload(fake: FakeService, weft: Weft) -> None:

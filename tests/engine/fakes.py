@@ -11,7 +11,7 @@ import math
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
 from hashlib import blake2b
@@ -200,6 +200,7 @@ class FakeRunner:
     fail: called with every batch; an error that it raises is the fault of that step. fail_virtual: the same for the
     soft rows of an adapter, after some of their cells were written. poison: tokens after which logits are not finite,
     nor is the KV that the step wrote for that request. violations: faults that no test may ever find.
+    alive: whether the device still computes. freed: called when the engine asks for memory.
     """
 
     def __init__(self, *, block_size: int, capacity_bytes: int = 1 << 20) -> None:
@@ -211,6 +212,8 @@ class FakeRunner:
         self.fail: Callable[[Step], None] = lambda step: None
         self.fail_virtual: Callable[[], None] = lambda: None
         self.poison: Container[int] = ()
+        self.alive = True
+        self.freed: Callable[[], None] = lambda: None
         self.num_layers = 2
         self._block_size = block_size
 
@@ -225,6 +228,12 @@ class FakeRunner:
 
     def mean_embedding(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.float32).mean()[None]
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def free_memory(self) -> None:
+        self.freed()
 
     def forward(self, step: Step) -> Tensor:
         self.steps.append(step)
@@ -327,11 +336,23 @@ class FakeRunner:
 
 
 class FakeLoader:
-    """A loader whose loads the test completes. asked: the open requests, oldest first. came: counts the requests."""
+    """A loader whose loads the test completes. asked: the open requests, oldest first. came: counts the requests.
 
-    def __init__(self) -> None:
+    sizes: of the adapters whose size is known. reserved: what the engine has on its way.
+    """
+
+    def __init__(self, capacity_bytes: int = 1 << 30) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.sizes: dict[AdapterDigest, int] = {}
+        self.reserved: Mapping[AdapterDigest, int] = {}
         self.came = Semaphore(0)
         self.asked: list[tuple[AdapterDigest, Future[PackedAdapter]]] = []
+
+    def size_of(self, digest: AdapterDigest) -> int:
+        return self.sizes.get(digest, UNIT_BYTES)
+
+    def reserve(self, on_the_way: Mapping[AdapterDigest, int]) -> None:
+        self.reserved = on_the_way
 
     def request(self, digest: AdapterDigest) -> Future[PackedAdapter]:
         packed: Future[PackedAdapter] = Future()
@@ -357,6 +378,7 @@ class Harness:
         max_num_batched_tokens: int = 32,
         max_model_len: int = 64,
         capacity_bytes: int = 1 << 20,
+        host_bytes: int = 1 << 30,
         caching: bool = True,
         metrics: Metrics | None = None,
         stream_interval_s: float = 0.0,
@@ -364,7 +386,7 @@ class Harness:
         self.now = 0.0
         self.runner = FakeRunner(block_size=block_size, capacity_bytes=capacity_bytes)
         self.inbox = Inbox()
-        self.loader = FakeLoader()
+        self.loader = FakeLoader(host_bytes)
         self.failed: list[tuple[AdapterDigest, str]] = []
         self.num_down = 0
         self.events: dict[RequestId, list[TokenEvent]] = {}
@@ -521,7 +543,7 @@ class Harness:
         assert {request.request_id for request in alive} == engine._requests.keys()
         assert not any(request.blocks for request in scheduler.waiting)
         mixed = [request for request in alive if request.mixture is not None]
-        assert len(engine._stepper.mixtures.of) <= len(mixed), "gates of requests that are gone"
+        assert len(engine._computation.stepper.mixtures.of) <= len(mixed), "gates of requests that are gone"
         residents = residency._resident
         held = Counter(block for request in alive for block in [*request.blocks, *request.virtual_blocks])
         held.update(block for resident in residents.values() for block in resident.blocks)
@@ -531,7 +553,7 @@ class Harness:
         assert residency.slots_of.keys() >= set(scheduler.running)
         assert residency.slots_of.keys() | residency._seekers <= set(alive)
         assert not residency._pending & residents.keys()
-        assert residency._pending <= set(self.loads)
+        assert residency._pending <= set(self.loads) | set(residency.wanted)
         sought = {digest for request in residency._seekers for digest in request.digests}
         wanted = sought | residency._pinned | residency._awaited.keys()
         assert residency._arrived.keys() <= wanted

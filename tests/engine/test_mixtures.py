@@ -34,7 +34,7 @@ def test_a_request_of_a_mixture_answers_and_leaves_nothing() -> None:
     finish = h.finish(request)
     assert finish is not None
     assert finish.gates is None, "nobody asked"
-    assert len(h.engine._stepper.mixtures.of) == 0
+    assert len(h.engine._computation.stepper.mixtures.of) == 0
     (batch, *_) = h.runner.steps
     assert batch.routing is not None
     # Experts are in the order of their digests, three for each of three rows.
@@ -152,7 +152,7 @@ def test_a_part_that_cannot_be_loaded_ends_the_request(failing: FakeAdapter | Fa
     h.answer_load(failing.digest, DataLoss("BLOB_CORRUPT", "gone"))
     h.turn()
     assert h.reason(request) == "BLOB_CORRUPT"
-    assert len(h.engine._stepper.mixtures.of) == 0
+    assert len(h.engine._computation.stepper.mixtures.of) == 0
 
 
 def test_taking_a_mixture_out_forgets_what_it_made() -> None:

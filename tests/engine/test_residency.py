@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeRunner, VirtualCell, check_blocks
+from tests.engine.fakes import UNIT_BYTES, FakeAdapter, FakeLoader, FakeRunner, VirtualCell, check_blocks
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.engine.block_manager import BlockManager
@@ -41,7 +41,9 @@ class Device:
         self.blocks = BlockManager(num_blocks, 4)
         self.told: frozenset[AdapterDigest] = frozenset()  # resident adapters, as published
         self.metrics = Metrics()
-        self.residency = Residency(self.runner, self.blocks, Observer(self.metrics), Outbox(self._published, 0.0))
+        self.residency = Residency(
+            self.runner, self.blocks, Observer(self.metrics), Outbox(self._published, 0.0), FakeLoader()
+        )
         self._asked: list[AdapterDigest] = []
 
     @property

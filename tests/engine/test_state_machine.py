@@ -76,14 +76,19 @@ class EngineMachine(RuleBasedStateMachine):
     """The in-memory layer under any sequence of calls and faults."""
 
     @initialize(
-        num_blocks=st.integers(11, 13), budget=st.integers(4, 24), num_seqs=st.integers(1, 5), caching=st.booleans()
+        num_blocks=st.integers(11, 13),
+        budget=st.integers(4, 24),
+        num_seqs=st.integers(1, 5),
+        caching=st.booleans(),
+        host_units=st.integers(0, 4),
     )
-    def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool) -> None:
+    def begin(self, num_blocks: int, budget: int, num_seqs: int, caching: bool, host_units: int) -> None:
         self.harness = Harness(
             num_blocks=num_blocks,
             max_num_seqs=num_seqs,
             max_num_batched_tokens=max(budget, num_seqs),
             capacity_bytes=DEVICE_UNITS * UNIT_BYTES,
+            host_bytes=host_units * UNIT_BYTES,
             caching=caching,
             metrics=METRICS,
         )
@@ -149,16 +154,16 @@ class EngineMachine(RuleBasedStateMachine):
         for adapter_id, versions in list(self.removing.items()):
             if any(version.leases for version in versions):
                 continue
-            self.registry.remove(adapter_id)
+            self.registry.remove(versions[0])
             del self.removing[adapter_id], self.current[adapter_id]
-            for digest in {version.digest for version in versions} - self.registry.digests():
+            for digest in {version.digest for version in versions if not self.registry.of(version.digest)}:
                 evicted = self.engine.evict(digest)
                 self.turn()
                 evicted.result(timeout=0)
                 self.assert_gone(digest)
 
     def went_idle(self, version: Version) -> None:
-        if version.digest not in self.registry.digests():
+        if not self.registry.of(version.digest):
             self.engine.evict(version.digest)
 
     def assert_gone(self, digest: object) -> None:

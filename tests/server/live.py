@@ -245,6 +245,10 @@ class Client:
         request = adapter_service_pb2.UnloadAdapterRequest(adapter_id=adapter_id, **fields)
         return self.adapters.UnloadAdapter(request, timeout=WAIT_S).adapter
 
+    def lift(self, adapter_id: str, **fields: Any) -> adapter_pb2.Adapter:
+        request = adapter_service_pb2.LiftQuarantineRequest(adapter_id=adapter_id, **fields)
+        return self.adapters.LiftQuarantine(request, timeout=WAIT_S).adapter
+
     def tokenize(self, **fields: Any) -> Sequence[int]:
         return self.generation.Tokenize(generation_service_pb2.TokenizeRequest(**fields), timeout=WAIT_S).token_ids
 

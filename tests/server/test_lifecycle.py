@@ -503,7 +503,10 @@ def test_list_in_pages_and_by_kind(server: LiveServer) -> None:
 
 
 def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, sources: Sources, tmp_path: Path) -> None:
-    """Every adapter keeps its digest and pin; those damaged meanwhile are FAILED, and the server starts."""
+    """Every adapter keeps its digest and pin; those damaged meanwhile are FAILED, and the server starts.
+
+    No file is read at the start, so a flipped bit shows at the first use.
+    """
     config = replace(tight_config, store=tmp_path / "store")
     live = LiveServer(loop, config)
     names = ("fine", "pinned", "rotten", "gone", "torn")
@@ -533,10 +536,14 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
         assert {name: adapter.state for name, adapter in found.items()} == {
             "fine": ACTIVE,
             "pinned": ACTIVE,
-            "rotten": FAILED,
+            "rotten": ACTIVE,
             "gone": FAILED,
             "torn": FAILED,
         }
+        refused(lambda: live.client.generate("rotten"), "DATA_LOSS", "BLOB_CORRUPT", digests["rotten"][:12])
+        found["rotten"] = live.client.get("rotten")
+        assert found["rotten"].state == FAILED
+        assert found["gone"].digest == digests["gone"]
         assert found["pinned"].pinned
         wait_until(lambda: live.client.get("pinned").residency == DEVICE)
         assert {name: live.client.tokens(name, 4) for name in answers} == answers
@@ -565,7 +572,7 @@ def test_a_restart_restores_the_catalog(loop: Loop, tight_config: WeftConfig, so
 
 
 def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poison: str) -> None:
-    """It fails its own requests, changes no token beside or after them, and is quarantined at the third."""
+    """It fails its own requests, changes no token beside or after them, and is quarantined each time."""
     client = tight.client
     prompt = "Words enough to fill more than two blocks of keys and values with them."
     targets = (None, "lora-1")
@@ -577,6 +584,9 @@ def test_row_61_nan_reaches_nobody_else(tight: LiveServer, sources: Sources, poi
             wait_until(lambda: tight.application.requests.admission.num_requests == 2)
         refused(lambda victim=victim: victim, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE", retry=False)
         assert neighbour.result().tokens == alone[target], turn
+        wait_until(lambda: client.get(poison).state == QUARANTINED)
+        if turn < 2:
+            assert client.lift(poison).state == ACTIVE
     shared = [step for step in tight.gate.steps[-60:] if step.num_requests == 2]
     assert shared, "they never were in one batch"
     for call in (client.generate, client.load):

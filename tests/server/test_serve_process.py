@@ -62,12 +62,13 @@ def nursery_process() -> Iterator[Nursery]:
 
 
 class ServerProcess:
-    """`weft serve` with these arguments."""
+    """`weft serve` with these arguments. first: a script that the process runs before."""
 
-    def __init__(self, nursery: Nursery, log: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, nursery: Nursery, log: Path, arguments: Sequence[str], *, first: Path | None = None) -> None:
         self._nursery = nursery
         self._log = log
-        self.pid = nursery.ask({"start": ["serve", *arguments], "log": str(log)})
+        command: dict[str, object] = {"start": ["serve", *arguments], "log": str(log)}
+        self.pid = nursery.ask(command if first is None else command | {"first": str(first)})
         self._exit_code: int | None = None
 
     @property

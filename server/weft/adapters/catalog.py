@@ -4,6 +4,7 @@ Manifests are the only files in the store that change. Each contains its own che
 flipped bit anywhere in it is detected.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,16 +16,18 @@ from weft import durable
 from weft.adapters.identifiers import AdapterDigest, AdapterId, check_adapter_id, is_digest
 from weft.adapters.storage import storage_errors
 from weft.adapters.strict_json import JsonFault, parse_object
-from weft.errors import DataLoss, InvalidRequest, Unavailable, shown
+from weft.errors import DataLoss, InvalidRequest, shown
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 MANIFEST_BYTES_MAX = 64 * 1024
 LOCK_FILE = ".lock"  # lies beside the manifests, and is held during every change of the store
+LOG_FILE = ".changes"  # likewise; the log of changed ids
 
 _SUFFIX = ".json"
-_DIGEST_KEYS = {1: "generation", MANIFEST_FORMAT: "digest"}  # by format; 1 is read, but not written
+_FORMAT_OF = {"quarantined": 3, "info": 3, "checked_for": 3}  # the first format with a field; all others are in 1
+_DIGEST_KEYS = {1: "generation", 2: "digest", 3: "digest"}  # by format; 1 and 2 are read, but not written
 
-_TEXTS = ("adapter_id", "digest", "method", "create_time", "source")
+_TEXTS = ("adapter_id", "digest", "method", "create_time", "source", "quarantined", "info", "checked_for")
 _FIELD_TYPES: dict[str, type] = dict.fromkeys(_TEXTS, str) | {"size_bytes": int, "pinned": bool}
 
 
@@ -39,6 +42,9 @@ class Manifest:
     method: the caller's name of the adapter's method; the store does not interpret it.
     create_time: when the id was bound to this digest; RFC 3339, UTC.
     source: the directory that was copied, or "" for an upload.
+    quarantined: why this content was taken out of service under this id, or "".
+    info: the caller's description of the content, which spares a start the reading of its files; "" if there is none.
+    checked_for: the caller's name of the settings for which the content was checked and described, or "".
     """
 
     adapter_id: AdapterId
@@ -48,9 +54,13 @@ class Manifest:
     pinned: bool
     create_time: str
     source: str
+    quarantined: str = ""
+    info: str = ""
+    checked_for: str = ""
 
     def encode(self, manifest_format: int = MANIFEST_FORMAT) -> bytes:
-        fields: dict[str, object] = {"format": manifest_format, **asdict(self)}
+        fields: dict[str, object] = {"format": manifest_format}
+        fields |= {name: value for name, value in asdict(self).items() if _FORMAT_OF.get(name, 1) <= manifest_format}
         fields[_DIGEST_KEYS[manifest_format]] = fields.pop("digest")
         fields["checksum"] = hashlib.sha256(_spelled(fields)).hexdigest()
         return _spelled(fields)
@@ -102,28 +112,22 @@ def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
         ) from None
 
 
-def read_catalog(catalog: Path) -> Catalog:
-    """Read every manifest; a damaged one, and any other file, becomes a problem."""
-    manifests: dict[AdapterId, Manifest] = {}
-    problems: list[Problem] = []
-    with storage_errors():
-        names = sorted(os.listdir(catalog))
-    for name in names:
-        if name == LOCK_FILE:
-            continue
-        try:
-            adapter_id = check_adapter_id(name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else "")
-        except InvalidRequest:
-            problems.append(Problem(f"catalog/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no manifest"))
-            continue
-        try:
-            manifest = find_manifest(catalog, adapter_id)
-        except (DataLoss, Unavailable) as error:
-            problems.append(Problem(f"catalog/{name}", adapter_id, error.reason, error.message))
-        else:
-            if manifest is not None:
-                manifests[adapter_id] = manifest
-    return Catalog(manifests, tuple(problems))
+def scan_catalog(catalog: Path) -> list[tuple[AdapterId, os.stat_result] | Problem]:
+    """Return the id and state of every manifest's file, in the order of names; any other file is a problem."""
+    found: list[tuple[AdapterId, os.stat_result] | Problem] = []
+    with storage_errors(), os.scandir(catalog) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = entry.name
+            if name in (LOCK_FILE, LOG_FILE):
+                continue
+            try:
+                adapter_id = check_adapter_id(name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else "")
+            except InvalidRequest:
+                found.append(Problem(f"catalog/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no manifest"))
+                continue
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found.append((adapter_id, entry.stat(follow_symlinks=False)))
+    return found
 
 
 def decode(data: bytes, adapter_id: AdapterId) -> Manifest:
@@ -137,7 +141,7 @@ def decode(data: bytes, adapter_id: AdapterId) -> Manifest:
     manifest_format = fields.get("format")
     if type(manifest_format) is not int or manifest_format not in _DIGEST_KEYS:
         raise ManifestFault(f"has a format that is none of {', '.join(map(str, _DIGEST_KEYS))}")
-    values = {name: fields.get(name) for name in _FIELD_TYPES}
+    values = {name: fields.get(name) for name in _FIELD_TYPES if _FORMAT_OF.get(name, 1) <= manifest_format}
     values["digest"] = fields.get(_DIGEST_KEYS[manifest_format])
     for name, value in values.items():
         if type(value) is not _FIELD_TYPES[name]:

@@ -3,13 +3,16 @@
 The files are data. Our own strict parsers read them, never a loader of PEFT or transformers.
 """
 
-import mmap
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from weft import __version__
 from weft.adapters import packed_adapter
 from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, check_adapter_id
 from weft.adapters.packed_adapter import PackedAdapter
@@ -17,7 +20,7 @@ from weft.adapters.registry import AdapterInfo
 from weft.adapters.safetensors_header import TensorEntry, read_header
 from weft.adapters.strict_json import DuplicateKeyFault, JsonFault, parse_object
 from weft.config import AdapterLimits
-from weft.errors import InvalidAdapter
+from weft.errors import DataLoss, InvalidAdapter
 from weft.methods import mixture as mixture_method
 from weft.methods.checkpoint import base_binding, directory
 from weft.methods.checkpoint import mixture as mixture_files
@@ -49,21 +52,27 @@ class Ingest(NamedTuple):
     dtype: torch.dtype
     pinned: bool = False
 
+    @property
+    def checked_for(self) -> str:
+        """Digest of all that a check and a description depend on besides the adapter's files."""
+        base = self.base
+        held = base.digest, base.name, base.held_as, sorted(base.same_weights.items()), base.rope_factors
+        settings = json.dumps([__version__, held, str(self.dtype), asdict(self.limits)])
+        return hashlib.sha256(settings.encode()).hexdigest()
+
     def read(
         self, config_file: BinaryIO, weights_file: BinaryIO, *, size_bytes: int, files: FilePair = PEFT_FILES
     ) -> Ingested:
         """Check everything and pack the adapter.
 
         files: names of the two files, which also decide whether they are an adapter or a mixture.
-        Raises InvalidAdapter or AdapterUnusable, naming the fault.
+        Raises InvalidAdapter or AdapterUnusable, naming the fault; DataLoss if a file is shorter than it was.
         """
         config = read_config(config_file.read(self.limits.config_bytes_max + 1), self.limits, field=files.config)
         if files == PEFT_FILES:
             directory.form_of(config)  # before its tensors, which may be of dtypes that no served type has
         header = read_header(weights_file, self.limits, field=files.weights)
-        # Not closed by hand: it closes with the last tensor that views it, also if a check raises.
-        mapped = mmap.mmap(weights_file.fileno(), 0, access=mmap.ACCESS_COPY)
-        tensors = _tensors(mapped, header.tensors)
+        tensors = _tensors(weights_file, header.tensors, files.weights)
         if files == MIXTURE_FILES:
             return self._mixture(config, tensors, header.metadata, size_bytes)
         adapter = directory.read(config, tensors, header.metadata, self.base, self.limits)
@@ -125,10 +134,22 @@ def read_config(data: bytes, limits: AdapterLimits, *, field: str = CONFIG_FILE)
         raise InvalidAdapter.at("CONFIG_INVALID", field, str(fault)) from None
 
 
-def _tensors(mapped: mmap.mmap, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+def _tensors(file: BinaryIO, entries: Mapping[str, TensorEntry], field: str) -> dict[str, Tensor]:
+    """Return the tensors, all views of one buffer into which the file is read.
+
+    The file is not mapped: a page of a mapped file that was cut, or that the disk cannot read, ends the process.
+    """
+    data = bytearray(max(entry.end for entry in entries.values()))
+    file.seek(0)
+    view, num_read = memoryview(data), 0
+    while num_read < len(data):
+        count = file.readinto(view[num_read:])  # pyright: ignore[reportAttributeAccessIssue]  # every binary file has it
+        if not count:
+            raise DataLoss("BLOB_CORRUPT", f"{field}: was cut to {num_read} of {len(data)} bytes while it was read")
+        num_read += count
     return {
         name: torch.frombuffer(
-            mapped,
+            data,
             dtype=_DTYPES[entry.dtype],
             count=(entry.end - entry.begin) // _DTYPES[entry.dtype].itemsize,
             offset=entry.begin,

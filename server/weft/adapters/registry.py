@@ -7,16 +7,19 @@ step with the look-up, so no version can go between being found and being held.
     LOADING → ACTIVE → DRAINING → gone          FAILED, QUARANTINED: cannot serve, with a reason
 """
 
+import bisect
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+
+from pydantic import TypeAdapter
 
 from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
-_FAULTS_UNTIL_QUARANTINE = 3
 _NO_DIGEST = AdapterDigest("")
 
 
@@ -65,12 +68,24 @@ class AdapterInfo:
     experts: tuple[AdapterReference, ...] = ()
     is_sequence_level: bool = False
 
+    def encode(self) -> str:
+        """Return the description as JSON, for the store."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str) -> "AdapterInfo":
+        """Return the description that `encode` wrote. Raises ValueError for any other text."""
+        return _INFOS.validate_json(text, strict=True)
+
+
+_INFOS = TypeAdapter(AdapterInfo)
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Version:
     """One digest under one id. leases: the requests that hold it.
 
-    digest: "" while the content is LOADING, and if its manifest is lost.
+    digest: "" while a registration reads the content, and if its manifest is lost.
     removal: the error of all its requests, once the version is removed without waiting for them.
     """
 
@@ -83,7 +98,6 @@ class Version:
     pinned: bool = False
     last_used_time_s: float | None = None
     leases: set[str] = field(default_factory=set)
-    faults: int = 0
     removal: WeftError | None = None
 
 
@@ -99,12 +113,18 @@ class Registry:
         self._changed = changed
         self._wall_clock = wall_clock
         self._versions: dict[AdapterId, list[Version]] = {}  # the current one, then older ones that are still leased
-        self._of: dict[AdapterDigest, list[Version]] = {}  # all versions that are not LOADING
+        self._ids: list[AdapterId] = []  # sorted
+        self._of: dict[AdapterDigest, list[Version]] = {}  # all versions whose digest is known
         self._drained_from: dict[AdapterId, AdapterState] = {}
 
     def __iter__(self) -> Iterator[Version]:
         """Yield the current versions, sorted by id."""
-        return iter([self._versions[adapter_id][0] for adapter_id in sorted(self._versions)])
+        return iter([self._versions[adapter_id][0] for adapter_id in self._ids])
+
+    def after(self, adapter_id: str) -> Iterator[Version]:
+        """Yield the current versions with later ids, sorted by id; nothing may be changed meanwhile."""
+        for index in range(bisect.bisect_right(self._ids, adapter_id), len(self._ids)):
+            yield self._versions[self._ids[index]][0]
 
     def __len__(self) -> int:
         return len(self._versions)
@@ -118,16 +138,14 @@ class Registry:
         return versions[0] if versions else None
 
     def published(self, adapter_id: AdapterId) -> Version | None:
-        """Return the current version of an id, unless it is still LOADING."""
+        """Return the current version of an id, unless its first registration has not ended."""
         version = self.current(adapter_id)
-        return None if version is None or version.state is AdapterState.LOADING else version
+        is_new = version is not None and version.state is AdapterState.LOADING and not version.digest
+        return None if is_new else version
 
     def of(self, digest: AdapterDigest) -> list[Version]:
         """Return every version with this content, under any id."""
         return list(self._of.get(digest, ()))
-
-    def digests(self) -> frozenset[AdapterDigest]:
-        return frozenset(self._of)
 
     def require(self, reference: AdapterReference, *, field: str = "adapter_id") -> Version:
         """Return the current version that `reference` names. Raises AdapterNotFound, with `field`, if there is none."""
@@ -187,11 +205,12 @@ class Registry:
         if adapter_id not in self._versions:
             now_s, state = self._wall_clock(), AdapterState.LOADING
             self._versions[adapter_id] = [Version(adapter_id=adapter_id, create_time_s=now_s, state=state)]
+            bisect.insort(self._ids, adapter_id)
         try:
             yield
         finally:
-            if self.published(adapter_id) is None:
-                self._versions.pop(adapter_id, None)
+            if self.published(adapter_id) is None and self._versions.pop(adapter_id, None) is not None:
+                self._drop_id(adapter_id)
 
     def check_publish(
         self, adapter_id: AdapterId, digest: AdapterDigest, *, replace: bool, expected_digest: str | None
@@ -220,7 +239,10 @@ class Registry:
         """Make `version` current; return the one that it replaced, which stays as long as requests hold it."""
         previous = self.published(version.adapter_id)
         leased = [older for older in self.versions(version.adapter_id) if older.leases]
+        if version.adapter_id not in self._versions:
+            bisect.insort(self._ids, version.adapter_id)
         self._versions[version.adapter_id] = [version, *leased]
+        self._drained_from.pop(version.adapter_id, None)
         self._of.setdefault(version.digest, []).append(version)
         self._changed(Change.ADDED if previous is None else Change.UPDATED, version)
         if previous is not None:
@@ -236,41 +258,56 @@ class Registry:
             raise not_found(adapter_id)
         require_expected(adapter_id, version.digest, expected_digest)
         self._drained_from[adapter_id] = version.state
-        self._move(version, AdapterState.DRAINING, version.state_reason)
+        self.move(version, AdapterState.DRAINING, version.state_reason)
         return self.versions(adapter_id)
 
     def revive(self, adapter_id: AdapterId) -> None:
         """Undo `drain`, because unregistering failed before anything was removed."""
         version = self._versions[adapter_id][0]
-        self._move(version, self._drained_from.pop(adapter_id), version.state_reason)
+        self.move(version, self._drained_from.pop(adapter_id), version.state_reason)
 
-    def remove(self, adapter_id: AdapterId) -> None:
-        [version] = self._versions.pop(adapter_id)  # requests hold no older one
-        self._drained_from.pop(adapter_id, None)
+    def remove(self, version: Version) -> bool:
+        """Remove a version that no request holds; False if another one has become current meanwhile."""
         assert not version.leases, version
+        if self.current(version.adapter_id) is not version:
+            return False
+        del self._versions[version.adapter_id]  # requests hold no older one
+        self._drop_id(version.adapter_id)
+        self._drained_from.pop(version.adapter_id, None)
         self._forget(version)
         self._changed(Change.REMOVED, version)
+        return True
 
     def pin(self, version: Version, pinned: bool) -> None:
         if version.pinned != pinned:
             version.pinned = pinned
             self._changed(Change.UPDATED, version)
 
-    def fault(self, version: Version, reason: str) -> None:
-        """Count a request that failed because of this adapter; the third one quarantines it."""
-        version.faults += 1
-        if version.faults >= _FAULTS_UNTIL_QUARANTINE and version.state is AdapterState.ACTIVE:
-            self._move(version, AdapterState.QUARANTINED, reason)
+    def quarantine(self, digest: AdapterDigest, reason: str) -> list[Version]:
+        """Take content out of service that fails by itself; return the versions that were in service."""
+        active = [version for version in self.of(digest) if version.state is AdapterState.ACTIVE]
+        for version in active:
+            self.move(version, AdapterState.QUARANTINED, reason)
+        return active
 
     def fail(self, digest: AdapterDigest, reason: str) -> None:
         """Mark content as FAILED, because its stored files are unusable, or unusable on this base."""
         for version in self.of(digest):
             if version.state is AdapterState.ACTIVE:
-                self._move(version, AdapterState.FAILED, reason)
+                self.move(version, AdapterState.FAILED, reason)
 
-    def _move(self, version: Version, state: AdapterState, reason: str) -> None:
+    def ready(self, version: Version, info: AdapterInfo) -> None:
+        """Put a version in service that was LOADING, now that its content is known."""
+        version.info = info
+        self.move(version, AdapterState.ACTIVE, "")
+
+    def move(self, version: Version, state: AdapterState, reason: str) -> None:
+        """Change the state of a version."""
         version.state, version.state_reason = state, reason
         self._changed(Change.UPDATED, version)
+
+    def _drop_id(self, adapter_id: AdapterId) -> None:
+        del self._ids[bisect.bisect_left(self._ids, adapter_id)]
 
     def _forget(self, version: Version) -> None:
         same = self._of[version.digest]
@@ -307,7 +344,8 @@ def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | 
         case AdapterState.LOADING:
             retry_after_s = 1.0
         case AdapterState.QUARANTINED:
-            reason, text = "ADAPTER_QUARANTINED", f"{name} was taken out of service: {cause}"
+            reason = "ADAPTER_QUARANTINED"
+            text = f"{name} was taken out of service: {cause}; register other content, or call LiftQuarantine"
         case AdapterState.FAILED if cause == "BLOB_CORRUPT":
             kind, reason, text = DataLoss, cause, f"the stored files of {name} changed; register it again"
     return kind.at(reason, field, text, adapter_id=name, cause=cause, retry_after_s=retry_after_s)

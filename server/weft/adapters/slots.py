@@ -92,13 +92,13 @@ class SlotTable(SlotTables):
         """Copy an adapter into a slot, readable after `wait`; return None if the budget has no room for it now."""
         if packed.buffer.nbytes > self.free_bytes:
             return None
+        buffer = self._transfer.stage(packed.buffer)  # first, since it may find no memory
         while len(self._free) < packed.num_table_rows:
             self._grow()
         table_rows = tuple(self._free.pop() for _ in range(packed.num_table_rows))
         slot = AdapterSlot(table_rows[0])
         if len(table_rows) > 1:
             self.table_rows[slot] = table_rows
-        buffer = self._transfer.stage(packed.buffer)
         self._held[slot] = _Held(packed, buffer)
         self.used_bytes += packed.buffer.nbytes
         start = buffer.data_ptr()

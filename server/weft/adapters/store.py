@@ -1,12 +1,14 @@
 """The durable adapter store: a catalog of small manifests over immutable, content-addressed versions.
 
     catalog/<adapter_id>.json     the manifest: which digest the id is bound to
+    catalog/.changes              the log of changed ids, for other processes
     versions/<digest>/            the files of a digest, never changed
     staging/                      work in progress, worthless after a crash
 
 An acknowledged change survives kill -9 and power loss; any other leaves the old state. Reading takes no lock. Every
-change runs under one lock that the kernel releases when its holder dies, so several processes may share a directory. A
-manifest changes only if it still says what the caller believed. The format is documented in adapters_store/README.md.
+change runs under one lock that the kernel releases when its holder dies, so several processes may share a directory,
+and each follows the changes of the others (`AdapterStore.index`). A manifest changes only if it still says what the
+caller believed. The format is documented in adapters_store/README.md.
 Everything here blocks on the disk: call it from a worker thread.
 """
 
@@ -14,28 +16,30 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from weft import durable, failpoints
 from weft.adapters.catalog import (
     LOCK_FILE,
+    LOG_FILE,
     Catalog,
     Manifest,
     Problem,
     decode,
     find_manifest,
     manifest_path,
-    read_catalog,
 )
+from weft.adapters.catalog_index import CatalogIndex
+from weft.adapters.change_log import ChangeLog
 from weft.adapters.identifiers import AdapterDigest, AdapterId, abbreviated, check_digest, is_digest
+from weft.adapters.leftovers import Leftovers
 from weft.adapters.registry import not_found, require_expected, taken
 from weft.adapters.sources import holds, open_source_file, source_directory
 from weft.adapters.storage import named, storage_errors
-from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, is_open, open_stored
+from weft.adapters.versions import StagedVersion, Staging, StoredVersion, copy_file, corrupt, open_stored
 from weft.config import AdapterLimits
 from weft.errors import AdapterNotFound, DataLoss, Overloaded, Unavailable, shown
 from weft.v1.adapter_files import MIXTURE_FILES, PEFT_FILES
@@ -50,7 +54,10 @@ class Recovery(NamedTuple):
 
 
 class AdapterStore:
-    """One directory of adapters. It holds no state of its own, so threads and processes may share it freely."""
+    """One directory of adapters, which threads and processes may share freely.
+
+    index: the catalog as this process knows it. After every change of its own it has that change.
+    """
 
     def __init__(
         self, root: Path, limits: AdapterLimits, *, allowed_sources: Sequence[Path] = (), lock_timeout_s: float = 30.0
@@ -62,6 +69,9 @@ class AdapterStore:
         self._limits = limits
         self._allowed_sources = tuple(Path(os.path.abspath(source)) for source in allowed_sources)
         self._lock_timeout_s = lock_timeout_s
+        self._log = ChangeLog(self._catalog / LOG_FILE)
+        self.index = CatalogIndex(self._catalog, self._log)
+        self._leftovers = Leftovers(self._staging, self._versions, self.index)
 
     # Reading
 
@@ -77,8 +87,10 @@ class AdapterStore:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             with self._changing():
-                num_orphans += self._sweep_staging(problems)
-                num_orphans += len(self._sweep_versions(self._unreferenced(()), problems))
+                num_orphans += self._leftovers.sweep_staging(problems)
+                self.index.refresh()
+                versions = [AdapterDigest(name) for name in os.listdir(self._versions) if is_digest(name)]
+                num_orphans += len(self._leftovers.sweep_versions(versions, problems))
         except (Overloaded, Unavailable) as error:
             problems.append(Problem("", None, error.reason, error.message))
         with storage_errors():
@@ -98,7 +110,8 @@ class AdapterStore:
 
     def read_catalog(self) -> Catalog:
         """Return every manifest as it is now, with other processes' changes. An id in a problem is not a removed id."""
-        return read_catalog(self._catalog)
+        self.index.refresh()
+        return self.index.catalog()
 
     def read_manifest(self, adapter_id: AdapterId) -> Manifest:
         """Return an id's manifest. Raises AdapterNotFound, or DataLoss MANIFEST_CORRUPT if it cannot be trusted."""
@@ -115,7 +128,7 @@ class AdapterStore:
         """
         with storage_errors(), contextlib.suppress(FileNotFoundError):
             return open_stored(self._version_path(digest), digest)
-        if digest in {manifest.digest for manifest in self.read_catalog().manifests.values()}:
+        if any(manifest.digest == digest for manifest in self.read_catalog().manifests.values()):
             raise corrupt(digest, "its files are gone")
         raise AdapterNotFound("ADAPTER_NOT_FOUND", f"digest {abbreviated(digest)}: no such digest")
 
@@ -161,6 +174,8 @@ class AdapterStore:
         method: str,
         pinned: bool = False,
         source: str = "",
+        info: str = "",
+        checked_for: str = "",
         replace: bool = False,
         expected_digest: AdapterDigest | None = None,
     ) -> Manifest:
@@ -168,7 +183,8 @@ class AdapterStore:
 
         The id may be free, or already bound to the same content; with `replace`, bound to other content; with
         `expected_digest`, bound to exactly that. Otherwise raises AdapterExists or AdapterConflict. Content that
-        the store already has is kept once, and repaired if it has rotted. After Overloaded or Unavailable the old
+        the store already has is kept once, and repaired if it has rotted. A quarantine of other content ends, one of
+        the same content stays. After Overloaded or Unavailable the old
         binding stands, unless it was the last step that failed, making the new one durable: then either may be found.
         """
         manifest = Manifest(
@@ -179,6 +195,8 @@ class AdapterStore:
             pinned=pinned,
             create_time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             source=source,
+            info=info,
+            checked_for=checked_for,
         )
         with self._changing():
             failpoints.hit("before_version")
@@ -187,9 +205,11 @@ class AdapterStore:
             require_expected(adapter_id, "" if current is None else current.digest, expected_digest)
             if current is not None and not replaces and current.digest != staged.digest:
                 raise taken(adapter_id, current.digest)
-            with self._placed(staged):
-                if current is not None and current.digest == staged.digest and not replaces:
-                    return current
+            with self._changed(adapter_id), self._placed(staged):
+                if current is not None and current.digest == staged.digest:
+                    if not replaces:
+                        return current
+                    manifest = dataclasses.replace(manifest, quarantined=current.quarantined)
                 failpoints.hit("before_manifest")
                 self._replace_manifest(manifest)
             failpoints.hit("after_manifest_before_ack")
@@ -205,7 +225,7 @@ class AdapterStore:
                 open_stored(target, staged.digest).close()
             except (FileNotFoundError, DataLoss) as error:
                 if isinstance(error, DataLoss):
-                    self._take_away(target)
+                    self._leftovers.take_away(target)
                 durable.publish(staged.directory, target)
             else:
                 durable.sync_directory(self._versions)
@@ -213,14 +233,33 @@ class AdapterStore:
         except BaseException:
             if is_new:
                 with contextlib.suppress(OSError, Unavailable):
-                    self._sweep_versions(self._unreferenced(()) & {staged.digest}, [])
+                    self.index.refresh()
+                    self._leftovers.sweep_versions([staged.digest], [])
             raise
 
     def set_pinned(self, adapter_id: AdapterId, pinned: bool) -> Manifest:
         """Change `pinned` alone. Raises AdapterNotFound if there is no such id."""
+        return self._set(adapter_id, None, pinned=pinned)
+
+    def set_quarantined(self, adapter_id: AdapterId, digest: AdapterDigest, reason: str) -> Manifest:
+        """Take content out of service under one id, also after a restart; "" as the reason ends that.
+
+        Nothing changes if the id has another digest by now. Raises AdapterNotFound if there is no such id.
+        """
+        return self._set(adapter_id, digest, quarantined=reason)
+
+    def set_described(self, adapter_id: AdapterId, digest: AdapterDigest, info: str, checked_for: str) -> Manifest:
+        """Keep a new description of an id's content, under the same conditions as `set_quarantined`."""
+        return self._set(adapter_id, digest, info=info, checked_for=checked_for)
+
+    def _set(self, adapter_id: AdapterId, digest: AdapterDigest | None, **fields: Any) -> Manifest:
         with self._changing():
-            changed = dataclasses.replace(self.read_manifest(adapter_id), pinned=pinned)
-            self._replace_manifest(changed)
+            current = self.read_manifest(adapter_id)
+            changed = dataclasses.replace(current, **fields)
+            if digest not in (None, current.digest) or changed == current:
+                return current
+            with self._changed(adapter_id):
+                self._replace_manifest(changed)
         return changed
 
     def remove(self, adapter_id: AdapterId, *, expected_digest: AdapterDigest | None = None) -> None:
@@ -228,22 +267,25 @@ class AdapterStore:
         with self._changing():
             if expected_digest is not None:
                 require_expected(adapter_id, self.read_manifest(adapter_id).digest, expected_digest)
-            failpoints.hit("before_remove")
-            try:
-                os.unlink(manifest_path(self._catalog, adapter_id))
-            except FileNotFoundError:
-                raise not_found(adapter_id) from None
-            failpoints.hit("after_remove")
-            durable.sync_directory(self._catalog)
+            with self._changed(adapter_id):
+                failpoints.hit("before_remove")
+                try:
+                    os.unlink(manifest_path(self._catalog, adapter_id))
+                except FileNotFoundError:
+                    raise not_found(adapter_id) from None
+                failpoints.hit("after_remove")
+                durable.sync_directory(self._catalog)
 
-    def collect(self, live_digests: Collection[AdapterDigest]) -> tuple[AdapterDigest, ...]:
-        """Delete versions that no manifest and no element of `live_digests` names, and that no process has open.
+    def collect(self, *digests: AdapterDigest) -> tuple[AdapterDigest, ...]:
+        """Delete those of these versions that no manifest names and no process has open, and return them.
 
+        Versions that were open in an earlier call are tried again. The cost does not grow with the number of ids.
         Nothing is deleted while a manifest is unreadable, since it may name any of them.
         """
         problems: list[Problem] = []
         with self._changing():
-            removed = self._sweep_versions(self._unreferenced(live_digests), problems)
+            self.index.refresh()
+            removed = self._leftovers.sweep_versions({*digests, *self._leftovers.uncollected}, problems)
         if problems:
             raise Unavailable(problems[0].reason, problems[0].message)
         return removed
@@ -254,6 +296,15 @@ class AdapterStore:
     def _changing(self) -> Iterator[None]:
         with storage_errors(), durable.locked(self._catalog / LOCK_FILE, timeout_s=self._lock_timeout_s):
             yield
+
+    @contextlib.contextmanager
+    def _changed(self, adapter_id: AdapterId) -> Iterator[None]:
+        """Let this and other processes see what happens to an id's manifest inside the block, also if it fails."""
+        with self._log.change(adapter_id):
+            try:
+                yield
+            finally:
+                self.index.look_at(adapter_id)
 
     def _version_path(self, digest: AdapterDigest) -> Path:
         """Return the path of a digest; no other code makes one."""
@@ -295,64 +346,3 @@ class AdapterStore:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-
-    def _unreferenced(self, live_digests: Collection[AdapterDigest]) -> set[AdapterDigest]:
-        """Return the versions that nothing names; none at all while a manifest is unreadable."""
-        manifests, problems = self.read_catalog()
-        if any(problem.adapter_id is not None for problem in problems):
-            return set()
-        named = {manifest.digest for manifest in manifests.values()}.union(live_digests)
-        return {AdapterDigest(name) for name in os.listdir(self._versions) if is_digest(name)} - named
-
-    def _sweep_versions(self, digests: Collection[AdapterDigest], problems: list[Problem]) -> tuple[AdapterDigest, ...]:
-        removed: list[AdapterDigest] = []
-        for digest in sorted(digests):
-            directory = self._version_path(digest)
-            try:
-                if not is_open(directory):
-                    self._take_away(directory)
-                    removed.append(digest)
-            except OSError as error:
-                problems.append(_left_over(f"versions/{digest}", error))
-        return tuple(removed)
-
-    def _take_away(self, directory: Path) -> None:
-        """Remove a version, first from view and then from the disk."""
-        trash = self._staging / secrets.token_hex(16)
-        os.rename(directory, trash)
-        failpoints.hit("before_gc_unlink")
-        durable.remove_tree(trash)
-        failpoints.hit("after_gc_unlink")
-
-    def _sweep_staging(self, problems: list[Problem]) -> int:
-        """Remove the leftovers of dead processes; return how many uploads and temporary files there were."""
-        swept: set[str] = set()
-        for name in sorted(os.listdir(self._staging)):  # "<token>" before "<token>.lock"
-            token = name.partition(".")[0]
-            try:
-                if self._is_owned(token):
-                    continue
-                failpoints.hit("before_sweep")
-                path = self._staging / name
-                if stat.S_ISDIR(os.lstat(path).st_mode):
-                    durable.remove_tree(path)
-                else:
-                    os.unlink(path)
-                failpoints.hit("after_sweep")
-                swept.add(token)
-            except FileNotFoundError:
-                continue  # its owner was just removing it
-            except OSError as error:
-                problems.append(_left_over(f"staging/{name}", error))
-        return len(swept)
-
-    def _is_owned(self, token: str) -> bool:
-        try:
-            return durable.is_locked(self._staging / f"{token}.lock")
-        except FileNotFoundError:
-            return False
-
-
-def _left_over(path: str, error: OSError) -> Problem:
-    cause = named(error)
-    return Problem(path, None, cause.reason, f"{path}: could not be removed: {cause.message}")

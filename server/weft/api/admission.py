@@ -42,12 +42,16 @@ class Admission:
         self.empty = asyncio.Event()
         self.empty.set()
 
+    @property
+    def is_full(self) -> bool:
+        return self.num_requests >= self._max_requests
+
     def enter(self, checked: CheckedSpec, request_id: RequestId) -> Admitted:
         """Take a place and lease every adapter, or take nothing.
 
         Nothing is awaited in here, so no version can go between being found and being leased.
         """
-        if self.num_requests >= self._max_requests:
+        if self.is_full:
             raise _full("requests", self._max_requests, self.num_requests + 1)
         registry = self._lifecycle.registry
         versions = [registry.require_active(part.reference, field=part.field) for part in checked.parts]

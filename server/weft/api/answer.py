@@ -71,7 +71,7 @@ def end(
     )
 
 
-def takes_part(part: Part, version: Version, request: Request) -> bool:
+def _takes_part(part: Part, version: Version, request: Request) -> bool:
     """Return whether an adapter acts in the answer: its weight is not 0, and its invocation, if it has one, occurs."""
     if version.info.invocation_tokens:
         return any(use.digest == version.digest for use in request.adapters)
@@ -82,7 +82,7 @@ def _effective(part: Part, version: Version, request: Request, num_tokens: int) 
     """Return the report of one adapter. The last token is not counted, because it was never an input."""
     use = next((use for use in request.adapters if use.digest == version.digest), None)
     weight = mean = part.weight
-    if part.gate and not takes_part(part, version, request):
+    if part.gate and not _takes_part(part, version, request):
         weight = mean = 0.0
     elif use is not None and use.ranges:
         begin, end = request.num_cached_tokens, request.num_prompt_tokens + num_tokens - 1

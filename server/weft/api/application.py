@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from weft import __version__
-from weft.adapters.identifiers import AdapterId
+from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.ingest import Ingest
 from weft.adapters.loader import AdapterLoader, HostCache
 from weft.adapters.store import AdapterStore
@@ -20,6 +20,7 @@ from weft.api.lifecycle import Lifecycle, Registration
 from weft.api.memory_plan import MemoryPlan
 from weft.api.quota import Quotas
 from weft.api.request_flow import RequestFlow
+from weft.api.watchdog import Watchdog
 from weft.api.work import Work
 from weft.config import WeftConfig
 from weft.engine.engine import Engine
@@ -27,12 +28,13 @@ from weft.engine.inbox import Inbox
 from weft.engine.outbox import AdapterFailed, AdaptersResident, EngineDown, EngineEvent
 from weft.engine.request import TokenEvent
 from weft.engine.runner import Runner
-from weft.errors import draining_error
+from weft.errors import Unavailable, draining_error
 from weft.metrics import Metrics
 from weft.model import threads
 from weft.model.loader import Base, WeightBytes
 
 _LAG_PERIOD_S = 0.5
+_STOP_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,14 @@ class Application:
         # Packing some adapters reads the base's weights, which only the engine thread may touch.
         ingest = model.ingest._replace(base=model.ingest.base.read_through(self._inbox.run))
         host = HostCache(config.residency.host_bytes)
-        loader = AdapterLoader(store=store, ingest=ingest, host=host, workers=self.work.loads, metrics=metrics)
+        loader = AdapterLoader(
+            store=store,
+            ingest=ingest,
+            host=host,
+            workers=self.work.loads,
+            metrics=metrics,
+            size_of=self._packed_bytes,
+        )
         self.engine = Engine(
             runner,
             config.engine,
@@ -94,7 +103,7 @@ class Application:
         self.quotas = Quotas(config.server)
         self.requests = RequestFlow(
             engine=self.engine,
-            registry=self.lifecycle.registry,
+            lifecycle=self.lifecycle,
             admission=Admission(self.lifecycle, model.base, config.requests, config.engine),
             work=self.work,
             base=model.base,
@@ -102,17 +111,19 @@ class Application:
             quotas=self.quotas,
             metrics=metrics,
         )
-        self._lag = loop.create_task(self._measure_lag())
+        self._has_given_up = False
+        self._tasks = [loop.create_task(self._measure_lag())]
 
     async def start(self, adapters: list[tuple[AdapterId, Path]], progress: Callable[[int, int], None]) -> None:
-        """Start the engine, restore the adapters of the store, and register `adapters`."""
+        """Start the engine, register the adapters of the store, and then `adapters`."""
         model, base = self.model, self.model.base
         held_as = base.quantization.value, base.device.type, model.dtype
         labels = __version__, base.shape.name, *held_as, model.kernels
         self.metrics.build_info.labels(*labels).set(1)
         self.engine.start()
+        self._tasks.append(asyncio.create_task(self._watch_engine()))
         await asyncio.wrap_future(self._inbox.call(partial(threads.compute_with, model.num_threads)))
-        await self.lifecycle.restore(progress)
+        await self.lifecycle.following.restore(progress)
         for adapter_id, path in adapters:
             await self.lifecycle.register_from(Registration(adapter_id=adapter_id, source=str(path), replace=True))
 
@@ -127,14 +138,23 @@ class Application:
 
     async def stop(self) -> None:
         """Stop everything. Every request that has not ended gets its terminal event."""
-        await asyncio.to_thread(self.engine.stop, 30.0)
+        self.lifecycle.following.stop()
+        for task in self._tasks:
+            task.cancel()
+        if not await asyncio.to_thread(self.engine.stop, _STOP_S):
+            self._give_up(draining_error())
         await asyncio.sleep(0)  # the last events are in the loop's queue
-        self._lag.cancel()
         self.lifecycle.watches.end()
         await self.work.close()
 
+    def _packed_bytes(self, digest: AdapterDigest) -> int:
+        """Return the size of an adapter in memory, as its description says; any thread may ask."""
+        return max((version.info.packed_bytes for version in self.lifecycle.registry.of(digest)), default=0)
+
     def _receive(self, events: Sequence[EngineEvent]) -> None:
         """Dispatch the engine's events; called on the event loop."""
+        if self._has_given_up:
+            return  # they come from a thread that woke up late, and its requests have ended
         for event in events:
             match event:
                 case TokenEvent():
@@ -146,6 +166,19 @@ class Application:
                 case EngineDown(error):
                     self.work.refuse(error)
                     self.down.set()
+
+    async def _watch_engine(self) -> None:
+        error = await Watchdog(self.engine, self.config.engine.step_timeout_s).watch()
+        if not self.down.is_set():
+            self._give_up(error)
+
+    def _give_up(self, error: Unavailable) -> None:
+        """End everything that waits for the engine, without the engine."""
+        self._has_given_up = True
+        self.work.refuse(error)
+        self.engine.abandon(error)
+        self.requests.fail_all(error)
+        self.down.set()
 
     async def _measure_lag(self) -> None:
         while True:

@@ -1,8 +1,17 @@
-"""Lifecycle of adapters: restore, register, upload, replace, unregister.
+"""Lifecycle of adapters: register, upload, replace, unregister.
 
 This runs on the event loop; disk access and parsing run in worker threads. Calls that change the same id are
 serialized, those for different ids are not. A change is visible only once it is durable, and a failed call leaves
 nothing behind. A call that has begun to change the store runs to its end, even if its caller goes away.
+
+Other servers may share the store. A call looks at the store before it decides, and the store decides again under its
+lock, so no change of another server is overwritten unseen:
+
+- with `expected_digest`, register and unregister succeed only if the store has that digest for the id, else they raise
+  AdapterConflict VERSION_CONFLICT;
+- without `replace`, a registration of an id for which the store has other content raises AdapterExists;
+- `replace` without `expected_digest` takes the place of whatever is there: the last writer wins, on all servers;
+- of several servers that unregister an id, one succeeds.
 """
 
 import asyncio
@@ -17,19 +26,21 @@ from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterDigest, AdapterId
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
 from weft.adapters.ingest import Ingested
 from weft.adapters.loader import AdapterLoader
-from weft.adapters.registry import AdapterInfo, AdapterState, Registry, Version
+from weft.adapters.registry import AdapterState, Registry, Version, require_expected
 from weft.adapters.store import AdapterStore
 from weft.adapters.versions import StagedVersion, Staging
 from weft.api import mixtures
+from weft.api.following import Following
 from weft.api.memory import AdapterMemory
+from weft.api.publication import Publication
 from weft.api.watch import Watches
 from weft.api.work import Work
 from weft.engine.engine import Engine, Freed
 from weft.engine.request import FinishReason, RequestId
-from weft.errors import AdapterConflict, InvalidAdapter, InvalidRequest, WeftError
+from weft.errors import AdapterConflict, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable, WeftError
 from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -74,7 +85,10 @@ class Removed(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Lifecycle:
-    """The adapters of one server. device_bytes: the memory that the device has for them."""
+    """The adapters of one server. device_bytes: the memory that the device has for them.
+
+    release_timeout_s: how long unregistering waits for the engine to let go of an adapter.
+    """
 
     engine: Engine
     store: AdapterStore
@@ -82,10 +96,11 @@ class Lifecycle:
     work: Work
     device_bytes: int
     metrics: Metrics
+    release_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        self._lease_ended = asyncio.Event()
         self._copying = asyncio.Semaphore(_COPIES_AT_A_TIME)
+        self._late: dict[AdapterId, asyncio.Task[Removed]] = {}  # removals that took longer than their calls
         self.watches = Watches()
         self.registry = Registry(changed=self.watches.put)
         self.memory = AdapterMemory(
@@ -96,39 +111,12 @@ class Lifecycle:
             watches=self.watches,
             work=self.work,
         )
-
-    # -- start ---------------------------------------------------------------------------------------------------
-
-    async def restore(self, progress: Callable[[int, int], None]) -> None:
-        """Register the adapters of the store. A bad entry is FAILED with its reason, and does not stop the start."""
-        recovery = await self.work.run(self.store.recover)
-        for problem in recovery.problems:
-            _log.warning("store: %s: %s", problem.path, problem.message)
-        total = len(recovery.manifests)
-        for done, manifest in enumerate(recovery.manifests.values(), 1):
-            version = Version(
-                adapter_id=manifest.adapter_id,
-                digest=manifest.digest,
-                info=AdapterInfo(method=manifest.method, size_bytes=manifest.size_bytes),
-                create_time_s=datetime.fromisoformat(manifest.create_time).timestamp(),
-                pinned=manifest.pinned,
-            )
-            try:
-                ingested = await self.work.run(self.loader.read, manifest.digest)
-            except WeftError as error:
-                version.state, version.state_reason = AdapterState.FAILED, error.reason
-                _log.warning("store: adapter %s is not served: %s", manifest.adapter_id, error)
-            else:
-                version.info = ingested.info
-                self.loader.keep(manifest.digest, ingested.packed)
-            self._publish(version)
-            if version.pinned and version.state is AdapterState.ACTIVE:
-                self.engine.preload(version.digest, pin=True)  # as soon as possible
-            progress(done, total)
-        for problem in recovery.problems:
-            adapter_id = problem.adapter_id
-            if adapter_id is not None and self.registry.current(adapter_id) is None:
-                self._publish(Version(adapter_id=adapter_id, state=AdapterState.FAILED, state_reason=problem.reason))
+        self.publication = Publication(
+            registry=self.registry, memory=self.memory, store=self.store, work=self.work, metrics=self.metrics
+        )
+        self.following = Following(
+            engine=self.engine, store=self.store, loader=self.loader, publication=self.publication, work=self.work
+        )
 
     # -- register ------------------------------------------------------------------------------------------------
 
@@ -163,6 +151,7 @@ class Lifecycle:
             raise InvalidRequest.rule("CHECKSUM_MISMATCH", "content_digest", rule, limit=most, given=given)
         ingested = await self.work.run(self.loader.read_staged, staged)
         self._check_fit(ingested)
+        await self.following.look_at(wanted.adapter_id)
         mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
         changes = self.registry.check_publish(
             wanted.adapter_id, staged.digest, replace=wanted.replace, expected_digest=wanted.expected_digest
@@ -181,27 +170,44 @@ class Lifecycle:
             pinned=wanted.pin or (previous is not None and previous.pinned),  # a pin belongs to the id
         )
         if not wanted.validate_only:
-            await self._commit(version, staged, ingested, wanted.source, replace=previous is not None)
+            await self._commit(version, staged, ingested, wanted, previous)
         return Registered(version, Outcome.CREATED if previous is None else Outcome.REPLACED)
 
     async def _commit(
-        self, version: Version, staged: StagedVersion, ingested: Ingested, source: str, *, replace: bool
+        self,
+        version: Version,
+        staged: StagedVersion,
+        ingested: Ingested,
+        wanted: Registration,
+        previous: Version | None,
     ) -> None:
-        """Make a version durable, then current."""
+        """Make a version durable, then current, if the store still has what `previous` is."""
         adapter_id, digest, info = version.adapter_id, version.digest, version.info
-        commit = partial(self.store.commit, adapter_id=adapter_id, method=info.method, pinned=version.pinned)
+        expected_digest = wanted.expected_digest
+        if expected_digest is None and not wanted.replace and previous is not None:
+            expected_digest = previous.digest or None  # the same content, or an id whose manifest is lost
+        commit = partial(
+            self.store.commit,
+            staged,
+            adapter_id=adapter_id,
+            method=info.method,
+            pinned=version.pinned,
+            source=wanted.source,
+            info=info.encode(),
+            checked_for=self.loader.ingest.checked_for,
+            replace=wanted.replace or previous is not None,
+            expected_digest=None if expected_digest is None else AdapterDigest(expected_digest),
+        )
         try:
             if version.pinned:  # first, so that a call that fails for want of room leaves nothing behind
                 await self.memory.bring(digest, pin=True, packed=ingested.packed)
-            manifest = await self.work.run(partial(commit, staged, source=source, replace=replace))
+            manifest = await self.work.run(commit)
         except BaseException:
             await self.memory.free(digest)
             raise
         version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
         self.loader.keep(digest, ingested.packed)
-        replaced = self._publish(version)
-        if replaced is not None and not replaced.leases:
-            self._free_later(replaced.digest)
+        self.publication.publish(version)
         if info.trained_held_as:
             _log.warning("%s: trained on another quantization (%s) of the base", adapter_id, info.trained_held_as)
         if info.trained_rope_factors:
@@ -227,28 +233,46 @@ class Lifecycle:
     async def unregister(
         self, adapter_id: AdapterId, *, cancel: bool, timeout_s: float, expected_digest: str | None
     ) -> Removed:
-        """Remove an adapter; return when nothing of it is left."""
+        """Remove an adapter; return when nothing of it is left.
+
+        Raises Unavailable ENGINE_STALLED if the engine keeps it for `release_timeout_s` after it was asked to end the
+        adapter's requests. Then it is out of the catalog, no request can use it, and another call waits for the rest.
+        """
         self.work.require_open()
 
         async def remove() -> Removed:
-            async with self.work.lock(adapter_id):  # after a registration that came first
-                versions = self.registry.drain(adapter_id, expected_digest)
-                try:
-                    await self.work.run(self.store.remove, adapter_id)
-                except WeftError as error:
-                    if error.reason != "ADAPTER_NOT_FOUND":  # another process sharing the store may have been first
-                        self.registry.revive(adapter_id)
-                        raise
-            return await self._remove(adapter_id, versions, cancel=cancel, timeout_s=timeout_s)
+            removal = self._late.get(adapter_id)
+            if removal is None:
+                versions = await self._take_out(adapter_id, expected_digest)
+                if not cancel:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self.publication.wait_released(versions), timeout_s)
+                removal = self.work.keep(self._remove(adapter_id, versions))
+            ended, _ = await asyncio.wait([removal], timeout=self.release_timeout_s)
+            if ended:
+                return removal.result()
+            if adapter_id not in self._late:
+                self._late[adapter_id] = removal
+                removal.add_done_callback(lambda _: self._late.pop(adapter_id))
+            raise _stalled(adapter_id, self.release_timeout_s)
 
         return await self.work.to_the_end(remove())
 
-    async def _remove(
-        self, adapter_id: AdapterId, versions: list[Version], *, cancel: bool, timeout_s: float
-    ) -> Removed:
-        if not cancel:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wait_released(versions), timeout_s)
+    async def _take_out(self, adapter_id: AdapterId, expected_digest: str | None) -> list[Version]:
+        """Remove an id from the store, and refuse new requests for it; return its versions."""
+        async with self.work.lock(adapter_id):  # after a registration that came first
+            await self.following.look_at(adapter_id)
+            versions = self.registry.drain(adapter_id, expected_digest)
+            expected = None if expected_digest is None else AdapterDigest(expected_digest)
+            try:
+                await self.work.run(partial(self.store.remove, adapter_id, expected_digest=expected or None))
+            except WeftError:
+                self.registry.revive(adapter_id)  # if another server was first, its change follows
+                raise
+        return versions
+
+    async def _remove(self, adapter_id: AdapterId, versions: list[Version]) -> Removed:
+        """End the requests that still hold a version, and free everything."""
         error = AdapterConflict(
             "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} was unregistered while the request ran"
         )
@@ -257,49 +281,48 @@ class Lifecycle:
             version.removal = error  # for requests that the engine does not have yet
         for request_id in leftover:
             self.engine.end(RequestId(request_id), FinishReason.ERROR, error)
-        await self._wait_released(versions)
-        self.registry.remove(adapter_id)
-        self.metrics.adapters.labels(versions[0].info.method).dec()
-        total = Freed()
-        for digest in {version.digest for version in versions}:
-            total = Freed(*map(sum, zip(total, await self.memory.free(digest), strict=True)))
-        await self._collect()
-        return Removed(total, cancelled_requests=len(leftover))
+        await self.publication.wait_released(versions)
+        return Removed(await self.publication.remove(versions), cancelled_requests=len(leftover))
+
+    # -- quarantine ----------------------------------------------------------------------------------------------
+
+    async def quarantine(self, digest: AdapterDigest, reason: str) -> None:
+        """Take content out of service under every id, at once and after a restart."""
+        for version in self.registry.quarantine(digest, reason):
+            _log.warning("%s: quarantined, %s", version.adapter_id, reason)
+            try:
+                async with self.work.lock(version.adapter_id):
+                    await self._keep_quarantine(version, reason)
+            except AdapterNotFound:
+                pass  # it was unregistered meanwhile
+            except WeftError as error:
+                _log.warning("%s: the quarantine ends with this server: %s", version.adapter_id, error)
+
+    async def lift_quarantine(self, adapter_id: AdapterId, expected_digest: str | None) -> Version:
+        """Put content in service again that was quarantined; do nothing if it is in service."""
+        self.work.require_open()
+        async with self.work.lock(adapter_id):
+            await self.following.look_at(adapter_id)
+            version = self.registry.require(AdapterReference(adapter_id, None))
+            require_expected(adapter_id, version.digest, expected_digest)
+            if version.state is not AdapterState.QUARANTINED:
+                return version
+            await self._keep_quarantine(version, "")
+            version = self.registry.require(AdapterReference(adapter_id, None))
+            if version.state is AdapterState.QUARANTINED:  # one that the store could not keep
+                self.registry.move(version, AdapterState.ACTIVE, "")
+        return version
+
+    async def _keep_quarantine(self, version: Version, reason: str) -> None:
+        """Write a quarantine to the store, or its end; the caller holds the id's lock."""
+        await self.work.run(self.store.set_quarantined, version.adapter_id, version.digest, reason)
+        await self.following.look_at(version.adapter_id)
 
     def release(self, version: Version, request_id: str) -> None:
-        """End a request's lease. The memory of a replaced version is freed with its last lease."""
-        if self.registry.release(version, request_id):
-            self._free_later(version.digest)
-        self._lease_ended.set()
-        self._lease_ended = asyncio.Event()
-
-    async def _wait_released(self, versions: list[Version]) -> None:
-        while any(version.leases for version in versions):
-            await self._lease_ended.wait()
-
-    def _free_later(self, digest: AdapterDigest) -> None:
-        if not self.work.is_closed:
-            self.work.keep(self._free(digest))
-
-    async def _free(self, digest: AdapterDigest) -> None:
-        await self.memory.free(digest)
-        await self._collect()
-
-    async def _collect(self) -> None:
-        try:
-            await self.work.run(self.store.collect, self.registry.digests())
-        except WeftError as error:  # the next collection removes the files that this one could not
-            _log.warning("store: %s", error)
+        """End a request's lease."""
+        self.publication.release(version, request_id)
 
     # -- inside --------------------------------------------------------------------------------------------------
-
-    def _publish(self, version: Version) -> Version | None:
-        """Make a version current and count it; return the one that it replaced."""
-        replaced = self.registry.publish(version)
-        self.metrics.adapters.labels(version.info.method).inc()
-        if replaced is not None:
-            self.metrics.adapters.labels(replaced.info.method).dec()
-        return replaced
 
     @contextlib.asynccontextmanager
     async def _staged(self, stage: Callable[..., Staging], *arguments: object) -> AsyncIterator[Staging]:
@@ -311,3 +334,8 @@ class Lifecycle:
                 staging.close()
             else:
                 await self.work.run(staging.close)
+
+
+def _stalled(adapter_id: AdapterId, timeout_s: float) -> Unavailable:
+    text = f"{adapter_id} is unregistered, but the engine has not let go of it for {timeout_s:g} s; call again to wait"
+    return Unavailable.at("ENGINE_STALLED", "adapter_id", text, retry_after_s=5.0, adapter_id=adapter_id)

@@ -12,16 +12,18 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.adapters.registry import Registry
 from weft.api import answer
 from weft.api.admission import Admission, Admitted
 from weft.api.answer import GenerationPart
+from weft.api.lifecycle import Lifecycle
 from weft.api.prompt import PromptEncoder
 from weft.api.quota import Quotas
+from weft.api.trials import Trials
 from weft.api.validation import ChatMessage, GenerationSpec, check
 from weft.api.work import Work
 from weft.config import RequestLimits
 from weft.engine.detokenizer import Detokenizer
+from weft.engine.endings import NON_FINITE
 from weft.engine.engine import Engine
 from weft.engine.request import Finish, FinishReason, GateDetail, Request, RequestId, TokenEvent
 from weft.errors import Cancelled, DeadlineExceeded, WeftError
@@ -72,7 +74,7 @@ class RequestFlow:
     """The generate requests of one server, and its Tokenize calls. work: refuses new ones, as any other call."""
 
     engine: Engine
-    registry: Registry
+    lifecycle: Lifecycle
     admission: Admission
     work: Work
     base: Base
@@ -83,6 +85,7 @@ class RequestFlow:
     _ids: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
+        self._trials = Trials(engine=self.engine, lifecycle=self.lifecycle, admission=self.admission, work=self.work)
         self._prompts = PromptEncoder(
             self.base.tokenizer,
             self.limits,
@@ -93,6 +96,8 @@ class RequestFlow:
 
     def deliver(self, event: TokenEvent) -> None:
         """Pass an event to its stream."""
+        if self._trials.deliver(event):
+            return
         stream = self._streams[event.request_id]
         stream.put(event)
         if event.finish is not None:
@@ -103,6 +108,21 @@ class RequestFlow:
             text = f"the caller does not read its stream: too many bytes wait (limit {self.limits.stream_bytes_max})"
             error = DeadlineExceeded("STREAM_STALLED", text, metadata={"limit": self.limits.stream_bytes_max})
             self.engine.end(event.request_id, FinishReason.ERROR, error)
+
+    def fail_all(self, error: WeftError) -> None:
+        """End every accepted request, because the engine does not; none of its events may come after this."""
+        self._trials.fail_all(error)
+        for stream in list(self._streams.values()):
+            request = stream.request
+            finish = Finish(
+                reason=FinishReason.ERROR,
+                error=error,
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_completion_tokens=len(request.output),
+                num_cached_tokens=request.num_cached_tokens,
+            )
+            self.metrics.requests.labels(finish.reason.value).inc()
+            self.deliver(TokenEvent(request.request_id, (), finish))
 
     async def generate(self, spec: GenerationSpec, *, timeout_s: float | None) -> AsyncGenerator[GenerationPart, None]:
         """Yield the answer to `spec` in parts; only the last has `end`. Closing the iterator ends the request.
@@ -184,12 +204,9 @@ class RequestFlow:
         return allowed_s
 
     def _settle(self, stream: Stream, finish: Finish) -> None:
-        admitted = stream.admitted
-        if finish.error is not None and finish.error.reason == "ADAPTER_NON_FINITE":
-            for part, version in zip(admitted.checked.parts, admitted.versions, strict=True):
-                if answer.takes_part(part, version, stream.request):
-                    self.registry.fault(version, finish.error.reason)
-        self.admission.leave(admitted)
+        if finish.error is not None and finish.error.reason in NON_FINITE and stream.request.adapters:
+            self._trials.begin(stream.admitted, stream.request)
+        self.admission.leave(stream.admitted)
 
     def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:
         tokenizer: Any = self.base.tokenizer

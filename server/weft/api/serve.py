@@ -1,9 +1,9 @@
 """The composition root: builds everything from a WeftConfig, serves until a signal, drains, exits.
 
-start:   load the base → start the engine → restore the store → listen → SERVING
+start:   load the base → start the engine → read the store's manifests → listen → SERVING
 SIGTERM: NOT_SERVING, new calls refused → running requests finish, up to drain_timeout_s → the rest end → exit 0
 second signal, or one during the start: stop waiting
-engine down: NOT_SERVING, every request has ended with UNAVAILABLE → exit 1
+engine down or hung: NOT_SERVING, every request has ended with UNAVAILABLE → exit 1
 """
 
 import asyncio
@@ -37,6 +37,7 @@ from weft.api.interceptors import FinishedCall, StatusInterceptor
 from weft.api.servicers.adapters import AdapterServicer
 from weft.api.servicers.generation import GenerationServicer
 from weft.api.servicers.health import HealthServicer
+from weft.api.watchdog import exit_at_once
 from weft.config import GIB, WeftConfig
 from weft.engine.runner import ModelRunner
 from weft.kernels.selection import select
@@ -74,7 +75,10 @@ def run(config: WeftConfig, adapters: list[tuple[str, Path]]) -> int:
     base_model = model.base.shape.name
     named = [(check_adapter_id(adapter_id, base_model=base_model), path.resolve()) for adapter_id, path in adapters]
     config = replace(config, allowed_sources=(*config.allowed_sources, *(path for _, path in named)))
-    return asyncio.run(_serve_until_signal(config, model, runner, named, console))
+    code = asyncio.run(_serve_until_signal(config, model, runner, named, console))
+    if code:
+        exit_at_once(code)  # the engine's thread may hang
+    return code
 
 
 def build_model(config: WeftConfig) -> tuple[ServedModel, ModelRunner]:

@@ -39,6 +39,10 @@ class Work:
         if self._refusal is not None:
             raise self._refusal
 
+    @property
+    def is_open(self) -> bool:
+        return self._refusal is None
+
     async def close(self) -> None:
         """Cancel all work; callers that await it get DRAINING."""
         self.refuse(self._refusal or draining_error())

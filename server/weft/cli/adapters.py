@@ -149,6 +149,15 @@ def unload(
         print_line(f"unloaded: {_line(client.unload(adapter_id, to))}")
 
 
+@app.command("lift")
+def lift_quarantine(
+    adapter_id: AdapterId, expected_digest: ExpectedDigest = None, server: ServerOption = DEFAULT_SERVER
+) -> None:
+    """Put an adapter in service again that is quarantined."""
+    with connected(server) as client:
+        print_line(f"lifted: {_line(client.lift_quarantine(adapter_id, expected_digest=expected_digest))}")
+
+
 @app.command()
 def watch(server: ServerOption = DEFAULT_SERVER, json: JsonOption = False) -> None:
     """Print every change of the adapters, until interrupted."""

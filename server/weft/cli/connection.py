@@ -21,7 +21,7 @@ _HINTS = {
     "ADAPTER_NOT_FOUND": "`weft adapters ls` lists the registered adapters",
     "VERSION_CONFLICT": "`weft adapters show ID` prints the current digest",
     "SOURCE_NOT_FOUND": "--source is a path on the server; `weft adapters add ID PATH` uploads a local directory",
-    "ADAPTER_QUARANTINED": "register other content under the id: `weft adapters add ID PATH --replace`",
+    "ADAPTER_QUARANTINED": "register other content: `weft adapters add ID PATH --replace`, or `weft adapters lift ID`",
     "BASE_MISMATCH": "`weft info` prints the base model and its modules",
     "TOKEN_MISSING": "set WEFT_TOKEN to a token of this server; its operator makes one with `weft tokens add`",
     "TOKEN_MALFORMED": "WEFT_TOKEN must be the whole line that `weft tokens add` printed",

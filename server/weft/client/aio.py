@@ -107,6 +107,7 @@ class AsyncClient(Connection):
     adapter = method(calls.adapter, make)
     load = method(calls.load, make)
     unload = method(calls.unload, make)
+    lift_quarantine = method(calls.lift_quarantine, make)
     watch = method(calls.watch, lambda client, rpc: AsyncWatch(client.begin(rpc)))
 
     async def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:

@@ -334,6 +334,15 @@ def unload(adapter_id: str, residency: str = "disk") -> Rpc[Adapter]:
     )
 
 
+def lift_quarantine(adapter_id: str, *, expected_digest: str | None = None) -> Rpc[Adapter]:
+    """Put an adapter in service again that was quarantined."""
+    return Rpc(
+        method=lambda stubs: stubs.adapters.LiftQuarantine,
+        request=adapter_service_pb2.LiftQuarantineRequest(adapter_id=adapter_id, expected_digest=expected_digest),
+        answer=lambda response: response.adapter,
+    )
+
+
 def _enum(enum: Any, field: str, label: str) -> Any:
     """Return the value that `label` names without its enum's prefix: "active" is ADAPTER_STATE_ACTIVE."""
     unset, *names = enum.keys()

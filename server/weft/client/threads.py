@@ -91,6 +91,7 @@ class Client(Connection):
     adapter = method(calls.adapter, make)
     load = method(calls.load, make)
     unload = method(calls.unload, make)
+    lift_quarantine = method(calls.lift_quarantine, make)
     watch = method(calls.watch, lambda client, rpc: Watch(client.begin(rpc)))
 
     def adapters(self, *, method: str = "", state: str = "") -> list[Adapter]:

@@ -2,13 +2,16 @@
 
 Other threads put messages into its inbox. Messages take effect between two steps, so nothing here needs a lock. Only
 this thread touches device memory. Every accepted request ends in exactly one event with `finish`. Once the engine has
-stopped, it refuses every message that expects an answer, and drops the others.
+stopped, it refuses every message that expects an answer, and drops the others. Whoever finds that the thread hangs
+abandons the engine (`abandon`), and ends its requests in its place.
 """
 
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -18,26 +21,31 @@ from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.loader import AdapterLoader
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.config import EngineConfig
-from weft.engine import sampler
-from weft.engine.batch import Stepper
+from weft.engine import endings
 from weft.engine.block_manager import BlockManager
+from weft.engine.computation import Abandoned, Computation, Failed
 from weft.engine.inbox import Inbox
 from weft.engine.observer import Observer
 from weft.engine.outbox import AdapterFailed, EngineDown, Outbox, Publish
-from weft.engine.request import FinishReason, Request, RequestId, SampledToken, TokenEvent, Tokens
+from weft.engine.request import (
+    FinishReason,
+    Request,
+    RequestId,
+    RequestStatus,
+    SampledToken,
+    TokenEvent,
+    Tokens,
+)
 from weft.engine.residency import Residency
 from weft.engine.runner import Runner
 from weft.engine.scheduler import Scheduled, Scheduler
-from weft.errors import AdapterUnusable, DeadlineExceeded, Overloaded, Unavailable, WeftError, draining_error
-from weft.kernels.faults import is_fatal
+from weft.errors import DeadlineExceeded, Unavailable, WeftError, draining_error
 from weft.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
 _GATHER_S = 0.001  # after this long without a message, no other is expected
 _GATHER_S_MAX = 0.005
-
-ENGINE_DOWN = "ENGINE_DOWN"
 
 
 class Freed(NamedTuple):
@@ -75,16 +83,18 @@ class Engine:
         self._inbox = inbox
         self._outbox = Outbox(publish, config.stream_interval_s)
         self.blocks = BlockManager(num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-        self.residency = Residency(runner, self.blocks, self._observer, self._outbox)
+        self.residency = Residency(runner, self.blocks, self._observer, self._outbox, loader)
         self.scheduler = Scheduler(
             self.blocks,
             self.residency,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        self._stepper = Stepper(runner, self.blocks.block_size)
+        self._computation = Computation(runner, self.blocks, self.residency.slots_of, self.residency.evict_idle)
         self._requests: dict[RequestId, Request] = {}
         self._stopping = False
+        self._has_ended = threading.Event()
+        self._num_messages = 0
         self._thread = threading.Thread(target=self._run, name="weft-engine", daemon=True)
 
     # -- called from any thread ---------------------------------------------------------------------------------
@@ -92,13 +102,38 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout_s: float | None = None) -> None:
-        """Stop the thread, waiting up to `timeout_s`. Requests that have not ended end with UNAVAILABLE."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Stop the thread; return whether it has ended within `timeout_s`, or is abandoned.
+
+        Requests that have not ended end with UNAVAILABLE.
+        """
         self._inbox.post(self._stop)
         if self._thread.ident is None:
             self._run()  # never started: the caller's thread answers the messages
-        else:
-            self._thread.join(timeout_s)
+        return self._has_ended.wait(timeout_s)
+
+    def abandon(self, error: Unavailable) -> None:
+        """Answer all messages with `error` from now on, because the thread hangs.
+
+        Its requests are left as they are: the caller ends them, and ignores the events of a thread that wakes up late.
+        """
+        self._computation.is_abandoned = self._stopping = True
+        self._inbox.abandon(error)
+        self._has_ended.set()
+
+    @property
+    def progress(self) -> int:
+        """A number that changes whenever the thread begins a step or has ended a message or an adapter's placement."""
+        return self._computation.num_begun + self._num_messages + self.residency.num_placed
+
+    def probe(self) -> "Future[None]":
+        """Return a future that ends when the thread comes round."""
+        return self._inbox.call(lambda: None)
+
+    def where(self) -> str:
+        """Return the stack of the thread, for a log."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else "it has ended"
 
     def submit(self, request: Request) -> None:
         self._inbox.post(partial(self._add, request), partial(self._refuse, request))
@@ -119,7 +154,7 @@ class Engine:
         packed: the adapter, if it is loaded already. pin: keep it on the device.
         The future fails with the error of the load, or with POOL_EXHAUSTED.
         """
-        future: Future[None] = Future()
+        future: Future[None] = self._inbox.awaited(Future())
         future.set_running_or_notify_cancel()  # one caller may give up while others await the same adapter
         self._inbox.post(partial(self.residency.preload, digest, future, packed=packed, pin=pin), future.set_exception)
         return future
@@ -137,6 +172,8 @@ class Engine:
             self.step()
             self._outbox.deliver_due(self._clock())
         except Exception:
+            if self._computation.is_abandoned:
+                return
             _log.exception("engine: a fault outside the model call; the engine goes down")
             self._go_down()
             self._outbox.deliver(self._clock())
@@ -146,12 +183,14 @@ class Engine:
             while not self._stopping:
                 self.run_once(wait=True)
         finally:
-            self._fail_all(self._inbox.refusal or draining_error())
-            self._inbox.close(Unavailable(ENGINE_DOWN, "the engine has stopped", retry_after_s=1.0))
-            self._outbox.deliver(self._clock())
+            if not self._computation.is_abandoned:
+                self._fail_all(self._inbox.refusal or draining_error())
+                self._inbox.close(endings.engine_down("it has stopped"))
+                self._outbox.deliver(self._clock())
+            self._has_ended.set()
 
     def step(self) -> None:
-        """Schedule, compute, sample, publish. A fault in the model call ends only the requests of this step."""
+        """Schedule, compute, sample, publish. A fault in the model call ends only the requests that raise alone."""
         now = self._clock()
         self._expire(now)
         step = self.scheduler.schedule()
@@ -166,34 +205,51 @@ class Engine:
             self._resolve_stall()
             self._observer.queue(self.scheduler)
             return
-        try:
-            sampled = self._compute(step)
-        except Exception as error:
-            _log.exception("engine: a step failed; its %d requests end", len(step))
-            if is_fatal(error):
-                self._go_down()
-                return
-            for request, _ in step:
-                self._end(request, FinishReason.ERROR, WeftError("STEP_FAILED", "the model step failed"))
-            return
-        self.scheduler.advance(step)
-        done = self._clock()
-        for request, token in sampled:
-            self._append(request, token, done)
-        self._observer.step(step, self.scheduler, seconds=done - now, now=done)
+        for failed in sorted(self._compute(step, now), key=lambda failed: failed.is_short_of_memory):
+            if failed.scheduled.request.status is not RequestStatus.RUNNING:
+                continue  # it was preempted for one before it, or the engine has gone down
+            if failed.is_short_of_memory:
+                self._make_way(failed.scheduled)
+            else:
+                self._end_failed(failed)
 
-    def _compute(self, step: list[Scheduled]) -> list[tuple[Request, SampledToken | None]]:
-        logits = self._stepper.compute(step, self.residency.slots_of)
-        requests = [scheduled.request for scheduled in step if scheduled.samples]
-        if not requests:
+    def _compute(self, step: Sequence[Scheduled], now: float) -> list[Failed]:
+        """Compute a step, and publish its tokens; return what raises alone. Goes down if the device is lost."""
+        try:
+            computed = self._computation.compute(step)
+        except Abandoned:
             return []
-        return list(zip(requests, sampler.sample(logits, requests, self._runner.transfer), strict=True))
+        except Exception:
+            _log.exception("engine: the device is lost; the engine goes down")
+            self._go_down()
+            return []
+        self.scheduler.advance(computed.parts)
+        done = self._clock()
+        for request, token in computed.sampled:
+            self._append(request, token, done)
+        if computed.parts:
+            self._observer.step(computed.parts, self.scheduler, seconds=done - now, now=done)
+        return computed.failed
+
+    def _make_way(self, scheduled: Scheduled) -> None:
+        """Try a request that ran out of device memory alone once more, after all others have let go of theirs."""
+        request = scheduled.request
+        self.scheduler.preempt_others(request)
+        self.residency.release_all(self.scheduler.waiting)
+        for failed in self._compute([scheduled], self._clock()):
+            self._end_failed(failed)
+
+    def _end_failed(self, failed: Failed) -> None:
+        """End a request that raises alone."""
+        self._end(failed.scheduled.request, FinishReason.ERROR, endings.step_failed(failed))
+        if not self._computation.can_go_on(1):
+            self._go_down(endings.engine_down("every step fails"))
 
     def _append(self, request: Request, token: SampledToken | None, now: float) -> None:
         if token is None:
-            self._observer.row_not_finite()
+            self._observer.row_not_finite(request)
             self.blocks.invalidate(request)
-            self._end(request, FinishReason.ERROR, _non_finite(request))
+            self._end(request, FinishReason.ERROR, endings.non_finite(request))
             return
         request.output.append(token.token_id)
         self._observer.token(request, now)
@@ -223,7 +279,7 @@ class Engine:
         """Put the request's last event into the outbox."""
         finish = request.finish(reason, error)
         if request.mixture is not None:
-            finish = replace(finish, gates=self._stepper.mixtures.end(request))
+            finish = replace(finish, gates=self._computation.stepper.mixtures.end(request))
         self._requests.pop(request.request_id, None)
         self._outbox.put(TokenEvent(request.request_id, tokens, finish), at_once=True)
         self._observer.request_ended(request, finish, self._clock())
@@ -243,13 +299,7 @@ class Engine:
             self._end_without_room(stuck)
 
     def _end_without_room(self, request: Request) -> None:
-        error = Overloaded(
-            "POOL_EXHAUSTED",
-            "the adapter and KV pools have no room for this request now",
-            metadata={"quota": "adapter_and_kv_pools"},
-            retry_after_s=1.0,
-        )
-        self._end(request, FinishReason.ERROR, error)
+        self._end(request, FinishReason.ERROR, endings.without_room())
 
     def _stuck(self) -> Request | None:
         return next((request for request in self.scheduler.waiting if not self.residency.is_loading(request)), None)
@@ -290,7 +340,7 @@ class Engine:
             take(self._sleep_s())
             gather_until = self._clock() + _GATHER_S_MAX
         while take(_GATHER_S if self._clock() < gather_until and self._can_start() else 0.0):
-            pass
+            self._num_messages += 1
 
     def _can_start(self) -> bool:
         """Return whether requests wait, and none of them for a load."""
@@ -307,6 +357,8 @@ class Engine:
         self.residency.prefetch(request)
 
     def _refuse(self, request: Request, error: WeftError) -> None:
+        if self._computation.is_abandoned:
+            return
         self._put_finish(request, FinishReason.ERROR, error)
         self._outbox.deliver(self._clock())
 
@@ -322,8 +374,8 @@ class Engine:
     def _stop(self) -> None:
         self._stopping = True
 
-    def _go_down(self) -> None:
-        down = Unavailable(ENGINE_DOWN, "the engine stopped by a fault; another replica can answer", retry_after_s=5.0)
+    def _go_down(self, down: Unavailable | None = None) -> None:
+        down = down or endings.engine_down("it stopped by a fault")
         self._inbox.refusal = down
         self._fail_all(down)
         self._stopping = True
@@ -334,10 +386,3 @@ class Engine:
         self.residency.fail_all(error)
         for request in list(self._requests.values()):
             self._put_finish(request, FinishReason.ERROR, error)
-
-
-def _non_finite(request: Request) -> WeftError:
-    if request.adapters:
-        made_by = "the adapter" if len(request.adapters) == 1 else "the adapters together"
-        return AdapterUnusable("ADAPTER_NON_FINITE", f"{made_by} made numbers that are not finite for this request")
-    return WeftError("NON_FINITE", "the base made numbers that are not finite for this request")

@@ -1,11 +1,12 @@
 """Messages to the engine thread, applied there between two steps. Any thread may send them."""
 
+import contextlib
 import logging
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import NamedTuple, TypeVar
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, NamedTuple, TypeVar
 
 from weft.errors import Unavailable, WeftError
 
@@ -31,6 +32,7 @@ class Inbox:
         self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._is_closed = False
         self._after_close = threading.Lock()
+        self._open: set[Future[Any]] = set()
 
     def post(self, apply: Callable[[], object], refuse: Callable[[WeftError], object] = lambda error: None) -> None:
         """Send a message. If the inbox is closed, the sender's thread refuses it, so that no message waits forever."""
@@ -38,9 +40,15 @@ class Inbox:
         if self._is_closed:
             self._refuse_all()
 
+    def awaited(self, future: "Future[T]") -> "Future[T]":
+        """Return a future that the engine thread is to end, and that `abandon` ends if it does not."""
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
+
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Run `function` on the engine thread between two steps."""
-        future: Future[T] = Future()
+        future: Future[T] = self.awaited(Future())
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
@@ -81,6 +89,13 @@ class Inbox:
         self.refusal = self.refusal or refusal
         self._is_closed = True
         self._refuse_all()
+
+    def abandon(self, refusal: Unavailable) -> None:
+        """Refuse all messages, also those that the engine thread has taken and does not answer."""
+        self.close(refusal)
+        for future in list(self._open):
+            with contextlib.suppress(InvalidStateError):  # the thread has just answered
+                future.set_exception(refusal)
 
     def _refuse_all(self) -> None:
         with self._after_close:

@@ -20,7 +20,7 @@ class Observer:
         adapters = set()
         for request, _ in step:
             adapters.update(request.digests)
-            if request.scheduled_s is None:
+            if request.scheduled_s is None and not request.is_probe:
                 request.scheduled_s = now - seconds
                 metrics.queue_time.observe(request.scheduled_s - request.arrival_s)
         metrics.step_seconds.observe(seconds)
@@ -44,17 +44,22 @@ class Observer:
 
     def token(self, request: Request, now: float) -> None:
         """Count a token of a request, whose `last_token_s` is still that of the one before."""
+        if request.is_probe:
+            return
         if request.last_token_s is None:
             self._metrics.time_to_first_token.observe(now - request.arrival_s)
         else:
             self._metrics.inter_token.observe(now - request.last_token_s)
         self._metrics.generation_tokens.inc()
 
-    def row_not_finite(self) -> None:
-        self._metrics.nonfinite_rows.inc()
+    def row_not_finite(self, request: Request) -> None:
+        if not request.is_probe:
+            self._metrics.nonfinite_rows.inc()
 
     def request_ended(self, request: Request, finish: Finish, now: float) -> None:
         """Count a request that ended, for whatever reason."""
+        if request.is_probe:
+            return
         metrics = self._metrics
         metrics.requests.labels(finish.reason.value).inc()
         metrics.request_seconds.observe(now - request.arrival_s)

@@ -176,6 +176,7 @@ class Request:
     num_computed_tokens: real tokens whose keys and values are in the cache; virtual positions do not count.
     num_cached_tokens: prompt tokens that were in the cache when the request first started.
     num_overtaken: later requests that started while this one waited for adapter room.
+    is_probe: whether the server asks for itself, so that no metric counts it.
     digests: contents that must be on the device: the adapters in order, then the mixture's router.
     spans: the uses with virtual positions; `virtual_blocks` has the blocks of each, one after the other.
     weight: of its tenant, whose share of the server grows with it. share: that the request belongs to.
@@ -191,6 +192,7 @@ class Request:
     arrival_s: float = 0.0
     tenant: str = ""
     weight: float = 1.0
+    is_probe: bool = False
 
     status: RequestStatus = RequestStatus.WAITING
     output: list[int] = field(default_factory=list)
@@ -223,6 +225,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output)
+
+    def rewind(self) -> None:
+        """Forget the random number of a token that was drawn but not kept; each kept one took one number."""
+        self.random.seed(self.params.seed)
+        for _ in self.output:
+            self.random.random()
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Return the prompt and output tokens start : stop."""

@@ -6,16 +6,21 @@ needed, the longest unused first. A missing adapter is wanted once (`take_wanted
 between two steps. Soft rows are run through the base when their adapter is placed; if that fails, the requests that
 wait for it end.
 
+Packed adapters that arrived and wait for room take host memory, and so do those that are being loaded: `take_wanted`
+lets a load begin only if the host's budget has room for it beside them, in the order in which adapters became wanted.
+If no request could ever start otherwise, one load goes on whatever it takes.
+
 An adapter is evicted only for one that is used at once: the adapters of a request are placed together when all have
 arrived and fit, or not at all. So every eviction lets a request start, and no two requests evict each other's adapters
 forever.
 """
 
 import logging
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from weft.adapters.identifiers import AdapterDigest
 from weft.adapters.packed_adapter import PackedAdapter
@@ -24,9 +29,9 @@ from weft.engine.block_manager import BlockManager
 from weft.engine.observer import Observer
 from weft.engine.outbox import AdaptersResident, Outbox
 from weft.engine.request import Request
-from weft.engine.runner import Runner
+from weft.engine.runner import Runner, is_lost
 from weft.errors import AdapterConflict, Overloaded, WeftError
-from weft.kernels.faults import is_fatal
+from weft.kernels.faults import is_out_of_memory
 from weft.methods.protocol import Virtual
 
 _log = logging.getLogger(__name__)
@@ -40,21 +45,42 @@ class _Resident:
     holders: int = 0
 
 
+class HostMemory(Protocol):
+    """The budget for packed adapters on the host, which its cache shares with those on their way (`AdapterLoader`)."""
+
+    @property
+    def capacity_bytes(self) -> int: ...
+
+    def size_of(self, digest: AdapterDigest, /) -> int:
+        """Return the bytes that an adapter will take once it is loaded; 0 if that is unknown."""
+        ...
+
+    def reserve(self, on_the_way: Mapping[AdapterDigest, int]) -> None:
+        """Leave room for these adapters, by their bytes; this replaces what was reserved before."""
+        ...
+
+
 class Residency:
     """Device memory of adapters; decides for the scheduler whether a request can start.
 
     wanted, failures: adapters to load, and those that could not be placed; the engine takes them after each schedule.
     """
 
-    def __init__(self, runner: Runner, blocks: BlockManager, observer: Observer, outbox: Outbox) -> None:
+    def __init__(
+        self, runner: Runner, blocks: BlockManager, observer: Observer, outbox: Outbox, host: HostMemory
+    ) -> None:
         self._runner = runner
         self._blocks = blocks
         self._observer = observer
         self._outbox = outbox
+        self._host = host
         self._resident: OrderedDict[AdapterDigest, _Resident] = OrderedDict()  # least recently used first
         self.wanted: list[AdapterDigest] = []  # to load
         self._pending: set[AdapterDigest] = set()  # wanted, not arrived yet
+        self._loading: dict[AdapterDigest, int] = {}  # by expected bytes; 0 if unknown
+        self._reserved: dict[AdapterDigest, int] = {}
         self._arrived: dict[AdapterDigest, PackedAdapter] = {}  # arrived, not placed yet
+        self.num_placed = 0
         self.failures: dict[AdapterDigest, WeftError] = {}  # arrived, but could not be placed
         self._seekers: set[Request] = set()  # not admitted
         self._awaited: dict[AdapterDigest, list[Future[None]]] = {}  # preloads
@@ -125,6 +151,7 @@ class Residency:
 
     def arrived(self, digest: AdapterDigest, packed: PackedAdapter) -> None:
         """Take a loaded adapter: place it if it was preloaded or pinned, else keep it until its request starts."""
+        self._loading.pop(digest, None)
         if digest not in self._pending:
             return  # evicted while it was being loaded
         self._pending.discard(digest)
@@ -135,14 +162,41 @@ class Residency:
 
     def failed(self, digest: AdapterDigest, error: WeftError) -> None:
         """End the wait for a load that failed; the next request for the adapter loads it again."""
+        self._loading.pop(digest, None)
         self._pending.discard(digest)
         for future in self._awaited.pop(digest, ()):
             future.set_exception(error)
 
     def take_wanted(self) -> list[AdapterDigest]:
-        """Return the adapters to load that became wanted since the last call."""
-        wanted, self.wanted = dict.fromkeys(self.wanted), []
-        return [digest for digest in wanted if digest in self._pending]
+        """Return the adapters whose loads may begin now; the others stay in `wanted`."""
+        waiting = deque(dict.fromkeys(digest for digest in self.wanted if digest in self._pending))
+        taken: list[AdapterDigest] = []
+        while waiting and self._may_load(self._host.size_of(waiting[0])):
+            digest = waiting.popleft()
+            self._loading[digest] = self._host.size_of(digest)
+            taken.append(digest)
+        self.wanted = list(waiting)
+        on_the_way = self._on_the_way()
+        if on_the_way != self._reserved:
+            self._reserved = on_the_way
+            self._host.reserve(on_the_way)
+        return taken
+
+    def _may_load(self, size_bytes: int) -> bool:
+        left = self._host.capacity_bytes - sum(self._on_the_way().values())
+        if 0 in self._loading.values():
+            left = 0  # one load of unknown size at a time
+        return max(size_bytes, 1) <= left or not (self._loading or self._is_any_complete())
+
+    def _on_the_way(self) -> dict[AdapterDigest, int]:
+        return self._loading | {digest: packed.size_bytes for digest, packed in self._arrived.items()}
+
+    def _is_any_complete(self) -> bool:
+        """Return whether a request waits for room alone, which others make when they end."""
+        return any(
+            all(digest in self._resident or digest in self._arrived for digest in request.digests)
+            for request in self._seekers
+        )
 
     def take_failures(self) -> dict[AdapterDigest, WeftError]:
         """Return the adapters that could not be placed since the last call; a new request loads them again."""
@@ -178,6 +232,12 @@ class Residency:
                 self._take_off(digest, for_room=True)
                 return True
         return False
+
+    def evict_idle(self) -> None:
+        """Evict every adapter that no request holds and that is not pinned, to free device memory."""
+        for digest, resident in list(self._resident.items()):
+            if resident.packed.buffer.nbytes and self._can_leave(digest):
+                self._take_off(digest, for_room=True)
 
     def evict(self, digest: AdapterDigest) -> int | None:
         """Remove an adapter and its pin from the device; return the freed bytes, or None if a request holds it.
@@ -237,11 +297,18 @@ class Residency:
             self._arrived.pop(digest, None)
 
     def _place(self, digest: AdapterDigest, packed: PackedAdapter) -> bool:
-        """Put an adapter that fits on the device; False if its virtual positions cannot be computed."""
-        blocks, slot = self._blocks.take_virtual(packed.num_virtual_tokens), self._runner.slots.put(packed)
+        """Put an adapter that fits on the device; False if it fails for want of memory or in its virtual positions."""
+        del self._arrived[digest]
+        try:
+            slot = self._runner.slots.put(packed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.failures[digest] = _short_of_memory()
+            return False
+        blocks = self._blocks.take_virtual(packed.num_virtual_tokens)
         assert blocks is not None
         assert slot is not None
-        del self._arrived[digest]
         failure = None if packed.virtual is None else self._write_virtual(blocks, packed.virtual)
         if failure is not None:
             self._runner.slots.drop(slot)
@@ -249,6 +316,7 @@ class Residency:
             self.failures[digest] = failure
             return False
         self._resident[digest] = _Resident(packed, slot, blocks)
+        self.num_placed += 1
         self._observer.adapter_placed(packed)
         self._outbox.publish(AdaptersResident(self.resident()))
         return True
@@ -260,8 +328,10 @@ class Residency:
         except WeftError as error:
             return error
         except Exception as error:
-            if is_fatal(error):
+            if is_lost(self._runner, error):
                 raise
+            if is_out_of_memory(error):
+                return _short_of_memory()
             _log.exception("engine: computing the virtual positions of an adapter failed")
             return WeftError("STEP_FAILED", "computing the adapter's virtual positions failed")
         return None
@@ -300,3 +370,8 @@ class Residency:
         self._observer.adapter_left(resident.packed, for_room=for_room)
         self._outbox.publish(AdaptersResident(self.resident()))
         return freed
+
+
+def _short_of_memory() -> Overloaded:
+    text = "adapter_id: the device is short of memory for this adapter now"
+    return Overloaded("POOL_EXHAUSTED", text, metadata={"quota": "device_memory"}, retry_after_s=1.0)

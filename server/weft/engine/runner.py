@@ -17,6 +17,7 @@ from weft.engine.drivers import driver_of
 from weft.errors import AdapterUnusable
 from weft.kernels.capture import NotCapturable
 from weft.kernels.device import Transfer, transfer_to
+from weft.kernels.faults import is_fatal, is_out_of_memory
 from weft.kernels.selection import Kernels
 from weft.kernels.step import Step, leaves, lone_request, with_leaves
 from weft.methods.protocol import SiteKind, SoftRows, Virtual, VirtualKV
@@ -53,6 +54,19 @@ class Runner(Protocol):
         Raises AdapterUnusable if the result is not finite.
         """
         ...
+
+    def is_alive(self) -> bool:
+        """Return whether the device still computes; it does not after an error that spoiled its memory."""
+        ...
+
+    def free_memory(self) -> None:
+        """Free the device memory that the runner can do without."""
+        ...
+
+
+def is_lost(runner: Runner, error: BaseException) -> bool:
+    """Return whether no later step can be trusted; if the error does not say so, the device itself is asked."""
+    return is_fatal(error) or not (is_out_of_memory(error) or runner.is_alive())
 
 
 class ModelRunner:
@@ -193,6 +207,23 @@ class ModelRunner:
                 self._cache.write_virtual(blocks, keys, values)
             case SoftRows(rows):
                 self._compute_virtual(blocks, rows)
+
+    def is_alive(self) -> bool:
+        if self._base.device.type != "cuda":
+            return True
+        try:
+            torch.ones(1, device=self._base.device).sum()
+            torch.cuda.synchronize(self._base.device)
+        except Exception as error:
+            return is_out_of_memory(error)
+        return True
+
+    def free_memory(self) -> None:
+        """Drop the captured steps, and give back what torch's allocator keeps; the KV pool stays as it is."""
+        if self._captured is not None:
+            self._captured.drop_all()
+        if self._base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _compute_virtual(self, blocks: list[int], rows: Tensor) -> None:
         """Compute the rows as real tokens of one request, which stores their keys where virtual ones are read."""

@@ -104,6 +104,12 @@ class Scheduler:
             request.num_computed_tokens += num_tokens
             self.blocks.commit(request)
 
+    def preempt_others(self, request: Request) -> None:
+        """Preempt every running request but this one, for what else they hold."""
+        for other in reversed(self.running.copy()):
+            if other is not request:
+                self._preempt(other)
+
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         while not self.blocks.grow(request, request.num_computed_tokens + num_tokens):
             youngest = self.running[-1]

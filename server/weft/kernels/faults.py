@@ -4,8 +4,15 @@ from collections.abc import Iterator
 
 import torch
 
-_FATAL_TEXTS = ("CUDA error", "Triton Error [CUDA]")
-_MEMORY_TEXTS = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_FATAL_TEXTS = ("CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS_", "CUDNN_STATUS_", "illegal memory access")
+_MEMORY_TEXTS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 _CAPTURE_CODES = range(900, 909)  # cudaErrorStreamCaptureUnsupported to …WrongThread
 _CAPTURE_TEXTS = ("captur",)  # every text of these codes has it
 
@@ -18,8 +25,9 @@ def is_fatal(error: BaseException) -> bool:
     """Return whether the device's memory can no longer be trusted: after a CUDA error, whichever library reports it.
 
     torch raises AcceleratorError, or a RuntimeError whose text begins with "CUDA error" if a library reports it;
-    Triton's text begins with "Triton Error [CUDA]". Running out of memory is not fatal, except in a capture that does
-    not survive it (CaptureLost).
+    Triton's text begins with "Triton Error [CUDA]", and some texts have only the status of cuBLAS or cuDNN. Running out
+    of memory is not fatal, except in a capture that does not survive it (CaptureLost). Of an error without such a text
+    only the device itself knows (`Runner.is_alive`).
     """
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return False
@@ -29,7 +37,7 @@ def is_fatal(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the device had too little memory for torch's allocator, CUDA or cuBLAS."""
+    """Return whether the device had too little memory for torch's allocator, CUDA or one of its libraries."""
     if isinstance(error, CaptureLost) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _MEMORY_TEXTS)

@@ -39,7 +39,8 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     Registering it again repairs it.
     """
     ADAPTER_STATE_QUARANTINED: _AdapterState.ValueType  # 5
-    """Taken out of service because it produced values that are not finite; requests answer ADAPTER_QUARANTINED.
+    """Taken out of service because it produced values that are not finite, also alone; requests answer
+    ADAPTER_QUARANTINED. This stays, also after a restart, until LiftQuarantine or other content under the id.
     Registering other content under the same id restores it.
     """
 
@@ -59,7 +60,8 @@ ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
 Registering it again repairs it.
 """
 ADAPTER_STATE_QUARANTINED: AdapterState.ValueType  # 5
-"""Taken out of service because it produced values that are not finite; requests answer ADAPTER_QUARANTINED.
+"""Taken out of service because it produced values that are not finite, also alone; requests answer
+ADAPTER_QUARANTINED. This stays, also after a restart, until LiftQuarantine or other content under the id.
 Registering other content under the same id restores it.
 """
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015

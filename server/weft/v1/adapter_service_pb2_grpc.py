@@ -76,6 +76,11 @@ class AdapterServiceStub:
                 request_serializer=weft_dot_v1_dot_adapter__service__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=weft_dot_v1_dot_adapter__service__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.LiftQuarantine = channel.unary_unary(
+                '/weft.v1.AdapterService/LiftQuarantine',
+                request_serializer=weft_dot_v1_dot_adapter__service__pb2.LiftQuarantineRequest.SerializeToString,
+                response_deserializer=weft_dot_v1_dot_adapter__service__pb2.LiftQuarantineResponse.FromString,
+                _registered_method=True)
         self.WatchAdapters = channel.unary_stream(
                 '/weft.v1.AdapterService/WatchAdapters',
                 request_serializer=weft_dot_v1_dot_adapter__service__pb2.WatchAdaptersRequest.SerializeToString,
@@ -174,6 +179,17 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LiftQuarantine(self, request, context):
+        """Puts an adapter in service again that is QUARANTINED, because its cause is known to be gone, such as a base that is
+        held otherwise now. It changes nothing if the adapter is in service. If its numbers are not finite again, neither is
+        its service. Only this id is changed, on every server that shares the store.
+
+        Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), UNAVAILABLE (STORE_UNAVAILABLE), RESOURCE_EXHAUSTED (STORE_FULL).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchAdapters(self, request, context):
         """Streams the registered adapters and then their changes, until the caller or the server ends the stream. A caller
         that reads slowly may miss intermediate states, never the latest one. After UNAVAILABLE (DRAINING), watch again.
@@ -219,6 +235,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=weft_dot_v1_dot_adapter__service__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=weft_dot_v1_dot_adapter__service__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'LiftQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.LiftQuarantine,
+                    request_deserializer=weft_dot_v1_dot_adapter__service__pb2.LiftQuarantineRequest.FromString,
+                    response_serializer=weft_dot_v1_dot_adapter__service__pb2.LiftQuarantineResponse.SerializeToString,
             ),
             'WatchAdapters': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchAdapters,
@@ -422,6 +443,33 @@ class AdapterService:
             '/weft.v1.AdapterService/UnloadAdapter',
             weft_dot_v1_dot_adapter__service__pb2.UnloadAdapterRequest.SerializeToString,
             weft_dot_v1_dot_adapter__service__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LiftQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.AdapterService/LiftQuarantine',
+            weft_dot_v1_dot_adapter__service__pb2.LiftQuarantineRequest.SerializeToString,
+            weft_dot_v1_dot_adapter__service__pb2.LiftQuarantineResponse.FromString,
             options,
             channel_credentials,
             insecure,

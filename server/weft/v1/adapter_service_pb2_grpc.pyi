@@ -93,6 +93,13 @@ class AdapterServiceStub:
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_IN_USE with RetryInfo: requests hold it; nothing was changed).
     """
+    LiftQuarantine: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.LiftQuarantineRequest, _adapter_service_pb2.LiftQuarantineResponse]
+    """Puts an adapter in service again that is QUARANTINED, because its cause is known to be gone, such as a base that is
+    held otherwise now. It changes nothing if the adapter is in service. If its numbers are not finite again, neither is
+    its service. Only this id is changed, on every server that shares the store.
+
+    Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), UNAVAILABLE (STORE_UNAVAILABLE), RESOURCE_EXHAUSTED (STORE_FULL).
+    """
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapter_service_pb2.WatchAdaptersRequest, _adapter_service_pb2.WatchAdaptersResponse]
     """Streams the registered adapters and then their changes, until the caller or the server ends the stream. A caller
     that reads slowly may miss intermediate states, never the latest one. After UNAVAILABLE (DRAINING), watch again.
@@ -162,6 +169,13 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Frees the memory of an adapter and removes its pin. It stays registered, and the next request loads it again.
 
     Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_IN_USE with RetryInfo: requests hold it; nothing was changed).
+    """
+    LiftQuarantine: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.LiftQuarantineRequest, _adapter_service_pb2.LiftQuarantineResponse]  # type: ignore[assignment]
+    """Puts an adapter in service again that is QUARANTINED, because its cause is known to be gone, such as a base that is
+    held otherwise now. It changes nothing if the adapter is in service. If its numbers are not finite again, neither is
+    its service. Only this id is changed, on every server that shares the store.
+
+    Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), UNAVAILABLE (STORE_UNAVAILABLE), RESOURCE_EXHAUSTED (STORE_FULL).
     """
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapter_service_pb2.WatchAdaptersRequest, _adapter_service_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """Streams the registered adapters and then their changes, until the caller or the server ends the stream. A caller
@@ -271,6 +285,19 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Frees the memory of an adapter and removes its pin. It stays registered, and the next request loads it again.
 
         Errors: NOT_FOUND, FAILED_PRECONDITION (ADAPTER_IN_USE with RetryInfo: requests hold it; nothing was changed).
+        """
+
+    @_abc_1.abstractmethod
+    def LiftQuarantine(
+        self,
+        request: _adapter_service_pb2.LiftQuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_service_pb2.LiftQuarantineResponse, _abc.Awaitable[_adapter_service_pb2.LiftQuarantineResponse]]:
+        """Puts an adapter in service again that is QUARANTINED, because its cause is known to be gone, such as a base that is
+        held otherwise now. It changes nothing if the adapter is in service. If its numbers are not finite again, neither is
+        its service. Only this id is changed, on every server that shares the store.
+
+        Errors: NOT_FOUND, ABORTED (VERSION_CONFLICT), UNAVAILABLE (STORE_UNAVAILABLE), RESOURCE_EXHAUSTED (STORE_FULL).
         """
 
     @_abc_1.abstractmethod

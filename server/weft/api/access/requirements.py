@@ -11,6 +11,7 @@ PUBLIC = frozenset({"/grpc.health.v1.Health/Check"})
 
 _GENERATION, _ADAPTERS = "/weft.v1.GenerationService", "/weft.v1.AdapterService"
 _GENERATE, _REGISTER = frozenset({Role.GENERATE}), frozenset({Role.REGISTER})
+_ADMIN = frozenset({Role.ADMIN})
 _EITHER = _GENERATE | _REGISTER  # whoever registers looks at the result
 
 SUFFICIENT: Mapping[str, frozenset[Role]] = MappingProxyType(
@@ -27,13 +28,14 @@ SUFFICIENT: Mapping[str, frozenset[Role]] = MappingProxyType(
         f"{_ADAPTERS}/UnregisterAdapter": _REGISTER,
         f"{_ADAPTERS}/LoadAdapter": _REGISTER,
         f"{_ADAPTERS}/UnloadAdapter": _REGISTER,
+        f"{_ADAPTERS}/LiftQuarantine": _ADMIN,
         "/grpc.health.v1.Health/Watch": _EITHER,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _EITHER,
     }
 )
 """Roles of which one is enough, by full name of the RPC. Admin is enough for every listed one."""
 
-MUTATIONS = frozenset(rpc for rpc, roles in SUFFICIENT.items() if roles == _REGISTER)
+MUTATIONS = frozenset(rpc for rpc, roles in SUFFICIENT.items() if roles in (_REGISTER, _ADMIN))
 """RPCs that change adapters or their place in memory."""
 
 

@@ -1,6 +1,7 @@
 """AdapterService: translates between proto and the application's own types."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from weft.v1 import adapter_pb2, adapter_service_pb2_grpc
 from weft.v1 import adapter_service_pb2 as pb
 
 _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX = 100, 1000
+_SHOWN_AT_ONCE = 100  # without giving way on the event loop, about 2 ms
 _STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
 _RESIDENCES = {place: adapter_pb2.AdapterResidency.Value(f"ADAPTER_RESIDENCY_{place.name}") for place in Residence}
 _OUTCOMES = {one: pb.RegisterOutcome.Value(f"REGISTER_OUTCOME_{one.name}") for one in Outcome}
@@ -103,18 +105,19 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 rule = "is not one that this server gave"
                 raise InvalidRequest.rule("PAGE_TOKEN_INVALID", "page_token", rule, given=request.page_token) from None
         size = min(request.page_size or _PAGE_SIZE_DEFAULT, _PAGE_SIZE_MAX)
-        matching = [
+        states = [state for state, number in _STATES.items() if request.state in (0, number)]
+        matching = (
             version
-            for version in self._lifecycle.registry
-            if version.adapter_id > after
-            and request.method in ("", version.info.method)
-            and request.state in (0, _STATES[version.state])
-        ]
-        page = matching[:size]
-        return pb.ListAdaptersResponse(
-            adapters=[self._adapter(version) for version in page],
-            next_page_token=page[-1].adapter_id if len(matching) > size else "",
+            for version in self._lifecycle.registry.after(after)
+            if version.state in states and (not request.method or version.info.method == request.method)
         )
+        page = list(itertools.islice(matching, size + 1))
+        response = pb.ListAdaptersResponse(next_page_token=page[size - 1].adapter_id if len(page) > size else "")
+        for index, version in enumerate(page[:size], 1):
+            response.adapters.append(self._adapter(version))
+            if index % _SHOWN_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return response
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
         _check_enum("residency", request.residency, adapter_pb2.AdapterResidency)
@@ -137,13 +140,20 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
             version = await self._lifecycle.memory.unload(self._adapter_id(request.adapter_id), keep_host=keep_host)
         return pb.UnloadAdapterResponse(adapter=self._adapter(version))
 
+    async def LiftQuarantine(self, request: pb.LiftQuarantineRequest, context: Any) -> pb.LiftQuarantineResponse:
+        expected = request.expected_digest if request.HasField("expected_digest") else None
+        version = await self._lifecycle.lift_quarantine(self._adapter_id(request.adapter_id), expected)
+        return pb.LiftQuarantineResponse(adapter=self._adapter(version))
+
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: Any
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
         response = pb.WatchAdaptersResponse
         with self._quotas.watches.held(), self._lifecycle.watches.watching() as watch:
-            for adapter in [self._adapter(version) for version in self._lifecycle.registry]:
-                yield response(change=pb.ADAPTER_CHANGE_EXISTING, adapter=adapter)
+            registry = self._lifecycle.registry
+            for version in registry:  # as it is now; what changes from now on is in the watch
+                if registry.current(version.adapter_id) is version:
+                    yield response(change=pb.ADAPTER_CHANGE_EXISTING, adapter=self._adapter(version))
             yield response(change=pb.ADAPTER_CHANGE_SYNCED)
             while (event := await watch.next()) is not None:
                 change, version = event

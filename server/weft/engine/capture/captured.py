@@ -92,6 +92,11 @@ class CapturedSteps:
         bring_trace(step, captured.there, self._transfer)
         return logits
 
+    def drop_all(self) -> None:
+        """Free the memory of all captures; steps run uncaptured for a while."""
+        self.shapes.clear()
+        self._num_waiting = _PATIENCE
+
     def _make_within_memory(self, padded: Step, tensors: Sequence[Tensor], shape: StepShape) -> _Captured | None:
         """Capture a step; the second try is made without the older half of the others."""
         for is_last in (False, True):
