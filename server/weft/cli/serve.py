@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from weft.cli.offline import fetch_only
 from weft.cli.output import fail, size
 from weft.config import WeftConfig
 from weft.settings import InvalidSettings, Knob, fields_of, knobs, load, type_name
@@ -47,6 +48,7 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     directories = tuple(path for _, path in registered)  # given by the operator, so allowed as sources
     configuration = replace(configuration, allowed_sources=(*configuration.allowed_sources, *directories))
 
+    fetch_only(configuration.model.path)
     from weft.api.serve import run  # imports torch, transformers and gRPC
     from weft.errors import WeftError
 
