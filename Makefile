@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
 FAST := tests/adapters tests/api tests/cli tests/engine tests/test_layout.py tests/test_prose.py
 
-.PHONY: help setup demo demo-real serve test coverage test-fast check format protos families wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
+.PHONY: help setup demo demo-real serve test coverage test-fast check format protos families fuzz lock audit wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,6 +52,17 @@ protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 
 families: .venv/.installed ## Measure the table of `weft families` again (half a minute)
 	$(BIN)/python -m tests.families
+
+fuzz: .venv/.installed ## Each reader of hostile bytes, a million executions guided by coverage (minutes; RUNS=, FUZZ="header json" picks)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./protos --editable '.[fuzz]'
+	mkdir -p build/fuzz && cd build/fuzz && for name in $(or $(FUZZ),$$(PYTHONPATH=../.. ../../$(BIN)/python -m tests.reliability.fuzz 2>/dev/null)); do \
+		PYTHONPATH=../.. ../../$(BIN)/python -m tests.reliability.fuzz $$name -runs=$(or $(RUNS),1000000) -max_len=8192 || exit 1; done
+
+lock: .venv/.installed ## Write deploy/locks again: what the image installs, with hashes from PyPI
+	$(BIN)/python deploy/lock.py
+
+audit: ## Look for advisories against the locked versions at osv.dev, and write sbom.json (needs pipx)
+	pipx run pip-audit==2.10.1 --vulnerability-service osv --disable-pip --requirement deploy/locks/server.txt --requirement deploy/locks/cuda.txt --format cyclonedx-json --output sbom.json
 
 study-real: .venv/.installed ## Methods on three real tasks, three seeds (hours; goes on where it was)
 	$(BIN)/python -m weft_training.demo.real.study --markdown README.md

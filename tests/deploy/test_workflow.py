@@ -35,6 +35,15 @@ def test_the_workflow_calls_what_ci_and_people_run_and_nothing_else() -> None:
         assert all(report["uses"].startswith("actions/upload-artifact@") for report in reports)
 
 
+def test_advisories_are_looked_for_against_every_lock_of_what_runs() -> None:
+    workflow = document(ROOT / ".github/workflows/advisories.yml")
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make audit"]
+    [command] = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip-audit" in line]
+    assert re.search(r"pip-audit==\d+\.\d+\.\d+ ", command)
+    assert re.findall(r"--requirement deploy/locks/(\w+)\.txt", command) == ["server", "cuda"]
+
+
 def test_the_container_for_development_has_that_python_and_sets_up() -> None:
     container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
     assert re.search(rf":{re.escape(OLDEST)}\b", container["image"])

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import weft.methods.bnb  # noqa: F401  first: what follows imports bitsandbytes where peft is installed
+
 import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments

@@ -46,6 +46,8 @@ from weft.model import loader, paged_attention, rope, self_test, serving_form, t
 from weft.v1 import adapter_service_pb2, adapter_service_pb2_grpc, generation_service_pb2, generation_service_pb2_grpc
 
 _log = logging.getLogger(__name__)
+_STREAMS_MAX = 1024  # of one connection
+_CALLS_PENDING_MAX = 16 * _STREAMS_MAX  # so a few connections alone never reach it; a call that has begun takes 20 kB
 _SERVICES = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
@@ -218,7 +220,10 @@ def _server(config: WeftConfig, application: Application, health: HealthServicer
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.max_concurrent_streams", 1024),
+            ("grpc.max_concurrent_streams", _STREAMS_MAX),
+            # Above this many calls that no handler has begun, gRPC cancels some at random, those of other callers too.
+            ("grpc.server.max_pending_requests", _CALLS_PENDING_MAX),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * _CALLS_PENDING_MAX),
             ("grpc.so_reuseport", 0),  # a second server on the port must fail instead of sharing it silently
         ],
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from weft.cli.offline import fetch_only
 from weft.cli.output import fail, size
 from weft.config import WeftConfig
 from weft.settings import InvalidSettings, Knob, fields_of, knobs, load, type_name
@@ -52,6 +53,7 @@ def _serve(config: Path | None, adapters: list[str] | None, flags: dict[str, Any
     # Importing and loading take from seconds to minutes, and PID 1 of a container ignores a signal without a handler.
     # Nothing is open yet, so exit at once: an exception would be lost if it were raised in a destructor.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    fetch_only(configuration.model.path)
     from weft.api.access.secret_file import UnusableAccess
     from weft.api.serve import run  # imports torch, transformers and gRPC
     from weft.errors import WeftError

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_FETCHES = "kernels"
+_FETCHES, _ABSENT = "kernels", object()
 # One recommends that package; the other logs a cast at each int8 product, 200 times in a step of a small model.
 _NOISY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 
 
 @contextmanager
 def _without_hub_kernels() -> Iterator[None]:
-    before = sys.modules.get(_FETCHES)
+    before = sys.modules.get(_FETCHES, _ABSENT)
     sys.modules[_FETCHES] = None  # pyright: ignore[reportArgumentType]  # an import of it fails
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -24,8 +24,8 @@ def _without_hub_kernels() -> Iterator[None]:
         yield
     finally:
         del sys.modules[_FETCHES]
-        if before is not None:
-            sys.modules[_FETCHES] = before
+        if before is not _ABSENT:
+            sys.modules[_FETCHES] = before  # pyright: ignore[reportArgumentType]  # None: hidden by the caller
 
 
 with _without_hub_kernels():

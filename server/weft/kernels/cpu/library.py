@@ -1,7 +1,7 @@
 """Load the C++ kernels, once per process.
 
 They are plain C functions without torch or Python headers, so one library serves every version of both. It is one that
-the wheel carries, chosen by what this processor can do, or else one that is compiled here at first use (build.py).
+the wheel carries, chosen by what this processor can do, or else one that is compiled here at first use (cache.py).
 
 The library is linked without an OpenMP runtime. When it is loaded, its symbols resolve against the runtime that torch
 has already made global, so both share one pool of threads. With a torch without OpenMP it does not load.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  its import makes the OpenMP runtime global
 
-from weft.kernels.cpu import build
+from weft.kernels.cpu import build, cache
 
 _PREBUILT = Path(__file__).parent / "prebuilt"  # in an installed wheel only
 
@@ -116,7 +116,7 @@ def _choose(wanted: str) -> tuple[str, Path]:
     if wanted not in ("", "native"):
         raise build.KernelsUnavailable(f"WEFT_KERNELS: may be 'native' (compile here) or unset, given {wanted!r}")
     found = None if wanted else prebuilt(_PREBUILT, processor_features())
-    return found or ("native", build.native(build.cache_directory()))
+    return found or ("native", cache.native(cache.directory()).path)
 
 
 def available() -> bool:
