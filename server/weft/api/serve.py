@@ -278,7 +278,7 @@ async def _serve_until_signal(
 
     def on_signal() -> None:
         if asked.is_set() or not serves:
-            main.cancel()  # the second signal, or a start that nobody wants any more: do not wait
+            main.cancel()  # the second signal, or a start that is called off: do not wait
         asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

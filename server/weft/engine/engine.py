@@ -235,7 +235,7 @@ class Engine:
         """Try a request that ran out of device memory alone once more, after all others have let go of theirs."""
         request = scheduled.request
         self.scheduler.preempt_others(request)
-        self.residency.release_all(self.scheduler.waiting)
+        self.residency.release_all(list(self.scheduler.waiting))
         for failed in self._compute([scheduled], self._clock()):
             self._end_failed(failed)
 
