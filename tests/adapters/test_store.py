@@ -290,7 +290,7 @@ def test_an_unfinished_file_is_not_sealed(store: AdapterStore, root: Path) -> No
     assert names(root / "staging") == []
 
 
-@pytest.mark.parametrize("bad", ["../x", "a/b", "A", "", "base", "x" * 64, "a\0"])
+@pytest.mark.parametrize("bad", ["../x", "a/b/c", "/b", "a/", "A", "", "base", "x" * 64, "a\0"])
 def test_ids_and_digests_are_checked_at_every_door(store: AdapterStore, bad: str) -> None:
     doors: list[Callable[[], object]] = [
         lambda: store.read_manifest(AdapterId(bad)),

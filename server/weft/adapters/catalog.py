@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from weft import durable
-from weft.adapters.identifiers import AdapterDigest, AdapterId, check_adapter_id, is_digest
+from weft.adapters.identifiers import AdapterDigest, AdapterId, check_inner_id, is_digest, name_of
 from weft.adapters.storage import storage_errors
 from weft.adapters.strict_json import JsonFault, parse_object
 from weft.errors import DataLoss, InvalidRequest, shown
@@ -24,6 +24,7 @@ LOCK_FILE = ".lock"  # lies beside the manifests, and is held during every chang
 LOG_FILE = ".changes"  # likewise; the log of changed ids
 
 _SUFFIX = ".json"
+_TENANT_END = "."  # tenant.name.json: no id contains it
 _FORMAT_OF = {"quarantined": 3, "info": 3, "checked_for": 3}  # the first format with a field; all others are in 1
 _DIGEST_KEYS = {1: "generation", 2: "digest", 3: "digest"}  # by format; 1 and 2 are read, but not written
 
@@ -88,7 +89,7 @@ class Catalog(NamedTuple):
 
 def manifest_path(catalog: Path, adapter_id: AdapterId) -> Path:
     """Return the path of an id's manifest; no other code makes one."""
-    return catalog / f"{check_adapter_id(adapter_id)}{_SUFFIX}"
+    return catalog / f"{check_inner_id(adapter_id).replace('/', _TENANT_END)}{_SUFFIX}"
 
 
 def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
@@ -107,9 +108,16 @@ def find_manifest(catalog: Path, adapter_id: AdapterId) -> Manifest | None:
                 raise
         return decode(data, adapter_id)
     except ManifestFault as fault:
-        raise DataLoss(
-            "MANIFEST_CORRUPT", f"manifest of {adapter_id}: {fault}", metadata={"adapter_id": adapter_id}
-        ) from None
+        name = name_of(adapter_id)
+        raise DataLoss("MANIFEST_CORRUPT", f"manifest of {name}: {fault}", metadata={"adapter_id": name}) from None
+
+
+def _id_of(file_name: str) -> AdapterId:
+    """Return the id of a manifest's file. Raises InvalidRequest if it is not one's name."""
+    if not file_name.endswith(_SUFFIX):
+        raise InvalidRequest.rule("ID_INVALID", "adapter_id", f"must end with {_SUFFIX}", given=file_name)
+    tenant, _, name = file_name.removesuffix(_SUFFIX).rpartition(_TENANT_END)
+    return check_inner_id(f"{tenant}/{name}" if tenant else name)
 
 
 def scan_catalog(catalog: Path) -> list[tuple[AdapterId, os.stat_result] | Problem]:
@@ -121,7 +129,7 @@ def scan_catalog(catalog: Path) -> list[tuple[AdapterId, os.stat_result] | Probl
             if name in (LOCK_FILE, LOG_FILE):
                 continue
             try:
-                adapter_id = check_adapter_id(name.removesuffix(_SUFFIX) if name.endswith(_SUFFIX) else "")
+                adapter_id = _id_of(name)
             except InvalidRequest:
                 found.append(Problem(f"catalog/{name}", None, "UNKNOWN_FILE", f"{shown(name)}: is no manifest"))
                 continue

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from weft import durable, failpoints
-from weft.adapters.identifiers import AdapterId, check_adapter_id
+from weft.adapters.identifiers import AdapterId, check_inner_id
 from weft.errors import InvalidRequest
 
 _HEAD = b"weft changes "
@@ -123,6 +123,6 @@ def _last(data: bytes) -> tuple[int, str]:
 
 def _id_in(line: bytes) -> AdapterId | None:
     try:
-        return check_adapter_id(line[1:].decode()) if line[:1] in (b"+", b"=") else None
+        return check_inner_id(line[1:].decode()) if line[:1] in (b"+", b"=") else None
     except (UnicodeDecodeError, InvalidRequest):
         return None

@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from pydantic import TypeAdapter
 
-from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, name_of, tenant_of
 from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
 _NO_DIGEST = AdapterDigest("")
@@ -166,18 +166,20 @@ class Registry:
                 return version
         raise not_found(reference, field)
 
-    def require_expert(self, expert: AdapterReference, *, field: str = "adapter_id") -> Version:
-        """Return a version with this content that requests can use now, under any id.
+    def require_expert(self, expert: AdapterReference, *, tenant: str, field: str = "adapter_id") -> Version:
+        """Return a version with this content that requests of a tenant can use now, under any of its ids.
 
         Of several, return the one under the id that the mixture names, else the first by id.
         Raises AdapterUnusable EXPERT_UNAVAILABLE if there is none.
         """
 
         def preference(version: Version) -> tuple[bool, bool, str]:
-            is_other = version.adapter_id != expert.adapter_id
+            is_other = name_of(version.adapter_id) != expert.adapter_id
             return version.state is not AdapterState.ACTIVE, is_other, version.adapter_id
 
-        best = min(self.of(AdapterDigest(expert.digest or "")), key=preference, default=None)
+        same = self.of(AdapterDigest(expert.digest or ""))
+        own = [version for version in same if tenant_of(version.adapter_id) == tenant]
+        best = min(own, key=preference, default=None)
         if best is not None and best.state is AdapterState.ACTIVE:
             return best
         state = "not registered" if best is None else best.state.value
@@ -222,7 +224,9 @@ class Registry:
         """
         current = self.published(adapter_id)
         if current is not None and current.state is AdapterState.DRAINING:
-            raise AdapterConflict.at("ADAPTER_UNREGISTERED", "adapter_id", f"{adapter_id} is being unregistered")
+            raise AdapterConflict.at(
+                "ADAPTER_UNREGISTERED", "adapter_id", f"{name_of(adapter_id)} is being unregistered"
+            )
         if current is not None and current.digest == digest:
             if current.state is AdapterState.QUARANTINED:
                 raise _unusable(current)
@@ -319,24 +323,27 @@ class Registry:
 def require_expected(adapter_id: AdapterId, current: str, expected: str | None) -> None:
     """Raise AdapterConflict if an id has another digest than a caller expects; `current` is "" if it has none."""
     if expected is not None and expected != current:
-        text = f"the current digest of {adapter_id} is {current or 'none'}"
-        metadata = {"adapter_id": adapter_id, "limit": current, "given": expected}
+        name = name_of(adapter_id)
+        text = f"the current digest of {name} is {current or 'none'}"
+        metadata = {"adapter_id": name, "limit": current, "given": expected}
         raise AdapterConflict.at("VERSION_CONFLICT", "expected_digest", text, **metadata)
 
 
 def taken(adapter_id: AdapterId, current: str) -> AdapterExists:
     """Return the error for an id that has other content already."""
-    text = f"{adapter_id} is registered with digest {current}; set replace to give it other content"
-    return AdapterExists.at("ADAPTER_EXISTS", "adapter_id", text, adapter_id=adapter_id, digest=current)
+    name = name_of(adapter_id)
+    text = f"{name} is registered with digest {current}; set replace to give it other content"
+    return AdapterExists.at("ADAPTER_EXISTS", "adapter_id", text, adapter_id=name, digest=current)
 
 
 def not_found(reference: AdapterReference | AdapterId, field: str = "adapter_id") -> AdapterNotFound:
-    """Return the error for an unknown id, and for a digest that is not the id's current one; both look the same."""
-    return AdapterNotFound.at("ADAPTER_NOT_FOUND", field, f"{reference} is not registered", adapter_id=str(reference))
+    """Return the error for an unknown id, a foreign one, and a digest that is not current; all look the same."""
+    name = str(reference) if isinstance(reference, AdapterReference) else name_of(reference)
+    return AdapterNotFound.at("ADAPTER_NOT_FOUND", field, f"{name} is not registered", adapter_id=name)
 
 
 def _unusable(version: Version, field: str = "adapter_id") -> AdapterUnusable | DataLoss:
-    name, cause, retry_after_s = version.adapter_id, version.state_reason, None
+    name, cause, retry_after_s = name_of(version.adapter_id), version.state_reason, None
     kind, reason, text = AdapterUnusable, "ADAPTER_NOT_READY", f"{name} is {version.state.value}"
     match version.state:
         case AdapterState.DRAINING:

@@ -1,10 +1,12 @@
 """Admission of checked requests: a queue place, leases on the adapters, and the limits on tokens."""
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from weft.adapters.identifiers import AdapterId, tenant_of
 from weft.adapters.registry import Version
 from weft.api import composition, mixtures
 from weft.api.lifecycle import Lifecycle
@@ -15,6 +17,20 @@ from weft.engine.request import GateDetail, Request, RequestId
 from weft.errors import InvalidRequest, Overloaded
 from weft.model.loader import Base
 
+_PLACES_PER_FREE = 4
+
+
+class _Share(NamedTuple):
+    """The requests that count as one when places are given: those of a tenant for the same adapters."""
+
+    tenant: str
+    adapter_ids: tuple[AdapterId, ...]
+
+    @property
+    def levels(self) -> tuple[Hashable, ...]:
+        """What may not hold all places: the share, and its tenant if there are several."""
+        return (self, self.tenant) if self.tenant else (self,)
+
 
 class Admitted(NamedTuple):
     """A request that holds a place and leases: on the versions that it names, and on the experts of a mixture."""
@@ -23,16 +39,21 @@ class Admitted(NamedTuple):
     checked: CheckedSpec
     versions: list[Version]
     experts: list[Version]
+    share: _Share
 
 
 class Admission:
     """The queue places and leases of one server; used on the event loop.
 
+    One adapter of a tenant, or one tenant, holds at most four times as many places as are free. So some are left for
+    the others however many it wants, and few lie idle for want of others (dynamic thresholds: Choudhury and Hahne,
+    IEEE/ACM Transactions on Networking 6(2), 1998).
     num_requests: requests that hold a place. num_tokens: their prompt tokens. empty: set while there are none.
     """
 
     def __init__(self, lifecycle: Lifecycle, base: Base, limits: RequestLimits, config: EngineConfig) -> None:
         self.num_requests = self.num_tokens = 0
+        self._places: Counter[Hashable] = Counter()
         self._tokens_of: dict[RequestId, int] = {}
         self._lifecycle = lifecycle
         self._base = base
@@ -51,29 +72,43 @@ class Admission:
 
         Nothing is awaited in here, so no version can go between being found and being leased.
         """
-        if self.is_full:
-            raise _full("requests", self._max_requests, self.num_requests + 1)
+        share = _Share(checked.spec.scope.tenant, tuple(part.reference.adapter_id for part in checked.parts))
+        self._require_place(share)
         registry = self._lifecycle.registry
         versions = [registry.require_active(part.reference, field=part.field) for part in checked.parts]
         if checked.spec.composition is not None:
             composition.check_versions(checked.parts, versions)
         experts: list[Version] = []
         if len(versions) == 1:
-            experts = mixtures.require_experts(registry, versions[0].info, field=checked.parts[0].field)
+            experts = mixtures.require_experts(
+                registry, versions[0].info, tenant=tenant_of(versions[0].adapter_id), field=checked.parts[0].field
+            )
         if checked.spec.steering is not None and not experts:
             given = versions[0].info.method if versions else "the base"
             raise InvalidRequest.rule("STEERING_INVALID", "steering", "is for mixtures", given=given)
         for version in versions + experts:
             registry.hold(version, request_id)
         self.num_requests += 1
+        self._places.update(share.levels)
         self.empty.clear()
-        return Admitted(request_id, checked, versions, experts)
+        return Admitted(request_id, checked, versions, experts, share)
+
+    def _require_place(self, share: _Share) -> None:
+        free = self._max_requests - self.num_requests
+        if free <= 0:
+            raise _full("requests", self._max_requests, self.num_requests + 1)
+        for level in share.levels:
+            if self._places[level] >= _PLACES_PER_FREE * free:
+                quota = "requests of one adapter" if level is share else "requests of one tenant"
+                raise _full(quota, _PLACES_PER_FREE * free, self._places[level] + 1)
 
     def leave(self, admitted: Admitted) -> None:
         """Release the place and the leases that `enter` took."""
         for version in admitted.versions + admitted.experts:
             self._lifecycle.release(version, admitted.request_id)
         self.num_requests -= 1
+        self._places.subtract(admitted.share.levels)
+        self._places = +self._places
         self.num_tokens -= self._tokens_of.pop(admitted.request_id, 0)
         if self.num_requests == 0:
             self.empty.set()
@@ -83,7 +118,7 @@ class Admission:
 
         Raises InvalidRequest if its tokens do not fit the model, Overloaded if too many tokens wait already.
         """
-        _, checked, versions, experts = admitted
+        checked, versions, experts = admitted.checked, admitted.versions, admitted.experts
         for version in versions + experts:
             if version.removal is not None:
                 raise version.removal
@@ -93,6 +128,7 @@ class Admission:
         self._tokens_of[admitted.request_id] = len(tokens)
         self.num_tokens += len(tokens)
         spec, registry, mixture = checked.spec, self._lifecycle.registry, None
+        tenant = spec.scope.tenant
         if experts:
             uses, mixture = mixtures.uses(versions[0], experts, registry, spec.steering, spec.gate_detail)
         else:
@@ -106,7 +142,8 @@ class Admission:
             params=replace(checked.params, max_new_tokens=max_new_tokens),
             adapters=uses,
             mixture=mixture,
-            cache_root=cache_root(spec.cache_salt, self._base.shape.digest, uses, mixture, tokens),
+            cache_root=cache_root(spec.cache_salt, self._base.shape.digest, uses, mixture, tokens, tenant=tenant),
+            tenant=tenant,
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, parse_reference
+from weft.adapters.identifiers import NO_TENANT, AdapterDigest, AdapterId, AdapterReference, Scope, name_of
 from weft.adapters.registry import Version
 from weft.config import RequestLimits
 from weft.engine import token_ranges
@@ -54,7 +54,9 @@ class Part(NamedTuple):
     ranges: Ranges = ()
 
 
-def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_model: str) -> tuple[Part, ...]:
+def check(
+    given: Sequence[WeightedReference], limits: RequestLimits, *, scope: Scope = NO_TENANT, base_model: str
+) -> tuple[Part, ...]:
     """Return the checked parts.
 
     Raises COMPOSITION_INVALID with the index of the first part that breaks a rule, ID_INVALID for a malformed id.
@@ -71,7 +73,7 @@ def check(given: Sequence[WeightedReference], limits: RequestLimits, *, base_mod
             raise _refused(index, "weight", f"must be from -{most:g} to {most:g}", weight)
         field = f"{_FIELD}[{index}].adapter_id"
         _check_ranges(index, ranges, limits)
-        reference = parse_reference(adapter_id, base_model=base_model, field=field)
+        reference = scope.reference(adapter_id, base_model=base_model, field=field)
         (gate,) = struct.unpack("f", struct.pack("f", weight))
         first = seen.setdefault(reference.adapter_id, index)
         if first != index:
@@ -86,12 +88,13 @@ def check_versions(parts: Sequence[Part], versions: Sequence[Version]) -> None:
     """Raise COMPOSITION_INVALID with the index of the first part that cannot be one, with its weight and ranges."""
     seen: dict[AdapterDigest, int] = {}
     for index, (part, version) in enumerate(zip(parts, versions, strict=True)):
-        name = version.adapter_id
+        name = name_of(version.adapter_id)
         if version.info.experts:
             raise _refused(index, "adapter_id", "is a mixture, which answers alone", name)
         first = seen.setdefault(version.digest, index)
         if first != index:
-            raise _refused(index, "adapter_id", f"has the content of part {first}, {versions[first].adapter_id}", name)
+            same = name_of(versions[first].adapter_id)
+            raise _refused(index, "adapter_id", f"has the content of part {first}, {same}", name)
         whose = f"for {name}, whose method {version.info.method} adds virtual tokens"
         if version.info.num_virtual_tokens and part.weight < 0:
             raise _refused(index, "weight", f"must not be negative {whose}", part.weight)

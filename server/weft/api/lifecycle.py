@@ -26,7 +26,7 @@ from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, name_of, tenant_of
 from weft.adapters.ingest import Ingested
 from weft.adapters.loader import AdapterLoader
 from weft.adapters.registry import AdapterState, Registry, Version, require_expected
@@ -152,7 +152,9 @@ class Lifecycle:
         ingested = await self.work.run(self.loader.read_staged, staged)
         self._check_fit(ingested)
         await self.following.look_at(wanted.adapter_id)
-        mixtures.require_experts(self.registry, ingested.info, field="mixture_config")
+        mixtures.require_experts(
+            self.registry, ingested.info, tenant=tenant_of(wanted.adapter_id), field="mixture_config"
+        )
         changes = self.registry.check_publish(
             wanted.adapter_id, staged.digest, replace=wanted.replace, expected_digest=wanted.expected_digest
         )
@@ -274,7 +276,7 @@ class Lifecycle:
     async def _remove(self, adapter_id: AdapterId, versions: list[Version]) -> Removed:
         """End the requests that still hold a version, and free everything."""
         error = AdapterConflict(
-            "ADAPTER_UNREGISTERED", f"adapter_id: {adapter_id} was unregistered while the request ran"
+            "ADAPTER_UNREGISTERED", f"adapter_id: {name_of(adapter_id)} was unregistered while the request ran"
         )
         leftover = {request_id for version in versions for request_id in version.leases}
         for version in versions:
@@ -337,5 +339,6 @@ class Lifecycle:
 
 
 def _stalled(adapter_id: AdapterId, timeout_s: float) -> Unavailable:
-    text = f"{adapter_id} is unregistered, but the engine has not let go of it for {timeout_s:g} s; call again to wait"
-    return Unavailable.at("ENGINE_STALLED", "adapter_id", text, retry_after_s=5.0, adapter_id=adapter_id)
+    name = name_of(adapter_id)
+    text = f"{name} is unregistered, but the engine has not let go of it for {timeout_s:g} s; call again to wait"
+    return Unavailable.at("ENGINE_STALLED", "adapter_id", text, retry_after_s=5.0, adapter_id=name)

@@ -7,7 +7,7 @@ import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
 
-from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, name_of
 from weft.adapters.loader import AdapterLoader
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.registry import Change, Registry, Version
@@ -152,5 +152,6 @@ class AdapterMemory:
 
 
 def _in_use(adapter_id: AdapterId, num_requests: int) -> AdapterUnusable:
-    text = f"{adapter_id} is held by {num_requests} requests"
-    return AdapterUnusable.at("ADAPTER_IN_USE", "adapter_id", text, adapter_id=adapter_id, retry_after_s=1.0)
+    name = name_of(adapter_id)
+    text = f"{name} is held by {num_requests} requests"
+    return AdapterUnusable.at("ADAPTER_IN_USE", "adapter_id", text, adapter_id=name, retry_after_s=1.0)

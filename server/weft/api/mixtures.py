@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from weft.adapters.identifiers import AdapterDigest, is_digest, parse_reference
+from weft.adapters.identifiers import AdapterDigest, Scope, is_digest, name_of, parse_reference, tenant_of
 from weft.adapters.registry import AdapterInfo, Registry, Version
 from weft.engine.request import AdapterUse, ExpertBound, GateDetail, MixtureUse, canonical
 from weft.errors import AdapterUnusable, InvalidRequest
@@ -33,13 +33,15 @@ class Steering(NamedTuple):
     bounds: Sequence[GateBound]
 
 
-def require_experts(registry: Registry, info: AdapterInfo, *, field: str) -> list[Version]:
-    """Return the experts' versions, in the mixture's order; [] if `info` is not a mixture's. field: named in errors.
+def require_experts(registry: Registry, info: AdapterInfo, *, tenant: str, field: str) -> list[Version]:
+    """Return the experts' versions, in the mixture's order; [] if `info` is not a mixture's.
+
+    tenant: of the mixture, whose adapters alone can be experts. field: named in errors.
 
     Raises AdapterUnusable EXPERT_UNAVAILABLE for the first that cannot be used now, FEATURE_UNSUPPORTED for one that
     cannot be an expert.
     """
-    versions = [registry.require_expert(expert, field=field) for expert in info.experts]
+    versions = [registry.require_expert(expert, tenant=tenant, field=field) for expert in info.experts]
     for version in versions:
         if version.info.experts:
             raise _unsupported(version, field, "is a mixture itself")
@@ -78,10 +80,12 @@ def uses(
 def _bounds(
     steering: Steering, mixture: Version, experts: Sequence[Version], registry: Registry
 ) -> tuple[ExpertBound, ...]:
+    scope = Scope(tenant_of(mixture.adapter_id))
+
     def index_of(name: str, field: str) -> int:
         """Return an expert's index by digest, else by its registered id, else by its id in the mixture's file."""
         adapter_id, _, wanted = name.partition("@")
-        current = registry.current(parse_reference(adapter_id).adapter_id) if not is_digest(name) else None
+        current = None if is_digest(name) else registry.current(scope.reference(adapter_id).adapter_id)
         digests = [expert.digest for expert in experts]
         for candidate in (wanted or name, current.digest if current is not None else ""):
             if candidate in digests and (not wanted or candidate == wanted):
@@ -89,7 +93,7 @@ def _bounds(
         hints = [reference.adapter_id for reference in mixture.info.experts]
         if not wanted and adapter_id in hints:
             return hints.index(parse_reference(adapter_id).adapter_id)
-        raise _refused(field, f"is no expert of {mixture.adapter_id}", name)
+        raise _refused(field, f"is no expert of {name_of(mixture.adapter_id)}", name)
 
     only = {index_of(name, f"{_FIELD}.restrict[{i}]") for i, name in enumerate(steering.restrict)}
     masked = {index_of(name, f"{_FIELD}.mask[{i}]") for i, name in enumerate(steering.mask)}
@@ -116,7 +120,7 @@ def _refused(field: str, rule: str, given: object) -> InvalidRequest:
 
 
 def _unsupported(version: Version, field: str, what: str) -> AdapterUnusable:
-    name, digest = version.adapter_id, version.digest
+    name, digest = name_of(version.adapter_id), version.digest
     return AdapterUnusable.at(
         "FEATURE_UNSUPPORTED", field, f"expert {name}@{digest} {what}", expert=name, digest=digest
     )

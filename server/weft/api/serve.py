@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from weft import __version__
-from weft.adapters.identifiers import AdapterId, check_adapter_id
+from weft.adapters.identifiers import AdapterId, check_adapter_id, in_tenant
 from weft.adapters.ingest import Ingest
 from weft.api import memory_plan
 from weft.api.access.access import Access
+from weft.api.access.principal import ANYBODY, CALLER
 from weft.api.application import Application, ServedModel
 from weft.api.bounds import bounds_of
 from weft.api.exposition import Exposition
@@ -191,7 +192,9 @@ def _record_start(access: Access, application: Application, adapters: list[tuple
 
 
 def _digest_of(application: Application, adapter_id: str) -> str:
-    version = application.lifecycle.registry.published(AdapterId(adapter_id))
+    """Return the current digest of an adapter that the caller names, or ""."""
+    inner = in_tenant(CALLER.get(ANYBODY).tenant, AdapterId(adapter_id))
+    version = application.lifecycle.registry.published(inner)
     return "" if version is None else version.digest
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from weft.adapters.identifiers import parse_reference
+from weft.adapters.identifiers import NO_TENANT, Scope
 from weft.api import composition, mixtures
 from weft.api.composition import Part, WeightedReference
 from weft.config import RequestLimits
@@ -31,8 +31,12 @@ class ChatMessage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """A generate request in transport-neutral form, unchecked. None and empty values were not given."""
+    """A generate request in transport-neutral form, unchecked. None and empty values were not given.
 
+    scope: the adapters that the caller can name.
+    """
+
+    scope: Scope = NO_TENANT
     request_id: str = ""
     text: str | None = None
     token_ids: Sequence[int] | None = None
@@ -80,9 +84,9 @@ def check(spec: GenerationSpec, limits: RequestLimits, base: Base) -> CheckedSpe
     _require(salt_bytes <= most, "CACHE_SALT_INVALID", "cache_salt", "is too long in bytes", salt_bytes, most)
     parts: tuple[Part, ...] = ()
     if spec.composition is not None:
-        parts = composition.check(spec.composition, limits, base_model=base.shape.name)
+        parts = composition.check(spec.composition, limits, scope=spec.scope, base_model=base.shape.name)
     elif spec.adapter_id is not None:
-        parts = (Part(parse_reference(spec.adapter_id, base_model=base.shape.name), 1.0, 1.0, "adapter_id"),)
+        parts = (Part(spec.scope.reference(spec.adapter_id, base_model=base.shape.name), 1.0, 1.0, "adapter_id"),)
     if spec.steering is not None:
         mixtures.check_steering(spec.steering, base_model=base.shape.name)
     _check_sampling(spec, base.vocab_size)

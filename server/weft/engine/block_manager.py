@@ -31,6 +31,8 @@ def cache_root(
     adapters: Iterable[AdapterUse],
     mixture: MixtureUse | None = None,
     prompt: Sequence[int] = (),
+    *,
+    tenant: str = "",
 ) -> bytes:
     """Return the root of a request's block keys. Every part is length-framed, so that no two different inputs collide.
 
@@ -38,7 +40,7 @@ def cache_root(
     prompt: counts only if a mixture's gates depend on all of it; prompts then share blocks only if they are equal.
     """
     digest = hashlib.sha256(b"weft-kv-1")
-    for part in (salt, base_digest):
+    for part in (tenant, salt, base_digest):
         digest.update(struct.pack("<Q", len(part.encode())) + part.encode())
     for use in adapters:
         if not use.ranges:

@@ -4,6 +4,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 
+from weft.adapters.identifiers import Scope
+
 
 class Role(StrEnum):
     """A kind of rights; `weft.api.access.requirements` lists the RPCs of each."""
@@ -35,3 +37,9 @@ ANYBODY = Principal(tenant="", roles=frozenset(Role), token_id="", via=Via.OPEN)
 
 CALLER: ContextVar[Principal] = ContextVar("weft_caller")
 """The caller of the RPC that the current task answers, set by `weft.api.access.gate` alone; public RPCs have none."""
+
+
+def caller_scope() -> Scope:
+    """Return the adapters that the caller of the current RPC can name and see; outside of one, those of no tenant."""
+    caller = CALLER.get(ANYBODY)
+    return Scope(caller.tenant, sees_all=Role.ADMIN in caller.roles)

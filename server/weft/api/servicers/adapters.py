@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from weft.adapters.identifiers import AdapterId, AdapterReference, check_adapter_id, check_digest, parse_reference
+from weft.adapters.identifiers import AdapterId, AdapterReference, check_digest, name_of, tenant_of
 from weft.adapters.registry import AdapterState, Change, Version
+from weft.api.access.principal import caller_scope
 from weft.api.application import Application
 from weft.api.lifecycle import Outcome, Registered, Registration
 from weft.api.memory import Residence
@@ -88,7 +89,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         )
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Any) -> pb.GetAdapterResponse:
-        reference = parse_reference(request.adapter_id, base_model=self._base_model)
+        reference = caller_scope().reference(request.adapter_id, base_model=self._base_model)
         version = self._lifecycle.registry.require(reference)
         return pb.GetAdapterResponse(adapter=self._adapter(version))
 
@@ -97,10 +98,10 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         if request.method and request.method not in KINDS:
             known = ", ".join(sorted(KINDS))
             raise InvalidRequest.rule("METHOD_UNKNOWN", "method", "is not a method", limit=known, given=request.method)
-        after = ""
+        scope, after = caller_scope(), AdapterId("")
         if request.page_token:
             try:
-                after = check_adapter_id(request.page_token)
+                after = scope.adapter_id(request.page_token)
             except InvalidRequest:
                 rule = "is not one that this server gave"
                 raise InvalidRequest.rule("PAGE_TOKEN_INVALID", "page_token", rule, given=request.page_token) from None
@@ -109,10 +110,13 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
         matching = (
             version
             for version in self._lifecycle.registry.after(after)
-            if version.state in states and (not request.method or version.info.method == request.method)
+            if scope.includes(version.adapter_id)
+            and version.state in states
+            and (not request.method or version.info.method == request.method)
         )
         page = list(itertools.islice(matching, size + 1))
-        response = pb.ListAdaptersResponse(next_page_token=page[size - 1].adapter_id if len(page) > size else "")
+        following = scope.shown(page[size - 1].adapter_id) if len(page) > size else ""
+        response = pb.ListAdaptersResponse(next_page_token=following)
         for index, version in enumerate(page[:size], 1):
             response.adapters.append(self._adapter(version))
             if index % _SHOWN_AT_ONCE == 0:
@@ -148,16 +152,17 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: Any
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
-        response = pb.WatchAdaptersResponse
+        response, scope = pb.WatchAdaptersResponse, caller_scope()
         with self._quotas.watches.held(), self._lifecycle.watches.watching() as watch:
             registry = self._lifecycle.registry
             for version in registry:  # as it is now; what changes from now on is in the watch
-                if registry.current(version.adapter_id) is version:
+                if scope.includes(version.adapter_id) and registry.current(version.adapter_id) is version:
                     yield response(change=pb.ADAPTER_CHANGE_EXISTING, adapter=self._adapter(version))
             yield response(change=pb.ADAPTER_CHANGE_SYNCED)
             while (event := await watch.next()) is not None:
                 change, version = event
-                yield response(change=_CHANGES[change], adapter=self._adapter(version))
+                if scope.includes(version.adapter_id):
+                    yield response(change=_CHANGES[change], adapter=self._adapter(version))
         raise draining_error()
 
     async def _upload(self, messages: Messages) -> Registered:
@@ -176,7 +181,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 return await self._lifecycle.register_upload(wanted, staging)
 
     def _adapter_id(self, value: str) -> AdapterId:
-        return check_adapter_id(value, base_model=self._base_model)
+        return caller_scope().adapter_id(value, base_model=self._base_model)
 
     def _registration(self, request: pb.RegisterAdapterRequest | pb.UploadHeader) -> Registration:
         adapter_id = self._adapter_id(request.adapter_id)
@@ -193,8 +198,9 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
 
     def _adapter(self, version: Version) -> adapter_pb2.Adapter:
         info, place = version.info, self._lifecycle.memory.place_of(version.digest)
+        scope, tenant = caller_scope(), tenant_of(version.adapter_id)
         adapter = adapter_pb2.Adapter(
-            adapter_id=version.adapter_id,
+            adapter_id=scope.shown(version.adapter_id),
             digest=version.digest,
             method=info.method,
             state=_STATES[version.state],
@@ -215,16 +221,17 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
                 adapter_pb2.DrainingVersion(digest=old.digest, in_flight_requests=len(old.leases))
                 for old in self._lifecycle.registry.versions(version.adapter_id)[1:]
             ],
-            experts=[self._expert(expert) for expert in info.experts],
+            experts=[self._expert(expert, tenant) for expert in info.experts],
         )
         adapter.create_time.FromMilliseconds(round(version.create_time_s * 1e3))
         if version.last_used_time_s is not None:
             adapter.last_used_time.FromMilliseconds(round(version.last_used_time_s * 1e3))
         return adapter
 
-    def _expert(self, expert: AdapterReference) -> adapter_pb2.Expert:
+    def _expert(self, expert: AdapterReference, tenant: str) -> adapter_pb2.Expert:
         try:
-            adapter_id, available = self._lifecycle.registry.require_expert(expert).adapter_id, True
+            version = self._lifecycle.registry.require_expert(expert, tenant=tenant)
+            adapter_id, available = name_of(version.adapter_id), True
         except AdapterUnusable:
             adapter_id, available = expert.adapter_id, False
         return adapter_pb2.Expert(digest=expert.digest or "", adapter_id=adapter_id, available=available)

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from weft import __version__
 from weft.adapters.registry import Version
+from weft.api.access.principal import caller_scope
 from weft.api.answer import GenerationEnd, GenerationPart
 from weft.api.application import Application
 from weft.api.composition import WeightedReference
@@ -142,6 +143,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 def _spec(request: generation_pb2.GenerateRequest) -> GenerationSpec:
     kind, target = request.WhichOneof("input"), request.WhichOneof("target")
     return GenerationSpec(
+        scope=caller_scope(),
         request_id=request.request_id,
         text=request.text if kind == "text" else None,
         token_ids=list(request.token_ids.ids) if kind == "token_ids" else None,
@@ -187,6 +189,7 @@ def _messages(messages: generation_pb2.Messages) -> list[ChatMessage]:
 
 
 def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> generation_pb2.Finish:
+    scope = caller_scope()
     finish = generation_pb2.Finish(
         finish_reason=_FINISH_REASONS[end.reason],
         usage=generation_pb2.Usage(
@@ -197,7 +200,7 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         seed=end.request.params.seed,
         effective_adapters=[
             generation_pb2.EffectiveAdapter(
-                adapter_id=one.adapter_id, digest=one.digest, method=one.info.method, weight=weight
+                adapter_id=scope.shown(one.adapter_id), digest=one.digest, method=one.info.method, weight=weight
             )
             for one, weight, _ in end.adapters
         ],
@@ -210,7 +213,7 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
         finish.gates.extend(_gates(index, expert, end.gates) for index, expert in enumerate(end.experts))
     elif _gate_detail(options) is not GateDetail.NONE and not end.experts:
         finish.gates.extend(
-            generation_pb2.AdapterGate(adapter_id=one.adapter_id, digest=one.digest, mean=mean)
+            generation_pb2.AdapterGate(adapter_id=scope.shown(one.adapter_id), digest=one.digest, mean=mean)
             for one, _, mean in end.adapters
         )
     return finish
@@ -219,7 +222,7 @@ def _finish(end: GenerationEnd, options: generation_pb2.ResponseOptions) -> gene
 def _gates(index: int, expert: Version, gates: Gates) -> generation_pb2.AdapterGate:
     means = [layer[index] for layer in gates.mean]
     return generation_pb2.AdapterGate(
-        adapter_id=expert.adapter_id,
+        adapter_id=caller_scope().shown(expert.adapter_id),
         digest=expert.digest,
         mean=sum(means) / len(means),
         layer_means=means,
