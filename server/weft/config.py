@@ -175,6 +175,9 @@ class ResidencyConfig:
 
     device_bytes: Size = 1 * GIB
     host_bytes: Size = 4 * GIB
+    pinned_bytes_max: Size | None = Field(
+        default=None, description="Pinned adapters together; None takes half of `device_bytes`, for the others' sake."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)

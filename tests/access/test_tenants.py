@@ -12,7 +12,8 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from tests.access.conftest import bearer, stored
+from tests.access.callers import client_of
+from tests.access.conftest import stored
 from tests.reliability.wire import Method, methods
 from tests.server.conftest import Sources
 from tests.server.live import WAIT_S, Client, LiveServer, Loop
@@ -28,35 +29,6 @@ from weft.v1 import adapter_service_pb2, generation_pb2
 
 FOREIGN, UNKNOWN = "secretlora", "nosuchlora"  # of equal lengths
 _USER = frozenset({Role.GENERATE, Role.REGISTER})
-
-
-class _Call(NamedTuple):
-    method: str
-    timeout: float | None
-    metadata: tuple[tuple[str, str], ...]
-    credentials: Any = None
-    wait_for_ready: bool | None = None
-    compression: Any = None
-
-
-class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Adds a token to every call."""
-
-    def __init__(self, token: Token) -> None:
-        self._metadata = bearer(token)
-
-    def _with_token(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(_Call(details.method, details.timeout, self._metadata), request)
-
-    intercept_unary_unary = intercept_unary_stream = _with_token
-
-
-def _client(port: int, token: Token) -> Client:
-    client = Client(port)
-    channel = grpc.intercept_channel(client.channel, _Bearer(token))
-    client.channel = channel
-    client.generation, client.adapters = type(client.generation)(channel), type(client.adapters)(channel)
-    return client
 
 
 class Tenants(NamedTuple):
@@ -83,7 +55,7 @@ def tenants(loop: Loop, config: WeftConfig, sources: Sources) -> Iterator[Tenant
         roles = frozenset({Role.ADMIN}) if name == "ops" else _USER
         token_file.add(config.access.token_file, stored(token, name, roles))
     live = LiveServer(loop, config)
-    tenants = Tenants(live, *(_client(live.serving.port, token) for token in given.values()))
+    tenants = Tenants(live, *(client_of(live.serving.port, token) for token in given.values()))
     tenants.acme.register(FOREIGN, sources("lora-1"))
     yield tenants
     live.stop()

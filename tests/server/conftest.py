@@ -135,7 +135,7 @@ def tight_config(config: WeftConfig, tmp_path_factory: pytest.TempPathFactory) -
             stream_interval_s=0.0,
         ),
         adapters=AdapterLimits(weight_abs_max=1e38),
-        residency=ResidencyConfig(device_bytes=80 * 1024),
+        residency=ResidencyConfig(device_bytes=80 * 1024, pinned_bytes_max=80 * 1024),
         requests=RequestLimits(stream_bytes_max=16 * 6 * 128, deadline_default_s=30.0),
         server=replace(config.server, upload_idle_timeout_s=0.3, drain_timeout_s=5.0),
     )

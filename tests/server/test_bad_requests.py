@@ -444,10 +444,10 @@ def test_row_66_everything_on_the_device_is_pinned(tight: LiveServer, sources: S
     for call in (
         lambda: client.generate("third"),
         lambda: client.load("third"),
-        lambda: client.load("third", pin=True),
     ):
         refused(call, "RESOURCE_EXHAUSTED", "POOL_EXHAUSTED", retry=True)
-    refused(lambda: client.register("fourth", sources("lora-4"), pin=True), "RESOURCE_EXHAUSTED", "POOL_EXHAUSTED")
+    refused(lambda: client.load("third", pin=True), "RESOURCE_EXHAUSTED", "PINS_FULL", retry=False)
+    refused(lambda: client.register("fourth", sources("lora-4"), pin=True), "RESOURCE_EXHAUSTED", "PINS_FULL")
     refused(lambda: client.get("fourth"), "NOT_FOUND", "ADAPTER_NOT_FOUND")
     assert client.tokens("second", 4) == before
     client.load("lora-1", pin=False)

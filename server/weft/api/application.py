@@ -92,12 +92,14 @@ class Application:
             publish=partial(loop.call_soon_threadsafe, self._receive),
             metrics=metrics,
         )
+        device_bytes, pinned_bytes_max = config.residency.device_bytes, config.residency.pinned_bytes_max
         self.lifecycle = Lifecycle(
             engine=self.engine,
             store=store,
             loader=loader,
             work=self.work,
-            device_bytes=config.residency.device_bytes,
+            device_bytes=device_bytes,
+            pinned_bytes_max=device_bytes // 2 if pinned_bytes_max is None else pinned_bytes_max,
             metrics=metrics,
         )
         self.quotas = Quotas(config.server)

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -35,6 +35,7 @@ from weft.adapters.versions import StagedVersion, Staging
 from weft.api import mixtures
 from weft.api.following import Following
 from weft.api.memory import AdapterMemory
+from weft.api.pins import Pins
 from weft.api.publication import Publication
 from weft.api.watch import Watches
 from weft.api.work import Work
@@ -85,7 +86,9 @@ class Removed(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Lifecycle:
-    """The adapters of one server. device_bytes: the memory that the device has for them.
+    """The adapters of one server.
+
+    device_bytes: the memory that the device has for them. pinned_bytes_max: what pinned ones may take of it.
 
     release_timeout_s: how long unregistering waits for the engine to let go of an adapter.
     """
@@ -95,6 +98,7 @@ class Lifecycle:
     loader: AdapterLoader
     work: Work
     device_bytes: int
+    pinned_bytes_max: int
     metrics: Metrics
     release_timeout_s: float = 30.0
 
@@ -110,6 +114,7 @@ class Lifecycle:
             registry=self.registry,
             watches=self.watches,
             work=self.work,
+            pins=Pins(registry=self.registry, bytes_max=self.pinned_bytes_max),
         )
         self.publication = Publication(
             registry=self.registry, memory=self.memory, store=self.store, work=self.work, metrics=self.metrics
@@ -133,7 +138,7 @@ class Lifecycle:
 
     async def register_upload(self, wanted: Registration, staging: Staging) -> Registered:
         """Register the files that an upload wrote."""
-        return await self._register(wanted, contextlib.nullcontext(staging))
+        return await self._register(wanted, nullcontext(staging))
 
     async def _register(self, wanted: Registration, source: AbstractAsyncContextManager[Staging]) -> Registered:
         async def register() -> Registered:
@@ -200,16 +205,17 @@ class Lifecycle:
             replace=wanted.replace or previous is not None,
             expected_digest=None if expected_digest is None else AdapterDigest(expected_digest),
         )
-        try:
-            if version.pinned:  # first, so that a call that fails for want of room leaves nothing behind
-                await self.memory.bring(digest, pin=True, packed=ingested.packed)
-            manifest = await self.work.run(commit)
-        except BaseException:
-            await self.memory.free(digest)
-            raise
-        version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
-        self.loader.keep(digest, ingested.packed)
-        self.publication.publish(version)
+        with self.memory.pins.room(adapter_id, digest, info.packed_bytes) if version.pinned else nullcontext():
+            try:
+                if version.pinned:  # first, so that a call that fails for want of room leaves nothing behind
+                    await self.memory.bring(digest, pin=True, packed=ingested.packed)
+                manifest = await self.work.run(commit)
+            except BaseException:
+                await self.memory.free(digest)
+                raise
+            version.create_time_s = datetime.fromisoformat(manifest.create_time).timestamp()
+            self.loader.keep(digest, ingested.packed)
+            self.publication.publish(version)
         if info.trained_held_as:
             _log.warning("%s: trained on another quantization (%s) of the base", adapter_id, info.trained_held_as)
         if info.trained_rope_factors:

@@ -12,6 +12,7 @@ from weft.adapters.loader import AdapterLoader
 from weft.adapters.packed_adapter import PackedAdapter
 from weft.adapters.registry import Change, Registry, Version
 from weft.adapters.store import AdapterStore
+from weft.api.pins import Pins
 from weft.api.watch import Watches
 from weft.api.work import Work
 from weft.engine.engine import Engine, Freed
@@ -36,6 +37,7 @@ class AdapterMemory:
     registry: Registry
     watches: Watches
     work: Work
+    pins: Pins
     _resident: frozenset[AdapterDigest] = frozenset()
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -78,15 +80,16 @@ class AdapterMemory:
 
     async def pin(self, version: Version) -> None:
         """Bring an adapter to the device and keep it there, also after a restart."""
-        await self.bring(version.digest, pin=True)
-        if version.pinned:
-            return
-        try:
-            await self.work.run(self.store.set_pinned, version.adapter_id, True)
-        except BaseException:
-            self._unpin(version)
-            raise
-        self.registry.pin(version, True)
+        with self.pins.room(version.adapter_id, version.digest, version.info.packed_bytes):
+            await self.bring(version.digest, pin=True)
+            if version.pinned:
+                return
+            try:
+                await self.work.run(self.store.set_pinned, version.adapter_id, True)
+            except BaseException:
+                self._unpin(version)
+                raise
+            self.registry.pin(version, True)
 
     # -- copies --------------------------------------------------------------------------------------------------
 
