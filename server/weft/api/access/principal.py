@@ -42,4 +42,4 @@ CALLER: ContextVar[Principal] = ContextVar("weft_caller")
 def caller_scope() -> Scope:
     """Return the adapters that the caller of the current RPC can name and see; outside of one, those of no tenant."""
     caller = CALLER.get(ANYBODY)
-    return Scope(caller.tenant, sees_all=Role.ADMIN in caller.roles)
+    return Scope(caller.tenant, sees_all=caller.via is Via.TOKEN and Role.ADMIN in caller.roles)
