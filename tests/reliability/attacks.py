@@ -81,12 +81,7 @@ class Target:
         return Client(self.port, options=[("grpc.use_local_subchannel_pool", 1)])
 
     def memory(self) -> Memory:
-        process = Path(f"/proc/{self.process.pid}")
-        pages = int((process / "statm").read_text().split()[1])
-        threads = re.search(r"^Threads:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
-        assert threads
-        num_descriptors = len(list((process / "fd").iterdir()))
-        return Memory(pages * resource.getpagesize() / MIB, int(threads[1]), num_descriptors)
+        return memory_of(self.process.pid)
 
     @contextmanager
     def sampled(self, period_s: float = 0.02) -> Iterator[Samples]:
@@ -137,6 +132,16 @@ class Target:
         for line in self.process.stdout:
             self.log += line
         self.process.stdout.close()
+
+
+def memory_of(pid: int) -> Memory:
+    """Return what a process holds now."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    threads = re.search(r"^Threads:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
+    assert threads
+    num_descriptors = len(list((process / "fd").iterdir()))
+    return Memory(pages * resource.getpagesize() / MIB, int(threads[1]), num_descriptors)
 
 
 def outcome(call: Callable[[], object]) -> str:
