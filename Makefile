@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
 FAST := tests/adapters tests/api tests/cli tests/engine tests/test_layout.py tests/test_prose.py
 
-.PHONY: help setup demo demo-real serve test coverage test-fast check format protos families fuzz lock audit wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
+.PHONY: help setup demo demo-real serve test coverage test-fast check format protos families fuzz soak lock audit wheel-test release study-real bench bench-peers bench-paths bench-gpu adapters adapters-real base clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ protos: .venv/.installed ## Regenerate server/weft/v1 from protos/
 
 families: .venv/.installed ## Measure the table of `weft families` again (half a minute)
 	$(BIN)/python -m tests.families
+
+soak: .venv/.installed ## The attacks of tests/reliability at full length, and a thousand kills of the store (an hour)
+	WEFT_SOAK=1 WEFT_CRASH_KILLS=1000 $(BIN)/python -m pytest -n0 -s --timeout 3600 tests/reliability tests/adapters/test_store_crash.py
 
 fuzz: .venv/.installed ## Each reader of hostile bytes, a million executions guided by coverage (minutes; RUNS=, FUZZ="header json" picks)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./protos --editable '.[fuzz]'

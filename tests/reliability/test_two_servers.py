@@ -1,6 +1,6 @@
 """Two server processes on one store: no acknowledged change is lost, and each soon shows what the other changed.
 
-WEFT_SOAK sets the number of mixed operations.
+`make soak` (WEFT_SOAK) makes more mixed operations.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from weft.v1 import adapter_pb2, generation_pb2
 
 FAILED, QUARANTINED = adapter_pb2.ADAPTER_STATE_FAILED, adapter_pb2.ADAPTER_STATE_QUARANTINED
 
-NUM_OPERATIONS = int(os.environ.get("WEFT_SOAK", "80"))
+NUM_OPERATIONS = 10_000 if os.environ.get("WEFT_SOAK") else 80
 OPERATIONS_PER_KILL = 60
 LONG = generation_pb2.Stopping(min_new_tokens=200, max_new_tokens=200)
 
