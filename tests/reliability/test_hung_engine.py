@@ -17,6 +17,7 @@ from tests.server.live import WAIT_S, LiveServer, Loop, refused, wait_until
 from tests.server.test_serve_process import Nursery, ServerProcess
 from weft.config import EngineConfig, ModelConfig, ServerConfig, WeftConfig
 from weft.kernels.step import Step
+from weft.v1 import generation_pb2
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 TIMEOUT_S = 1.0
@@ -161,7 +162,7 @@ def hanging_server(forge: Nursery, tmp_path: Path) -> Iterator[ServerProcess]:
 
 def test_the_process_exits_with_code_1_without_waiting_for_the_thread(hanging_server: ServerProcess) -> None:
     client = hanging_server.client
-    good = client.stream(None, 400)
+    good = client.stream(None, stopping=generation_pb2.Stopping(max_new_tokens=400, ignore_eos=True))
     good.wait_tokens(1)
     hung = client.stream(None, 8, token_ids={"ids": [65, hanging.MARK, 65]})
     begin_s = time.monotonic()
