@@ -4,6 +4,7 @@ Values are checked on construction: pydantic raises ValidationError, a ValueErro
 """
 
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +13,8 @@ from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from weft.v1 import endpoint
+
+_WEIGHT = re.compile(r"[a-z0-9_-]+=(?!0+(\.0*)?$)[0-9]{1,4}(\.[0-9]{1,3})?")  # above 0
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -279,6 +282,33 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
+class TenantLimits:
+    """Quotas of each tenant of the token file; None is no limit."""
+
+    requests_max: Positive | None = Field(default=None, description="Requests that are accepted at a time.")
+    tokens_per_minute_max: Positive | None = Field(
+        default=None, description="Computed prompt tokens and generated ones; a minute's may be used at once."
+    )
+    adapters_max: Count | None = Field(default=None, description="Registered adapters.")
+    adapter_bytes_max: Size | None = Field(default=None, description="Files of registered adapters, together.")
+    pinned_bytes_max: Size | None = Field(default=None, description="Pinned adapters, together.")
+    uploads_max: Positive | None = Field(default=None, description="Uploads at a time, waiting ones included.")
+    weights: tuple[str, ...] = Field(
+        default=(), description="TENANT=WEIGHT: its part of the batch beside tenants of weight 1."
+    )
+
+    def __post_init__(self) -> None:
+        for text in self.weights:
+            if not _WEIGHT.fullmatch(text):
+                raise ValueError(f"tenant_weights must be TENANT=WEIGHT, such as acme=2.5, given {text!r}")
+
+    def weight_of(self, tenant: str) -> float:
+        """Return a tenant's weight, 1 unless another one is set."""
+        given = dict(text.split("=") for text in self.weights)
+        return float(given.get(tenant, 1.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKS)
 class WeftConfig:
     """Configuration of a server. The descriptions of the sections are their titles in `weft serve --help`."""
 
@@ -290,4 +320,5 @@ class WeftConfig:
     residency: ResidencyConfig = Field(default_factory=ResidencyConfig, description="memory for adapters, in bytes")
     requests: RequestLimits = Field(default_factory=RequestLimits, description="bounds of one generate request")
     server: ServerConfig = Field(default_factory=ServerConfig, description="addresses and lifetimes of the server")
+    tenants: TenantLimits = Field(default_factory=TenantLimits, description="quotas of each tenant")
     access: AccessConfig = Field(default_factory=AccessConfig, description="who may do what, and TLS")

@@ -34,7 +34,8 @@ from weft.config import CHECKS, WeftConfig
 
 ENV_PREFIX = "WEFT_"
 
-_SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_"}  # the names of their fields are too vague alone
+# The names of their fields are too vague alone.
+_SECTION_PREFIXES = {"adapters": "adapter_", "residency": "adapter_", "tenants": "tenant_"}
 _NAMES = {"model.path": "model"}
 _TYPE_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", NoneType: "null"}
 _WORDS = {  # from pydantic's to ours

@@ -18,7 +18,7 @@ class _Call(NamedTuple):
     compression: Any = None
 
 
-class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor):
     """Adds a token to every call."""
 
     def __init__(self, token: Token) -> None:
@@ -27,7 +27,7 @@ class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercepto
     def _with_token(self, continuation: Any, details: Any, request: Any) -> Any:
         return continuation(_Call(details.method, details.timeout, self._metadata), request)
 
-    intercept_unary_unary = intercept_unary_stream = _with_token
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = _with_token
 
 
 def client_of(port: int, token: Token) -> Client:

@@ -43,7 +43,8 @@ def leaves(kind: Any, above: tuple[str, ...] = ()) -> Iterator[Leaf]:
 
 def other(kind: Any, default: Any) -> Any:
     if get_origin(kind) is tuple:
-        return tuple(get_args(kind)[0](text) for text in ("/one", "/two"))
+        item, *_ = get_args(kind)
+        return ("one=1", "two=2") if item is str else (item("/one"), item("/two"))
     if get_origin(kind) is Literal or issubclass(kind, StrEnum):
         return next(value for value in get_args(kind) or kind if value != default)
     if kind is bool:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.test_scheduler import Table
 from weft.adapters.identifiers import AdapterDigest
+from weft.config import TenantLimits
 from weft.engine.fair_queue import FairQueue
 from weft.engine.request import AdapterUse, Request, RequestId, SamplingParams
 
@@ -131,3 +132,11 @@ def test_no_place_is_made_for_what_cannot_start() -> None:
     table.absent.clear()
     assert list(table.step()) == ["a", "loads"]
     assert table.waiting == "b"
+
+
+def test_weights_are_those_of_the_configuration() -> None:
+    limits = TenantLimits(weights=("heavy=3", "light=0.5"))
+    assert [limits.weight_of(tenant) for tenant in ("heavy", "light", "", "other")] == [3.0, 0.5, 1.0, 1.0]
+    for wrong in ("heavy", "heavy=0", "heavy=0.0", "=2", "a=-1", "a=1e9", "A=1"):
+        with pytest.raises(ValueError, match="must be TENANT=WEIGHT"):
+            TenantLimits(weights=(wrong,))

@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from pydantic import TypeAdapter
 
-from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, name_of, tenant_of
+from weft.adapters.identifiers import AdapterDigest, AdapterId, AdapterReference, in_tenant, name_of, tenant_of
 from weft.errors import AdapterConflict, AdapterExists, AdapterNotFound, AdapterUnusable, DataLoss, WeftError
 
 _NO_DIGEST = AdapterDigest("")
@@ -125,6 +125,15 @@ class Registry:
         """Yield the current versions with later ids, sorted by id; nothing may be changed meanwhile."""
         for index in range(bisect.bisect_right(self._ids, adapter_id), len(self._ids)):
             yield self._versions[self._ids[index]][0]
+
+    def of_tenant(self, tenant: str) -> Iterator[Version]:
+        """Yield the current versions of a tenant, sorted by id; nothing may be changed meanwhile."""
+        prefix = in_tenant(tenant, AdapterId(""))
+        for version in self.after(prefix):
+            if tenant_of(version.adapter_id) == tenant:
+                yield version
+            elif tenant:
+                return  # ids of a tenant stand together
 
     def __len__(self) -> int:
         return len(self._versions)

@@ -74,6 +74,7 @@ class Admission:
         """
         share = _Share(checked.spec.scope.tenant, tuple(part.reference.adapter_id for part in checked.parts))
         self._require_place(share)
+        self._lifecycle.tenant_quotas.require_tokens(share.tenant)
         registry = self._lifecycle.registry
         versions = [registry.require_active(part.reference, field=part.field) for part in checked.parts]
         if checked.spec.composition is not None:
@@ -97,6 +98,9 @@ class Admission:
         free = self._max_requests - self.num_requests
         if free <= 0:
             raise _full("requests", self._max_requests, self.num_requests + 1)
+        most = self._lifecycle.tenants.requests_max
+        if share.tenant and most is not None and self._places[share.tenant] >= most:
+            raise _full("requests of one tenant", most, self._places[share.tenant] + 1)
         for level in share.levels:
             if self._places[level] >= _PLACES_PER_FREE * free:
                 quota = "requests of one adapter" if level is share else "requests of one tenant"
@@ -144,6 +148,7 @@ class Admission:
             mixture=mixture,
             cache_root=cache_root(spec.cache_salt, self._base.shape.digest, uses, mixture, tokens, tenant=tenant),
             tenant=tenant,
+            weight=self._lifecycle.tenants.weight_of(tenant),
             deadline_s=deadline_s,
             arrival_s=arrival_s,
         )

@@ -100,6 +100,7 @@ class Application:
             work=self.work,
             device_bytes=device_bytes,
             pinned_bytes_max=device_bytes // 2 if pinned_bytes_max is None else pinned_bytes_max,
+            tenants=config.tenants,
             metrics=metrics,
         )
         self.quotas = Quotas(config.server)

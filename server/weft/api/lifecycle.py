@@ -37,8 +37,10 @@ from weft.api.following import Following
 from weft.api.memory import AdapterMemory
 from weft.api.pins import Pins
 from weft.api.publication import Publication
+from weft.api.tenant_quotas import TenantQuotas
 from weft.api.watch import Watches
 from weft.api.work import Work
+from weft.config import TenantLimits
 from weft.engine.engine import Engine, Freed
 from weft.engine.request import FinishReason, RequestId
 from weft.errors import AdapterConflict, AdapterNotFound, InvalidAdapter, InvalidRequest, Unavailable, WeftError
@@ -99,6 +101,7 @@ class Lifecycle:
     work: Work
     device_bytes: int
     pinned_bytes_max: int
+    tenants: TenantLimits
     metrics: Metrics
     release_timeout_s: float = 30.0
 
@@ -107,6 +110,7 @@ class Lifecycle:
         self._late: dict[AdapterId, asyncio.Task[Removed]] = {}  # removals that took longer than their calls
         self.watches = Watches()
         self.registry = Registry(changed=self.watches.put)
+        self.tenant_quotas = TenantQuotas(self.tenants, self.registry)
         self.memory = AdapterMemory(
             engine=self.engine,
             loader=self.loader,
@@ -114,7 +118,7 @@ class Lifecycle:
             registry=self.registry,
             watches=self.watches,
             work=self.work,
-            pins=Pins(registry=self.registry, bytes_max=self.pinned_bytes_max),
+            pins=Pins(registry=self.registry, tenant_quotas=self.tenant_quotas, bytes_max=self.pinned_bytes_max),
         )
         self.publication = Publication(
             registry=self.registry, memory=self.memory, store=self.store, work=self.work, metrics=self.metrics
@@ -169,6 +173,7 @@ class Lifecycle:
             if wanted.pin and not wanted.validate_only:
                 await self.memory.pin(previous)
             return Registered(previous, Outcome.UNCHANGED)
+        self.tenant_quotas.require_adapter(wanted.adapter_id, staged.size_bytes)
         version = Version(
             adapter_id=wanted.adapter_id,
             digest=staged.digest,

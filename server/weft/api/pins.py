@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from weft.adapters.identifiers import AdapterDigest, AdapterId
 from weft.adapters.registry import Registry
+from weft.api.tenant_quotas import TenantQuotas
 from weft.errors import Overloaded
 
 
@@ -14,15 +15,19 @@ class Pins:
     """The bytes that the pinned adapters of one server may take together; used on the event loop."""
 
     registry: Registry
+    tenant_quotas: TenantQuotas
     bytes_max: int
     _coming: dict[AdapterDigest, int] = field(default_factory=dict[AdapterDigest, int])  # being brought to the device
 
     @contextlib.contextmanager
     def room(self, adapter_id: AdapterId, digest: AdapterDigest, num_bytes: int) -> Iterator[None]:
-        """Keep room for a pin inside the block, in which it becomes one. Raises Overloaded PINS_FULL if there is none.
+        """Keep room for a pin inside the block, in which it becomes one.
+
+        Raises Overloaded, PINS_FULL if there is none, TENANT_QUOTA if the tenant has pinned too much already.
 
         Content that is pinned under several ids counts once; what `adapter_id` had pinned before does not count.
         """
+        self.tenant_quotas.require_pin(adapter_id, num_bytes)
         pinned = {
             version.digest: version.info.packed_bytes
             for version in self.registry

@@ -206,6 +206,9 @@ class RequestFlow:
     def _settle(self, stream: Stream, finish: Finish) -> None:
         if finish.error is not None and finish.error.reason in NON_FINITE and stream.request.adapters:
             self._trials.begin(stream.admitted, stream.request)
+        num_computed = finish.num_prompt_tokens - finish.num_cached_tokens
+        tenant = stream.request.tenant
+        self.lifecycle.tenant_quotas.take_tokens(tenant, num_computed + finish.num_completion_tokens)
         self.admission.leave(stream.admitted)
 
     def _detokenizer(self, spec: GenerationSpec, prompt: tuple[int, ...]) -> Detokenizer:

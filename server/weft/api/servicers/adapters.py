@@ -49,7 +49,7 @@ class AdapterServicer(adapter_service_pb2_grpc.AdapterServiceServicer):
 
     async def UploadAdapter(self, request_iterator: Messages, context: Any) -> pb.UploadAdapterResponse:
         try:
-            with self._quotas.uploads.held():
+            with self._lifecycle.tenant_quotas.upload(caller_scope().tenant), self._quotas.uploads.held():
                 async with self._receiving:
                     version, outcome = await self._upload(request_iterator)
         except WeftError:
