@@ -181,10 +181,11 @@ def test_unregistering_does_not_wait_for_a_trial(live: LiveServer, registered: C
 
 
 def test_no_trial_while_the_queue_is_full(live: LiveServer, registered: Callable[..., str]) -> None:
-    registered("poison", "lora-9", scale=1e30)
+    registered("poison", "lora-9", scale=1e30), registered("sound", "lora-1")
     with live.gate.held():
         stream = live.client.stream("poison", 4, text=TEXT)
-        others = [live.client.stream(None, 4) for _ in range(7)]
+        others = [live.client.stream(adapter_id, 4) for adapter_id in (None, "sound") * 3]
+        others.append(live.client.stream(None, 4))
         admission = live.application.requests.admission
         wait_until(lambda: admission.num_requests == 8)
     refused(lambda: stream, "FAILED_PRECONDITION", "ADAPTER_NON_FINITE")
