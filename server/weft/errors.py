@@ -20,7 +20,7 @@ only if another attempt can help, a retry delay. The text names the field, the r
 never contains server paths, other tenants' names, prompts or tracebacks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Self
@@ -176,3 +176,13 @@ class DataLoss(WeftError):
 def draining_error() -> Unavailable:
     """Return the error for calls that arrive during shutdown."""
     return Unavailable("DRAINING", "the server is shutting down", retry_after_s=1.0)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, the last first, since a later error hides its cause."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or found.__context__

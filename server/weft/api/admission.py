@@ -111,8 +111,10 @@ class Admission:
         for version in admitted.versions + admitted.experts:
             self._lifecycle.release(version, admitted.request_id)
         self.num_requests -= 1
-        self._places.subtract(admitted.share.levels)
-        self._places = +self._places
+        for level in admitted.share.levels:
+            self._places[level] -= 1
+            if not self._places[level]:
+                del self._places[level]
         self.num_tokens -= self._tokens_of.pop(admitted.request_id, 0)
         if self.num_requests == 0:
             self.empty.set()

@@ -29,7 +29,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from weft.api.status import status_of, trailing_metadata
-from weft.errors import DeadlineExceeded, WeftError
+from weft.errors import DeadlineExceeded, WeftError, chain
 
 logger = logging.getLogger(__name__)
 
@@ -209,9 +209,8 @@ def _clear_frames() -> None:
     1 MiB can take 50 MB parsed, so a few hundred refused calls would hold all memory.
     """
     error = sys.exception()
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    for found in () if error is None else chain(error):
+        traceback.clear_frames(found.__traceback__)
 
 
 def _code_of_gone_caller(context: Context) -> grpc.StatusCode:

@@ -91,7 +91,6 @@ class Lifecycle:
     """The adapters of one server.
 
     device_bytes: the memory that the device has for them. pinned_bytes_max: what pinned ones may take of it.
-
     release_timeout_s: how long unregistering waits for the engine to let go of an adapter.
     """
 

@@ -12,7 +12,7 @@ earns nothing.
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from weft.engine.request import Request, Share
@@ -29,7 +29,7 @@ class _Counters(Generic[Key]):
         self.served: dict[Key, float] = {}
         self.active: Counter[Key] = Counter()
 
-    def enter(self, key: Key, beside: Collection[Key]) -> None:
+    def enter(self, key: Key, beside: Iterable[Key]) -> None:
         """Count a new request. beside: the active keys whose lowest counter is the least of a new one."""
         if not self.active[key]:
             floor = min((self.served[other] for other in beside), default=0.0)
@@ -70,7 +70,7 @@ class FairQueue:
         """Add a new request."""
         share = request.share
         self._tenants.enter(share.tenant, self._tenants.active.keys())
-        self._shares.enter(share, [one for one in self._shares.active if one.tenant == share.tenant])
+        self._shares.enter(share, (one for one in self._shares.active if one.tenant == share.tenant))
         self._number[request] = next(self._arrivals)
         self._queues.setdefault(share, deque()).append(request)
         self._length += 1

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from weft.errors import chain
 from weft.kernels import faults
 
 _HEADROOM_BYTES = 512 << 20
@@ -86,7 +87,7 @@ class CudaGraphs:
                 raise faults.CaptureLost(
                     f"a capture failed, and torch {self._torch_version} does not survive that: {error}"
                 ) from error
-            causes = list(faults.chain(error))
+            causes = list(chain(error))
             for cause in causes:
                 if faults.is_out_of_memory(cause) or (faults.is_fatal(cause) and not faults.is_of_capture(cause)):
                     raise cause from None

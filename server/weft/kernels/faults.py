@@ -1,7 +1,5 @@
 """Classify errors of a device: fatal, out of memory, or only of a capture."""
 
-from collections.abc import Iterator
-
 import torch
 
 _FATAL_TEXTS = ("CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS_", "CUDNN_STATUS_", "illegal memory access")
@@ -47,13 +45,3 @@ def is_of_capture(error: BaseException) -> bool:
     """Return whether CUDA refused something only because a capture was under way. The device itself is fine."""
     code = getattr(error, "error_code", None)
     return code in _CAPTURE_CODES or any(text in str(error) for text in _CAPTURE_TEXTS)
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that led to it, the last first, since the end of a failed capture hides its cause."""
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or found.__context__
